@@ -1,0 +1,236 @@
+"""AdaptiveMemory: the Lightning callback that turns a module's AdamW into AMAdamW and shows its momentum."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.optim.optimizer import Optimizer
+
+from am_lightning.optim.base import AdaptiveMemoryOptimizer
+from am_lightning.optim.convert import convert_adamw
+from am_lightning.optim.validation import SCOPES, check_choice, check_count, check_flag, check_number
+
+try:
+    import lightning.pytorch as pl
+    from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+    from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+except ImportError as error:
+    raise ImportError("AdaptiveMemory needs lightning: pip install am-lightning[lightning]") from error
+
+from am_lightning.curves import Curves
+
+_SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+
+
+class AdaptiveMemory(pl.Callback):
+    """One line: ``Trainer(callbacks=[AdaptiveMemory()])`` trains with adaptive memory and logs the momentum curves.
+
+    Every ``torch.optim.AdamW`` that ``configure_optimizers`` returns is converted in place, so schedulers, manual
+    optimization and the user's references go on working. A module that returns AMAdamW or AMSGD itself is only logged.
+    Under DDP the optimizer's ``replica_group`` is set.
+
+    Args:
+        lambd: memory regularisation lambda.
+        beta1_max: cap of beta_t; None: b - (1 - b) lambd, not below 0, where b is the AdamW's own beta1 (0.9 -> 0.89).
+        scope: one beta_t for every "tensor", "group", or "global" for the model.
+        per_layer: with a TensorBoardLogger, one curve for each layer.
+        histogram: with a TensorBoardLogger, the histogram of beta_t over the tensors.
+        log_every_n_steps: log interval; None: the Trainer's.
+        max_consecutive_skips: so many steps in a row dropped for a non-finite sum end the run, after a checkpoint.
+
+    Logs ``am/beta/mean|min|max``, ``am/beta/<layer group>``, ``am/clamp/at_max|at_zero`` (shares of tensors) and
+    ``am/skipped_steps`` to every logger; with a second optimizer also ``am-1/...``.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
+        MisconfigurationException: when fit starts, an optimizer that cannot be converted, or a strategy that is not
+            supported; the text has the cure.
+    """
+
+    def __init__(
+        self,
+        *,
+        lambd: float = 0.1,
+        beta1_max: float | None = None,
+        scope: str = "tensor",
+        per_layer: bool = True,
+        histogram: bool = True,
+        log_every_n_steps: int | None = None,
+        max_consecutive_skips: int = 100,
+    ) -> None:
+        check_number("lambd", lambd)
+        if beta1_max is not None:
+            check_number("beta1_max", beta1_max, upper=1, open_upper=True)
+        check_choice("scope", scope, SCOPES)
+        check_flag("per_layer", per_layer)
+        check_flag("histogram", histogram)
+        if log_every_n_steps is not None:
+            check_count("log_every_n_steps", log_every_n_steps)
+        check_count("max_consecutive_skips", max_consecutive_skips)
+        self.lambd, self.beta1_max, self.scope = lambd, beta1_max, scope
+        self.per_layer, self.histogram = per_layer, histogram
+        self.log_every_n_steps = log_every_n_steps
+        self.max_consecutive_skips = max_consecutive_skips
+        self._own_method: Any = None  # configure_optimizers found on the instance, not on its class
+        self._wrapped = False
+        self._converted: list[AdaptiveMemoryOptimizer] = []
+        self._curves: list[Curves] = []
+        self._skipped_before: list[int] = []  # of each optimizer, from a checkpoint
+        self._last_step = 0
+
+    # ------------------------------------------------------------------ conversion
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Wrap ``configure_optimizers`` on the instance: it runs later, inside strategy.setup."""
+        if stage != "fit" or self._wrapped:
+            return
+        if isinstance(trainer.strategy, _SHARDED):
+            name = type(trainer.strategy).__name__
+            raise MisconfigurationException(
+                f"AdaptiveMemory does not support {name} in this release: beta_t needs sums over whole tensors. "
+                "Use strategy='ddp', or one device."
+            )
+        original = pl_module.configure_optimizers
+        self._own_method = pl_module.__dict__.get("configure_optimizers")
+
+        @functools.wraps(original)
+        def configure_optimizers(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            self._convert(list(optimizers_in(result)))
+            return result
+
+        pl_module.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
+        self._wrapped = True
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the module its own ``configure_optimizers`` back."""
+        if stage != "fit" or not self._wrapped:
+            return
+        pl_module.__dict__.pop("configure_optimizers", None)
+        if self._own_method is not None:
+            pl_module.configure_optimizers = self._own_method  # type: ignore[method-assign]
+        self._wrapped, self._own_method, self._curves = False, None, []
+
+    def _convert(self, optimizers: list[Optimizer]) -> None:
+        ready = [o for o in optimizers if isinstance(o, AdaptiveMemoryOptimizer)]
+        plain = [o for o in optimizers if isinstance(o, torch.optim.AdamW)]
+        if not ready and not plain:
+            found = ", ".join(type(o).__name__ for o in optimizers) or "no optimizer"
+            raise MisconfigurationException(
+                f"AdaptiveMemory found nothing to convert: configure_optimizers returned {found}. "
+                "Return torch.optim.AdamW, AMAdamW or AMSGD, or remove the callback."
+            )
+        self._converted = []
+        for optimizer in plain:
+            try:
+                self._converted.append(
+                    convert_adamw(optimizer, lambd=self.lambd, beta1_max=self.beta1_max, scope=self.scope)
+                )
+            except ValueError as error:
+                raise MisconfigurationException(f"AdaptiveMemory cannot convert this optimizer: {error}") from error
+        if ready and not plain and (self.lambd, self.beta1_max, self.scope) != (0.1, None, "tensor"):
+            rank_zero_warn(
+                "AdaptiveMemory only logs here, for the module returns an adaptive memory optimizer itself: "
+                "the callback's lambd, beta1_max and scope are not used."
+            )
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The optimizers exist and are final: give them names and replicas, and prepare the curves."""
+        self._curves = []
+        for optimizer in _ours(trainer.optimizers):
+            if not any("param_names" in group for group in optimizer.param_groups):
+                optimizer.name_parameters(pl_module.named_parameters())
+            if isinstance(trainer.strategy, DDPStrategy) and trainer.world_size > 1 and optimizer.replica_group is None:
+                optimizer.replica_group = torch.distributed.group.WORLD
+            prefix = f"am-{len(self._curves)}" if self._curves else "am"
+            self._curves.append(Curves(optimizer, prefix, per_layer=self.per_layer, histogram=self.histogram))
+        for curves, skipped in zip(self._curves, self._skipped_before, strict=False):
+            curves.skipped_before = skipped
+        for optimizer in self._converted:
+            caps = sorted({group["beta1_max"] for group in optimizer.param_groups})
+            rank_zero_info(
+                f"AdaptiveMemory: AdamW is now AMAdamW (scope {self.scope}, lambda {self.lambd:g}, "
+                f"cap of beta_t {', '.join(f'{cap:g}' for cap in caps)})"
+            )
+        self._converted = []
+        self._last_step = trainer.global_step
+
+    # ------------------------------------------------------------------ curves and skipped steps
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """At the log interval: one copy from the device, then scalars to every logger."""
+        if trainer.global_step == self._last_step:  # gradient accumulation: no step yet
+            return
+        self._last_step = trainer.global_step
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the axis of the Trainer's own metrics
+        logs, guards = self._due(trainer, step)
+        if not (logs or guards):
+            return
+        for curves in self._curves:
+            curves.read()
+            if logs and trainer.is_global_zero:
+                curves.log(trainer.loggers, step)
+        if logs and trainer.is_global_zero:
+            Curves.arrange(self._curves, trainer.loggers, trainer.strategy)
+        for curves in self._curves:
+            if logs and curves.newly_skipped():
+                rank_zero_warn(curves.skip_warning())
+            if curves.skipped_in_a_row >= self.max_consecutive_skips:
+                self._give_up(trainer, curves)
+
+    def _due(self, trainer: pl.Trainer, step: int) -> tuple[bool, bool]:
+        """Whether to log, and whether to look at the count of skipped steps."""
+        every: int = self.log_every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
+        logs = bool(every) and ((step + 1) % every == 0 or trainer.should_stop)
+        return logs, logs or (step + 1) % self.max_consecutive_skips == 0
+
+    def _give_up(self, trainer: pl.Trainer, curves: Curves) -> None:
+        """All ranks together, for all have the same counts: write a checkpoint of the last good weights, then raise."""
+        checkpoint = trainer.checkpoint_callback
+        folder = getattr(checkpoint, "dirpath", None) or trainer.default_root_dir
+        path = os.path.join(folder, f"am-nonfinite-step={trainer.global_step}.ckpt")
+        trainer.save_checkpoint(path)
+        raise RuntimeError(
+            f"{curves.skipped_in_a_row} steps in a row were dropped because a sum over gradients was not finite; the first "
+            f"bad parameter is {curves.first_bad!r}. The weights are those of the last good step, saved in {path}. Look at "
+            "that layer's inputs and loss terms, lower the learning rate or clip gradients, and resume; "
+            f"max_consecutive_skips is {self.max_consecutive_skips}."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Skipped steps so far, so that the curve goes on after a resume."""
+        return {"skipped_steps": [curves.skipped_in_all() for curves in self._curves]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        self._skipped_before = list(state_dict.get("skipped_steps", []))
+        for curves, skipped in zip(self._curves, self._skipped_before, strict=False):
+            curves.skipped_before = skipped
+
+
+def optimizers_in(result: Any) -> Iterator[Optimizer]:
+    """Every optimizer in what ``configure_optimizers`` may return: one, a dict, a list or tuple of these, or two lists."""
+    if isinstance(result, Optimizer):
+        yield result
+    elif isinstance(result, dict):
+        yield from optimizers_in(result.get("optimizer"))
+    elif isinstance(result, list | tuple):
+        for item in result:
+            yield from optimizers_in(item)
+
+
+def _ours(optimizers: list[Optimizer]) -> list[AdaptiveMemoryOptimizer]:
+    """The adaptive memory optimizers, unwrapped."""
+    result = []
+    for optimizer in optimizers:
+        inner: Any = optimizer
+        while not isinstance(inner, AdaptiveMemoryOptimizer) and hasattr(inner, "optimizer"):
+            inner = inner.optimizer
+        if isinstance(inner, AdaptiveMemoryOptimizer):
+            result.append(inner)
+    return result

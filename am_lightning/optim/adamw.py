@@ -1,0 +1,112 @@
+"""AMAdamW: AdamW whose beta1 is chosen at every step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from am_lightning.optim.base import AdaptiveMemoryOptimizer
+from am_lightning.optim.closed_form import bias_correction
+from am_lightning.optim.kernels import Options
+from am_lightning.optim.validation import (
+    check_betas,
+    check_flag,
+    check_implementation,
+    check_lr,
+    check_number,
+)
+
+
+class AMAdamW(AdaptiveMemoryOptimizer):
+    r"""AdamW with adaptive memory: beta_t from a two-plane proximal model of the loss, at every step.
+
+    With P = c_t (sqrt(v / (1 - beta2^t)) + eps), q = 1 + lambda P, k = (1 + mu eta_t) eta_{t-1} / eta_t and sums over
+    the scope (Topollai and Choromanska, arXiv 2510.04988; the two-sum form is derived in the documentation):
+
+    .. math::
+        1 - \beta_t = \mathrm{clip}\left(\frac{\sum (d - (1 + k) g)(d / P + \mu x)}{\sum (d - g)^2 / (P q)},
+        1 - \beta_{max}, 1\right), \quad
+        d' = d + (1 - \beta_t)(g - d) / q, \quad x' = (1 - \mu \eta_t) x - \eta_t d' / P
+
+    Args:
+        params: iterable of parameters, of (name, parameter) pairs, or of dicts that define groups.
+        lr: learning rate, a float or a one-element tensor.
+        betas: the cap of beta_t (kept as the group option ``beta1_max``, for schedulers may cycle ``betas[0]``) and the
+            decay of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled weight decay mu.
+        lambd: memory regularisation lambda.
+        scope: one beta_t for every "tensor", "group", or "global" for the model.
+        maximize: ascend.
+        foreach: None picks the fastest eager kernels for the device, True torch._foreach_*, False plain formulas.
+        capturable: safe to capture in a CUDA graph (with a tensor lr).
+        fused: fused kernels; none exist yet, so True is refused.
+        nonfinite: "skip" drops a step in which a sum is not finite, "propagate" does what AdamW does.
+        replica_group: process group of ranks that hold the same parameters (DDP); the AdaptiveMemory callback sets it.
+
+    State of a parameter: ``step``, ``exp_avg``, ``exp_avg_sq`` as in AdamW, and 0-dim ``beta_prod``, ``beta``, ``prev_lr``.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or of the wrong type; the text says what is allowed.
+    """
+
+    cap_key = "beta1_max"
+    moments = ("exp_avg", "exp_avg_sq")
+    first_takes_cap = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.89, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        lambd: float = 0.1,
+        scope: str = "tensor",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        fused: bool | None = None,
+        nonfinite: str = "skip",
+        replica_group: Any = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "lambd": lambd,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "fused": fused,
+        }
+        defaults["betas"] = self._check_group(defaults)["betas"]
+        super().__init__(params, defaults, scope=scope, nonfinite=nonfinite, replica_group=replica_group)
+
+    def _check_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        check_lr(group["lr"])
+        cap, beta2 = check_betas(group["betas"])
+        if group.get(self.cap_key) is not None:  # a group may name its cap; a scheduler may have changed betas[0]
+            cap = group[self.cap_key]
+            check_number(self.cap_key, cap, upper=1, open_upper=True)
+        for name in ("eps", "weight_decay", "lambd"):
+            check_number(name, group[name])
+        for name in ("maximize", "capturable"):
+            check_flag(name, group[name])
+        check_implementation(group)
+        return {"betas": (float(cap), beta2), self.cap_key: float(cap)}
+
+    def _options(self, group: dict[str, Any]) -> Options:
+        return Options(group["betas"][1], group["lambd"], group["weight_decay"], 0.0, group["maximize"])
+
+    def _metric_numbers(self, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
+        device, dtype = scalars["step"].device, scalars["step"].dtype
+        beta2 = self._per_row([group["betas"][1] for group in self.param_groups], device, dtype)
+        eps = self._per_row([group["eps"] for group in self.param_groups], device, dtype)
+        c = bias_correction(scalars["cap"], scalars["beta_prod"])
+        return {"root": c / torch.sqrt(1 - beta2 ** (scalars["step"] + 1)), "floor": c * eps}

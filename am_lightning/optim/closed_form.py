@@ -1,0 +1,119 @@
+"""From the two sums of each row to beta_t: pure functions of tensors, no host sync.
+
+The sums of a row are N = sum (d - (1 + k) g) (d / P + mu x) and D = sum (d - g)^2 / (P q), and
+1 - beta_t = clip(N / D, 1 - cap, 1). See docs and Topollai and Choromanska, arXiv 2510.04988.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# A ratio of learning rates beyond this leaves beta_t at a clamp anyway, and would overflow float32 inside the sums.
+_LARGEST_GAP = 1e18
+
+
+class Sums(NamedTuple):
+    """The reduced packed sums, each ``[rows]``: N, D, and whether any rank has a gradient / has its first step."""
+
+    num: Tensor
+    den: Tensor
+    present: Tensor
+    first: Tensor
+
+    @classmethod
+    def unpack(cls, packed: Tensor) -> Sums:
+        num, den, present, first = packed.unbind(1)
+        return cls(num, den, present > 0, first > 0)
+
+
+class Decision(NamedTuple):
+    """What a step does, the same on every rank.
+
+    Attributes:
+        beta: ``[rows]``, beta_t; meaningless where ``counts`` is False.
+        counts: ``[rows]`` bool, the row takes part in this step.
+        skipped: 0-dim bool, the whole step is dropped.
+        bad: ``[rows]`` bool, a sum of this row is not finite.
+    """
+
+    beta: Tensor
+    counts: Tensor
+    skipped: Tensor
+    bad: Tensor
+
+
+def gap_factor(lr: Tensor, prev_lr: Tensor, decay: Tensor) -> Tensor:
+    """k = (1 + mu eta_t) eta_{t-1} / eta_t, and 0 where eta_t = 0 (the loss gap is dropped)."""
+    safe = torch.where(lr > 0, lr, 1.0)
+    return torch.where(lr > 0, (1 + decay * lr) * prev_lr / safe, 0.0).clamp(max=_LARGEST_GAP)
+
+
+def bias_correction(cap: Tensor, beta_prod: Tensor) -> Tensor:
+    """c_t = 1 - cap * prod_{i<t} beta_i: the bias correction of a momentum that varies."""
+    return 1 - cap * beta_prod
+
+
+def over_scope(values: Tensor, scope: str, sizes: Sequence[int]) -> Tensor:
+    """``[rows]`` -> ``[rows]``: each row's value replaced by the sum over its scope.
+
+    Args:
+        values: one number for each row, rows in the order of the groups.
+        scope: "tensor", "group" or "global".
+        sizes: rows in each group.
+    """
+    if scope == "tensor":
+        return values
+    if scope == "global":
+        return values.sum().expand_as(values)
+    return torch.cat([part.sum().expand_as(part) for part in torch.split(values, list(sizes))])
+
+
+def decide(
+    sums: Sums,
+    *,
+    cap: Tensor,
+    lr: Tensor,
+    scope: str,
+    sizes: Sequence[int],
+    first_takes_cap: bool,
+    nonfinite: str,
+    gap: Tensor | None = None,
+) -> Decision:
+    """beta_t of every row, and which rows take part.
+
+    Args:
+        sums: reduced sums.
+        cap, lr: ``[rows]``, the cap of beta_t and eta_t.
+        first_takes_cap: a row's own first step uses the cap (AM-AdamW) or its scope's beta (AM-SGD).
+        nonfinite: "skip" drops the step, "propagate" takes the cap where a sum is not finite, as AdamW would.
+        gap: 0-dim, (1 + mu eta_t) Delta_t / eta_t where the loss gap is known (scope global), else None.
+    """
+    bad = sums.present & ~(torch.isfinite(sums.num) & torch.isfinite(sums.den))
+    if gap is not None:
+        bad = bad | (sums.present & ~torch.isfinite(gap))
+    skipped = bad.any() if nonfinite == "skip" else torch.zeros((), dtype=torch.bool, device=bad.device)
+    enters = sums.present & ~sums.first & ~bad
+    num = over_scope(torch.where(enters, sums.num, 0.0), scope, sizes)
+    den = over_scope(torch.where(enters, sums.den, 0.0), scope, sizes)
+    if gap is not None:
+        num = num - gap
+    solved = den > 0
+    beta = torch.where(solved, 1 - num / torch.where(solved, den, 1.0), 0.0).clamp(min=0)
+    beta = torch.minimum(beta, cap)
+    if nonfinite == "propagate":
+        beta = torch.where(over_scope(bad.to(cap.dtype), scope, sizes) > 0, cap, beta)
+    if first_takes_cap:
+        beta = torch.where(sums.first, cap, beta)
+    return Decision(beta, sums.present & ~skipped & ~_phantom(sums, lr), skipped, bad)
+
+
+def _phantom(sums: Sums, lr: Tensor) -> Tensor:
+    """``[rows]`` bool: the step that torch.distributed.checkpoint makes on a fresh optimizer, with eta = 0 and zero gradients.
+
+    It must leave no trace; a genuine first step at eta = 0 has gradients and counts.
+    """
+    return sums.first & (lr == 0) & (sums.den.sum() == 0)

@@ -1,0 +1,119 @@
+"""Turn a torch.optim.AdamW into AMAdamW in place: schedulers and the user's own references stay valid."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from am_lightning.optim.adamw import AMAdamW
+
+_GONE = ("amsgrad", "differentiable", "decoupled_weight_decay")
+
+
+def default_cap(beta1: float, lambd: float) -> float:
+    """b - (1 - b) lambda, not below 0: the paper's 0.9 - 0.1 lambda = 0.89 for the usual b."""
+    return max(0.0, beta1 - (1 - beta1) * lambd)
+
+
+def convert_adamw(
+    optimizer: torch.optim.AdamW, *, lambd: float = 0.1, beta1_max: float | None = None, scope: str = "tensor"
+) -> AMAdamW:
+    """Make ``optimizer`` an AMAdamW; the same object is returned.
+
+    Args:
+        optimizer: exactly a torch.optim.AdamW that has made no step.
+        lambd: memory regularisation lambda.
+        beta1_max: cap of beta_t for all groups; None: :func:`default_cap` of each group's own beta1.
+        scope: "tensor", "group" or "global".
+
+    foreach, capturable, maximize, lr, eps and weight decay are carried over; fused becomes None.
+
+    Raises:
+        ValueError: amsgrad, differentiable, a subclass of AdamW, a replaced ``step``, or state already present.
+    """
+    _refuse(optimizer)
+    replaced_step = optimizer.__dict__.pop("step", None)
+    optimizer.__dict__.pop("_step_supports_amp_scaling", None)  # GradScaler must unscale before step(), not inside it
+    caps = [_cap(group, optimizer.defaults, lambd, beta1_max) for group in optimizer.param_groups]
+    optimizer.__class__ = AMAdamW  # type: ignore[assignment]
+    converted: AMAdamW = optimizer  # type: ignore[assignment]
+    converted._configure(scope=scope, nonfinite="skip")
+    for group, cap in zip(converted.param_groups, caps, strict=True):
+        _convert_options(group, lambd, cap)
+    defaults = converted.defaults
+    _convert_options(
+        defaults, lambd, default_cap(float(defaults["betas"][0]), lambd) if beta1_max is None else beta1_max
+    )
+    del defaults[AMAdamW.cap_key]  # a later group takes it from its betas
+    converted._patch_step_function()
+    if replaced_step is not None:
+        _let_scheduler_watch(converted)
+    return converted
+
+
+def _refuse(optimizer: Any) -> None:
+    name = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
+    if type(optimizer) is not torch.optim.AdamW:
+        raise ValueError(
+            f"{name} is not exactly torch.optim.AdamW, so what its step() adds would be lost: "
+            "return torch.optim.AdamW, or am_lightning.AMAdamW itself"
+        )
+    cures = {
+        "amsgrad": "adaptive memory has no amsgrad form: build AdamW with amsgrad=False",
+        "differentiable": "AMAdamW.step() cannot be differentiated through: build AdamW with differentiable=False",
+    }
+    for key, cure in cures.items():
+        if any(group.get(key) for group in optimizer.param_groups):
+            raise ValueError(f"AdamW with {key}=True cannot be converted: {cure}")
+    if any(optimizer.state.values()):
+        raise ValueError(
+            "this AdamW has state already (it has made steps, or a checkpoint was loaded into it), and converting it would "
+            "lose the running averages' bias correction: convert a fresh AdamW, then load its checkpoint"
+        )
+    step = optimizer.__dict__.get("step")
+    if step is not None and not (hasattr(step, "_wrapped_by_lr_sched") or hasattr(step, "_with_counter")):
+        raise ValueError(
+            "AdamW.step was replaced on this instance, and the replacement would be lost: remove it, then convert"
+        )
+
+
+def _cap(group: dict[str, Any], defaults: dict[str, Any], lambd: float, beta1_max: float | None) -> float:
+    beta1 = group["betas"][0]
+    if "max_momentum" in group:  # OneCycleLR and CyclicLR write betas[0] as soon as they are built
+        beta1 = defaults["betas"][0]
+        warnings.warn(
+            "the learning rate scheduler cycles betas[0], which adaptive memory does not use: beta_t is computed, and its "
+            "cap stays in the group's 'beta1_max'. Pass cycle_momentum=False to the scheduler.",
+            stacklevel=2,
+        )
+    return default_cap(float(beta1), lambd) if beta1_max is None else beta1_max
+
+
+def _convert_options(group: dict[str, Any], lambd: float, cap: float) -> None:
+    for key in _GONE:
+        group.pop(key, None)
+    group["lambd"] = lambd
+    group[AMAdamW.cap_key] = cap
+    beta2 = group["betas"][1]
+    group["betas"] = (cap, float(beta2) if isinstance(beta2, Tensor) else beta2)
+    group["fused"] = None
+
+
+def _let_scheduler_watch(optimizer: AMAdamW) -> None:
+    """Wrap the new step() as LRScheduler had wrapped the old one: it checks the order of optimizer and scheduler steps."""
+    function, reference = AMAdamW.step, weakref.ref(optimizer)
+
+    @functools.wraps(function)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        owner = reference()
+        assert owner is not None
+        owner._opt_called = True  # type: ignore[attr-defined]
+        return function.__get__(owner, type(owner))(*args, **kwargs)
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.step = step  # type: ignore[method-assign]

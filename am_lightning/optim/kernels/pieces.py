@@ -1,0 +1,92 @@
+"""What a kernel gets: the tensors of one row, the options of its group, and the numbers of this step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+Scalar: TypeAlias = "float | Tensor"  # a host number, or a 0-dim tensor where the host must not wait for the device
+
+
+class Options(NamedTuple):
+    """Options of a group that are host numbers."""
+
+    beta2: float  # decay of the second moment; unused without one
+    lambd: float
+    mu: float  # decoupled weight decay
+    l2: float  # coupled weight decay
+    maximize: bool
+
+
+@dataclass(eq=False)
+class Piece:
+    """This process's piece of one row. All tensors have the same shape; ``v`` is None where the metric is the identity."""
+
+    row: int
+    x: Tensor
+    g: Tensor
+    d: Tensor
+    v: Tensor | None
+    options: Options
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Elementwise work is done in float32 at least: in float16 P = 0 / (0 + 1e-8) is nan."""
+        return torch.promote_types(self.x.dtype, torch.float32)
+
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (self.x, self.g, self.d, self.v) if t is not None]
+
+
+class Numbers:
+    """Numbers that differ between rows and steps, handed to kernels as floats or as 0-dim tensors.
+
+    ``gap`` is 1 + k, ``root`` c_t / sqrt(1 - beta2^t), ``floor`` c_t eps, ``lr`` eta_t, ``shrink`` 1 - mu eta_t,
+    ``omega`` 1 - beta_t.
+    """
+
+    def __init__(self, columns: dict[str, Tensor]) -> None:
+        self.columns = columns
+        self._cache: dict[torch.device | None, dict[str, Sequence[Scalar]]] = {}
+
+    def add(self, name: str, column: Tensor) -> None:
+        """One more number for each row, ``[rows]``."""
+        self.columns[name] = column
+
+    def on_host(self) -> dict[str, Sequence[Scalar]]:
+        """Lists of floats. Waits for the device that holds the numbers; free where that is the CPU."""
+        lists = self._cache.setdefault(None, {})
+        for name in self.columns.keys() - lists.keys():
+            lists[name] = self.columns[name].tolist()
+        return lists
+
+    def on(self, device: torch.device) -> dict[str, Sequence[Scalar]]:
+        """Lists of 0-dim tensors on ``device``, without waiting."""
+        lists = self._cache.setdefault(device, {})
+        for name in self.columns.keys() - lists.keys():
+            lists[name] = self.columns[name].to(device, non_blocking=True).unbind()
+        return lists
+
+
+def is_flat(tensors: Sequence[Tensor]) -> bool:
+    """True where one flat walk over the storage visits the same element of every tensor."""
+    first, strides = tensors[0], tensors[0].stride()
+    if any(t.stride() != strides for t in tensors):
+        return False
+    if first.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(strides, first.shape, strict=True) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """``[numel]`` view in the order of the storage, for a dense tensor."""
+    return tensor.as_strided((tensor.numel(),), (1,))

@@ -1,0 +1,196 @@
+"""AMSGD: momentum SGD whose momentum is chosen at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from am_lightning.optim.base import AdaptiveMemoryOptimizer
+from am_lightning.optim.closed_form import Decision, Sums
+from am_lightning.optim.kernels import Options, Piece
+from am_lightning.optim.validation import (
+    LOSS_GAPS,
+    check_choice,
+    check_flag,
+    check_implementation,
+    check_lr,
+    check_number,
+)
+from am_lightning.sharding import Layout
+
+_PREV_LOSS = "prev_loss"  # group option: f(x_{t-1}), a float in a state_dict, a device tensor in a live group
+
+
+class AMSGD(AdaptiveMemoryOptimizer):
+    r"""SGD with adaptive memory (the paper's AM-MGD and AM-MSGD).
+
+    d_0 = g_0, then with sums over the scope (Topollai and Choromanska, arXiv 2510.04988):
+
+    .. math::
+        \beta_t = \mathrm{clip}\left(\frac{(1 + \lambda) \Delta_t / \eta_t - \langle d - g, g + \lambda d \rangle}
+        {|d - g|^2}, 0, \beta_{max}\right), \quad
+        d' = \frac{(\beta_t + \lambda) d + (1 - \beta_t) g}{1 + \lambda}, \quad x' = x - \eta_t d'
+
+    Args:
+        params: iterable of parameters, of (name, parameter) pairs, or of dicts that define groups.
+        lr: learning rate, a float or a one-element tensor.
+        beta_max: cap of beta_t, in [0, 1].
+        weight_decay: L2 penalty, or decoupled weight decay with ``decoupled_weight_decay``.
+        lambd: memory regularisation lambda.
+        scope: one beta_t for every "tensor", "group", or "global" for the model.
+        loss_gap: "first_order" estimates Delta_t = f(x_{t-1}) - f(x_t) by eta_{t-1} <g_t, d>; "exact" takes the losses
+            that the closure returns (full-batch training; scope "global" and one lr for all groups).
+        maximize: ascend.
+        foreach: None picks the fastest eager kernels for the device, True torch._foreach_*, False plain formulas.
+        nonfinite: "skip" drops a step in which a sum is not finite, "propagate" uses the cap there.
+        replica_group: process group of ranks that hold the same parameters (DDP); the AdaptiveMemory callback sets it.
+
+    State of a parameter: ``step``, ``momentum_buffer`` (the direction d), and 0-dim ``beta_prod``, ``beta``, ``prev_lr``.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or of the wrong type; the text says what is allowed.
+    """
+
+    cap_key = "beta_max"
+    moments = ("momentum_buffer",)
+    first_takes_cap = False
+    plain_attributes = ("scope", "nonfinite", "loss_gap")
+
+    loss_gap: str
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        beta_max: float = 0.9,
+        weight_decay: float = 0.0,
+        *,
+        lambd: float = 0.1,
+        scope: str = "global",
+        decoupled_weight_decay: bool = False,
+        loss_gap: str = "first_order",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        nonfinite: str = "skip",
+        replica_group: Any = None,
+    ) -> None:
+        check_choice("loss_gap", loss_gap, LOSS_GAPS)
+        if loss_gap == "exact" and scope != "global":
+            raise ValueError(f"Invalid scope: {scope!r} (loss_gap='exact' needs scope='global': one loss, one beta_t)")
+        self.loss_gap = loss_gap
+        defaults = {
+            "lr": lr,
+            "beta_max": beta_max,
+            "weight_decay": weight_decay,
+            "lambd": lambd,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
+        }
+        self._check_group(defaults)
+        super().__init__(params, defaults, scope=scope, nonfinite=nonfinite, replica_group=replica_group)
+
+    def _check_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        check_lr(group["lr"])
+        check_number("beta_max", group["beta_max"], upper=1)
+        check_number("weight_decay", group["weight_decay"])
+        check_number("lambd", group["lambd"])
+        check_flag("decoupled_weight_decay", group["decoupled_weight_decay"])
+        check_flag("maximize", group["maximize"])
+        check_implementation(group)
+        return {}
+
+    def _options(self, group: dict[str, Any]) -> Options:
+        decay, decoupled = group["weight_decay"], group["decoupled_weight_decay"]
+        mu, l2 = (decay, 0.0) if decoupled else (0.0, decay)
+        return Options(0.0, group["lambd"], mu, l2, group["maximize"])
+
+    def _omega(self, decision: Decision, sums: Sums) -> Tensor:
+        # d_0 = g_0: a fresh buffer is zero, and 0 + (1 + lambda) (g - 0) / (1 + lambda) = g
+        lambd = self._per_row([g["lambd"] for g in self.param_groups], decision.beta.device, decision.beta.dtype)
+        return torch.where(sums.first, 1 + lambd, 1 - decision.beta)
+
+    # ------------------------------------------------------------------ the exact gap
+    def _check_loss(self, loss: Any, closure: Callable[[], Any] | None) -> None:
+        if self.loss_gap != "exact":
+            return
+        if closure is None:
+            raise ValueError(
+                "loss_gap='exact' needs step(closure) with a closure that returns the loss, but closure is None"
+            )
+        real = isinstance(loss, Real) and not isinstance(loss, bool)
+        if isinstance(loss, Tensor):
+            real = loss.numel() == 1 and not loss.is_complex() and loss.dtype != torch.bool
+        if not real:
+            shown = f"a tensor of shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else repr(loss)
+            raise ValueError(
+                f"loss_gap='exact' needs a closure that returns a real scalar loss, but it returned {shown}"
+            )
+        self._check_one_step_size()
+
+    def _check_one_step_size(self) -> None:
+        """Delta_t / eta_t has a meaning only where the whole model moves with one eta (and one mu)."""
+        first = self.param_groups[0]
+        for group in self.param_groups[1:]:
+            for key in ("lr", "weight_decay", "decoupled_weight_decay", "maximize"):
+                same = group[key] is first[key] or bool(group[key] == first[key])
+                if not same and (key != "weight_decay" or group["decoupled_weight_decay"]):
+                    raise ValueError(
+                        f"loss_gap='exact' needs one {key} for all parameter groups, but got {first[key]} and {group[key]}"
+                    )
+
+    def _shared_sums(self, pieces: list[Piece], layout: Layout, loss: Any, like: Tensor) -> Tensor | None:
+        if self.loss_gap != "exact":
+            return None
+        value = loss.detach() if isinstance(loss, Tensor) else torch.full((), float(loss), device=like.device)
+        value = value.reshape(()).to(like.device, like.dtype)
+        penalty = torch.zeros_like(value)
+        for row in layout.rows:
+            l2 = self._options(self.param_groups[row.group_index]).l2
+            if l2 and row.counted:
+                penalty = penalty + 0.5 * l2 * _square_sum(row.param, like)
+        return torch.stack([value, torch.ones_like(value), penalty])
+
+    def _known_gap(self, shared: Tensor | None, numbers: dict[str, Tensor]) -> Tensor | None:
+        if shared is None:
+            return None
+        now, before = self._objective(shared), self.param_groups[0].get(_PREV_LOSS)
+        if before is None:
+            return torch.zeros_like(now)
+        lr, mu = numbers["lr"][0], numbers["mu"][0]
+        delta = torch.as_tensor(before).to(now) - now
+        return torch.where(lr > 0, (1 + mu * lr) * delta / torch.where(lr > 0, lr, 1.0), 0.0)
+
+    def _objective(self, shared: Tensor) -> Tensor:
+        """f: the mean of the ranks' losses (negated where it is maximised) plus the L2 penalty."""
+        total, ranks, penalty = shared.unbind()
+        loss = total / ranks
+        return (-loss if self.param_groups[0]["maximize"] else loss) + penalty
+
+    def _after(self, decision: Decision, shared: Tensor | None) -> None:
+        if shared is None:
+            return
+        now, before = self._objective(shared), self.param_groups[0].get(_PREV_LOSS)
+        if before is not None:  # a skipped step leaves it
+            now = torch.where(decision.skipped, torch.as_tensor(before).to(now), now)
+        for group in self.param_groups:
+            group[_PREV_LOSS] = now
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch.optim; f(x_{t-1}) of the exact gap is a plain float in the saved groups."""
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            if isinstance(group.get(_PREV_LOSS), Tensor):
+                group[_PREV_LOSS] = float(group[_PREV_LOSS])
+        return saved
+
+
+def _square_sum(tensor: Tensor, like: Tensor) -> Tensor:
+    """0-dim sum of squares in the dtype and on the device of ``like``, without a full-size temporary."""
+    blocks = torch.split(tensor.detach().reshape(-1), 1 << 16)
+    return torch.stack([block.to(like.device, like.dtype).square().sum() for block in blocks]).sum()

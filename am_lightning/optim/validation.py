@@ -1,0 +1,107 @@
+"""Checks of constructor arguments and group options. Texts begin like torch.optim's and end with what is allowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SCOPES = ("tensor", "group", "global")
+NONFINITE = ("skip", "propagate")
+LOSS_GAPS = ("first_order", "exact")
+
+# torch.optim's words for an argument; others are called by their own name
+_WORDS = {"lr": "learning rate", "eps": "epsilon value", "weight_decay": "weight_decay value"}
+
+
+def check_number(name: str, value: Any, *, upper: float | None = None, open_upper: bool = False) -> None:
+    """Require a finite real number in ``[0, upper]``, or in ``[0, upper)`` with ``open_upper``."""
+    allowed = "a finite number >= 0"
+    if upper is not None:
+        allowed = f"a number with 0 <= {name} {'<' if open_upper else '<='} {upper:g}"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        got = type(value).__name__
+        raise TypeError(f"Invalid {_WORDS.get(name, name)}: {value!r} ({name} must be {allowed}, not {got})")
+    number = float(value)
+    too_big = upper is not None and (number >= upper if open_upper else number > upper)
+    if not math.isfinite(number) or number < 0 or too_big:
+        raise ValueError(f"Invalid {_WORDS.get(name, name)}: {value} ({name} must be {allowed})")
+
+
+def check_lr(lr: Any) -> None:
+    """A finite number >= 0, or a one-element real tensor that holds one."""
+    if not isinstance(lr, Tensor):
+        check_number("lr", lr)
+        return
+    if lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, but lr has shape {tuple(lr.shape)}")
+    if lr.is_complex() or lr.dtype == torch.bool:
+        raise TypeError(f"Invalid learning rate: {lr!r} (lr must be real, not {lr.dtype})")
+    check_number("lr", lr.item())
+
+
+def check_betas(betas: Any) -> tuple[float, float]:
+    """Two numbers in [0, 1): the cap of beta_t and the decay of the second moment."""
+    if isinstance(betas, (str, bytes)) or not isinstance(betas, Sequence):
+        raise TypeError(f"Invalid betas: {betas!r} (betas must be a pair of numbers in [0, 1))")
+    if len(betas) != 2:
+        raise ValueError(f"Invalid betas: {betas!r} (betas must be a pair of numbers in [0, 1))")
+    for index, beta in enumerate(betas):
+        allowed = f"betas[{index}] must be a number with 0 <= beta < 1"
+        if isinstance(beta, bool) or not isinstance(beta, Real):
+            raise TypeError(f"Invalid beta parameter at index {index}: {beta!r} ({allowed}, not {type(beta).__name__})")
+        if not 0.0 <= float(beta) < 1.0:  # also false for nan
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta} ({allowed})")
+    return float(betas[0]), float(betas[1])
+
+
+def check_flag(name: str, value: Any, *, optional: bool = False) -> None:
+    """A bool; with ``optional`` also None."""
+    if not (isinstance(value, bool) or (optional and value is None)):
+        allowed = "True, False or None" if optional else "True or False"
+        raise TypeError(f"Invalid {name}: {value!r} ({name} must be {allowed})")
+
+
+def check_count(name: str, value: Any) -> None:
+    """A whole number >= 1."""
+    allowed = f"{name} must be a whole number >= 1"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"Invalid {name}: {value!r} ({allowed}, not {type(value).__name__})")
+    if value < 1:
+        raise ValueError(f"Invalid {name}: {value} ({allowed})")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """One of the words in ``choices``."""
+    allowed = " | ".join(repr(choice) for choice in choices)
+    if not isinstance(value, str):
+        raise TypeError(f"Invalid {name}: {value!r} ({name} must be {allowed})")
+    if value not in choices:
+        raise ValueError(f"Invalid {name}: {value!r} ({name} must be {allowed})")
+
+
+def check_replica_group(value: Any) -> None:
+    """None or a process group."""
+    if value is None:
+        return
+    if not (torch.distributed.is_available() and isinstance(value, torch.distributed.ProcessGroup)):
+        allowed = "replica_group must be a torch.distributed.ProcessGroup or None"
+        raise TypeError(f"Invalid replica_group: {value!r} ({allowed})")
+
+
+def check_implementation(group: dict[str, Any]) -> None:
+    """foreach, fused and a tensor lr go together as they do in torch.optim."""
+    check_flag("foreach", group["foreach"], optional=True)
+    if "fused" in group:
+        check_flag("fused", group["fused"], optional=True)
+        if group["fused"]:
+            raise ValueError(
+                "Invalid fused: True (no fused kernels are available yet: fused must be False or None; "
+                "foreach=None picks the fastest kernels there are)"
+            )
+    if isinstance(group["lr"], Tensor) and group["foreach"] and not group.get("capturable", False):
+        raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")

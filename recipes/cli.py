@@ -1,0 +1,147 @@
+"""PretrainCLI: LightningCLI for LlamaPretraining on TextData, with all that a run writes in one folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from checkpoints import LAST, AtomicCheckpointIO, RunCheckpoint, check_readable, saved_step
+from compare import compare
+from data import TextData
+from llama import LlamaPretraining
+from monitors import TrainingClock
+from report import RunResult, print_summary
+
+CHECKPOINTS_PER_RUN = 5  # where the configuration does not say how often
+PROGRESS_EVERY = 10  # batches between two updates of the progress bar
+# What a run leaves in its folder; a new run there moves it away first.
+_RUN_FILES = ("checkpoints", "logs", "summary.png", "compare", "compare.png")
+
+
+class PretrainParser(LightningArgumentParser):
+    """A parser whose errors are a line or two, without the usage of every setting there is (--help shows it)."""
+
+    def print_usage(self, file: Any = None) -> None:
+        pass
+
+
+class PretrainCLI(LightningCLI):
+    """LightningCLI for LlamaPretraining on TextData that keeps a whole run in one folder.
+
+    Attributes:
+        result: of a finished `fit`, for the summary and for comparisons.
+    """
+
+    def __init__(self, args: Any = None) -> None:
+        self.clock = TrainingClock()
+        self.result: RunResult | None = None
+        self.resume_step = 0
+        super().__init__(
+            LlamaPretraining,
+            TextData,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},  # a resumed run writes it again
+            auto_configure_optimizers=False,  # groups and schedule are the module's
+            parser_class=PretrainParser,
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in ("fit", "validate")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_argument("--compare", type=bool, default=False, help="also train AdamW, and draw all in one picture")
+        parser.link_arguments("model.seq_len", "data.seq_len")
+        parser.link_arguments("model.vocab_size", "data.vocab_size")
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would let a checkpoint's hyperparameters win over the command line. Here the command line wins."""
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        trainer, checkpoint = config.trainer, config.checkpoint
+        root = Path(trainer.default_root_dir or ".").expanduser().resolve()
+        trainer.default_root_dir = str(root)
+        checkpoint.dirpath = checkpoint.dirpath or str(root / "checkpoints")
+        if trainer.max_steps > 0:
+            if checkpoint.every_n_train_steps is None:
+                checkpoint.every_n_train_steps = max(1, trainer.max_steps // CHECKPOINTS_PER_RUN)
+            # However short the run, its curve has a point.
+            trainer.log_every_n_steps = min(trainer.log_every_n_steps or 1, trainer.max_steps)
+        self.resume_step = _resume_step(config.ckpt_path, Path(checkpoint.dirpath))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self.config_init[self.subcommand].trainer
+        if config.precision is None:
+            kwargs["precision"] = _precision(config.accelerator)
+        if config.logger in (None, True):
+            kwargs["logger"] = TensorBoardLogger(
+                config.default_root_dir,
+                name="logs",
+                version="",
+                default_hp_metric=False,
+                # A resumed run takes back the points after its checkpoint; a kill loses a second of points at most.
+                purge_step=self.resume_step,
+                flush_secs=1,
+            )
+        plugins = config.plugins or []
+        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        kwargs["use_distributed_sampler"] = False  # the data's order knows the ranks
+        callbacks = [*(config.callbacks or []), self.clock]
+        if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            # The same bar everywhere: Lightning's default depends on whether rich is installed.
+            callbacks.append(TQDMProgressBar(refresh_rate=PROGRESS_EVERY))
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def before_fit(self) -> None:
+        if self.config.fit.ckpt_path is None:
+            # The data first: a wrong data.source is to leave the earlier run where it is.
+            self.datamodule.trainer = self.trainer
+            rank_zero_only(self.datamodule.prepare_data)()
+            _move_earlier_run(Path(self.config.fit.trainer.default_root_dir))
+
+    def after_fit(self) -> None:
+        self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        self.result = RunResult.of(self.trainer, self.datamodule, self.clock)
+        print_summary(self.result)
+        if self.config.fit.compare:
+            compare(self.result, self.config_dump, lambda config: PretrainCLI({"subcommand": "fit", "fit": config}))
+
+
+def _resume_step(ckpt_path: str | None, folder: Path) -> int:
+    """The steps that are done in the checkpoint this run goes on from; 0 where there is none."""
+    if ckpt_path is None:
+        return 0
+    path = folder / LAST if ckpt_path == "last" else Path(ckpt_path)
+    if ckpt_path == "last" and not path.exists():
+        return 0
+    check_readable(path)
+    return saved_step(path)
+
+
+def _precision(accelerator: str) -> str:
+    cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return "bf16-mixed" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+
+
+@rank_zero_only
+def _move_earlier_run(root: Path) -> None:
+    """A new run in a folder that holds one: that one goes to `earlier/N`, so that nothing is mixed up or lost."""
+    if not ((root / "logs" / "config.yaml").exists() or (root / "checkpoints" / LAST).exists()):
+        return
+    number = 1 + max((int(p.name) for p in (root / "earlier").glob("*") if p.name.isdigit()), default=0)
+    target = root / "earlier" / str(number)
+    target.mkdir(parents=True)
+    for name in _RUN_FILES:
+        if (root / name).exists():
+            (root / name).rename(target / name)
+    print(f"{root} held a run already: moved to {target}. To go on with a run: --ckpt_path last")

@@ -1,0 +1,97 @@
+# Shared by recipes/quickstart.sh and tests/run.sh; to be sourced by bash, not run:
+#
+#     source recipes/env.sh
+#     ensure_venv "lightning,recipes"     # a comma-separated list of the package's extras, "" for none
+#     "$PYTHON" ...
+#
+# ensure_venv makes .venv in the repository's root where there is none, installs into it what is missing (the package
+# itself in editable mode, the extras, torch) and sets PYTHON. A torch that the interpreter can import already is used;
+# otherwise TORCH_REQUIREMENT is installed. When everything is there nothing is installed and no network is needed.
+# The interpreter is $AM_PYTHON if set, else the first of python3, python, python3.10 ... python3.14 that is 3.10 or newer.
+
+AM_ROOT="$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+TORCH_REQUIREMENT="torch==2.13.0"
+
+_am_fail() {
+    printf 'error: %s\n' "$*" >&2
+    return 1
+}
+
+_am_find_python() {  # prints the path of an interpreter that is new enough
+    local name found=""
+    for name in ${AM_PYTHON:+"$AM_PYTHON"} python3 python python3.14 python3.13 python3.12 python3.11 python3.10; do
+        command -v "$name" >/dev/null 2>&1 || continue
+        if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then
+            "$name" -c 'import sys; print(sys.executable)'
+            return
+        fi
+        found="$found $name"
+    done
+    _am_fail "Python 3.10 or newer is needed; found${found:- no python at all}. Install one, or set AM_PYTHON to its path."
+}
+
+_am_create_venv() {  # $1: interpreter
+    if ! "$1" -c 'import venv, ensurepip' >/dev/null 2>&1; then
+        _am_fail "$1 cannot make virtual environments: its modules venv and ensurepip are missing." \
+            "On Debian and Ubuntu: apt install python3-venv"
+        return 1
+    fi
+    echo "Making the virtual environment $AM_ROOT/.venv" >&2
+    "$1" -m venv --clear "$AM_ROOT/.venv" || _am_fail "could not make $AM_ROOT/.venv with $1"
+}
+
+_am_share_torch() {  # $1: interpreter. Where it can import torch, .venv sees its packages too (after its own).
+    "$1" -c 'import torch' >/dev/null 2>&1 || return 0
+    "$1" - "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')" <<'PY'
+import os, sys
+folders = [p for p in sys.path if os.path.basename(p) in ("site-packages", "dist-packages") and os.path.isdir(p)]
+with open(os.path.join(sys.argv[1], "shared_with_base.pth"), "w") as file:
+    file.writelines(f"import site; site.addsitedir({p!r})\n" for p in folders)
+PY
+}
+
+_am_pip() {
+    "$PYTHON" -m pip install --quiet --no-input --disable-pip-version-check "$@"
+}
+
+_am_install() {  # $1: extras, $2: stamp file, $3: stamp
+    local torch=()
+    if ! "$PYTHON" -c 'import torch' >/dev/null 2>&1; then
+        torch=("$TORCH_REQUIREMENT")
+        echo "Installing $TORCH_REQUIREMENT: a large download, once" >&2
+    fi
+    echo "Installing am_lightning${1:+[$1]} into $AM_ROOT/.venv" >&2
+    if ! _am_pip ${torch[@]+"${torch[@]}"} -e "$AM_ROOT${1:+[$1]}"; then
+        _am_fail "pip could not install into $AM_ROOT/.venv (its message is above). The same command tries again."
+        return 1
+    fi
+    printf '%s\n' "$3" >>"$2"
+}
+
+_am_ensure_venv_locked() {
+    local base stamps stamp
+    PYTHON="$AM_ROOT/.venv/bin/python"
+    stamps="$AM_ROOT/.venv/am_lightning-installed"
+    # What an installation depends on: the folder (it is editable), the requirements, the extras asked for.
+    stamp="$AM_ROOT $(cksum <"$AM_ROOT/pyproject.toml") [$1]"
+    if [ -f "$stamps" ] && "$PYTHON" -c '' >/dev/null 2>&1 && grep -qxF -- "$stamp" "$stamps"; then
+        return 0
+    fi
+    if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then  # none yet, half made, or its base interpreter is gone
+        base="$(_am_find_python)" || return 1
+        _am_create_venv "$base" || return 1
+        _am_share_torch "$base" || return 1
+    fi
+    _am_install "$1" "$stamps" "$stamp"
+}
+
+ensure_venv() {
+    local status=0
+    # One installation at a time: the lock is on a file that is there anyway and ends with the descriptor.
+    exec 9<"$AM_ROOT/pyproject.toml" || return 1
+    if command -v flock >/dev/null 2>&1; then flock 9; fi
+    _am_ensure_venv_locked "${1:-}" || status=$?
+    exec 9<&-
+    export PYTHON
+    return "$status"
+}

@@ -1,0 +1,76 @@
+"""What a finished run tells its user: a few lines, and where to look."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
+
+from checkpoints import LAST
+from data import TextData
+from monitors import TrainingClock
+from plot import Run, draw
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Figures of a finished run.
+
+    Attributes:
+        root: the run's folder.
+        log_dir: of the event file; None without a logger.
+        steps: optimizer steps done in all.
+        val_loss: nats per token after the last step; `perplexity` is its exponential.
+        val_rows: rows that were scored.
+        seconds: of training in this process, validations included.
+        tokens_per_second: of training alone, all processes together; None where no step was taken.
+    """
+
+    root: Path
+    log_dir: Path | None
+    steps: int
+    val_loss: float
+    perplexity: float
+    val_rows: int
+    seconds: float
+    tokens_per_second: float | None
+
+    @classmethod
+    def of(cls, trainer: L.Trainer, data: TextData, clock: TrainingClock) -> RunResult:
+        """Read the figures off a Trainer that has just fitted and validated."""
+        rate = clock.steps_per_second
+        return cls(
+            root=Path(trainer.default_root_dir),
+            log_dir=Path(trainer.log_dir) if trainer.loggers and trainer.log_dir else None,
+            steps=trainer.global_step,
+            val_loss=float(trainer.callback_metrics["val/loss"]),
+            perplexity=float(trainer.callback_metrics["val/perplexity"]),
+            val_rows=data.scored_rows,
+            seconds=clock.seconds,
+            tokens_per_second=None if rate is None else rate * data.batch_size * data.seq_len,
+        )
+
+
+@rank_zero_only
+def print_summary(result: RunResult) -> None:
+    """Print the figures and where things are; draw `summary.png` from the event file."""
+    loss = f"{result.val_loss:.4f} nats per token (perplexity {result.perplexity:.2f})"
+    lines = [("validation loss", f"{loss} on {result.val_rows} held-out rows")]
+    if result.tokens_per_second is None:
+        lines.append(("training", f"{result.steps} steps were done already, none in this call"))
+    else:
+        speed = f"{result.tokens_per_second:,.0f} tokens per second".replace(",", " ")
+        lines.append(("training", f"{result.steps} steps, {result.seconds:.1f} seconds in this call, {speed}"))
+    if result.log_dir is not None:
+        lines.append(("curves", f'tensorboard --logdir "{result.log_dir}"'))
+        lines.append(("picture", str(_picture(result))))
+    lines.append(("checkpoint", str(result.root / "checkpoints" / LAST)))
+    print("\n" + "\n".join(f"  {name:<16} {text}" for name, text in lines) + "\n", flush=True)
+
+
+def _picture(result: RunResult) -> Path:
+    path = result.root / "summary.png"
+    draw(path, [Run("", result.log_dir, result.val_loss)], heatmap_of=0)
+    return path

@@ -1,0 +1,84 @@
+"""What a user installs: the wheel and the source archive, built from this tree."""
+
+from __future__ import annotations
+
+import email
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.message import Message
+from pathlib import Path
+
+import pytest
+
+from tests.package.tree import PACKAGE, ROOT, extras, files, version
+
+
+def _build(source: Path, out: Path, target: str) -> Path:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(out)]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = out.iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _build(ROOT, tmp_path_factory.mktemp("wheel"), "wheel")
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _build(ROOT, tmp_path_factory.mktemp("sdist"), "sdist")
+
+
+def _names(wheel: Path) -> set[str]:
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+def _metadata(wheel: Path) -> Message:
+    (name,) = [name for name in _names(wheel) if name.endswith(".dist-info/METADATA")]
+    return email.message_from_bytes(zipfile.ZipFile(wheel).read(name))
+
+
+def test_wheel_is_the_package_and_nothing_else(wheel: Path) -> None:
+    package = {str(path.relative_to(ROOT)) for path in files() if PACKAGE in path.parents}
+    info = f"am_lightning-{version()}.dist-info"
+    assert "am_lightning/py.typed" in package
+    assert _names(wheel) == package | {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")}
+    assert wheel.name == f"am_lightning-{version()}-py3-none-any.whl"
+
+
+def test_wheel_metadata(wheel: Path) -> None:
+    meta = _metadata(wheel)
+    assert meta["Name"] == "am-lightning"
+    assert meta["Version"] == version()
+    assert meta["License-Expression"] == "Apache-2.0"
+    assert meta["Requires-Python"] == ">=3.10"
+    assert [need for need in meta.get_all("Requires-Dist", []) if "extra ==" not in need] == ["torch>=2.6"]
+    assert set(meta.get_all("Provides-Extra", [])) == extras()
+    assert (ROOT / "README.md").read_text().strip() in str(meta.get_payload())
+
+
+def test_wheel_works_from_where_it_lies(wheel: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import am_lightning, torch\n"
+        "assert am_lightning.__file__.startswith(sys.argv[1]), am_lightning.__file__\n"
+        "optimizer = am_lightning.am_adamw(torch.nn.Linear(2, 2))\n"
+        "print(am_lightning.__version__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(wheel)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == version()
+
+
+def test_sdist_holds_what_it_takes_to_build_and_test(sdist: Path, wheel: Path, tmp_path: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {Path(*Path(member.name).parts[1:]) for member in archive.getmembers() if member.isfile()}
+        archive.extractall(tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+    tracked = {path.relative_to(ROOT) for path in files() if path.relative_to(ROOT).parts[0] != ".ci"}
+    assert names - {Path("PKG-INFO")} == tracked
+    (folder,) = tmp_path.iterdir()
+    assert _names(_build(folder, tmp_path / "out", "wheel")) == _names(wheel)

@@ -1,0 +1,109 @@
+"""`import am_lightning` costs torch and nothing else; what needs an extra says so if it is missing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import am_lightning
+from tests.package.tree import PACKAGE, ROOT, module_name, sources
+
+# Public name or module -> (package that it needs, extra that brings it)
+NEEDS = {
+    "am_lightning:AdaptiveMemory": ("lightning", "lightning"),
+    "am_lightning.lightning:AdaptiveMemory": ("lightning", "lightning"),
+}
+IMPORTABLE = {module_name(path) for path in sources(PACKAGE)} - {"am_lightning.__main__"}
+HEAVY = {
+    "lightning",
+    "pytorch_lightning",
+    "torchmetrics",
+    "tensorboard",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "triton",
+}
+
+BLOCK = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError("No module named " + repr(name), name=name)
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def _python(code: str, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+def _modules_after(code: str) -> set[str]:
+    done = _python(f"{code}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))")
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_import_brings_torch_and_nothing_else() -> None:
+    """The public optimizers and factories are used too: they stay as light as the import."""
+    use = "import am_lightning as am; am.AMAdamW, am.AMSGD, am.am_adamw, am.am_sgd, am.clip_grad_norm_"
+    added = {name.partition(".")[0] for name in _modules_after(use) - _modules_after("import torch, json")}
+    assert added - set(sys.stdlib_module_names) <= {"am_lightning", "torch"}
+    assert "am_lightning" in added
+
+
+def test_every_module_imports_first() -> None:
+    """Each module is a fit first import: no cycle that works only in one order."""
+    code = (
+        "import importlib, sys, torch\n"
+        "for name in sys.argv[1:]:\n"
+        "    for module in [m for m in sys.modules if m.partition('.')[0] == 'am_lightning']:\n"
+        "        del sys.modules[module]\n"
+        "    try:\n"
+        "        importlib.import_module(name)\n"
+        "    except Exception as error:\n"
+        "        raise SystemExit(f'import {name}: {error!r}')\n"
+    )
+    done = _python(code, *sorted(IMPORTABLE))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("target", NEEDS)
+def test_missing_extra_is_named(target: str) -> None:
+    package, extra = NEEDS[target]
+    module, name = target.split(":")
+    code = BLOCK.format(blocked={package, "pytorch_lightning"}) + f"from {module} import {name}"
+    done = _python(code)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(("ImportError", "ModuleNotFoundError"))
+    assert f"pip install am-lightning[{extra}]" in last.replace("'", "").replace('"', "")
+
+
+def test_everything_else_works_without_any_extra() -> None:
+    code = BLOCK.format(blocked=HEAVY) + (
+        "import torch, am_lightning as am\n"
+        "model = torch.nn.Linear(2, 2)\n"
+        "makers = [am.am_adamw, am.am_sgd, lambda m: am.AMAdamW(m.parameters()), lambda m: am.AMSGD(m.parameters())]\n"
+        "for optimizer in [make(model) for make in makers]:\n"
+        "    model(torch.ones(1, 2)).sum().backward()\n"
+        "    am.clip_grad_norm_(optimizer, 1.0)\n"
+        "    optimizer.step()\n"
+        "    assert len(optimizer.momentum()) == 2\n"
+    )
+    done = _python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names() -> None:
+    assert set(am_lightning.__all__) >= {"AMAdamW", "AMSGD", "am_adamw", "am_sgd", "AdaptiveMemory", "clip_grad_norm_"}
+    assert len(set(am_lightning.__all__)) == len(am_lightning.__all__)
+    for name in am_lightning.__all__:
+        assert getattr(am_lightning, name) is not None
+        assert name in dir(am_lightning)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        am_lightning.no_such_name  # noqa: B018
