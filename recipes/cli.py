@@ -15,9 +15,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from checkpoints import LAST, AtomicCheckpointIO, RunCheckpoint, check_readable, saved_step
 from compare import compare
 from data import TextData
+from errors import RecipeError, require
 from llama import LlamaPretraining
 from monitors import TrainingClock
-from report import RunResult, print_summary
+from report import RunResult, print_summary, print_validation
 
 CHECKPOINTS_PER_RUN = 5  # where the configuration does not say how often
 PROGRESS_EVERY = 10  # batches between two updates of the progress bar
@@ -59,6 +60,7 @@ class PretrainCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_argument("--threads", type=int | None, default=None, help="CPU threads of torch; null: its default")
         parser.add_argument("--compare", type=bool, default=False, help="also train AdamW, and draw all in one picture")
         parser.link_arguments("model.seq_len", "data.seq_len")
         parser.link_arguments("model.vocab_size", "data.vocab_size")
@@ -69,6 +71,9 @@ class PretrainCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         trainer, checkpoint = config.trainer, config.checkpoint
+        if config.threads is not None:
+            require(config.threads >= 1, "threads", config.threads, "a whole number >= 1, or null")
+            torch.set_num_threads(config.threads)
         root = Path(trainer.default_root_dir or ".").expanduser().resolve()
         trainer.default_root_dir = str(root)
         checkpoint.dirpath = checkpoint.dirpath or str(root / "checkpoints")
@@ -78,12 +83,17 @@ class PretrainCLI(LightningCLI):
             # However short the run, its curve has a point.
             trainer.log_every_n_steps = min(trainer.log_every_n_steps or 1, trainer.max_steps)
         self.resume_step = _resume_step(config.ckpt_path, Path(checkpoint.dirpath))
+        if self.subcommand == "validate" and self.resume_step == 0:
+            raise RecipeError(f"nothing to validate: --ckpt_path is {config.ckpt_path}, in {checkpoint.dirpath}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand].trainer
         if config.precision is None:
             kwargs["precision"] = _precision(config.accelerator)
-        if config.logger in (None, True):
+        if self.subcommand != "fit":  # a validation leaves the run's files alone
+            kwargs["logger"] = False
+            self.save_config_callback = None
+        elif config.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(
                 config.default_root_dir,
                 name="logs",
@@ -108,6 +118,9 @@ class PretrainCLI(LightningCLI):
             self.datamodule.trainer = self.trainer
             rank_zero_only(self.datamodule.prepare_data)()
             _move_earlier_run(Path(self.config.fit.trainer.default_root_dir))
+
+    def after_validate(self) -> None:
+        print_validation(RunResult.of(self.trainer, self.datamodule, self.clock))
 
     def after_fit(self) -> None:
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)

@@ -68,7 +68,7 @@ def replacing(path: Path, cure: str) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             part.unlink()
         refused = disk_error(error)
-        if refused is not None:
+        if refused is not None and not isinstance(error, RecipeError):
             raise write_failure(path, refused, cure) from error
         raise
 

@@ -25,6 +25,7 @@ LAYER_TAG = "am/beta/layer/"
 # Okabe and Ito's palette: told apart with any colour vision.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 _INK, _GRID = "#333333", "#DDDDDD"
+_HEATMAP_COLUMNS = 160
 _SMOOTHING = 0.04  # share of the run that the mean of the training loss goes over
 
 
@@ -106,20 +107,19 @@ def _draw_losses(axes: Axes, runs: list[Run], curves: list[dict[str, Curve]]) ->
 
 
 def _legend(runs: list[Run]) -> list[Line2D]:
-    finals = [f" ({run.final_val_loss:.3f} at the end)" if run.final_val_loss is not None else "" for run in runs]
-    validation, training = {"marker": "o", "markersize": 5, "linewidth": 1.6}, {"linewidth": 1.2}
-    if len(runs) == 1:
-        return [
-            Line2D([], [], color=_COLOURS[1], label=f"validation{finals[0]}", **validation),
-            Line2D([], [], color=_COLOURS[0], label="training, running mean", **training),
-        ]
-    return [
-        *(
-            Line2D([], [], color=colour, label=f"{run.name}{final}", **validation)
-            for run, final, colour in zip(runs, finals, _COLOURS, strict=False)
-        ),
-        Line2D([], [], color=_INK, alpha=0.6, label="without dots: training, running mean", **training),
-    ]
+    dots, plain = {"marker": "o", "markersize": 5, "linewidth": 1.6}, {"linewidth": 1.2}
+    colours = _COLOURS if len(runs) > 1 else _COLOURS[1:]
+    handles = []
+    for run, colour in zip(runs, colours, strict=False):
+        label = f"{run.name}: validation" if run.name else "validation"
+        if run.final_val_loss is not None:
+            label += f", {run.final_val_loss:.3f} at the end"
+        handles.append(Line2D([], [], color=colour, label=label, **dots))
+    if len(runs) > 1:
+        handles.append(Line2D([], [], color=_INK, alpha=0.6, label="without dots: training, running mean", **plain))
+    else:
+        handles.append(Line2D([], [], color=_COLOURS[0], label="training, running mean", **plain))
+    return handles
 
 
 def _loss_after_start(curves: list[dict[str, Curve]]) -> float | None:
@@ -162,12 +162,18 @@ def _draw_heatmap(figure: Figure, axes: Axes, curves: dict[str, Curve], layers: 
     for row, layer in enumerate(layers):
         curve = curves[LAYER_TAG + layer]
         values[row, np.searchsorted(steps, curve.steps)] = curve.values
-    edges = np.concatenate([[steps[0] - 1], steps])
-    mesh = axes.pcolormesh(edges, np.arange(len(layers) + 1), values, cmap="YlGnBu_r", vmin=0.0, rasterized=True)
+    # Dips last a step or two: a column shows the lowest of its steps, or a long run's would be too thin to see.
+    width = -(-len(steps) // _HEATMAP_COLUMNS)
+    starts = np.arange(0, len(steps), width)
+    lowest = np.fmin.reduceat(values, starts, axis=1)
+    edges = np.concatenate([[steps[0] - 1], steps[starts[1:] - 1], [steps[-1]]])
+    mesh = axes.pcolormesh(edges, np.arange(len(layers) + 1), lowest, cmap="YlGnBu_r", vmin=0.0, rasterized=True)
     axes.set_yticks(np.arange(len(layers)) + 0.5, layers)
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
     title = rf"momentum $\beta_t${whose}, mean over a layer's tensors"
+    if width > 1:
+        title += f", lowest of {width} steps"
     axes.set_title(title, loc="left", fontsize=10, color=_INK)
     _style(axes)
     bar = figure.colorbar(mesh, ax=axes, pad=0.01, aspect=15)

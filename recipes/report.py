@@ -37,6 +37,11 @@ class RunResult:
     seconds: float
     tokens_per_second: float | None
 
+    def validation(self) -> str:
+        """The validation's figures in words."""
+        loss = f"{self.val_loss:.4f} nats per token (perplexity {self.perplexity:.2f})"
+        return f"{loss} on {self.val_rows} held-out rows"
+
     @classmethod
     def of(cls, trainer: L.Trainer, data: TextData, clock: TrainingClock) -> RunResult:
         """Read the figures off a Trainer that has just fitted and validated."""
@@ -54,10 +59,15 @@ class RunResult:
 
 
 @rank_zero_only
+def print_validation(result: RunResult) -> None:
+    """Print the figures of `validate`."""
+    print(f"\n  {'validation loss':<16} {result.validation()}\n", flush=True)
+
+
+@rank_zero_only
 def print_summary(result: RunResult) -> None:
     """Print the figures and where things are; draw `summary.png` from the event file."""
-    loss = f"{result.val_loss:.4f} nats per token (perplexity {result.perplexity:.2f})"
-    lines = [("validation loss", f"{loss} on {result.val_rows} held-out rows")]
+    lines = [("validation loss", result.validation())]
     if result.tokens_per_second is None:
         lines.append(("training", f"{result.steps} steps were done already, none in this call"))
     else:

@@ -102,7 +102,8 @@ class AMAdamW(AdaptiveMemoryOptimizer):
         return {"betas": (float(cap), beta2), self.cap_key: float(cap)}
 
     def _options(self, group: dict[str, Any]) -> Options:
-        return Options(group["betas"][1], group["lambd"], group["weight_decay"], 0.0, group["maximize"])
+        beta2, lambd, decay = group["betas"][1], group["lambd"], group["weight_decay"]
+        return Options(float(beta2), float(lambd), float(decay), 0.0, group["maximize"])
 
     def _metric_numbers(self, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
         device, dtype = scalars["step"].device, scalars["step"].dtype

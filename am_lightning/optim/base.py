@@ -20,6 +20,9 @@ from am_lightning.optim.validation import NONFINITE, SCOPES, check_choice, check
 from am_lightning.sharding import Layout
 
 
+_WHOLE_OPTIMIZER = ("scope", "nonfinite", "loss_gap", "replica_group")  # options that no group has of its own
+
+
 class AdaptiveMemoryOptimizer(Optimizer):
     """Rows, packed sums and state; a subclass says what its metric, its state and its options are."""
 
@@ -80,6 +83,10 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     def _known_gap(self, shared: Tensor | None, numbers: dict[str, Tensor]) -> Tensor | None:
         """0-dim (1 + mu eta_t) Delta_t / eta_t where the loss gap is known."""
+        return None
+
+    def _gradients(self, shared: Tensor | None) -> Tensor | None:
+        """0-dim, 0 where all gradients are zero; None where D says it."""
         return None
 
     def _after(self, decision: Decision, shared: Tensor | None) -> None:
@@ -176,6 +183,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
             first_takes_cap=self.first_takes_cap,
             nonfinite=self.nonfinite,
             gap=self._known_gap(shared, scalars),
+            gradients=self._gradients(shared),
         )
         numbers.add("omega", self._omega(decision, sums))
         passes.update(numbers, decision.counts)
@@ -279,6 +287,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
             "prev_lr": torch.where(counts, scalars["lr"], scalars["prev_lr"]),
         }
         known = [i for i, p in enumerate(params) if self.state.get(p)]
+        if not known:
+            return
         for key, column in new.items():
             values = column.unbind()
             torch._foreach_copy_([self.state[params[i]][key] for i in known], [values[i] for i in known])
@@ -286,7 +296,12 @@ class AdaptiveMemoryOptimizer(Optimizer):
     # ------------------------------------------------------------------ groups, pickle, state_dict
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; its options are checked before anything changes."""
-        checked = self._check_group({**self.defaults, **param_group}) if isinstance(param_group, dict) else {}
+        checked = {}
+        if isinstance(param_group, dict):
+            for name in _WHOLE_OPTIMIZER:
+                if name in param_group:
+                    raise ValueError(f"Invalid {name} in a parameter group: {name} is an option of the whole optimizer")
+            checked = self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         self.param_groups[-1].update(checked)
 
@@ -300,6 +315,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
         self.defaults.pop("differentiable", None)  # torch.optim adds it
         for group in self.param_groups:
             for key, value in self.defaults.items():
+                group.setdefault(key, value)
+            for key, value in self._check_group(group).items():
                 group.setdefault(key, value)
         if self._loading is not None:
             self._finish_loading(*self._loading)

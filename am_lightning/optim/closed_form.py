@@ -82,6 +82,7 @@ def decide(
     first_takes_cap: bool,
     nonfinite: str,
     gap: Tensor | None = None,
+    gradients: Tensor | None = None,
 ) -> Decision:
     """beta_t of every row, and which rows take part.
 
@@ -91,6 +92,7 @@ def decide(
         first_takes_cap: a row's own first step uses the cap (AM-AdamW) or its scope's beta (AM-SGD).
         nonfinite: "skip" drops the step, "propagate" takes the cap where a sum is not finite, as AdamW would.
         gap: 0-dim, (1 + mu eta_t) Delta_t / eta_t where the loss gap is known (scope global), else None.
+        gradients: 0-dim, 0 where all gradients are zero; None: D of first steps says it (no decay inside g).
     """
     bad = sums.present & ~(torch.isfinite(sums.num) & torch.isfinite(sums.den))
     if gap is not None:
@@ -108,12 +110,12 @@ def decide(
         beta = torch.where(over_scope(bad.to(cap.dtype), scope, sizes) > 0, cap, beta)
     if first_takes_cap:
         beta = torch.where(sums.first, cap, beta)
-    return Decision(beta, sums.present & ~skipped & ~_phantom(sums, lr), skipped, bad)
+    return Decision(beta, sums.present & ~skipped & ~_phantom(sums, lr, gradients), skipped, bad)
 
 
-def _phantom(sums: Sums, lr: Tensor) -> Tensor:
+def _phantom(sums: Sums, lr: Tensor, gradients: Tensor | None) -> Tensor:
     """``[rows]`` bool: the step that torch.distributed.checkpoint makes on a fresh optimizer, with eta = 0 and zero gradients.
 
     It must leave no trace; a genuine first step at eta = 0 has gradients and counts.
     """
-    return sums.first & (lr == 0) & (sums.den.sum() == 0)
+    return sums.first & (lr == 0) & ((sums.den.sum() if gradients is None else gradients) == 0)

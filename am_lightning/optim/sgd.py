@@ -106,9 +106,9 @@ class AMSGD(AdaptiveMemoryOptimizer):
         return {}
 
     def _options(self, group: dict[str, Any]) -> Options:
-        decay, decoupled = group["weight_decay"], group["decoupled_weight_decay"]
+        decay, decoupled = float(group["weight_decay"]), group["decoupled_weight_decay"]
         mu, l2 = (decay, 0.0) if decoupled else (0.0, decay)
-        return Options(0.0, group["lambd"], mu, l2, group["maximize"])
+        return Options(0.0, float(group["lambd"]), mu, l2, group["maximize"])
 
     def _omega(self, decision: Decision, sums: Sums) -> Tensor:
         # d_0 = g_0: a fresh buffer is zero, and 0 + (1 + lambda) (g - 0) / (1 + lambda) = g
@@ -144,40 +144,62 @@ class AMSGD(AdaptiveMemoryOptimizer):
                         f"loss_gap='exact' needs one {key} for all parameter groups, but got {first[key]} and {group[key]}"
                     )
 
+    def _numbers(self, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
+        numbers = super()._numbers(scalars)
+        if self.loss_gap == "exact":  # the known Delta_t replaces k <g, d>
+            numbers["gap"] = torch.ones_like(numbers["gap"])
+        return numbers
+
     def _shared_sums(self, pieces: list[Piece], layout: Layout, loss: Any, like: Tensor) -> Tensor | None:
-        if self.loss_gap != "exact":
-            return None
-        value = loss.detach() if isinstance(loss, Tensor) else torch.full((), float(loss), device=like.device)
-        value = value.reshape(()).to(like.device, like.dtype)
-        penalty = torch.zeros_like(value)
-        for row in layout.rows:
-            l2 = self._options(self.param_groups[row.group_index]).l2
-            if l2 and row.counted:
-                penalty = penalty + 0.5 * l2 * _square_sum(row.param, like)
-        return torch.stack([value, torch.ones_like(value), penalty])
+        """[loss, 1, L2 penalty, gradients]: the first three for the exact gap, the last where decay hides a zero gradient."""
+        zero = torch.zeros((), dtype=like.dtype, device=like.device)
+        value = penalty = gradients = zero
+        if self.loss_gap == "exact":
+            value = loss.detach() if isinstance(loss, Tensor) else torch.full_like(zero, float(loss))
+            value = value.reshape(()).to(zero)
+            for row in layout.rows:
+                l2 = self._options(self.param_groups[row.group_index]).l2
+                if l2 and row.counted:
+                    penalty = penalty + 0.5 * l2 * _square_sum(row.param, like)
+        hidden = [p for p in pieces if p.options.l2 and self._may_be_phantom(layout.rows[p.row].group_index)]
+        for piece in hidden:
+            gradients = gradients + _square_sum(piece.g, like)
+        if self.loss_gap != "exact" and not any(self._options(g).l2 for g in self.param_groups):
+            return None  # nothing to share, on every rank alike
+        return torch.stack([value, torch.ones_like(zero), penalty, gradients])
+
+    def _may_be_phantom(self, group_index: int) -> bool:
+        lr = self.param_groups[group_index]["lr"]
+        return isinstance(lr, Tensor) or lr == 0
+
+    def _gradients(self, shared: Tensor | None) -> Tensor | None:
+        return None if shared is None or not any(self._options(g).l2 for g in self.param_groups) else shared[3]
 
     def _known_gap(self, shared: Tensor | None, numbers: dict[str, Tensor]) -> Tensor | None:
-        if shared is None:
+        if shared is None or self.loss_gap != "exact":
             return None
-        now, before = self._objective(shared), self.param_groups[0].get(_PREV_LOSS)
-        if before is None:
-            return torch.zeros_like(now)
+        now, before = self._objective(shared), self._prev_loss(shared)
         lr, mu = numbers["lr"][0], numbers["mu"][0]
-        delta = torch.as_tensor(before).to(now) - now
-        return torch.where(lr > 0, (1 + mu * lr) * delta / torch.where(lr > 0, lr, 1.0), 0.0)
+        moves = (lr > 0) & ~torch.isnan(before)
+        known = (1 + mu * lr) * (before - now) / torch.where(lr > 0, lr, 1.0)
+        return torch.where(torch.isfinite(now), torch.where(moves, known, 0.0), torch.nan)
+
+    def _prev_loss(self, like: Tensor) -> Tensor:
+        """0-dim f(x_{t-1}), nan before the first step that counted."""
+        before = self.param_groups[0].get(_PREV_LOSS)
+        return torch.full_like(like[0], torch.nan) if before is None else torch.as_tensor(before).to(like)
 
     def _objective(self, shared: Tensor) -> Tensor:
         """f: the mean of the ranks' losses (negated where it is maximised) plus the L2 penalty."""
-        total, ranks, penalty = shared.unbind()
+        total, ranks, penalty, _ = shared.unbind()
         loss = total / ranks
         return (-loss if self.param_groups[0]["maximize"] else loss) + penalty
 
     def _after(self, decision: Decision, shared: Tensor | None) -> None:
-        if shared is None:
+        if shared is None or self.loss_gap != "exact":
             return
-        now, before = self._objective(shared), self.param_groups[0].get(_PREV_LOSS)
-        if before is not None:  # a skipped step leaves it
-            now = torch.where(decision.skipped, torch.as_tensor(before).to(now), now)
+        # a skipped step leaves it
+        now = torch.where(decision.skipped, self._prev_loss(shared), self._objective(shared))
         for group in self.param_groups:
             group[_PREV_LOSS] = now
 

@@ -214,6 +214,28 @@ def test_a_first_step_at_lr_zero_with_gradients_counts(scope: str, foreach: bool
     run_bowl(twin, Bowl.around(SHAPES, seed=5), [(0.5, 0.5), (0.9, 0.3), (0.4, 0.8)])
 
 
+@pytest.mark.parametrize("foreach", KERNELS)
+@pytest.mark.parametrize("lrs", [(0.0, 0.0), (0.1, 0.0), (0.0, 0.1)])
+@pytest.mark.parametrize("zero", [0, 2, None])
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_any_gradient_makes_a_first_step_at_lr_zero_count(
+    kind: str, zero: int | None, lrs: tuple[float, float], foreach: bool | None
+) -> None:
+    """Whichever group has it, with or without decay, and whatever the other group's lr is."""
+    cls = AMAdamW if kind == "adamw" else AMSGD
+    optimizer = cls(groups_of(named_params(SHAPES, torch.float64)), lr=0.0, scope="tensor", foreach=foreach)
+    twin = Twin(optimizer, make_oracle(optimizer, scope="tensor"))
+
+    def spare(step: int, grads: list[torch.Tensor]) -> None:
+        for i, g in enumerate(grads):
+            if step == 0 and zero is not None and (i < 2) == (zero < 2):
+                g.zero_()
+
+    run_bowl(twin, Bowl.around(SHAPES, seed=4), [lrs], spare)
+    assert all(float(optimizer.state[p]["step"]) == 1.0 for p in twin.params)
+    run_bowl(twin, Bowl.around(SHAPES, seed=5), [(0.5, 0.5), (0.9, 0.3), (0.4, 0.8)])
+
+
 def test_a_first_step_at_lr_zero_is_adamws() -> None:
     """At the cap with lambda = 0 the warmup from lr 0 is AdamW's, moments and counters included."""
     results = []

@@ -26,18 +26,18 @@ class Scratch:
     def take(self, name: str, dtype: torch.dtype, numel: int) -> Tensor:
         """``[numel]`` uninitialised; the same memory at every call with this name and dtype."""
         key = (dtype, name)
-        if key not in self._buffers:
+        if key not in self._buffers or self._buffers[key].numel() < numel:
             self._release_other_dtypes(dtype)
-            self._buffers[key] = torch.empty(chunk_elements(dtype), dtype=dtype)
+            self._buffers[key] = torch.empty(numel, dtype=dtype)
         return self._buffers[key][:numel]
 
     def _release_other_dtypes(self, dtype: torch.dtype) -> None:
         self._buffers = {key: buffer for key, buffer in self._buffers.items() if key[0] == dtype}
 
 
-def chunk_elements(dtype: torch.dtype) -> int:
-    """Elements in a chunk whose working dtype is ``dtype``."""
-    return _BUFFER_BYTES // dtype.itemsize
+def chunk_elements(dtype: torch.dtype, *, copies: bool = False) -> int:
+    """Elements in a chunk whose working dtype is ``dtype``; half of them where all operands are copied to scratch."""
+    return _BUFFER_BYTES // dtype.itemsize // (2 if copies else 1)
 
 
 @dataclass(eq=False)
@@ -84,7 +84,7 @@ def _sums(piece: Piece, numbers: Numbers, accumulate: torch.dtype, scratch: Scra
             slope = torch.add(c.d, c.x, alpha=o.mu, out=c.a) if o.mu else c.d
         else:
             _metric(c, piece, host, v_out=c.a)
-            torch.mul(c.a, o.lambd, out=c.q).add_(1.0).mul_(c.a)  # P q
+            torch.addcmul(c.a, c.a, c.a, value=o.lambd, out=c.q)  # P q
             torch.div(c.b, c.q, out=c.q)
             _dots(c.b, c.q, dens)
             slope = torch.div(c.d, c.a, out=c.b)
@@ -104,8 +104,8 @@ def _update(piece: Piece, numbers: Numbers, scratch: Scratch) -> None:
             c.d.add_(c.b, alpha=omega / (1 + o.lambd))
         else:
             _metric(c, piece, host, v_out=c.v)
-            torch.mul(c.a, o.lambd, out=c.q).add_(1.0)
-            c.d.add_(c.b.div_(c.q), alpha=omega)
+            torch.add(_as_scalar(1.0, c.a), c.a, alpha=o.lambd, out=c.q)
+            c.d.addcdiv_(c.b, c.q, value=omega)
         if shrink != 1:
             c.x.mul_(shrink)
         if c.v is None:
@@ -118,10 +118,16 @@ def _update(piece: Piece, numbers: Numbers, scratch: Scratch) -> None:
 def _metric(c: _Chunk, piece: Piece, host: dict[str, Sequence[Scalar]], v_out: Tensor) -> None:
     """c.a = P = c_t (sqrt(v' / (1 - beta2^t)) + eps); ``v_out`` (c.a or c.v) takes v' = beta2 v + (1 - beta2) g^2."""
     assert c.v is not None
+    root, floor = float(host["root"][piece.row]), float(host["floor"][piece.row])
     torch.mul(c.g, c.g, out=c.a)
     torch.lerp(c.v, c.a, 1 - piece.options.beta2, out=v_out)
     torch.sqrt(v_out, out=c.a)
-    c.a.mul_(host["root"][piece.row]).add_(host["floor"][piece.row])
+    torch.add(_as_scalar(floor, c.a), c.a, alpha=root, out=c.a)
+
+
+def _as_scalar(value: float, like: Tensor) -> Tensor:
+    """0-dim, so that value + alpha * tensor is one operation."""
+    return torch.full((), value, dtype=like.dtype)
 
 
 def _dots(left: Tensor, right: Tensor, out: Iterator[Tensor]) -> None:
@@ -130,8 +136,12 @@ def _dots(left: Tensor, right: Tensor, out: Iterator[Tensor]) -> None:
         torch.dot(a, b, out=next(out))
 
 
+def _chunk_size(piece: Piece) -> int:
+    return chunk_elements(piece.compute_dtype, copies=piece.x.dtype != piece.compute_dtype)
+
+
 def _block_count(piece: Piece) -> int:
-    size = chunk_elements(piece.compute_dtype)
+    size = _chunk_size(piece)
     whole, rest = divmod(piece.x.numel(), size)
     return whole * (-(-size // _SUM_BLOCK)) + -(-rest // _SUM_BLOCK)
 
@@ -139,7 +149,7 @@ def _block_count(piece: Piece) -> int:
 def _chunks(piece: Piece, scratch: Scratch) -> Iterator[_Chunk]:
     """Walk the piece. Low-precision tensors are copied to scratch, g also where a sign or a decay is folded in."""
     dtype, o = piece.compute_dtype, piece.options
-    size = chunk_elements(dtype)
+    size = _chunk_size(piece)
     columns = {"g": piece.g, "d": piece.d, "x": piece.x}
     if piece.v is not None:
         columns["v"] = piece.v

@@ -1,0 +1,79 @@
+"""Commands of the recipe with a model small enough for a test, and what to look at afterwards."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+PRETRAIN = RECIPES / "pretrain.py"
+
+_TINY = {
+    "model.hidden_size": 32,
+    "model.intermediate_size": 64,
+    "model.num_heads": 2,
+    "model.num_layers": 2,
+    "model.seq_len": 32,
+    "data.val_rows": 8,
+    "data.final_val_rows": 16,
+    "data.val_batch_size": 8,
+    "trainer.accelerator": "cpu",
+    "trainer.devices": 1,
+    "trainer.val_check_interval": 5,
+    "trainer.enable_progress_bar": "false",
+    "trainer.enable_model_summary": "false",
+}
+
+
+def arguments(root: Path, source: Path, steps: int, *extra: str, command: str = "fit") -> list[str]:
+    """Of pretrain.py: the laptop recipe with a tiny model, `steps` steps, in the folder `root`."""
+    settings = {**_TINY, "data.source": source, "trainer.max_steps": steps, "trainer.default_root_dir": root}
+    args = [command, "--config", str(RECIPES / "configs" / "laptop.yaml")]
+    for key, value in settings.items():
+        args += [f"--{key}", str(value)]
+    return [*args, *extra]
+
+
+def run(args: list[str], cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run pretrain.py in a process of its own."""
+    return subprocess.run(
+        [sys.executable, str(PRETRAIN), *args],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        **options,
+    )
+
+
+def load(path: Path) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def differences(left: Any, right: Any, where: str = "") -> list[str]:
+    """Where two nested states differ in a bit."""
+    if isinstance(left, torch.Tensor):
+        same = isinstance(right, torch.Tensor) and left.dtype == right.dtype and torch.equal(left, right)
+        return [] if same else [where]
+    if isinstance(left, dict):
+        if not isinstance(right, dict) or left.keys() != right.keys():
+            return [where]
+        return [place for key in left for place in differences(left[key], right[key], f"{where}.{key}")]
+    if isinstance(left, (list, tuple)):
+        if len(left) != len(right):
+            return [where]
+        pairs = enumerate(zip(left, right, strict=True))
+        return [place for i, (a, b) in pairs for place in differences(a, b, f"{where}[{i}]")]
+    return [] if left == right else [f"{where}: {left} {right}"]
+
+
+def training_state(path: Path) -> dict[str, Any]:
+    """Weights, optimizer and schedule of a checkpoint: what must not depend on interruptions."""
+    checkpoint = load(path)
+    return {key: checkpoint[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step")}

@@ -1,0 +1,35 @@
+"""The programs in recipes/ import each other by plain names, as they do when they are run."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+sys.path.insert(0, str(RECIPES))
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 small text files, of which about 5 % are held out; the same words every time."""
+    folder = tmp_path_factory.mktemp("corpus")
+    words = ["def", "return", "memory", "momentum", "step", "=", "(x)", ":", "\n", "for", "in", "range"]
+    rng = random.Random(0)
+    for number in range(120):
+        file = folder / f"part{number % 4}" / f"{number:03d}.txt"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(" ".join(rng.choices(words, k=300)))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def same_process() -> Iterator[None]:
+    """Runs inside the test's process set the number of threads; put it back."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

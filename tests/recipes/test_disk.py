@@ -1,0 +1,49 @@
+"""A disk that becomes full in the middle of a run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .commands import arguments, load, run
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """4 MiB: room for the token file, the curves and a few checkpoints of the tiny model."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]).returncode:
+        pytest.skip("cannot mount here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint(
+    disk: Path, tmp_path: Path, corpus_folder: Path
+) -> None:
+    args = arguments(disk / "run", corpus_folder, 30, "--checkpoint.every_n_train_steps", "1")
+    result = run(args, tmp_path)
+    assert result.returncode == 1
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith(f"error: cannot write {disk}/run/checkpoints/step-"), result.stderr
+    assert "No space left on device" in error
+    assert "MB free" in error
+    assert "Traceback" not in result.stderr
+    steps = sorted((disk / "run" / "checkpoints").glob("step-*.ckpt"))
+    assert len(steps) > 3
+    last = load(disk / "run" / "checkpoints" / "last.ckpt")["global_step"]
+    assert steps[-1].name == f"step-{last:06d}.ckpt"
+    assert not list((disk / "run" / "checkpoints").glob(".*"))
+    for step in steps[:-1]:
+        step.unlink()
+    resumed = run(arguments(disk / "run", corpus_folder, last + 2, "--ckpt_path", "last"), tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert load(disk / "run" / "checkpoints" / "last.ckpt")["global_step"] == last + 2

@@ -1,0 +1,111 @@
+"""Killed with -9 and started again with --ckpt_path last, a run ends with the bits of the unbroken one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from plot import read_curves
+
+from .commands import PRETRAIN, arguments, differences, load, run, training_state
+
+KILLED = Path(__file__).with_name("killed.py")
+STEPS, EVERY = 40, 10
+
+pytestmark = pytest.mark.slow
+
+
+def command(root: Path, source: Path, *extra: str) -> list[str]:
+    return arguments(root, source, STEPS, "--checkpoint.every_n_train_steps", str(EVERY), "--ckpt_path", "last", *extra)
+
+
+def start(program: list[str], cwd: Path) -> subprocess.Popen[bytes]:
+    """In a process group of its own, so that a kill takes the ranks that Lightning starts, too."""
+    return subprocess.Popen(
+        [sys.executable, *program],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def kill_when(process: subprocess.Popen[bytes], ready: Callable[[], bool]) -> None:
+    """SIGKILL the whole group as soon as `ready` says so."""
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "the run did not come so far"
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, corpus_folder: Path) -> Path:
+    root = tmp_path_factory.mktemp("unbroken") / "run"
+    result = run(command(root, corpus_folder), root.parent)
+    assert result.returncode == 0, result.stderr
+    return root
+
+
+def test_kills_at_the_worst_moments_leave_no_trace(tmp_path: Path, corpus_folder: Path, unbroken: Path) -> None:
+    """One run, killed again and again; after every kill the last checkpoint is the newest whole one, or not there."""
+    root = tmp_path / "run"
+    last = root / "checkpoints" / "last.ckpt"
+    moments = [
+        # call, file, which one; then the step that last.ckpt must be at
+        ("fsync", ".tokens.", "1", None),  # the token file is written, not renamed
+        ("fsync", "step-", "1", None),  # the first checkpoint is written, not renamed
+        ("link", "step-", "1", None),  # it is renamed, and there is no last.ckpt yet
+        ("replace", "step-", "2", 10),  # the second is flushed, not renamed; one before was resumed from nothing
+        ("replace", ".last.ckpt", "1", 10),  # the second is there, last.ckpt is not yet it
+        ("fsync", "step-", "2", 20),  # resumed, in the middle of the second write
+    ]
+    for call, part, number, step in moments:
+        args = [str(KILLED), call, part, number, *command(root, corpus_folder)]
+        process = start(args, tmp_path)
+        assert process.wait(120) == -signal.SIGKILL, (call, part, number)
+        assert (load(last)["global_step"] if last.exists() else None) == step, (call, part, number)
+    result = run(command(root, corpus_folder), tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert differences(training_state(last), training_state(unbroken / "checkpoints" / "last.ckpt")) == []
+    assert sorted(p.name for p in (root / "checkpoints").iterdir()) == sorted(
+        p.name for p in (unbroken / "checkpoints").iterdir()
+    )  # no leftover of a killed write
+    ours, theirs = (read_curves(folder / "logs")["train/loss"] for folder in (root, unbroken))
+    assert ours.steps.tolist() == theirs.steps.tolist() == list(range(1, STEPS + 1))
+    assert ours.values.tolist() == theirs.values.tolist()
+
+
+def test_a_kill_between_two_checkpoints_leaves_no_trace(tmp_path: Path, corpus_folder: Path, unbroken: Path) -> None:
+    root = tmp_path / "run"
+    second = root / "checkpoints" / "step-000020.ckpt"
+    process = start([str(PRETRAIN), *command(root, corpus_folder)], tmp_path)
+    kill_when(process, second.exists)
+    assert load(root / "checkpoints" / "last.ckpt")["global_step"] in (10, 20, 30)
+    assert run(command(root, corpus_folder), tmp_path).returncode == 0
+    ours, theirs = (training_state(folder / "checkpoints" / "last.ckpt") for folder in (root, unbroken))
+    assert differences(ours, theirs) == []
+
+
+def test_two_processes_resume_to_the_same_bits(tmp_path: Path, corpus_folder: Path, unbroken: Path) -> None:
+    """DDP, killed and resumed, is bitwise DDP unbroken, and up to rounding one process with the whole batch."""
+    ddp = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    whole, root = tmp_path / "whole", tmp_path / "run"
+    result = run(command(whole, corpus_folder, *ddp), tmp_path)
+    assert result.returncode == 0, result.stderr
+    process = start([str(PRETRAIN), *command(root, corpus_folder, *ddp)], tmp_path)
+    kill_when(process, (root / "checkpoints" / "last.ckpt").exists)
+    assert run(command(root, corpus_folder, *ddp), tmp_path).returncode == 0
+    states = [training_state(folder / "checkpoints" / "last.ckpt") for folder in (root, whole, unbroken)]
+    assert differences(states[0], states[1]) == []
+    for name, weight in states[2]["state_dict"].items():
+        assert (states[0]["state_dict"][name] - weight).abs().max() < 1e-4, name

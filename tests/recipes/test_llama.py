@@ -1,0 +1,123 @@
+"""The module: shapes, loss, parameter groups, schedule, FLOPs."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from errors import RecipeError
+from hypothesis import given
+from hypothesis import strategies as st
+from llama import LlamaPretraining, learning_rate_factor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from am_lightning import AMAdamW
+
+TINY: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "num_layers": 2,
+    "seq_len": 16,
+    "optimizer": partial(AMAdamW, lr=1e-3, betas=(0.8, 0.95)),
+}
+
+
+def build(**options: Any) -> LlamaPretraining:
+    torch.manual_seed(0)
+    module = LlamaPretraining(**{**TINY, **options})
+    module.configure_model()
+    module._trainer = SimpleNamespace(max_steps=10)  # all that configure_optimizers asks of it
+    return module
+
+
+def test_building_twice_keeps_the_weights() -> None:
+    module = build()
+    before = module.model
+    module.configure_model()
+    assert module.model is before
+
+
+def test_the_loss_is_transformers_own() -> None:
+    module = build()
+    tokens = torch.randint(256, (3, 16), generator=torch.Generator().manual_seed(0))
+    loss, logits, targets = module._loss(tokens)
+    assert logits.shape == (3, 15, 256)
+    assert torch.equal(targets, tokens[:, 1:])
+    torch.testing.assert_close(loss, module.model(input_ids=tokens, labels=tokens).loss)
+    assert abs(loss.item() - math.log(256)) < 0.3
+
+
+def test_the_head_is_not_tied_and_attention_is_sdpa() -> None:
+    config = build().model.config
+    assert (config.tie_word_embeddings, config.use_cache, config._attn_implementation) == (False, False, "sdpa")
+
+
+def test_norms_and_the_embedding_do_not_decay() -> None:
+    groups = build(weight_decay=0.3).configure_optimizers()["optimizer"].param_groups
+    decay = {name: group["weight_decay"] for group in groups for name in group["param_names"]}
+    assert set(decay.values()) == {0.0, 0.3}
+    for name, value in decay.items():
+        assert value == (0.0 if "norm" in name or "embed" in name else 0.3), name
+    assert decay["lm_head.weight"] == 0.3
+    assert len(decay) == len(list(build().model.parameters()))
+
+
+@given(total=st.integers(1, 500), warmup=st.floats(0, 1), final=st.floats(0, 1))
+def test_the_schedule_rises_then_falls_between_its_bounds(total: int, warmup: float, final: float) -> None:
+    factors = [
+        learning_rate_factor(step, total=total, warmup_fraction=warmup, final_fraction=final) for step in range(total)
+    ]
+    assert all(0 < f <= 1 or (final == 0 and f >= 0) for f in factors)
+    peak = round(total * warmup)
+    assert factors[:peak] == sorted(factors[:peak])
+    assert factors[peak:] == sorted(factors[peak:], reverse=True)
+    assert learning_rate_factor(total, total=total, warmup_fraction=warmup, final_fraction=final) == pytest.approx(
+        1.0 if peak == total else final
+    )
+
+
+def test_without_warmup_the_first_step_has_the_peak() -> None:
+    assert learning_rate_factor(0, total=100, warmup_fraction=0, final_fraction=0.1) == 1.0
+    assert learning_rate_factor(50, total=100, warmup_fraction=0, final_fraction=0.1) == pytest.approx(0.55)
+
+
+def test_flops_are_those_of_the_matrix_products() -> None:
+    module = build()
+    tokens = torch.zeros(2, 16, dtype=torch.int64)
+    # The counter does not know the CPU's fused attention.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        module._loss(tokens)[0].backward()
+    module._batch_tokens = tokens.numel()
+    assert module.flops_per_batch == pytest.approx(counter.get_total_flops(), rel=0.02)
+    module.eval()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        module._loss(tokens)
+    assert module.flops_per_batch == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hidden_size", 0),
+        ("hidden_size", 30),
+        ("intermediate_size", 0),
+        ("num_heads", 0),
+        ("num_layers", -1),
+        ("seq_len", 1),
+        ("weight_decay", -0.1),
+        ("weight_decay", math.nan),
+        ("weight_decay", math.inf),
+        ("warmup_fraction", 1.5),
+        ("warmup_fraction", math.nan),
+        ("final_lr_fraction", -0.1),
+    ],
+)
+def test_a_wrong_argument_is_named(name: str, value: float) -> None:
+    with pytest.raises(RecipeError, match=rf"model.{name} is {value}; allowed: "):
+        LlamaPretraining(**{**TINY, name: value})

@@ -1,0 +1,234 @@
+"""Whole runs through pretrain.py, inside this process."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pretrain
+import pytest
+import torch
+from llama import LlamaPretraining
+from plot import read_curves
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from .commands import arguments, differences, load, training_state
+
+
+def files(folder: Path) -> set[str]:
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, corpus_folder: Path) -> Path:
+    """A run of 12 steps, started in a folder that is not the repository."""
+    root = tmp_path_factory.mktemp("finished") / "run"
+    pretrain.main(arguments(root, corpus_folder, 12))
+    return root
+
+
+def test_all_files_are_in_the_run_folder(
+    tmp_path: Path, corpus_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("home", "elsewhere", "run"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    pretrain.main(arguments(Path("../run"), corpus_folder, 3))
+    assert files(tmp_path / "elsewhere") == files(tmp_path / "home") == set()
+    made = files(tmp_path / "run")
+    expected = {f"checkpoints/{name}.ckpt" for name in ("step-000001", "step-000002", "step-000003", "last")}
+    assert expected | {"summary.png", "logs/config.yaml"} <= made
+    assert {name.split("/")[0] for name in made} == {"checkpoints", "summary.png", "logs", "data"}
+    output = capfd.readouterr().out
+    for part in ("validation loss", "tokens per second", f'tensorboard --logdir "{tmp_path / "run" / "logs"}"'):
+        assert part in output
+    assert str(tmp_path / "run" / "summary.png") in output
+
+
+def test_a_run_of_three_steps_has_a_loss_curve(tmp_path: Path, corpus_folder: Path) -> None:
+    pretrain.main(arguments(tmp_path, corpus_folder, 3, "--trainer.log_every_n_steps", "50"))
+    loss = read_curves(tmp_path / "logs")["train/loss"]
+    assert loss.steps.tolist() == [3]
+    assert math.isfinite(loss.values[0])
+
+
+def test_the_curves_are_in_the_event_file(finished: Path) -> None:
+    curves = read_curves(finished / "logs")
+    assert curves["train/loss"].steps.tolist() == list(range(1, 13))
+    assert curves["train/loss"].values[0] == pytest.approx(math.log(256), abs=0.5)
+    assert curves["train/loss"].values[-1] < curves["train/loss"].values[0]
+    assert curves["val/loss"].steps.tolist() == [5, 10]
+    assert curves["val/perplexity"].values == pytest.approx([math.exp(v) for v in curves["val/loss"].values], rel=1e-4)
+    layers = {tag for tag in curves if tag.startswith("am/beta/layer/")}
+    assert layers == {f"am/beta/layer/{n}" for n in ("embed_tokens", "layers.0", "layers.1", "norm", "lm_head")}
+    assert all((curves[tag].values >= 0).all() and (curves[tag].values <= 0.8 + 1e-6).all() for tag in layers)
+    assert curves["lr-AMAdamW/pg1"].values[0] == pytest.approx(1e-3)
+
+
+def test_there_are_several_checkpoints_and_last_is_the_newest(finished: Path) -> None:
+    folder = finished / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["last.ckpt", *(f"step-{s:06d}.ckpt" for s in range(2, 13, 2))]
+    assert load(folder / "last.ckpt")["global_step"] == 12
+    assert (folder / "last.ckpt").samefile(folder / "step-000012.ckpt")
+
+
+@pytest.mark.parametrize("steps", [1, 7, 11])
+def test_the_last_step_has_a_checkpoint_whatever_the_interval(tmp_path: Path, corpus_folder: Path, steps: int) -> None:
+    pretrain.main(arguments(tmp_path, corpus_folder, steps, "--checkpoint.every_n_train_steps", "4"))
+    assert load(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == steps
+    names = {f"step-{s:06d}.ckpt" for s in [*range(4, steps, 4), steps]}
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {*names, "last.ckpt"}
+
+
+def test_only_the_newest_are_kept(tmp_path: Path, corpus_folder: Path) -> None:
+    pretrain.main(arguments(tmp_path, corpus_folder, 10, "--checkpoint.keep", "2"))
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {
+        "step-000008.ckpt",
+        "step-000010.ckpt",
+        "last.ckpt",
+    }
+
+
+def test_the_same_command_gives_the_same_bits(tmp_path: Path, corpus_folder: Path, finished: Path) -> None:
+    torch.manual_seed(99)
+    pretrain.main(arguments(tmp_path, corpus_folder, 12))
+    assert differences(*(training_state(root / "checkpoints" / "last.ckpt") for root in (tmp_path, finished))) == []
+
+
+def test_a_resume_from_the_middle_gives_the_same_bits(tmp_path: Path, corpus_folder: Path, finished: Path) -> None:
+    middle = finished / "checkpoints" / "step-000006.ckpt"
+    pretrain.main(arguments(tmp_path, corpus_folder, 12, "--ckpt_path", str(middle)))
+    assert differences(*(training_state(root / "checkpoints" / "last.ckpt") for root in (tmp_path, finished))) == []
+    assert read_curves(tmp_path / "logs")["train/loss"].steps.tolist() == list(range(7, 13))
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path, corpus_folder: Path) -> None:
+    pretrain.main(arguments(tmp_path, corpus_folder, 4))
+    before = {p.name: (p.stat().st_mtime_ns, p.stat().st_size) for p in (tmp_path / "checkpoints").iterdir()}
+    points = read_curves(tmp_path / "logs")["train/loss"].values.tolist()
+    pretrain.main(arguments(tmp_path, corpus_folder, 4, "--ckpt_path", "last"))
+    assert before == {p.name: (p.stat().st_mtime_ns, p.stat().st_size) for p in (tmp_path / "checkpoints").iterdir()}
+    assert read_curves(tmp_path / "logs")["train/loss"].values.tolist() == points
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path: Path, corpus_folder: Path) -> None:
+    pretrain.main(arguments(tmp_path, corpus_folder, 4))
+    pretrain.main(arguments(tmp_path, corpus_folder, 9, "--ckpt_path", "last"))
+    assert load(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 9
+    assert read_curves(tmp_path / "logs")["train/loss"].steps.tolist() == list(range(1, 10))
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_accumulation_may_change_on_resume(
+    tmp_path: Path, corpus_folder: Path, finished: Path, before: int, after: int
+) -> None:
+    """The same rows make up the same steps, so the losses agree up to the order of a sum."""
+    key = "--trainer.accumulate_grad_batches"
+    pretrain.main(arguments(tmp_path, corpus_folder, 12, key, str(before), "--trainer.max_steps", "6"))
+    middle = tmp_path / "checkpoints" / "step-000006.ckpt"
+    (tmp_path / "checkpoints" / "last.ckpt").unlink()
+    pretrain.main(arguments(tmp_path, corpus_folder, 6, "--ckpt_path", str(middle), key, str(after)))  # nothing left
+    whole = tmp_path / "whole"
+    pretrain.main(arguments(whole, corpus_folder, 12, key, str(before), "--checkpoint.every_n_train_steps", "6"))
+    resumed = tmp_path / "resumed"
+    checkpoint = str(whole / "checkpoints" / "step-000006.ckpt")
+    pretrain.main(arguments(resumed, corpus_folder, 12, "--ckpt_path", checkpoint, key, str(after)))
+    ours, reference = (load(root / "checkpoints" / "last.ckpt") for root in (resumed, finished))
+    assert ours["global_step"] == 12
+    for name, weight in reference["state_dict"].items():
+        torch.testing.assert_close(ours["state_dict"][name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_a_new_run_moves_the_earlier_one_away(tmp_path: Path, corpus_folder: Path) -> None:
+    pretrain.main(arguments(tmp_path, corpus_folder, 5))
+    pretrain.main(arguments(tmp_path, corpus_folder, 3))
+    assert load(tmp_path / "earlier" / "1" / "checkpoints" / "last.ckpt")["global_step"] == 5
+    assert (tmp_path / "earlier" / "1" / "summary.png").exists()
+    assert load(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 3
+    assert read_curves(tmp_path / "logs")["train/loss"].steps.tolist() == [1, 2, 3]
+    with pytest.raises(SystemExit, match=r"nowhere does not exist"):
+        pretrain.main(arguments(tmp_path, Path("nowhere"), 3))
+    assert load(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 3
+
+
+def test_a_checkpoint_scores_the_same_on_its_own(
+    finished: Path, corpus_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = files(finished)
+    args = arguments(finished, corpus_folder, 12, "--ckpt_path", "last", command="validate")
+    pretrain.main(args)
+    line = next(line for line in capfd.readouterr().out.splitlines() if "validation loss" in line)
+    module = LlamaPretraining.load_from_checkpoint(finished / "checkpoints" / "last.ckpt")
+    assert module.model.config.hidden_size == 32
+    assert "on 16 held-out rows" in line
+    assert files(finished) == before
+
+
+def test_tensorboard_gets_the_overlay_and_no_foreign_steps(finished: Path) -> None:
+    events = EventAccumulator(str(finished / "logs"), size_guidance={"scalars": 0})
+    events.Reload()
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
+    assert not [tag for tag in events.Tags()["scalars"] if tag.startswith(("validate/", "sanity"))]
+    assert {"train/device/items_per_sec", "train/lengths"} & set(events.Tags()["scalars"])
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        (["--data.batch_size", "7", "--trainer.accumulate_grad_batches", "2"], r"data.batch_size 7 is not divisible"),
+        (["--data.batch_size", "0"], r"data.batch_size is 0; allowed"),
+        (["--data.val_percent", "0"], r"data.val_percent is 0.0; allowed"),
+        (["--data.seq_len", "9"], None),
+        (["--model.vocab_size", "100"], r"model.vocab_size is 100; allowed: >= 256"),
+        (["--model.hidden_size", "33"], r"model.hidden_size is 33; allowed: a multiple of 2 \* num_heads = 4"),
+        (["--trainer.max_steps", "-1"], r"trainer.max_steps is -1; allowed"),
+        (["--threads", "0"], r"threads is 0; allowed"),
+        (["--checkpoint.keep", "0"], r"checkpoint.keep is 0; allowed"),
+        (["--ckpt_path", "gone.ckpt"], r"--ckpt_path gone.ckpt: there is no such file"),
+        (["--data.source", "gone"], r"data.source gone does not exist"),
+        (["--model.optimizer.init_args.lrr", "1"], None),
+    ],
+)
+def test_a_wrong_setting_is_named(
+    tmp_path: Path, corpus_folder: Path, capfd: pytest.CaptureFixture[str], extra: list[str], says: str | None
+) -> None:
+    with pytest.raises(SystemExit, match=says) as caught:
+        pretrain.main(arguments(tmp_path, corpus_folder, 3, *extra))
+    if says is None:  # the parser's own errors: it says what, in a few lines, and not every setting there is
+        errors = capfd.readouterr().err
+        assert extra[0].rsplit(".", 1)[1] in errors
+        assert len(errors.splitlines()) < 8
+        assert caught.value.code == 2
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_another_text_is_refused_on_resume(tmp_path: Path, corpus_folder: Path) -> None:
+    pretrain.main(arguments(tmp_path / "run", corpus_folder, 2))
+    other = tmp_path / "other"
+    other.mkdir()
+    for number in range(60):
+        (other / f"{number}.txt").write_text("another text " * 50)
+    with pytest.raises(SystemExit, match=r"trained on another text than .*\.tokens holds"):
+        pretrain.main(arguments(tmp_path / "run", other, 4, "--ckpt_path", "last"))
+    with pytest.raises(SystemExit, match=r"data.batch_size is 16, the checkpoint was trained with 8"):
+        pretrain.main(arguments(tmp_path / "run", corpus_folder, 4, "--ckpt_path", "last", "--data.batch_size", "16"))
+
+
+def test_a_broken_last_checkpoint_points_to_an_older_one(tmp_path: Path, corpus_folder: Path) -> None:
+    pretrain.main(arguments(tmp_path, corpus_folder, 5))
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:1000])
+    older = tmp_path / "checkpoints" / "step-000004.ckpt"
+    with pytest.raises(SystemExit, match=rf"last.ckpt is broken.*--ckpt_path {older}"):
+        pretrain.main(arguments(tmp_path, corpus_folder, 5, "--ckpt_path", "last"))
+    pretrain.main(arguments(tmp_path, corpus_folder, 5, "--ckpt_path", str(older)))
+    assert load(last)["global_step"] == 5
+
+
+def test_a_broken_token_file_is_named(tmp_path: Path, corpus_folder: Path) -> None:
+    pretrain.main(arguments(tmp_path, corpus_folder, 1))
+    tokens = next((tmp_path / "data").iterdir())
+    tokens.write_bytes(tokens.read_bytes()[:-10])
+    with pytest.raises(SystemExit, match=rf"{tokens} is broken.*Delete it"):
+        pretrain.main(arguments(tmp_path, corpus_folder, 1))
