@@ -188,8 +188,7 @@ def restore_position(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
     """Make the loop counters of a checkpoint fit this Trainer; changes `checkpoint`.
 
     Lightning counts micro-batches and takes the checkpoint's count as it is. Where accumulate_grad_batches has changed,
-    the first step after the resume would get only a part of its micro-batches. And a checkpoint of a finished run says
-    that its batch was the last one, which is wrong in a run that is made longer.
+    the first step after the resume would get only a part of its micro-batches.
     """
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
@@ -197,5 +196,3 @@ def restore_position(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
         difference = batches - counters["ready"]
         for name in counters:
             counters[name] += difference
-    if trainer.max_steps > checkpoint["global_step"]:
-        progress["is_last_batch"] = False

@@ -161,16 +161,13 @@ class AMSGD(AdaptiveMemoryOptimizer):
                 l2 = self._options(self.param_groups[row.group_index]).l2
                 if l2 and row.counted:
                     penalty = penalty + 0.5 * l2 * _square_sum(row.param, like)
-        hidden = [p for p in pieces if p.options.l2 and self._may_be_phantom(layout.rows[p.row].group_index)]
-        for piece in hidden:
-            gradients = gradients + _square_sum(piece.g, like)
-        if self.loss_gap != "exact" and not any(self._options(g).l2 for g in self.param_groups):
+        decays = any(self._options(group).l2 for group in self.param_groups)
+        if self.loss_gap != "exact" and not decays:
             return None  # nothing to share, on every rank alike
+        if decays and any(isinstance(group["lr"], Tensor) or group["lr"] == 0 for group in self.param_groups):
+            for piece in pieces:
+                gradients = gradients + _square_sum(piece.g, like)
         return torch.stack([value, torch.ones_like(zero), penalty, gradients])
-
-    def _may_be_phantom(self, group_index: int) -> bool:
-        lr = self.param_groups[group_index]["lr"]
-        return isinstance(lr, Tensor) or lr == 0
 
     def _gradients(self, shared: Tensor | None) -> Tensor | None:
         return None if shared is None or not any(self._options(g).l2 for g in self.param_groups) else shared[3]

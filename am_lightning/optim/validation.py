@@ -26,13 +26,17 @@ def check_number(name: str, value: Any, *, upper: float | None = None, open_uppe
     if isinstance(value, bool) or not isinstance(value, Real):
         got = type(value).__name__
         raise TypeError(f"Invalid {_WORDS.get(name, name)}: {value!r} ({name} must be {allowed}, not {got})")
-    try:
-        number = float(value)
-    except OverflowError:  # an int beyond float's range
-        number = math.inf
+    number = _as_float(value)
     too_big = upper is not None and (number >= upper if open_upper else number > upper)
     if not math.isfinite(number) or number < 0 or too_big:
         raise ValueError(f"Invalid {_WORDS.get(name, name)}: {value} ({name} must be {allowed})")
+
+
+def _as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an int beyond float's range
+        return math.inf
 
 
 def check_lr(lr: Any) -> None:
@@ -57,7 +61,7 @@ def check_betas(betas: Any) -> tuple[float, float]:
         allowed = f"betas[{index}] must be a number with 0 <= beta < 1"
         if isinstance(beta, bool) or not isinstance(beta, Real):
             raise TypeError(f"Invalid beta parameter at index {index}: {beta!r} ({allowed}, not {type(beta).__name__})")
-        if not 0.0 <= beta < 1.0:  # also false for nan
+        if not 0.0 <= _as_float(beta) < 1.0:  # also false for nan
             raise ValueError(f"Invalid beta parameter at index {index}: {beta} ({allowed})")
     return float(betas[0]), float(betas[1])
 

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 BATCH = 16
 
@@ -16,7 +16,7 @@ def make_net(width: int = 24) -> nn.Sequential:
     net = nn.Sequential(nn.Linear(6, width), nn.LayerNorm(width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1))
     for param in net.parameters():
         with torch.no_grad():
-            param.add_(torch.empty_like(param).uniform_(-0.3, 0.3, generator=generator) - param * 0.5)
+            param.uniform_(-0.3, 0.3, generator=generator)
     return net
 
 
@@ -27,32 +27,20 @@ def batch_of(step: int) -> tuple[Tensor, Tensor]:
     return x, (x**2).sum(1, keepdim=True) / 3 - 2
 
 
-class Batches(Dataset[tuple[Tensor, Tensor]]):
-    """Item i is this rank's chunk of the global batch of step i (one item is one batch)."""
-
-    def __init__(self, steps: int, rank: int = 0, world: int = 1) -> None:
-        self.steps, self.rank, self.world = steps, rank, world
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        x, y = batch_of(step)
-        return x.chunk(self.world)[self.rank], y.chunk(self.world)[self.rank]
-
-
 class Regression(pl.LightningModule):
     """AdamW with decay and no-decay groups and a jumping learning rate; remembers every step's momentum."""
 
-    def __init__(self, lr: float = 0.05, width: int = 24, steps: int = 20) -> None:
+    def __init__(self, lr: float = 0.05, width: int = 24, batches: int = 20) -> None:
         super().__init__()
         self.net = make_net(width)
-        self.lr, self.steps = lr, steps
+        self.lr, self.batches = lr, batches
         self.seen: list[dict[str, float]] = []
         self.losses: list[float] = []
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        x, y = batch
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        x, y = batch_of(self.trainer.global_step)  # not the loader's: a resumed Trainer starts its loader anew
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        x, y = x.chunk(world)[rank], y.chunk(world)[rank]
         loss = F.mse_loss(self.net(x.to(self.net[0].weight.dtype)), y.to(self.net[0].weight.dtype))
         self.losses.append(float(loss))
         self.log("train/loss", loss)
@@ -68,8 +56,7 @@ class Regression(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def train_dataloader(self) -> DataLoader:
-        data = Batches(self.steps, self.trainer.global_rank, self.trainer.world_size)
-        return DataLoader(data, batch_size=None)
+        return DataLoader(torch.arange(self.batches), batch_size=None)
 
     def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
         momentum = getattr(self.trainer.optimizers[0], "momentum", None)

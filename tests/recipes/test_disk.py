@@ -26,9 +26,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint(
-    disk: Path, tmp_path: Path, corpus_folder: Path
-) -> None:
+def test_a_full_disk_leaves_the_last_good_checkpoint(disk: Path, tmp_path: Path, corpus_folder: Path) -> None:
     args = arguments(disk / "run", corpus_folder, 30, "--checkpoint.every_n_train_steps", "1")
     result = run(args, tmp_path)
     assert result.returncode == 1
