@@ -63,7 +63,7 @@ class Curves:
 
     @staticmethod
     def arrange(all_curves: Sequence[Curves], loggers: Sequence[Logger], strategy: Any) -> None:
-        """Once, in TensorBoard: the Custom Scalars page that overlays the layers, and a text card for each optimizer."""
+        """Once, in TensorBoard: a Custom Scalars page that overlays the layers, and a text card for each optimizer."""
         if all(curves._arranged for curves in all_curves):
             return
         pages: dict[str, Any] = {}
@@ -98,8 +98,8 @@ class Curves:
         """The warning for this log interval; the next counts from here."""
         new, self._warned_of = self.newly_skipped(), self._skipped
         return (
-            f"{self.prefix}: {new} step{'s' if new > 1 else ''} since the last report dropped, because a sum over gradients "
-            f"was not finite (first in {self.first_bad!r}). Nothing was written; {self._skipped} in all in this run."
+            f"{self.prefix}: {new} step{'s' if new > 1 else ''} since the last report dropped, because a sum over "
+            f"gradients was not finite (first in {self.first_bad!r}). Nothing was written; {self._skipped} in all so far."
         )
 
     def skipped_in_all(self) -> int:

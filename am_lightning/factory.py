@@ -112,7 +112,7 @@ def parameter_groups(
 
 
 def _without_decay(model: nn.Module, decay_embeddings: bool) -> set[int]:
-    """ids of parameters that get no weight decay: by module type and name, and by shape where that is the logical one."""
+    """ids of parameters that get no weight decay: by module type, by name, and by their logical shape."""
     shapes = _logical_ndim(model)
     result: set[int] = set()
     for module in model.modules():

@@ -16,9 +16,9 @@ from am_lightning.optim.validation import SCOPES, check_choice, check_count, che
 
 try:
     import lightning.pytorch as pl
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
     from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
 except ImportError as error:
     raise ImportError("AdaptiveMemory needs lightning: pip install am-lightning[lightning]") from error
 
@@ -196,9 +196,9 @@ class AdaptiveMemory(pl.Callback):
         path = os.path.join(folder, f"am-nonfinite-step={trainer.global_step}.ckpt")
         trainer.save_checkpoint(path)
         raise RuntimeError(
-            f"{curves.skipped_in_a_row} steps in a row were dropped because a sum over gradients was not finite; the first "
-            f"bad parameter is {curves.first_bad!r}. The weights are those of the last good step, saved in {path}. Look at "
-            "that layer's inputs and loss terms, lower the learning rate or clip gradients, and resume; "
+            f"{curves.skipped_in_a_row} steps in a row were dropped because a sum over gradients was not finite; the "
+            f"first bad parameter is {curves.first_bad!r}. The weights are those of the last good step, saved in {path}. Look "
+            "at that layer's inputs and loss terms, lower the learning rate or clip gradients, and resume; "
             f"max_consecutive_skips is {self.max_consecutive_skips}."
         )
 
@@ -214,7 +214,7 @@ class AdaptiveMemory(pl.Callback):
 
 
 def optimizers_in(result: Any) -> Iterator[Optimizer]:
-    """Every optimizer in what ``configure_optimizers`` may return: one, a dict, a list or tuple of these, or two lists."""
+    """Every optimizer that ``configure_optimizers`` may return: one, a dict, a list or tuple of these, two lists."""
     if isinstance(result, Optimizer):
         yield result
     elif isinstance(result, dict):

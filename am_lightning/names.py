@@ -14,7 +14,7 @@ _WRAPPER = re.compile(
 
 
 def strip_wrappers(name: str) -> str:
-    """``module._orig_mod.layers.0.weight`` -> ``layers.0.weight`` (DDP, FSDP, torch.compile, checkpoint and DeepSpeed wrappers)."""
+    """``module._orig_mod.layers.0.weight`` -> ``layers.0.weight``: DDP, FSDP, compile, checkpoint, DeepSpeed."""
     return _WRAPPER.sub("", name)
 
 

@@ -135,11 +135,6 @@ class RunCheckpoint(ModelCheckpoint):
         """Nothing: the folder says it all. So a run can be moved, and resumed with another interval."""
         return {}
 
-    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        for logger in trainer.loggers:  # the curves on the disk reach at least as far as the checkpoint
-            logger.save()
-        super()._save_checkpoint(trainer, filepath)
-
     def _save_last_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, torch.Tensor]) -> None:
         super()._save_last_checkpoint(trainer, monitor_candidates)
         self._prune()

@@ -99,9 +99,7 @@ class PretrainCLI(LightningCLI):
                 name="logs",
                 version="",
                 default_hp_metric=False,
-                # A resumed run takes back the points after its checkpoint; a kill loses a second of points at most.
-                purge_step=self.resume_step,
-                flush_secs=1,
+                purge_step=self.resume_step,  # a resumed run takes back the points after its checkpoint
             )
         plugins = config.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]

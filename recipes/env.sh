@@ -11,6 +11,8 @@
 
 AM_ROOT="$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 TORCH_REQUIREMENT="torch==2.13.0"
+# Exits with 0 where torch can be imported and is not older than pyproject.toml allows.
+_AM_HAS_TORCH='import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6))'
 
 _am_fail() {
     printf 'error: %s\n' "$*" >&2
@@ -41,7 +43,7 @@ _am_create_venv() {  # $1: interpreter
 }
 
 _am_share_torch() {  # $1: interpreter. Where it can import torch, .venv sees its packages too (after its own).
-    "$1" -c 'import torch' >/dev/null 2>&1 || return 0
+    "$1" -c "$_AM_HAS_TORCH" >/dev/null 2>&1 || return 0
     "$1" - "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')" <<'PY'
 import os, sys
 folders = [p for p in sys.path if os.path.basename(p) in ("site-packages", "dist-packages") and os.path.isdir(p)]
@@ -56,7 +58,7 @@ _am_pip() {
 
 _am_install() {  # $1: extras, $2: stamp file, $3: stamp
     local torch=()
-    if ! "$PYTHON" -c 'import torch' >/dev/null 2>&1; then
+    if ! "$PYTHON" -c "$_AM_HAS_TORCH" >/dev/null 2>&1; then
         torch=("$TORCH_REQUIREMENT")
         echo "Installing $TORCH_REQUIREMENT: a large download, once" >&2
     fi

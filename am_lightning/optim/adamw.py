@@ -47,7 +47,7 @@ class AMAdamW(AdaptiveMemoryOptimizer):
         nonfinite: "skip" drops a step in which a sum is not finite, "propagate" does what AdamW does.
         replica_group: process group of ranks that hold the same parameters (DDP); the AdaptiveMemory callback sets it.
 
-    State of a parameter: ``step``, ``exp_avg``, ``exp_avg_sq`` as in AdamW, and 0-dim ``beta_prod``, ``beta``, ``prev_lr``.
+    State of a parameter: ``step``, ``exp_avg``, ``exp_avg_sq`` as in AdamW; 0-dim ``beta_prod``, ``beta``, ``prev_lr``.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong type; the text says what is allowed.

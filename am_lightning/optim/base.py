@@ -1,4 +1,4 @@
-"""One step of adaptive memory: closure, local sums, one reduce, the closed form, the update. Shared by AMAdamW and AMSGD."""
+"""One step of adaptive memory, shared by AMAdamW and AMSGD: local sums, one reduce, the closed form, the update."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from am_lightning.optim.kernels.passes import tier
 from am_lightning.optim.record import StepRecord
 from am_lightning.optim.validation import NONFINITE, SCOPES, check_choice, check_replica_group
 from am_lightning.sharding import Layout
-
 
 _WHOLE_OPTIMIZER = ("scope", "nonfinite", "loss_gap", "replica_group")  # options that no group has of its own
 

@@ -14,8 +14,8 @@ from am_lightning.optim.base import AdaptiveMemoryOptimizer, sums_live_on
 def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float) -> Tensor:
     """Scale the gradients of all of the optimizer's parameters so that their global 2-norm is at most ``max_norm``.
 
-    Call it after backward and before ``step()``; also before the first. Replicas take the first rank's norm, so they scale
-    alike (one collective).
+    Call it after backward and before ``step()``; also before the first. Replicas take the first rank's norm, so they
+    scale alike (one collective).
 
     Args:
         optimizer: AMAdamW or AMSGD.
@@ -40,7 +40,7 @@ def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float) -> Tens
     device, dtype = sums_live_on(params)
     squares = torch.zeros(len(params), 1, dtype=dtype, device=device)
     here = [i for i, p in enumerate(params) if p.grad is not None]
-    grads = [params[i].grad for i in here]
+    grads = [p.grad for p in params if p.grad is not None]
     if here:
         norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
         found = torch.stack([norm.to(device, dtype, non_blocking=True) for norm in norms]).square()

@@ -114,7 +114,7 @@ def decide(
 
 
 def _phantom(sums: Sums, lr: Tensor, gradients: Tensor | None) -> Tensor:
-    """``[rows]`` bool: the step that torch.distributed.checkpoint makes on a fresh optimizer, with eta = 0 and zero gradients.
+    """``[rows]`` bool: the step that torch.distributed.checkpoint makes on a fresh optimizer: eta = 0, zero gradients.
 
     It must leave no trace; a genuine first step at eta = 0 has gradients and counts.
     """

@@ -72,8 +72,8 @@ def _refuse(optimizer: Any) -> None:
             raise ValueError(f"AdamW with {key}=True cannot be converted: {cure}")
     if any(optimizer.state.values()):
         raise ValueError(
-            "this AdamW has state already (it has made steps, or a checkpoint was loaded into it), and converting it would "
-            "lose the running averages' bias correction: convert a fresh AdamW, then load its checkpoint"
+            "this AdamW has state already (it has made steps, or a checkpoint was loaded into it), and converting it "
+            "would lose the running averages' bias correction: convert a fresh AdamW, then load its checkpoint"
         )
     step = optimizer.__dict__.get("step")
     if step is not None and not (hasattr(step, "_wrapped_by_lr_sched") or hasattr(step, "_with_counter")):
@@ -87,8 +87,8 @@ def _cap(group: dict[str, Any], defaults: dict[str, Any], lambd: float, beta1_ma
     if "max_momentum" in group:  # OneCycleLR and CyclicLR write betas[0] as soon as they are built
         beta1 = defaults["betas"][0]
         warnings.warn(
-            "the learning rate scheduler cycles betas[0], which adaptive memory does not use: beta_t is computed, and its "
-            "cap stays in the group's 'beta1_max'. Pass cycle_momentum=False to the scheduler.",
+            "the learning rate scheduler cycles betas[0], which adaptive memory does not use: beta_t is computed, and "
+            "its cap stays in the group's 'beta1_max'. Pass cycle_momentum=False to the scheduler.",
             stacklevel=2,
         )
     return default_cap(float(beta1), lambd) if beta1_max is None else beta1_max
@@ -105,7 +105,7 @@ def _convert_options(group: dict[str, Any], lambd: float, cap: float) -> None:
 
 
 def _let_scheduler_watch(optimizer: AMAdamW) -> None:
-    """Wrap the new step() as LRScheduler had wrapped the old one: it checks the order of optimizer and scheduler steps."""
+    """Wrap the new step() as LRScheduler had wrapped the old one, to check the order of the two steps."""
     function, reference = AMAdamW.step, weakref.ref(optimizer)
 
     @functools.wraps(function)

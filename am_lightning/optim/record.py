@@ -29,6 +29,6 @@ class StepRecord:
         bad_row.copy_(torch.where(decision.skipped, decision.bad.to(torch.int64).argmax(), bad_row))
 
     def numbers(self) -> Tensor:
-        """``[4]``: skipped steps in all, in a row until now, index of the first bad row, gradient norm (nan: not known)."""
+        """``[4]``: skipped steps in all, in a row until now, index of the first bad row, gradient norm or nan."""
         norm = torch.full((), float("nan")) if self.grad_norm is None else self.grad_norm
         return torch.cat([self._counts.to(torch.float64), norm.to(self._counts.device, torch.float64).reshape(1)])

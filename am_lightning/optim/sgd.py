@@ -50,7 +50,7 @@ class AMSGD(AdaptiveMemoryOptimizer):
         nonfinite: "skip" drops a step in which a sum is not finite, "propagate" uses the cap there.
         replica_group: process group of ranks that hold the same parameters (DDP); the AdaptiveMemory callback sets it.
 
-    State of a parameter: ``step``, ``momentum_buffer`` (the direction d), and 0-dim ``beta_prod``, ``beta``, ``prev_lr``.
+    State of a parameter: ``step``, ``momentum_buffer`` (the direction d); 0-dim ``beta_prod``, ``beta``, ``prev_lr``.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong type; the text says what is allowed.
@@ -141,7 +141,7 @@ class AMSGD(AdaptiveMemoryOptimizer):
                 same = group[key] is first[key] or bool(group[key] == first[key])
                 if not same and (key != "weight_decay" or group["decoupled_weight_decay"]):
                     raise ValueError(
-                        f"loss_gap='exact' needs one {key} for all parameter groups, but got {first[key]} and {group[key]}"
+                        f"loss_gap='exact' needs one {key} for all groups, but got {first[key]} and {group[key]}"
                     )
 
     def _numbers(self, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -151,7 +151,7 @@ class AMSGD(AdaptiveMemoryOptimizer):
         return numbers
 
     def _shared_sums(self, pieces: list[Piece], layout: Layout, loss: Any, like: Tensor) -> Tensor | None:
-        """[loss, 1, L2 penalty, gradients]: the first three for the exact gap, the last where decay hides a zero gradient."""
+        """[loss, 1, L2 penalty, gradients]: three for the exact gap, the last where decay hides a zero gradient."""
         zero = torch.zeros((), dtype=like.dtype, device=like.device)
         value = penalty = gradients = zero
         if self.loss_gap == "exact":

@@ -1,4 +1,4 @@
-"""Run by the DDP tests: ``python -m tests.lightning.ddp_worker JOB.json``; every rank writes what it saw beside the job file."""
+"""Run by the DDP tests: ``python -m tests.lightning.ddp_worker JOB.json``; every rank writes what it saw."""
 
 from __future__ import annotations
 

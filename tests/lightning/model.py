@@ -1,4 +1,4 @@
-"""A regression that overshoots, so that many beta_t lie strictly between 0 and the cap; each batch is a function of its index."""
+"""A regression that overshoots, so that many beta_t lie strictly between 0 and the cap."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ BATCH = 16
 
 def make_net(width: int = 24) -> nn.Sequential:
     generator = torch.Generator().manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, width), nn.LayerNorm(width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1))
+    net = nn.Sequential(
+        nn.Linear(6, width), nn.LayerNorm(width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)
+    )
     for param in net.parameters():
         with torch.no_grad():
             param.uniform_(-0.3, 0.3, generator=generator)
@@ -50,7 +52,9 @@ class Regression(pl.LightningModule):
         matrices = [p for p in self.parameters() if p.ndim > 1]
         vectors = [p for p in self.parameters() if p.ndim <= 1]
         optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=self.lr, betas=(0.9, 0.95)
+            [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+            lr=self.lr,
+            betas=(0.9, 0.95),
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step % 3 else 0.3)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

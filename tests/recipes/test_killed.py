@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -87,6 +88,21 @@ def test_kills_at_the_worst_moments_leave_no_trace(tmp_path: Path, corpus_folder
     # Lightning logs a step after its checkpoint: the point of the last kill's own step may be lost, no other.
     assert set(theirs.steps) - set(ours.steps) <= {30}
     assert np.isin(ours.values, theirs.values).all()
+
+
+def test_the_curves_reach_as_far_as_the_checkpoint(tmp_path: Path, corpus_folder: Path) -> None:
+    """With a logger that leaves its points in memory, killed when the first checkpoint has just been written."""
+    options = {"save_dir": str(tmp_path), "name": "logs", "version": ""}
+    logger = {
+        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+        "init_args": options,
+        "dict_kwargs": {"flush_secs": 1000, "max_queue": 10_000},
+    }
+    args = command(tmp_path / "run", corpus_folder, "--trainer.logger", json.dumps(logger))
+    process = start([str(KILLED), "unlink", ".last.ckpt", "2", *args], tmp_path)
+    assert process.wait(120) == -signal.SIGKILL
+    assert load(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == EVERY
+    assert read_curves(tmp_path / "logs")["train/loss"].steps.tolist() == list(range(1, EVERY))
 
 
 def test_a_kill_between_two_checkpoints_leaves_no_trace(tmp_path: Path, corpus_folder: Path, unbroken: Path) -> None:

@@ -1,4 +1,4 @@
-"""The two passes on the CPU, cache-blocked: each tensor is walked in chunks, and a few scratch buffers hold all temporaries.
+"""The two passes on the CPU, cache-blocked: tensors are walked in chunks, a few buffers hold all temporaries.
 
 No full-size temporary exists (at most 7 MiB of scratch), and a chunk's temporaries stay in the cache.
 """

@@ -81,7 +81,7 @@ def _update(bucket: Sequence[Piece], n: dict[str, Sequence[Scalar]], keep: Seque
 
 
 def _operands(bucket: Sequence[Piece]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """x, g (ascent and coupled decay folded in), d in the compute dtype; the tensors themselves where nothing changes."""
+    """x, g (ascent and coupled decay folded in), d in the compute dtype; no copy where nothing changes."""
     o, dtype = bucket[0].options, bucket[0].compute_dtype
     x, d = [p.x.to(dtype) for p in bucket], [p.d.to(dtype) for p in bucket]
     g = [p.g.to(dtype) for p in bucket]

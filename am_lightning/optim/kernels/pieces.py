@@ -24,7 +24,7 @@ class Options(NamedTuple):
 
 @dataclass(eq=False)
 class Piece:
-    """This process's piece of one row. All tensors have the same shape; ``v`` is None where the metric is the identity."""
+    """This process's piece of one row. All tensors have one shape; ``v`` is None where the metric is the identity."""
 
     row: int
     x: Tensor
