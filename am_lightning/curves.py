@@ -99,7 +99,7 @@ class Curves:
         new, self._warned_of = self.newly_skipped(), self._skipped
         return (
             f"{self.prefix}: {new} step{'s' if new > 1 else ''} since the last report dropped, because a sum over "
-            f"gradients was not finite (first in {self.first_bad!r}). Nothing was written; {self._skipped} in all so far."
+            f"gradients was not finite (first in {self.first_bad!r}). Nothing was written; {self._skipped} in all."
         )
 
     def skipped_in_all(self) -> int:

@@ -197,8 +197,8 @@ class AdaptiveMemory(pl.Callback):
         trainer.save_checkpoint(path)
         raise RuntimeError(
             f"{curves.skipped_in_a_row} steps in a row were dropped because a sum over gradients was not finite; the "
-            f"first bad parameter is {curves.first_bad!r}. The weights are those of the last good step, saved in {path}. Look "
-            "at that layer's inputs and loss terms, lower the learning rate or clip gradients, and resume; "
+            f"first bad parameter is {curves.first_bad!r}. The weights are those of the last good step, saved in {path}. "
+            "Look at that layer's inputs and loss terms, lower the learning rate or clip gradients, and resume; "
             f"max_consecutive_skips is {self.max_consecutive_skips}."
         )
 

@@ -15,9 +15,9 @@ from am_lightning.names import group_names
 
 UNKNOWN_REPLICAS = (
     "torch.distributed is initialised with {world} processes, the parameters are not sharded, and replica_group is not "
-    "set: beta_t is computed on each process alone, and replicas whose sums differ in the last bit (other thread counts, "
-    "other GPUs) drift apart. Pass replica_group=torch.distributed.group.WORLD to the optimizer, or add the AdaptiveMemory() "
-    "callback, which does so under DDP."
+    "set: beta_t is computed on each process alone, and replicas whose sums differ in the last bit (other thread "
+    "counts, other GPUs) drift apart. Pass replica_group=torch.distributed.group.WORLD to the optimizer, or add the "
+    "AdaptiveMemory() callback, which does so under DDP."
 )
 
 

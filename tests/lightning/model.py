@@ -44,7 +44,7 @@ class Regression(pl.LightningModule):
         rank, world = self.trainer.global_rank, self.trainer.world_size
         x, y = x.chunk(world)[rank], y.chunk(world)[rank]
         loss = F.mse_loss(self.net(x.to(self.net[0].weight.dtype)), y.to(self.net[0].weight.dtype))
-        self.losses.append(float(loss))
+        self.losses.append(float(loss.detach()))
         self.log("train/loss", loss)
         return loss
 

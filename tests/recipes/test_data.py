@@ -19,6 +19,12 @@ from am_lightning import AMAdamW
 from .commands import differences
 
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*have no logger configured.*"),
+    pytest.mark.filterwarnings("ignore:.*exists and is not empty.*"),
+]
+
+
 class Batches(L.Callback):
     """Keeps the batches of each loop."""
 

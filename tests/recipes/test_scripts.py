@@ -16,14 +16,19 @@ ROOT = Path(__file__).resolve().parents[2]
 BACKEND = """
 import pathlib, zipfile
 
+FILES = {
+    "METADATA": ["Metadata-Version: 2.1", "Name: am-lightning", "Version: 0", "Provides-Extra: a"],
+    "WHEEL": ["Wheel-Version: 1.0", "Generator: test", "Root-Is-Purelib: true", "Tag: py3-none-any"],
+}
+
 def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
     name, info = "am_lightning-0-py3-none-any.whl", "am_lightning-0.dist-info/"
     with open("installations", "a") as file:
         file.write("x")
     with zipfile.ZipFile(pathlib.Path(wheel_directory, name), "w") as wheel:
         wheel.writestr("am_lightning.pth", str(pathlib.Path.cwd()))
-        wheel.writestr(info + "METADATA", "Metadata-Version: 2.1\\nName: am-lightning\\nVersion: 0\\nProvides-Extra: a\\n")
-        wheel.writestr(info + "WHEEL", "Wheel-Version: 1.0\\nGenerator: test\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+        for member, lines in FILES.items():
+            wheel.writestr(info + member, "".join(line + "\\n" for line in lines))
         wheel.writestr(info + "RECORD", "")
     return name
 """
@@ -66,9 +71,9 @@ def test_the_quickstart_trains_and_installs_once(checkout: Path, tmp_path: Path)
     corpus.mkdir()
     for number in range(80):
         (corpus / f"{number}.txt").write_text("some text " * 100)
-    tiny = f'"{checkout}/recipes/quickstart.sh" --data.source corpus --trainer.enable_progress_bar false --model.num_layers 1'
+    options = "--data.source corpus --trainer.enable_progress_bar false --model.num_layers 1"
     for steps in (2, 3):
-        result = bash(f"{tiny} --trainer.max_steps {steps}", tmp_path)
+        result = bash(f"'{checkout}/recipes/quickstart.sh' {options} --trainer.max_steps {steps}", tmp_path)
         assert result.returncode == 0, result.stderr
         assert "validation loss" in result.stdout
     assert (checkout / "runs" / "laptop" / "checkpoints" / "step-000003.ckpt").exists()
@@ -80,9 +85,8 @@ def test_an_environment_is_made_once(checkout: Path) -> None:
     assert first.returncode == 0, first.stderr
     python = first.stdout.strip()
     assert python == str(checkout / ".venv" / "bin" / "python")
-    found = subprocess.run(
-        [python, "-c", "import torch, am_lightning; print(am_lightning.__file__)"], capture_output=True
-    )
+    code = "import torch, am_lightning; print(am_lightning.__file__)"
+    found = subprocess.run([python, "-c", code], cwd=checkout.parent, capture_output=True)
     assert found.stdout.decode().strip() == str(checkout / "am_lightning" / "__init__.py")
     again = ensure(checkout, PATH="/usr/bin:/bin", AM_PYTHON="/nonexistent")
     assert (again.returncode, again.stdout, again.stderr) == (0, first.stdout, "")

@@ -1,0 +1,174 @@
+"""The user's AdamW becomes AMAdamW in place: what is carried over, what goes on working, what is refused."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.optim import lr_scheduler as schedulers
+
+from am_lightning import AdaptiveMemory, AMAdamW, am_adamw
+from am_lightning.lightning import optimizers_in
+from am_lightning.optim.convert import convert_adamw, default_cap
+from tests.lightning.model import Regression, batch_of, make_net, quiet
+
+SCHEDULES = {
+    "LambdaLR": lambda o: schedulers.LambdaLR(o, lambda step: 1 / (1 + step)),
+    "Sequential": lambda o: schedulers.SequentialLR(
+        o, [schedulers.LinearLR(o), schedulers.CosineAnnealingLR(o, 5)], [2]
+    ),
+    "Plateau": schedulers.ReduceLROnPlateau,
+}
+
+
+def step(net, optimizer, index: int) -> None:
+    x, y = batch_of(index)
+    optimizer.zero_grad()
+    torch.nn.functional.mse_loss(net(x), y).backward()
+    optimizer.step()
+
+
+def twin_runs(schedule, **options):
+    """A converted AdamW and an AMAdamW built with the same options, five scheduled steps each."""
+    weights = []
+    for convert in (True, False):
+        net = make_net()
+        if convert:
+            optimizer = torch.optim.AdamW(net.parameters(), lr=0.05, betas=(0.9, 0.95), **options)
+        else:
+            optimizer = AMAdamW(net.parameters(), lr=0.05, betas=(0.89, 0.95), **options)
+        scheduler = schedule(optimizer)
+        if convert:
+            assert convert_adamw(optimizer) is optimizer
+        for index in range(5):
+            step(net, optimizer, index)
+            scheduler.step(1.0) if isinstance(scheduler, schedulers.ReduceLROnPlateau) else scheduler.step()
+        assert "beta_prod" in next(iter(optimizer.state.values()))
+        weights.append([p.detach().clone() for p in net.parameters()])
+    return weights
+
+
+@pytest.mark.filterwarnings("error::UserWarning:torch.optim")
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedulers_drive_the_converted_optimizer(name: str) -> None:
+    converted, built = twin_runs(SCHEDULES[name], maximize=False, weight_decay=0.1)
+    assert all(torch.equal(a, b) for a, b in zip(converted, built, strict=True))
+
+
+def test_options_are_carried_over_and_fused_is_not() -> None:
+    net = make_net()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, eps=1e-6, weight_decay=0.3, maximize=True, fused=True)
+    assert optimizer._step_supports_amp_scaling
+    convert_adamw(optimizer, lambd=0.2)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["eps"], group["weight_decay"], group["maximize"]) == (0.1, 1e-6, 0.3, True)
+    assert group["fused"] is None
+    assert not hasattr(optimizer, "_step_supports_amp_scaling")
+    assert group["beta1_max"] == group["betas"][0] == pytest.approx(0.9 - 0.1 * 0.2)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "betas": (0.5, 0.9)})
+    assert optimizer.param_groups[1]["beta1_max"] == 0.5
+
+
+def test_a_cycling_scheduler_does_not_set_the_cap() -> None:
+    optimizer = torch.optim.AdamW(make_net().parameters(), lr=0.1)
+    scheduler = schedulers.OneCycleLR(optimizer, 0.1, total_steps=10)
+    assert optimizer.param_groups[0]["betas"][0] == 0.95
+    with pytest.warns(UserWarning, match="cycle_momentum=False"):
+        convert_adamw(optimizer)
+    assert optimizer.param_groups[0]["beta1_max"] == pytest.approx(0.89)
+    net = make_net()
+    for param in optimizer.param_groups[0]["params"]:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    scheduler.step()
+    assert optimizer.param_groups[0]["beta1_max"] == pytest.approx(0.89)
+    del net
+
+
+def test_default_cap_is_not_below_zero() -> None:
+    assert default_cap(0.9, 0.1) == pytest.approx(0.89)
+    assert default_cap(0.05, 0.5) == 0.0
+
+
+class Custom(torch.optim.AdamW):
+    pass
+
+
+def stepped(net):
+    optimizer = torch.optim.AdamW(net.parameters())
+    step(net, optimizer, 0)
+    return optimizer
+
+
+REFUSED = {
+    "amsgrad=False": lambda net: torch.optim.AdamW(net.parameters(), amsgrad=True),
+    "differentiable=False": lambda net: torch.optim.AdamW(net.parameters(), differentiable=True, foreach=False),
+    "not exactly torch.optim.AdamW": lambda net: Custom(net.parameters()),
+    "has state already": stepped,
+    "nothing to convert": lambda net: torch.optim.SGD(net.parameters(), lr=0.1),
+}
+
+
+@pytest.mark.parametrize("cure", REFUSED)
+def test_what_cannot_be_converted_is_refused_with_the_cure(cure: str) -> None:
+    class Module(Regression):
+        def configure_optimizers(self):
+            return REFUSED[cure](self.net)
+
+    trainer = pl.Trainer(**quiet(max_steps=1, callbacks=[AdaptiveMemory()]))
+    with pytest.raises(MisconfigurationException, match=cure):
+        trainer.fit(Module())
+
+
+def test_every_form_of_configure_optimizers_is_read() -> None:
+    a, b = (torch.optim.AdamW(make_net().parameters()) for _ in range(2))
+    scheduler = schedulers.ConstantLR(a)
+    forms = [
+        a,
+        {"optimizer": a, "lr_scheduler": scheduler},
+        [a, b],
+        ([a], [scheduler]),
+        [{"optimizer": a}, {"optimizer": b}],
+    ]
+    assert [list(optimizers_in(form)) for form in forms] == [[a], [a], [a, b], [a], [a, b]]
+    assert list(optimizers_in(None)) == []
+
+
+def test_the_modules_own_method_comes_back() -> None:
+    module = Regression(batches=2)
+    trainer = pl.Trainer(**quiet(max_steps=2, callbacks=[AdaptiveMemory()]))
+    trainer.fit(module)
+    assert type(trainer.optimizers[0]) is AMAdamW
+    assert "configure_optimizers" not in module.__dict__
+
+
+def test_a_module_that_returns_amadamw_is_only_logged() -> None:
+    class Module(Regression):
+        def configure_optimizers(self):
+            return am_adamw(self, lr=0.05, betas=(0.7, 0.95))
+
+    trainer = pl.Trainer(**quiet(max_steps=2, callbacks=[AdaptiveMemory(scope="global")]))
+    with pytest.warns(UserWarning, match="only logs here"):
+        trainer.fit(Module(batches=2))
+    assert trainer.optimizers[0].scope == "tensor"
+    assert {group["beta1_max"] for group in trainer.optimizers[0].param_groups} == {0.7}
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("lambd", -0.1),
+        ("lambd", float("nan")),
+        ("beta1_max", 1.0),
+        ("scope", "layer"),
+        ("per_layer", 1),
+        ("histogram", "yes"),
+        ("log_every_n_steps", 0),
+        ("max_consecutive_skips", 0),
+        ("max_consecutive_skips", 1.5),
+    ],
+)
+def test_bad_arguments_are_named(argument: str, value) -> None:
+    with pytest.raises((TypeError, ValueError), match=argument):
+        AdaptiveMemory(**{argument: value})
