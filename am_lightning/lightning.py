@@ -196,8 +196,9 @@ class AdaptiveMemory(pl.Callback):
         path = os.path.join(folder, f"am-nonfinite-step={trainer.global_step}.ckpt")
         trainer.save_checkpoint(path)
         raise RuntimeError(
-            f"{curves.skipped_in_a_row} steps in a row were dropped because a sum over gradients was not finite; the "
-            f"first bad parameter is {curves.first_bad!r}. The weights are those of the last good step, saved in {path}. "
+            f"{curves.skipped_in_a_row} steps in a row were dropped because a sum over gradients was not finite; "
+            f"the first bad parameter is {curves.first_bad!r}. The weights are those of the last good step, saved in "
+            f"{path}. "
             "Look at that layer's inputs and loss terms, lower the learning rate or clip gradients, and resume; "
             f"max_consecutive_skips is {self.max_consecutive_skips}."
         )

@@ -44,7 +44,7 @@ def test_curves_in_tensorboard_and_csv_are_the_momentum(tmp_path: Path) -> None:
         "am/skipped_steps",
     ):
         assert tag in tags["scalars"]
-    assert {"am/beta/norm", "am/beta/other", "am/beta/layer/net.0", "am/beta/layer/net.5"} <= set(tags["scalars"])
+    assert {"am/beta/other", "am/beta/layer/net.0", "am/beta/layer/net.5"} <= set(tags["scalars"])
     assert tags["histograms"] == ["am/beta"]
     assert "custom_scalars__config__" in tags["tensors"]
     card = found.Tensors("am/summary/text_summary")[0].tensor_proto.string_val[0].decode()
@@ -121,15 +121,8 @@ class Poisoned(Regression):
         self.bad = bad
 
     def on_before_optimizer_step(self, optimizer) -> None:
-        if (
-            self.trainer.global_step + len([b for b in self.bad if b < self.calls]) * 0 in self.bad
-            or self.calls in self.bad
-        ):
+        if len(self.losses) - 1 in self.bad:
             self.net[3].weight.grad.fill_(float("nan"))
-
-    @property
-    def calls(self) -> int:
-        return len(self.losses) - 1
 
 
 def test_skipped_steps_are_counted_and_warned_about(tmp_path: Path) -> None:

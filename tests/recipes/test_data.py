@@ -18,7 +18,6 @@ from am_lightning import AMAdamW
 
 from .commands import differences
 
-
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*have no logger configured.*"),
     pytest.mark.filterwarnings("ignore:.*exists and is not empty.*"),
