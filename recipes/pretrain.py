@@ -7,13 +7,13 @@ a checkpoint: python recipes/pretrain.py validate --config ... --ckpt_path last
 
 from __future__ import annotations
 
-import atexit
+import contextlib
 import logging
 import os
-import shutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from errors import DISK_FULL, RecipeError, write_failure
@@ -21,9 +21,9 @@ from errors import DISK_FULL, RecipeError, write_failure
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line `args` (sys.argv's where None); ends the process with a message where the user can help."""
-    _keep_home_clean()
     _quiet()
-    from cli import PretrainCLI  # after the two lines above: it imports matplotlib and lightning
+    with _fonts_elsewhere():
+        from cli import PretrainCLI
 
     try:
         PretrainCLI(args)
@@ -36,11 +36,15 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(f"error: {write_failure(Path(error.filename or '.').resolve(), error, 'Free some space.')}")
 
 
-def _keep_home_clean() -> None:
-    """matplotlib keeps a list of fonts in the home folder, and torchmetrics imports it: give it a folder that goes."""
-    if "MPLCONFIGDIR" not in os.environ:
-        os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp(prefix="matplotlib-")
-        atexit.register(shutil.rmtree, os.environ["MPLCONFIGDIR"], ignore_errors=True)
+@contextlib.contextmanager
+def _fonts_elsewhere() -> Iterator[None]:
+    """matplotlib, which torchmetrics imports, writes a list of fonts into the home folder: give it one that goes."""
+    if "MPLCONFIGDIR" in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="matplotlib-") as os.environ["MPLCONFIGDIR"]:
+        yield
+    del os.environ["MPLCONFIGDIR"]
 
 
 def _quiet() -> None:

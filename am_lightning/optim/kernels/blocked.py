@@ -5,6 +5,7 @@ No full-size temporary exists (at most 7 MiB of scratch), and a chunk's temporar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -116,11 +117,16 @@ def _update(piece: Piece, numbers: Numbers, scratch: Scratch) -> None:
 
 
 def _metric(c: _Chunk, piece: Piece, host: dict[str, Sequence[Scalar]], v_out: Tensor) -> None:
-    """c.a = P = c_t (sqrt(v' / (1 - beta2^t)) + eps); ``v_out`` (c.a or c.v) takes v' = beta2 v + (1 - beta2) g^2."""
+    """c.a = P = c_t (sqrt(v' / (1 - beta2^t)) + eps); ``v_out`` takes v' where it is c.v."""
     assert c.v is not None
+    beta2 = piece.options.beta2
     root, floor = float(host["root"][piece.row]), float(host["floor"][piece.row])
-    torch.mul(c.g, c.g, out=c.a)
-    torch.lerp(c.v, c.a, 1 - piece.options.beta2, out=v_out)
+    if v_out is c.a and beta2 > 0.5:  # only read: v' / beta2 is one operation, and beta2 goes under the root
+        torch.addcmul(c.v, c.g, c.g, value=(1 - beta2) / beta2, out=c.a)
+        root *= math.sqrt(beta2)
+    else:
+        torch.mul(c.g, c.g, out=c.a)
+        torch.lerp(c.v, c.a, 1 - beta2, out=v_out)
     torch.sqrt(v_out, out=c.a)
     torch.add(_as_scalar(floor, c.a), c.a, alpha=root, out=c.a)
 
