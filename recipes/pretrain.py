@@ -14,9 +14,8 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
-from errors import DISK_FULL, RecipeError, write_failure
+from errors import DISK_FULL, RecipeError
 
 
 def main(args: list[str] | None = None) -> None:
@@ -33,7 +32,8 @@ def main(args: list[str] | None = None) -> None:
         # Whatever else was being written (the curves, the configuration) when the disk became full.
         if error.errno not in DISK_FULL:
             raise
-        sys.exit(f"error: {write_failure(Path(error.filename or '.').resolve(), error, 'Free some space.')}")
+        what = error.filename or "the run's files"
+        sys.exit(f"error: cannot write {what}: {error.strerror}. Free some space; --ckpt_path last goes on from there.")
 
 
 @contextlib.contextmanager

@@ -39,16 +39,15 @@ def arguments(root: Path, source: Path, steps: int, *extra: str, command: str = 
     return [*args, *extra]
 
 
-def run(args: list[str], cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+def run(args: list[str], cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run pretrain.py in a process of its own."""
     return subprocess.run(
         [sys.executable, str(PRETRAIN), *args],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
         capture_output=True,
         text=True,
         timeout=240,
-        **options,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pretrain
@@ -12,7 +13,7 @@ from llama import LlamaPretraining
 from plot import read_curves
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from .commands import arguments, differences, load, training_state
+from .commands import arguments, differences, load, run, training_state
 
 
 def files(folder: Path) -> set[str]:
@@ -27,23 +28,30 @@ def finished(tmp_path_factory: pytest.TempPathFactory, corpus_folder: Path) -> P
     return root
 
 
-def test_all_files_are_in_the_run_folder(
-    tmp_path: Path, corpus_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    for folder in ("home", "elsewhere", "run"):
+def test_all_files_are_in_the_run_folder(tmp_path: Path, corpus_folder: Path) -> None:
+    for folder in ("home", "temporary", "elsewhere", "run"):
         (tmp_path / folder).mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    pretrain.main(arguments(Path("../run"), corpus_folder, 3))
-    assert files(tmp_path / "elsewhere") == files(tmp_path / "home") == set()
-    made = files(tmp_path / "run")
+    args = arguments(Path("../run"), corpus_folder, 3)
+    result = run(args, tmp_path / "elsewhere", HOME=str(tmp_path / "home"), TMPDIR=str(tmp_path / "temporary"))
+    assert result.returncode == 0, result.stderr
+    made = files(tmp_path)
+    assert {name.split("/")[0] for name in made} == {"run"}
     expected = {f"checkpoints/{name}.ckpt" for name in ("step-000001", "step-000002", "step-000003", "last")}
-    assert expected | {"summary.png", "logs/config.yaml"} <= made
-    assert {name.split("/")[0] for name in made} == {"checkpoints", "summary.png", "logs", "data"}
-    output = capfd.readouterr().out
+    assert {f"run/{name}" for name in [*expected, "summary.png", "logs/config.yaml"]} <= made
+    assert {name.split("/")[1] for name in made} == {"checkpoints", "summary.png", "logs", "data"}
     for part in ("validation loss", "tokens per second", f'tensorboard --logdir "{tmp_path / "run" / "logs"}"'):
-        assert part in output
-    assert str(tmp_path / "run" / "summary.png") in output
+        assert part in result.stdout
+    assert str(tmp_path / "run" / "summary.png") in result.stdout
+
+
+def test_the_speed_is_that_of_the_training(
+    tmp_path: Path, corpus_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Validations, also the one before the first step, do not count."""
+    many = ["--trainer.num_sanity_val_steps", "-1", "--data.val_rows", "9999", "--data.val_batch_size", "1"]
+    pretrain.main(arguments(tmp_path, corpus_folder, 2, *many))
+    line = next(line for line in capfd.readouterr().out.splitlines() if "tokens per second" in line)
+    assert re.search(r"2 steps, \d+\.\d seconds in this call, [\d ]+ tokens per second", line)
 
 
 def test_a_run_of_three_steps_has_a_loss_curve(tmp_path: Path, corpus_folder: Path) -> None:

@@ -109,7 +109,7 @@ def test_a_half_made_environment_is_made_again(checkout: Path) -> None:
 
 def test_two_at_the_same_time_install_once(checkout: Path) -> None:
     both = ENSURE.format("").replace("$0", str(checkout))
-    result = bash(f"({both}) & ({both}) & wait %1; wait %2", checkout.parent)
+    result = bash(f"({both}) & first=$!; ({both}) & second=$!; wait $first; wait $second", checkout.parent)
     assert result.returncode == 0, result.stderr
     assert installations(checkout) == 1
 
