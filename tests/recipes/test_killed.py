@@ -117,7 +117,7 @@ def test_a_kill_between_two_checkpoints_leaves_no_trace(tmp_path: Path, corpus_f
 
 
 def finish(args: list[str], cwd: Path) -> None:
-    """Run to the end. gloo sometimes aborts a process at exit; the same command then goes on from the last checkpoint."""
+    """Run to the end. gloo sometimes aborts a process at exit; the same command then goes on from the last one."""
     result = run(args, cwd)
     if result.returncode:
         result = run(args, cwd)
