@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from am_lightning.optim.base import AdaptiveMemoryOptimizer, sums_live_on
+from am_lightning.optim.squares import square_sum
 
 
 @torch.no_grad()
@@ -42,8 +43,7 @@ def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float) -> Tens
     here = [i for i, p in enumerate(params) if p.grad is not None]
     grads = [p.grad for p in params if p.grad is not None]
     if here:
-        norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
-        found = torch.stack([norm.to(device, dtype, non_blocking=True) for norm in norms]).square()
+        found = torch.stack([square_sum(grad, squares) for grad in grads])
         squares[:, 0] = squares[:, 0].index_copy(0, torch.tensor(here, device=device), found)
     squares, _ = layout.all_reduce(squares)
     norm = squares.sum().sqrt()

@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.closed_form import Decision, Sums
 from am_lightning.optim.kernels import Options, Piece
+from am_lightning.optim.squares import square_sum
 from am_lightning.optim.validation import (
     LOSS_GAPS,
     check_choice,
@@ -160,13 +161,13 @@ class AMSGD(AdaptiveMemoryOptimizer):
             for row in layout.rows:
                 l2 = self._options(self.param_groups[row.group_index]).l2
                 if l2 and row.counted:
-                    penalty = penalty + 0.5 * l2 * _square_sum(row.param, like)
+                    penalty = penalty + 0.5 * l2 * square_sum(row.param, like)
         decays = any(self._options(group).l2 for group in self.param_groups)
         if self.loss_gap != "exact" and not decays:
             return None  # nothing to share, on every rank alike
         if decays and any(isinstance(group["lr"], Tensor) or group["lr"] == 0 for group in self.param_groups):
             for piece in pieces:
-                gradients = gradients + _square_sum(piece.g, like)
+                gradients = gradients + square_sum(piece.g, like)
         return torch.stack([value, torch.ones_like(zero), penalty, gradients])
 
     def _gradients(self, shared: Tensor | None) -> Tensor | None:
@@ -207,9 +208,3 @@ class AMSGD(AdaptiveMemoryOptimizer):
             if isinstance(group.get(_PREV_LOSS), Tensor):
                 group[_PREV_LOSS] = float(group[_PREV_LOSS])
         return saved
-
-
-def _square_sum(tensor: Tensor, like: Tensor) -> Tensor:
-    """0-dim sum of squares in the dtype and on the device of ``like``, without a full-size temporary."""
-    blocks = torch.split(tensor.detach().reshape(-1), 1 << 16)
-    return torch.stack([block.to(like.device, like.dtype).square().sum() for block in blocks]).sum()
