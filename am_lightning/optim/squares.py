@@ -17,5 +17,5 @@ def square_sum(tensor: Tensor, like: Tensor) -> Tensor:
     if tensor.device.type == "cpu":
         blocks = torch.split(tensor.reshape(-1), _BLOCK)
         return torch.stack([block.to(like.device, like.dtype).square().sum() for block in blocks]).sum()
-    norm = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
     return norm.to(like.device, like.dtype, non_blocking=True).square()
