@@ -81,18 +81,23 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=10, help="timed rounds, at least 1")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args()
+    if options.repeats < 1 or options.threads < 0:
+        parser.error(f"--repeats must be >= 1 and --threads >= 0, but got {options.repeats} and {options.threads}")
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
+    if not options.json:
+        print(f"{options.repeats + 2} rounds of seven optimizers ...", flush=True)
     optimizers = build(MODELS[options.model](), getattr(torch, options.dtype), device)
     rows = table(measure(optimizers, options.repeats, device))
     if options.json:
         print(json.dumps({**vars(options), "threads": torch.get_num_threads(), "rows": rows}))
         return
     print(f"{options.model}, {options.dtype}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print("ms: median; ratios: median over the rounds, each optimizer against AdamW in the same round")
     print(f"{'':24}{'ms':>9}{'x AdamW foreach':>17}{'x AdamW fused':>15}")
     for row in rows:
         print(f"{row['optimizer']:24}{row['ms']:9.1f}{row['x foreach']:17.2f}{row['x fused']:15.2f}")

@@ -76,17 +76,21 @@ class AdaptiveMemory(pl.Callback):
         self.per_layer, self.histogram = per_layer, histogram
         self.log_every_n_steps = log_every_n_steps
         self.max_consecutive_skips = max_consecutive_skips
-        self._own_method: Any = None  # configure_optimizers found on the instance, not on its class
-        self._wrapped = False
+        self._wrapped: tuple[pl.LightningModule, Any] | None = None  # the module, and the method its instance had
         self._converted: list[AdaptiveMemoryOptimizer] = []
         self._curves: list[Curves] = []
-        self._skipped_before: list[int] = []  # of each optimizer, from a checkpoint
+        self._skipped_before: list[int] = []  # of each optimizer, from a checkpoint that this fit resumes
+        self._skipped_at_end: list[int] = []  # of each optimizer, when the last fit ended
         self._last_step = 0
+        self._steps = 0  # in this fit
+        self._next_look = 0  # at the count of skipped steps
+        self._intervals = 0  # log intervals that are over
 
     # ------------------------------------------------------------------ conversion
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Wrap ``configure_optimizers`` on the instance: it runs later, inside strategy.setup."""
-        if stage != "fit" or self._wrapped:
+        self._unwrap()
+        if stage != "fit":
             return
         if isinstance(trainer.strategy, _SHARDED):
             name = type(trainer.strategy).__name__
@@ -95,25 +99,36 @@ class AdaptiveMemory(pl.Callback):
                 "Use strategy='ddp', or one device."
             )
         original = pl_module.configure_optimizers
-        self._own_method = pl_module.__dict__.get("configure_optimizers")
+        self._wrapped = pl_module, pl_module.__dict__.get("configure_optimizers")
 
         @functools.wraps(original)
         def configure_optimizers(*args: Any, **kwargs: Any) -> Any:
+            self._unwrap()  # at once: the module can be pickled, and nothing is left where a fit fails
             result = original(*args, **kwargs)
             self._convert(list(optimizers_in(result)))
             return result
 
         pl_module.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
-        self._wrapped = True
+
+    def _unwrap(self) -> None:
+        """Give the module its own ``configure_optimizers`` back."""
+        if self._wrapped is not None:
+            module, own = self._wrapped
+            module.__dict__.pop("configure_optimizers", None)
+            if own is not None:
+                module.configure_optimizers = own  # type: ignore[method-assign]
+            self._wrapped = None
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Lightning makes no teardown after an exception."""
+        self._unwrap()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the module its own ``configure_optimizers`` back."""
-        if stage != "fit" or not self._wrapped:
-            return
-        pl_module.__dict__.pop("configure_optimizers", None)
-        if self._own_method is not None:
-            pl_module.configure_optimizers = self._own_method  # type: ignore[method-assign]
-        self._wrapped, self._own_method, self._curves = False, None, []
+        """Leave the module as it was; keep the counts for a checkpoint that is saved after fit."""
+        self._unwrap()
+        if stage == "fit":
+            self._skipped_at_end = [curves.skipped_in_all() for curves in self._curves]
+            self._curves = []
 
     def _convert(self, optimizers: list[Optimizer]) -> None:
         ready = [o for o in optimizers if isinstance(o, AdaptiveMemoryOptimizer)]
@@ -150,6 +165,7 @@ class AdaptiveMemory(pl.Callback):
             self._curves.append(Curves(optimizer, prefix, per_layer=self.per_layer, histogram=self.histogram))
         for curves, skipped in zip(self._curves, self._skipped_before, strict=False):
             curves.skipped_before = skipped
+        self._skipped_before = []
         for optimizer in self._converted:
             caps = sorted({group["beta1_max"] for group in optimizer.param_groups})
             rank_zero_info(
@@ -157,7 +173,12 @@ class AdaptiveMemory(pl.Callback):
                 f"cap of beta_t {', '.join(f'{cap:g}' for cap in caps)})"
             )
         self._converted = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A resumed run is where its checkpoint was: count from there."""
         self._last_step = trainer.global_step
+        self._steps, self._next_look = 0, self.max_consecutive_skips
+        self._intervals = trainer.fit_loop.epoch_loop._batches_that_stepped // (self._every(trainer) or 1)
 
     # ------------------------------------------------------------------ curves and skipped steps
     def on_train_batch_end(
@@ -167,9 +188,10 @@ class AdaptiveMemory(pl.Callback):
         if trainer.global_step == self._last_step:  # gradient accumulation: no step yet
             return
         self._last_step = trainer.global_step
+        self._steps += 1
         step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the axis of the Trainer's own metrics
-        logs, guards = self._due(trainer, step)
-        if not (logs or guards):
+        logs = self._log_is_due(trainer, step + 1)
+        if not logs and self._steps < self._next_look:
             return
         for curves in self._curves:
             curves.read()
@@ -177,17 +199,28 @@ class AdaptiveMemory(pl.Callback):
                 curves.log(trainer.loggers, step)
         if logs and trainer.is_global_zero:
             Curves.arrange(self._curves, trainer.loggers, trainer.strategy)
+        self._look_at_skips(trainer, logs)
+
+    def _every(self, trainer: pl.Trainer) -> int:
+        return int(self.log_every_n_steps or trainer.log_every_n_steps)  # type: ignore[attr-defined]
+
+    def _log_is_due(self, trainer: pl.Trainer, batches: int) -> bool:
+        """A log interval is over; it may have ended in a batch that made no step."""
+        every = self._every(trainer)
+        if not every:
+            return False
+        over = batches // every > self._intervals
+        self._intervals = batches // every
+        return over or trainer.should_stop
+
+    def _look_at_skips(self, trainer: pl.Trainer, logs: bool) -> None:
         for curves in self._curves:
             if logs and curves.newly_skipped():
                 rank_zero_warn(curves.skip_warning())
             if curves.skipped_in_a_row >= self.max_consecutive_skips:
                 self._give_up(trainer, curves)
-
-    def _due(self, trainer: pl.Trainer, step: int) -> tuple[bool, bool]:
-        """Whether to log, and whether to look at the count of skipped steps."""
-        every: int = self.log_every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
-        logs = bool(every) and ((step + 1) % every == 0 or trainer.should_stop)
-        return logs, logs or (step + 1) % self.max_consecutive_skips == 0
+        in_a_row = max((curves.skipped_in_a_row for curves in self._curves), default=0)
+        self._next_look = self._steps + self.max_consecutive_skips - in_a_row  # not before that can it be too many
 
     def _give_up(self, trainer: pl.Trainer, curves: Curves) -> None:
         """All ranks together, for all have the same counts: write a checkpoint of the last good weights, then raise."""
@@ -205,7 +238,8 @@ class AdaptiveMemory(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Skipped steps so far, so that the curve goes on after a resume."""
-        return {"skipped_steps": [curves.skipped_in_all() for curves in self._curves]}
+        now = [curves.skipped_in_all() for curves in self._curves]
+        return {"skipped_steps": now or self._skipped_at_end}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""

@@ -29,6 +29,10 @@ _RUN_FILES = ("checkpoints", "logs", "summary.png", "compare", "compare.png")
 class PretrainParser(LightningArgumentParser):
     """A parser whose errors are a line or two, without the usage of every setting there is (--help shows it)."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.allow_abbrev = False  # --trainer.max_step is a typing error, not trainer.max_steps
+
     def print_usage(self, file: Any = None) -> None:
         pass
 
@@ -134,7 +138,10 @@ def _resume_step(ckpt_path: str | None, folder: Path) -> int:
         return 0
     path = folder / LAST if ckpt_path == "last" else Path(ckpt_path)
     if ckpt_path == "last" and not path.exists():
+        print(f"no checkpoint in {folder} yet: starting from step 0")
         return 0
+    if not path.exists():
+        raise RecipeError(f"no file {path} for --ckpt_path. For the newest checkpoint in {folder}: --ckpt_path last")
     check_readable(path)
     return saved_step(path)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 import tempfile
 import warnings
@@ -26,6 +27,9 @@ def main(args: list[str] | None = None) -> None:
 
     try:
         PretrainCLI(args)
+    except _sigterm() as stopped:  # a SystemExit with status 0, which a scheduler would take for a finished run
+        print("stopped by SIGTERM; --ckpt_path last goes on from the newest checkpoint", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM) from stopped
     except RecipeError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
@@ -34,6 +38,12 @@ def main(args: list[str] | None = None) -> None:
             raise
         what = error.filename or "the run's files"
         sys.exit(f"error: cannot write {what}: {error.strerror}. Free some space; --ckpt_path last goes on from there.")
+
+
+def _sigterm() -> type[BaseException]:
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    return SIGTERMException
 
 
 @contextlib.contextmanager

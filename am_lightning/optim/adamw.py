@@ -41,7 +41,7 @@ class AMAdamW(AdaptiveMemoryOptimizer):
         lambd: memory regularisation lambda.
         scope: one beta_t for every "tensor", "group", or "global" for the model.
         maximize: ascend.
-        foreach: None picks the fastest eager kernels for the device, True torch._foreach_*, False plain formulas.
+        foreach: None picks the eager kernels for the device, True torch._foreach_*, False plain formulas.
         capturable: safe to capture in a CUDA graph (with a tensor lr).
         fused: fused kernels; none exist yet, so True is refused.
         nonfinite: "skip" drops a step in which a sum is not finite, "propagate" does what AdamW does.

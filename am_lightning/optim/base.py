@@ -19,6 +19,7 @@ from am_lightning.optim.record import StepRecord
 from am_lightning.optim.validation import NONFINITE, SCOPES, check_choice, check_replica_group
 from am_lightning.sharding import Layout
 
+_NAMES = "_names_of_unnamed"  # in a pickle: what name_parameters() gave
 _WHOLE_OPTIMIZER = ("scope", "nonfinite", "loss_gap", "replica_group")  # options that no group has of its own
 
 
@@ -129,7 +130,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
     def report(self) -> Tensor:
         """``[parameters + 4]`` on the device: every beta_t, then what :class:`StepRecord` counts. No host sync."""
         betas = self._betas()
-        return torch.cat([betas, self._record.numbers().to(betas)])
+        return torch.cat([betas, self._record.numbers(betas)])
 
     def remember_grad_norm(self, norm: Tensor) -> None:
         """Keep the global gradient norm for :meth:`report`."""
@@ -305,20 +306,27 @@ class AdaptiveMemoryOptimizer(Optimizer):
         self.param_groups[-1].update(checked)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {name: getattr(self, name) for name in self.plain_attributes}
+        state = super().__getstate__() | {name: getattr(self, name) for name in self.plain_attributes}
+        return state | {_NAMES: self.parameter_names()} if self._known_names else state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_record" not in self.__dict__:  # unpickled or copied
             self._forget()
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch.optim adds it
+        if self._loading is not None:
+            self._finish_loading(*self._loading)
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
             for key, value in self._check_group(group).items():
                 group.setdefault(key, value)
-        if self._loading is not None:
-            self._finish_loading(*self._loading)
+        self._known_names |= self._names_by_position(self.__dict__.pop(_NAMES, []))
+
+    def _names_by_position(self, names: list[list[str]]) -> dict[int, str]:
+        """``id(parameter) -> name`` after a copy or unpickling: the parameters are others, their places are not."""
+        pairs = zip(self.param_groups, names, strict=False)
+        return {id(param): name for group, given in pairs for param, name in zip(group["params"], given, strict=True)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a ``state_dict`` of this class, or one of its plain counterpart (AdamW for AMAdamW) in mid-run.
@@ -331,7 +339,12 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
         def remember(_: Optimizer, saved: dict[str, Any]) -> None:
             row_state.check_loadable(saved, self.param_groups, self.moments, type(self).__name__)
-            self._loading = saved, [dict(group) for group in self.param_groups]
+            live = [dict(group) for group in self.param_groups]
+            for saved_group, live_group in zip(saved["param_groups"], live, strict=False):  # torch.optim counts them
+                trial = dict(saved_group)
+                row_state.restore_options(trial, live_group, self.cap_key)
+                self._check_group(trial)
+            self._loading = saved, live
 
         last = self.register_load_state_dict_pre_hook(remember)  # sees what the user's own hooks made of it
         try:
@@ -344,7 +357,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         for group, saved_group, live_group in zip(self.param_groups, saved["param_groups"], live, strict=True):
             row_state.restore_options(group, live_group, self.cap_key)
             cap = group[self.cap_key]
-            beta1 = saved_group["betas"][0] if "betas" in saved_group else cap
+            beta1 = float(saved_group["betas"][0]) if "betas" in saved_group else cap
             for param, index in zip(group["params"], saved_group["params"], strict=True):
                 if saved["state"].get(index):
                     row_state.restore_scalars(
@@ -353,9 +366,9 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
 
 def sums_live_on(params: list[Tensor]) -> tuple[torch.device, torch.dtype]:
-    """Where the packed sums live: beside the first parameter, in float64 where the device has it."""
+    """Where the packed sums live: beside the first parameter, in the widest dtype of its device."""
     device = params[0].device if params else torch.device("cpu")
-    return device, torch.float32 if device.type == "mps" else torch.float64
+    return device, row_state.widest_dtype(device)
 
 
 def _check_gradient(param: Tensor, name: str, who: str) -> None:

@@ -39,16 +39,14 @@ def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float) -> Tens
     layout = optimizer.current_layout()
     params = [row.param for row in layout.rows]
     device, dtype = sums_live_on(params)
-    squares = torch.zeros(len(params), 1, dtype=dtype, device=device)
-    here = [i for i, p in enumerate(params) if p.grad is not None]
-    grads = [p.grad for p in params if p.grad is not None]
-    if here:
-        found = torch.stack([square_sum(grad, squares) for grad in grads])
-        squares[:, 0] = squares[:, 0].index_copy(0, torch.tensor(here, device=device), found)
+    nothing = torch.zeros((), dtype=dtype, device=device)
+    found = [nothing if p.grad is None else square_sum(p.grad, nothing) for p in params]
+    squares = torch.stack(found)[:, None]
     squares, _ = layout.all_reduce(squares)
     norm = squares.sum().sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for grad in grads:
-        grad.mul_(scale.to(grad.device, non_blocking=True))
+    for param in params:
+        if param.grad is not None:
+            param.grad.mul_(scale.to(param.device, non_blocking=True))
     optimizer.remember_grad_norm(norm)
     return norm

@@ -38,6 +38,8 @@ def convert_adamw(
     """
     _refuse(optimizer)
     replaced_step = optimizer.__dict__.pop("step", None)
+    if any(group.get("fused") for group in optimizer.param_groups):
+        warnings.warn("AdamW(fused=True) becomes AMAdamW with fused=None: there are no fused kernels yet", stacklevel=2)
     optimizer.__dict__.pop("_step_supports_amp_scaling", None)  # GradScaler must unscale before step(), not inside it
     caps = [_cap(group, optimizer.defaults, lambd, beta1_max) for group in optimizer.param_groups]
     optimizer.__class__ = AMAdamW  # type: ignore[assignment]

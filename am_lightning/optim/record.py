@@ -28,7 +28,7 @@ class StepRecord:
         run.add_(skipped).mul_(skipped)
         bad_row.copy_(torch.where(decision.skipped, decision.bad.to(torch.int64).argmax(), bad_row))
 
-    def numbers(self) -> Tensor:
+    def numbers(self, like: Tensor) -> Tensor:
         """``[4]``: skipped steps in all, in a row until now, index of the first bad row, gradient norm or nan."""
         norm = torch.full((), float("nan")) if self.grad_norm is None else self.grad_norm
-        return torch.cat([self._counts.to(torch.float64), norm.to(self._counts.device, torch.float64).reshape(1)])
+        return torch.cat([self._counts.to(like), norm.reshape(1).to(like)])

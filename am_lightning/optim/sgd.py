@@ -47,7 +47,7 @@ class AMSGD(AdaptiveMemoryOptimizer):
         loss_gap: "first_order" estimates Delta_t = f(x_{t-1}) - f(x_t) by eta_{t-1} <g_t, d>; "exact" takes the losses
             that the closure returns (full-batch training; scope "global" and one lr for all groups).
         maximize: ascend.
-        foreach: None picks the fastest eager kernels for the device, True torch._foreach_*, False plain formulas.
+        foreach: None picks the eager kernels for the device, True torch._foreach_*, False plain formulas.
         nonfinite: "skip" drops a step in which a sum is not finite, "propagate" uses the cap there.
         replica_group: process group of ranks that hold the same parameters (DDP); the AdaptiveMemory callback sets it.
 
@@ -135,11 +135,15 @@ class AMSGD(AdaptiveMemoryOptimizer):
         self._check_one_step_size()
 
     def _check_one_step_size(self) -> None:
-        """Delta_t / eta_t has a meaning only where the whole model moves with one eta (and one mu)."""
+        """Delta_t / eta_t has a meaning only where the whole model moves with one eta (and one mu).
+
+        A tensor lr must be one and the same tensor in all groups.
+        """
         first = self.param_groups[0]
         for group in self.param_groups[1:]:
             for key in ("lr", "weight_decay", "decoupled_weight_decay", "maximize"):
-                same = group[key] is first[key] or bool(group[key] == first[key])
+                tensors = isinstance(group[key], Tensor) or isinstance(first[key], Tensor)  # reading one would wait
+                same = group[key] is first[key] or (not tensors and group[key] == first[key])
                 if not same and (key != "weight_decay" or group["decoupled_weight_decay"]):
                     raise ValueError(
                         f"loss_gap='exact' needs one {key} for all groups, but got {first[key]} and {group[key]}"

@@ -18,6 +18,11 @@ def scalar_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def create(state: dict[str, Any], param: Tensor, moments: tuple[str, ...]) -> None:
     """Zero moments and no step taken. ``step`` lives beside the parameter: what is skipped is known there."""
     state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
@@ -31,7 +36,7 @@ def create(state: dict[str, Any], param: Tensor, moments: tuple[str, ...]) -> No
 def complete(state: dict[str, Any], param: Tensor, *, beta1: float, lr: float | Tensor, cap: float) -> None:
     """Give a state that AdamW wrote the adaptive scalars: its momentum decayed by ``beta1`` at each of its steps."""
     if "beta_prod" not in state:
-        power = torch.pow(float(beta1), state["step"].to(torch.float64))
+        power = torch.pow(float(beta1), state["step"].to(widest_dtype(state["step"].device)))
         state["beta_prod"] = power.to(dtype=scalar_dtype(param), device=param.device)
     if "beta" not in state:
         state["beta"] = _scalar(cap, param)
@@ -54,6 +59,8 @@ def check_loadable(
     Raises:
         ValueError: a state lacks what this optimizer needs, or has another shape than the parameter.
     """
+    if any(group.get("amsgrad") for group in state_dict["param_groups"]):
+        raise ValueError(f"loaded state dict is of AdamW with amsgrad=True, which {who} has no form of: start anew")
     params = [p for group in param_groups for p in group["params"]]
     ids = [i for group in state_dict["param_groups"] for i in group["params"]]
     if len(ids) != len(params):
@@ -85,7 +92,7 @@ def restore_options(group: dict[str, Any], live: dict[str, Any], cap_key: str) -
             group.setdefault(key, value)
     group[cap_key] = live[cap_key]
     if "betas" in group:
-        group["betas"] = (live[cap_key], group["betas"][1])
+        group["betas"] = (live[cap_key], float(group["betas"][1]))
     if "fused" in live:
         group["fused"] = live["fused"]
 

@@ -108,7 +108,7 @@ def check_implementation(group: dict[str, Any]) -> None:
         if group["fused"]:
             raise ValueError(
                 "Invalid fused: True (no fused kernels are available yet: fused must be False or None; "
-                "foreach=None picks the fastest kernels there are)"
+                "foreach=None picks the eager kernels for the device)"
             )
-    if isinstance(group["lr"], Tensor) and group["foreach"] and not group.get("capturable", False):
+    if isinstance(group["lr"], Tensor) and group["foreach"] and not group.get("capturable", True):
         raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
