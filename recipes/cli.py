@@ -141,7 +141,9 @@ def _resume_step(ckpt_path: str | None, folder: Path) -> int:
         print(f"no checkpoint in {folder} yet: starting from step 0")
         return 0
     if not path.exists():
-        raise RecipeError(f"no file {path} for --ckpt_path. For the newest checkpoint in {folder}: --ckpt_path last")
+        raise RecipeError(
+            f"--ckpt_path {path}: there is no such file. The newest checkpoint in {folder}: --ckpt_path last"
+        )
     check_readable(path)
     return saved_step(path)
 

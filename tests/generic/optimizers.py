@@ -101,13 +101,16 @@ def shared_error_inputs(device: Any, dtype: Any) -> list[ErrorOptimizerInput]:
         (ValueError, "Invalid nonfinite: 'ignore'.*'skip'.*'propagate'", {"nonfinite": "ignore"}),
         (TypeError, "replica_group", {"replica_group": "world"}),
         (TypeError, "momentum", {"momentum": 0.9}),
-        (ValueError, "lr as a Tensor is not supported for capturable=False and foreach=True",
-         {"lr": torch.tensor(0.001), "foreach": True}),
     )  # fmt: skip
 
 
 def adamw_error_inputs(device: Any, dtype: Any) -> list[ErrorOptimizerInput]:
     return shared_error_inputs(device, dtype) + _errors(
+        (
+            ValueError,
+            "lr as a Tensor is not supported for capturable=False and foreach=True",
+            {"lr": torch.tensor(0.001), "foreach": True},
+        ),
         (ValueError, "Invalid beta parameter at index 0: 1.0", {"lr": 1e-2, "betas": (1.0, 0.0)}),
         (ValueError, "Invalid beta parameter at index 1: 1.0", {"lr": 1e-2, "betas": (0.0, 1.0)}),
         (ValueError, "Invalid epsilon value: -1e-08", {"eps": -1e-8}),
