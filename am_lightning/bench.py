@@ -89,9 +89,9 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    if not options.json:
-        print(f"{options.repeats + 2} rounds of seven optimizers ...", flush=True)
     optimizers = build(MODELS[options.model](), getattr(torch, options.dtype), device)
+    if not options.json:
+        print(f"{options.repeats + 2} rounds of {len(optimizers)} optimizers ...", flush=True)
     rows = table(measure(optimizers, options.repeats, device))
     if options.json:
         print(json.dumps({**vars(options), "threads": torch.get_num_threads(), "rows": rows}))

@@ -40,7 +40,7 @@ class Curves:
         self._betas, counts = numbers[:-4], numbers[-4:].tolist()
         self._skipped, self.skipped_in_a_row = int(counts[0]), int(counts[1])
         self._grad_norm = counts[3]
-        names = self._names()
+        names = self.optimizer.parameter_names()
         self.first_bad = names[int(counts[2])]
         if self._report is None or self._report.names != names:  # a group was added
             caps = [g[self.optimizer.cap_key] for g in self.optimizer.param_groups for _ in g["params"]]
@@ -105,9 +105,6 @@ class Curves:
     def skipped_in_all(self) -> int:
         """Steps skipped by this run and those it resumed from."""
         return self.skipped_before + int(self.optimizer.report()[-4])
-
-    def _names(self) -> list[str]:
-        return [name for group in self.optimizer.parameter_names() for name in group]
 
 
 def _several(values: Any) -> str:

@@ -231,8 +231,7 @@ class AdaptiveMemory(pl.Callback):
         raise RuntimeError(
             f"{curves.skipped_in_a_row} steps in a row were dropped because a sum over gradients was not finite; "
             f"the first bad parameter is {curves.first_bad!r}. The weights are those of the last good step, saved in "
-            f"{path}. "
-            "Look at that layer's inputs and loss terms, lower the learning rate or clip gradients, and resume; "
+            f"{path}. Look at that layer's inputs and loss terms, lower the learning rate or clip gradients, and resume; "
             f"max_consecutive_skips is {self.max_consecutive_skips}."
         )
 
@@ -242,10 +241,8 @@ class AdaptiveMemory(pl.Callback):
         return {"skipped_steps": now or self._skipped_at_end}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave."""
+        """Keep what :meth:`state_dict` gave for on_fit_start, which comes later."""
         self._skipped_before = list(state_dict.get("skipped_steps", []))
-        for curves, skipped in zip(self._curves, self._skipped_before, strict=False):
-            curves.skipped_before = skipped
 
 
 def optimizers_in(result: Any) -> Iterator[Optimizer]:

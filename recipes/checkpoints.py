@@ -46,17 +46,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, *args, **kwargs)
 
 
-def check_readable(path: Path) -> None:
+def check_readable(path: Path, folder: Path | None = None) -> None:
     """Read all of a checkpoint and compare its checksums: torch.load alone does not see a flipped bit.
+
+    Where it cannot be read, others are looked for in `folder`, by default its own.
 
     Raises:
         RecipeError: it is missing or broken; names an older file that is whole, if there is one.
     """
     if not path.is_file():
-        raise RecipeError(f"--ckpt_path {path}: there is no such file. {_older(path)}")
+        raise RecipeError(f"--ckpt_path {path}: there is no such file. {_older(path, folder)}")
     damage = _damage(path)
     if damage:
-        raise RecipeError(f"the checkpoint {path} is broken ({damage}). {_older(path)}")
+        raise RecipeError(f"the checkpoint {path} is broken ({damage}). {_older(path, folder)}")
 
 
 def saved_step(path: Path) -> int:
@@ -76,13 +78,14 @@ def _damage(path: Path) -> str | None:
     return f"wrong checksum in {member}" if member else None
 
 
-def _older(path: Path) -> str:
-    """What to do instead: the newest whole checkpoint in the same folder."""
-    others = [p for p in path.parent.glob("*.ckpt") if not (path.exists() and p.samefile(path))]
+def _older(path: Path, folder: Path | None = None) -> str:
+    """What to do instead: the newest whole checkpoint in `folder`, by default the same."""
+    folder = folder or path.parent
+    others = [p for p in folder.glob("*.ckpt") if not (path.exists() and p.samefile(path))]
     for other in sorted(others, key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True):
         if _damage(other) is None:
             return f"Go on from an older one: --ckpt_path {other}"
-    return f"There is no other whole checkpoint in {path.parent}: start anew, without --ckpt_path."
+    return f"There is no other whole checkpoint in {folder}: start anew, without --ckpt_path."
 
 
 class RunCheckpoint(ModelCheckpoint):

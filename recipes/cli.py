@@ -140,11 +140,7 @@ def _resume_step(ckpt_path: str | None, folder: Path) -> int:
     if ckpt_path == "last" and not path.exists():
         print(f"no checkpoint in {folder} yet: starting from step 0")
         return 0
-    if not path.exists():
-        raise RecipeError(
-            f"--ckpt_path {path}: there is no such file. The newest checkpoint in {folder}: --ckpt_path last"
-        )
-    check_readable(path)
+    check_readable(path, folder)
     return saved_step(path)
 
 

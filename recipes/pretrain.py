@@ -23,11 +23,13 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line `args` (sys.argv's where None); ends the process with a message where the user can help."""
     _quiet()
     with _fonts_elsewhere():
+        from lightning.pytorch.utilities.exceptions import SIGTERMException
+
         from cli import PretrainCLI
 
     try:
         PretrainCLI(args)
-    except _sigterm() as stopped:  # a SystemExit with status 0, which a scheduler would take for a finished run
+    except SIGTERMException as stopped:  # a SystemExit with status 0, which a scheduler would take for a finished run
         print("stopped by SIGTERM; --ckpt_path last goes on from the newest checkpoint", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM) from stopped
     except RecipeError as error:
@@ -38,12 +40,6 @@ def main(args: list[str] | None = None) -> None:
             raise
         what = error.filename or "the run's files"
         sys.exit(f"error: cannot write {what}: {error.strerror}. Free some space; --ckpt_path last goes on from there.")
-
-
-def _sigterm() -> type[BaseException]:
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
-
-    return SIGTERMException
 
 
 @contextlib.contextmanager

@@ -120,12 +120,14 @@ class AdaptiveMemoryOptimizer(Optimizer):
         Returns:
             0-dim tensors on the device, a snapshot, no host sync. Unnamed parameters are called ``group.index``.
         """
-        names = [name for group in self.parameter_names() for name in group]
-        return dict(zip(names, self._betas().unbind(), strict=True))
+        return dict(zip(self.parameter_names(), self._betas().unbind(), strict=True))
 
-    def parameter_names(self) -> list[list[str]]:
-        """The distinct name of each parameter of each group, as :meth:`momentum` uses them."""
-        return group_names(self.param_groups, self._known_names)
+    def parameter_names(self) -> list[str]:
+        """The distinct name of each parameter, in the order of the groups, as :meth:`momentum` uses them."""
+        return [name for group in group_names(self.param_groups, self._known_names) for name in group]
+
+    def _parameters(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
 
     def report(self) -> Tensor:
         """``[parameters + 4]`` on the device: every beta_t, then what :class:`StepRecord` counts. No host sync."""
@@ -138,7 +140,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     def _betas(self) -> Tensor:
         """``[parameters]`` beta_t, nan where one has never stepped."""
-        params = [p for group in self.param_groups for p in group["params"]]
+        params = self._parameters()
         device, dtype = sums_live_on(params)
         return self._stack(params, "beta", float("nan"), device, dtype)
 
@@ -200,7 +202,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     def current_layout(self) -> Layout:
         """Rows and reductions. Built (collectively) at the first step, and again when the parameters are others."""
-        ids = [id(p) for group in self.param_groups for p in group["params"]]
+        ids = [id(param) for param in self._parameters()]
         if self._layout is None or ids != self._layout_ids:
             self._layout = Layout.build(
                 self.param_groups, replica_group=self._replica_group, known_names=self._known_names
@@ -228,7 +230,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         state = self.state[param]
         if self.moments[0] not in state:  # an engine may have left an empty dict
             row_state.create(state, param, self.moments)
-        elif "beta_prod" not in state or "prev_lr" not in state or "beta" not in state:
+        else:
             cap = group[self.cap_key]
             row_state.complete(state, param, beta1=cap, lr=group["lr"], cap=cap)
         return state  # type: ignore[no-any-return]
@@ -321,12 +323,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
                 group.setdefault(key, value)
             for key, value in self._check_group(group).items():
                 group.setdefault(key, value)
-        self._known_names |= self._names_by_position(self.__dict__.pop(_NAMES, []))
-
-    def _names_by_position(self, names: list[list[str]]) -> dict[int, str]:
-        """``id(parameter) -> name`` after a copy or unpickling: the parameters are others, their places are not."""
-        pairs = zip(self.param_groups, names, strict=False)
-        return {id(param): name for group, given in pairs for param, name in zip(group["params"], given, strict=True)}
+        if _NAMES in self.__dict__:  # after a copy or unpickling the parameters are others, their places are not
+            self._known_names = names_by_id(zip(self.__dict__.pop(_NAMES), self._parameters(), strict=True))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a ``state_dict`` of this class, or one of its plain counterpart (AdamW for AMAdamW) in mid-run.

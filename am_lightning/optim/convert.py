@@ -8,11 +8,9 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from am_lightning.optim.adamw import AMAdamW
-
-_GONE = ("amsgrad", "differentiable", "decoupled_weight_decay")
+from am_lightning.optim.state import FOREIGN_OPTIONS
 
 
 def default_cap(beta1: float, lambd: float) -> float:
@@ -41,17 +39,15 @@ def convert_adamw(
     if any(group.get("fused") for group in optimizer.param_groups):
         warnings.warn("AdamW(fused=True) becomes AMAdamW with fused=None: there are no fused kernels yet", stacklevel=2)
     optimizer.__dict__.pop("_step_supports_amp_scaling", None)  # GradScaler must unscale before step(), not inside it
-    caps = [_cap(group, optimizer.defaults, lambd, beta1_max) for group in optimizer.param_groups]
+    own = optimizer.defaults["betas"][0]
+    caps = [_cap(_beta1(group, own), lambd, beta1_max) for group in optimizer.param_groups]
     optimizer.__class__ = AMAdamW  # type: ignore[assignment]
     converted: AMAdamW = optimizer  # type: ignore[assignment]
     converted._configure(scope=scope, nonfinite="skip")
     for group, cap in zip(converted.param_groups, caps, strict=True):
         _convert_options(group, lambd, cap)
-    defaults = converted.defaults
-    _convert_options(
-        defaults, lambd, default_cap(float(defaults["betas"][0]), lambd) if beta1_max is None else beta1_max
-    )
-    del defaults[AMAdamW.cap_key]  # a later group takes it from its betas
+    _convert_options(converted.defaults, lambd, _cap(own, lambd, beta1_max))
+    del converted.defaults[AMAdamW.cap_key]  # a later group takes it from its betas
     converted._patch_step_function()
     if replaced_step is not None:
         _let_scheduler_watch(converted)
@@ -84,25 +80,28 @@ def _refuse(optimizer: Any) -> None:
         )
 
 
-def _cap(group: dict[str, Any], defaults: dict[str, Any], lambd: float, beta1_max: float | None) -> float:
-    beta1 = group["betas"][0]
+def _cap(beta1: Any, lambd: float, beta1_max: float | None) -> float:
+    return default_cap(float(beta1), lambd) if beta1_max is None else beta1_max
+
+
+def _beta1(group: dict[str, Any], own: Any) -> Any:
+    """The user's beta1 of a group; ``own`` is the optimizer's, for a scheduler may have overwritten the group's."""
     if "max_momentum" in group:  # OneCycleLR and CyclicLR write betas[0] as soon as they are built
-        beta1 = defaults["betas"][0]
         warnings.warn(
             "the learning rate scheduler cycles betas[0], which adaptive memory does not use: beta_t is computed, and "
             "its cap stays in the group's 'beta1_max'. Pass cycle_momentum=False to the scheduler.",
             stacklevel=2,
         )
-    return default_cap(float(beta1), lambd) if beta1_max is None else beta1_max
+        return own
+    return group["betas"][0]
 
 
 def _convert_options(group: dict[str, Any], lambd: float, cap: float) -> None:
-    for key in _GONE:
+    for key in FOREIGN_OPTIONS:
         group.pop(key, None)
     group["lambd"] = lambd
     group[AMAdamW.cap_key] = cap
-    beta2 = group["betas"][1]
-    group["betas"] = (cap, float(beta2) if isinstance(beta2, Tensor) else beta2)
+    group["betas"] = (cap, float(group["betas"][1]))
     group["fused"] = None
 
 

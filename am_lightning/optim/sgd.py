@@ -157,25 +157,29 @@ class AMSGD(AdaptiveMemoryOptimizer):
 
     def _shared_sums(self, pieces: list[Piece], layout: Layout, loss: Any, like: Tensor) -> Tensor | None:
         """[loss, 1, L2 penalty, gradients]: three for the exact gap, the last where decay hides a zero gradient."""
+        coupled = self._coupled_decays()
         zero = torch.zeros((), dtype=like.dtype, device=like.device)
         value = penalty = gradients = zero
         if self.loss_gap == "exact":
             value = loss.detach() if isinstance(loss, Tensor) else torch.full_like(zero, float(loss))
             value = value.reshape(()).to(zero)
             for row in layout.rows:
-                l2 = self._options(self.param_groups[row.group_index]).l2
+                l2 = coupled[row.group_index]
                 if l2 and row.counted:
                     penalty = penalty + 0.5 * l2 * square_sum(row.param, like)
-        decays = any(self._options(group).l2 for group in self.param_groups)
-        if self.loss_gap != "exact" and not decays:
+        if self.loss_gap != "exact" and not any(coupled):
             return None  # nothing to share, on every rank alike
-        if decays and any(isinstance(group["lr"], Tensor) or group["lr"] == 0 for group in self.param_groups):
+        if any(coupled) and any(isinstance(group["lr"], Tensor) or group["lr"] == 0 for group in self.param_groups):
             for piece in pieces:
                 gradients = gradients + square_sum(piece.g, like)
         return torch.stack([value, torch.ones_like(zero), penalty, gradients])
 
     def _gradients(self, shared: Tensor | None) -> Tensor | None:
-        return None if shared is None or not any(self._options(g).l2 for g in self.param_groups) else shared[3]
+        return shared[3] if shared is not None and any(self._coupled_decays()) else None
+
+    def _coupled_decays(self) -> list[float]:
+        """The L2 penalty of each group, 0 where its decay is decoupled."""
+        return [self._options(group).l2 for group in self.param_groups]
 
     def _known_gap(self, shared: Tensor | None, numbers: dict[str, Tensor]) -> Tensor | None:
         if shared is None or self.loss_gap != "exact":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 16
+from am_lightning.optim.kernels.pieces import SUM_BLOCK
 
 
 def square_sum(tensor: Tensor, like: Tensor) -> Tensor:
@@ -15,7 +15,7 @@ def square_sum(tensor: Tensor, like: Tensor) -> Tensor:
     """
     tensor = tensor.detach()
     if tensor.device.type == "cpu":
-        blocks = torch.split(tensor.reshape(-1), _BLOCK)
+        blocks = torch.split(tensor.reshape(-1), SUM_BLOCK)
         return torch.stack([block.to(like.device, like.dtype).square().sum() for block in blocks]).sum()
     norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
     return norm.to(like.device, like.dtype, non_blocking=True).square()

@@ -10,7 +10,7 @@ from torch import Tensor
 SCALARS = ("beta_prod", "beta", "prev_lr")  # prod of beta_i, last beta_t, eta_{t-1}
 
 # Options of torch.optim.AdamW that an AMAdamW group does not have.
-_FOREIGN_OPTIONS = ("amsgrad", "differentiable", "decoupled_weight_decay")
+FOREIGN_OPTIONS = ("amsgrad", "differentiable", "decoupled_weight_decay")
 
 
 def scalar_dtype(param: Tensor) -> torch.dtype:
@@ -84,7 +84,7 @@ def check_loadable(
 
 def restore_options(group: dict[str, Any], live: dict[str, Any], cap_key: str) -> None:
     """Options after a load: the checkpoint's, this optimizer's where it has none, and always this optimizer's cap."""
-    for key in _FOREIGN_OPTIONS:
+    for key in FOREIGN_OPTIONS:
         if key not in live:
             group.pop(key, None)
     for key, value in live.items():
@@ -104,6 +104,5 @@ def restore_scalars(
     state["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).to(param.device, copy=True)
     for key in SCALARS:
         if key in saved:
-            value = torch.as_tensor(saved[key]).detach()
-            state[key] = value.to(dtype=scalar_dtype(param), device=param.device, copy=True)
+            state[key] = _scalar(saved[key], param)
     complete(state, param, beta1=beta1, lr=lr, cap=cap)

@@ -45,10 +45,10 @@ class Layout:
     Built once, at the first step, by every rank together; then :meth:`all_reduce` costs one collective a step.
     """
 
-    def __init__(self, rows: Sequence[Row], reductions: Sequence[Reduction]) -> None:
+    def __init__(self, rows: Sequence[Row], reductions: Sequence[Reduction], sizes: Sequence[int]) -> None:
         self.rows = list(rows)
         self.reductions = list(reductions)
-        self.sizes = _group_sizes(self.rows)
+        self.sizes = list(sizes)  # rows of each group
         self._uncounted: Tensor | None = None
 
     @classmethod
@@ -75,9 +75,7 @@ class Layout:
             for param, name in zip(group["params"], names[g], strict=True):
                 _refuse_sharded(param, name)
                 rows.append(Row(param, g, name, counted))
-        layout = cls(rows, reductions)
-        layout.sizes = [len(group["params"]) for group in param_groups]
-        return layout
+        return cls(rows, reductions, [len(group["params"]) for group in param_groups])
 
     def all_reduce(self, packed: Tensor, shared: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Sum over ranks in one collective.
@@ -113,13 +111,6 @@ class Layout:
         if self._uncounted is None or self._uncounted.device != device:
             self._uncounted = torch.tensor([[not row.counted] for row in self.rows], device=device)
         return self._uncounted
-
-
-def _group_sizes(rows: Sequence[Row]) -> list[int]:
-    sizes = [0] * (1 + max((row.group_index for row in rows), default=-1))
-    for row in rows:
-        sizes[row.group_index] += 1
-    return sizes
 
 
 def _world_size() -> int:

@@ -43,8 +43,7 @@ def test_command_line(form: str, tmp_path: Path) -> None:
     options, expected = FORMS[form]
     program = tmp_path / "train.py"
     program.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{PROGRAM}")
-    command = [sys.executable, str(program), "fit", "--optimizer.lr=0.05", *options]
-    command = [*command[:3], *options, "--optimizer.lr=0.05"]
+    command = [sys.executable, str(program), "fit", *options, "--optimizer.lr=0.05"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     assert expected in done.stdout

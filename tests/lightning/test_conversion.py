@@ -77,13 +77,11 @@ def test_a_cycling_scheduler_does_not_set_the_cap() -> None:
     with pytest.warns(UserWarning, match="cycle_momentum=False"):
         convert_adamw(optimizer)
     assert optimizer.param_groups[0]["beta1_max"] == pytest.approx(0.89)
-    net = make_net()
     for param in optimizer.param_groups[0]["params"]:
         param.grad = torch.ones_like(param)
     optimizer.step()
     scheduler.step()
     assert optimizer.param_groups[0]["beta1_max"] == pytest.approx(0.89)
-    del net
 
 
 def test_default_cap_is_not_below_zero() -> None:

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from am_lightning.optim.kernels.pieces import Numbers, Piece, Scalar, flat
+from am_lightning.optim.kernels.pieces import SUM_BLOCK, Numbers, Piece, Scalar, flat
 
 _BUFFER_BYTES = 1 << 20  # 256 Ki float32 elements: the fastest of 32 Ki .. 1 Mi on a server CPU
-_SUM_BLOCK = 1 << 16  # elements summed in the working precision; across blocks sums are float64
 
 
 class Scratch:
@@ -138,7 +137,7 @@ def _as_scalar(value: float, like: Tensor) -> Tensor:
 
 def _dots(left: Tensor, right: Tensor, out: Iterator[Tensor]) -> None:
     """One dot product for each block of at most 64 Ki elements, so that no accumulator runs long."""
-    for a, b in zip(torch.split(left, _SUM_BLOCK), torch.split(right, _SUM_BLOCK), strict=True):
+    for a, b in zip(torch.split(left, SUM_BLOCK), torch.split(right, SUM_BLOCK), strict=True):
         torch.dot(a, b, out=next(out))
 
 
@@ -149,7 +148,7 @@ def _chunk_size(piece: Piece) -> int:
 def _block_count(piece: Piece) -> int:
     size = _chunk_size(piece)
     whole, rest = divmod(piece.x.numel(), size)
-    return whole * (-(-size // _SUM_BLOCK)) + -(-rest // _SUM_BLOCK)
+    return whole * (-(-size // SUM_BLOCK)) + -(-rest // SUM_BLOCK)
 
 
 def _chunks(piece: Piece, scratch: Scratch) -> Iterator[_Chunk]:

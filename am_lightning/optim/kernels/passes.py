@@ -56,12 +56,13 @@ class Passes:
 
         On the CPU this is read on the host, once; elsewhere nothing waits for the device.
         """
+        host: list[bool] | None = None
         for (name, device_type), pieces in self._by_tier.items():
             if name == FOREACH or device_type != "cpu":
                 kept = [counts[p.row].to(p.x.device, non_blocking=True) for p in pieces]
                 (foreach if name == FOREACH else reference).update(pieces, numbers, kept)
                 continue
-            host = counts.tolist()
+            host = counts.tolist() if host is None else host
             pieces = [p for p in pieces if host[p.row]]
             if name == BLOCKED:
                 blocked.update(pieces, numbers, self._scratch)

@@ -9,6 +9,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+SUM_BLOCK = 1 << 16  # elements summed in the working precision; across blocks sums are float64
+
 Scalar: TypeAlias = "float | Tensor"  # a host number, or a 0-dim tensor where the host must not wait for the device
 
 
