@@ -231,8 +231,8 @@ class AdaptiveMemory(pl.Callback):
         raise RuntimeError(
             f"{curves.skipped_in_a_row} steps in a row were dropped because a sum over gradients was not finite; "
             f"the first bad parameter is {curves.first_bad!r}. The weights are those of the last good step, saved in "
-            f"{path}. Look at that layer's inputs and loss terms, lower the learning rate or clip gradients, and resume; "
-            f"max_consecutive_skips is {self.max_consecutive_skips}."
+            f"{path}. Look at that layer's inputs and loss terms, lower the learning rate or clip gradients, and "
+            f"resume; max_consecutive_skips is {self.max_consecutive_skips}."
         )
 
     def state_dict(self) -> dict[str, Any]:
