@@ -43,8 +43,7 @@ class Curves:
         names = self.optimizer.parameter_names()
         self.first_bad = names[int(counts[2])]
         if self._report is None or self._report.names != names:  # a group was added
-            caps = [g[self.optimizer.cap_key] for g in self.optimizer.param_groups for _ in g["params"]]
-            self._report = MomentumReport(names, caps, self.prefix)
+            self._report = MomentumReport(names, self.optimizer.caps(), self.prefix)
 
     def log(self, loggers: Sequence[Logger], step: int) -> None:
         """Write what :meth:`read` found to every logger; layers and the histogram to TensorBoard only."""

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from am_lightning.names import group_names, names_by_id
+from am_lightning.names import names_by_id
 from am_lightning.optim import state as row_state
 from am_lightning.optim.closed_form import Decision, Sums, decide, gap_factor
 from am_lightning.optim.kernels import Numbers, Options, Passes, Piece
 from am_lightning.optim.kernels.blocked import Scratch
 from am_lightning.optim.kernels.passes import tier
+from am_lightning.optim.placement import PlacedOptimizer
 from am_lightning.optim.record import StepRecord
-from am_lightning.optim.validation import NONFINITE, SCOPES, check_choice, check_replica_group
-from am_lightning.sharding import Layout
+from am_lightning.optim.validation import NONFINITE, SCOPES, check_choice
+from am_lightning.sharding import Layout, gradient_of, piece_of
 
 _NAMES = "_names_of_unnamed"  # in a pickle: what name_parameters() gave
 _WHOLE_OPTIMIZER = ("scope", "nonfinite", "loss_gap", "replica_group")  # options that no group has of its own
 
 
-class AdaptiveMemoryOptimizer(Optimizer):
+class AdaptiveMemoryOptimizer(PlacedOptimizer):
     """Rows, packed sums and state; a subclass says what its metric, its state and its options are."""
 
     cap_key: str  # group option that holds the cap of beta_t
@@ -31,7 +32,6 @@ class AdaptiveMemoryOptimizer(Optimizer):
     first_takes_cap: bool  # a row's own first step uses the cap
     plain_attributes: tuple[str, ...] = ("scope", "nonfinite")  # survive pickle and deepcopy
 
-    scope: str
     nonfinite: str
 
     def __init__(
@@ -49,10 +49,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     def _forget(self) -> None:
         """Attributes that live as long as this process: never in groups, state_dict, pickle or deepcopy."""
-        self._replica_group: Any = None
-        self._known_names: dict[int, str] = {}
-        self._layout: Layout | None = None
-        self._layout_ids: list[int] = []
+        self._forget_placement()
         self._present: tuple[tuple[bool, ...], Tensor] | None = None
         self._loading: tuple[dict[str, Any], list[dict[str, Any]]] | None = None
         self._scratch = Scratch()
@@ -94,25 +91,9 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     # ------------------------------------------------------------------ public face
     @property
-    def replica_group(self) -> Any:
-        """Process group whose ranks hold the same parameters (DDP); the first one's sums serve all. Not saved."""
-        return self._replica_group
-
-    @replica_group.setter
-    def replica_group(self, group: Any) -> None:
-        check_replica_group(group)
-        self._replica_group = group
-        self._layout = None
-
-    @property
     def last_step_skipped(self) -> Tensor:
         """0-dim bool on the device of the sums: the last step was dropped because a sum was not finite."""
         return self._record.skipped.clone()
-
-    def name_parameters(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Give unnamed parameters the names of ``module.named_parameters()``, for :meth:`momentum` and messages."""
-        self._known_names = names_by_id(named_parameters)
-        self._layout = None
 
     def momentum(self) -> dict[str, Tensor]:
         """Parameter name -> beta_t of the last step in which it took part (nan before its first).
@@ -122,12 +103,9 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """
         return dict(zip(self.parameter_names(), self._betas().unbind(), strict=True))
 
-    def parameter_names(self) -> list[str]:
-        """The distinct name of each parameter, in the order of the groups, as :meth:`momentum` uses them."""
-        return [name for group in group_names(self.param_groups, self._known_names) for name in group]
-
-    def _parameters(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
+    def caps(self) -> list[float]:
+        """The cap of beta_t of each parameter, in the order of :meth:`parameter_names`."""
+        return [float(self.param_groups[row.group_index][self.cap_key]) for row in self._rows()[0]]
 
     def report(self) -> Tensor:
         """``[parameters + 4]`` on the device: every beta_t, then what :class:`StepRecord` counts. No host sync."""
@@ -140,9 +118,11 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     def _betas(self) -> Tensor:
         """``[parameters]`` beta_t, nan where one has never stepped."""
-        params = self._parameters()
+        params = [row.param for row in self._rows()[0]]
         device, dtype = sums_live_on(params)
-        return self._stack(params, "beta", float("nan"), device, dtype)
+        betas = self._stack(params, "beta", float("nan"), device, dtype)
+        last = self._last_betas
+        return betas if last is None or last.shape != betas.shape else torch.where(betas.isnan(), last, betas)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -184,6 +164,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
             sizes=layout.sizes,
             first_takes_cap=self.first_takes_cap,
             nonfinite=self.nonfinite,
+            pool=None if layout.pipeline_group is None else layout.pool,
             gap=self._known_gap(shared, scalars),
             gradients=self._gradients(shared),
         )
@@ -200,16 +181,6 @@ class AdaptiveMemoryOptimizer(Optimizer):
         if all("capturable" in group for group in self.param_groups):
             check()
 
-    def current_layout(self) -> Layout:
-        """Rows and reductions. Built (collectively) at the first step, and again when the parameters are others."""
-        ids = [id(param) for param in self._parameters()]
-        if self._layout is None or ids != self._layout_ids:
-            self._layout = Layout.build(
-                self.param_groups, replica_group=self._replica_group, known_names=self._known_names
-            )
-            self._layout_ids = ids
-        return self._layout
-
     def _pieces(self, layout: Layout) -> list[Piece]:
         """The rows that have a gradient here. All are checked before the first state is made."""
         rows = [(i, row) for i, row in enumerate(layout.rows) if row.param.grad is not None]
@@ -219,8 +190,10 @@ class AdaptiveMemoryOptimizer(Optimizer):
         pieces = []
         for i, row in rows:
             state = self._row_state(row.param, self.param_groups[row.group_index])
-            tensors = [row.param, row.param.grad, *(state[key] for key in self.moments)]
-            if row.param.ndim == 0:  # a 0-dim operand would take the dtype of a 0-dim number
+            stored = (piece_of(row, tensor) for tensor in (row.param, *(state[key] for key in self.moments)))
+            x, *moments = stored
+            tensors = [x, gradient_of(row), *moments]
+            if x.ndim == 0:  # a 0-dim operand would take the dtype of a 0-dim number
                 tensors = [t.reshape(1) for t in tensors]
             x, g, d, *v = tensors
             pieces.append(Piece(i, x, g, d, v[0] if v else None, options[row.group_index]))
@@ -263,8 +236,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
     def _per_row(self, values: list[float | Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
         """``[rows]``: an option of every row's group. Host numbers are filled in on the device: no copy, no sync."""
         parts = []
-        for value, group in zip(values, self.param_groups, strict=True):
-            rows = (len(group["params"]),)
+        for value, size in zip(values, self._rows()[1], strict=True):
+            rows = (size,)
             if isinstance(value, Tensor):
                 parts.append(value.detach().reshape(1).to(device, dtype, non_blocking=True).expand(rows))
             else:
@@ -282,6 +255,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
     def _count(self, params: list[Tensor], scalars: dict[str, Tensor], decision: Decision) -> None:
         """Write the adaptive scalars of the rows that took part."""
         counts, beta = decision.counts, decision.beta
+        last = torch.full_like(beta, float("nan")) if self._last_betas is None else self._last_betas
+        self._last_betas = torch.where(counts, beta, last)
         new = {
             "step": scalars["step"] + counts,
             "beta_prod": torch.where(counts, scalars["beta_prod"] * beta, scalars["beta_prod"]),

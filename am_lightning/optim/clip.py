@@ -9,14 +9,16 @@ from torch import Tensor
 
 from am_lightning.optim.base import AdaptiveMemoryOptimizer, sums_live_on
 from am_lightning.optim.squares import square_sum
+from am_lightning.sharding import Layout, gradient_of, settled_gradient
 
 
 @torch.no_grad()
 def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float) -> Tensor:
     """Scale the gradients of all of the optimizer's parameters so that their global 2-norm is at most ``max_norm``.
 
-    Call it after backward and before ``step()``; also before the first. Replicas take the first rank's norm, so they
-    scale alike (one collective).
+    Call it on every rank, after backward and before ``step()``; also before the first. It is right for every layout:
+    DDP, FSDP1, FSDP2, HSDP, tensor parallel and mixes of them, in one collective. Gradients that tensor parallel left
+    as Partial sums are redistributed once.
 
     Args:
         optimizer: AMAdamW or AMSGD.
@@ -26,7 +28,8 @@ def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float) -> Tens
         0-dim, the norm before clipping, on the device of the sums.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type or out of range.
+        TypeError, ValueError: an argument is of the wrong type or out of range, or the norm of the whole model cannot
+            be formed from what this optimizer holds.
     """
     if not isinstance(optimizer, AdaptiveMemoryOptimizer):
         raise TypeError(f"Invalid optimizer: {type(optimizer).__name__} (optimizer must be AMAdamW or AMSGD)")
@@ -37,16 +40,29 @@ def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float) -> Tens
     if math.isnan(max_norm) or max_norm < 0:
         raise ValueError(f"Invalid max_norm: {max_norm} (max_norm must be a number >= 0)")
     layout = optimizer.current_layout()
-    params = [row.param for row in layout.rows]
-    device, dtype = sums_live_on(params)
-    nothing = torch.zeros((), dtype=dtype, device=device)
-    found = [nothing if p.grad is None else square_sum(p.grad, nothing) for p in params]
-    squares = torch.stack(found)[:, None]
-    squares, _ = layout.all_reduce(squares)
-    norm = squares.sum().sqrt()
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for param in params:
+    _check_exact(layout)
+    for param in dict.fromkeys(row.param for row in layout.rows):
         if param.grad is not None:
-            param.grad.mul_(scale.to(param.device, non_blocking=True))
+            param.grad = settled_gradient(param)  # Partial sums once, not again in step()
+    device, dtype = sums_live_on([row.param for row in layout.rows])
+    nothing = torch.zeros((), dtype=dtype, device=device)
+    found = [nothing if row.param.grad is None else square_sum(gradient_of(row), nothing) for row in layout.rows]
+    squares, _ = layout.all_reduce(torch.stack(found)[:, None])
+    norm = layout.pool(squares.sum().reshape(1)).reshape(()).sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for row in layout.rows:
+        if row.param.grad is not None:
+            gradient = gradient_of(row)
+            gradient.mul_(scale.to(gradient.device, non_blocking=True))
     optimizer.remember_grad_norm(norm)
     return norm
+
+
+def _check_exact(layout: Layout) -> None:
+    layout.check_whole_model("the global gradient norm")
+    if not layout.exact:
+        raise ValueError(
+            "FSDP1's process groups are not known to the optimizer, so copies of a shard cannot be told from shards: "
+            "call optimizer.bind_model(model) with the FSDP module first (the AdaptiveMemory callback and the attach "
+            "functions do so)"
+        )

@@ -6,7 +6,7 @@ The sums of a row are N = sum (d - (1 + k) g) (d / P + mu x) and D = sum (d - g)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -57,8 +57,8 @@ def bias_correction(cap: Tensor, beta_prod: Tensor) -> Tensor:
     return 1 - cap * beta_prod
 
 
-def over_scope(values: Tensor, scope: str, sizes: Sequence[int]) -> Tensor:
-    """``[rows]`` -> ``[rows]``: each row's value replaced by the sum over its scope.
+def scope_totals(values: Tensor, scope: str, sizes: Sequence[int]) -> Tensor:
+    """``[rows]`` -> ``[scopes]``: the sum over each scope.
 
     Args:
         values: one number for each row, rows in the order of the groups.
@@ -68,8 +68,17 @@ def over_scope(values: Tensor, scope: str, sizes: Sequence[int]) -> Tensor:
     if scope == "tensor":
         return values
     if scope == "global":
-        return values.sum().expand_as(values)
-    return torch.cat([part.sum().expand_as(part) for part in torch.split(values, list(sizes))])
+        return values.sum().reshape(1)
+    return torch.stack([part.sum() for part in torch.split(values, list(sizes))])
+
+
+def over_rows(totals: Tensor, scope: str, sizes: Sequence[int]) -> Tensor:
+    """``[scopes]`` -> ``[rows]``: each row gets the number of its scope."""
+    if scope == "tensor":
+        return totals
+    if scope == "global":
+        return totals.expand(sum(sizes))
+    return torch.cat([total.expand(size) for total, size in zip(totals, sizes, strict=True)])
 
 
 def decide(
@@ -81,6 +90,7 @@ def decide(
     sizes: Sequence[int],
     first_takes_cap: bool,
     nonfinite: str,
+    pool: Callable[[Tensor], Tensor] | None = None,
     gap: Tensor | None = None,
     gradients: Tensor | None = None,
 ) -> Decision:
@@ -91,26 +101,39 @@ def decide(
         cap, lr: ``[rows]``, the cap of beta_t and eta_t.
         first_takes_cap: a row's own first step uses the cap (AM-AdamW) or its scope's beta (AM-SGD).
         nonfinite: "skip" drops the step, "propagate" takes the cap where a sum is not finite, as AdamW would.
+        pool: sums numbers over the stages of a pipeline, whose rows are elsewhere; None: all rows are here.
         gap: 0-dim, (1 + mu eta_t) Delta_t / eta_t where the loss gap is known (scope global), else None.
         gradients: 0-dim, 0 where all gradients are zero; None: D of first steps says it (no decay inside g).
     """
     bad = sums.present & ~(torch.isfinite(sums.num) & torch.isfinite(sums.den))
     if gap is not None:
         bad = bad | (sums.present & ~torch.isfinite(gap))
-    skipped = bad.any() if nonfinite == "skip" else torch.zeros((), dtype=torch.bool, device=bad.device)
     enters = sums.present & ~sums.first & ~bad
-    num = over_scope(torch.where(enters, sums.num, 0.0), scope, sizes)
-    den = over_scope(torch.where(enters, sums.den, 0.0), scope, sizes)
+    columns = (torch.where(enters, sums.num, 0.0), torch.where(enters, sums.den, 0.0), bad.to(cap.dtype))
+    num, den, lost = (scope_totals(column, scope, sizes) for column in columns)
+    failed = bad.sum().to(cap.dtype)
+    if pool is not None:
+        num, den, lost, failed = _pooled(pool, scope, num, den, lost, failed)
+    skipped = failed > 0 if nonfinite == "skip" else torch.zeros_like(failed, dtype=torch.bool)
+    num, den, lost = (over_rows(total, scope, sizes) for total in (num, den, lost))
     if gap is not None:
         num = num - gap
     solved = den > 0
     beta = torch.where(solved, 1 - num / torch.where(solved, den, 1.0), 0.0).clamp(min=0)
     beta = torch.minimum(beta, cap)
     if nonfinite == "propagate":
-        beta = torch.where(over_scope(bad.to(cap.dtype), scope, sizes) > 0, cap, beta)
+        beta = torch.where(lost > 0, cap, beta)
     if first_takes_cap:
         beta = torch.where(sums.first, cap, beta)
     return Decision(beta, sums.present & ~skipped & ~_phantom(sums, lr, gradients), skipped, bad)
+
+
+def _pooled(pool: Callable[[Tensor], Tensor], scope: str, *totals: Tensor) -> tuple[Tensor, ...]:
+    """The totals of all pipeline stages, in one collective; a tensor's own sums are whole on its stage."""
+    shared = totals[-1:] if scope == "tensor" else totals
+    sizes = [total.numel() for total in shared]
+    summed = torch.split(pool(torch.cat([total.reshape(-1) for total in shared])), sizes)
+    return *totals[: len(totals) - len(shared)], *summed[:-1], summed[-1].reshape(())
 
 
 def _phantom(sums: Sums, lr: Tensor, gradients: Tensor | None) -> Tensor:

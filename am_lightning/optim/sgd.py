@@ -22,7 +22,7 @@ from am_lightning.optim.validation import (
     check_lr,
     check_number,
 )
-from am_lightning.sharding import Layout
+from am_lightning.sharding import Layout, piece_of
 
 _PREV_LOSS = "prev_loss"  # group option: f(x_{t-1}), a float in a state_dict, a device tensor in a live group
 
@@ -166,7 +166,7 @@ class AMSGD(AdaptiveMemoryOptimizer):
             for row in layout.rows:
                 l2 = coupled[row.group_index]
                 if l2 and row.counted:
-                    penalty = penalty + 0.5 * l2 * square_sum(row.param, like)
+                    penalty = penalty + 0.5 * l2 * square_sum(piece_of(row, row.param), like)
         if self.loss_gap != "exact" and not any(coupled):
             return None  # nothing to share, on every rank alike
         if any(coupled) and any(isinstance(group["lr"], Tensor) or group["lr"] == 0 for group in self.param_groups):

@@ -91,13 +91,13 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"Invalid {name}: {value!r} ({name} must be {allowed})")
 
 
-def check_replica_group(value: Any) -> None:
-    """None or a process group."""
+def check_process_group(name: str, value: Any) -> None:
+    """None or a process group of which this process is a member."""
     if value is None:
         return
+    allowed = f"{name} must be a torch.distributed.ProcessGroup that this rank is in, or None"
     if not (torch.distributed.is_available() and isinstance(value, torch.distributed.ProcessGroup)):
-        allowed = "replica_group must be a torch.distributed.ProcessGroup or None"
-        raise TypeError(f"Invalid replica_group: {value!r} ({allowed})")
+        raise TypeError(f"Invalid {name}: {value!r} ({allowed})")
 
 
 def check_implementation(group: dict[str, Any]) -> None:

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from am_lightning.names import group_names
+from am_lightning.sharding import dtensor, fsdp1
+from am_lightning.sharding.agreement import check_agreement
+from am_lightning.sharding.home import (
+    Groups,
+    Home,
+    Row,
+    my_rank,
+    only_here,
+    ranks_of,
+    served_device,
+    shown,
+    smallest_groups,
+    world_size,
+)
 
 UNKNOWN_REPLICAS = (
     "torch.distributed is initialised with {world} processes, the parameters are not sharded, and replica_group is not "
@@ -22,63 +37,86 @@ UNKNOWN_REPLICAS = (
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
-    """One logical tensor: this process's piece of it, and whether that piece counts in the reduced sums."""
-
-    param: Tensor
-    group_index: int  # not the group itself: load_state_dict replaces the dicts
-    name: str
-    counted: bool = True
-
-
-@dataclass(frozen=True, eq=False)
 class Reduction:
-    """One all-reduce: the process group, and what it is for (words for :meth:`Layout.describe`)."""
+    """Rows that are summed over the same ranks.
 
-    group: Any
-    reason: str
+    Attributes:
+        groups: process groups that do it, one after the other.
+        rows: indices.
+        ranks: all of one replica that hold parts or copies of them.
+        replicas: how many such sets of ranks there are.
+    """
+
+    groups: Groups
+    rows: tuple[int, ...]
+    ranks: frozenset[int]
+    replicas: int = 1
 
 
 class Layout:
     """The rows of an optimizer, in the order of its parameter groups, and how their sums are reduced.
 
     Built once, at the first step, by every rank together; then :meth:`all_reduce` costs one collective a step.
+
+    Attributes:
+        rows: one for each logical tensor, the same on every rank.
+        reductions: usually one.
+        sizes: rows of each parameter group.
+        exact: every element is counted once; False for FSDP1 without its model, where only ratios are sure.
     """
 
-    def __init__(self, rows: Sequence[Row], reductions: Sequence[Reduction], sizes: Sequence[int]) -> None:
+    def __init__(
+        self, rows: Sequence[Row], reductions: Sequence[Reduction], sizes: Sequence[int], pipeline_group: Any = None
+    ) -> None:
         self.rows = list(rows)
         self.reductions = list(reductions)
-        self.sizes = list(sizes)  # rows of each group
-        self._uncounted: Tensor | None = None
+        self.sizes = list(sizes)
+        self.pipeline_group = pipeline_group
+        self.exact = not any(fsdp1.is_managed(row.param) and row.home.numel is None for row in self.rows)
+        self._constants: dict[torch.device, tuple[Tensor, list[Tensor]]] = {}
 
     @classmethod
     def build(
         cls,
         param_groups: Sequence[dict[str, Any]],
         *,
+        model: nn.Module | None = None,
         replica_group: Any = None,
+        pipeline_group: Any = None,
         known_names: dict[int, str] | None = None,
+        others_hold_the_rest: bool = False,
     ) -> Layout:
-        """Lay out ``param_groups``. Collective: every rank of ``replica_group`` calls it at the same step.
+        """Lay out ``param_groups``. Collective: all ranks that share them call it at the same step.
+
+        Args:
+            model: the FSDP1 module, whose handles know the process groups.
+            replica_group: ranks that hold the same parameters, as far as their meshes do not say so.
+            pipeline_group: ranks that hold the other stages of the model.
+            known_names: ``id(parameter) -> name``.
+            others_hold_the_rest: each rank holds other tensors, whole (ZeroRedundancyOptimizer).
 
         Raises:
-            ValueError: a parameter is sharded in a way whose sums cannot be formed.
+            ValueError: a parameter is placed so that its sums cannot be formed, groups and meshes do not match, or
+                ranks disagree on the rows; on every rank alike.
         """
-        names = group_names(param_groups, known_names)
-        rows, reductions, counted = [], [], True
-        if replica_group is not None and dist.get_world_size(replica_group) > 1:
-            counted = dist.get_rank(replica_group) == 0
-            reductions.append(Reduction(replica_group, "replicas take the first rank's sums"))
-        elif replica_group is None and _world_size() > 1:
-            warnings.warn(UNKNOWN_REPLICAS.format(world=_world_size()), stacklevel=4)
-        for g, group in enumerate(param_groups):
-            for param, name in zip(group["params"], names[g], strict=True):
-                _refuse_sharded(param, name)
-                rows.append(Row(param, g, name, counted))
-        return cls(rows, reductions, [len(group["params"]) for group in param_groups])
+        rows, sizes = lay_out_rows(param_groups, model=model, known_names=known_names)
+        reductions = _reductions(rows, replica_group)
+        _check_pipeline(reductions, pipeline_group)
+        replica = 0 if replica_group is None else dist.get_rank(replica_group)
+        counted = {i: _counts_here(rows[i], r.ranks, replica) for r in reductions for i in r.rows}
+        layout = cls(
+            [replace(row, counted=counted.get(i, True)) for i, row in enumerate(rows)],
+            reductions,
+            sizes,
+            pipeline_group,
+        )
+        layout._agree()
+        if not (reductions or pipeline_group or others_hold_the_rest) and world_size() > 1:
+            warnings.warn(UNKNOWN_REPLICAS.format(world=world_size()), stacklevel=4)
+        return layout
 
     def all_reduce(self, packed: Tensor, shared: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Sum over ranks in one collective.
+        """Sum over ranks, in one collective for each reduction's process group (usually one in all).
 
         Args:
             packed: ``[rows, k]``, this rank's contributions; rows that do not count here are dropped, not multiplied by
@@ -90,36 +128,181 @@ class Layout:
         """
         if not self.reductions:
             return packed, shared
-        packed = packed.masked_fill(self._mask(packed.device), 0)
+        uncounted, indices = self._on(packed.device)
+        packed = packed.masked_fill(uncounted, 0)
+        if len(self.reductions) == 1:
+            part, shared = self._reduce(packed, shared, self.reductions[0].groups)
+            return part, shared
+        packed = packed.clone()
+        for reduction, index in zip(self.reductions, indices, strict=True):
+            first = reduction is self.reductions[0]
+            part, summed = self._reduce(packed[index], shared if first else None, reduction.groups)
+            packed[index] = part
+            shared = summed if first else shared
+        return packed, shared
+
+    @staticmethod
+    def _reduce(packed: Tensor, shared: Tensor | None, groups: Groups) -> tuple[Tensor, Tensor | None]:
         vector = packed.flatten() if shared is None else torch.cat([packed.flatten(), shared])
-        for reduction in self.reductions:
-            dist.all_reduce(vector, group=reduction.group)
+        for group in groups:
+            vector = summed(vector, group)
         head, tail = vector[: packed.numel()], vector[packed.numel() :]
         return head.view_as(packed), None if shared is None else tail
 
+    def _on(self, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+        """``[rows, 1]`` bool, True where another rank counts this piece; the rows of each reduction."""
+        if device not in self._constants:
+            mask = torch.tensor([[not row.counted] for row in self.rows], device=device)
+            self._constants[device] = mask, [torch.tensor(r.rows, device=device) for r in self.reductions]
+        return self._constants[device]
+
+    def pool(self, totals: Tensor) -> Tensor:
+        """Sum numbers that are already those of a stage over the stages of the pipeline."""
+        return totals if self.pipeline_group is None else summed(totals, self.pipeline_group)
+
+    def check_whole_model(self, what: str) -> None:
+        """Refuse what needs the whole model where ranks beyond the reductions may hold other parts of it.
+
+        Raises:
+            ValueError: naming ``what``, the ranks and the cure; on every rank alike.
+        """
+        stages = 1 if self.pipeline_group is None else dist.get_world_size(self.pipeline_group)
+        for reduction in self.reductions:
+            covered = len(reduction.ranks) * reduction.replicas * stages
+            if covered != world_size():
+                row = self.rows[reduction.rows[0]]
+                raise ValueError(
+                    f"{what} needs the whole model, but the {len(reduction.ranks)} ranks that hold parameter "
+                    f"{row.name!r}, {row.home.words}, are not all {world_size()} of the world. Where the others hold "
+                    "copies (DDP), pass replica_group; where they hold other pipeline stages, set "
+                    "optimizer.pipeline_group to the group of one rank from each stage; scope='tensor' needs neither"
+                )
+
+    @property
+    def collectives(self) -> int:
+        """All-reduces of one step."""
+        return sum(len(reduction.groups) for reduction in self.reductions) + (self.pipeline_group is not None)
+
     def describe(self) -> str:
-        """One line for logs: rows, elements, collectives a step."""
-        elements = sum(row.param.numel() for row in self.rows)
+        """One line for logs: rows, elements, placements, collectives a step."""
+        elements = sum(piece_of(row, row.param).numel() for row in self.rows)
         text = f"{len(self.rows)} tensors, {elements:,} elements on this rank"
         if not self.reductions:
             return f"{text}; no reduction: this process holds every element"
-        how = "; ".join(f"{r.reason} ({dist.get_world_size(r.group)} ranks)" for r in self.reductions)
-        return f"{text}; {len(self.reductions)} all-reduce of {len(self.rows)} x 4 numbers a step: {how}"
+        kinds = Counter(row.home.words for row in self.rows)
+        placed = ", ".join(f"{count} {words}" for words, count in kinds.items())
+        how = "; ".join(f"{len(r.rows)} x 4 numbers over {len(r.ranks)} ranks" for r in self.reductions)
+        many = "s" if self.collectives > 1 else ""
+        return f"{text} ({placed}); {self.collectives} all-reduce{many} a step: {how}"
 
-    def _mask(self, device: torch.device) -> Tensor:
-        """``[rows, 1]`` bool, True where this rank's piece is a copy that another rank counts."""
-        if self._uncounted is None or self._uncounted.device != device:
-            self._uncounted = torch.tensor([[not row.counted] for row in self.rows], device=device)
-        return self._uncounted
+    def _agree(self) -> None:
+        """Collective. Refuse rows that differ between ranks or whose pieces do not add up, on every rank alike."""
+        for reduction in self.reductions:
+            rows = [self.rows[i] for i in reduction.rows]
+            held = [piece_of(row, row.param).numel() if row.counted else 0 for row in rows]
+            check_agreement(rows, held, reduction.groups, reduction.ranks)
 
 
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def lay_out_rows(
+    param_groups: Sequence[dict[str, Any]],
+    *,
+    model: nn.Module | None = None,
+    known_names: dict[int, str] | None = None,
+) -> tuple[list[Row], list[int]]:
+    """Rows in the order of the groups, and how many each group has. Not collective.
+
+    Raises:
+        ValueError: a parameter is placed so that its sums cannot be formed.
+    """
+    names = group_names(param_groups, known_names)
+    managed = fsdp1.managed_parameters(model)
+    rows: list[Row] = []
+    sizes: list[int] = []
+    for g, group in enumerate(param_groups):
+        before = len(rows)
+        for param, name in zip(group["params"], names[g], strict=True):
+            if dtensor.is_dtensor(param):
+                rows.append(Row(param, g, name, dtensor.home_of(param, name)))
+            elif fsdp1.is_managed(param):
+                known = managed.get(id(param)) or fsdp1.without_model(param)
+                for part, numel, span in known.parts:
+                    rows.append(Row(param, g, part or name, replace(known.home, numel=numel), span=span))
+            else:
+                rows.append(Row(param, g, name, only_here(param)))
+        sizes.append(len(rows) - before)
+    return rows, sizes
 
 
-def _refuse_sharded(param: Tensor, name: str) -> None:
-    if type(param).__name__ == "DTensor" or getattr(param, "_fsdp_flattened", False):
-        raise ValueError(
-            f"parameter {name!r} is sharded ({type(param).__name__}): this release sums over plain parameters and DDP "
-            "replicas only. Use strategy='ddp' or one process."
-        )
+def piece_of(row: Row, tensor: Tensor) -> Tensor:
+    """This rank's elements of ``tensor`` (the row's parameter, its gradient or a state of it): a view."""
+    tensor = dtensor.local(tensor)
+    return tensor if row.span is None else tensor[row.span]
+
+
+def gradient_of(row: Row) -> Tensor:
+    """This rank's elements of the row's gradient, placed like the parameter."""
+    return piece_of(row, dtensor.settled_gradient(row.param))
+
+
+def summed(vector: Tensor, group: Any) -> Tensor:
+    """All-reduce on a device that the group's backend serves: offloaded parameters live on a CPU beside NCCL."""
+    there = vector.to(served_device(group, vector.device))
+    dist.all_reduce(there, group=group)
+    return there.to(vector.device)
+
+
+def _counts_here(row: Row, ranks: frozenset[int], replica: int) -> bool:
+    """Each element once: the first replica's, within it the slice of ``ranks`` that holds its first rank."""
+    return replica == 0 and row.home.counted and min(ranks) in row.home.ranks
+
+
+def _reductions(rows: list[Row], replica_group: Any) -> list[Reduction]:
+    """Rows by the ranks over which they are summed: as few sets as possible, the largest home first."""
+    replicas = frozenset([my_rank()]) if replica_group is None else ranks_of(replica_group)
+    universes = _universes([row.home for row in rows])
+    result = []
+    for ranks, groups, members in universes:
+        if not members or len(ranks) * len(replicas) == 1:
+            continue
+        if len(ranks) > 1 and len(replicas) > 1 and ranks & replicas != {my_rank()}:
+            raise ValueError(
+                f"replica_group has ranks {shown(replicas)}, of which {shown(ranks & replicas)} are in the mesh of "
+                f"{rows[members[0]].name!r}, {rows[members[0]].home.words}: replicas within a mesh are known from it. "
+                "Leave replica_group out, or give it the ranks that hold the same shard in other meshes"
+            )
+        chain = smallest_groups(ranks, groups)
+        if len(replicas) > 1:
+            whole = len(ranks) * len(replicas) == world_size()
+            chain = (dist.group.WORLD,) if whole else (*chain, replica_group)
+        result.append(Reduction(chain, tuple(members), ranks, len(replicas)))
+    return result
+
+
+def _check_pipeline(reductions: list[Reduction], pipeline_group: Any) -> None:
+    """A pipeline group has one rank of this stage: this one."""
+    stages = frozenset([my_rank()]) if pipeline_group is None else ranks_of(pipeline_group)
+    for reduction in reductions:
+        if stages & reduction.ranks != {my_rank()}:
+            raise ValueError(
+                f"pipeline_group has ranks {shown(stages)}, of which {shown(stages & reduction.ranks)} hold the same "
+                "stage's parameters: give it one rank of each stage"
+            )
+
+
+def _universes(homes: list[Home]) -> list[tuple[frozenset[int], Any, list[int]]]:
+    """(ranks, their groups, indices of homes): every home in the first universe that holds its ranks."""
+    distinct: dict[frozenset[int], Home] = {}
+    for home in homes:
+        distinct.setdefault(home.ranks, home)
+    largest = [home for home in distinct.values() if not any(home.ranks < other for other in distinct)]
+    universes: list[tuple[frozenset[int], Any]] = [(home.ranks, home.groups) for home in largest]
+    if len(largest) > 1 and all(home.mesh is not None for home in largest):
+        cover = dtensor.span_of_root([home.mesh for home in largest])
+        if cover is not None:
+            ranks, mesh = cover
+            universes = [(ranks, lambda: dtensor.mesh_groups(mesh))]
+    members: list[list[int]] = [[] for _ in universes]
+    for i, home in enumerate(homes):
+        place = next(u for u, (ranks, _) in enumerate(universes) if home.ranks <= ranks)
+        members[place].append(i)
+    return [(ranks, groups, chosen) for (ranks, groups), chosen in zip(universes, members, strict=True)]

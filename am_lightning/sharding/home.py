@@ -1,0 +1,96 @@
+"""Where one logical tensor lives: which ranks hold a part or a copy of it, and which of the copies counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Groups = tuple[Any, ...]  # process groups; an all-reduce over each in turn sums over their product
+
+
+@dataclass(frozen=True, eq=False)
+class Home:
+    """One logical tensor among the ranks.
+
+    Attributes:
+        ranks: all that hold a part or a copy, as far as this tensor's own mesh or group says.
+        counted: this rank's part is the one that counts among the copies within ``ranks``.
+        groups: gives the process groups whose product is ``ranks``; creating one is collective, so only on demand.
+        numel: elements of the whole tensor; None where that is not known here.
+        words: the placement, for messages.
+        mesh: the DTensor's DeviceMesh.
+    """
+
+    ranks: frozenset[int]
+    counted: bool
+    groups: Callable[[], Groups]
+    numel: int | None
+    words: str
+    mesh: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One logical tensor: this process's piece of it, and whether that piece counts in the reduced sums.
+
+    ``span`` is the part of a flat parameter that belongs to this tensor; None: the whole parameter.
+    """
+
+    param: Tensor
+    group_index: int  # not the group itself: load_state_dict replaces the dicts
+    name: str
+    home: Home
+    counted: bool = True
+    span: slice | None = None
+
+
+def world_size() -> int:
+    """Ranks of the default process group; 1 without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def my_rank() -> int:
+    """This process's global rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def ranks_of(group: Any) -> frozenset[int]:
+    """Global ranks of a process group."""
+    return frozenset(dist.get_process_group_ranks(group))
+
+
+def only_here(param: Tensor) -> Home:
+    """A plain tensor: whole on this rank; whether others hold copies is not written on it."""
+    return Home(frozenset([my_rank()]), True, tuple, param.numel(), "plain")
+
+
+def smallest_groups(ranks: frozenset[int], groups: Callable[[], Groups]) -> Groups:
+    """No group where one rank is all, the default group where it serves, else ``groups()``."""
+    if len(ranks) == 1:
+        return ()
+    if len(ranks) == world_size():
+        return (dist.group.WORLD,)
+    return groups()
+
+
+def shown(ranks: Sequence[int] | frozenset[int]) -> str:
+    """``0, 1, 2, ... 63``: ranks for a message."""
+    listed = [str(rank) for rank in sorted(ranks)]
+    return ", ".join(listed if len(listed) <= 8 else [*listed[:3], "...", listed[-1]])
+
+
+def served_device(group: Any, device: torch.device) -> torch.device:
+    """``device``, or the accelerator where the group's backend serves only that."""
+    config = dist.get_backend_config(group)  # "cpu:gloo,cuda:nccl"
+    served = [entry.partition(":")[0] for entry in config.split(",")]
+    if device.type in served or not torch.accelerator.is_available():
+        return device
+    here = torch.accelerator.current_accelerator()
+    if here is None or here.type not in served:
+        return device
+    return torch.device(here.type, torch.accelerator.current_device_index())
