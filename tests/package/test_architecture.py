@@ -20,6 +20,7 @@ FLOORS = {
     "am_lightning.sharding": 1,
     "am_lightning.optim": 2,
     "am_lightning.factory": 3,
+    "am_lightning.readings": 3,
     "am_lightning.curves": 4,
     "am_lightning.lightning": 4,
     "am_lightning.huggingface": 4,

@@ -1,0 +1,18 @@
+"""The pools live as long as the test session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.sharding.pool import Pool
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Callable[[int], Pool]]:
+    """``pool(world)``: a running group of that many processes."""
+    pools: dict[int, Pool] = {}
+    yield lambda world: pools.setdefault(world, Pool(world))
+    for one in pools.values():
+        one.stop()
