@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.fabric.loggers import Logger, TensorBoardLogger
+from lightning.fabric.loggers.logger import Logger
+from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.readings import Readings

@@ -24,7 +24,7 @@ class RankError(Exception):
         self.rank, self.kind, self.text = rank, kind, text
 
 
-class Hang(Exception):
+class HangError(Exception):
     """Some rank did not answer in time; the others did."""
 
 
@@ -41,7 +41,7 @@ class Pool:
 
         Raises:
             RankError: the first rank's exception, when any raised.
-            Hang: no answer in time.
+            HangError: no answer in time.
         """
         answers = self.attempt(function, timeout=timeout, **arguments)
         for answer in answers:
@@ -59,9 +59,9 @@ class Pool:
         for rank, pipe in enumerate(self._pipes):
             try:
                 if not pipe.poll(max(0.0, deadline - time.monotonic())):
-                    raise Hang(f"{function}{arguments}: rank {rank} gave no answer within {timeout} s")
+                    raise HangError(f"{function}{arguments}: rank {rank} gave no answer within {timeout} s")
                 answers.append(pipe.recv())
-            except (Hang, EOFError, ConnectionError):
+            except (HangError, EOFError, ConnectionError):
                 self.stop(dump=True)
                 raise
         return [RankError(r, *a[1:]) if a[0] == "error" else a[1] for r, a in enumerate(answers)]
