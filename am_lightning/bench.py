@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from am_lightning import bench_reduce
 from am_lightning.optim import AMAdamW
 
 Shape = tuple[int, ...]
@@ -83,12 +84,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
     parser.add_argument("--repeats", type=int, default=10, help="timed rounds, at least 1")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--reduce", action="store_true", help="instead: bytes and latency of the reduction of a step, under torchrun"
+    )
     options = parser.parse_args()
     if options.repeats < 1 or options.threads < 0:
         parser.error(f"--repeats must be >= 1 and --threads >= 0, but got {options.repeats} and {options.threads}")
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
+    if options.reduce:
+        bench_reduce.run(device, options.repeats)
+        return
     optimizers = build(MODELS[options.model](), getattr(torch, options.dtype), device)
     if not options.json:
         print(f"{options.repeats + 2} rounds of {len(optimizers)} optimizers ...", flush=True)

@@ -26,6 +26,7 @@ FLOORS = {
     "am_lightning.huggingface": 4,
     "am_lightning.deepspeed": 4,
     "am_lightning.bench": 5,
+    "am_lightning.bench_reduce": 5,
     "am_lightning.recipes": 5,
     "am_lightning": 5,
 }
