@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.closed_form import bias_correction
 from am_lightning.optim.kernels import Options
+from am_lightning.optim.state import FOREIGN_OPTIONS
 from am_lightning.optim.validation import (
     check_betas,
     check_flag,
@@ -104,6 +105,13 @@ class AMAdamW(AdaptiveMemoryOptimizer):
     def _options(self, group: dict[str, Any]) -> Options:
         beta2, lambd, decay = group["betas"][1], group["lambd"], group["weight_decay"]
         return Options(float(beta2), float(lambd), float(decay), 0.0, group["maximize"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch.optim; the saved groups have all options of AdamW's, which some loaders ask for."""
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            group.update(FOREIGN_OPTIONS)
+        return saved
 
     def _metric_numbers(self, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
         device, dtype = scalars["step"].device, scalars["step"].dtype

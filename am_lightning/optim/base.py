@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
-from am_lightning.names import names_by_id
 from am_lightning.optim import state as row_state
 from am_lightning.optim.closed_form import Decision, Sums, decide, gap_factor
 from am_lightning.optim.kernels import Numbers, Options, Passes, Piece
-from am_lightning.optim.kernels.blocked import Scratch
 from am_lightning.optim.kernels.passes import tier
-from am_lightning.optim.placement import PlacedOptimizer
-from am_lightning.optim.record import StepRecord
-from am_lightning.optim.validation import NONFINITE, SCOPES, check_choice
-from am_lightning.sharding import Layout, gradient_of, piece_of
-
-_NAMES = "_names_of_unnamed"  # in a pickle: what name_parameters() gave
-_WHOLE_OPTIMIZER = ("scope", "nonfinite", "loss_gap", "replica_group")  # options that no group has of its own
+from am_lightning.optim.persistence import PersistentOptimizer
+from am_lightning.optim.phantom import inside_state_creation
+from am_lightning.optim.scalars import sums_live_on
+from am_lightning.sharding import Layout, Row, gradient_of, piece_of
+from am_lightning.sharding.callers import inside_deepspeed_warm_up
 
 
-class AdaptiveMemoryOptimizer(PlacedOptimizer):
+class LocalSums(NamedTuple):
+    """What pass 1 found on this rank, and what pass 2 needs; ``packed`` is ``[rows, 4]``: N, D, present, first."""
+
+    pieces: list[Piece]
+    scalars: dict[str, Tensor]
+    numbers: Numbers
+    passes: Passes
+    packed: Tensor
+
+
+class AdaptiveMemoryOptimizer(PersistentOptimizer):
     """Rows, packed sums and state; a subclass says what its metric, its state and its options are."""
-
-    cap_key: str  # group option that holds the cap of beta_t
-    moments: tuple[str, ...]  # state tensors shaped like the parameter, the direction d first
-    first_takes_cap: bool  # a row's own first step uses the cap
-    plain_attributes: tuple[str, ...] = ("scope", "nonfinite")  # survive pickle and deepcopy
-
-    nonfinite: str
 
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], *, scope: str, nonfinite: str, replica_group: Any
@@ -40,27 +39,8 @@ class AdaptiveMemoryOptimizer(PlacedOptimizer):
         self._configure(scope=scope, nonfinite=nonfinite, replica_group=replica_group)
         super().__init__(params, defaults)
 
-    def _configure(self, *, scope: str, nonfinite: str, replica_group: Any = None) -> None:
-        check_choice("scope", scope, SCOPES)
-        check_choice("nonfinite", nonfinite, NONFINITE)
-        self.scope, self.nonfinite = scope, nonfinite
-        self._forget()
-        self.replica_group = replica_group
-
-    def _forget(self) -> None:
-        """Attributes that live as long as this process: never in groups, state_dict, pickle or deepcopy."""
-        self._forget_placement()
-        self._present: tuple[tuple[bool, ...], Tensor] | None = None
-        self._loading: tuple[dict[str, Any], list[dict[str, Any]]] | None = None
-        self._scratch = Scratch()
-        self._record = StepRecord()
-
     # ------------------------------------------------------------------ what a subclass says
     def _options(self, group: dict[str, Any]) -> Options:
-        raise NotImplementedError
-
-    def _check_group(self, group: dict[str, Any]) -> dict[str, Any]:
-        """Validate a group's options (defaults filled in); returns those to normalise."""
         raise NotImplementedError
 
     def _metric_numbers(self, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -103,10 +83,6 @@ class AdaptiveMemoryOptimizer(PlacedOptimizer):
         """
         return dict(zip(self.parameter_names(), self._betas().unbind(), strict=True))
 
-    def caps(self) -> list[float]:
-        """The cap of beta_t of each parameter, in the order of :meth:`parameter_names`."""
-        return [float(self.param_groups[row.group_index][self.cap_key]) for row in self._rows()[0]]
-
     def report(self) -> Tensor:
         """``[parameters + 4]`` on the device: every beta_t, then what :class:`StepRecord` counts. No host sync."""
         betas = self._betas()
@@ -115,14 +91,6 @@ class AdaptiveMemoryOptimizer(PlacedOptimizer):
     def remember_grad_norm(self, norm: Tensor) -> None:
         """Keep the global gradient norm for :meth:`report`."""
         self._record.grad_norm = norm.detach()
-
-    def _betas(self) -> Tensor:
-        """``[parameters]`` beta_t, nan where one has never stepped."""
-        params = [row.param for row in self._rows()[0]]
-        device, dtype = sums_live_on(params)
-        betas = self._stack(params, "beta", float("nan"), device, dtype)
-        last = self._last_betas
-        return betas if last is None or last.shape != betas.shape else torch.where(betas.isnan(), last, betas)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -137,43 +105,80 @@ class AdaptiveMemoryOptimizer(PlacedOptimizer):
         Raises:
             RuntimeError: a gradient is sparse or complex; nothing has moved.
         """
+        if not self.state and inside_deepspeed_warm_up():
+            return None
+        if not self.state and inside_state_creation():
+            self._create_states()
+            return None
         self._check_capture()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._check_loss(loss, closure)
+        self._read_tables()
         layout = self.current_layout()
+        if self.pre_pass is None:
+            local = self.local_sums(layout)
+            packed, shared = layout.all_reduce(
+                local.packed, self._shared_sums(local.pieces, layout, loss, local.packed)
+            )
+            sums = Sums.unpack(packed)
+            gap, gradients = self._known_gap(shared, local.scalars), self._gradients(shared)
+            decision = self.decide(
+                sums, local.scalars, layout.sizes, pool=layout.pool_of(), gap=gap, gradients=gradients
+            )
+        else:
+            sums, decision = self.pre_pass(layout)
+            local, shared = self.local_sums(layout, update_only=True), None
+        local.numbers.add("omega", self._omega(decision, sums))
+        local.passes.update(local.numbers, decision.counts)
+        self._count(local.scalars, decision)
+        self._record.observe(decision, self._positions(layout), again=self._is_again(layout))
+        self._after(decision, shared)
+        return loss
+
+    def local_sums(self, layout: Layout, *, update_only: bool = False) -> LocalSums:
+        """Pass 1 over the rows of ``layout`` on this rank; nothing is written but states that do not exist yet."""
         pieces = self._pieces(layout)
-        params = [row.param for row in layout.rows]
-        device, dtype = sums_live_on(params)
-        scalars = self._scalars(params, device, dtype)
+        device, dtype = sums_live_on([row.param for row in layout.rows])
+        scalars = self._scalars(device, dtype)
         numbers = Numbers(self._numbers(scalars))
         tiers = [tier(p, self.param_groups[layout.rows[p.row].group_index]["foreach"]) for p in pieces]
         passes = Passes(pieces, tiers, self._scratch)
-        present = self._present_rows(pieces, len(params), device, dtype)
+        if update_only:
+            return LocalSums(pieces, scalars, numbers, passes, scalars["step"])
+        present = self._present_rows(pieces, layout, device, dtype)
         first = present * (scalars["step"] == 0)
-        packed = torch.cat([passes.sums(numbers, len(params), device, dtype), present[:, None], first[:, None]], 1)
-        packed, shared = layout.all_reduce(packed, self._shared_sums(pieces, layout, loss, packed))
-        sums = Sums.unpack(packed)
-        decision = decide(
+        packed = torch.cat([passes.sums(numbers, len(layout.rows), device, dtype), present[:, None], first[:, None]], 1)
+        return LocalSums(pieces, scalars, numbers, passes, packed)
+
+    def decide(self, sums: Sums, scalars: dict[str, Tensor], sizes: list[int], **more: Any) -> Decision:
+        """beta_t of rows whose reduced sums are known; ``sizes`` says how many rows each group has."""
+        return decide(
             sums,
             cap=scalars["cap"],
             lr=scalars["lr"],
             scope=self.scope,
-            sizes=layout.sizes,
+            sizes=sizes,
             first_takes_cap=self.first_takes_cap,
             nonfinite=self.nonfinite,
-            pool=None if layout.pipeline_group is None else layout.pool,
-            gap=self._known_gap(shared, scalars),
-            gradients=self._gradients(shared),
+            **more,
         )
-        numbers.add("omega", self._omega(decision, sums))
-        passes.update(numbers, decision.counts)
-        self._count(params, scalars, decision)
-        self._record.observe(decision)
-        self._after(decision, shared)
-        return loss
+
+    def _is_again(self, layout: Layout) -> bool:
+        """An engine calls step() several times in one training step, and this is not the first of them."""
+        return layout is not next(iter(self._layouts.values()))
+
+    def _positions(self, layout: Layout) -> Tensor | None:
+        """``[rows]``: where this layout's rows are in :meth:`parameter_names`; None where they are all of them."""
+        if not layout.rows or not layout.rows[0].partitioned:
+            return None
+        if layout not in self._places:
+            place = {name: i for i, name in enumerate(self.parameter_names())}
+            device, _ = sums_live_on([layout.rows[0].param])
+            self._places[layout] = torch.tensor([place[row.name] for row in layout.rows], device=device)
+        return self._places[layout]
 
     # ------------------------------------------------------------------ rows and their numbers
     def _check_capture(self) -> None:
@@ -189,7 +194,7 @@ class AdaptiveMemoryOptimizer(PlacedOptimizer):
         options = [self._options(group) for group in self.param_groups]
         pieces = []
         for i, row in rows:
-            state = self._row_state(row.param, self.param_groups[row.group_index])
+            state = self._row_state(row, self.param_groups[row.group_index])
             stored = (piece_of(row, tensor) for tensor in (row.param, *(state[key] for key in self.moments)))
             x, *moments = stored
             tensors = [x, gradient_of(row), *moments]
@@ -199,21 +204,23 @@ class AdaptiveMemoryOptimizer(PlacedOptimizer):
             pieces.append(Piece(i, x, g, d, v[0] if v else None, options[row.group_index]))
         return pieces
 
-    def _row_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        state = self.state[param]
+    def _create_states(self) -> None:
+        for row in self._rows():
+            if row.param.grad is not None:
+                self._row_state(row, self.param_groups[row.group_index])
+
+    def _row_state(self, row: Row, group: dict[str, Any]) -> dict[str, Any]:
+        state = self.state[row.param]
         if self.moments[0] not in state:  # an engine may have left an empty dict
-            row_state.create(state, param, self.moments)
-        else:
-            cap = group[self.cap_key]
+            row_state.create(state, row.param, self.moments, adaptive=not row.partitioned)
+        elif not row.partitioned:
+            param, cap = row.param, group[self.cap_key]
             row_state.complete(state, param, beta1=cap, lr=group["lr"], cap=cap)
         return state  # type: ignore[no-any-return]
 
-    def _scalars(self, params: list[Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """``[rows]`` each: the state's scalars and the groups' options."""
-        scalars = {
-            key: self._stack(params, key, default, device, dtype)
-            for key, default in (("step", 0.0), ("beta_prod", 1.0), ("beta", float("nan")), ("prev_lr", 0.0))
-        }
+    def _scalars(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """``[rows]`` each: the rows' own scalars and the groups' options."""
+        scalars = self._store().read()
         options = [self._options(group) for group in self.param_groups]
         scalars["cap"] = self._per_row([group[self.cap_key] for group in self.param_groups], device, dtype)
         scalars["lr"] = self._per_row([group["lr"] for group in self.param_groups], device, dtype)
@@ -225,18 +232,11 @@ class AdaptiveMemoryOptimizer(PlacedOptimizer):
         numbers = {"gap": 1 + gap_factor(lr, scalars["prev_lr"], mu), "lr": lr, "shrink": 1 - mu * lr}
         return numbers | self._metric_numbers(scalars)
 
-    def _stack(
-        self, params: list[Tensor], key: str, default: float, device: torch.device, dtype: torch.dtype
-    ) -> Tensor:
-        """``[rows]``: a 0-dim state of every row."""
-        missing = torch.full((), default, dtype=dtype, device=device)
-        values = [self.state[p].get(key, missing) if p in self.state else missing for p in params]
-        return torch.stack([v.to(device=device, dtype=dtype, non_blocking=True) for v in values])
-
     def _per_row(self, values: list[float | Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
         """``[rows]``: an option of every row's group. Host numbers are filled in on the device: no copy, no sync."""
+        assert self._layout is not None  # step() has built it
         parts = []
-        for value, size in zip(values, self._rows()[1], strict=True):
+        for value, size in zip(values, self._layout.sizes, strict=True):
             rows = (size,)
             if isinstance(value, Tensor):
                 parts.append(value.detach().reshape(1).to(device, dtype, non_blocking=True).expand(rows))
@@ -244,104 +244,25 @@ class AdaptiveMemoryOptimizer(PlacedOptimizer):
                 parts.append(torch.full(rows, float(value), dtype=dtype, device=device))
         return torch.cat(parts)
 
-    def _present_rows(self, pieces: list[Piece], rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def _present_rows(self, pieces: list[Piece], layout: Layout, device: torch.device, dtype: torch.dtype) -> Tensor:
         """``[rows]``: 1 where this rank has a gradient. Kept until another set of rows has one."""
         here = {piece.row for piece in pieces}
-        key = tuple(i in here for i in range(rows))
-        if self._present is None or self._present[0] != key or self._present[1].device != device:
-            self._present = (key, torch.tensor(key, device=device).to(dtype))
-        return self._present[1]
+        key = tuple(i in here for i in range(len(layout.rows)))
+        kept = self._present.get(layout)
+        if kept is None or kept[0] != key or kept[1].device != device:
+            kept = self._present[layout] = (key, torch.tensor(key, device=device).to(dtype))
+        return kept[1]
 
-    def _count(self, params: list[Tensor], scalars: dict[str, Tensor], decision: Decision) -> None:
+    def _count(self, scalars: dict[str, Tensor], decision: Decision) -> None:
         """Write the adaptive scalars of the rows that took part."""
         counts, beta = decision.counts, decision.beta
-        last = torch.full_like(beta, float("nan")) if self._last_betas is None else self._last_betas
-        self._last_betas = torch.where(counts, beta, last)
         new = {
             "step": scalars["step"] + counts,
             "beta_prod": torch.where(counts, scalars["beta_prod"] * beta, scalars["beta_prod"]),
             "beta": torch.where(counts, beta, scalars["beta"]),
             "prev_lr": torch.where(counts, scalars["lr"], scalars["prev_lr"]),
         }
-        known = [i for i, p in enumerate(params) if self.state.get(p)]
-        if not known:
-            return
-        for key, column in new.items():
-            values = column.unbind()
-            torch._foreach_copy_([self.state[params[i]][key] for i in known], [values[i] for i in known])
-
-    # ------------------------------------------------------------------ groups, pickle, state_dict
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; its options are checked before anything changes."""
-        checked = {}
-        if isinstance(param_group, dict):
-            for name in _WHOLE_OPTIMIZER:
-                if name in param_group:
-                    raise ValueError(f"Invalid {name} in a parameter group: {name} is an option of the whole optimizer")
-            checked = self._check_group({**self.defaults, **param_group})
-        super().add_param_group(param_group)
-        self.param_groups[-1].update(checked)
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__() | {name: getattr(self, name) for name in self.plain_attributes}
-        return state | {_NAMES: self.parameter_names()} if self._known_names else state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if "_record" not in self.__dict__:  # unpickled or copied
-            self._forget()
-        super().__setstate__(state)
-        self.defaults.pop("differentiable", None)  # torch.optim adds it
-        if self._loading is not None:
-            self._finish_loading(*self._loading)
-        for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
-            for key, value in self._check_group(group).items():
-                group.setdefault(key, value)
-        if _NAMES in self.__dict__:  # after a copy or unpickling the parameters are others, their places are not
-            self._known_names = names_by_id(zip(self.__dict__.pop(_NAMES), self._parameters(), strict=True))
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a ``state_dict`` of this class, or one of its plain counterpart (AdamW for AMAdamW) in mid-run.
-
-        The cap stays this optimizer's, as do options that the checkpoint lacks.
-
-        Raises:
-            ValueError: it is the checkpoint of another optimizer or model; nothing has changed.
-        """
-
-        def remember(_: Optimizer, saved: dict[str, Any]) -> None:
-            row_state.check_loadable(saved, self.param_groups, self.moments, type(self).__name__)
-            live = [dict(group) for group in self.param_groups]
-            for saved_group, live_group in zip(saved["param_groups"], live, strict=False):  # torch.optim counts them
-                trial = dict(saved_group)
-                row_state.restore_options(trial, live_group, self.cap_key)
-                self._check_group(trial)
-            self._loading = saved, live
-
-        last = self.register_load_state_dict_pre_hook(remember)  # sees what the user's own hooks made of it
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            last.remove()
-            self._loading = None
-
-    def _finish_loading(self, saved: dict[str, Any], live: list[dict[str, Any]]) -> None:
-        for group, saved_group, live_group in zip(self.param_groups, saved["param_groups"], live, strict=True):
-            row_state.restore_options(group, live_group, self.cap_key)
-            cap = group[self.cap_key]
-            beta1 = float(saved_group["betas"][0]) if "betas" in saved_group else cap
-            for param, index in zip(group["params"], saved_group["params"], strict=True):
-                if saved["state"].get(index):
-                    row_state.restore_scalars(
-                        self.state[param], saved["state"][index], param, beta1=beta1, lr=saved_group["lr"], cap=cap
-                    )
-
-
-def sums_live_on(params: list[Tensor]) -> tuple[torch.device, torch.dtype]:
-    """Where the packed sums live: beside the first parameter, in the widest dtype of its device."""
-    device = params[0].device if params else torch.device("cpu")
-    return device, row_state.widest_dtype(device)
+        self._store().write(new, counts)
 
 
 def _check_gradient(param: Tensor, name: str, who: str) -> None:

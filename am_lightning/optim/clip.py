@@ -7,8 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from am_lightning.optim.base import AdaptiveMemoryOptimizer, sums_live_on
+from am_lightning.optim.base import AdaptiveMemoryOptimizer
+from am_lightning.optim.scalars import sums_live_on
 from am_lightning.optim.squares import square_sum
+from am_lightning.optim.wrapped import innermost
 from am_lightning.sharding import Layout, gradient_of, settled_gradient
 
 
@@ -21,7 +23,7 @@ def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float) -> Tens
     as Partial sums are redistributed once.
 
     Args:
-        optimizer: AMAdamW or AMSGD.
+        optimizer: AMAdamW or AMSGD, or what Lightning, Fabric or Accelerate made of it.
         max_norm: a number >= 0; ``inf`` only computes the norm.
 
     Returns:
@@ -31,6 +33,7 @@ def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float) -> Tens
         TypeError, ValueError: an argument is of the wrong type or out of range, or the norm of the whole model cannot
             be formed from what this optimizer holds.
     """
+    optimizer = innermost(optimizer)
     if not isinstance(optimizer, AdaptiveMemoryOptimizer):
         raise TypeError(f"Invalid optimizer: {type(optimizer).__name__} (optimizer must be AMAdamW or AMSGD)")
     if isinstance(max_norm, bool) or not hasattr(max_norm, "__float__"):

@@ -44,6 +44,7 @@ def convert_adamw(
     optimizer.__class__ = AMAdamW  # type: ignore[assignment]
     converted: AMAdamW = optimizer  # type: ignore[assignment]
     converted._configure(scope=scope, nonfinite="skip")
+    converted._remember_given()
     for group, cap in zip(converted.param_groups, caps, strict=True):
         _convert_options(group, lambd, cap)
     _convert_options(converted.defaults, lambd, _cap(own, lambd, beta1_max))

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from am_lightning.names import names_by_id
+from am_lightning.names import group_names, names_by_id
 from am_lightning.optim.validation import check_process_group
-from am_lightning.sharding import Layout, Row, lay_out_rows
-from am_lightning.sharding.zero_redundancy import inside_zero_redundancy
+from am_lightning.sharding import Layout, Row, lay_out_rows, zero
+from am_lightning.sharding.callers import deepspeed_owner, deepspeed_replicas, inside_zero_redundancy
 
 
 class PlacedOptimizer(Optimizer):
-    """An optimizer that knows the logical tensors behind its parameters; its layout is built at the first step."""
+    """An optimizer that knows the logical tensors behind its parameters; a layout is built at the first step.
+
+    DeepSpeed ZeRO puts flat partitions into the groups and calls ``step()`` with some of them at a time: what the
+    groups were given is remembered, and there is one layout for each such call.
+    """
 
     scope: str
 
@@ -24,9 +28,12 @@ class PlacedOptimizer(Optimizer):
         self._pipeline_group: Any = None
         self._model: nn.Module | None = None
         self._known_names: dict[int, str] = {}
-        self._layout: Layout | None = None
-        self._layout_ids: list[int] = []
-        self._last_betas: Tensor | None = None  # of the layout's rows; a rank without elements has no state to ask
+        self._layouts: dict[tuple[int, ...], Layout] = {}
+        self._layout: Layout | None = None  # of the step that runs, or of the last one
+        self.pre_pass: Callable[[Layout], Any] | None = (
+            None  # am_lightning.deepspeed.attach: a layout's sums and decision
+        )
+        self._given: list[tuple[dict[str, Any], list[Any]]] = []  # groups, and the parameters that each was given
 
     @property
     def replica_group(self) -> Any:
@@ -72,39 +79,119 @@ class PlacedOptimizer(Optimizer):
     def parameter_names(self) -> list[str]:
         """The distinct name of each parameter, in the order of the groups, as :meth:`momentum` uses them.
 
-        A flat parameter (FSDP1 with ``use_orig_params=False``) has the names of the tensors in it.
+        A flat parameter (FSDP1 with ``use_orig_params=False``, DeepSpeed ZeRO) has the names of the tensors in it.
         """
-        return [row.name for row in self._rows()[0]]
+        if self._is_partitioned():
+            return [name for _, named in self._given_names() for name, _ in named]
+        return [row.name for row in self._rows()]
 
-    def _rows(self) -> tuple[list[Row], list[int]]:
-        """Rows, and how many of each group; known before the layout is built, without a collective."""
-        if self._layout is not None and self._layout_ids == [id(p) for p in self._parameters()]:
-            return self._layout.rows, self._layout.sizes
-        return lay_out_rows(self.param_groups, model=self._model, known_names=self._known_names)
+    # ------------------------------------------------------------------ what the groups were given
+    def _remember_given(self) -> None:
+        """Keep the parameters of groups that are new."""
+        known = {id(group) for group, _ in self._given}
+        for group in self.param_groups:
+            if id(group) not in known:
+                self._given.append((group, list(group["params"])))
+
+    def _replace_groups(self, old: list[dict[str, Any]]) -> None:
+        """torch.optim's load_state_dict has made new groups, in the order of the old ones."""
+        new = {id(before): after for before, after in zip(old, self.param_groups, strict=True)}
+        self._given = [(new.get(id(group), group), params) for group, params in self._given]
+
+    def given_groups(self) -> list[dict[str, Any]]:
+        """Every parameter group that was given parameters, also while an engine shows only some of them."""
+        return [group for group, params in self._given if params]
+
+    def _given_names(self) -> list[tuple[dict[str, Any], list[tuple[str, Any]]]]:
+        groups = [{**group, "params": params} for group, params in self._given]
+        named = zip(group_names(groups, self._known_names), self._given, strict=True)
+        return [(group, list(zip(names, params, strict=True))) for names, (group, params) in named]
+
+    def _is_partitioned(self) -> bool:
+        """ZeRO keeps the given parameters, and has put flat partitions of its own in their place."""
+        given = {id(param) for _, params in self._given for param in params}
+        present = self._parameters()
+        if any(id(param) in given for param in present):
+            return False
+        return any(zero.is_partitioned(param) for _, params in self._given for param in params)
+
+    # ------------------------------------------------------------------ rows and layouts
+    def _rows(self) -> list[Row]:
+        """Known before the layout is built, without a collective."""
+        layout = self._layouts.get(self._ids())
+        return self._lay_out()[0] if layout is None else layout.rows
+
+    def _lay_out(self) -> tuple[list[Row], list[int]]:
+        parts = self._partitions() if self._is_partitioned() else {}
+        names = {**self._names_by_place(), **self._known_names}
+        return lay_out_rows(self.param_groups, model=self._model, known_names=names, partitions=parts)
+
+    def _partitions(self) -> dict[int, list[zero.Part]]:
+        """``id(flat) -> parts``."""
+        given = self._given_names()
+        everything = [entry for _, named in given for entry in named]
+        found = {}
+        for group in self.param_groups:
+            named = next((named for known, named in given if known is group), everything)
+            for flat in group["params"]:
+                found[id(flat)] = zero.parts_of(flat, named, everything)
+        return found
+
+    def _names_by_place(self) -> dict[int, str]:
+        """Names of parameters that took the place of given ones: master copies, swapped DTensors."""
+        result = {}
+        for group, named in self._given_names():
+            live = next((g for g in self.param_groups if g is group), None)
+            if live is None or len(live["params"]) != len(named):
+                continue
+            for param, (name, given) in zip(live["params"], named, strict=True):
+                if param is not given and param.shape == given.shape and self._known_names.get(id(given)):
+                    result[id(param)] = name
+        return result
 
     def _parameters(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
 
+    def _ids(self) -> tuple[int, ...]:
+        return tuple(id(param) for param in self._parameters())
+
+    @property
+    def layout(self) -> Layout | None:
+        """Rows and reductions of the last step; None before the first. Not collective."""
+        return self._layout
+
     def current_layout(self) -> Layout:
         """Rows and reductions. Built (collectively) at the first step, and again when the parameters are others."""
-        ids = [id(param) for param in self._parameters()]
-        if self._layout is None or ids != self._layout_ids:
+        ids = self._ids()
+        layout = self._layouts.get(ids)
+        if layout is None:
             alone = inside_zero_redundancy(self)
-            self._forget_layout()
+            self._check_engine()
+            rows, sizes = self._lay_out()
+            replicas = self._replica_group
+            if not self._is_partitioned():
+                self._forget_layout()
+                replicas = replicas or deepspeed_replicas()  # stage 0
             layout = Layout.build(
-                self.param_groups,
-                model=self._model,
-                replica_group=self._replica_group,
+                rows,
+                sizes,
+                replica_group=replicas,
                 pipeline_group=self._pipeline_group,
-                known_names=self._known_names,
                 others_hold_the_rest=alone,
             )
             self._check_scope(layout, alone)
-            self._layout, self._layout_ids = layout, ids
-        return self._layout
+            self._layouts[ids] = layout
+        self._layout = layout
+        return layout
+
+    def _check_engine(self) -> None:
+        owner = deepspeed_owner(self)
+        if owner is None:
+            return
+        zero.check_supported(owner, [entry for _, named in self._given_names() for entry in named])
 
     def _forget_layout(self) -> None:
-        self._layout = self._last_betas = None
+        self._layouts, self._layout = {}, None
 
     def _check_scope(self, layout: Layout, alone: bool) -> None:
         """Refuse a scope whose sums this layout cannot form, before anything moves."""
@@ -116,13 +203,30 @@ class PlacedOptimizer(Optimizer):
                 f"scope={self.scope!r} cannot be formed inside ZeroRedundancyOptimizer: each rank's optimizer sees "
                 "only that rank's tensors, and is stepped without the others. Use scope='tensor', or FSDP"
             )
+        if self.pre_pass is None and any(row.partitioned for row in layout.rows):
+            self._check_partitioned_scope(layout)
         layout.check_whole_model(f"scope={self.scope!r}")
 
+    def _check_partitioned_scope(self, layout: Layout) -> None:
+        """The tensors of the scope must all be in this call of step()."""
+        here = {row.name for row in layout.rows}
+        for _, named in self._given_names():
+            wanted = {name for name, _ in named}
+            if wanted & here or self.scope == "global":
+                missing = sorted(wanted - here)
+                if missing:
+                    raise ValueError(
+                        f"scope={self.scope!r} needs the sums of {missing[0]!r}, but DeepSpeed calls step() for a part "
+                        "of the parameters at a time: call am_lightning.deepspeed.attach(engine) after "
+                        "deepspeed.initialize (the callback and the other attach functions do so), or use "
+                        "scope='tensor'"
+                    )
+
     def _refuse_flat(self, layout: Layout) -> None:
-        """A flat parameter has one 0-dim state, not one for each of its tensors, and FSDP1 saves no more than that."""
+        """A flat parameter of FSDP1 has one 0-dim state, not one for each of its tensors; FSDP1 saves no more."""
         rows: dict[int, str] = {}
         for row in layout.rows:
-            if id(row.param) in rows:
+            if id(row.param) in rows and not row.partitioned:
                 raise ValueError(
                     f"parameters {rows[id(row.param)]!r} and {row.name!r} are in one flat parameter (FSDP1 with "
                     "use_orig_params=False), which has one state for both: scope='tensor' cannot be saved and resumed. "

@@ -14,21 +14,32 @@ class StepRecord:
     def __init__(self) -> None:
         self.skipped = torch.zeros((), dtype=torch.bool)  # the last step was
         self.grad_norm: Tensor | None = None  # set by clip_grad_norm_
-        self._counts = torch.zeros(3, dtype=torch.int64)  # skipped in all, in a row up to now, first bad row
+        self._counts = torch.zeros(4, dtype=torch.int64)  # skipped in all, in a row, first bad row, in a row before
 
-    def observe(self, decision: Decision) -> None:
-        """Take in one step's decision. In place, so that a captured graph keeps its addresses."""
+    def observe(self, decision: Decision, positions: Tensor | None = None, *, again: bool = False) -> None:
+        """Take in one step's decision. In place, so that a captured graph keeps its addresses.
+
+        Args:
+            positions: ``[rows]``, where the decision's rows are among all tensors; None: they are all of them.
+            again: one more call of a training step that an engine makes in several; it is skipped if any of them is.
+        """
         device = decision.skipped.device
         if self.skipped.device != device:
             self.skipped, self._counts = self.skipped.to(device), self._counts.to(device)
-        skipped = decision.skipped.to(torch.int64)
-        total, run, bad_row = self._counts.unbind()
-        self.skipped.copy_(decision.skipped)
-        total.add_(skipped)
-        run.add_(skipped).mul_(skipped)
-        bad_row.copy_(torch.where(decision.skipped, decision.bad.to(torch.int64).argmax(), bad_row))
+        total, run, bad_row, run_before = self._counts.unbind()
+        before = self.skipped & again
+        if not again:
+            run_before.copy_(run)
+        now = before | decision.skipped
+        total.add_((now & ~before).to(torch.int64))
+        run.copy_((run_before + 1) * now)
+        first_bad = decision.bad.to(torch.int64).argmax()
+        if positions is not None:
+            first_bad = positions[first_bad]
+        bad_row.copy_(torch.where(decision.skipped & ~before, first_bad, bad_row))
+        self.skipped.copy_(now)
 
     def numbers(self, like: Tensor) -> Tensor:
         """``[4]``: skipped steps in all, in a row until now, index of the first bad row, gradient norm or nan."""
         norm = torch.full((), float("nan")) if self.grad_norm is None else self.grad_norm
-        return torch.cat([self._counts.to(like), norm.reshape(1).to(like)])
+        return torch.cat([self._counts[:3].to(like), norm.reshape(1).to(like)])

@@ -193,7 +193,9 @@ class AMSGD(AdaptiveMemoryOptimizer):
     def _prev_loss(self, like: Tensor) -> Tensor:
         """0-dim f(x_{t-1}), nan before the first step that counted."""
         before = self.param_groups[0].get(_PREV_LOSS)
-        return torch.full_like(like[0], torch.nan) if before is None else torch.as_tensor(before).to(like)
+        if isinstance(before, Tensor):
+            return before.to(like)
+        return torch.full_like(like[0], torch.nan if before is None else before)
 
     def _objective(self, shared: Tensor) -> Tensor:
         """f: the mean of the ranks' losses (negated where it is maximised) plus the L2 penalty."""
@@ -215,4 +217,6 @@ class AMSGD(AdaptiveMemoryOptimizer):
         for group in saved["param_groups"]:
             if isinstance(group.get(_PREV_LOSS), Tensor):
                 group[_PREV_LOSS] = float(group[_PREV_LOSS])
+            elif self.loss_gap == "exact":
+                group.setdefault(_PREV_LOSS, None)  # torch.distributed.checkpoint loads the keys that are there
         return saved

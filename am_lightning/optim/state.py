@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-SCALARS = ("beta_prod", "beta", "prev_lr")  # prod of beta_i, last beta_t, eta_{t-1}
+from am_lightning.names import group_names
+from am_lightning.sharding.dtensor import is_dtensor
 
-# Options of torch.optim.AdamW that an AMAdamW group does not have.
-FOREIGN_OPTIONS = ("amsgrad", "differentiable", "decoupled_weight_decay")
+SCALARS = ("beta_prod", "beta", "prev_lr")  # prod of beta_i, last beta_t, eta_{t-1}
+NO_BETA = -1.0  # ``beta`` before the first step; not nan, for FSDP1 compares scalars across ranks with ==
+
+# Options of torch.optim.AdamW that an AMAdamW group does not have, and what they would be.
+FOREIGN_OPTIONS = {"amsgrad": False, "differentiable": False, "decoupled_weight_decay": True}
 
 
 def scalar_dtype(param: Tensor) -> torch.dtype:
@@ -23,13 +28,31 @@ def widest_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def create(state: dict[str, Any], param: Tensor, moments: tuple[str, ...]) -> None:
-    """Zero moments and no step taken. ``step`` lives beside the parameter: what is skipped is known there."""
+def as_stored(values: Tensor, params: list[Tensor]) -> Tensor:
+    """``[rows]`` numbers rounded as the rows' scalar states would: the same bits with and without a state."""
+    kinds = {scalar_dtype(param) for param in params}
+    if kinds == {torch.float64}:
+        return values
+    rounded = values.to(torch.float32).to(values.dtype)
+    if kinds == {torch.float32}:
+        return rounded
+    wide = torch.tensor([scalar_dtype(param) == torch.float64 for param in params], device=values.device)
+    return torch.where(wide, values, rounded)
+
+
+def create(state: dict[str, Any], param: Tensor, moments: tuple[str, ...], *, adaptive: bool = True) -> None:
+    """Zero moments and no step taken. ``step`` lives beside the parameter: what is skipped is known there.
+
+    Args:
+        adaptive: with the adaptive scalars, which a flat parameter of many tensors does not keep here.
+    """
     state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
     for key in moments:
         state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
+    if not adaptive:
+        return
     state["beta_prod"] = _scalar(1.0, param)
-    state["beta"] = _scalar(float("nan"), param)
+    state["beta"] = _scalar(NO_BETA, param)
     state["prev_lr"] = _scalar(0.0, param)
 
 
@@ -52,12 +75,23 @@ def _scalar(value: float | Tensor, param: Tensor) -> Tensor:
 
 
 def check_loadable(
-    state_dict: dict[str, Any], param_groups: list[dict[str, Any]], moments: tuple[str, ...], who: str
+    state_dict: dict[str, Any],
+    param_groups: list[dict[str, Any]],
+    moments: tuple[str, ...],
+    who: str,
+    names: dict[int, str] | None = None,
 ) -> None:
-    """Refuse the checkpoint of another optimizer or model before anything is overwritten.
+    """Refuse the checkpoint of another optimizer, model or placement before anything is overwritten.
+
+    Args:
+        state_dict: what is to be loaded.
+        param_groups: this optimizer's.
+        moments: states shaped like the parameter.
+        who: this optimizer's class, for messages.
+        names: ``id(parameter) -> name`` of parameters whose group has no names.
 
     Raises:
-        ValueError: a state lacks what this optimizer needs, or has another shape than the parameter.
+        ValueError: a state lacks what this optimizer needs, or has another shape or placement than its parameter.
     """
     if any(group.get("amsgrad") for group in state_dict["param_groups"]):
         raise ValueError(f"loaded state dict is of AdamW with amsgrad=True, which {who} has no form of: start anew")
@@ -65,21 +99,103 @@ def check_loadable(
     ids = [i for group in state_dict["param_groups"] for i in group["params"]]
     if len(ids) != len(params):
         return  # torch.optim says it better
-    for index, param in zip(ids, params, strict=True):
-        state = state_dict["state"].get(index)
-        if not state:
-            continue
-        for key in ("step", *moments):
-            if state.get(key) is None:
-                raise ValueError(
-                    f"loaded state dict has no {key!r} for parameter {index}: it is not a checkpoint of {who}"
-                )
-        for key in moments:
-            if state[key].shape != param.shape:
-                raise ValueError(
-                    f"loaded state dict has {key!r} of shape {tuple(state[key].shape)} for parameter {index}, "
-                    f"which has shape {tuple(param.shape)}: it is a checkpoint of another model"
-                )
+    known = [name for group in group_names(param_groups, names) for name in group]
+    states = [
+        (name, state_dict["state"][index], param)
+        for name, index, param in zip(known, ids, params, strict=True)
+        if state_dict["state"].get(index)
+    ]
+    for name, state, param in states:
+        _check_moments(name, state, param, moments, who)
+    _check_scalars([(name, state) for name, state, _ in states])
+
+
+def _check_moments(name: str, state: dict[str, Any], param: Tensor, moments: tuple[str, ...], who: str) -> None:
+    for key in ("step", *moments):
+        if state.get(key) is None:
+            raise ValueError(
+                f"loaded state dict has no {key!r} for parameter {name!r}: it is not a checkpoint of {who}"
+            )
+    for key in moments:
+        if state[key].shape != param.shape:
+            raise ValueError(
+                f"loaded state dict has {key!r} of shape {tuple(state[key].shape)} for parameter {name!r}, "
+                f"which has shape {tuple(param.shape)}: it is a checkpoint of another model"
+            )
+        if _placement(state[key]) != _placement(param):
+            raise ValueError(
+                f"loaded state dict has {key!r} for parameter {name!r} as {_placed(state[key])}, but the parameter is "
+                f"{_placed(param)}. {_cure(state[key], param)}"
+            )
+
+
+def _placement(tensor: Any) -> tuple[Any, ...] | None:
+    """What two DTensors must share for their local pieces to hold the same elements; None for a plain tensor."""
+    return (tuple(tensor.placements), tensor.device_mesh.mesh.tolist()) if is_dtensor(tensor) else None
+
+
+def _placed(tensor: Any) -> str:
+    if not is_dtensor(tensor):
+        return "a plain tensor"
+    ranks = tensor.device_mesh.mesh.flatten().tolist()
+    listed = f"{', '.join(map(str, ranks[:8]))}{', ...' if len(ranks) > 8 else ''}"  # in the order of the mesh
+    return f"a DTensor placed ({', '.join(map(str, tensor.placements))}) on the mesh of ranks {listed}"
+
+
+def _cure(state: Any, param: Any) -> str:
+    load = "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict(model, optimizer, state_dict"
+    if not is_dtensor(state):  # whole, as saved with full_state_dict=True
+        return f"Load a full state dict with {load}, options=StateDictOptions(full_state_dict=True)), which splits it"
+    if not is_dtensor(param):
+        return "Gather it first: tensor.full_tensor() on all ranks, or save with StateDictOptions(full_state_dict=True)"
+    return f"Save and load with torch.distributed.checkpoint (dcp.save, dcp.load, then {load})), which moves the pieces"
+
+
+def _check_scalars(states: list[tuple[str, dict[str, Any]]]) -> None:
+    """All three adaptive scalars of a parameter or none (AdamW's checkpoint), and alike for all that have stepped."""
+    cure = (
+        f"Save the whole state_dict(), or remove {', '.join(map(repr, SCALARS))} of every parameter to go on as from a "
+        "checkpoint of AdamW"
+    )
+    full = bare = None
+    for name, state in states:
+        missing = list(_missing_scalars(state))
+        if missing and len(missing) < len(SCALARS):
+            raise ValueError(
+                f"loaded state dict lacks {' and '.join(map(repr, missing))} for parameter {name!r}, of which it has "
+                f"other adaptive scalars, so beta_t could not go on. {cure}"
+            )
+        if float(state["step"]) > 0:
+            full, bare = (full, name) if missing else (name, bare)
+        if full is not None and bare is not None:
+            raise ValueError(
+                f"loaded state dict has the adaptive scalars ({', '.join(SCALARS)}) for parameter {full!r} but not for "
+                f"{bare!r}, though both have stepped. {cure}"
+            )
+
+
+def _missing_scalars(state: dict[str, Any]) -> Iterator[str]:
+    """Those absent, or never filled in: torch.distributed.checkpoint loads into a fresh state (``create``).
+
+    A state that has stepped has a beta, and that beta is a factor of ``beta_prod``.
+    """
+    if _untouched(state):
+        yield from SCALARS
+        return
+    yield from (key for key in SCALARS if state.get(key) is None)
+    if float(state["step"]) > 0 and all(state.get(key) is not None for key in ("beta_prod", "beta")):
+        beta = float(state["beta"])
+        if float(state["beta_prod"]) == 1 and not beta >= 1:
+            yield "beta_prod"
+        if not beta >= 0:
+            yield "beta"
+
+
+def _untouched(state: dict[str, Any]) -> bool:
+    """A state that has stepped, with adaptive scalars as ``create`` makes them: the moments are AdamW's."""
+    if float(state["step"]) <= 0 or any(state.get(key) is None for key in SCALARS):
+        return False
+    return float(state["beta_prod"]) == 1 and float(state["prev_lr"]) == 0 and not float(state["beta"]) >= 0
 
 
 def restore_options(group: dict[str, Any], live: dict[str, Any], cap_key: str) -> None:
@@ -102,7 +218,9 @@ def restore_scalars(
 ) -> None:
     """Undo torch.optim's cast of every float state to the parameter's dtype, and complete an AdamW state."""
     state["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).to(param.device, copy=True)
+    foreign = _untouched(saved)
     for key in SCALARS:
-        if key in saved:
+        state.pop(key, None)
+        if not foreign and saved.get(key) is not None:
             state[key] = _scalar(saved[key], param)
     complete(state, param, beta1=beta1, lr=lr, cap=cap)

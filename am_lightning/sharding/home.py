@@ -38,7 +38,8 @@ class Home:
 class Row:
     """One logical tensor: this process's piece of it, and whether that piece counts in the reduced sums.
 
-    ``span`` is the part of a flat parameter that belongs to this tensor; None: the whole parameter.
+    ``span`` is the part of a flat parameter that belongs to this tensor; None: the whole parameter. ``partitioned``:
+    the flat parameter is one of DeepSpeed's, whose tensors each have their own adaptive scalars.
     """
 
     param: Tensor
@@ -47,6 +48,7 @@ class Row:
     home: Home
     counted: bool = True
     span: slice | None = None
+    partitioned: bool = False
 
 
 def world_size() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from am_lightning.sharding.home import (
     smallest_groups,
     world_size,
 )
+from am_lightning.sharding.zero import Part
 
 UNKNOWN_REPLICAS = (
     "torch.distributed is initialised with {world} processes, the parameters are not sharded, and replica_group is not "
@@ -78,38 +79,30 @@ class Layout:
     @classmethod
     def build(
         cls,
-        param_groups: Sequence[dict[str, Any]],
+        rows: Sequence[Row],
+        sizes: Sequence[int],
         *,
-        model: nn.Module | None = None,
         replica_group: Any = None,
         pipeline_group: Any = None,
-        known_names: dict[int, str] | None = None,
         others_hold_the_rest: bool = False,
     ) -> Layout:
-        """Lay out ``param_groups``. Collective: all ranks that share them call it at the same step.
+        """Find how the rows of :func:`lay_out_rows` are reduced. Collective: all ranks that share them come together.
 
         Args:
-            model: the FSDP1 module, whose handles know the process groups.
             replica_group: ranks that hold the same parameters, as far as their meshes do not say so.
             pipeline_group: ranks that hold the other stages of the model.
-            known_names: ``id(parameter) -> name``.
             others_hold_the_rest: each rank holds other tensors, whole (ZeroRedundancyOptimizer).
 
         Raises:
-            ValueError: a parameter is placed so that its sums cannot be formed, groups and meshes do not match, or
-                ranks disagree on the rows; on every rank alike.
+            ValueError: groups and meshes do not match, ranks disagree on the rows, or pieces do not add up; on every
+                rank alike.
         """
-        rows, sizes = lay_out_rows(param_groups, model=model, known_names=known_names)
-        reductions = _reductions(rows, replica_group)
+        reductions = _reductions(list(rows), replica_group)
         _check_pipeline(reductions, pipeline_group)
         replica = 0 if replica_group is None else dist.get_rank(replica_group)
         counted = {i: _counts_here(rows[i], r.ranks, replica) for r in reductions for i in r.rows}
-        layout = cls(
-            [replace(row, counted=counted.get(i, True)) for i, row in enumerate(rows)],
-            reductions,
-            sizes,
-            pipeline_group,
-        )
+        settled = [replace(row, counted=counted.get(i, True)) for i, row in enumerate(rows)]
+        layout = cls(settled, reductions, sizes, pipeline_group)
         layout._agree()
         if not (reductions or pipeline_group or others_hold_the_rest) and world_size() > 1:
             warnings.warn(UNKNOWN_REPLICAS.format(world=world_size()), stacklevel=4)
@@ -155,6 +148,10 @@ class Layout:
             mask = torch.tensor([[not row.counted] for row in self.rows], device=device)
             self._constants[device] = mask, [torch.tensor(r.rows, device=device) for r in self.reductions]
         return self._constants[device]
+
+    def pool_of(self) -> Callable[[Tensor], Tensor] | None:
+        """:meth:`pool` where there is a pipeline."""
+        return None if self.pipeline_group is None else self.pool
 
     def pool(self, totals: Tensor) -> Tensor:
         """Sum numbers that are already those of a stage over the stages of the pipeline."""
@@ -208,8 +205,14 @@ def lay_out_rows(
     *,
     model: nn.Module | None = None,
     known_names: dict[int, str] | None = None,
+    partitions: dict[int, list[Part]] | None = None,
 ) -> tuple[list[Row], list[int]]:
     """Rows in the order of the groups, and how many each group has. Not collective.
+
+    Args:
+        model: the FSDP1 module, whose handles know the process groups.
+        known_names: ``id(parameter) -> name``.
+        partitions: ``id(flat parameter) -> parts``, of DeepSpeed's.
 
     Raises:
         ValueError: a parameter is placed so that its sums cannot be formed.
@@ -221,12 +224,15 @@ def lay_out_rows(
     for g, group in enumerate(param_groups):
         before = len(rows)
         for param, name in zip(group["params"], names[g], strict=True):
-            if dtensor.is_dtensor(param):
+            if partitions and id(param) in partitions:
+                for part in partitions[id(param)]:
+                    rows.append(Row(param, g, part.name, part.home, span=part.span, partitioned=True))
+            elif dtensor.is_dtensor(param):
                 rows.append(Row(param, g, name, dtensor.home_of(param, name)))
             elif fsdp1.is_managed(param):
                 known = managed.get(id(param)) or fsdp1.without_model(param)
-                for part, numel, span in known.parts:
-                    rows.append(Row(param, g, part or name, replace(known.home, numel=numel), span=span))
+                for inner, numel, span in known.parts:
+                    rows.append(Row(param, g, inner or name, replace(known.home, numel=numel), span=span))
             else:
                 rows.append(Row(param, g, name, only_here(param)))
         sizes.append(len(rows) - before)

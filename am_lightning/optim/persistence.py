@@ -1,0 +1,225 @@
+"""What an optimizer keeps between steps, and how it is saved, loaded, pickled and copied."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from am_lightning.names import names_by_id
+from am_lightning.optim import state as row_state
+from am_lightning.optim.kernels.blocked import Scratch
+from am_lightning.optim.placement import PlacedOptimizer
+from am_lightning.optim.record import StepRecord
+from am_lightning.optim.scalars import Scalars, StateScalars, TableScalars
+from am_lightning.optim.validation import NONFINITE, SCOPES, check_choice
+from am_lightning.sharding import Layout
+
+_TABLE, _OPTIONS = "am_table", "am_options"  # in saved groups: adaptive scalars by name, every group's options
+_NAMES = "_names_of_unnamed"  # in a pickle: what name_parameters() gave
+_WHOLE_OPTIMIZER = ("scope", "nonfinite", "loss_gap", "replica_group")  # options that no group has of its own
+
+
+class PersistentOptimizer(PlacedOptimizer):
+    """State of parameters, adaptive scalars of rows, and their checkpoints."""
+
+    cap_key: str  # group option that holds the cap of beta_t
+    moments: tuple[str, ...]  # state tensors shaped like the parameter, the direction d first
+    first_takes_cap: bool  # a row's own first step uses the cap
+    plain_attributes: tuple[str, ...] = ("scope", "nonfinite")  # survive pickle and deepcopy
+
+    nonfinite: str
+
+    def _configure(self, *, scope: str, nonfinite: str, replica_group: Any = None) -> None:
+        check_choice("scope", scope, SCOPES)
+        check_choice("nonfinite", nonfinite, NONFINITE)
+        self.scope, self.nonfinite = scope, nonfinite
+        self._forget()
+        self.replica_group = replica_group
+
+    def _forget(self) -> None:
+        """Attributes that live as long as this process: never in groups, state_dict, pickle or deepcopy."""
+        self._tables: dict[str, list[float]] = {}  # adaptive scalars by name that await their layout (DeepSpeed)
+        self._stores: dict[Layout, Scalars] = {}
+        self._present: dict[Layout, tuple[tuple[bool, ...], Tensor]] = {}
+        self._places: dict[Layout, Tensor] = {}
+        self._forget_placement()
+        self._loading: tuple[dict[str, Any], list[dict[str, Any]]] | None = None
+        self._scratch = Scratch()
+        self._record = StepRecord()
+
+    def _check_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Validate a group's options (defaults filled in); returns those to normalise."""
+        raise NotImplementedError
+
+    def caps(self) -> list[float]:
+        """The cap of beta_t of each parameter, in the order of :meth:`parameter_names`."""
+        if self._is_partitioned():
+            return [float(group[self.cap_key]) for group, params in self._given for _ in params]
+        return [float(self.param_groups[row.group_index][self.cap_key]) for row in self._rows()]
+
+    def _betas(self) -> Tensor:
+        """``[parameters]`` beta_t, nan where one has never stepped."""
+        if self._is_partitioned():
+            return self._betas_by_name()
+        layout = self._layouts.get(self._ids())
+        store = None if layout is None else self._stores.get(layout)
+        return (store or StateScalars(self.state, self._rows())).betas()
+
+    def _betas_by_name(self) -> Tensor:
+        """Of every tensor that the groups were given, from the flat partitions that have stepped."""
+        found: dict[str, Tensor] = {}
+        for store in self._stores.values():
+            if isinstance(store, TableScalars):
+                found.update(zip((row.name for row in store.rows), store.betas().unbind(), strict=True))
+        unknown = next(iter(found.values()), torch.zeros(())) * float("nan")
+        return torch.stack([found.get(name, unknown) for name in self.parameter_names()])
+
+    def _store(self) -> Scalars:
+        """The adaptive scalars of the current layout's rows."""
+        layout = self._layout
+        assert layout is not None  # step() has built it
+        if layout not in self._stores:
+            partitioned = any(row.partitioned for row in layout.rows)
+            self._stores[layout] = (
+                TableScalars(self.state, layout.rows, self._take_tables(layout))
+                if partitioned
+                else StateScalars(self.state, layout.rows)
+            )
+        return self._stores[layout]
+
+    def _take_tables(self, layout: Layout) -> dict[str, list[float]]:
+        """What a checkpoint says of the layout's rows; where it has moments alone, AdamW's momentum is assumed."""
+        found, foreign = {}, []
+        for row in layout.rows:
+            group, state = self.param_groups[row.group_index], self.state.get(row.param) or {}
+            if row.name in self._tables:
+                found[row.name] = self._tables.pop(row.name)
+            elif self.moments[0] in state and float(state.get("step", 0)) > 0:
+                step, cap = float(state["step"]), float(group[self.cap_key])
+                found[row.name] = [step, cap**step, cap, float(group["lr"])]
+                foreign.append(row.name)
+        if foreign:
+            warnings.warn(
+                f"the checkpoint has no adaptive scalars of {len(foreign)} tensors ({foreign[0]!r}, ...): it was not "
+                f"written by {type(self).__name__}. Their momentum is taken to have decayed by the cap at each step",
+                stacklevel=4,
+            )
+        return found
+
+    def _forget_layout(self) -> None:
+        for store in self._stores.values():
+            if isinstance(store, TableScalars):
+                self._tables.update(store.saved())
+        self._stores, self._present, self._places = {}, {}, {}
+        super()._forget_layout()
+
+    # ------------------------------------------------------------------ groups, pickle, state_dict
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; its options are checked before anything changes."""
+        checked = {}
+        if isinstance(param_group, dict):
+            for name in _WHOLE_OPTIMIZER:
+                if name in param_group:
+                    raise ValueError(f"Invalid {name} in a parameter group: {name} is an option of the whole optimizer")
+            checked = self._check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        self.param_groups[-1].update(checked)
+        self._remember_given()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__() | {name: getattr(self, name) for name in self.plain_attributes}
+        return state | {_NAMES: self.parameter_names()} if self._known_names else state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        copied = "_record" not in self.__dict__  # or unpickled
+        if copied:
+            self._forget()
+        super().__setstate__(state)
+        if copied:
+            self._remember_given()
+        self.defaults.pop("differentiable", None)  # torch.optim adds it
+        if self._loading is not None:
+            self._finish_loading(*self._loading)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+            for key, value in self._check_group(group).items():
+                group.setdefault(key, value)
+        if _NAMES in self.__dict__:  # after a copy or unpickling the parameters are others, their places are not
+            self._known_names = names_by_id(zip(self.__dict__.pop(_NAMES), self._parameters(), strict=True))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a ``state_dict`` of this class, or one of its plain counterpart (AdamW for AMAdamW) in mid-run.
+
+        The cap stays this optimizer's, as do options that the checkpoint lacks.
+
+        Raises:
+            ValueError: it is the checkpoint of another optimizer or model; nothing has changed.
+        """
+
+        def remember(_: Optimizer, saved: dict[str, Any]) -> None:
+            who = type(self).__name__
+            row_state.check_loadable(saved, self.param_groups, self.moments, who, self._known_names)
+            live = [dict(group) for group in self.param_groups]
+            for saved_group, live_group in zip(saved["param_groups"], live, strict=False):  # torch.optim counts them
+                trial = dict(saved_group)
+                row_state.restore_options(trial, live_group, self.cap_key)
+                self._check_group(trial)
+            self._loading = saved, live
+
+        last = self.register_load_state_dict_pre_hook(remember)  # sees what the user's own hooks made of it
+        groups = self.param_groups
+        try:
+            super().load_state_dict(state_dict)
+            self._replace_groups(groups)
+            self._forget_tables()
+        finally:
+            last.remove()
+            self._loading = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch.optim. Where a parameter holds many tensors, the groups carry their adaptive scalars by name."""
+        saved = super().state_dict()
+        tables = dict(self._tables)
+        for store in self._stores.values():
+            if isinstance(store, TableScalars):
+                tables.update(store.saved())
+        if tables:
+            options = [{k: v for k, v in group.items() if k != "params"} for group in saved["param_groups"]]
+            for group in saved["param_groups"]:
+                group |= {_TABLE: tables, _OPTIONS: options}
+        return saved
+
+    def _forget_tables(self) -> None:
+        """A checkpoint has replaced the state: nothing of before counts."""
+        self._stores, self._tables = {}, {}
+
+    def _read_tables(self) -> None:
+        """Take the adaptive scalars that a checkpoint, or an engine that loaded one, has put into the groups."""
+        groups = [group for group, _ in self._given]
+        tables = [group.pop(_TABLE, None) for group in groups]
+        options = [group.pop(_OPTIONS, None) for group in groups]
+        if any(tables):
+            self._stores, self._tables = {}, dict(next(table for table in tables if table))
+        saved: list[dict[str, Any]] = next((entry for entry in options if entry), [])
+        live = [group for group, params in self._given if params]
+        if len(saved) == len(live):  # one engine copies the first group's options onto all
+            for group, own in zip(live, saved, strict=True):
+                for key, value in own.items():
+                    if key in group and group[key] == saved[0].get(key):
+                        group[key] = value
+
+    def _finish_loading(self, saved: dict[str, Any], live: list[dict[str, Any]]) -> None:
+        for group, saved_group, live_group in zip(self.param_groups, saved["param_groups"], live, strict=True):
+            row_state.restore_options(group, live_group, self.cap_key)
+            cap = group[self.cap_key]
+            beta1 = float(saved_group["betas"][0]) if "betas" in saved_group else cap
+            for param, index in zip(group["params"], saved_group["params"], strict=True):
+                if saved["state"].get(index) and not self._is_partitioned():
+                    row_state.restore_scalars(
+                        self.state[param], saved["state"][index], param, beta1=beta1, lr=saved_group["lr"], cap=cap
+                    )

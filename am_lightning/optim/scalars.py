@@ -1,0 +1,108 @@
+"""Where the adaptive scalars of a layout's rows live: beside each parameter's moments, or in a table by name."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from am_lightning.optim import state as row_state
+from am_lightning.sharding import Row
+
+DEFAULTS = {"step": 0.0, "beta_prod": 1.0, "beta": row_state.NO_BETA, "prev_lr": 0.0}
+
+
+class Scalars(Protocol):
+    """The four numbers of every row of one layout, in :data:`DEFAULTS`' order."""
+
+    def read(self) -> dict[str, Tensor]:
+        """``[rows]`` each, on the device of the sums."""
+
+    def write(self, new: dict[str, Tensor], counts: Tensor) -> None:
+        """Keep new values; ``counts`` (``[rows]`` bool) says which rows took part in the step."""
+
+    def betas(self) -> Tensor:
+        """``[rows]``: beta_t of each row's last step, nan before its first."""
+
+
+class StateScalars:
+    """0-dim tensors in the state of each row's parameter.
+
+    A rank that holds no element of a tensor may hold no state of it either; its last beta is kept beside.
+    """
+
+    def __init__(self, state: MutableMapping[Tensor, Any], rows: Sequence[Row]) -> None:
+        self._state = state
+        self._params = [row.param for row in rows]
+        self._device, self._dtype = sums_live_on(self._params)
+        self._last: Tensor | None = None
+
+    def read(self) -> dict[str, Tensor]:
+        return {key: self._stack(key, default) for key, default in DEFAULTS.items()}
+
+    def write(self, new: dict[str, Tensor], counts: Tensor) -> None:
+        last = torch.full_like(new["beta"], row_state.NO_BETA) if self._last is None else self._last
+        self._last = torch.where(counts, new["beta"], last)
+        known = [i for i, param in enumerate(self._params) if self._state.get(param)]
+        if not known:
+            return
+        for key, column in new.items():
+            values = column.unbind()
+            torch._foreach_copy_([self._state[self._params[i]][key] for i in known], [values[i] for i in known])
+
+    def betas(self) -> Tensor:
+        betas = self._stack("beta", DEFAULTS["beta"])
+        if self._last is not None:
+            betas = torch.where(betas >= 0, betas, row_state.as_stored(self._last, self._params))
+        return _nan_before_first(betas)
+
+    def _stack(self, key: str, default: float) -> Tensor:
+        missing = torch.full((), default, dtype=self._dtype, device=self._device)
+        values = [self._state[p].get(key, missing) if p in self._state else missing for p in self._params]
+        if not values:
+            return missing.new_empty(0)
+        return torch.stack([v.to(device=self._device, dtype=self._dtype, non_blocking=True) for v in values])
+
+
+class TableScalars:
+    """Vectors over the rows of flat parameters that hold many tensors each. A checkpoint holds them by name."""
+
+    def __init__(self, state: MutableMapping[Tensor, Any], rows: Sequence[Row], saved: dict[str, list[float]]) -> None:
+        """``saved``: name -> the four numbers, from a checkpoint; names that it lacks start anew."""
+        self._state = state
+        self.rows = list(rows)
+        self._device, self._dtype = sums_live_on([row.param for row in rows])
+        fresh = list(DEFAULTS.values())
+        table = [saved.get(row.name, fresh) for row in rows]
+        columns = torch.tensor(table, dtype=self._dtype, device=self._device).reshape(len(table), 4).unbind(1)
+        self._columns = dict(zip(DEFAULTS, columns, strict=True))
+
+    def read(self) -> dict[str, Tensor]:
+        return dict(self._columns)
+
+    def write(self, new: dict[str, Tensor], counts: Tensor) -> None:
+        self._columns = {key: new[key].to(torch.float32).to(self._dtype) for key in DEFAULTS}
+        steps = self._columns["step"].unbind()
+        for row, step in zip(self.rows, steps, strict=True):
+            if self._state.get(row.param):
+                self._state[row.param]["step"] = step.to(torch.float32)  # an engine may have left a number there
+
+    def betas(self) -> Tensor:
+        return _nan_before_first(self._columns["beta"])
+
+    def saved(self) -> dict[str, list[float]]:
+        """Name -> the four numbers, as floats. Waits for the device."""
+        table = torch.stack(list(self._columns.values()), 1).tolist()
+        return {row.name: numbers for row, numbers in zip(self.rows, table, strict=True)}
+
+
+def _nan_before_first(betas: Tensor) -> Tensor:
+    return betas.masked_fill(~(betas >= 0), float("nan"))
+
+
+def sums_live_on(params: Sequence[Tensor]) -> tuple[torch.device, torch.dtype]:
+    """Where the packed sums live: beside the first parameter, in the widest dtype of its device."""
+    device = params[0].device if params else torch.device("cpu")
+    return device, row_state.widest_dtype(device)

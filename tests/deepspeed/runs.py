@@ -1,0 +1,191 @@
+"""What each rank runs: training under a DeepSpeed engine beside one process that holds the whole model in float64."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("LOCAL_RANK", os.environ.get("RANK", "0"))
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from torch import Tensor, nn
+
+from am_lightning import AMAdamW
+from tests.sharding.model import interior_share
+
+deepspeed.utils.logger.setLevel(logging.ERROR)
+
+STEPS, CLIP, BATCH = 12, 0.5, 16
+RATES = {"tensor": (0.08, 0.04), "group": (0.08, 0.04), "global": (0.25, 0.15)}  # of the two groups; the run overshoots
+DECAYS = (0.1, 0.0)
+
+
+def make_net() -> nn.Sequential:
+    generator = torch.Generator().manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(7, 13), nn.Tanh(), nn.LayerNorm(13), nn.Linear(13, 11), nn.Tanh(), nn.Linear(11, 3)
+    ).double()
+    with torch.no_grad():
+        for param in net.parameters():
+            param.uniform_(-0.4, 0.4, generator=generator)
+    return net
+
+
+def groups_of(net: nn.Module, scope: str) -> list[dict[str, Any]]:
+    """Matrices, then the rest, with a learning rate and a decay of their own."""
+    named = list(net.named_parameters())
+    parts = ([e for e in named if e[1].ndim == 2], [e for e in named if e[1].ndim != 2])
+    return [
+        {"params": part, "weight_decay": decay, "lr": rate}
+        for part, decay, rate in zip(parts, DECAYS, RATES[scope], strict=True)
+    ]
+
+
+def batch_of(step: int, micro: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
+    """This rank's share of a micro batch, which is the same for every number of ranks."""
+    generator = torch.Generator().manual_seed(1000 * (step % 2) + micro)
+    x = torch.randn(BATCH, 7, generator=generator, dtype=torch.float64).chunk(world)[rank]
+    return x, 3 * torch.sin(2 * x[:, :3])
+
+
+def schedule(optimizer: torch.optim.Optimizer, step: int, scope: str) -> None:
+    for group, rate in zip(optimizer.param_groups, RATES[scope], strict=True):
+        group["lr"] = rate * (1.0 - 0.05 * step) * (2.0 if step % 2 else 1.0)
+
+
+def config_of(
+    stage: int, dtype: str = "float32", accumulate: int = 1, clip: float = CLIP, **zero: Any
+) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": BATCH // dist.get_world_size(),
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": clip,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": stage,
+            "sub_group_size": 40,
+            "overlap_comm": False,
+            "stage3_param_persistence_threshold": 0,
+            **zero,
+        },
+    }
+    if dtype == "bfloat16":
+        config["bf16"] = {"enabled": True}
+    return config
+
+
+def start(stage: int, scope: str, config: dict[str, Any], **options: Any) -> tuple[Any, AMAdamW]:
+    """The engine and the optimizer that it was given."""
+    torch.manual_seed(0)
+    net = make_net().float()
+    optimizer = AMAdamW(groups_of(net, scope), betas=(0.89, 0.999), scope=scope, **options)
+    engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config)
+    return engine, optimizer
+
+
+def advance(engine: Any, optimizer: AMAdamW, scope: str, steps: range, accumulate: int = 1) -> list[dict[str, float]]:
+    """beta_t by name after each step."""
+    seen = []
+    dtype = next(engine.module.parameters()).dtype
+    for step in steps:
+        schedule(optimizer, step, scope)
+        for micro in range(accumulate):
+            x, y = batch_of(step, micro, dist.get_rank(), dist.get_world_size())
+            loss = (engine(x.to(dtype)).float() - y.float()).square().mean()
+            engine.backward(loss)
+            engine.step()
+        seen.append({name: float(beta) for name, beta in optimizer.momentum().items()})
+    return seen
+
+
+def whole_weights(engine: Any, stage: int, dtype: str) -> dict[str, Tensor]:
+    found = {}
+    for name, param in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([param], enabled=stage == 3):
+            exact = stage == 0 or dtype == "float32"
+            found[name] = (param if exact else safe_get_full_fp32_param(param)).detach().double().clone()
+    return found
+
+
+def alone(scope: str, steps: int = STEPS, accumulate: int = 1, clip: float = CLIP) -> dict[str, Any]:
+    """The float64 run of one process."""
+    net = make_net()
+    optimizer = AMAdamW(groups_of(net, scope), betas=(0.89, 0.999), scope=scope)
+    seen = []
+    for step in range(steps):
+        schedule(optimizer, step, scope)
+        optimizer.zero_grad()
+        for micro in range(accumulate):
+            x, y = batch_of(step, micro)
+            ((net(x) - y).square().mean() / accumulate).backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
+        optimizer.step()
+        seen.append({name: float(beta) for name, beta in optimizer.momentum().items()})
+    weights = {name: param.detach() for name, param in net.named_parameters()}
+    return {"seen": seen, "weights": weights, "share": interior_share(seen, "adamw")}
+
+
+def compare(
+    stage: int, scope: str = "tensor", dtype: str = "float32", accumulate: int = 1, attach: bool = False, **zero: Any
+) -> dict[str, Any]:
+    engine, optimizer = start(stage, scope, config_of(stage, dtype, accumulate, **zero))
+    if attach:
+        from am_lightning.deepspeed import attach as attach_engine
+
+        attach_engine(engine)
+    seen = advance(engine, optimizer, scope, range(STEPS), accumulate)
+    single = alone(scope, accumulate=accumulate)
+    off = [abs(ours[n] - b) for ours, theirs in zip(seen, single["seen"], strict=True) for n, b in theirs.items()]
+    weights = whole_weights(engine, stage, dtype)
+    return {
+        "beta": max(off),
+        "weights": max(float((weights[n] - w).abs().max()) for n, w in single["weights"].items()),
+        "share": single["share"],
+        "bits": [{n: b.hex() for n, b in step.items()} for step in seen],
+        "names": list(seen[0]),
+        "engine": type(engine.optimizer).__name__,
+    }
+
+
+def compare_in_16_bit(stage: int, scope: str = "tensor", dtype: str = "bfloat16", **zero: Any) -> dict[str, Any]:
+    """The engine's own gradients, gathered by its public call, are given to the one process too."""
+    config = config_of(stage, dtype, clip=0.0, **zero)
+    engine, optimizer = start(stage, scope, config)
+    if scope != "tensor":
+        from am_lightning.deepspeed import attach as attach_engine
+
+        attach_engine(engine)
+    single = make_net()
+    with torch.no_grad():
+        for param, ours in zip(single.parameters(), make_net().bfloat16().parameters(), strict=True):
+            param.copy_(ours)
+    reference = AMAdamW(groups_of(single, scope), betas=(0.89, 0.999), scope=scope)
+    off, seen = [], []
+    for step in range(STEPS):
+        schedule(optimizer, step, scope)
+        schedule(reference, step, scope)
+        x, y = batch_of(step, 0, dist.get_rank(), dist.get_world_size())
+        loss = (engine(x.to(torch.bfloat16)).float() - y.float()).square().mean()
+        engine.backward(loss)
+        for (_, given), param in zip(engine.module.named_parameters(), single.parameters(), strict=True):
+            param.grad = safe_get_full_grad(given).double().reshape(param.shape)
+        engine.step()
+        reference.step()
+        seen.append({name: float(beta) for name, beta in optimizer.momentum().items()})
+        off += [abs(seen[-1][name] - float(beta)) for name, beta in reference.momentum().items()]
+    weights = whole_weights(engine, stage, dtype)
+    return {
+        "beta": max(off),
+        "weights": max(float((weights[n] - w.detach()).abs().max()) for n, w in single.named_parameters()),
+        "share": interior_share(seen, "adamw"),
+        "bits": [{n: b.hex() for n, b in step.items()} for step in seen],
+        "names": list(seen[0]),
+        "engine": type(engine.optimizer).__name__,
+    }
