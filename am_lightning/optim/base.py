@@ -14,10 +14,9 @@ from am_lightning.optim.closed_form import Decision, Sums, decide, gap_factor
 from am_lightning.optim.kernels import Numbers, Options, Passes, Piece
 from am_lightning.optim.kernels.passes import tier
 from am_lightning.optim.persistence import PersistentOptimizer
-from am_lightning.optim.phantom import inside_state_creation
 from am_lightning.optim.scalars import sums_live_on
 from am_lightning.sharding import Layout, Row, gradient_of, piece_of
-from am_lightning.sharding.callers import inside_deepspeed_warm_up
+from am_lightning.sharding.callers import inside_deepspeed_warm_up, inside_state_creation
 
 
 class LocalSums(NamedTuple):

@@ -42,6 +42,11 @@ def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float) -> Tens
         )
     if math.isnan(max_norm) or max_norm < 0:
         raise ValueError(f"Invalid max_norm: {max_norm} (max_norm must be a number >= 0)")
+    if optimizer.is_partitioned():
+        raise ValueError(
+            "clip_grad_norm_ cannot clip under DeepSpeed ZeRO, whose engine holds the gradients and clips them itself: "
+            "set gradient_clipping in its configuration"
+        )
     layout = optimizer.current_layout()
     _check_exact(layout)
     for param in dict.fromkeys(row.param for row in layout.rows):

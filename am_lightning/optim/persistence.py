@@ -57,13 +57,13 @@ class PersistentOptimizer(PlacedOptimizer):
 
     def caps(self) -> list[float]:
         """The cap of beta_t of each parameter, in the order of :meth:`parameter_names`."""
-        if self._is_partitioned():
+        if self.is_partitioned():
             return [float(group[self.cap_key]) for group, params in self._given for _ in params]
         return [float(self.param_groups[row.group_index][self.cap_key]) for row in self._rows()]
 
     def _betas(self) -> Tensor:
         """``[parameters]`` beta_t, nan where one has never stepped."""
-        if self._is_partitioned():
+        if self.is_partitioned():
             return self._betas_by_name()
         layout = self._layouts.get(self._ids())
         store = None if layout is None else self._stores.get(layout)
@@ -219,7 +219,7 @@ class PersistentOptimizer(PlacedOptimizer):
             cap = group[self.cap_key]
             beta1 = float(saved_group["betas"][0]) if "betas" in saved_group else cap
             for param, index in zip(group["params"], saved_group["params"], strict=True):
-                if saved["state"].get(index) and not self._is_partitioned():
+                if saved["state"].get(index) and not self.is_partitioned():
                     row_state.restore_scalars(
                         self.state[param], saved["state"][index], param, beta1=beta1, lr=saved_group["lr"], cap=cap
                     )

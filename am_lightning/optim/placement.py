@@ -81,7 +81,7 @@ class PlacedOptimizer(Optimizer):
 
         A flat parameter (FSDP1 with ``use_orig_params=False``, DeepSpeed ZeRO) has the names of the tensors in it.
         """
-        if self._is_partitioned():
+        if self.is_partitioned():
             return [name for _, named in self._given_names() for name, _ in named]
         return [row.name for row in self._rows()]
 
@@ -107,7 +107,7 @@ class PlacedOptimizer(Optimizer):
         named = zip(group_names(groups, self._known_names), self._given, strict=True)
         return [(group, list(zip(names, params, strict=True))) for names, (group, params) in named]
 
-    def _is_partitioned(self) -> bool:
+    def is_partitioned(self) -> bool:
         """ZeRO keeps the given parameters, and has put flat partitions of its own in their place."""
         given = {id(param) for _, params in self._given for param in params}
         present = self._parameters()
@@ -122,7 +122,7 @@ class PlacedOptimizer(Optimizer):
         return self._lay_out()[0] if layout is None else layout.rows
 
     def _lay_out(self) -> tuple[list[Row], list[int]]:
-        parts = self._partitions() if self._is_partitioned() else {}
+        parts = self._partitions() if self.is_partitioned() else {}
         names = {**self._names_by_place(), **self._known_names}
         return lay_out_rows(self.param_groups, model=self._model, known_names=names, partitions=parts)
 
@@ -169,7 +169,7 @@ class PlacedOptimizer(Optimizer):
             self._check_engine()
             rows, sizes = self._lay_out()
             replicas = self._replica_group
-            if not self._is_partitioned():
+            if not self.is_partitioned():
                 self._forget_layout()
                 replicas = replicas or deepspeed_replicas()  # stage 0
             layout = Layout.build(
@@ -185,10 +185,23 @@ class PlacedOptimizer(Optimizer):
         return layout
 
     def _check_engine(self) -> None:
+        """Under DeepSpeed: every parameter is a given one, a copy of one in its place, or a partition of known kind.
+
+        Raises:
+            ValueError: it is none of these, or the engine has a feature that is not supported.
+        """
         owner = deepspeed_owner(self)
         if owner is None:
             return
-        zero.check_supported(owner, [entry for _, named in self._given_names() for entry in named])
+        given = self._given_names()
+        zero.check_supported(owner, [entry for _, named in given for entry in named])
+        if self.is_partitioned():
+            return
+        for group in self.param_groups:
+            named = next((named for known, named in given if known is group), [])
+            shapes = [param.shape for _, param in named]
+            if [param.shape for param in group["params"]] != shapes:
+                raise ValueError(zero.cannot_map(named, "any stage", "neither _dp_group nor _z3_optimizer is on it"))
 
     def _forget_layout(self) -> None:
         self._layouts, self._layout = {}, None

@@ -45,6 +45,18 @@ def inside_deepspeed_warm_up() -> bool:
     )
 
 
+def inside_state_creation() -> bool:
+    """True where torch.distributed.checkpoint makes a step at lr 0 with zero gradients, so that there is a state.
+
+    Each rank whose optimizer has no state makes it, and nothing of it must be left. With FSDP1 that may be one rank
+    alone, which holds no element of the optimizer's parameters and so has no state in mid-run either: a collective
+    would wait for ever, and neither lr nor gradients tell this rank whether the others are here too.
+    """
+    module = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    code = getattr(getattr(module, "_init_optim_state", None), "__code__", None)
+    return code is not None and any(frame.f_code is code for frame in _frames())
+
+
 def _owner(optimizer: Any, attribute: str, module: str) -> Any:
     if module not in sys.modules:
         return None

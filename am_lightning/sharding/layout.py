@@ -112,8 +112,8 @@ class Layout:
         """Sum over ranks, in one collective for each reduction's process group (usually one in all).
 
         Args:
-            packed: ``[rows, k]``, this rank's contributions; rows that do not count here are dropped, not multiplied by
-                zero (NaN * 0 is NaN).
+            packed: ``[rows, k]``, this rank's contributions. Finite numbers of rows that do not count here are dropped;
+                others are not, so that a fault in one copy alone is seen by all ranks.
             shared: ``[m]``, numbers in which every rank counts.
 
         Returns:
@@ -122,7 +122,7 @@ class Layout:
         if not self.reductions:
             return packed, shared
         uncounted, indices = self._on(packed.device)
-        packed = packed.masked_fill(uncounted, 0)
+        packed = packed.masked_fill(uncounted & packed.isfinite(), 0)
         if len(self.reductions) == 1:
             part, shared = self._reduce(packed, shared, self.reductions[0].groups)
             return part, shared

@@ -83,19 +83,19 @@ def parts_of(flat: Any, group: Named, everything: Named) -> list[Part]:
     held = [(name, param) for name, param in group if hasattr(param, "_dp_group")]
     if held:
         return _parts_of_stages_1_and_2(flat, held)
-    raise ValueError(_cannot_map(group, "any stage", "neither _dp_group nor _z3_optimizer is on its parameters"))
+    raise ValueError(cannot_map(group, "any stage", "neither _dp_group nor _z3_optimizer is on its parameters"))
 
 
 def _parts_of_stage_3(engine: Any, flat: Any, everything: Named) -> list[Part]:
     place = next((k for k, other in enumerate(engine.fp32_partitioned_groups_flat) if other is flat), None)
     if place is None:
-        raise ValueError(_cannot_map(everything, "stage 3", "fp32_partitioned_groups_flat does not hold its partition"))
+        raise ValueError(cannot_map(everything, "stage 3", "fp32_partitioned_groups_flat does not hold its partition"))
     names = {id(param): name for name, param in everything}
     group = engine.sub_group_process_groups[place]
     rank, parts, start = dist.get_rank(group), [], 0
     for param in engine.fp16_groups[place]:
         if id(param) not in names:
-            raise ValueError(_cannot_map(everything, "stage 3", "fp16_groups holds a parameter it was never given"))
+            raise ValueError(cannot_map(everything, "stage 3", "fp16_groups holds a parameter it was never given"))
         size = param.partition_numel()
         real = max(0, min(size, param.ds_numel - rank * size))  # what follows is padding: uninitialised memory
         parts.append(Part(names[id(param)], _home(group, param.ds_numel, "ZeRO stage 3"), slice(start, start + real)))
@@ -111,7 +111,7 @@ def _parts_of_stages_1_and_2(flat: Any, held: Named) -> list[Part]:
     name, first = held[0]
     storages = {param.data.untyped_storage().data_ptr() for _, param in held}
     if len(storages) != 1 or 0 in storages:
-        raise ValueError(_cannot_map(held, "stage 1 or 2", "its parameters are not views of one flat buffer"))
+        raise ValueError(cannot_map(held, "stage 1 or 2", "its parameters are not views of one flat buffer"))
     group = first._dp_group
     begin = dist.get_rank(group) * flat.numel()
     parts = []
@@ -127,7 +127,8 @@ def _home(group: Any, numel: int, words: str) -> Home:
     return Home(ranks_of(group), True, lambda: (group,), numel, words)
 
 
-def _cannot_map(named: Named, stage: str, why: str) -> str:
+def cannot_map(named: Named, stage: str, why: str) -> str:
+    """The text of a refusal: parameter, DeepSpeed's version, stage, reason and cure."""
     version = _version()
     name = named[0][0] if named else "(none)"
     return (

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
-from tests.deepspeed.runs import advance, alone, config_of, start, whole_weights
+import deepspeed
+import torch
+
+from am_lightning import AMAdamW
+from tests.deepspeed.runs import (
+    CLIP,
+    advance,
+    alone,
+    batch_of,
+    config_of,
+    groups_of,
+    make_net,
+    schedule,
+    start,
+    train,
+    whole_weights,
+)
 
 HALF, END = 4, 8
 
@@ -42,3 +59,44 @@ def resume(folder: str, stage: int, scope: str = "tensor", dtype: str = "float32
         "decays": [group["weight_decay"] for group in optimizer.param_groups],
         "keys": sorted({key for group in optimizer.param_groups for key in group}),
     }
+
+
+def take_over(folder: str, stage: int) -> dict[str, Any]:
+    """AdamW for four steps under one engine, its checkpoint into AMAdamW under another."""
+    net = make_net().float()
+    plain = torch.optim.AdamW(groups_of(net, "tensor"), betas=(0.89, 0.999))
+    engine, *_ = deepspeed.initialize(model=net, optimizer=plain, config=config_of(stage))
+    train(engine, plain, "tensor", range(HALF))
+    engine.save_checkpoint(folder, tag="half")
+    engine, optimizer = start(stage, "tensor", config_of(stage))
+    engine.load_checkpoint(folder, tag="half")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        seen = advance(engine, optimizer, "tensor", range(HALF, END))
+    single = make_net()
+    before = torch.optim.AdamW(groups_of(single, "tensor"), betas=(0.89, 0.999))
+    _steps(single, before, range(HALF))
+    after = AMAdamW(groups_of(single, "tensor"), betas=(0.89, 0.999))
+    after.load_state_dict(before.state_dict())
+    expected = _steps(single, after, range(HALF, END))
+    weights = whole_weights(engine, stage, "float32")
+    pairs = zip(seen, expected, strict=True)
+    return {
+        "beta": max(abs(ours[n] - b) for ours, theirs in pairs for n, b in theirs.items()),
+        "weights": max(float((weights[n] - w.detach()).abs().max()) for n, w in single.named_parameters()),
+        "warnings": [str(entry.message) for entry in caught],
+    }
+
+
+def _steps(net: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[dict[str, float]]:
+    seen = []
+    for step in steps:
+        schedule(optimizer, step, "tensor")
+        optimizer.zero_grad()
+        x, y = batch_of(step, 0)
+        (net(x) - y).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP)
+        optimizer.step()
+        if isinstance(optimizer, AMAdamW):
+            seen.append({name: float(beta) for name, beta in optimizer.momentum().items()})
+    return seen

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import nullcontext
 from typing import Any
+from unittest.mock import patch
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("LOCAL_RANK", os.environ.get("RANK", "0"))
@@ -16,6 +18,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor, nn
 
 from am_lightning import AMAdamW
+from am_lightning.sharding import Layout
 from tests.sharding.model import interior_share
 
 deepspeed.utils.logger.setLevel(logging.ERROR)
@@ -92,6 +95,13 @@ def start(stage: int, scope: str, config: dict[str, Any], **options: Any) -> tup
 def advance(engine: Any, optimizer: AMAdamW, scope: str, steps: range, accumulate: int = 1) -> list[dict[str, float]]:
     """beta_t by name after each step."""
     seen = []
+    for step in steps:
+        train(engine, optimizer, scope, range(step, step + 1), accumulate)
+        seen.append({name: float(beta) for name, beta in optimizer.momentum().items()})
+    return seen
+
+
+def train(engine: Any, optimizer: torch.optim.Optimizer, scope: str, steps: range, accumulate: int = 1) -> None:
     dtype = next(engine.module.parameters()).dtype
     for step in steps:
         schedule(optimizer, step, scope)
@@ -100,8 +110,6 @@ def advance(engine: Any, optimizer: AMAdamW, scope: str, steps: range, accumulat
             loss = (engine(x.to(dtype)).float() - y.float()).square().mean()
             engine.backward(loss)
             engine.step()
-        seen.append({name: float(beta) for name, beta in optimizer.momentum().items()})
-    return seen
 
 
 def whole_weights(engine: Any, stage: int, dtype: str) -> dict[str, Tensor]:
@@ -133,14 +141,26 @@ def alone(scope: str, steps: int = STEPS, accumulate: int = 1, clip: float = CLI
 
 
 def compare(
-    stage: int, scope: str = "tensor", dtype: str = "float32", accumulate: int = 1, attach: bool = False, **zero: Any
+    stage: int,
+    scope: str = "tensor",
+    dtype: str = "float32",
+    accumulate: int = 1,
+    attach: bool = False,
+    naive: bool = False,
+    **zero: Any,
 ) -> dict[str, Any]:
+    """Largest errors of beta_t and weights; ``naive`` leaves the reduce out."""
     engine, optimizer = start(stage, scope, config_of(stage, dtype, accumulate, **zero))
     if attach:
         from am_lightning.deepspeed import attach as attach_engine
 
         attach_engine(engine)
-    seen = advance(engine, optimizer, scope, range(STEPS), accumulate)
+    with (
+        patch.object(Layout, "all_reduce", lambda self, packed, shared=None: (packed, shared))
+        if naive
+        else nullcontext()
+    ):
+        seen = advance(engine, optimizer, scope, range(STEPS), accumulate)
     single = alone(scope, accumulate=accumulate)
     off = [abs(ours[n] - b) for ours, theirs in zip(seen, single["seen"], strict=True) for n, b in theirs.items()]
     weights = whole_weights(engine, stage, dtype)

@@ -1,0 +1,130 @@
+"""Cases that must be refused on every rank, and what the package reads of DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import torch
+
+from am_lightning import AMAdamW, clip_grad_norm_
+from am_lightning.deepspeed import attach
+from tests.deepspeed.runs import advance, config_of, groups_of, make_net, start, whole_weights
+
+READ = {
+    1: (["averaged_gradients", "loss_scale", "clip_grad", "cpu_offload", "single_partition_of_fp32_groups",
+         "unscale_and_clip_grads", "elastic_checkpoint", "zenflow", "torch_autocast_gradscaler"],
+        ["_dp_group"]),
+    3: (["averaged_gradients", "loss_scale", "clip_grad", "offload_optimizer", "fp32_partitioned_groups_flat",
+         "fp16_groups", "sub_group_process_groups", "sub_group_to_group_id", "unscale_and_clip_grads",
+         "swap_optimizer", "elastic_checkpoint", "zenflow", "torch_autocast_gradscaler"],
+        ["_z3_optimizer", "ds_numel", "partition_numel"]),
+}  # fmt: skip
+
+
+def missing(stage: int) -> list[str]:
+    """Names that the package reads and this DeepSpeed does not have."""
+    engine, _ = start(stage, "tensor", config_of(stage))
+    ours, theirs = READ[stage]
+    param = next(engine.module.parameters())
+    lost = [name for name in ours if not hasattr(engine.optimizer, name)]
+    lost += [name for name in theirs if not hasattr(param, name)]
+    return lost if hasattr(engine, "data_parallel_group") else [*lost, "data_parallel_group"]
+
+
+def refuse(case: str) -> dict[str, Any]:
+    """The error of the first step (or of attach), and whether a weight had moved by then."""
+    engine, optimizer, act = CASES[case]()
+    stage = engine.zero_optimization_stage()
+    before = whole_weights(engine, stage, "float32")
+    text = ""
+    try:
+        act()
+        advance(engine, optimizer, "tensor", range(1))
+    except (ValueError, TypeError) as error:
+        text = f"{type(error).__name__}: {error}"
+    after = whole_weights(engine, stage, "float32")
+    return {"text": text, "moved": any(not torch.equal(before[name], after[name]) for name in before)}
+
+
+def _nothing() -> None:
+    return None
+
+
+def elastic() -> tuple[Any, AMAdamW, Callable[[], None]]:
+    return *start(1, "tensor", config_of(1, elastic_checkpoint=True)), _nothing
+
+
+def with_attribute(name: str) -> Callable[[], tuple[Any, AMAdamW, Callable[[], None]]]:
+    """Features that need hardware or libraries of their own: DeepSpeed's optimizer says so by an attribute."""
+
+    def build() -> tuple[Any, AMAdamW, Callable[[], None]]:
+        engine, optimizer = start(3, "tensor", config_of(3))
+        owner = engine.optimizer
+
+        def step(sub_group: int) -> None:  # not earlier: the engine reads the attribute, too
+            setattr(owner, name, True)
+            optimizer.step()
+
+        owner._optimizer_step = step
+        return engine, optimizer, _nothing
+
+    return build
+
+
+def tensor_parallel() -> tuple[Any, AMAdamW, Callable[[], None]]:
+    engine, optimizer = start(2, "tensor", config_of(2))
+    next(engine.module.parameters()).tensor_model_parallel = True
+    return engine, optimizer, _nothing
+
+
+def unknown_partitions(stage: int) -> Callable[[], tuple[Any, AMAdamW, Callable[[], None]]]:
+    """A DeepSpeed that no longer puts its marks on the parameters."""
+
+    def build() -> tuple[Any, AMAdamW, Callable[[], None]]:
+        engine, optimizer = start(stage, "tensor", config_of(stage))
+
+        def strip() -> None:
+            for param in engine.module.parameters():
+                param.__dict__.pop("_dp_group", None)
+
+        return engine, optimizer, strip
+
+    return build
+
+
+def global_without_attach() -> tuple[Any, AMAdamW, Callable[[], None]]:
+    return *start(2, "global", config_of(2)), _nothing
+
+
+def clipping() -> tuple[Any, AMAdamW, Callable[[], None]]:
+    engine, optimizer = start(2, "tensor", config_of(2))
+
+    def clip() -> None:
+        advance(engine, optimizer, "tensor", range(0))
+        clip_grad_norm_(optimizer, 1.0)
+
+    return engine, optimizer, clip
+
+
+def named_in_config() -> tuple[Any, Any, Callable[[], None]]:
+    config = config_of(1)
+    config["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
+    net = make_net().float()
+    engine, *_ = deepspeed.initialize(model=net, model_parameters=groups_of(net, "tensor"), config=config)
+    return engine, engine.optimizer, lambda: attach(engine)
+
+
+CASES: dict[str, Callable[[], tuple[Any, Any, Callable[[], None]]]] = {
+    "elastic": elastic,
+    "zenflow": with_attribute("zenflow"),
+    "nvme": with_attribute("swap_optimizer"),
+    "autocast": with_attribute("torch_autocast_gradscaler"),
+    "tensor_parallel": tensor_parallel,
+    "unknown_stage_1": unknown_partitions(1),
+    "unknown_stage_2": unknown_partitions(2),
+    "global_without_attach": global_without_attach,
+    "clipping": clipping,
+    "named_in_config": named_in_config,
+}
