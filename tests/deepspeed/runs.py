@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja is beside python
 os.environ.setdefault("LOCAL_RANK", os.environ.get("RANK", "0"))
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor, nn
 
@@ -80,6 +84,10 @@ def config_of(
     }
     if dtype == "bfloat16":
         config["bf16"] = {"enabled": True}
+    if dtype == "bfloat16, float32 sums":  # BF16_Optimizer
+        config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    if dtype == "float16":  # the first steps overflow
+        config["fp16"] = {"enabled": True, "initial_scale_power": 20, "loss_scale_window": 1000, "hysteresis": 1}
     return config
 
 
@@ -176,27 +184,30 @@ def compare(
 
 def compare_in_16_bit(stage: int, scope: str = "tensor", dtype: str = "bfloat16", **zero: Any) -> dict[str, Any]:
     """The engine's own gradients, gathered by its public call, are given to the one process too."""
-    config = config_of(stage, dtype, clip=0.0, **zero)
-    engine, optimizer = start(stage, scope, config)
+    if dtype == "float16":
+        allow_float16()
+    engine, optimizer = start(stage, scope, config_of(stage, dtype, clip=0.0, **zero))
     if scope != "tensor":
         from am_lightning.deepspeed import attach as attach_engine
 
         attach_engine(engine)
-    single = make_net()
-    with torch.no_grad():
-        for param, ours in zip(single.parameters(), make_net().bfloat16().parameters(), strict=True):
-            param.copy_(ours)
+    half = torch.float16 if dtype == "float16" else torch.bfloat16
+    single = make_net().to(half).double()  # the engine's master copies begin with what the half precision left
     reference = AMAdamW(groups_of(single, scope), betas=(0.89, 0.999), scope=scope)
-    off, seen = [], []
+    off, seen, dropped = [], [], 0
     for step in range(STEPS):
         schedule(optimizer, step, scope)
         schedule(reference, step, scope)
         x, y = batch_of(step, 0, dist.get_rank(), dist.get_world_size())
-        loss = (engine(x.to(torch.bfloat16)).float() - y.float()).square().mean()
+        loss = (engine(x.to(half)).float() - y.float()).square().mean()
         engine.backward(loss)
+        scale = engine.optimizer.loss_scale if dtype == "float16" else 1.0
         for (_, given), param in zip(engine.module.named_parameters(), single.parameters(), strict=True):
-            param.grad = safe_get_full_grad(given).double().reshape(param.shape)
+            param.grad = safe_get_full_grad(given).double().reshape(param.shape) / scale
         engine.step()
+        if engine.skipped_steps > dropped:
+            dropped = engine.skipped_steps
+            continue
         reference.step()
         seen.append({name: float(beta) for name, beta in optimizer.momentum().items()})
         off += [abs(seen[-1][name] - float(beta)) for name, beta in reference.momentum().items()]
@@ -207,5 +218,13 @@ def compare_in_16_bit(stage: int, scope: str = "tensor", dtype: str = "bfloat16"
         "share": interior_share(seen, "adamw"),
         "bits": [{n: b.hex() for n, b in step.items()} for step in seen],
         "names": list(seen[0]),
+        "dropped": dropped,
         "engine": type(engine.optimizer).__name__,
     }
+
+
+def allow_float16() -> None:
+    """DeepSpeed's CPU accelerator says that it has none; torch has."""
+    accelerator = get_accelerator()
+    accelerator.is_fp16_supported = lambda: True
+    accelerator.supported_dtypes = lambda: [torch.float32, torch.bfloat16, torch.float16]
