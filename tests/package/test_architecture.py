@@ -22,8 +22,11 @@ FLOORS = {
     "am_lightning.factory": 3,
     "am_lightning.readings": 3,
     "am_lightning.curves": 4,
+    "am_lightning.fitting": 4,
+    "am_lightning.fabric": 4,
     "am_lightning.lightning": 4,
     "am_lightning.huggingface": 4,
+    "am_lightning.hf_trainer": 4,
     "am_lightning.deepspeed": 4,
     "am_lightning.bench": 5,
     "am_lightning.bench_reduce": 5,
@@ -33,8 +36,11 @@ FLOORS = {
 CORE = 3  # this floor and those below import torch and the standard library only
 ADAPTERS = {
     "am_lightning.curves": {"lightning", "tensorboard"},
+    "am_lightning.fitting": {"lightning"},
+    "am_lightning.fabric": {"lightning"},
     "am_lightning.lightning": {"lightning"},
-    "am_lightning.huggingface": {"accelerate", "transformers"},
+    "am_lightning.huggingface": {"accelerate"},
+    "am_lightning.hf_trainer": {"accelerate", "transformers"},
     "am_lightning.deepspeed": {"deepspeed"},
     "am_lightning.optim.kernels.fused": {"triton"},
 }

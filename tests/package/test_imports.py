@@ -15,6 +15,11 @@ from tests.package.tree import PACKAGE, ROOT, module_name, sources
 NEEDS = {
     "am_lightning:AdaptiveMemory": ("lightning", "lightning"),
     "am_lightning.lightning:AdaptiveMemory": ("lightning", "lightning"),
+    "am_lightning.lightning:attach": ("lightning", "lightning"),
+    "am_lightning.fabric:attach": ("lightning", "lightning"),
+    "am_lightning.huggingface:attach": ("accelerate", "accelerate"),
+    "am_lightning.huggingface:AdaptiveMemoryCallback": ("transformers", "transformers"),
+    "am_lightning.huggingface:AMAdamWFactory": ("transformers", "transformers"),
 }
 IMPORTABLE = {module_name(path) for path in sources(PACKAGE)} - {"am_lightning.__main__"}
 HEAVY = {
@@ -82,6 +87,11 @@ def test_missing_extra_is_named(target: str) -> None:
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(("ImportError", "ModuleNotFoundError"))
     assert f"pip install am-lightning[{extra}]" in last.replace("'", "").replace('"', "")
+
+
+def test_attach_works_without_transformers() -> None:
+    done = _python(BLOCK.format(blocked={"transformers"}) + "from am_lightning.huggingface import attach")
+    assert done.returncode == 0, done.stderr
 
 
 def test_everything_else_works_without_any_extra() -> None:

@@ -1,0 +1,172 @@
+"""transformers' Trainer: the callback that logs the momentum, and AM-AdamW in the Trainer's factory form."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from types import FrameType
+from typing import Any
+
+from torch import nn
+
+from am_lightning.factory import am_adamw
+from am_lightning.huggingface import adaptive, place, refuse_deepspeed
+from am_lightning.optim.adamw import AMAdamW
+from am_lightning.optim.convert import default_cap
+from am_lightning.readings import Readings
+
+try:
+    from accelerate.state import AcceleratorState
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_callback import CallbackHandler
+except ImportError as error:
+    raise ImportError(
+        "AdaptiveMemoryCallback and AMAdamWFactory need transformers: pip install am-lightning[transformers]"
+    ) from error
+
+_USE = "pass Trainer(optimizer_cls_and_kwargs=(AMAdamW, {'lr': ...})), or optimizers=(AMAdamW(...), None)"
+
+
+class AdaptiveMemoryCallback(TrainerCallback):
+    """``Trainer(callbacks=[AdaptiveMemoryCallback()])``: the momentum goes where the Trainer's loss goes.
+
+    Each time the Trainer logs the training loss, ``am/beta/mean|min|max``, ``am/beta/<layer group>``,
+    ``am/clamp/at_max|at_zero`` and ``am/skipped_steps`` are added to what it logs, so to ``state.log_history`` and to
+    every reporting callback (whose tags begin with ``train/``, as all of the Trainer's). Under DDP the optimizer's
+    ``replica_group`` is set, for FSDP1 its process groups. The callback moves itself ahead of the reporting ones.
+
+    Raises:
+        TypeError: when training begins, the Trainer's optimizer is not AMAdamW or AMSGD; the text has the cure.
+        NotImplementedError: then, under DeepSpeed.
+    """
+
+    def __init__(self) -> None:
+        self._readings: Readings | None = None
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Go ahead of the reporting callbacks."""
+        self._go_first()
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """The optimizer is prepared, and a checkpoint is loaded."""
+        if not self._go_first() and state.is_world_process_zero:
+            warnings.warn(
+                "AdaptiveMemoryCallback cannot find the Trainer's CallbackHandler, so reporting callbacks may come "
+                "before it and miss am/*: call trainer.callback_handler.callbacks.insert(0, "
+                "trainer.pop_callback(AdaptiveMemoryCallback)) before trainer.train()",
+                stacklevel=2,
+            )
+        accelerate = AcceleratorState()
+        refuse_deepspeed(accelerate.distributed_type)
+        ours = adaptive(optimizer, _USE)
+        assert model is not None
+        place(ours, [model], accelerate.distributed_type, accelerate.num_processes)
+        rates = {float(group.get("initial_lr", group["lr"])) for group in ours.param_groups}
+        if args.learning_rate not in (*rates, TrainingArguments.learning_rate) and state.is_world_process_zero:
+            warnings.warn(
+                f"TrainingArguments.learning_rate={args.learning_rate} is not used: the optimizer was built with lr "
+                f"{', '.join(f'{rate:g}' for rate in sorted(rates))}. An optimizer class gets what is in "
+                "optimizer_cls_and_kwargs and nothing else: put 'lr' there, or use AMAdamWFactory, which takes the "
+                "TrainingArguments'",
+                stacklevel=2,
+            )
+        if self._readings is None or self._readings.optimizer is not ours:
+            self._readings = Readings(ours)
+        logged = [record["am/skipped_steps"] for record in state.log_history if "am/skipped_steps" in record]
+        before = int(logged[-1]) if logged else 0
+        self._readings.skipped_before += before - self._readings.skipped_in_all()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the momentum to the training loss: to what reporting callbacks get next, and to what is kept already."""
+        if self._readings is None or logs is None or "loss" not in logs:
+            return
+        self._readings.read()
+        scalars = self._readings.scalars()
+        logs.update(scalars)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(scalars)
+        if self._readings.newly_skipped():
+            text = self._readings.skip_warning()
+            if state.is_world_process_zero:
+                warnings.warn(text, stacklevel=2)
+
+    def _go_first(self) -> bool:
+        """Move to the head of the Trainer's callbacks; False where they cannot be found.
+
+        The handler is iterating over the list: those that were before have been called, those after will be.
+        """
+        handler = _caller(CallbackHandler)
+        if handler is None or self not in handler.callbacks:
+            return False
+        handler.callbacks.remove(self)
+        handler.callbacks.insert(0, self)
+        return True
+
+
+class AMAdamWFactory:
+    """``Trainer(optimizer_cls_and_kwargs=(AMAdamWFactory, {...}))``: :func:`am_adamw` for the Trainer's model.
+
+    Keywords are those of :func:`am_adamw`. Where they are not given, ``lr``, ``weight_decay``, ``betas`` and ``eps``
+    are the TrainingArguments' ``learning_rate``, ``weight_decay``, ``adam_beta1`` b (the cap is b - (1 - b) lambd,
+    0.9 -> 0.89), ``adam_beta2`` and ``adam_epsilon``. Needs transformers 5.2.
+
+    Raises:
+        TypeError: the Trainer is older, and takes it for an optimizer class.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        if arguments or options:
+            raise TypeError(
+                "AMAdamWFactory was called like an optimizer class: this Trainer knows no optimizer factories, which "
+                "came with transformers 5.2. Use optimizer_cls_and_kwargs=(AMAdamW, {'lr': ...}) with it"
+            )
+
+    def __call__(self, model: nn.Module, **options: Any) -> AMAdamW:
+        """Build the optimizer; the Trainer calls it.
+
+        Raises:
+            ValueError, TypeError: as :func:`am_adamw`; and where no Trainer calls it and ``lr`` is not given.
+        """
+        trainer = _caller(Trainer)
+        if trainer is not None:
+            args = trainer.args
+            cap = default_cap(args.adam_beta1, options.get("lambd", 0.1))
+            own = {
+                "lr": args.learning_rate,
+                "weight_decay": args.weight_decay,
+                "betas": (cap, args.adam_beta2),
+                "eps": args.adam_epsilon,
+            }
+            options = {**own, **options}
+        elif "lr" not in options:
+            raise TypeError("AMAdamWFactory is called by no Trainer, whose learning_rate it could take: give it lr")
+        return am_adamw(model, **options)
+
+
+def _caller(kind: type) -> Any:
+    """The nearest object of class ``kind`` up the stack whose method is running; None where there is none.
+
+    The Trainer hands neither itself nor its callback handler to callbacks and factories.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, kind):
+            return owner
+        frame = frame.f_back
+    return None

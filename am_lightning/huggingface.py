@@ -1,0 +1,179 @@
+"""Hugging Face: :func:`attach` for Accelerate; AdaptiveMemoryCallback and AMAdamWFactory for transformers' Trainer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from am_lightning.optim.base import AdaptiveMemoryOptimizer
+from am_lightning.optim.validation import check_count
+from am_lightning.readings import Readings
+from am_lightning.sharding.dtensor import is_dtensor
+
+try:
+    from accelerate import Accelerator, DistributedType
+except ImportError as error:
+    raise ImportError("am_lightning.huggingface needs accelerate: pip install am-lightning[accelerate]") from error
+
+if TYPE_CHECKING:
+    from am_lightning.hf_trainer import AdaptiveMemoryCallback, AMAdamWFactory
+
+__all__ = ["AMAdamWFactory", "AdaptiveMemoryCallback", "attach"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("AdaptiveMemoryCallback", "AMAdamWFactory"):  # import transformers: on first use only
+        from am_lightning import hf_trainer
+
+        return getattr(hf_trainer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def attach(accelerator: Accelerator, optimizer: Any, *, log_every_n_steps: int | None = 50) -> Readings:
+    """Tell ``optimizer`` where its parameters are, and log its momentum to the accelerator's trackers.
+
+    Call it on every process, after ``accelerator.prepare(...)`` and before the first step. Parameters get the names of
+    the prepared model (names given by the user stay), FSDP1's process groups become known, and under DDP
+    ``replica_group`` is set where it is None. Calling it again for the same optimizer changes the interval only.
+
+    Args:
+        accelerator: that prepared the model and the optimizer.
+        optimizer: AMAdamW or AMSGD, or what ``prepare`` made of it.
+        log_every_n_steps: every so many optimizer steps the main process logs ``am/beta/mean|min|max``,
+            ``am/beta/<layer group>``, ``am/clamp/at_max|at_zero``, ``am/skipped_steps`` and, where
+            :func:`clip_grad_norm_` ran, ``am/grad_norm`` at the number of optimizer steps; the histogram ``am/beta`` to
+            TensorBoard. It warns of dropped steps. Tags of a second optimizer start with ``am-1``. None: it does not.
+
+    Returns:
+        The readings, for logging of one's own: ``readings.read()``, then ``readings.scalars()``.
+
+    Raises:
+        TypeError: not an Accelerator, or not an adaptive memory optimizer.
+        ValueError: ``log_every_n_steps`` is below 1, or no prepared model has the optimizer's parameters.
+        RuntimeError: the optimizer is not prepared.
+        NotImplementedError: DeepSpeed.
+    """
+    if not isinstance(accelerator, Accelerator):
+        raise TypeError(f"Invalid accelerator: {type(accelerator).__name__} (must be an accelerate.Accelerator)")
+    if log_every_n_steps is not None:
+        check_count("log_every_n_steps", log_every_n_steps)
+    refuse_deepspeed(accelerator.distributed_type)
+    ours = adaptive(optimizer, "build AMAdamW(model.named_parameters(), ...) in place of it")
+    prepared = [innermost(other) for other in accelerator._optimizers]
+    if not any(other is ours for other in prepared):
+        raise RuntimeError(
+            f"this {type(ours).__name__} is not prepared by this accelerator: call model, optimizer = "
+            "accelerator.prepare(model, optimizer) first, then attach(accelerator, optimizer)"
+        )
+    place(ours, accelerator._models, accelerator.distributed_type, accelerator.num_processes)
+    log = _log_of(ours)
+    if log is None:
+        others = sum(_log_of(other) is not None for other in prepared)
+        log = _StepLog(Readings(ours, f"am-{others}" if others else "am"))
+    log.accelerator, log.every = accelerator, log_every_n_steps
+    return log.readings
+
+
+def innermost(optimizer: Any) -> Any:
+    """The optimizer inside Accelerate's wrapper."""
+    while not isinstance(optimizer, AdaptiveMemoryOptimizer) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def adaptive(optimizer: Any, cure: str) -> AdaptiveMemoryOptimizer:
+    """The adaptive memory optimizer in ``optimizer``.
+
+    Raises:
+        TypeError: there is none; the text ends with ``cure``.
+    """
+    inner = innermost(optimizer)
+    if not isinstance(inner, AdaptiveMemoryOptimizer):
+        raise TypeError(f"Invalid optimizer: {type(inner).__name__} (optimizer must be AMAdamW or AMSGD: {cure})")
+    return inner
+
+
+def refuse_deepspeed(distributed_type: DistributedType) -> None:
+    """Raise NotImplementedError under DeepSpeed."""
+    if distributed_type == DistributedType.DEEPSPEED:
+        raise NotImplementedError(
+            "distributed_type DEEPSPEED is not supported in this release: use DDP, FSDP1 or FSDP2 "
+            "(accelerate config; TrainingArguments(fsdp=...))"
+        )
+
+
+def place(
+    optimizer: AdaptiveMemoryOptimizer, models: Sequence[nn.Module], distributed_type: DistributedType, processes: int
+) -> None:
+    """Give ``optimizer`` the names and the FSDP1 groups of those ``models`` that hold its parameters; DDP's replicas.
+
+    Raises:
+        ValueError: none of them does.
+    """
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    wanted = {id(param) for param in params}
+    found = [(model, wanted & {id(param) for param in model.parameters()}) for model in models]
+    holders = [model for model, held in found if held]
+    if not holders:
+        raise ValueError(
+            f"none of the {len(models)} prepared models has any of the {len(params)} parameters of this "
+            f"{type(optimizer).__name__}, so its steps would change nothing: prepare the model and the optimizer with "
+            "one accelerator, in one call for FSDP2; for FSDP1 with use_orig_params=False prepare the model before the "
+            "optimizer is built"
+        )
+    whole = [model for model, held in found if held == wanted]
+    optimizer.bind_model(whole[0] if whole else nn.ModuleList(holders))
+    replicas = distributed_type.value.startswith("MULTI_") and not any(is_dtensor(param) for param in params)
+    if replicas and processes > 1 and optimizer.replica_group is None:
+        optimizer.replica_group = torch.distributed.group.WORLD
+
+
+class _StepLog:
+    """A hook after ``step()``: logs on the main process at the interval. The optimizer owns it."""
+
+    accelerator: Accelerator
+    every: int | None
+
+    def __init__(self, readings: Readings) -> None:
+        self.readings = readings
+        readings.optimizer.register_step_post_hook(self)
+        readings.optimizer.register_load_state_dict_post_hook(self._count_from_state)
+        self._count_from_state(readings.optimizer)
+
+    def _count_from_state(self, optimizer: Any) -> None:
+        """A resumed run is where its checkpoint was."""
+        self.steps = _steps_made(optimizer)
+
+    def __call__(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        # Saving a fresh optimizer's state steps it with zero gradients (torch.distributed.checkpoint): not counted.
+        if not self.steps and not _steps_made(optimizer) and not optimizer.last_step_skipped:
+            return
+        self.steps += 1
+        if self.every is not None and self.steps % self.every == 0 and self.accelerator.is_main_process:
+            self._log()
+
+    def _log(self) -> None:
+        readings, accelerator = self.readings, self.accelerator
+        readings.read()
+        if readings.newly_skipped():
+            warnings.warn(readings.skip_warning(), stacklevel=5)  # whoever calls the prepared step()
+        accelerator.log(readings.scalars(), step=self.steps)
+        seen = readings.betas[~readings.betas.isnan()]
+        for tracker in accelerator.trackers:
+            if tracker.name == "tensorboard" and seen.numel():
+                tracker.tracker.add_histogram(f"{readings.prefix}/beta", seen, self.steps)
+
+
+def _log_of(optimizer: Any) -> _StepLog | None:
+    hooks = optimizer._optimizer_step_post_hooks.values()
+    return next((hook for hook in hooks if isinstance(hook, _StepLog)), None)
+
+
+def _steps_made(optimizer: Any) -> int:
+    """The largest ``step`` in the state: those that were not dropped."""
+    steps = [state["step"] for state in optimizer.state.values() if "step" in state]
+    return int(torch.stack([step.to(steps[0].device) for step in steps]).max()) if steps else 0

@@ -1,0 +1,34 @@
+"""What a TensorBoard event file holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+def scalars_in(folder: Path) -> dict[str, dict[int, float]]:
+    """tag -> step -> value; a tag of ours that is written twice for a step is an error."""
+    found: dict[str, dict[int, float]] = {}
+    for events in _files(folder):
+        for tag in events.Tags()["scalars"]:
+            for event in events.Scalars(tag):
+                steps = found.setdefault(tag, {})
+                assert event.step not in steps or "am/" not in tag, f"{tag} twice at step {event.step}"
+                steps[event.step] = event.value
+    return found
+
+
+def histograms_in(folder: Path) -> dict[str, dict[int, float]]:
+    """tag -> step -> how many values."""
+    found: dict[str, dict[int, float]] = {}
+    for events in _files(folder):
+        for tag in events.Tags()["histograms"]:
+            found[tag] = {event.step: event.histogram_value.num for event in events.Histograms(tag)}
+    return found
+
+
+def _files(folder: Path) -> list[EventAccumulator]:
+    paths = sorted(folder.rglob("*tfevents*"))
+    assert paths, f"no event file below {folder}"
+    return [EventAccumulator(str(path), {"scalars": 0, "histograms": 0}).Reload() for path in paths]

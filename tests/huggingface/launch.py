@@ -1,0 +1,35 @@
+"""Start real processes with torch's launcher, as users do."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def launch(module: str, folder: Path, *, processes: int, timeout: float = 150, **job: Any) -> list[Any]:
+    """``python -m module JOB.json`` on so many processes; what each saved to ``JOB.json.rank<r>.pt``.
+
+    gloo sometimes aborts at exit, after the results are written: they decide.
+    """
+    path = folder / f"job-{processes}.json"
+    path.write_text(json.dumps({"folder": str(folder), **job}))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_PORT")}
+    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)]
+    command = [sys.executable, *torchrun, "-m", module, str(path)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+    results = [Path(f"{path}.rank{rank}.pt") for rank in range(processes)]
+    assert all(result.exists() for result in results), f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return [torch.load(result, weights_only=False) for result in results]

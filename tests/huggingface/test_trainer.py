@@ -1,0 +1,203 @@
+"""AdaptiveMemoryCallback and AMAdamWFactory in the real Trainer, on one process and under DDP on two."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainerCallback
+
+from am_lightning import AMSGD, AMAdamW
+from am_lightning.huggingface import AdaptiveMemoryCallback, AMAdamWFactory
+from tests.huggingface.events import scalars_in
+from tests.huggingface.launch import launch
+from tests.huggingface.trainer_runs import FORMS, LOG, SAVE, STEPS, Watch, make_model, make_trainer, run
+
+LOGGED = range(LOG, STEPS + 1, LOG)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """The runs of one process, with the global batch of two."""
+    folder = tmp_path_factory.mktemp("one")
+    runs = {form: run(folder / form, form, batch=4) for form in FORMS}
+    return folder, runs | {"resumed": run(folder / "resumed", "class", batch=4, resume=folder / "class")}
+
+
+@pytest.fixture(scope="module")
+def double(tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("two")
+    return folder, launch("tests.huggingface.trainer_runs", folder, processes=2)
+
+
+def check_curves(folder: Path, result: dict[str, Any], first: int = 0) -> None:
+    """The event file and ``log_history`` have the betas that the optimizer had after the steps that were logged."""
+    expected = {}
+    for step in LOGGED:
+        if step > first:
+            betas = result["seen"][step - 1 - first].values()
+            expected[step] = (sum(betas) / len(betas), min(betas), max(betas))
+    scalars = scalars_in(folder / "runs")
+    history = {record["step"]: record for record in result["history"] if "loss" in record}
+    assert list(history) == list(LOGGED)
+    for column, tag in enumerate(("am/beta/mean", "am/beta/min", "am/beta/max")):
+        wanted = {step: numbers[column] for step, numbers in expected.items()}
+        assert scalars[f"train/{tag}"] == pytest.approx(wanted, rel=1e-6)
+        assert {step: history[step][tag] for step in wanted} == pytest.approx(wanted, rel=1e-6)
+    assert all(
+        {"am/clamp/at_max", "am/beta/mlp", "am/beta/embed", "am/skipped_steps"} <= set(r) for r in history.values()
+    )
+    assert [record["step"] for record in result["history"] if "am/beta/mean" in record] == list(LOGGED)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_curves_are_the_optimizers(single, form: str) -> None:
+    folder, runs = single
+    check_curves(folder / form, runs[form])
+    names = [name for name, _ in make_model().named_parameters()]
+    assert sorted(runs[form]["seen"][0]) == sorted(names)
+    assert runs[form]["callbacks"][0] == "AdaptiveMemoryCallback"
+    assert len(set(runs[form]["callbacks"])) == len(runs[form]["callbacks"])
+    betas = [beta for step in runs[form]["seen"][1:] for beta in step.values()]
+    assert sum(1e-6 < beta < 0.89 - 1e-6 for beta in betas) > 0.2 * len(betas)
+
+
+def test_the_factory_takes_the_training_arguments(single) -> None:
+    """adam_beta1 0.9 is a cap of 0.89; keywords of am_adamw win."""
+    _, runs = single
+    decay, plain, wpe = runs["factory"]["groups"]
+    assert (decay["lr"], plain["lr"], wpe["lr"]) == (0.07, 0.07, 0.035)
+    assert (decay["weight_decay"], plain["weight_decay"], wpe["weight_decay"]) == (0.1, 0.0, 0.1)
+    assert wpe["param_names"] == ["transformer.wpe.weight"]
+    for group in (decay, plain, wpe):
+        assert group["beta1_max"] == pytest.approx(0.89)
+        assert group["betas"][1] == 0.95
+        assert group["eps"] == 1e-8
+
+
+@pytest.mark.parametrize("world", ["single", "double"])
+def test_a_resumed_run_is_bitwise_the_unbroken_one(world: str, request) -> None:
+    folder, found = request.getfixturevalue(world)
+    for result in found if world == "double" else [found]:
+        assert len(result["resumed"]["seen"]) == STEPS - SAVE
+        assert result["resumed"]["seen"] == result["class"]["seen"][SAVE:]
+    check_curves(folder / "resumed", (found[0] if world == "double" else found)["resumed"], first=SAVE)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_two_processes_have_the_beta_of_one(single, double, form: str) -> None:
+    _, runs = single
+    folder, results = double
+    for result in results:
+        assert result[form]["distributed"] == "MULTI_CPU"
+        assert "; 1 all-reduce a step" in result[form]["described"]
+        assert result[form]["seen"] == results[0][form]["seen"]
+        assert result["warned"] == []
+    for ours, theirs in zip(results[0][form]["seen"], runs[form]["seen"], strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-5)
+    check_curves(folder / form, results[0][form])
+
+
+@pytest.mark.parametrize("name", ["FSDP1Trainer class", "FSDP1Trainer factory", "FSDP2Trainer class"])
+def test_sharded_processes_have_the_beta_of_one(single, double, name: str) -> None:
+    """The factory keeps weight decay from norms though FSDP1 shows all parameters as vectors."""
+    _, runs = single
+    folder, results = double
+    expected = runs[name.partition(" ")[2]]
+    for result in results:
+        assert result[name]["distributed"] == "FSDP"
+        assert ("FSDP1 FULL_SHARD" if "FSDP1" in name else "(S(0)) on mesh") in result[name]["described"]
+        assert result[name]["seen"] == results[0][name]["seen"]
+    for ours, theirs in zip(results[0][name]["seen"], expected["seen"], strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-5)
+    check_curves(folder / name, results[0][name])
+
+
+def test_skipped_steps_are_counted_over_a_resume(tmp_path) -> None:
+    """Steps 2 and 6 are dropped; the checkpoint is of step 5."""
+    with pytest.warns(UserWarning, match=r"am: 1 step since the last report dropped.*transformer.wte.weight"):
+        first = run(tmp_path / "first", "class", batch=4, bad_steps=(2, 6))
+    assert [r["am/skipped_steps"] for r in first["history"] if "loss" in r] == [1, 1, 2, 2]
+    with pytest.warns(UserWarning, match="1 step since the last report dropped"):
+        then = run(tmp_path / "then", "class", batch=4, bad_steps=(6,), resume=tmp_path / "first")
+    assert [r["am/skipped_steps"] for r in then["history"] if "loss" in r] == [1, 1, 2, 2]
+
+
+def test_a_second_train_of_one_trainer_counts_from_zero(tmp_path) -> None:
+    trainer = make_trainer(
+        tmp_path, batch=4, watch=Watch((2,)), optimizer_cls_and_kwargs=FORMS["class"], arguments={"max_steps": 4}
+    )
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="1 step since the last report dropped"):
+            trainer.train()
+        assert [r["am/skipped_steps"] for r in trainer.state.log_history if "loss" in r] == [1, 1]
+
+
+def test_optimizers_evaluation_and_a_callback_added_late(tmp_path) -> None:
+    """The curves are beside the training loss alone, and in what every later callback gets."""
+
+    class Reporter(TrainerCallback):
+        def __init__(self) -> None:
+            self.logs: list[dict[str, Any]] = []
+
+        def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+            self.logs.append(dict(logs))
+
+    reporter = Reporter()
+    model = make_model()
+    trainer = make_trainer(
+        tmp_path,
+        batch=4,
+        model=model,
+        callbacks=[reporter],
+        optimizers=(AMSGD(model.parameters(), lr=0.07), None),
+        arguments={"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no"},
+    )
+    trainer.add_callback(AdaptiveMemoryCallback())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.train()
+    assert type(trainer.callback_handler.callbacks[0]) is AdaptiveMemoryCallback
+    told = ["am/beta/mean" in logs for logs in reporter.logs]
+    assert told == ["loss" in logs for logs in reporter.logs]
+    assert told.count(True) == 2
+    assert len(reporter.logs) == 5  # two of training, two of evaluation, the summary
+    assert [{**logs, "step": r["step"]} for logs, r in zip(reporter.logs, trainer.state.log_history, strict=True)] == (
+        trainer.state.log_history
+    )
+    json.dumps(trainer.state.log_history)
+
+
+def test_the_default_optimizer_is_refused_with_the_cure(tmp_path) -> None:
+    trainer = make_trainer(tmp_path, batch=4)
+    with pytest.raises(TypeError, match=r"Invalid optimizer: AdamW .*optimizer_cls_and_kwargs=\(AMAdamW, \{'lr'"):
+        trainer.train()
+
+
+def test_a_learning_rate_that_is_not_used_is_warned_of(tmp_path) -> None:
+    """The Trainer gives an optimizer class nothing of its arguments: AMAdamW's default lr would go unnoticed."""
+    trainer = make_trainer(tmp_path, batch=4, optimizer_cls_and_kwargs=(AMAdamW, {}), arguments={"max_steps": 1})
+    with pytest.warns(UserWarning, match=r"learning_rate=0.07 is not used: the optimizer was built with lr 0.001"):
+        trainer.train()
+
+
+def test_outside_a_trainer() -> None:
+    """The callback says what to do where it cannot find the Trainer's list; the factory needs lr."""
+    model = make_model()
+    with pytest.raises(TypeError, match=r"came with transformers 5.2. Use optimizer_cls_and_kwargs=\(AMAdamW"):
+        AMAdamWFactory([{"params": list(model.parameters())}], lr=0.5)  # as older Trainers do
+    with pytest.raises(TypeError, match="give it lr"):
+        AMAdamWFactory()(model)
+    assert AMAdamWFactory()(model, lr=0.5).param_groups[0]["lr"] == 0.5
+
+
+def test_a_callback_that_cannot_find_its_place_says_so(tmp_path) -> None:
+    trainer = make_trainer(tmp_path, batch=4, optimizer_cls_and_kwargs=FORMS["class"], arguments={"max_steps": 1})
+    trainer.train()
+    with pytest.warns(UserWarning, match=r"callbacks.insert\(0, trainer.pop_callback\(AdaptiveMemoryCallback\)\)"):
+        AdaptiveMemoryCallback().on_train_begin(
+            trainer.args, trainer.state, trainer.control, model=trainer.model, optimizer=trainer.optimizer
+        )
