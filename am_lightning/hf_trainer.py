@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from am_lightning.factory import am_adamw
-from am_lightning.huggingface import adaptive, place, refuse_deepspeed
+from am_lightning.huggingface import adaptive, place
 from am_lightning.optim.adamw import AMAdamW
 from am_lightning.optim.convert import default_cap
 from am_lightning.readings import Readings
@@ -37,7 +37,7 @@ class AdaptiveMemoryCallback(TrainerCallback):
 
     Raises:
         TypeError: when training begins, the Trainer's optimizer is not AMAdamW or AMSGD; the text has the cure.
-        NotImplementedError: then, under DeepSpeed.
+        ValueError: then, a feature of DeepSpeed that is not supported.
     """
 
     def __init__(self) -> None:
@@ -65,10 +65,15 @@ class AdaptiveMemoryCallback(TrainerCallback):
                 stacklevel=2,
             )
         accelerate = AcceleratorState()
-        refuse_deepspeed(accelerate.distributed_type)
         ours = adaptive(optimizer, _USE)
         assert model is not None
-        place(ours, [model], accelerate.distributed_type, accelerate.num_processes)
+        trainer = _caller(Trainer)  # DeepSpeed's engine is what it wraps the model in
+        place(
+            ours,
+            [model] if trainer is None else [model, trainer.model_wrapped],
+            accelerate.distributed_type,
+            accelerate.num_processes,
+        )
         rates = {float(group.get("initial_lr", group["lr"])) for group in ours.param_groups}
         if args.learning_rate not in (*rates, TrainingArguments.learning_rate) and state.is_world_process_zero:
             warnings.warn(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -53,15 +54,14 @@ def attach(accelerator: Accelerator, optimizer: Any, *, log_every_n_steps: int |
 
     Raises:
         TypeError: not an Accelerator, or not an adaptive memory optimizer.
-        ValueError: ``log_every_n_steps`` is below 1, or no prepared model has the optimizer's parameters.
+        ValueError: ``log_every_n_steps`` is below 1, no prepared model has the optimizer's parameters, or a feature of
+            DeepSpeed that is not supported.
         RuntimeError: the optimizer is not prepared.
-        NotImplementedError: DeepSpeed.
     """
     if not isinstance(accelerator, Accelerator):
         raise TypeError(f"Invalid accelerator: {type(accelerator).__name__} (must be an accelerate.Accelerator)")
     if log_every_n_steps is not None:
         check_count("log_every_n_steps", log_every_n_steps)
-    refuse_deepspeed(accelerator.distributed_type)
     ours = adaptive(optimizer, "build AMAdamW(model.named_parameters(), ...) in place of it")
     prepared = [innermost(other) for other in accelerator._optimizers]
     if not any(other is ours for other in prepared):
@@ -73,7 +73,8 @@ def attach(accelerator: Accelerator, optimizer: Any, *, log_every_n_steps: int |
     log = _log_of(ours)
     if log is None:
         others = sum(_log_of(other) is not None for other in prepared)
-        log = _StepLog(Readings(ours, f"am-{others}" if others else "am"))
+        engines = accelerator._models if accelerator.distributed_type == DistributedType.DEEPSPEED else []
+        log = _StepLog(Readings(ours, f"am-{others}" if others else "am"), engine_of(ours, engines))
     log.accelerator, log.every = accelerator, log_every_n_steps
     return log.readings
 
@@ -97,13 +98,9 @@ def adaptive(optimizer: Any, cure: str) -> AdaptiveMemoryOptimizer:
     return inner
 
 
-def refuse_deepspeed(distributed_type: DistributedType) -> None:
-    """Raise NotImplementedError under DeepSpeed."""
-    if distributed_type == DistributedType.DEEPSPEED:
-        raise NotImplementedError(
-            "distributed_type DEEPSPEED is not supported in this release: use DDP, FSDP1 or FSDP2 "
-            "(accelerate config; TrainingArguments(fsdp=...))"
-        )
+def engine_of(optimizer: AdaptiveMemoryOptimizer, models: Sequence[Any]) -> Any:
+    """The DeepSpeedEngine among ``models`` that steps ``optimizer``, or None."""
+    return next((model for model in models if innermost(getattr(model, "optimizer", None)) is optimizer), None)
 
 
 def place(
@@ -111,9 +108,16 @@ def place(
 ) -> None:
     """Give ``optimizer`` the names and the FSDP1 groups of those ``models`` that hold its parameters; DDP's replicas.
 
+    Under DeepSpeed the engine is attached.
+
     Raises:
         ValueError: none of them does.
     """
+    if distributed_type == DistributedType.DEEPSPEED:
+        from am_lightning.deepspeed import attach as attach_engine
+
+        attach_engine(engine_of(optimizer, models))
+        return
     params = [param for group in optimizer.param_groups for param in group["params"]]
     wanted = {id(param) for param in params}
     found = [(model, wanted & {id(param) for param in model.parameters()}) for model in models]
@@ -138,9 +142,15 @@ class _StepLog:
     accelerator: Accelerator
     every: int | None
 
-    def __init__(self, readings: Readings) -> None:
+    def __init__(self, readings: Readings, engine: Any = None) -> None:
         self.readings = readings
-        readings.optimizer.register_step_post_hook(self)
+        if engine is None:
+            readings.optimizer.register_step_post_hook(self)
+        else:  # DeepSpeed calls step() several times in a training step
+            from am_lightning.deepspeed import after_each_step
+
+            after_each_step(engine, lambda: self(readings.optimizer, (), {}))
+        _LOGS[readings.optimizer] = self
         readings.optimizer.register_load_state_dict_post_hook(self._count_from_state)
         self._count_from_state(readings.optimizer)
 
@@ -168,9 +178,11 @@ class _StepLog:
                 tracker.tracker.add_histogram(f"{readings.prefix}/beta", seen, self.steps)
 
 
+_LOGS: WeakKeyDictionary[Any, _StepLog] = WeakKeyDictionary()
+
+
 def _log_of(optimizer: Any) -> _StepLog | None:
-    hooks = optimizer._optimizer_step_post_hooks.values()
-    return next((hook for hook in hooks if isinstance(hook, _StepLog)), None)
+    return _LOGS.get(optimizer)
 
 
 def _steps_made(optimizer: Any) -> int:

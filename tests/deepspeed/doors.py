@@ -23,9 +23,11 @@ from torch.utils.data import DataLoader
 
 from am_lightning import AdaptiveMemory, am_adamw
 from am_lightning.huggingface import attach as attach_accelerator
+from am_lightning.huggingface import innermost
 from am_lightning.lightning import attach as attach_fabric
 from tests.deepspeed.runs import CLIP, RATES, alone, batch_of, config_of, groups_of, make_net, schedule, whole_weights
 from tests.huggingface.events import histograms_in, scalars_in
+from tests.huggingface.trainer_runs import FORMS, Watch, make_trainer
 from tests.lightning.model import quiet
 
 STEPS = 6
@@ -190,7 +192,8 @@ def accelerate(folder: str, stage: int, scope: str = "tensor") -> dict[str, Any]
             wrapped.step()
             wrapped.zero_grad()
             seen.append({name: float(beta) for name, beta in optimizer.momentum().items()})
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # not end_training(), which ends the process group
+            tracker.finish()
         run = {"seen": seen, "weights": whole_weights(model, stage, "float32")}
         single = alone(scope, steps=STEPS)
         dist.barrier()
@@ -262,3 +265,47 @@ def named_in_config(stage: int) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+class WatchInside(Watch):
+    """Through DeepSpeed's optimizer, too."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        betas = innermost(optimizer).momentum()
+        self.seen.append({name: float(beta) for name, beta in betas.items()})
+
+
+def trainer(folder: str, stage: int, form: str = "class") -> dict[str, Any]:
+    """transformers' Trainer with a DeepSpeed configuration, beside the same Trainer under DDP."""
+    with_engine = _train(Path(folder) / "deepspeed", form, stage)
+    plain = _train(Path(folder) / "ddp", form, None)
+    dist.barrier()
+    off = [abs(a[n] - b[n]) for a, b in zip(with_engine["seen"], plain["seen"], strict=True) for n in b]
+    betas = [b for step in plain["seen"][1:] for b in step.values()]
+    return {
+        "beta": max(off),
+        "share": sum(1e-6 < b < 0.89 - 1e-6 for b in betas) / len(betas),
+        "engine": with_engine["engine"],
+        "bits": [{n: b.hex() for n, b in step.items()} for step in with_engine["seen"]],
+        "scalars": scalars_in(Path(folder) / "deepspeed"),
+    }
+
+
+def _train(folder: Path, form: str, stage: int | None) -> dict[str, Any]:
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    arguments: dict[str, Any] = {"max_grad_norm": 0.0, "save_strategy": "no", "ddp_backend": "gloo"}
+    if stage is not None:
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        PartialState(backend="gloo")  # on a CPU Accelerate finds no backend by itself
+        config = {**config_of(stage, clip=0.0), "train_micro_batch_size_per_gpu": 2}
+        arguments |= {"deepspeed": config, "accelerator_config": {"use_configured_state": True}, "use_cpu": False}
+    try:
+        watch = WatchInside()
+        made = make_trainer(folder, batch=2, watch=watch, arguments=arguments, optimizer_cls_and_kwargs=FORMS[form])
+        made.train()
+        return {"seen": watch.seen, "engine": type(made.model_wrapped).__name__}
+    finally:
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()

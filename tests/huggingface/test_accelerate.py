@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from am_lightning import AMSGD, AMAdamW
@@ -222,6 +222,3 @@ def test_wrong_arguments(accelerator) -> None:
         attach(accelerator, ours, log_every_n_steps=0)
     with pytest.raises(TypeError, match=r"Invalid log_every_n_steps: 2.5"):
         attach(accelerator, ours, log_every_n_steps=2.5)
-    accelerator.state.distributed_type = DistributedType.DEEPSPEED
-    with pytest.raises(NotImplementedError, match=r"DEEPSPEED is not supported in this release: use DDP, FSDP1"):
-        attach(accelerator, ours)
