@@ -18,7 +18,7 @@ class Curves(Readings):
     def __init__(self, optimizer: AdaptiveMemoryOptimizer, prefix: str, *, per_layer: bool, histogram: bool) -> None:
         super().__init__(optimizer, prefix)
         self.per_layer, self.histogram = per_layer, histogram
-        self._arranged = False
+        self._arranged = self._described = False
 
     def log(self, loggers: Sequence[Logger], step: int) -> None:
         """Write what :meth:`read` found to every logger."""
@@ -33,15 +33,20 @@ class Curves(Readings):
 
     @staticmethod
     def arrange(all_curves: Sequence[Curves], loggers: Sequence[Logger], strategy: Any) -> None:
-        """Once, in TensorBoard: a Custom Scalars page that overlays the layers, and a text card for each optimizer."""
-        if all(curves._arranged for curves in all_curves):
-            return
-        pages: dict[str, Any] = {}
+        """Once, in TensorBoard: a Custom Scalars page that overlays the layers, and a text card for each optimizer.
+
+        An optimizer that has made no step has no card yet: its layout would be built here, which is collective.
+        """
+        boards = [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
+        if not all(curves._arranged for curves in all_curves):
+            pages: dict[str, Any] = {}
+            for curves in all_curves:
+                pages |= curves.report.custom_scalars()
+                curves._arranged = True
+            for board in boards:
+                board.add_custom_scalars(pages)
         for curves in all_curves:
-            pages |= curves.report.custom_scalars()
-            curves._arranged = True
-        for logger in loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_custom_scalars(pages)
-                for curves in all_curves:
-                    logger.experiment.add_text(f"{curves.prefix}/summary", curves.card(type(strategy).__name__))
+            if not curves._described and curves.optimizer.layout is not None:
+                curves._described = True
+                for board in boards:
+                    board.add_text(f"{curves.prefix}/summary", curves.card(type(strategy).__name__))

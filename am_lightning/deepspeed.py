@@ -6,7 +6,7 @@ that; a scope that spans several calls needs all sums before the first of them, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,6 +80,35 @@ def find_optimizer(engine: Any) -> AdaptiveMemoryOptimizer:
             "deepspeed.initialize, and remove 'optimizer' from the DeepSpeed configuration)"
         )
     return inner
+
+
+def after_each_step(engine: Any, call: Callable[[], None]) -> None:
+    """Call ``call`` after every training step of ``engine`` in which the optimizer was stepped, however often.
+
+    A step that DeepSpeed drops for an overflow does not step the optimizer.
+    """
+    optimizer, owner = find_optimizer(engine), engine.optimizer
+    if owner is optimizer:
+        optimizer.register_step_post_hook(lambda *_: call())
+        return
+    stepped = False
+
+    def note(*_: Any) -> None:
+        nonlocal stepped
+        stepped = True
+
+    optimizer.register_step_post_hook(note)
+    original = owner.step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal stepped
+        stepped = False
+        result = original(*args, **kwargs)
+        if stepped:
+            call()
+        return result
+
+    owner.step = step
 
 
 class PrePass:

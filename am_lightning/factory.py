@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from am_lightning.names import strip_wrappers
 from am_lightning.optim import AMSGD, AMAdamW
+from am_lightning.sharding.fsdp1 import is_managed
 
 _NORMS = (
     nn.LayerNorm,
@@ -56,7 +56,8 @@ def am_adamw(
         **options: keywords of :class:`AMAdamW`.
 
     Raises:
-        ValueError: nothing to train, a pattern that matches nothing or is no regular expression, an unknown option.
+        ValueError: nothing to train, a pattern that matches nothing or is no regular expression, an unknown option;
+            parameters of an FSDP1 module that is around ``model``, or flat ones, whose shapes are not known.
         TypeError: ``model`` is not a module, ``overrides`` not a mapping of mappings.
     """
     groups = parameter_groups(
@@ -128,18 +129,25 @@ def _without_decay(model: nn.Module, decay_embeddings: bool) -> set[int]:
 
 def _logical_ndim(model: nn.Module) -> dict[int, int]:
     """``id(parameter) -> ndim`` of what FSDP1 shows as flat 1-D views."""
-    if not torch.distributed.is_available() or not any(
-        getattr(p, "_fsdp_flattened", False) for p in model.parameters()
-    ):
+    managed = {id(param): name for name, param in model.named_parameters() if is_managed(param)}
+    if not managed:
         return {}
     from torch.distributed.fsdp import FullyShardedDataParallel
 
+    trainer = getattr(model, "_trainer", None)  # a LightningModule: the outermost FSDP module is around it
     result = {}
-    for module in FullyShardedDataParallel.fsdp_modules(model):
+    for module in FullyShardedDataParallel.fsdp_modules(getattr(trainer, "model", None) or model):
         handle = module._handle
         if handle is not None and handle.flat_param._params is not None:
             shapes = zip(handle.flat_param._params, handle.flat_param._shapes, strict=True)
             result.update({id(param): len(shape) for param, shape in shapes})
+    unknown = [name for key, name in managed.items() if key not in result]
+    if unknown:
+        raise ValueError(
+            f"FSDP1 shows parameter {strip_wrappers(unknown[0])!r} without its shape, so whether it gets weight decay "
+            "cannot be told: give the FSDP module itself, not one inside it (Lightning: self or self.trainer.model), "
+            "built with use_orig_params=True"
+        )
     return result
 
 

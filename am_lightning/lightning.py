@@ -1,10 +1,9 @@
-"""AdaptiveMemory: the Lightning callback that turns a module's AdamW into AMAdamW and shows its momentum."""
+"""Lightning: the AdaptiveMemory callback turns a module's AdamW into AMAdamW and shows its momentum; Fabric: attach."""
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,14 +16,16 @@ from am_lightning.optim.validation import SCOPES, check_choice, check_count, che
 try:
     import lightning.pytorch as pl
     from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+    from lightning.pytorch.strategies import DeepSpeedStrategy
     from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 except ImportError as error:
-    raise ImportError("AdaptiveMemory needs lightning: pip install am-lightning[lightning]") from error
+    raise ImportError("am_lightning.lightning needs lightning: pip install am-lightning[lightning]") from error
 
 from am_lightning.curves import Curves
+from am_lightning.fabric import attach
+from am_lightning.fitting import Replaced, allow_in_deepspeed, attach_deepspeed, optimizers_in, ours, place, replaced_in
 
-_SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+__all__ = ["AdaptiveMemory", "attach"]
 
 
 class AdaptiveMemory(pl.Callback):
@@ -32,7 +33,10 @@ class AdaptiveMemory(pl.Callback):
 
     Every ``torch.optim.AdamW`` that ``configure_optimizers`` returns is converted in place, so schedulers, manual
     optimization and the user's references go on working. A module that returns AMAdamW or AMSGD itself is only logged.
-    Under DDP the optimizer's ``replica_group`` is set.
+    One device, DDP, FSDPStrategy, ModelParallelStrategy (FSDP2, tensor parallel, both) and DeepSpeedStrategy (ZeRO 0 to
+    3) give the same beta_t: the callback tells the optimizer where its parameters are. Clipping by norm
+    (``Trainer(gradient_clip_val=...)``, ``self.clip_gradients``) becomes :func:`am_lightning.clip_grad_norm_`, right
+    under all of them; DeepSpeed's engine clips by itself.
 
     Args:
         lambd: memory regularisation lambda.
@@ -43,8 +47,9 @@ class AdaptiveMemory(pl.Callback):
         log_every_n_steps: log interval; None: the Trainer's.
         max_consecutive_skips: so many steps in a row dropped for a non-finite sum end the run, after a checkpoint.
 
-    Logs ``am/beta/mean|min|max``, ``am/beta/<layer group>``, ``am/clamp/at_max|at_zero`` (shares of tensors) and
-    ``am/skipped_steps`` to every logger; with a second optimizer also ``am-1/...``.
+    Logs ``am/beta/mean|min|max``, ``am/beta/<layer group>``, ``am/clamp/at_max|at_zero`` (shares of tensors),
+    ``am/skipped_steps`` and, where gradients are clipped by norm, ``am/grad_norm`` (before clipping) to every logger;
+    with a second optimizer also ``am-1/...``.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range.
@@ -76,7 +81,7 @@ class AdaptiveMemory(pl.Callback):
         self.per_layer, self.histogram = per_layer, histogram
         self.log_every_n_steps = log_every_n_steps
         self.max_consecutive_skips = max_consecutive_skips
-        self._wrapped: tuple[pl.LightningModule, Any] | None = None  # the module, and the method its instance had
+        self._replaced: list[Replaced] = []  # for the time of a fit
         self._converted: list[AdaptiveMemoryOptimizer] = []
         self._curves: list[Curves] = []
         self._skipped_before: list[int] = []  # of each optimizer, from a checkpoint that this fit resumes
@@ -89,43 +94,39 @@ class AdaptiveMemory(pl.Callback):
     # ------------------------------------------------------------------ conversion
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Wrap ``configure_optimizers`` on the instance: it runs later, inside strategy.setup."""
-        self._unwrap()
+        self._undo()
         if stage != "fit":
             return
-        if isinstance(trainer.strategy, _SHARDED):
-            name = type(trainer.strategy).__name__
-            raise MisconfigurationException(
-                f"AdaptiveMemory does not support {name} in this release: beta_t needs sums over whole tensors. "
-                "Use strategy='ddp', or one device."
-            )
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            allow_in_deepspeed(trainer.strategy)
+        self._curves, self._skipped_before = [], []
         original = pl_module.configure_optimizers
-        self._wrapped = pl_module, pl_module.__dict__.get("configure_optimizers")
 
         @functools.wraps(original)
         def configure_optimizers(*args: Any, **kwargs: Any) -> Any:
-            self._unwrap()  # at once: the module can be pickled, and nothing is left where a fit fails
+            wrapped.undo()  # at once: the module can be pickled, and nothing is left where a fit fails
             result = original(*args, **kwargs)
-            self._convert(list(optimizers_in(result)))
+            optimizers = list(optimizers_in(result))
+            self._convert(optimizers)
+            for optimizer in ours(optimizers):  # now: a LearningRateFinder makes steps before on_fit_start
+                place(optimizer, trainer, pl_module)
             return result
 
-        pl_module.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
+        wrapped = Replaced(pl_module, "configure_optimizers", configure_optimizers)
+        self._replaced = [wrapped, *replaced_in(trainer)]
 
-    def _unwrap(self) -> None:
-        """Give the module its own ``configure_optimizers`` back."""
-        if self._wrapped is not None:
-            module, own = self._wrapped
-            module.__dict__.pop("configure_optimizers", None)
-            if own is not None:
-                module.configure_optimizers = own  # type: ignore[method-assign]
-            self._wrapped = None
+    def _undo(self) -> None:
+        """Give the module, the strategy and its precision plugin their own methods back."""
+        while self._replaced:
+            self._replaced.pop().undo()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Lightning makes no teardown after an exception."""
-        self._unwrap()
+        self._undo()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave the module as it was; keep the counts for a checkpoint that is saved after fit."""
-        self._unwrap()
+        """Leave all as it was; keep the counts for a checkpoint that is saved after fit."""
+        self._undo()
         if stage == "fit":
             self._skipped_at_end = [curves.skipped_in_all() for curves in self._curves]
             self._curves = []
@@ -154,18 +155,14 @@ class AdaptiveMemory(pl.Callback):
             )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The optimizers exist and are final: give them names and replicas, and prepare the curves."""
+        """The optimizers exist and are final: prepare the curves, and tell DeepSpeed's engine."""
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            attach_deepspeed(trainer.strategy.model)
         self._curves = []
-        for optimizer in _ours(trainer.optimizers):
-            if not any("param_names" in group for group in optimizer.param_groups):
-                optimizer.name_parameters(pl_module.named_parameters())
-            if isinstance(trainer.strategy, DDPStrategy) and trainer.world_size > 1 and optimizer.replica_group is None:
-                optimizer.replica_group = torch.distributed.group.WORLD
+        for optimizer in ours(trainer.optimizers):
             prefix = f"am-{len(self._curves)}" if self._curves else "am"
             self._curves.append(Curves(optimizer, prefix, per_layer=self.per_layer, histogram=self.histogram))
-        for curves, skipped in zip(self._curves, self._skipped_before, strict=False):
-            curves.skipped_before = skipped
-        self._skipped_before = []
+        self._count_from_checkpoint()
         for optimizer in self._converted:
             caps = sorted({group["beta1_max"] for group in optimizer.param_groups})
             rank_zero_info(
@@ -241,28 +238,12 @@ class AdaptiveMemory(pl.Callback):
         return {"skipped_steps": now or self._skipped_at_end}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep what :meth:`state_dict` gave for on_fit_start, which comes later."""
+        """Take over what :meth:`state_dict` gave: before on_fit_start, or after it under FSDP and model parallel."""
         self._skipped_before = list(state_dict.get("skipped_steps", []))
+        self._count_from_checkpoint()
 
-
-def optimizers_in(result: Any) -> Iterator[Optimizer]:
-    """Every optimizer that ``configure_optimizers`` may return: one, a dict, a list or tuple of these, two lists."""
-    if isinstance(result, Optimizer):
-        yield result
-    elif isinstance(result, dict):
-        yield from optimizers_in(result.get("optimizer"))
-    elif isinstance(result, list | tuple):
-        for item in result:
-            yield from optimizers_in(item)
-
-
-def _ours(optimizers: list[Optimizer]) -> list[AdaptiveMemoryOptimizer]:
-    """The adaptive memory optimizers, unwrapped."""
-    result = []
-    for optimizer in optimizers:
-        inner: Any = optimizer
-        while not isinstance(inner, AdaptiveMemoryOptimizer) and hasattr(inner, "optimizer"):
-            inner = inner.optimizer
-        if isinstance(inner, AdaptiveMemoryOptimizer):
-            result.append(inner)
-    return result
+    def _count_from_checkpoint(self) -> None:
+        for curves, skipped in zip(self._curves, self._skipped_before, strict=False):
+            curves.skipped_before += skipped - curves.skipped_in_all()
+        if self._curves:
+            self._skipped_before = []

@@ -15,12 +15,11 @@ from am_lightning.optim.kernels.blocked import Scratch
 from am_lightning.optim.placement import PlacedOptimizer
 from am_lightning.optim.record import StepRecord
 from am_lightning.optim.scalars import Scalars, StateScalars, TableScalars
-from am_lightning.optim.validation import NONFINITE, SCOPES, check_choice
+from am_lightning.optim.validation import NONFINITE, SCOPES, WHOLE_OPTIMIZER, check_choice
 from am_lightning.sharding import Layout
 
 _TABLE, _OPTIONS = "am_table", "am_options"  # in saved groups: adaptive scalars by name, every group's options
 _NAMES = "_names_of_unnamed"  # in a pickle: what name_parameters() gave
-_WHOLE_OPTIMIZER = ("scope", "nonfinite", "loss_gap", "replica_group")  # options that no group has of its own
 
 
 class PersistentOptimizer(PlacedOptimizer):
@@ -122,9 +121,11 @@ class PersistentOptimizer(PlacedOptimizer):
         """Add a group of parameters; its options are checked before anything changes."""
         checked = {}
         if isinstance(param_group, dict):
-            for name in _WHOLE_OPTIMIZER:
-                if name in param_group:
+            for name in set(WHOLE_OPTIMIZER).intersection(param_group):
+                if param_group[name] != getattr(self, name, ...):
                     raise ValueError(f"Invalid {name} in a parameter group: {name} is an option of the whole optimizer")
+                # ZeroRedundancyOptimizer repeats all arguments in the groups
+                param_group = {key: value for key, value in param_group.items() if key != name}
             checked = self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         self.param_groups[-1].update(checked)

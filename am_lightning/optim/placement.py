@@ -165,7 +165,6 @@ class PlacedOptimizer(Optimizer):
         ids = self._ids()
         layout = self._layouts.get(ids)
         if layout is None:
-            alone = inside_zero_redundancy(self)
             self._check_engine()
             rows, sizes = self._lay_out()
             replicas = self._replica_group
@@ -177,9 +176,9 @@ class PlacedOptimizer(Optimizer):
                 sizes,
                 replica_group=replicas,
                 pipeline_group=self._pipeline_group,
-                others_hold_the_rest=alone,
+                others_hold_the_rest=inside_zero_redundancy(self),
             )
-            self._check_scope(layout, alone)
+            self._check_scope(layout)
             self._layouts[ids] = layout
         self._layout = layout
         return layout
@@ -206,16 +205,13 @@ class PlacedOptimizer(Optimizer):
     def _forget_layout(self) -> None:
         self._layouts, self._layout = {}, None
 
-    def _check_scope(self, layout: Layout, alone: bool) -> None:
+    def _check_scope(self, layout: Layout) -> None:
         """Refuse a scope whose sums this layout cannot form, before anything moves."""
+        groups = f" with {len(layout.sizes)} parameter groups" if self.scope == "group" else ""
+        layout.check_stages(f"scope={self.scope!r}{groups}")
         if self.scope == "tensor":
             self._refuse_flat(layout)
             return
-        if alone:
-            raise ValueError(
-                f"scope={self.scope!r} cannot be formed inside ZeroRedundancyOptimizer: each rank's optimizer sees "
-                "only that rank's tensors, and is stepped without the others. Use scope='tensor', or FSDP"
-            )
         if self.pre_pass is None and any(row.partitioned for row in layout.rows):
             self._check_partitioned_scope(layout)
         layout.check_whole_model(f"scope={self.scope!r}")

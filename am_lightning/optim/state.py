@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from am_lightning.names import group_names
+from am_lightning.optim.validation import WHOLE_OPTIMIZER
 from am_lightning.sharding.dtensor import is_dtensor
 
 SCALARS = ("beta_prod", "beta", "prev_lr")  # prod of beta_i, last beta_t, eta_{t-1}
@@ -200,7 +201,7 @@ def _untouched(state: dict[str, Any]) -> bool:
 
 def restore_options(group: dict[str, Any], live: dict[str, Any], cap_key: str) -> None:
     """Options after a load: the checkpoint's, this optimizer's where it has none, and always this optimizer's cap."""
-    for key in FOREIGN_OPTIONS:
+    for key in (*FOREIGN_OPTIONS, *WHOLE_OPTIMIZER):
         if key not in live:
             group.pop(key, None)
     for key, value in live.items():

@@ -13,6 +13,7 @@ from torch import Tensor
 SCOPES = ("tensor", "group", "global")
 NONFINITE = ("skip", "propagate")
 LOSS_GAPS = ("first_order", "exact")
+WHOLE_OPTIMIZER = ("scope", "nonfinite", "loss_gap", "replica_group")  # options that no group has of its own
 
 # torch.optim's words for an argument; others are called by their own name
 _WORDS = {"lr": "learning rate", "eps": "epsilon value", "weight_decay": "weight_decay value"}

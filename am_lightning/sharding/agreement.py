@@ -10,13 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from am_lightning.sharding.dtensor import local
-from am_lightning.sharding.home import Groups, Row, served_device, shown
+from am_lightning.sharding.home import Groups, Row, my_rank, ranks_of, served_device, shown
 
 _PRIME = 2**61 - 1  # checksums are modulo this: they fit int64
 
 
 def check_agreement(rows: Sequence[Row], held: Sequence[int], groups: Groups, ranks: frozenset[int]) -> None:
-    """Collective over ``groups``: one gather of two integers; another only to name what is wrong.
+    """Collective over ``groups``: one gather of three integers; more only to name what is wrong.
 
     Args:
         rows: those of one reduction.
@@ -26,9 +26,10 @@ def check_agreement(rows: Sequence[Row], held: Sequence[int], groups: Groups, ra
         ValueError: other tensors on other ranks, or pieces that do not add up; on every rank alike.
     """
     device = local(rows[0].param).device
-    names = int.from_bytes(_digest([(row.name, row.home.numel) for row in rows])[:7], "big")
+    digests = [_number((row.name, row.home.numel, row.group_index)) for row in rows]
+    names = _number(digests)
     known = [i for i, row in enumerate(rows) if row.home.numel is not None]
-    weights = [1 + int.from_bytes(_digest(i)[:7], "big") for i in known]
+    weights = [1 + _number(i) for i in known]
     mine = sum(held[i] * w for i, w in zip(known, weights, strict=True)) % _PRIME
     expected = sum((rows[i].home.numel or 0) * w for i, w in zip(known, weights, strict=True)) % _PRIME
     total, alike = mine, True
@@ -37,13 +38,50 @@ def check_agreement(rows: Sequence[Row], held: Sequence[int], groups: Groups, ra
         total = sum(entry[1] for entry in found) % _PRIME
         alike = all(entry[0] == names and entry[2] for entry in found)
     if not alike:
-        raise ValueError(
-            f"the ranks {shown(ranks)} do not hold the same model: other tensors, names or sizes than the {len(rows)} "
-            "on this rank, or in another order. Build the optimizer from the same parameters on all of them, and give "
-            "replica_group only ranks that hold copies of one model"
-        )
+        _raise_for_rows(rows, digests, groups, device)
     if total != expected:
         _raise_for_pieces(rows, held, groups, ranks, device)
+
+
+def check_stages(words: str, group: object, device: torch.device) -> None:
+    """Collective over a pipeline's ``group``: is what ``words`` says the same on all stages?
+
+    Raises:
+        ValueError: it is not; on every rank of the group.
+    """
+    found = _gathered(torch.tensor([_number(words)], device=device), group)
+    if bool((found != found[0]).any()):
+        raise ValueError(
+            f"the pipeline's stages do not fit together: rank {my_rank()} has {words}, others have not. Build every "
+            "stage's optimizer with the same scope and number of parameter groups, empty where a stage has nothing"
+        )
+
+
+def _raise_for_rows(rows: Sequence[Row], digests: list[int], groups: Groups, device: torch.device) -> None:
+    """Name the first row that differs, or the first that some ranks lack."""
+    length = torch.tensor([len(rows)], device=device)
+    for group in groups:
+        length = _gathered(length, group).amin(0)
+    low = high = torch.tensor(digests[: int(length)], dtype=torch.int64, device=device)
+    for group in groups:
+        low, high = _gathered(low, group).amin(0), _gathered(high, group).amax(0)
+    differing = [*(low != high).nonzero().flatten().tolist(), int(length)]
+    place, count = differing[0], len(rows)
+    if place < count:
+        here = f"tensor {place} of {count} is {_shown_row(rows[place])}, unlike on others"
+    else:
+        here = f"there are {count} tensors, fewer than on others"
+    ranks = frozenset[int]().union(*(ranks_of(group) for group in groups))
+    raise ValueError(
+        f"ranks {shown(ranks)} do not hold the same model: on rank {my_rank()} {here}. Build the optimizer from the "
+        "same parameters in the same order and groups on all of them, and give replica_group only ranks that hold "
+        "copies of one model"
+    )
+
+
+def _shown_row(row: Row) -> str:
+    size = "" if row.home.numel is None else f" with {row.home.numel} elements"
+    return f"{row.name!r}{size} in group {row.group_index}"
 
 
 def _raise_for_pieces(
@@ -69,5 +107,6 @@ def _gathered(vector: Tensor, group: object) -> Tensor:
     return torch.stack(parts).to(vector.device)
 
 
-def _digest(value: object) -> bytes:
-    return hashlib.sha256(repr(value).encode()).digest()
+def _number(value: object) -> int:
+    """56 bits that are the same on every rank."""
+    return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:7], "big")

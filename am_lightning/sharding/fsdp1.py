@@ -65,6 +65,8 @@ def managed_parameters(model: nn.Module | None) -> dict[int, Managed]:
 
 def without_model(param: Any) -> Managed:
     """What can be said without the model: sums over all ranks. Copies under HYBRID_SHARD cancel in N / D."""
+    if is_flat_parameter(param):
+        _refuse_tensor_parallel(param, "")
     home = Home(frozenset(range(world_size())), True, tuple, None, "FSDP1, groups not known")
     parts = list(_parts(param, "")) if is_flat_parameter(param) else [(None, None, None)]
     return Managed(home, [(name, None, span) for name, _, span in parts])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from am_lightning.names import group_names
 from am_lightning.sharding import dtensor, fsdp1
-from am_lightning.sharding.agreement import check_agreement
+from am_lightning.sharding.agreement import check_agreement, check_stages
 from am_lightning.sharding.home import (
     Groups,
     Home,
@@ -64,15 +64,23 @@ class Layout:
         reductions: usually one.
         sizes: rows of each parameter group.
         exact: every element is counted once; False for FSDP1 without its model, where only ratios are sure.
+        others_hold_the_rest: other ranks have other tensors, whole (ZeroRedundancyOptimizer).
     """
 
     def __init__(
-        self, rows: Sequence[Row], reductions: Sequence[Reduction], sizes: Sequence[int], pipeline_group: Any = None
+        self,
+        rows: Sequence[Row],
+        reductions: Sequence[Reduction],
+        sizes: Sequence[int],
+        pipeline_group: Any = None,
+        *,
+        others_hold_the_rest: bool = False,
     ) -> None:
         self.rows = list(rows)
         self.reductions = list(reductions)
         self.sizes = list(sizes)
         self.pipeline_group = pipeline_group
+        self.others_hold_the_rest = others_hold_the_rest
         self.exact = not any(fsdp1.is_managed(row.param) and row.home.numel is None for row in self.rows)
         self._constants: dict[torch.device, tuple[Tensor, list[Tensor]]] = {}
 
@@ -102,7 +110,7 @@ class Layout:
         replica = 0 if replica_group is None else dist.get_rank(replica_group)
         counted = {i: _counts_here(rows[i], r.ranks, replica) for r in reductions for i in r.rows}
         settled = [replace(row, counted=counted.get(i, True)) for i, row in enumerate(rows)]
-        layout = cls(settled, reductions, sizes, pipeline_group)
+        layout = cls(settled, reductions, sizes, pipeline_group, others_hold_the_rest=others_hold_the_rest)
         layout._agree()
         if not (reductions or pipeline_group or others_hold_the_rest) and world_size() > 1:
             warnings.warn(UNKNOWN_REPLICAS.format(world=world_size()), stacklevel=4)
@@ -163,6 +171,12 @@ class Layout:
         Raises:
             ValueError: naming ``what``, the ranks and the cure; on every rank alike.
         """
+        if self.others_hold_the_rest:
+            raise ValueError(
+                f"{what} cannot be formed inside ZeroRedundancyOptimizer: each rank's optimizer sees only that rank's "
+                "tensors, and is stepped without the others. Use scope='tensor' (and torch.nn.utils.clip_grad_norm_: "
+                "every rank has all gradients), or FSDP"
+            )
         stages = 1 if self.pipeline_group is None else dist.get_world_size(self.pipeline_group)
         for reduction in self.reductions:
             covered = len(reduction.ranks) * reduction.replicas * stages
@@ -174,6 +188,19 @@ class Layout:
                     "copies (DDP), pass replica_group; where they hold other pipeline stages, set "
                     "optimizer.pipeline_group to the group of one rank from each stage; scope='tensor' needs neither"
                 )
+
+    def check_stages(self, words: str) -> None:
+        """Collective over the pipeline. Refuse stages whose numbers would not match when they are pooled.
+
+        Args:
+            words: what all stages must have alike.
+
+        Raises:
+            ValueError: on every rank of the pipeline.
+        """
+        if self.pipeline_group is not None:
+            device = self.rows[0].param.device if self.rows else torch.device("cpu")
+            check_stages(words, self.pipeline_group, device)
 
     @property
     def collectives(self) -> int:
@@ -188,7 +215,7 @@ class Layout:
             return f"{text}; no reduction: this process holds every element"
         kinds = Counter(row.home.words for row in self.rows)
         placed = ", ".join(f"{count} {words}" for words, count in kinds.items())
-        how = "; ".join(f"{len(r.rows)} x 4 numbers over {len(r.ranks)} ranks" for r in self.reductions)
+        how = "; ".join(f"{len(r.rows)} x 4 numbers over {len(r.ranks) * r.replicas} ranks" for r in self.reductions)
         many = "s" if self.collectives > 1 else ""
         return f"{text} ({placed}); {self.collectives} all-reduce{many} a step: {how}"
 
@@ -288,10 +315,11 @@ def _check_pipeline(reductions: list[Reduction], pipeline_group: Any) -> None:
     """A pipeline group has one rank of this stage: this one."""
     stages = frozenset([my_rank()]) if pipeline_group is None else ranks_of(pipeline_group)
     for reduction in reductions:
-        if stages & reduction.ranks != {my_rank()}:
+        same = stages & reduction.ranks.union(*(ranks_of(group) for group in reduction.groups))  # copies too
+        if same != {my_rank()}:
             raise ValueError(
-                f"pipeline_group has ranks {shown(stages)}, of which {shown(stages & reduction.ranks)} hold the same "
-                "stage's parameters: give it one rank of each stage"
+                f"pipeline_group has ranks {shown(stages)}, of which {shown(same)} hold the same stage's parameters: "
+                "give it one rank of each stage"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import pickle
 import subprocess
@@ -10,10 +11,18 @@ import sys
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from am_lightning import AMSGD, AMAdamW, clip_grad_norm_
 from am_lightning.optim import state as row_state
+from tests.optim.harness import params_of
 
 
 def param(value: float = 1.0) -> torch.nn.Parameter:
@@ -63,6 +72,138 @@ def test_what_does_not_load_changes_nothing(bad: str) -> None:
         optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0] == before
     assert not optimizer.state
+
+
+def two_steps(optimizer_class=AMAdamW) -> dict:
+    """A state_dict of two named parameters."""
+    optimizer = named(optimizer_class)
+    optimizer.step()
+    optimizer.step()
+    return copy.deepcopy(optimizer.state_dict())
+
+
+def refuses(optimizer: torch.optim.Optimizer, saved: dict, words: str) -> None:
+    """``saved`` is refused and nothing changes."""
+    optimizer.step()
+    before, weights = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in params_of(optimizer)]
+    with pytest.raises(ValueError, match=words):
+        optimizer.load_state_dict(saved)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for index, state in before["state"].items():
+        assert all(torch.equal(value, after["state"][index][key]) for key, value in state.items())
+    assert all(torch.equal(a, b) for a, b in zip(weights, params_of(optimizer), strict=True))
+
+
+def named(optimizer_class=AMAdamW) -> torch.optim.Optimizer:
+    return optimizer_class([("head.weight", param()), ("head.bias", param(2.0))], lr=0.1)
+
+
+SUBSETS = [s for n in (1, 2) for s in itertools.combinations(row_state.SCALARS, n)]
+
+
+@pytest.mark.parametrize("missing", SUBSETS, ids="+".join)
+@pytest.mark.parametrize("optimizer_class", [AMAdamW, AMSGD])
+def test_scalars_that_are_partly_missing_are_refused(optimizer_class, missing: tuple[str, ...]) -> None:
+    saved = two_steps(optimizer_class)
+    for key in missing:
+        del saved["state"][1][key]
+    words = f"lacks {' and '.join(map(repr, missing))} for parameter 'head.bias'.*remove 'beta_prod', 'beta'"
+    refuses(named(optimizer_class), saved, words)
+
+
+@pytest.mark.parametrize("bare", [0, 1])
+def test_scalars_of_some_parameters_only_are_refused(bare: int) -> None:
+    saved = two_steps()
+    for key in row_state.SCALARS:
+        del saved["state"][bare][key]
+    names = ["head.weight", "head.bias"]
+    refuses(named(), saved, f"for parameter '{names[1 - bare]}' but not for '{names[bare]}'")
+
+
+def test_a_parameter_that_never_stepped_may_lack_scalars() -> None:
+    """It has no state, or one of step 0 that was made for a checkpoint."""
+    for absent in (True, False):
+        saved = two_steps()
+        state = saved["state"].pop(1)
+        if not absent:
+            saved["state"][1] = {key: torch.zeros_like(state[key]) for key in ("step", "exp_avg", "exp_avg_sq")}
+        optimizer = named()
+        optimizer.load_state_dict(saved)
+        assert float(optimizer.state[params_of(optimizer)[0]]["step"]) == 2.0
+        optimizer.step()
+
+
+@pytest.mark.parametrize("unset", [row_state.NO_BETA, float("nan")])
+def test_scalars_that_nothing_was_loaded_into_are_those_of_adamw(unset: float) -> None:
+    """torch.distributed.checkpoint loads AdamW's checkpoint into the state of a fresh AMAdamW, in part."""
+    saved = two_steps(torch.optim.AdamW)
+    for state in saved["state"].values():
+        state |= {"beta_prod": torch.tensor(1.0), "beta": torch.tensor(unset), "prev_lr": torch.tensor(0.0)}
+    optimizer = named()
+    optimizer.load_state_dict(saved)
+    for p in params_of(optimizer):
+        state = optimizer.state[p]
+        assert float(state["beta_prod"]) == pytest.approx(0.9**2) and float(state["prev_lr"]) == pytest.approx(0.1)
+        assert float(state["beta"]) == pytest.approx(0.89)
+
+
+def test_a_state_in_which_no_step_was_made_stays_one() -> None:
+    saved = two_steps(torch.optim.AdamW)
+    for state in saved["state"].values():
+        state |= {"beta_prod": torch.tensor(1.0), "beta": torch.tensor(row_state.NO_BETA), "prev_lr": torch.tensor(0.0)}
+        state["step"] = torch.tensor(0.0)
+    optimizer = named()
+    optimizer.load_state_dict(saved)
+    assert all(torch.isnan(beta) for beta in optimizer.momentum().values())
+    assert all(float(optimizer.state[p]["beta_prod"]) == 1.0 for p in params_of(optimizer))
+
+
+def test_a_message_has_the_name_that_name_parameters_gave() -> None:
+    saved = two_steps()
+    saved["state"][1]["exp_avg"] = torch.zeros(4)
+    optimizer = AMAdamW([param(), param()])
+    optimizer.name_parameters(zip(["a", "module.b"], params_of(optimizer), strict=True))
+    with pytest.raises(ValueError, match="for parameter 'b', which has shape"):
+        optimizer.load_state_dict(saved)
+
+
+def line() -> tuple[torch.nn.Linear, AMSGD]:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2).double()
+    return model, AMSGD(model.named_parameters(), lr=0.3, loss_gap="exact")
+
+
+def descend(model: torch.nn.Linear, optimizer: AMSGD) -> list[float]:
+    x = torch.linspace(-1, 1, 15, dtype=torch.float64).reshape(5, 3) ** 3
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    betas = []
+    for _ in range(3):
+        optimizer.step(closure)
+        betas.append(float(optimizer.momentum()["weight"]))
+    return betas
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_loss_of_the_exact_gap_goes_through_a_sharded_checkpoint(tmp_path) -> None:
+    """torch.distributed.checkpoint reads only what a fresh optimizer shows to have; the loss keeps all its digits."""
+    model, optimizer = line()
+    descend(model, optimizer)
+    parts = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
+    dcp.save(parts, checkpoint_id=tmp_path)
+    straight = descend(model, optimizer)
+    other, resumed = line()
+    parts = {"model": get_model_state_dict(other), "optim": get_optimizer_state_dict(other, resumed)}
+    dcp.load(parts, checkpoint_id=tmp_path)
+    set_model_state_dict(other, parts["model"])
+    set_optimizer_state_dict(other, resumed, parts["optim"])
+    assert descend(other, resumed) == straight and 0 < straight[0] < 0.9
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])

@@ -1,0 +1,166 @@
+"""What AdaptiveMemory does to a Trainer's optimizers and, for the time of a fit, to its strategy and precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins.precision import FSDPPrecision, Precision
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.optim.optimizer import Optimizer
+
+from am_lightning.optim.base import AdaptiveMemoryOptimizer
+from am_lightning.optim.clip import clip_grad_norm_
+from am_lightning.optim.state import SCALARS
+from am_lightning.optim.wrapped import innermost
+
+
+class Replaced:
+    """A method of one object, replaced on the instance until :meth:`undo`."""
+
+    def __init__(self, owner: Any, name: str, replacement: Any) -> None:
+        self.owner, self.name, self.replacement = owner, name, replacement
+        self.own = owner.__dict__.get(name)  # what the instance itself had
+        setattr(owner, name, replacement)
+
+    def undo(self) -> None:
+        """Give the object its own method back, unless somebody else has replaced it since."""
+        if self.owner.__dict__.get(self.name) is self.replacement:
+            del self.owner.__dict__[self.name]
+            if self.own is not None:
+                setattr(self.owner, self.name, self.own)
+
+
+def replaced_in(trainer: pl.Trainer) -> list[Replaced]:
+    """Make the trainer clip by our norm and load AdamW's distributed checkpoints, until each is undone."""
+    plugin, strategy = trainer.precision_plugin, trainer.strategy
+    replaced = []
+    lightnings_own = (Precision.clip_grad_by_norm, FSDPPrecision.clip_grad_by_norm)
+    if type(plugin).clip_grad_by_norm in lightnings_own and "clip_grad_by_norm" not in plugin.__dict__:
+        replaced.append(Replaced(plugin, "clip_grad_by_norm", _ClipByNorm(plugin)))
+    if isinstance(strategy, ModelParallelStrategy):
+        replaced.append(Replaced(strategy, "load_checkpoint", _LoadCheckpoint(strategy)))
+    return replaced
+
+
+class _ClipByNorm:
+    """``clip_grad_by_norm`` of a precision plugin: Lightning's raises for FSDP1, torch's for FSDP2 with TP.
+
+    All of Lightning's ways to clip end there: gradient_clip_val, a module's own configure_gradient_clipping, and
+    ``self.clip_gradients`` in manual optimization. Not a closure, so that the plugin can be pickled.
+    """
+
+    def __init__(self, plugin: Precision) -> None:
+        self.plugin = plugin
+
+    def __call__(self, optimizer: Optimizer, clip_val: float) -> None:
+        inner = innermost(optimizer)
+        if isinstance(inner, AdaptiveMemoryOptimizer):
+            clip_grad_norm_(inner, clip_val)
+        else:
+            type(self.plugin).clip_grad_by_norm(self.plugin, optimizer, clip_val)
+
+
+class _LoadCheckpoint:
+    """``load_checkpoint`` of ModelParallelStrategy that also takes a distributed checkpoint of AdamW.
+
+    torch.distributed.checkpoint loads what ``state_dict()`` shows, and refuses where the checkpoint lacks some of it.
+    """
+
+    def __init__(self, strategy: ModelParallelStrategy) -> None:
+        self.strategy = strategy
+
+    def __call__(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        path = Path(self.strategy.broadcast(checkpoint_path))
+        with ExitStack() as stack:
+            if (path / ".metadata").is_file():
+                saved = set(FileSystemReader(path).read_metadata().state_dict_metadata)
+                for index, optimizer in enumerate(self.strategy.optimizers):
+                    if isinstance(optimizer, AdaptiveMemoryOptimizer):
+                        stack.enter_context(_showing_only(optimizer, saved, f"optimizer_{index}."))
+            return type(self.strategy).load_checkpoint(self.strategy, path, *args, **kwargs)
+
+
+@contextmanager
+def _showing_only(optimizer: AdaptiveMemoryOptimizer, saved: set[str], prefix: str) -> Iterator[None]:
+    """``state_dict()`` leaves out options and adaptive scalars that are not in ``saved``: loading fills them in."""
+    states = [key for key in saved if key.startswith(f"{prefix}state.")]
+    if any(key.endswith(".max_exp_avg_sq") for key in states):
+        raise ValueError("the checkpoint is of AdamW with amsgrad=True, which AMAdamW has no form of: start anew")
+    missing = {scalar for scalar in SCALARS if not any(key.endswith(f".{scalar}") for key in states)}
+
+    def only(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "state": {
+                index: {key: value for key, value in state.items() if key not in missing}
+                for index, state in state_dict["state"].items()
+            },
+            "param_groups": [
+                {key: v for key, v in group.items() if key == "params" or f"{prefix}param_groups.{g}.{key}" in saved}
+                for g, group in enumerate(state_dict["param_groups"])
+            ],
+        }
+
+    handle = optimizer.register_state_dict_post_hook(only)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def place(optimizer: AdaptiveMemoryOptimizer, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Give ``optimizer`` the module's names, FSDP1's process groups, and DDP's replicas."""
+    strategy = trainer.strategy
+    model = strategy.model if isinstance(strategy, FSDPStrategy) else pl_module
+    assert model is not None
+    optimizer.bind_model(model)
+    if isinstance(strategy, DDPStrategy) and trainer.world_size > 1 and optimizer.replica_group is None:
+        optimizer.replica_group = torch.distributed.group.WORLD
+
+
+def allow_in_deepspeed(strategy: DeepSpeedStrategy) -> None:
+    """Set what DeepSpeed asks for where an optimizer is not one of its own.
+
+    Raises:
+        MisconfigurationException: the configuration names an optimizer, which would be built in place of ours.
+    """
+    config = strategy.config
+    assert isinstance(config, dict)
+    if "optimizer" in config:
+        raise MisconfigurationException(
+            f"the DeepSpeed configuration names an optimizer ({config['optimizer'].get('type')!r}), which adaptive "
+            "memory cannot turn into its own: remove 'optimizer' from it, and return torch.optim.AdamW or AMAdamW from "
+            "configure_optimizers"
+        )
+    config.setdefault("zero_allow_untested_optimizer", True)
+    config.setdefault("zero_force_ds_cpu_optimizer", False)
+
+
+def attach_deepspeed(engine: Any) -> None:
+    """Tell the optimizer inside ``engine`` what only the engine knows."""
+    from am_lightning.deepspeed import attach
+
+    attach(engine)
+
+
+def optimizers_in(result: Any) -> Iterator[Optimizer]:
+    """Every optimizer that ``configure_optimizers`` may return: one, a dict, a list or tuple of these, two lists."""
+    if isinstance(result, Optimizer):
+        yield result
+    elif isinstance(result, dict):
+        yield from optimizers_in(result.get("optimizer"))
+    elif isinstance(result, list | tuple):
+        for item in result:
+            yield from optimizers_in(item)
+
+
+def ours(optimizers: list[Optimizer]) -> list[AdaptiveMemoryOptimizer]:
+    """The adaptive memory optimizers, unwrapped."""
+    inner = [innermost(optimizer) for optimizer in optimizers]
+    return [optimizer for optimizer in inner if isinstance(optimizer, AdaptiveMemoryOptimizer)]

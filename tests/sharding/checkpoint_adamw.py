@@ -1,0 +1,81 @@
+"""What each rank runs: AdamW up to a checkpoint, AMAdamW from there on; and what torch cannot load for either."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from am_lightning import AMAdamW
+from tests.sharding.checkpoint_paths import PATHS, Move, load_partly, load_sharded, save_sharded
+from tests.sharding.checkpoint_steps import DTYPE, END, STOP, compare
+from tests.sharding.layouts import LAYOUTS
+from tests.sharding.model import groups_of, interior_share, make_net, raw_betas, train
+from tests.sharding.steps import optimizer_of
+
+RATE = 0.2  # half of the betas after the switch are between the clamps
+
+
+class PlainAdamW(torch.optim.AdamW):
+    """Fits ``train``, which asks for the betas."""
+
+    def momentum(self) -> dict[str, Tensor]:
+        return {}
+
+
+def adamw_of(model: nn.Module) -> PlainAdamW:
+    return PlainAdamW(groups_of(model), lr=RATE, betas=(0.9, 0.95))
+
+
+def loader_of(path: str) -> Move:
+    """The path's own; where it reads into a state that is there already, scalars may be missing from the file."""
+    return load_partly if PATHS[path].load is load_sharded else PATHS[path].load
+
+
+@functools.cache
+def switched() -> dict[str, Any]:
+    """One process: AdamW to STOP, then AMAdamW from its state_dict."""
+    net = make_net(DTYPE)
+    adamw = adamw_of(net)
+    train(net, adamw, range(STOP), DTYPE, rate=RATE)
+    optimizer = AMAdamW(groups_of(net), lr=RATE, betas=(0.89, 0.95))
+    optimizer.load_state_dict(adamw.state_dict())
+    with raw_betas("tensor") as raw:
+        seen = train(net, optimizer, range(STOP, END), DTYPE, rate=RATE)
+    by_name = [dict(zip(optimizer.parameter_names(), row, strict=True)) for row in raw]
+    share = interior_share(seen, "adamw")
+    return {"seen": seen, "raw": by_name, "weights": dict(net.named_parameters()), "share": share}
+
+
+def train_adamw_and_save(path: str, where: str) -> None:
+    placed = PATHS[path].writer(DTYPE)
+    adamw = adamw_of(placed.model)
+    train(placed.model, adamw, range(STOP), DTYPE, share=placed.share, rate=RATE)
+    PATHS[path].save(placed.model, adamw, Path(where))
+
+
+def switch(path: str, where: str) -> dict[str, Any]:
+    placed = (PATHS[path].reader or PATHS[path].writer)(DTYPE)
+    optimizer = optimizer_of(placed, "adamw", "tensor")
+    with torch.no_grad():
+        for param in placed.model.parameters():
+            param.zero_()
+    loader_of(path)(placed.model, optimizer, Path(where))
+    return compare(placed, optimizer, "adamw", "tensor", switched(), RATE)
+
+
+def fsdp1_into_a_template(kind: str, where: str) -> str:
+    """get_optimizer_state_dict, dcp.save, dcp.load under FSDP1: what torch says of it."""
+    placed = LAYOUTS["fsdp1_full"][0](DTYPE)
+    optimizer = adamw_of(placed.model) if kind == "torch" else optimizer_of(placed, kind, "tensor")
+    train(placed.model, optimizer, range(2), DTYPE, share=placed.share)
+    save_sharded(placed.model, optimizer, Path(where))
+    try:
+        load_sharded(placed.model, optimizer, Path(where))
+    except CheckpointException as error:  # a BaseException
+        return str(error)
+    return "loaded"
