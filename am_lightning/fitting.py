@@ -120,7 +120,8 @@ def place(optimizer: AdaptiveMemoryOptimizer, trainer: pl.Trainer, pl_module: pl
     model = strategy.model if isinstance(strategy, FSDPStrategy) else pl_module
     assert model is not None
     optimizer.bind_model(model)
-    if isinstance(strategy, DDPStrategy) and trainer.world_size > 1 and optimizer.replica_group is None:
+    ddp = isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)  # which is one, by class
+    if ddp and trainer.world_size > 1 and optimizer.replica_group is None:
         optimizer.replica_group = torch.distributed.group.WORLD
 
 

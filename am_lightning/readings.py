@@ -70,7 +70,7 @@ class Readings:
             f"scope | {self.optimizer.scope}",
             f"lambda | {_several(group['lambd'] for group in groups)}",
             f"cap of beta_t ({key}) | {_several(group[key] for group in groups)}",
-            f"rows | {self.optimizer.current_layout().describe()}",
+            f"rows | {self.optimizer.describe()}",
         ]
         head, *rows = lines
         return "\n".join([head, "", "| | |", "|---|---|", *(f"| {row} |" for row in rows)])

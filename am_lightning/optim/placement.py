@@ -160,6 +160,10 @@ class PlacedOptimizer(Optimizer):
         """Rows and reductions of the last step; None before the first. Not collective."""
         return self._layout
 
+    def describe(self) -> str:
+        """Rows and reductions of the steps so far, in words; of every ``step()`` call that an engine makes."""
+        return "; then ".join(layout.describe() for layout in self._layouts.values()) or "no step made yet"
+
     def current_layout(self) -> Layout:
         """Rows and reductions. Built (collectively) at the first step, and again when the parameters are others."""
         ids = self._ids()

@@ -15,7 +15,7 @@ from am_lightning.sharding.home import Groups, Row, my_rank, ranks_of, served_de
 _PRIME = 2**61 - 1  # checksums are modulo this: they fit int64
 
 
-def check_agreement(rows: Sequence[Row], held: Sequence[int], groups: Groups, ranks: frozenset[int]) -> None:
+def check_agreement(rows: Sequence[Row], held: Sequence[int], groups: Groups) -> None:
     """Collective over ``groups``: one gather of three integers; more only to name what is wrong.
 
     Args:
@@ -40,7 +40,7 @@ def check_agreement(rows: Sequence[Row], held: Sequence[int], groups: Groups, ra
     if not alike:
         _raise_for_rows(rows, digests, groups, device)
     if total != expected:
-        _raise_for_pieces(rows, held, groups, ranks, device)
+        _raise_for_pieces(rows, held, groups, device)
 
 
 def check_stages(words: str, group: object, device: torch.device) -> None:
@@ -71,12 +71,15 @@ def _raise_for_rows(rows: Sequence[Row], digests: list[int], groups: Groups, dev
         here = f"tensor {place} of {count} is {_shown_row(rows[place])}, unlike on others"
     else:
         here = f"there are {count} tensors, fewer than on others"
-    ranks = frozenset[int]().union(*(ranks_of(group) for group in groups))
     raise ValueError(
-        f"ranks {shown(ranks)} do not hold the same model: on rank {my_rank()} {here}. Build the optimizer from the "
-        "same parameters in the same order and groups on all of them, and give replica_group only ranks that hold "
-        "copies of one model"
+        f"ranks {_shown_ranks(groups)} do not hold the same model: on rank {my_rank()} {here}. Build the optimizer "
+        "from the same parameters in the same order and groups on all of them, and give replica_group only ranks that "
+        "hold copies of one model"
     )
+
+
+def _shown_ranks(groups: Groups) -> str:
+    return shown(frozenset[int]().union(*(ranks_of(group) for group in groups)))
 
 
 def _shown_row(row: Row) -> str:
@@ -84,9 +87,7 @@ def _shown_row(row: Row) -> str:
     return f"{row.name!r}{size} in group {row.group_index}"
 
 
-def _raise_for_pieces(
-    rows: Sequence[Row], held: Sequence[int], groups: Groups, ranks: frozenset[int], device: torch.device
-) -> None:
+def _raise_for_pieces(rows: Sequence[Row], held: Sequence[int], groups: Groups, device: torch.device) -> None:
     totals = torch.tensor(held, device=device)
     for group in groups:
         totals = _gathered(totals, group).sum(0)
@@ -94,8 +95,8 @@ def _raise_for_pieces(
         if row.home.numel not in (None, found):
             raise ValueError(
                 f"parameter {row.name!r}, placed as {row.home.words}, has {row.home.numel} elements, but the pieces on "
-                f"ranks {shown(ranks)} have {found}: sums over it would be wrong. Shard the model before the optimizer "
-                "is built, and leave its shards alone afterwards"
+                f"ranks {_shown_ranks(groups)} have {found}: sums over it would be wrong. Shard the model before the "
+                "optimizer is built, and leave its shards alone afterwards"
             )
 
 

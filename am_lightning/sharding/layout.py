@@ -224,7 +224,7 @@ class Layout:
         for reduction in self.reductions:
             rows = [self.rows[i] for i in reduction.rows]
             held = [piece_of(row, row.param).numel() if row.counted else 0 for row in rows]
-            check_agreement(rows, held, reduction.groups, reduction.ranks)
+            check_agreement(rows, held, reduction.groups)
 
 
 def lay_out_rows(

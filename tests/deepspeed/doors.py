@@ -95,7 +95,10 @@ class Module(pl.LightningModule):
 
 def zero_config(stage: int) -> dict[str, Any]:
     config = config_of(stage)
-    del config["gradient_clipping"], config["zero_allow_untested_optimizer"], config["zero_force_ds_cpu_optimizer"]
+    for key in ("gradient_clipping", "gradient_accumulation_steps"):  # the Trainer's
+        del config[key]
+    for key in ("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"):  # set by the callback
+        del config[key]
     return config
 
 
@@ -237,7 +240,7 @@ def fabric(folder: str, stage: int, scope: str = "tensor") -> dict[str, Any]:
         warnings.simplefilter("ignore")
         for logger in runner.loggers:
             logger.finalize("success")
-    run = {"seen": seen, "weights": whole_weights(runner.strategy.deepspeed_engine, stage, "float32")}
+    run = {"seen": seen, "weights": whole_weights(model._forward_module, stage, "float32")}
     single = alone(scope, steps=STEPS)
     dist.barrier()
     return {

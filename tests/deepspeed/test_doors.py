@@ -1,4 +1,4 @@
-"""DeepSpeed through Lightning, Fabric, Accelerate and transformers' Trainer, two processes, curves in the event file."""
+"""DeepSpeed through Lightning, Fabric, Accelerate and the HF Trainer: two processes, curves in the event file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def check(ranks: list[dict], *, steps: int = 6) -> None:
         assert rank["beta"] <= 5e-6
         assert rank["weights"] <= 1e-5
         assert rank["bits"] == ranks[0]["bits"]
-        assert TAGS <= set(rank["scalars"])
+        assert set(rank["scalars"]) >= TAGS
         assert len(rank["scalars"]["am/beta/mean"]) == steps
 
 
@@ -61,4 +61,4 @@ def test_trainer(pool, tmp_path: Path, stage: int, form: str) -> None:
         assert rank["share"] > 0.2
         assert rank["beta"] <= 5e-6
         assert rank["bits"] == ranks[0]["bits"]
-        assert {f"train/{tag}" for tag in TAGS} <= set(rank["scalars"])
+        assert set(rank["scalars"]) >= {f"train/{tag}" for tag in TAGS}

@@ -106,5 +106,5 @@ def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
         try:
             module, name = function.split(":")
             pipe.send(("result", getattr(importlib.import_module(module), name)(**arguments)))
-        except Exception as error:
+        except BaseException as error:  # CheckpointException is one
             pipe.send(("error", type(error).__name__, str(error), traceback.format_exc()))
