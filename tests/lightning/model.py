@@ -43,7 +43,7 @@ class Regression(pl.LightningModule):
         x, y = batch_of(self.trainer.global_step)  # not the loader's: a resumed Trainer starts its loader anew
         rank, world = self.trainer.global_rank, self.trainer.world_size
         x, y = x.chunk(world)[rank], y.chunk(world)[rank]
-        loss = F.mse_loss(self.net(x.to(self.net[0].weight.dtype)), y.to(self.net[0].weight.dtype))
+        loss = F.mse_loss(self.net(x.to(self.net[0].weight)), y.to(self.net[0].weight))
         self.losses.append(float(loss.detach()))
         self.log("train/loss", loss)
         return loss

@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.optim import lr_scheduler as schedulers
 
 from am_lightning import AdaptiveMemory, AMAdamW, am_adamw
-from am_lightning.lightning import optimizers_in
+from am_lightning.fitting import optimizers_in
 from am_lightning.optim.convert import convert_adamw, default_cap
 from tests.lightning.model import Regression, batch_of, make_net, quiet
 

@@ -34,7 +34,8 @@ class Placed:
     share: tuple[int, int]
     options: dict[str, Any] = field(default_factory=dict)  # of the optimizer
     bind: bool = False  # FSDP1: give the optimizer the model
-    collectives: int = 1  # a step
+    collectives: int = 1  # a step, for the sums
+    partial: int = 0  # gradients that are redistributed in each step
     scopes: tuple[str, ...] = ("tensor", "global")
 
 
@@ -109,7 +110,8 @@ def tp(dtype: torch.dtype) -> Placed:
 
 def tp_sequence(dtype: torch.dtype) -> Placed:
     tp_mesh = mesh(dist.get_world_size(), names=("tp",))
-    return Placed(tensor_parallel(make_net(dtype), tp_mesh, sequence=True), (0, 1))
+    net = tensor_parallel(make_net(dtype), tp_mesh, sequence=True)
+    return Placed(net, (0, 1), partial=2 * len(net.blocks))  # weight and bias of each block's norm
 
 
 def fsdp2_tp(dtype: torch.dtype) -> Placed:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP  # noqa: N81
 from torch.distributed.tensor import DTensor
 
 from am_lightning.names import strip_wrappers
+from am_lightning.sharding.dtensor import local
 from tests.sharding.layouts import LAYOUTS, Placed
 from tests.sharding.model import RATES, groups_of, interior_share, make_net, make_optimizer, raw_betas, train
 
@@ -43,7 +46,21 @@ def alone(kind: str, scope: str, dtype: torch.dtype, flat: bool, steps: int = ST
     with raw_betas(scope) as raw:
         seen = train(net, optimizer, range(steps), dtype, rate=RATES[kind][scope])
     by_name = [dict(zip(optimizer.parameter_names(), row, strict=True)) for row in raw]
-    return {"seen": seen, "raw": by_name, "weights": dict(net.named_parameters()), "share": interior_share(seen, kind)}
+    weights = {name: param.detach() for name, param in net.named_parameters()}
+    return {"seen": seen, "raw": by_name, "weights": weights, "share": interior_share(seen, kind)}
+
+
+@functools.cache
+def reference(kind: str, scope: str, dtype: torch.dtype, flat: bool) -> dict[str, Any]:
+    """As :func:`alone`, once for each rank: only to be read."""
+    return alone(kind, scope, dtype, flat)
+
+
+def raw_error(ours: float, theirs: float) -> float:
+    """Relative, but not blown up near zero; infinite where one is a number and the other is not."""
+    if math.isnan(ours) or math.isnan(theirs):
+        return 0.0 if math.isnan(ours) and math.isnan(theirs) else math.inf
+    return abs(ours - theirs) / (abs(theirs) + 0.1)
 
 
 def compare(layout: str, kind: str, scope: str, dtype: str) -> dict[str, Any]:
@@ -55,25 +72,27 @@ def compare(layout: str, kind: str, scope: str, dtype: str) -> dict[str, Any]:
     rate, counts = RATES[kind][scope], []
     with raw_betas(scope) as raw:
         seen = train(placed.model, optimizer, range(STEPS), precision, share=placed.share, rate=rate, counts=counts)
-    single = alone(kind, scope, precision, "flat" in layout)
+    single = reference(kind, scope, precision, "flat" in layout)
     names = optimizer.parameter_names()
     errors = [
-        abs(ours - theirs[name]) / (abs(theirs[name]) + 0.1)
+        raw_error(ours, theirs[name])
         for row, theirs in zip(raw, single["raw"], strict=True)
         for name, ours in zip(names, row, strict=True)
-        if ours == ours or theirs[name] == theirs[name]
     ]
     weights = whole_weights(placed.model)
-    off = [float((weights[n] - w).abs().max()) for n, w in single["weights"].items()]
+    off = [float((weights[n] - w).abs().max() / w.abs().max()) for n, w in single["weights"].items()]
     return {
         "raw": max(errors),
-        "compared": len(errors),
+        "compared": sum(not math.isnan(ours) for row in raw for ours in row),
         "weights": max(off),
         "bits": [{n: b.hex() for n, b in step.items()} for step in seen],
         "weight_bits": {n: w.flatten().tolist() for n, w in weights.items()},
-        "names": sorted(names) == sorted(single["weights"]),
+        "names": all(sorted(step) == sorted(single["weights"]) for step in seen),
+        "missing": sum(math.isnan(beta) for step in seen for beta in step.values()),
+        "empty": sum(local(param).numel() == 0 for param in placed.model.parameters()),  # this rank has no element
         "collectives": counts,
         "described": optimizer.current_layout().describe(),
         "share": single["share"],
         "expected": placed.collectives,
+        "partial": placed.partial,
     }

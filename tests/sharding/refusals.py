@@ -1,0 +1,184 @@
+"""What each rank runs: optimizers over layouts that cannot be summed, and what is left after the refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP  # noqa: N817
+from torch.distributed.tensor import DTensor, Partial, Placement, Shard
+
+from am_lightning import AMSGD, AMAdamW
+from am_lightning.sharding.dtensor import local
+from tests.sharding.layouts import LAYOUTS, mesh, tensor_parallel
+from tests.sharding.model import make_net
+from tests.sharding.steps import optimizer_of
+
+Named = list[tuple[str, Tensor]]
+DTYPE = torch.float64
+
+
+def attempt(case: str, **arguments: Any) -> dict[str, Any]:
+    """Build, take a step, and say what came of it: ``error`` is None where it went through."""
+    optimizer, params = CASES[case](**arguments)
+    before = [local(param).detach().clone() for param in params]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    error = text = None
+    try:
+        optimizer.step()
+    except Exception as raised:
+        error, text = type(raised).__name__, str(raised)
+    same = all(torch.equal(local(p).detach(), b) for p, b in zip(params, before, strict=True))
+    return {"error": error, "text": text, "moved": not same, "states": len(optimizer.state)}
+
+
+def over(named: Named, kind: str = "adamw", **options: Any) -> tuple[torch.optim.Optimizer, list[Tensor]]:
+    options = {"lr": 0.1, "scope": "tensor"} | options
+    return (AMAdamW if kind == "adamw" else AMSGD)(named, **options), [param for _, param in named]
+
+
+def weight(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.full(shape, 0.5, dtype=DTYPE))
+
+
+def from_local(
+    piece: tuple[int, ...], placement: Placement, shape: tuple[int, ...] | None = None, ranks: int = 0
+) -> nn.Parameter:
+    """A DTensor on all ranks whose piece here has the shape ``piece``, said to be one of ``shape``."""
+    whole = {} if shape is None else {"shape": torch.Size(shape), "stride": torch.empty(shape).stride()}
+    world = mesh(dist.get_world_size())
+    return nn.Parameter(
+        DTensor.from_local(torch.ones(piece, dtype=DTYPE), world, [placement], run_check=False, **whole)
+    )
+
+
+def partial_parameter(scope: str) -> Any:
+    return over([("fine", weight(3)), ("sums.weight", from_local((4, 2), Partial()))], scope=scope)
+
+
+def pieces_do_not_add_up(scope: str) -> Any:
+    """5 rows are said to be there; each rank holds 2."""
+    named = [("fine", from_local((2, 3), Shard(0))), ("short.weight", from_local((2, 3), Shard(0), (5, 3)))]
+    return over(named, scope=scope)
+
+
+def one_piece_too_large(scope: str) -> Any:
+    """The last rank alone has a row more than it should."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    rows = 3 if rank == world - 1 else 2
+    named = [("fine", weight(3)), ("long.weight", from_local((rows, 3), Shard(0), (2 * world, 3)))]
+    return over(named, scope=scope)
+
+
+# ---------------------------------------------------------------- groups that do not fit
+def replicas_inside_the_mesh(scope: str) -> Any:
+    named = [("table.weight", from_local((2, 3), Shard(0))), ("plain", weight(3))]
+    return over(named, scope=scope, replica_group=dist.group.WORLD)
+
+
+def replicas_not_named(scope: str, kind: str) -> Any:
+    """Tensor parallel on one dimension, DDP on the other, and nobody says so."""
+    placed = LAYOUTS["tp_ddp"][0](DTYPE)
+    return over(list(placed.model.named_parameters()), kind, scope=scope)
+
+
+def outside_of_the_mesh(scope: str) -> Any:
+    """A mesh of the first two ranks; the others get a DTensor that has nothing on them."""
+    pair = DeviceMesh("cpu", [0, 1])
+    piece = torch.ones(2 if dist.get_rank() < 2 else 0, 3, dtype=DTYPE)
+    return over([("pair.weight", nn.Parameter(DTensor.from_local(piece, pair, [Shard(0)])))], scope=scope)
+
+
+# ---------------------------------------------------------------- other models on other ranks
+def odd_name(named: Named) -> Named:
+    return [("odd.weight" if name == "mix.weight" else name, param) for name, param in named]
+
+
+def odd_shape(named: Named) -> Named:
+    return [(name, weight(7, 3) if name == "mix.weight" else param) for name, param in named]
+
+
+def odd_count(named: Named) -> Named:
+    return [*named, ("extra.weight", weight(2))]
+
+
+def odd_order(named: Named) -> Named:
+    return [*named[1:], named[0]]
+
+
+DIFFERENCES = {"name": odd_name, "shape": odd_shape, "count": odd_count, "order": odd_order}
+
+
+def other_models(what: str, odd_ranks: Sequence[int], scope: str) -> Any:
+    """Copies of one model, or so it is said; ``odd_ranks`` hold another."""
+    named = list(make_net(DTYPE).named_parameters())
+    if dist.get_rank() in odd_ranks:
+        named = DIFFERENCES[what](named)
+    return over(named, scope=scope, replica_group=dist.group.WORLD)
+
+
+def other_groups(odd_ranks: Sequence[int], scope: str) -> Any:
+    """The same tensors in the same order; where one group ends and the next begins differs."""
+    named = list(make_net(DTYPE).named_parameters())
+    first = 3 if dist.get_rank() in odd_ranks else 5
+    groups = [{"params": named[:first]}, {"params": named[first:]}]
+    optimizer = AMAdamW(groups, lr=0.1, scope=scope, replica_group=dist.group.WORLD)
+    return optimizer, [param for _, param in named]
+
+
+def other_sharded_models(what: str, odd_ranks: Sequence[int], scope: str) -> Any:
+    """FSDP2, and some ranks hold one plain tensor more, or in another place."""
+    named = list(LAYOUTS["fsdp2"][0](DTYPE).model.named_parameters())
+    if dist.get_rank() in odd_ranks:
+        named = DIFFERENCES[what](named)
+    return over(named, scope=scope)
+
+
+# ---------------------------------------------------------------- FSDP1
+def flat_parameters(scope: str, kind: str, layout: str = "fsdp1_flat", bind: bool = True) -> Any:
+    placed = LAYOUTS[layout][0](DTYPE)
+    placed.bind = bind
+    return optimizer_of(placed, kind, scope), list(placed.model.parameters())
+
+
+def fsdp1_over_tensor_parallel(scope: str, original: bool, bind: bool) -> Any:
+    grid = mesh(2, 2)
+    net = tensor_parallel(make_net(DTYPE), grid["tp"])
+    model = FSDP(net, device_mesh=grid["dp"], use_orig_params=original, device_id=torch.device("cpu"))
+    optimizer, params = over(list(model.named_parameters()), scope=scope)
+    if bind:
+        optimizer.bind_model(model)
+    return optimizer, params
+
+
+CASES: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (
+        partial_parameter,
+        pieces_do_not_add_up,
+        one_piece_too_large,
+        replicas_inside_the_mesh,
+        replicas_not_named,
+        outside_of_the_mesh,
+        other_models,
+        other_groups,
+        other_sharded_models,
+        flat_parameters,
+        fsdp1_over_tensor_parallel,
+    )
+}
+
+
+def not_a_member() -> tuple[str, str] | None:
+    """A group of the first two ranks, given to the optimizer on all."""
+    group = dist.new_group([0, 1])
+    try:
+        AMAdamW([weight(3)], replica_group=group)
+    except TypeError as error:
+        return type(error).__name__, str(error)
+    return None

@@ -1,0 +1,88 @@
+"""Each layout against one process that holds the whole model: raw beta_t, weights, equal bits, collectives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.sharding.layouts import LAYOUTS
+from tests.sharding.pool import Pool
+
+CASES = [(layout, world) for layout, (_, worlds) in LAYOUTS.items() for world in worlds]
+LARGEST = [(layout, max(worlds)) for layout, (_, worlds) in LAYOUTS.items()]
+SMALLEST = [(layout, min(worlds)) for layout, (_, worlds) in LAYOUTS.items()]
+WITH_EMPTY_SHARDS = ("fsdp2", "fsdp2_tp", "hsdp", "fsdp1_full", "fsdp1_hybrid", "fsdp1_unbound")
+LIMITS = {"float64": 1e-12, "float32": 2e-5}
+
+# What torch's own lines say on the way.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def scopes_of(layout: str) -> tuple[str, str]:
+    """A flat parameter has one state for all its tensors: scope tensor is refused."""
+    return ("global", "group") if layout.startswith("fsdp1_flat") else ("tensor", "global")
+
+
+def check(ranks: list[dict[str, Any]], dtype: str) -> None:
+    first = ranks[0]
+    assert first["share"] > 0.2, "the clamps would hide a wrong sum"
+    for rank in ranks:
+        assert rank["compared"] > 100
+        assert rank["raw"] <= LIMITS[dtype] and rank["weights"] <= LIMITS[dtype]
+        assert rank["bits"] == first["bits"], "beta_t differs between ranks"
+        assert rank["weight_bits"] == first["weight_bits"], "weights differ between ranks"
+        assert rank["names"] and not rank["missing"], "momentum() is to have the whole model on every rank"
+        check_collectives(rank)
+
+
+def check_collectives(rank: dict[str, Any]) -> None:
+    """One all-reduce for the sums; a functional one for each Partial gradient; the first step also compares ranks."""
+    regular = {"c10d.allreduce_": rank["expected"], "c10d_functional.all_reduce": rank["partial"]}
+    regular = {operator: count for operator, count in regular.items() if count}
+    at_first, later = rank["collectives"]
+    assert later == regular
+    assert at_first == {"c10d.allgather_": 1, **regular}
+    assert f"{rank['expected']} all-reduce a step: 18 x 4 numbers over" in rank["described"]
+
+
+def run(pool: Callable[[int], Pool], layout: str, world: int, kind: str, scope: str, dtype: str) -> list[Any]:
+    arguments = {"layout": layout, "kind": kind, "scope": scope, "dtype": dtype}
+    return pool(world).run("tests.sharding.steps:compare", **arguments)
+
+
+@pytest.mark.parametrize(("layout", "world"), CASES)
+def test_amadamw_is_that_of_one_process(pool: Callable[[int], Pool], layout: str, world: int) -> None:
+    for scope in scopes_of(layout):
+        ranks = run(pool, layout, world, "adamw", scope, "float64")
+        check(ranks, "float64")
+        if layout in WITH_EMPTY_SHARDS and world == 4:
+            assert any(rank["empty"] for rank in ranks), "no rank without elements was tried"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "world"), LARGEST)
+def test_amsgd_is_that_of_one_process(pool: Callable[[int], Pool], layout: str, world: int) -> None:
+    check(run(pool, layout, world, "sgd", scopes_of(layout)[-1], "float64"), "float64")
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2", "fsdp2_tp", "tp_sequence", "hsdp_tp", "fsdp1_hybrid"])
+def test_amsgd_with_one_beta_for_each_tensor(pool: Callable[[int], Pool], layout: str) -> None:
+    check(run(pool, layout, 4, "sgd", "tensor", "float64"), "float64")
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2_ignored", "fsdp2_tp", "two_roots", "fsdp1_ignored"])
+def test_one_beta_for_each_group(pool: Callable[[int], Pool], layout: str) -> None:
+    check(run(pool, layout, 4, "adamw", "group", "float64"), "float64")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "world"), SMALLEST)
+def test_in_float32(pool: Callable[[int], Pool], layout: str, world: int) -> None:
+    check(run(pool, layout, world, "adamw", scopes_of(layout)[0], "float32"), "float32")
+
+
+@pytest.mark.parametrize("layout", ["fsdp2_ignored", "tp_sequence", "fsdp1_full"])
+def test_amsgd_in_float32(pool: Callable[[int], Pool], layout: str) -> None:
+    check(run(pool, layout, 4, "sgd", "global", "float32"), "float32")
