@@ -159,6 +159,7 @@ class PrePass:
 
     def _take_all(self) -> None:
         """Pass 1 over every partition, one after the other: no more than one pending gradient is in memory."""
+        self._steps += 1
         found, sizes = [], [0] * len(self._groups)
         self._layouts, self._slices, self._predicted, start = [], [], [], 0
         for k in range(len(self._flats)):
@@ -171,6 +172,11 @@ class PrePass:
             self._slices.append(slice(start, start + len(layout.rows)))
             start += len(layout.rows)
             sizes[self._group_of[k]] += len(layout.rows)
+        if len({reduction.ranks for layout in self._layouts for reduction in layout.reductions}) > 1:
+            raise ValueError(
+                f"scope={self._optimizer.scope!r} cannot be formed: the partitions lie on different sets of ranks. Use "
+                "scope='tensor'"
+            )
         counted = torch.tensor([[row.counted] for layout in self._layouts for row in layout.rows])
         packed = torch.cat([packed for packed, _ in found])
         packed = packed.masked_fill(~counted.to(packed.device), 0)
@@ -226,8 +232,6 @@ class PrePass:
 
     def _check(self, turn: int) -> None:
         """In the first steps, on all ranks alike: the engine hands over the gradients that were predicted."""
-        if turn == len(self._flats) - 1:
-            self._steps += 1
         if self._steps > _CHECKED_STEPS:
             return
         handed = self._flats[turn].grad.sum()

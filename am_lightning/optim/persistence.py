@@ -17,6 +17,7 @@ from am_lightning.optim.record import StepRecord
 from am_lightning.optim.scalars import Scalars, StateScalars, TableScalars
 from am_lightning.optim.validation import NONFINITE, SCOPES, WHOLE_OPTIMIZER, check_choice
 from am_lightning.sharding import Layout
+from am_lightning.sharding.callers import called_by_zero_redundancy
 
 _TABLE, _OPTIONS = "am_table", "am_options"  # in saved groups: adaptive scalars by name, every group's options
 _NAMES = "_names_of_unnamed"  # in a pickle: what name_parameters() gave
@@ -122,9 +123,9 @@ class PersistentOptimizer(PlacedOptimizer):
         checked = {}
         if isinstance(param_group, dict):
             for name in set(WHOLE_OPTIMIZER).intersection(param_group):
-                if param_group[name] != getattr(self, name, ...):
-                    raise ValueError(f"Invalid {name} in a parameter group: {name} is an option of the whole optimizer")
                 # ZeroRedundancyOptimizer repeats all arguments in the groups
+                if param_group[name] != getattr(self, name, ...) or not called_by_zero_redundancy():
+                    raise ValueError(f"Invalid {name} in a parameter group: {name} is an option of the whole optimizer")
                 param_group = {key: value for key, value in param_group.items() if key != name}
             checked = self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)

@@ -15,6 +15,11 @@ def inside_zero_redundancy(optimizer: Any) -> bool:
     return _owner(optimizer, "optim", _ZERO_REDUNDANCY) is not None
 
 
+def called_by_zero_redundancy() -> bool:
+    """True where a ZeroRedundancyOptimizer up the stack builds an optimizer or adds a group to it."""
+    return _ZERO_REDUNDANCY in sys.modules and any(_module(frame) == _ZERO_REDUNDANCY for frame in _frames())
+
+
 def deepspeed_owner(optimizer: Any) -> Any:
     """DeepSpeed's optimizer up the stack that steps ``optimizer``, or None."""
     return _owner(optimizer, "optimizer", "deepspeed")

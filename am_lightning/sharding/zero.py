@@ -54,6 +54,10 @@ def check_supported(owner: Any, given: Named) -> None:
         if getattr(owner, attribute, None):
             raise ValueError(_refused(given, what, cure))
     for name, param in given:
+        if getattr(param, "allreduce", True) is False:  # how DeepSpeed marks an expert
+            raise ValueError(
+                _refused([(name, param)], "mixture-of-experts layers", "use FSDP2, with experts as DTensors")
+            )
         if getattr(param, "model_parallel", False) or getattr(param, "tensor_model_parallel", False):
             raise ValueError(_refused([(name, param)], "tensor parallelism", "use ZeRO alone, or FSDP2 with DTensors"))
 

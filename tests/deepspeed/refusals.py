@@ -58,25 +58,24 @@ def elastic() -> tuple[Any, AMAdamW, Callable[[], None]]:
 
 def with_attribute(name: str) -> Callable[[], tuple[Any, AMAdamW, Callable[[], None]]]:
     """Features that need hardware or libraries of their own: DeepSpeed's optimizer says so by an attribute."""
-
-    def build() -> tuple[Any, AMAdamW, Callable[[], None]]:
-        engine, optimizer = start(3, "tensor", config_of(3))
-        owner = engine.optimizer
-
-        def step(sub_group: int) -> None:  # not earlier: the engine reads the attribute, too
-            setattr(owner, name, True)
-            optimizer.step()
-
-        owner._optimizer_step = step
-        return engine, optimizer, _nothing
-
-    return build
+    return lambda: just_before_step(3, lambda engine: setattr(engine.optimizer, name, True))
 
 
-def tensor_parallel() -> tuple[Any, AMAdamW, Callable[[], None]]:
-    engine, optimizer = start(2, "tensor", config_of(2))
-    next(engine.module.parameters()).tensor_model_parallel = True
+def just_before_step(stage: int, mark: Callable[[Any], None]) -> tuple[Any, AMAdamW, Callable[[], None]]:
+    """Not earlier: the engine reads the mark, too."""
+    engine, optimizer = start(stage, "tensor", config_of(stage))
+
+    def step(part: int) -> None:
+        mark(engine)
+        optimizer.step()
+
+    engine.optimizer._optimizer_step = step
     return engine, optimizer, _nothing
+
+
+def with_mark(name: str, value: bool) -> Callable[[], tuple[Any, AMAdamW, Callable[[], None]]]:
+    """What DeepSpeed and Megatron write on a parameter."""
+    return lambda: just_before_step(2, lambda engine: setattr(next(engine.module.parameters()), name, value))
 
 
 def unknown_partitions(stage: int) -> Callable[[], tuple[Any, AMAdamW, Callable[[], None]]]:
@@ -121,7 +120,8 @@ CASES: dict[str, Callable[[], tuple[Any, Any, Callable[[], None]]]] = {
     "zenflow": with_attribute("zenflow"),
     "nvme": with_attribute("swap_optimizer"),
     "autocast": with_attribute("torch_autocast_gradscaler"),
-    "tensor_parallel": tensor_parallel,
+    "tensor_parallel": with_mark("tensor_model_parallel", True),
+    "experts": with_mark("allreduce", False),
     "unknown_stage_1": unknown_partitions(1),
     "unknown_stage_2": unknown_partitions(2),
     "global_without_attach": global_without_attach,

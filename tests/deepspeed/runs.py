@@ -8,7 +8,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja is beside python
@@ -22,7 +22,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor, nn
 
 from am_lightning import AMAdamW
-from am_lightning.sharding import Layout
+from am_lightning.sharding import Layout, layout
 from tests.sharding.model import interior_share
 
 deepspeed.utils.logger.setLevel(logging.ERROR)
@@ -163,11 +163,10 @@ def compare(
         from am_lightning.deepspeed import attach as attach_engine
 
         attach_engine(engine)
-    with (
-        patch.object(Layout, "all_reduce", lambda self, packed, shared=None: (packed, shared))
-        if naive
-        else nullcontext()
-    ):
+    local = patch.object(Layout, "all_reduce", lambda self, packed, shared=None: (packed, shared))
+    counter = Mock(wraps=layout.summed)  # every sum over ranks goes through it
+    counted = patch.multiple(layout, summed=counter), patch("am_lightning.deepspeed.summed", counter)
+    with local if naive else nullcontext(), counted[0], counted[1]:
         seen = advance(engine, optimizer, scope, range(STEPS), accumulate)
     single = alone(scope, accumulate=accumulate)
     off = [abs(ours[n] - b) for ours, theirs in zip(seen, single["seen"], strict=True) for n, b in theirs.items()]
@@ -179,6 +178,8 @@ def compare(
         "bits": [{n: b.hex() for n, b in step.items()} for step in seen],
         "names": list(seen[0]),
         "engine": type(engine.optimizer).__name__,
+        "sums": counter.call_count,
+        "partitions": len(getattr(engine.optimizer, "fp32_partitioned_groups_flat", groups_of(engine.module, scope))),
     }
 
 

@@ -13,6 +13,7 @@ TEXTS = {
     "nvme": r"NVMe offload .*'0\.weight'.*offload_optimizer\.device: cpu",
     "autocast": r"torch_autocast in float16 .*'0\.weight'.*bf16",
     "tensor_parallel": r"tensor parallelism .*'0\.weight'.*ZeRO alone",
+    "experts": r"mixture-of-experts layers .*'0\.weight'.*DTensors",
     "unknown_stage_1": r"'0\.weight' \(DeepSpeed .*cannot be mapped",
     "unknown_stage_2": r"'0\.weight' \(DeepSpeed .*cannot be mapped",
     "global_without_attach": r"scope='global' needs .*attach\(engine\)",

@@ -9,6 +9,7 @@ import pytest
 RUNS = "tests.deepspeed.runs"
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 START_UP = 300  # seconds: the first start compiles
+STEPS, CHECKED_STEPS = 12, 2
 
 TENSOR: list[dict[str, Any]] = [
     *({"stage": stage} for stage in (0, 1, 2, 3)),
@@ -46,11 +47,16 @@ def test_each_tensor_has_its_own_beta(pool, case: dict[str, Any]) -> None:
     """Clipping is active, each group has its own lr and decay, ZeRO-3 has more than four sub-groups."""
     ranks = pool(2).run(f"{RUNS}:compare", timeout=START_UP, **case)
     check(ranks, beta=5e-6, weights=5e-6)
+    calls = {0: 1, 1: 2, 2: 2, 3: ranks[0]["partitions"]}[case["stage"]]
+    assert [rank["sums"] for rank in ranks] == [calls * STEPS] * 2
+    assert case["stage"] < 3 or calls >= 4
 
 
 @pytest.mark.parametrize("case", SHARED, ids=label)
 def test_scopes_that_span_several_calls(pool, case: dict[str, Any]) -> None:
     ranks = pool(2).run(f"{RUNS}:compare", timeout=START_UP, attach=True, **case)
+    checks = 0 if case["stage"] == 0 else CHECKED_STEPS * ranks[0]["partitions"]  # of predicted gradients
+    assert [rank["sums"] for rank in ranks] == [STEPS + checks] * 2
     check(ranks, beta=5e-6, weights=1e-5)
 
 
@@ -80,6 +86,7 @@ def test_steps_that_overflow_in_float16_leave_no_trace(pool, stage: int, scope: 
 
 def test_four_ranks(pool) -> None:
     """Some ranks hold nothing of some tensors, and only padding of some partitions."""
-    for case in ({"stage": 2}, {"stage": 3}, {"stage": 3, "scope": "global", "attach": True}):
+    hpz = {"stage": 3, "zero_hpz_partition_size": 2}
+    for case in ({"stage": 2}, {"stage": 3}, {"stage": 3, "scope": "global", "attach": True}, hpz):
         ranks = pool(4).run(f"{RUNS}:compare", timeout=START_UP, **case)
         check(ranks, beta=5e-6, weights=5e-6)

@@ -90,7 +90,7 @@ def strategy_of(name: str, world: int) -> Any:
         flat = {"use_orig_params": False} if "flat" in name else {}
         policy = {} if name == "fsdp1_inside" else {"auto_wrap_policy": {Block}}
         return CPUFSDP(**policy, state_dict_type=kind, timeout=LONGEST, **flat)
-    tp = 2 if "_tp" in name else 1
+    tp = 2 if "tp" in name else 1
     return ModelParallelStrategy(
         data_parallel_size=world // tp,
         tensor_parallel_size=tp,
@@ -130,15 +130,16 @@ class Sharded(pl.LightningModule):
     def configure_model(self) -> None:
         if self.placed == "fsdp1_inside" and not isinstance(self.net, FSDP):
             self.net = on_cpu(FSDP, self.net, auto_wrap_policy=ModuleWrapPolicy({Block}), use_orig_params=True)
-        if self.placed.startswith("fsdp2") and not hasattr(self, "is_sharded"):
-            if "_tp" in self.placed:
+        if self.device_mesh is not None and not hasattr(self, "is_sharded"):
+            if "tp" in self.placed:
                 tensor_parallel(self.net, self.device_mesh["tensor_parallel"])
-            shard(self.net, mesh=self.device_mesh["data_parallel"])
+            if "fsdp2" in self.placed:
+                shard(self.net, mesh=self.device_mesh["data_parallel"])
             self.is_sharded = True
 
     def share(self) -> tuple[int, int]:
         """This rank's index among the ranks that see other data, and how many these are."""
-        if self.placed.startswith("fsdp2"):
+        if self.device_mesh is not None:
             return self.device_mesh["data_parallel"].get_local_rank(), self.device_mesh["data_parallel"].size()
         return self.trainer.global_rank, self.trainer.world_size
 

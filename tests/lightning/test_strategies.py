@@ -27,6 +27,7 @@ LAYOUTS = [
     ("ddp", 2),
     ("fsdp1", 2),
     ("fsdp2", 2),
+    ("tp", 2),
     ("fsdp2_tp", 4),
     four("ddp", 4),
     four("fsdp1", 4),

@@ -72,7 +72,8 @@ def placements_of(drawn: Drawn) -> list[Placement]:
 def place(drawn: Drawn, example: Example, full: Tensor) -> Tensor:
     if not drawn.dims:
         return full.clone()
-    return distribute_tensor(full, mesh_of(example.mesh_shape, drawn.dims), placements_of(drawn))
+    where = mesh_of(example.mesh_shape, drawn.dims)
+    return distribute_tensor(full.clone(), where, placements_of(drawn), src_data_rank=None)  # all ranks have it
 
 
 def gradient(drawn: Drawn, example: Example, full: Tensor) -> Tensor | None:
