@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -150,7 +149,6 @@ class _StepLog:
             from am_lightning.deepspeed import after_each_step
 
             after_each_step(engine, lambda: self(readings.optimizer, (), {}))
-        _LOGS[readings.optimizer] = self
         readings.optimizer.register_load_state_dict_post_hook(self._count_from_state)
         self._count_from_state(readings.optimizer)
 
@@ -178,11 +176,9 @@ class _StepLog:
                 tracker.tracker.add_histogram(f"{readings.prefix}/beta", seen, self.steps)
 
 
-_LOGS: WeakKeyDictionary[Any, _StepLog] = WeakKeyDictionary()
-
-
 def _log_of(optimizer: Any) -> _StepLog | None:
-    return _LOGS.get(optimizer)
+    owners = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_load_state_dict_post_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, _StepLog)), None)
 
 
 def _steps_made(optimizer: Any) -> int:
