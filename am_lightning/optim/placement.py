@@ -98,6 +98,11 @@ class PlacedOptimizer(Optimizer):
         new = {id(before): after for before, after in zip(old, self.param_groups, strict=True)}
         self._given = [(new.get(id(group), group), params) for group, params in self._given]
 
+    def _take_present_as_given(self) -> None:
+        """Let go of parameters that others took the place of: they may be a whole model before it was sharded."""
+        self._known_names |= self._names_by_place()
+        self._given = [(group, list(group["params"])) for group in self.param_groups]
+
     def given_groups(self) -> list[dict[str, Any]]:
         """Every parameter group that was given parameters, also while an engine shows only some of them."""
         return [group for group, params in self._given if params]
@@ -174,6 +179,7 @@ class PlacedOptimizer(Optimizer):
             replicas = self._replica_group
             if not self.is_partitioned():
                 self._forget_layout()
+                self._take_present_as_given()
                 replicas = replicas or deepspeed_replicas()  # stage 0
             layout = Layout.build(
                 rows,
