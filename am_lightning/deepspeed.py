@@ -57,10 +57,8 @@ def attach(engine: Any) -> AdaptiveMemoryOptimizer:
     if not any("param_names" in group for group in optimizer.param_groups):
         optimizer.name_parameters(named)
     owner = engine.optimizer
-    flats = getattr(owner, "fp32_partitioned_groups_flat", None) or getattr(
-        owner, "single_partition_of_fp32_groups", None
-    )
-    if optimizer.scope != "tensor" and flats and hasattr(owner, "averaged_gradients"):
+    in_parts = hasattr(owner, "fp32_partitioned_groups_flat") or hasattr(owner, "single_partition_of_fp32_groups")
+    if optimizer.pre_pass is None and optimizer.scope != "tensor" and in_parts and hasattr(owner, "averaged_gradients"):
         optimizer.pre_pass = PrePass(optimizer, owner)
     return optimizer
 

@@ -184,4 +184,4 @@ def _log_of(optimizer: Any) -> _StepLog | None:
 def _steps_made(optimizer: Any) -> int:
     """The largest ``step`` in the state: those that were not dropped."""
     steps = [state["step"] for state in optimizer.state.values() if "step" in state]
-    return int(torch.stack([step.to(steps[0].device) for step in steps]).max()) if steps else 0
+    return max((int(step) for step in steps), default=0)  # an engine may have left numbers

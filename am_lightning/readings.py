@@ -39,7 +39,7 @@ class Readings:
         self._skipped, self.skipped_in_a_row = int(counts[0]), int(counts[1])
         self._grad_norm = counts[3]
         names = self.optimizer.parameter_names()
-        self.first_bad = names[int(counts[2])]
+        self.first_bad = names[int(counts[2])] if names else ""
         if self._report is None or self._report.names != names:  # a group was added
             self._report = MomentumReport(names, self.optimizer.caps(), self.prefix)
 

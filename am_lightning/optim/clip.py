@@ -55,7 +55,7 @@ def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float) -> Tens
     device, dtype = sums_live_on([row.param for row in layout.rows])
     nothing = torch.zeros((), dtype=dtype, device=device)
     found = [nothing if row.param.grad is None else square_sum(gradient_of(row), nothing) for row in layout.rows]
-    squares, _ = layout.all_reduce(torch.stack(found)[:, None])
+    squares, _ = layout.all_reduce(torch.stack(found)[:, None] if found else nothing.new_zeros(0, 1))
     norm = layout.pool(squares.sum().reshape(1)).reshape(()).sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for row in layout.rows:

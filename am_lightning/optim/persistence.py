@@ -76,7 +76,9 @@ class PersistentOptimizer(PlacedOptimizer):
             if isinstance(store, TableScalars):
                 found.update(zip((row.name for row in store.rows), store.betas().unbind(), strict=True))
         unknown = next(iter(found.values()), torch.zeros(())) * float("nan")
-        return torch.stack([found.get(name, unknown) for name in self.parameter_names()])
+        loaded = {name: numbers[2] for name, numbers in self._tables.items() if numbers[2] >= 0}
+        names = self.parameter_names()
+        return torch.stack([found.get(n, torch.full_like(unknown, loaded.get(n, float("nan")))) for n in names])
 
     def _store(self) -> Scalars:
         """The adaptive scalars of the current layout's rows."""
@@ -179,6 +181,7 @@ class PersistentOptimizer(PlacedOptimizer):
             super().load_state_dict(state_dict)
             self._replace_groups(groups)
             self._forget_tables()
+            self._read_tables()
         finally:
             last.remove()
             self._loading = None
@@ -202,18 +205,25 @@ class PersistentOptimizer(PlacedOptimizer):
 
     def _read_tables(self) -> None:
         """Take the adaptive scalars that a checkpoint, or an engine that loaded one, has put into the groups."""
-        groups = [group for group, _ in self._given]
+        groups = [group for group, _ in self._references]
+        if not any(_TABLE in group or _OPTIONS in group for group in groups):
+            return
         tables = [group.pop(_TABLE, None) for group in groups]
         options = [group.pop(_OPTIONS, None) for group in groups]
         if any(tables):
             self._stores, self._tables = {}, dict(next(table for table in tables if table))
         saved: list[dict[str, Any]] = next((entry for entry in options if entry), [])
         live = [group for group, params in self._given if params]
-        if len(saved) == len(live):  # one engine copies the first group's options onto all
-            for group, own in zip(live, saved, strict=True):
-                for key, value in own.items():
-                    if key in group and group[key] == saved[0].get(key):
-                        group[key] = value
+        if len(saved) != len(live):
+            return
+        copied = ("lr", "betas", self.cap_key, "params")
+        for group, own in zip(live, saved, strict=True):
+            kept = {key: value for key, value in own.items() if key in group and key not in copied}
+            if any(group[key] != saved[0].get(key) for key in kept):
+                continue  # its own options are there
+            group.update(kept)  # one engine copies the first group's options onto all
+            if group["lr"] == saved[0].get("lr"):
+                group["lr"] = own["lr"]
 
     def _finish_loading(self, saved: dict[str, Any], live: list[dict[str, Any]]) -> None:
         for group, saved_group, live_group in zip(self.param_groups, saved["param_groups"], live, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,7 +12,12 @@ from torch.optim.optimizer import Optimizer
 from am_lightning.names import group_names, names_by_id
 from am_lightning.optim.validation import check_process_group
 from am_lightning.sharding import Layout, Row, lay_out_rows, zero
-from am_lightning.sharding.callers import deepspeed_owner, deepspeed_replicas, inside_zero_redundancy
+from am_lightning.sharding.callers import (
+    deepspeed_owner,
+    deepspeed_replicas,
+    inside_pipeline_engine,
+    inside_zero_redundancy,
+)
 
 
 class PlacedOptimizer(Optimizer):
@@ -30,10 +36,9 @@ class PlacedOptimizer(Optimizer):
         self._known_names: dict[int, str] = {}
         self._layouts: dict[tuple[int, ...], Layout] = {}
         self._layout: Layout | None = None  # of the step that runs, or of the last one
-        self.pre_pass: Callable[[Layout], Any] | None = (
-            None  # am_lightning.deepspeed.attach: a layout's sums and decision
-        )
-        self._given: list[tuple[dict[str, Any], list[Any]]] = []  # groups, and the parameters that each was given
+        self.pre_pass: Callable[[Layout], Any] | None = None  # DeepSpeed's: sums and decision for a layout
+        # Groups, and weakly the parameters that each was given: Accelerate's FSDP2 puts others in their place
+        self._references: list[tuple[dict[str, Any], list[weakref.ref[Any]]]] = []
 
     @property
     def replica_group(self) -> Any:
@@ -86,30 +91,37 @@ class PlacedOptimizer(Optimizer):
         return [row.name for row in self._rows()]
 
     # ------------------------------------------------------------------ what the groups were given
+    @property
+    def _given(self) -> list[tuple[dict[str, Any], list[Any]]]:
+        """Groups, and those of the parameters each was given that are alive."""
+        return [(group, [p for ref in refs if (p := ref()) is not None]) for group, refs in self._references]
+
     def _remember_given(self) -> None:
         """Keep the parameters of groups that are new."""
-        known = {id(group) for group, _ in self._given}
+        known = {id(group) for group, _ in self._references}
         for group in self.param_groups:
             if id(group) not in known:
-                self._given.append((group, list(group["params"])))
+                self._references.append((group, [weakref.ref(param) for param in group["params"]]))
 
     def _replace_groups(self, old: list[dict[str, Any]]) -> None:
         """torch.optim's load_state_dict has made new groups, in the order of the old ones."""
         new = {id(before): after for before, after in zip(old, self.param_groups, strict=True)}
-        self._given = [(new.get(id(group), group), params) for group, params in self._given]
+        self._references = [(new.get(id(group), group), refs) for group, refs in self._references]
 
     def _take_present_as_given(self) -> None:
         """Let go of parameters that others took the place of: they may be a whole model before it was sharded."""
         self._known_names |= self._names_by_place()
-        self._given = [(group, list(group["params"])) for group in self.param_groups]
+        self._references = []
+        self._remember_given()
 
     def given_groups(self) -> list[dict[str, Any]]:
         """Every parameter group that was given parameters, also while an engine shows only some of them."""
         return [group for group, params in self._given if params]
 
     def _given_names(self) -> list[tuple[dict[str, Any], list[tuple[str, Any]]]]:
-        groups = [{**group, "params": params} for group, params in self._given]
-        named = zip(group_names(groups, self._known_names), self._given, strict=True)
+        given = self._given
+        groups = [{**group, "params": params} for group, params in given]
+        named = zip(group_names(groups, self._known_names), given, strict=True)
         return [(group, list(zip(names, params, strict=True))) for names, (group, params) in named]
 
     def is_partitioned(self) -> bool:
@@ -203,6 +215,11 @@ class PlacedOptimizer(Optimizer):
         if owner is None:
             return
         given = self._given_names()
+        if inside_pipeline_engine():
+            raise ValueError(
+                "adaptive memory does not support DeepSpeed's PipelineEngine, whose stages hold other tensors and tied "
+                "copies: use ZeRO, no PipelineModule"
+            )
         zero.check_supported(owner, [entry for _, named in given for entry in named])
         if self.is_partitioned():
             return
@@ -224,7 +241,17 @@ class PlacedOptimizer(Optimizer):
             return
         if self.pre_pass is None and any(row.partitioned for row in layout.rows):
             self._check_partitioned_scope(layout)
+        if not layout.exact and (self._needs_exact_sums() or any(row.home.words == "plain" for row in layout.rows)):
+            raise ValueError(
+                f"scope={self.scope!r} needs FSDP1's process groups here, for copies of a shard would be counted more "
+                "often than other parameters or the loss: call optimizer.bind_model(model) with the FSDP module first "
+                "(the AdaptiveMemory callback and the attach functions do so)"
+            )
         layout.check_whole_model(f"scope={self.scope!r}")
+
+    def _needs_exact_sums(self) -> bool:
+        """Sums, and not only their ratio, decide beta_t."""
+        return False
 
     def _check_partitioned_scope(self, layout: Layout) -> None:
         """The tensors of the scope must all be in this call of step()."""

@@ -33,6 +33,9 @@ class StepRecord:
         now = before | decision.skipped
         total.add_((now & ~before).to(torch.int64))
         run.copy_((run_before + 1) * now)
+        if not decision.bad.numel():
+            self.skipped.copy_(now)
+            return
         first_bad = decision.bad.to(torch.int64).argmax()
         if positions is not None:
             first_bad = positions[first_bad]

@@ -117,6 +117,9 @@ class AMSGD(AdaptiveMemoryOptimizer):
         return torch.where(sums.first, 1 + lambd, 1 - decision.beta)
 
     # ------------------------------------------------------------------ the exact gap
+    def _needs_exact_sums(self) -> bool:
+        return self.loss_gap == "exact"
+
     def _check_loss(self, loss: Any, closure: Callable[[], Any] | None) -> None:
         if self.loss_gap != "exact":
             return

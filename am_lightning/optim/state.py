@@ -32,7 +32,7 @@ def widest_dtype(device: torch.device) -> torch.dtype:
 def as_stored(values: Tensor, params: list[Tensor]) -> Tensor:
     """``[rows]`` numbers rounded as the rows' scalar states would: the same bits with and without a state."""
     kinds = {scalar_dtype(param) for param in params}
-    if kinds == {torch.float64}:
+    if kinds <= {torch.float64}:
         return values
     rounded = values.to(torch.float32).to(values.dtype)
     if kinds == {torch.float32}:

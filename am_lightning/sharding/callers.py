@@ -25,6 +25,13 @@ def deepspeed_owner(optimizer: Any) -> Any:
     return _owner(optimizer, "optimizer", "deepspeed")
 
 
+def inside_pipeline_engine() -> bool:
+    """True where DeepSpeed's PipelineEngine makes the step."""
+    return "deepspeed" in sys.modules and any(
+        _module(frame).startswith("deepspeed.runtime.pipe") for frame in _frames()
+    )
+
+
 def deepspeed_replicas() -> Any:
     """The process group of the ranks whose gradients a DeepSpeed engine up the stack has averaged, or None."""
     if "deepspeed" not in sys.modules:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -23,8 +27,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled() -> None:
+    """Build the operator once, in one process: minutes on a busy machine, and a build that is killed leaves a lock on
+    which every later start would wait without a word."""
+    folder = Path(sys.prefix) / "torch_extensions"
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)  # not the user's: another environment's build may hold its lock
+    for lock in folder.glob("deepspeed_shm_comm/lock"):
+        if time.time() - lock.stat().st_mtime > 900:
+            lock.unlink()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    code = "import tests.deepspeed.runs, deepspeed; deepspeed.init_distributed('gloo')"
+    command = [sys.executable, "-c", code]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        command, cwd=root, env={**env, "MASTER_PORT": str(port)}, capture_output=True, text=True, timeout=1200
+    )
+    assert "built successfully" in done.stdout or done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.fixture(scope="session")
-def pool() -> Iterator[Callable[[int], Pool]]:
+def pool(compiled: None) -> Iterator[Callable[[int], Pool]]:
     """``pool(world)``: processes that keep DeepSpeed imported."""
     pools: dict[int, Pool] = {}
     yield lambda world: pools.setdefault(world, Pool(world))

@@ -12,7 +12,8 @@ from tests.sharding.layouts import LAYOUTS
 from tests.sharding.pool import Pool
 
 UNBOUND = [name for name in LAYOUTS if "unbound" in name]
-CASES = [(name, world) for name, (_, worlds) in LAYOUTS.items() if name not in UNBOUND for world in worlds]
+CASES = [(name, max(worlds)) for name, (_, worlds) in LAYOUTS.items() if name not in UNBOUND]
+CASES += [(name, 2) for name in ("ddp", "fsdp2_ignored", "tp_sequence", "fsdp1_full", "fsdp1_flat_no_shard")]
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -36,7 +37,7 @@ def check_collectives(rank: dict[str, Any]) -> None:
     sums = {"c10d.allreduce_": rank["collectives"]}
     settling = {"c10d_functional.all_reduce": rank["partial"]} if rank["partial"] else {}
     assert rank["clips"][0] == {"c10d.allgather_": 1, **sums, **settling}, "the layout is compared between ranks once"
-    assert all(counts == {**sums, **settling} for counts in rank["clips"][1:])
+    assert rank["clips"][1] == {**sums, **settling}
     assert all(counts == sums for counts in rank["steps"])
 
 

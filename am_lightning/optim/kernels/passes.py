@@ -48,6 +48,8 @@ class Passes:
                 pairs = reference.sums(pieces, numbers, accumulate)
             for piece, pair in zip(pieces, pairs, strict=True):
                 out[piece.row] = pair.to(device, non_blocking=True)
+        if not rows:  # a pipeline stage, or a rank, without parameters
+            return torch.zeros(0, 2, dtype=accumulate, device=device)
         nothing = torch.zeros(2, dtype=accumulate, device=device)
         return torch.stack([nothing if pair is None else pair for pair in out])
 

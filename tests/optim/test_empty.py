@@ -1,0 +1,39 @@
+"""An optimizer without parameters, as a pipeline stage or a rank may have one; parameters that others replace."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from am_lightning import AMSGD, AMAdamW, clip_grad_norm_
+from am_lightning.readings import Readings
+
+
+@pytest.mark.parametrize("scope", ["tensor", "group", "global"])
+@pytest.mark.parametrize("kind", [AMAdamW, AMSGD])
+def test_no_parameters(kind: type, scope: str) -> None:
+    optimizer = kind([{"params": []}], scope=scope)
+    optimizer.step()
+    assert float(clip_grad_norm_(optimizer, 1.0)) == 0.0
+    assert not optimizer.last_step_skipped
+    assert optimizer.momentum() == {}
+    readings = Readings(optimizer)
+    readings.read()
+    assert readings.scalars()["am/skipped_steps"] == 0.0
+
+
+def test_a_replaced_parameter_is_let_go_at_once() -> None:
+    """A framework that shards replaces whole parameters: the optimizer must not keep a whole model."""
+    whole, part = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = AMAdamW([("w", whole)])
+    optimizer.param_groups[0]["params"][0] = part
+    reference = weakref.ref(whole)
+    del whole
+    gc.collect()
+    assert reference() is None
+    part.grad = torch.ones(3)
+    optimizer.step()
+    assert set(optimizer.momentum()) == {"w"}
