@@ -87,6 +87,7 @@ def unknown_partitions(stage: int) -> Callable[[], tuple[Any, AMAdamW, Callable[
         def strip() -> None:
             for param in engine.module.parameters():
                 param.__dict__.pop("_dp_group", None)
+                param.__dict__.pop("_z3_optimizer", None)
 
         return engine, optimizer, strip
 
@@ -124,6 +125,8 @@ CASES: dict[str, Callable[[], tuple[Any, Any, Callable[[], None]]]] = {
     "experts": with_mark("allreduce", False),
     "unknown_stage_1": unknown_partitions(1),
     "unknown_stage_2": unknown_partitions(2),
+    "unknown_stage_3": unknown_partitions(3),
+    "group_without_attach": lambda: (*start(3, "group", config_of(3)), _nothing),
     "global_without_attach": global_without_attach,
     "clipping": clipping,
     "named_in_config": named_in_config,

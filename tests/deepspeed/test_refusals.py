@@ -16,6 +16,8 @@ TEXTS = {
     "experts": r"mixture-of-experts layers .*'0\.weight'.*DTensors",
     "unknown_stage_1": r"'0\.weight' \(DeepSpeed .*cannot be mapped",
     "unknown_stage_2": r"'0\.weight' \(DeepSpeed .*cannot be mapped",
+    "unknown_stage_3": r"'0\.weight' \(DeepSpeed .*cannot be mapped",
+    "group_without_attach": r"scope='group' needs .*attach\(engine\)",
     "global_without_attach": r"scope='global' needs .*attach\(engine\)",
     "clipping": r"clip_grad_norm_ cannot clip under DeepSpeed.*gradient_clipping",
     "named_in_config": r"TypeError: .*remove 'optimizer' from the DeepSpeed configuration",
