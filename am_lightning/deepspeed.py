@@ -15,6 +15,7 @@ from torch import Tensor
 
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.closed_form import Decision, Sums
+from am_lightning.optim.wrapped import innermost
 from am_lightning.sharding import Layout
 from am_lightning.sharding.layout import summed
 from am_lightning.sharding.zero import check_supported
@@ -69,9 +70,7 @@ def find_optimizer(engine: Any) -> AdaptiveMemoryOptimizer:
     Raises:
         TypeError: there is none of ours.
     """
-    inner = engine.optimizer
-    while not isinstance(inner, AdaptiveMemoryOptimizer) and hasattr(inner, "optimizer"):
-        inner = inner.optimizer
+    inner = innermost(engine.optimizer)
     if not isinstance(inner, AdaptiveMemoryOptimizer):
         raise TypeError(
             f"Invalid engine: its optimizer is {type(inner).__name__} (pass optimizer=am_adamw(model, ...) to "
@@ -163,9 +162,10 @@ class PrePass:
         for k in range(len(self._flats)):
             with self._as_call(k):
                 layout = self._optimizer.current_layout()
-                local = self._optimizer.local_sums(layout)
+                local = self._optimizer.prepare(layout)
+                packed = self._optimizer.packed_sums(layout, local)
                 self._predicted.append(self._flats[k].grad.sum())
-            found.append((local.packed, local.scalars))
+            found.append((packed, local.scalars))
             self._layouts.append(layout)
             self._slices.append(slice(start, start + len(layout.rows)))
             start += len(layout.rows)
@@ -175,16 +175,18 @@ class PrePass:
                 f"scope={self._optimizer.scope!r} cannot be formed: the partitions lie on different sets of ranks. Use "
                 "scope='tensor'"
             )
-        counted = torch.tensor([[row.counted] for layout in self._layouts for row in layout.rows])
-        packed = torch.cat([packed for packed, _ in found])
-        packed = packed.masked_fill(~counted.to(packed.device), 0)
-        for group in self._layouts[0].reductions[0].groups if self._layouts[0].reductions else ():
-            packed = summed(packed, group)
-        self._sums = Sums.unpack(packed)
+        self._sums = Sums.unpack(self._over_ranks(torch.cat([packed for packed, _ in found])))
         scalars = {key: torch.cat([scalars[key] for _, scalars in found]) for key in ("cap", "lr")}
         self._decision = self._optimizer.decide(self._sums, scalars, sizes)
         with self._as_call(0):
             self._optimizer.current_layout()
+
+    def _over_ranks(self, vector: Tensor) -> Tensor:
+        """Partitions are disjoint, so every rank's numbers count."""
+        for reduction in self._layouts[0].reductions:
+            for group in reduction.groups:
+                vector = summed(vector, group)
+        return vector
 
     @contextmanager
     def _as_call(self, k: int) -> Iterator[None]:
@@ -234,9 +236,7 @@ class PrePass:
             return
         handed = self._flats[turn].grad.sum()
         off = ((handed - self._predicted[turn]).abs() > 1e-4 * handed.abs() + 1e-5).double().reshape(1)
-        for group in self._layouts[0].reductions[0].groups if self._layouts[0].reductions else ():
-            off = summed(off, group)
-        if bool(off > 0):
+        if bool(self._over_ranks(off) > 0):
             name = self._layouts[turn].rows[0].name
             raise RuntimeError(
                 f"the gradient of {name!r} is not the one that DeepSpeed {deepspeed.__version__} was expected to step "

@@ -19,10 +19,10 @@ except ImportError as error:
 from am_lightning.curves import Curves
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.validation import check_count
-from am_lightning.optim.wrapped import innermost
-from am_lightning.sharding.callers import inside_state_creation
+from am_lightning.optim.wrapped import adaptive
 from am_lightning.sharding.dtensor import is_dtensor
 from am_lightning.sharding.fsdp1 import is_managed, managed_parameters
+from am_lightning.step_log import StepLog
 
 
 def attach(fabric: Fabric, model: nn.Module, optimizer: Any, *, log_every_n_steps: int | None = 50) -> Curves:
@@ -52,13 +52,19 @@ def attach(fabric: Fabric, model: nn.Module, optimizer: Any, *, log_every_n_step
         raise TypeError(f"Invalid fabric: {type(fabric).__name__} (must be a lightning.fabric.Fabric)")
     if not isinstance(model, nn.Module):
         raise TypeError(f"Invalid model: {type(model).__name__} (must be the module that fabric.setup returned)")
-    ours = _adaptive(optimizer)
+    ours = adaptive(
+        optimizer,
+        "build am_lightning.am_adamw(model, lr=...), or AMAdamW(model.named_parameters(), lr=...), in place of it "
+        "before fabric.setup",
+    )
     if log_every_n_steps is not None:
         check_count("log_every_n_steps", log_every_n_steps)
     engine = None
     if isinstance(fabric.strategy, DeepSpeedStrategy):
+        from am_lightning.deepspeed import attach as attach_engine
+
         engine = getattr(model, "_forward_module", model)  # what Fabric's wrapper holds
-        _attach_deepspeed(engine)
+        attach_engine(engine)
     else:
         _check_model(model, ours)
         ours.bind_model(model)
@@ -66,22 +72,6 @@ def attach(fabric: Fabric, model: nn.Module, optimizer: Any, *, log_every_n_step
     log = _log_of(fabric, ours) or _StepLog(fabric, ours, engine)
     log.every = log_every_n_steps
     return log.curves
-
-
-def _attach_deepspeed(engine: Any) -> None:
-    from am_lightning.deepspeed import attach as attach_engine
-
-    attach_engine(engine)
-
-
-def _adaptive(optimizer: Any) -> AdaptiveMemoryOptimizer:
-    inner = innermost(optimizer)
-    if not isinstance(inner, AdaptiveMemoryOptimizer):
-        raise TypeError(
-            f"Invalid optimizer: {type(inner).__name__} (optimizer must be AMAdamW or AMSGD: build am_lightning."
-            "am_adamw(model, lr=...), or AMAdamW(model.named_parameters(), lr=...), in place of it before fabric.setup)"
-        )
-    return inner
 
 
 def _check_model(model: nn.Module, optimizer: AdaptiveMemoryOptimizer) -> None:
@@ -114,11 +104,8 @@ def _set_replicas(fabric: Fabric, optimizer: AdaptiveMemoryOptimizer) -> None:
         optimizer.replica_group = torch.distributed.group.WORLD
 
 
-class _StepLog:
-    """A hook after ``step()``: logs on global rank zero at the interval. The optimizer owns it."""
-
-    curves: Curves
-    every: int | None
+class _StepLog(StepLog):
+    """To the loggers of ``fabric``."""
 
     def __init__(self, fabric: Fabric, optimizer: AdaptiveMemoryOptimizer, engine: Any = None) -> None:
         self.fabric = fabric
@@ -126,28 +113,12 @@ class _StepLog:
         self.curves = Curves(optimizer, _free_prefix(others), per_layer=True, histogram=True)
         self.curves.read()  # its tags are known from now on
         others.add(self)
-        if engine is None:
-            optimizer.register_step_post_hook(self)
-        else:  # DeepSpeed calls step() several times in a training step
-            from am_lightning.deepspeed import after_each_step
+        super().__init__(self.curves, engine)
 
-            after_each_step(engine, lambda: self(optimizer, (), {}))
-        optimizer.register_load_state_dict_post_hook(self._count_from_state)
-        self._count_from_state(optimizer)
+    def is_main(self) -> bool:
+        return bool(self.fabric.is_global_zero)
 
-    def _count_from_state(self, optimizer: Any) -> None:
-        """A resumed run is where its checkpoint was; dropped steps are not in its state."""
-        steps = [int(state["step"]) for state in optimizer.state.values() if "step" in state]
-        self.steps = max(steps, default=0)
-
-    def __call__(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if inside_state_creation():
-            return
-        self.steps += 1
-        if self.every is not None and self.steps % self.every == 0 and self.fabric.is_global_zero:
-            self._log()
-
-    def _log(self) -> None:
+    def log(self) -> None:
         curves, loggers = self.curves, self.fabric.loggers
         curves.read()
         if curves.newly_skipped():

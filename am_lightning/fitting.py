@@ -143,13 +143,6 @@ def allow_in_deepspeed(strategy: DeepSpeedStrategy) -> None:
     config.setdefault("zero_force_ds_cpu_optimizer", False)
 
 
-def attach_deepspeed(engine: Any) -> None:
-    """Tell the optimizer inside ``engine`` what only the engine knows."""
-    from am_lightning.deepspeed import attach
-
-    attach(engine)
-
-
 def optimizers_in(result: Any) -> Iterator[Optimizer]:
     """Every optimizer that ``configure_optimizers`` may return: one, a dict, a list or tuple of these, two lists."""
     if isinstance(result, Optimizer):

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
-from types import FrameType
 from typing import Any
 
 from torch import nn
 
 from am_lightning.factory import am_adamw
-from am_lightning.huggingface import adaptive, place
+from am_lightning.huggingface import place
 from am_lightning.optim.adamw import AMAdamW
 from am_lightning.optim.convert import default_cap
+from am_lightning.optim.wrapped import adaptive
 from am_lightning.readings import Readings
+from am_lightning.sharding.callers import caller
 
 try:
     from accelerate.state import AcceleratorState
@@ -67,7 +67,7 @@ class AdaptiveMemoryCallback(TrainerCallback):
         accelerate = AcceleratorState()
         ours = adaptive(optimizer, _USE)
         assert model is not None
-        trainer = _caller(Trainer)  # DeepSpeed's engine is what it wraps the model in
+        trainer = caller(Trainer)  # DeepSpeed's engine is what it wraps the model in
         place(
             ours,
             [model] if trainer is None else [model, trainer.model_wrapped],
@@ -115,7 +115,7 @@ class AdaptiveMemoryCallback(TrainerCallback):
 
         The handler is iterating over the list: those that were before have been called, those after will be.
         """
-        handler = _caller(CallbackHandler)
+        handler = caller(CallbackHandler)
         if handler is None or self not in handler.callbacks:
             return False
         handler.callbacks.remove(self)
@@ -147,7 +147,7 @@ class AMAdamWFactory:
         Raises:
             ValueError, TypeError: as :func:`am_adamw`; and where no Trainer calls it and ``lr`` is not given.
         """
-        trainer = _caller(Trainer)
+        trainer = caller(Trainer)
         if trainer is not None:
             args = trainer.args
             cap = default_cap(args.adam_beta1, options.get("lambd", 0.1))
@@ -161,17 +161,3 @@ class AMAdamWFactory:
         elif "lr" not in options:
             raise TypeError("AMAdamWFactory is called by no Trainer, whose learning_rate it could take: give it lr")
         return am_adamw(model, **options)
-
-
-def _caller(kind: type) -> Any:
-    """The nearest object of class ``kind`` up the stack whose method is running; None where there is none.
-
-    The Trainer hands neither itself nor its callback handler to callbacks and factories.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, kind):
-            return owner
-        frame = frame.f_back
-    return None

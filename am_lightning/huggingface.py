@@ -11,8 +11,10 @@ from torch import nn
 
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.validation import check_count
+from am_lightning.optim.wrapped import adaptive, innermost
 from am_lightning.readings import Readings
 from am_lightning.sharding.dtensor import is_dtensor
+from am_lightning.step_log import StepLog
 
 try:
     from accelerate import Accelerator, DistributedType
@@ -78,25 +80,6 @@ def attach(accelerator: Accelerator, optimizer: Any, *, log_every_n_steps: int |
     return log.readings
 
 
-def innermost(optimizer: Any) -> Any:
-    """The optimizer inside Accelerate's wrapper."""
-    while not isinstance(optimizer, AdaptiveMemoryOptimizer) and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def adaptive(optimizer: Any, cure: str) -> AdaptiveMemoryOptimizer:
-    """The adaptive memory optimizer in ``optimizer``.
-
-    Raises:
-        TypeError: there is none; the text ends with ``cure``.
-    """
-    inner = innermost(optimizer)
-    if not isinstance(inner, AdaptiveMemoryOptimizer):
-        raise TypeError(f"Invalid optimizer: {type(inner).__name__} (optimizer must be AMAdamW or AMSGD: {cure})")
-    return inner
-
-
 def engine_of(optimizer: AdaptiveMemoryOptimizer, models: Sequence[Any]) -> Any:
     """The DeepSpeedEngine among ``models`` that steps ``optimizer``, or None."""
     return next((model for model in models if innermost(getattr(model, "optimizer", None)) is optimizer), None)
@@ -135,36 +118,15 @@ def place(
         optimizer.replica_group = torch.distributed.group.WORLD
 
 
-class _StepLog:
-    """A hook after ``step()``: logs on the main process at the interval. The optimizer owns it."""
+class _StepLog(StepLog):
+    """To the accelerator's trackers."""
 
     accelerator: Accelerator
-    every: int | None
 
-    def __init__(self, readings: Readings, engine: Any = None) -> None:
-        self.readings = readings
-        if engine is None:
-            readings.optimizer.register_step_post_hook(self)
-        else:  # DeepSpeed calls step() several times in a training step
-            from am_lightning.deepspeed import after_each_step
+    def is_main(self) -> bool:
+        return bool(self.accelerator.is_main_process)
 
-            after_each_step(engine, lambda: self(readings.optimizer, (), {}))
-        readings.optimizer.register_load_state_dict_post_hook(self._count_from_state)
-        self._count_from_state(readings.optimizer)
-
-    def _count_from_state(self, optimizer: Any) -> None:
-        """A resumed run is where its checkpoint was."""
-        self.steps = _steps_made(optimizer)
-
-    def __call__(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        # Saving a fresh optimizer's state steps it with zero gradients (torch.distributed.checkpoint): not counted.
-        if not self.steps and not _steps_made(optimizer) and not optimizer.last_step_skipped:
-            return
-        self.steps += 1
-        if self.every is not None and self.steps % self.every == 0 and self.accelerator.is_main_process:
-            self._log()
-
-    def _log(self) -> None:
+    def log(self) -> None:
         readings, accelerator = self.readings, self.accelerator
         readings.read()
         if readings.newly_skipped():
@@ -179,9 +141,3 @@ class _StepLog:
 def _log_of(optimizer: Any) -> _StepLog | None:
     owners = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_load_state_dict_post_hooks.values())
     return next((owner for owner in owners if isinstance(owner, _StepLog)), None)
-
-
-def _steps_made(optimizer: Any) -> int:
-    """The largest ``step`` in the state: those that were not dropped."""
-    steps = [state["step"] for state in optimizer.state.values() if "step" in state]
-    return max((int(step) for step in steps), default=0)  # an engine may have left numbers

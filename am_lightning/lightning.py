@@ -23,7 +23,7 @@ except ImportError as error:
 
 from am_lightning.curves import Curves
 from am_lightning.fabric import attach
-from am_lightning.fitting import Replaced, allow_in_deepspeed, attach_deepspeed, optimizers_in, ours, place, replaced_in
+from am_lightning.fitting import Replaced, allow_in_deepspeed, optimizers_in, ours, place, replaced_in
 
 __all__ = ["AdaptiveMemory", "attach"]
 
@@ -157,7 +157,9 @@ class AdaptiveMemory(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The optimizers exist and are final: prepare the curves, and tell DeepSpeed's engine."""
         if isinstance(trainer.strategy, DeepSpeedStrategy):
-            attach_deepspeed(trainer.strategy.model)
+            from am_lightning.deepspeed import attach as attach_engine
+
+            attach_engine(trainer.strategy.model)
         self._curves = []
         for optimizer in ours(trainer.optimizers):
             prefix = f"am-{len(self._curves)}" if self._curves else "am"

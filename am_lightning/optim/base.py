@@ -19,14 +19,13 @@ from am_lightning.sharding import Layout, Row, gradient_of, piece_of
 from am_lightning.sharding.callers import inside_deepspeed_warm_up, inside_state_creation
 
 
-class LocalSums(NamedTuple):
-    """What pass 1 found on this rank, and what pass 2 needs; ``packed`` is ``[rows, 4]``: N, D, present, first."""
+class Local(NamedTuple):
+    """What both passes over one layout need on this rank."""
 
     pieces: list[Piece]
     scalars: dict[str, Tensor]
     numbers: Numbers
     passes: Passes
-    packed: Tensor
 
 
 class AdaptiveMemoryOptimizer(PersistentOptimizer):
@@ -117,11 +116,10 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
         self._check_loss(loss, closure)
         self._read_tables()
         layout = self.current_layout()
+        local, shared = self.prepare(layout), None
         if self.pre_pass is None:
-            local = self.local_sums(layout)
-            packed, shared = layout.all_reduce(
-                local.packed, self._shared_sums(local.pieces, layout, loss, local.packed)
-            )
+            packed = self.packed_sums(layout, local)
+            packed, shared = layout.all_reduce(packed, self._shared_sums(local.pieces, layout, loss, packed))
             sums = Sums.unpack(packed)
             gap, gradients = self._known_gap(shared, local.scalars), self._gradients(shared)
             decision = self.decide(
@@ -129,7 +127,6 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
             )
         else:
             sums, decision = self.pre_pass(layout)
-            local, shared = self.local_sums(layout, update_only=True), None
         local.numbers.add("omega", self._omega(decision, sums))
         local.passes.update(local.numbers, decision.counts)
         self._count(local.scalars, decision)
@@ -137,20 +134,20 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
         self._after(decision, shared)
         return loss
 
-    def local_sums(self, layout: Layout, *, update_only: bool = False) -> LocalSums:
-        """Pass 1 over the rows of ``layout`` on this rank; nothing is written but states that do not exist yet."""
+    def prepare(self, layout: Layout) -> Local:
+        """Read-only but for states that do not exist yet."""
         pieces = self._pieces(layout)
-        device, dtype = sums_live_on([row.param for row in layout.rows])
-        scalars = self._scalars(device, dtype)
-        numbers = Numbers(self._numbers(scalars))
+        scalars = self._scalars(*sums_live_on([row.param for row in layout.rows]))
         tiers = [tier(p, self.param_groups[layout.rows[p.row].group_index]["foreach"]) for p in pieces]
-        passes = Passes(pieces, tiers, self._scratch)
-        if update_only:
-            return LocalSums(pieces, scalars, numbers, passes, scalars["step"])
-        present = self._present_rows(pieces, layout, device, dtype)
-        first = present * (scalars["step"] == 0)
-        packed = torch.cat([passes.sums(numbers, len(layout.rows), device, dtype), present[:, None], first[:, None]], 1)
-        return LocalSums(pieces, scalars, numbers, passes, packed)
+        return Local(pieces, scalars, Numbers(self._numbers(scalars)), Passes(pieces, tiers, self._scratch))
+
+    def packed_sums(self, layout: Layout, local: Local) -> Tensor:
+        """Pass 1 over this rank's pieces, read-only: ``[rows, 4]``, N, D, present, first."""
+        device, dtype = sums_live_on([row.param for row in layout.rows])
+        present = self._present_rows(local.pieces, layout, device, dtype)
+        first = present * (local.scalars["step"] == 0)
+        sums = local.passes.sums(local.numbers, len(layout.rows), device, dtype)
+        return torch.cat([sums, present[:, None], first[:, None]], 1)
 
     def decide(self, sums: Sums, scalars: dict[str, Tensor], sizes: list[int], **more: Any) -> Decision:
         """beta_t of rows whose reduced sums are known; ``sizes`` says how many rows each group has."""

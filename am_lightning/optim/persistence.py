@@ -213,7 +213,7 @@ class PersistentOptimizer(PlacedOptimizer):
         if any(tables):
             self._stores, self._tables = {}, dict(next(table for table in tables if table))
         saved: list[dict[str, Any]] = next((entry for entry in options if entry), [])
-        live = [group for group, params in self._given if params]
+        live = self.given_groups()
         if len(saved) != len(live):
             return
         copied = ("lr", "betas", self.cap_key, "params")
@@ -226,12 +226,13 @@ class PersistentOptimizer(PlacedOptimizer):
                 group["lr"] = own["lr"]
 
     def _finish_loading(self, saved: dict[str, Any], live: list[dict[str, Any]]) -> None:
+        partitioned = self.is_partitioned()
         for group, saved_group, live_group in zip(self.param_groups, saved["param_groups"], live, strict=True):
             row_state.restore_options(group, live_group, self.cap_key)
             cap = group[self.cap_key]
             beta1 = float(saved_group["betas"][0]) if "betas" in saved_group else cap
             for param, index in zip(group["params"], saved_group["params"], strict=True):
-                if saved["state"].get(index) and not self.is_partitioned():
+                if saved["state"].get(index) and not partitioned:
                     row_state.restore_scalars(
                         self.state[param], saved["state"][index], param, beta1=beta1, lr=saved_group["lr"], cap=cap
                     )

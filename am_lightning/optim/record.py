@@ -33,13 +33,11 @@ class StepRecord:
         now = before | decision.skipped
         total.add_((now & ~before).to(torch.int64))
         run.copy_((run_before + 1) * now)
-        if not decision.bad.numel():
-            self.skipped.copy_(now)
-            return
-        first_bad = decision.bad.to(torch.int64).argmax()
-        if positions is not None:
-            first_bad = positions[first_bad]
-        bad_row.copy_(torch.where(decision.skipped & ~before, first_bad, bad_row))
+        if decision.bad.numel():
+            first_bad = decision.bad.to(torch.int64).argmax()
+            if positions is not None:
+                first_bad = positions[first_bad]
+            bad_row.copy_(torch.where(decision.skipped & ~before, first_bad, bad_row))
         self.skipped.copy_(now)
 
     def numbers(self, like: Tensor) -> Tensor:

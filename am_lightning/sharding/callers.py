@@ -17,7 +17,7 @@ def inside_zero_redundancy(optimizer: Any) -> bool:
 
 def called_by_zero_redundancy() -> bool:
     """True where a ZeroRedundancyOptimizer up the stack builds an optimizer or adds a group to it."""
-    return _ZERO_REDUNDANCY in sys.modules and any(_module(frame) == _ZERO_REDUNDANCY for frame in _frames())
+    return any(_frames_of(_ZERO_REDUNDANCY))
 
 
 def deepspeed_owner(optimizer: Any) -> Any:
@@ -27,21 +27,13 @@ def deepspeed_owner(optimizer: Any) -> Any:
 
 def inside_pipeline_engine() -> bool:
     """True where DeepSpeed's PipelineEngine makes the step."""
-    return "deepspeed" in sys.modules and any(
-        _module(frame).startswith("deepspeed.runtime.pipe") for frame in _frames()
-    )
+    return any(_frames_of("deepspeed.runtime.pipe"))
 
 
 def deepspeed_replicas() -> Any:
     """The process group of the ranks whose gradients a DeepSpeed engine up the stack has averaged, or None."""
-    if "deepspeed" not in sys.modules:
-        return None
-    for frame in _frames():
-        if _module(frame).startswith("deepspeed"):
-            group = getattr(frame.f_locals.get("self"), "data_parallel_group", None)
-            if group is not None:
-                return group
-    return None
+    groups = (getattr(frame.f_locals.get("self"), "data_parallel_group", None) for frame in _frames_of("deepspeed"))
+    return next((group for group in groups if group is not None), None)
 
 
 def inside_deepspeed_warm_up() -> bool:
@@ -49,12 +41,7 @@ def inside_deepspeed_warm_up() -> bool:
 
     It counts as a step and decays the weights: FP16_UnfusedOptimizer (stage 0 in 16 bit) does so.
     """
-    if "deepspeed" not in sys.modules:
-        return False
-    return any(
-        frame.f_code.co_name == "initialize_optimizer_states" and _module(frame).startswith("deepspeed")
-        for frame in _frames()
-    )
+    return any(frame.f_code.co_name == "initialize_optimizer_states" for frame in _frames_of("deepspeed"))
 
 
 def inside_state_creation() -> bool:
@@ -69,15 +56,21 @@ def inside_state_creation() -> bool:
     return code is not None and any(frame.f_code is code for frame in _frames())
 
 
+def caller(kind: type) -> Any:
+    """The nearest object of class ``kind`` up the stack whose method is running; None where there is none."""
+    owners = (frame.f_locals.get("self") for frame in _frames())
+    return next((owner for owner in owners if isinstance(owner, kind)), None)
+
+
 def _owner(optimizer: Any, attribute: str, module: str) -> Any:
-    if module not in sys.modules:
-        return None
-    for frame in _frames():
-        if _module(frame).startswith(module):
-            owner = frame.f_locals.get("self")
-            if getattr(owner, attribute, None) is optimizer:
-                return owner
-    return None
+    owners = (frame.f_locals.get("self") for frame in _frames_of(module))
+    return next((owner for owner in owners if getattr(owner, attribute, None) is optimizer), None)
+
+
+def _frames_of(module: str) -> Iterator[FrameType]:
+    """Frames of code in ``module`` or below it; none, without a walk, where it is not imported."""
+    if module in sys.modules:
+        yield from (frame for frame in _frames() if str(frame.f_globals.get("__name__", "")).startswith(module))
 
 
 def _frames() -> Iterator[FrameType]:
@@ -85,7 +78,3 @@ def _frames() -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
-
-
-def _module(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__", ""))

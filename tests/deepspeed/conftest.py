@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.sharding.pool import Pool
+from tests.ports import free_port
+from tests.sharding.pool import Pool, pools
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,9 +36,7 @@ def compiled() -> None:
     for lock in folder.glob("deepspeed_shm_comm/lock"):
         if time.time() - lock.stat().st_mtime > 900:
             lock.unlink()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     env = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     code = "import tests.deepspeed.runs, deepspeed; deepspeed.init_distributed('gloo')"
     command = [sys.executable, "-c", code]
@@ -52,7 +50,5 @@ def compiled() -> None:
 @pytest.fixture(scope="session")
 def pool(compiled: None) -> Iterator[Callable[[int], Pool]]:
     """``pool(world)``: processes that keep DeepSpeed imported."""
-    pools: dict[int, Pool] = {}
-    yield lambda world: pools.setdefault(world, Pool(world))
-    for one in pools.values():
-        one.stop()
+    with pools() as start:
+        yield start

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader
 
 from am_lightning import AdaptiveMemory, am_adamw
 from am_lightning.huggingface import attach as attach_accelerator
-from am_lightning.huggingface import innermost
 from am_lightning.lightning import attach as attach_fabric
+from am_lightning.optim.wrapped import innermost
 from tests.deepspeed.runs import CLIP, RATES, alone, batch_of, config_of, groups_of, make_net, schedule, whole_weights
 from tests.huggingface.events import histograms_in, scalars_in
 from tests.huggingface.trainer_runs import FORMS, Watch, make_trainer
@@ -33,15 +33,8 @@ from tests.lightning.model import quiet
 STEPS = 6
 
 
-class OnCPU(DeepSpeedStrategy):
-    """DeepSpeedStrategy without its two checks for CUDA."""
-
-    def setup_environment(self) -> None:
-        DDPStrategy.setup_environment(self)
-
-    def setup_distributed(self) -> None:
-        self.set_world_ranks()
-        self._init_deepspeed_distributed()
+class CPU:
+    """What both DeepSpeed strategies ask for."""
 
     def _get_process_group_backend(self) -> str:
         return "gloo"
@@ -51,7 +44,18 @@ class OnCPU(DeepSpeedStrategy):
         return torch.device("cpu", 0)  # its index is read
 
 
-class FabricOnCPU(FabricDeepSpeedStrategy):
+class OnCPU(CPU, DeepSpeedStrategy):
+    """DeepSpeedStrategy without its two checks for CUDA."""
+
+    def setup_environment(self) -> None:
+        DDPStrategy.setup_environment(self)
+
+    def setup_distributed(self) -> None:
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+
+class FabricOnCPU(CPU, FabricDeepSpeedStrategy):
     """The same for Fabric."""
 
     setup_environment = FabricDeepSpeedStrategy.__mro__[1].setup_environment
@@ -59,13 +63,6 @@ class FabricOnCPU(FabricDeepSpeedStrategy):
     def _setup_distributed(self) -> None:
         self._set_world_ranks()
         self._init_deepspeed_distributed()
-
-    def _get_process_group_backend(self) -> str:
-        return "gloo"
-
-    @property
-    def root_device(self) -> torch.device:
-        return torch.device("cpu", 0)
 
 
 class Module(pl.LightningModule):

@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from am_lightning import AMAdamW, clip_grad_norm_
 from am_lightning.huggingface import attach
+from tests.huggingface.launch import finish
 from tests.huggingface.sharded import force, let_fsdp1_run_on_cpu, plugin_of
 from tests.sharding.model import (
     RATES,
@@ -223,9 +224,7 @@ def main(path: Path) -> None:
         results["refusals"] = refusals()
         results["fresh"] = fresh_optimizer(job["folder"])
     results["warned"] = [str(warning.message) for warning in warned if "beta_t" in str(warning.message)]
-    torch.save(results, f"{path}.rank{dist.get_rank()}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    finish(results, path)
 
 
 if __name__ == "__main__":

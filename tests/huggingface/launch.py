@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,9 +24,7 @@ def launch(module: str, folder: Path, *, processes: int, timeout: float = 150, *
     """
     path = folder / f"job-{processes}.json"
     path.write_text(json.dumps({"folder": str(folder), **job}))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     env = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_PORT")}
     env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)]
@@ -33,3 +33,10 @@ def launch(module: str, folder: Path, *, processes: int, timeout: float = 150, *
     results = [Path(f"{path}.rank{rank}.pt") for rank in range(processes)]
     assert all(result.exists() for result in results), f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return [torch.load(result, weights_only=False) for result in results]
+
+
+def finish(results: dict[str, Any], path: Path) -> None:
+    """What a launched program does last: leave this rank's results where :func:`launch` finds them."""
+    torch.save(results, f"{path}.rank{dist.get_rank()}.pt")
+    dist.barrier()
+    dist.destroy_process_group()

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 from am_lightning import AMAdamW
 from am_lightning.huggingface import AdaptiveMemoryCallback, AMAdamWFactory
+from tests.huggingface.launch import finish
 from tests.huggingface.sharded import force, let_fsdp1_run_on_cpu, plugin_of
 
 STEPS, SAVE, LOG = 8, 5, 2
@@ -140,9 +140,7 @@ def main(path: Path) -> None:
             name = f"{kind.__name__} {form}"
             results[name] = run(folder / name, form, batch=2, trainer_class=kind, save_strategy="no")
     results["warned"] = [str(warning.message) for warning in warned if "beta_t" in str(warning.message)]
-    torch.save(results, f"{path}.rank{dist.get_rank()}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    finish(results, path)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.sharding.pool import Pool
+from tests.sharding.pool import Pool, pools
 
 
 @pytest.fixture(scope="package")
 def pool() -> Iterator[Callable[[int], Pool]]:
     """``pool(world)``: a running group of that many processes."""
-    pools: dict[int, Pool] = {}
-    yield lambda world: pools.setdefault(world, Pool(world))
-    for one in pools.values():
-        one.stop()
+    with pools() as start:
+        yield start

@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.lightning.model import interior_share
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.lightning.processes import run_module
 
 
 def run(folder: Path, name: str, **job) -> list[dict]:
-    """Run a job; one result for each rank. gloo sometimes aborts at exit after the results are written: they decide."""
+    """Run a job; one result for each rank."""
     path = folder / f"{name}.json"
     path.write_text(json.dumps({"world": 2, "width": 300, "steps": 12, "scope": "tensor", **job}))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
-    env |= {"MASTER_PORT": str(port), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
-    command = [sys.executable, "-m", "tests.lightning.ddp_worker", str(path)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     results = [Path(f"{path}.rank{rank}.pt") for rank in range(job.get("world", 2))]
-    if not all(result.exists() for result in results):
-        pytest.fail(f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return [torch.load(result, weights_only=True) for result in results]
+    return run_module("tests.lightning.ddp_worker", path, results, threads=2)
 
 
 @pytest.fixture(scope="module", params=["tensor", "global"])

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
+from tests.lightning.processes import run_module
 from tests.lightning.test_fabric import events
 from tests.lightning.test_strategies import check
 from tests.sharding.pool import Pool
 
 HERE = "tests.lightning.cluster_faults:"
-ROOT = Path(__file__).resolve().parents[2]
 Ranks = Callable[[int], Pool]
 
 
@@ -48,16 +43,7 @@ def test_an_optimizer_that_has_made_no_step_is_not_described(pool: Ranks, placed
 
 
 def test_lightnings_own_launcher(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
-    env |= {"MASTER_PORT": str(port), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.lightning.launched", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     results = [tmp_path / f"rank{rank}.pt" for rank in range(2)]
-    if not all(result.exists() for result in results):  # gloo sometimes aborts at exit, after they are written
-        pytest.fail(f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    ranks = [torch.load(result, weights_only=True) for result in results]
+    ranks = run_module("tests.lightning.launched", tmp_path, results, threads=1)
     for placed in ("fsdp1", "fsdp2", "ddp"):
         check([rank[placed] for rank in ranks])

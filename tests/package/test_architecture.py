@@ -26,6 +26,7 @@ FLOORS = {
     "am_lightning.fabric": 4,
     "am_lightning.lightning": 4,
     "am_lightning.huggingface": 4,
+    "am_lightning.step_log": 4,
     "am_lightning.hf_trainer": 4,
     "am_lightning.deepspeed": 4,
     "am_lightning.bench": 5,

@@ -7,11 +7,14 @@ import importlib
 import multiprocessing as mp
 import os
 import signal
-import socket
 import time
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
+
+from tests.ports import free_port
 
 CONTEXT = mp.get_context("spawn")
 
@@ -79,15 +82,24 @@ class Pool:
         if self._ranks and all(process.is_alive() for process in self._ranks):
             return
         self.stop()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         for rank in range(self.world):
             here, there = CONTEXT.Pipe()
             process = CONTEXT.Process(target=_serve, args=(rank, self.world, port, there), daemon=True)
             process.start()
             self._ranks.append(process)
             self._pipes.append(here)
+
+
+@contextmanager
+def pools() -> Iterator[Callable[[int], Pool]]:
+    """``start(world)``: a running group of that many processes, kept until the end."""
+    started: dict[int, Pool] = {}
+    try:
+        yield lambda world: started.setdefault(world, Pool(world))
+    finally:
+        for pool in started.values():
+            pool.stop()
 
 
 def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:

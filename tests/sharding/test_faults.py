@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import free_port
 from tests.sharding.fault_steps import BAD, END
 from tests.sharding.pool import Pool
 
@@ -84,9 +84,7 @@ def test_a_gradient_that_one_rank_lacks(pool: Callable[[int], Pool], layout: str
 
 def launch(world: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     """torchrun of the drill, on a free port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}", f"--master-port={port}"]
     command += ["-m", "tests.sharding.fault_run", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -1,0 +1,50 @@
+"""Logging from inside an optimizer, for frameworks whose training loop is the user's own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from am_lightning.readings import Readings
+from am_lightning.sharding.callers import inside_state_creation
+
+
+class StepLog(ABC):
+    """A hook after every training step: counts the steps, and calls :meth:`log` on one process at the interval.
+
+    The optimizer owns it. ``every`` is the interval in optimizer steps; None: nothing is logged.
+    """
+
+    every: int | None
+
+    def __init__(self, readings: Readings, engine: Any = None) -> None:
+        """``engine``: the DeepSpeedEngine that steps the optimizer, several times in a training step."""
+        self.readings = readings
+        if engine is None:
+            readings.optimizer.register_step_post_hook(self)
+        else:
+            from am_lightning.deepspeed import after_each_step
+
+            after_each_step(engine, lambda: self(readings.optimizer, (), {}))
+        readings.optimizer.register_load_state_dict_post_hook(self._count_from_state)
+        self._count_from_state(readings.optimizer)
+
+    def _count_from_state(self, optimizer: Any) -> None:
+        """A resumed run is where its checkpoint was; dropped steps are not in its state."""
+        steps = [int(state["step"]) for state in optimizer.state.values() if "step" in state]
+        self.steps = max(steps, default=0)
+
+    def __call__(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if inside_state_creation():
+            return
+        self.steps += 1
+        if self.every is not None and self.steps % self.every == 0 and self.is_main():
+            self.log()
+
+    @abstractmethod
+    def is_main(self) -> bool:
+        """This process logs."""
+
+    @abstractmethod
+    def log(self) -> None:
+        """Read, warn of dropped steps, and write."""
