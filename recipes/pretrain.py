@@ -16,7 +16,8 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 
-from errors import DISK_FULL, RecipeError
+from am_lightning.recipes.errors import RecipeError
+from am_lightning.recipes.files import DISK_FULL
 
 
 def main(args: list[str] | None = None) -> None:
@@ -25,7 +26,7 @@ def main(args: list[str] | None = None) -> None:
     with _fonts_elsewhere():
         from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-        from cli import PretrainCLI
+        from am_lightning.recipes.cli import PretrainCLI
 
     try:
         PretrainCLI(args)

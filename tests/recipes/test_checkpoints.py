@@ -9,8 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import AtomicCheckpointIO, RunCheckpoint, check_readable, replace_with_link, saved_step
-from errors import RecipeError, replacing
+
+from am_lightning.recipes.checkpoints import (
+    AtomicCheckpointIO,
+    RunCheckpoint,
+    check_readable,
+    replace_with_link,
+    saved_step,
+)
+from am_lightning.recipes.errors import RecipeError
+from am_lightning.recipes.files import replacing
 
 SMALL = {"global_step": 7, "weights": torch.zeros(2000)}  # 8 kB
 

@@ -9,12 +9,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from checkpoints import AtomicCheckpointIO, RunCheckpoint
-from data import TextData
-from errors import RecipeError
-from llama import LlamaPretraining
 
 from am_lightning import AMAdamW
+from am_lightning.recipes.checkpoints import AtomicCheckpointIO, RunCheckpoint
+from am_lightning.recipes.data.text_data import TextData
+from am_lightning.recipes.errors import RecipeError
+from am_lightning.recipes.llama import LlamaPretraining
 
 from .commands import differences
 

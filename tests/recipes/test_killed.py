@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from plot import read_curves
+
+from am_lightning.recipes.report.plot import read_curves
 
 from .commands import PRETRAIN, arguments, differences, load, run, training_state
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from errors import RecipeError
 from hypothesis import given
 from hypothesis import strategies as st
-from llama import LlamaPretraining, learning_rate_factor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from am_lightning import AMAdamW
+from am_lightning.recipes.errors import RecipeError
+from am_lightning.recipes.llama import LlamaPretraining, learning_rate_factor
 
 TINY: dict[str, Any] = {
     "hidden_size": 32,

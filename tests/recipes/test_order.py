@@ -7,10 +7,11 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from errors import RecipeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from order import StepOrder, TokenRows, sample_row
+
+from am_lightning.recipes.data.order import StepOrder, TokenRows, sample_row
+from am_lightning.recipes.errors import RecipeError
 
 sizes = st.integers(1, 60)
 seeds = st.integers(0, 2**31)

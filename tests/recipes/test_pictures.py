@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import plot
 import pretrain
 import pytest
-from errors import RecipeError
 from matplotlib.image import imread
-from plot import Curve, Run, draw, read_curves
 from torch.utils.tensorboard import SummaryWriter
+
+from am_lightning.recipes.errors import RecipeError
+from am_lightning.recipes.report import plot
+from am_lightning.recipes.report.plot import Curve, Run, draw, read_curves
 
 from .commands import arguments, load
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pretrain
 import pytest
 import torch
-from llama import LlamaPretraining
-from plot import read_curves
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from am_lightning.recipes.llama import LlamaPretraining
+from am_lightning.recipes.report.plot import read_curves
 
 from .commands import arguments, differences, load, run, training_state
 

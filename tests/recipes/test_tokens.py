@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tokens
-from corpus import find_corpus, is_validation
-from errors import RecipeError
 from hypothesis import given
 from hypothesis import strategies as st
-from tokens import open_token_file, token_file_name, write_token_file
+
+from am_lightning.recipes.data import tokens
+from am_lightning.recipes.data.corpus import find_corpus, is_validation
+from am_lightning.recipes.data.tokens import open_token_file, token_file_name, write_token_file
+from am_lightning.recipes.errors import RecipeError
 
 HEADER = 4096
 

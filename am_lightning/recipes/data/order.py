@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from errors import RecipeError
+from am_lightning.recipes.errors import RecipeError
 
 
 class TokenRows(Dataset[torch.Tensor]):

@@ -12,13 +12,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from checkpoints import LAST, AtomicCheckpointIO, RunCheckpoint, check_readable, saved_step
-from compare import compare
-from data import TextData
-from errors import RecipeError, require
-from llama import LlamaPretraining
-from monitors import TrainingClock
-from report import RunResult, print_summary, print_validation
+from am_lightning.recipes.checkpoints import LAST, AtomicCheckpointIO, RunCheckpoint, check_readable, saved_step
+from am_lightning.recipes.compare import compare
+from am_lightning.recipes.data.text_data import TextData
+from am_lightning.recipes.errors import RecipeError, require
+from am_lightning.recipes.llama import LlamaPretraining
+from am_lightning.recipes.monitors import TrainingClock
+from am_lightning.recipes.report.summary import RunResult, print_summary, print_validation
 
 CHECKPOINTS_PER_RUN = 5  # where the configuration does not say how often
 PROGRESS_EVERY = 10  # batches between two updates of the progress bar

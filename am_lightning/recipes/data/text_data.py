@@ -9,10 +9,10 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from corpus import Corpus, find_corpus
-from errors import RecipeError, require
-from order import ResumableLoader, StepOrder, TokenRows
-from tokens import VOCAB_SIZE, TokenFile, open_token_file, token_file_name, write_token_file
+from am_lightning.recipes.data.corpus import Corpus, find_corpus
+from am_lightning.recipes.data.order import ResumableLoader, StepOrder, TokenRows
+from am_lightning.recipes.data.tokens import VOCAB_SIZE, TokenFile, open_token_file, token_file_name, write_token_file
+from am_lightning.recipes.errors import RecipeError, require
 
 
 class TextData(L.LightningDataModule):

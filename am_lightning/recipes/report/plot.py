@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from errors import RecipeError, replacing
+from am_lightning.recipes.errors import RecipeError
+from am_lightning.recipes.files import replacing
 
 LAYER_TAG = "am/beta/layer/"
 # Okabe and Ito's palette: told apart with any colour vision.
@@ -184,18 +184,3 @@ def _style(axes: Axes) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.tick_params(colors=_INK)
-
-
-def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit("usage: python recipes/plot.py RUN_FOLDER")
-    root = Path(sys.argv[1])
-    try:
-        draw(root / "summary.png", [Run("", root / "logs")], heatmap_of=0)
-    except RecipeError as error:
-        sys.exit(f"error: {error}")
-    print(root / "summary.png")
-
-
-if __name__ == "__main__":
-    main()

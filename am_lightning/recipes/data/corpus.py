@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from errors import RecipeError
+from am_lightning.recipes.errors import RecipeError
 
 # Left out of the standard library: its tests, what others installed, what is not source. `config-*` and
 # `_sysconfigdata*` describe the machine that built this Python, so they would differ from one machine to the next.

@@ -1,4 +1,4 @@
-"""The error whose text is for the person at the keyboard, and files that are written whole or not at all."""
+"""Files that are written whole or not at all, and errors for a disk that refuses."""
 
 from __future__ import annotations
 
@@ -10,17 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from am_lightning.recipes.errors import RecipeError
+
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # full, over the quota, over the process's limit
-
-
-class RecipeError(Exception):
-    """Something the user can put right: the text names the file or setting and says what to do. Shown bare."""
-
-
-def require(condition: bool, name: str, value: object, allowed: str) -> None:
-    """Raise a RecipeError that names the setting, its value and what is allowed, unless `condition` holds."""
-    if not condition:
-        raise RecipeError(f"{name} is {value!r}; allowed: {allowed}")
 
 
 def disk_error(error: BaseException) -> OSError | None:

@@ -15,7 +15,7 @@ from torchmetrics.text import Perplexity
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from am_lightning.factory import parameter_groups
-from errors import require
+from am_lightning.recipes.errors import require
 
 OptimizerCallable = Callable[[Iterable[Any]], torch.optim.Optimizer]
 

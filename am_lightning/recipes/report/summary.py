@@ -8,10 +8,10 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
-from checkpoints import LAST
-from data import TextData
-from monitors import TrainingClock
-from plot import Run, draw
+from am_lightning.recipes.checkpoints import LAST
+from am_lightning.recipes.data.text_data import TextData
+from am_lightning.recipes.monitors import TrainingClock
+from am_lightning.recipes.report.plot import Run, draw
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
-from errors import RecipeError, disk_error, replacing, sync_folder, write_failure
+from am_lightning.recipes.errors import RecipeError
+from am_lightning.recipes.files import disk_error, replacing, sync_folder, write_failure
 
 LAST = "last.ckpt"
 _CURE = "Free some space and give the same command with --ckpt_path last: the last good checkpoint is still there."

@@ -18,8 +18,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from corpus import Corpus
-from errors import RecipeError, replacing
+from am_lightning.recipes.data.corpus import Corpus
+from am_lightning.recipes.errors import RecipeError
+from am_lightning.recipes.files import replacing
 
 FORMAT_VERSION = 1
 END_OF_TEXT = 0  # NUL is in no document

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from plot import Run, draw
-from report import RunResult
+from am_lightning.recipes.report.plot import Run, draw
+from am_lightning.recipes.report.summary import RunResult
 
 # beta1 of the baselines. Both get the warmup that AdamW is usually given.
 BASELINES = (0.9, 0.8)

@@ -1,0 +1,13 @@
+"""The error whose text is for the person at the keyboard."""
+
+from __future__ import annotations
+
+
+class RecipeError(Exception):
+    """Something the user can put right: the text names the file or setting and says what to do. Shown bare."""
+
+
+def require(condition: bool, name: str, value: object, allowed: str) -> None:
+    """Raise a RecipeError that names the setting, its value and what is allowed, unless `condition` holds."""
+    if not condition:
+        raise RecipeError(f"{name} is {value!r}; allowed: {allowed}")
