@@ -49,7 +49,8 @@ def am_adamw(
 
     Args:
         model: the module; parameters that need no gradient are left out.
-        lr, weight_decay: for all groups; ``weight_decay`` is 0 for norms, biases and 1-D parameters.
+        lr: learning rate of all groups.
+        weight_decay: of the others; it is 0 for norms, biases and 1-D parameters.
         decay_embeddings: False leaves the weights of embeddings without weight decay, too.
         overrides: ``{pattern: {option: value}}``. A regular expression searched in the parameter's name; the options of
             all patterns that match are taken, later ones win. Example: ``{r"lm_head": {"lr": 1e-4}}``.
@@ -121,7 +122,8 @@ def _without_decay(model: nn.Module, decay_embeddings: bool) -> set[int]:
         embedding = isinstance(module, nn.Embedding | nn.EmbeddingBag)
         for name, param in module.named_parameters(recurse=False):
             bias = name == "bias" or name.endswith("_bias") or bool(re.match(r"bias_[ih]h", name))
-            thin = shapes.get(id(param), param.ndim) <= 1
+            whole = getattr(param, "ds_shape", param.shape)  # of what DeepSpeed's zero.Init has cut into flat pieces
+            thin = shapes.get(id(param), len(whole)) <= 1
             if norm or bias or thin or (embedding and not decay_embeddings):
                 result.add(id(param))
     return result

@@ -11,9 +11,11 @@ from torch.optim.optimizer import ParamsT
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.closed_form import bias_correction
 from am_lightning.optim.kernels import Options
+from am_lightning.optim.kernels.fused import require_fused
 from am_lightning.optim.state import FOREIGN_OPTIONS
 from am_lightning.optim.validation import (
     check_betas,
+    check_exp_avg_dtype,
     check_flag,
     check_implementation,
     check_lr,
@@ -44,19 +46,24 @@ class AMAdamW(AdaptiveMemoryOptimizer):
         maximize: ascend.
         foreach: None picks the eager kernels for the device, True torch._foreach_*, False plain formulas.
         capturable: safe to capture in a CUDA graph (with a tensor lr).
-        fused: fused kernels; none exist yet, so True is refused.
+        fused: True runs each pass as one kernel over all tensors: Triton on CUDA and ROCm, on the CPU a C++ loop that
+            is built at the first step, torch.compile elsewhere. :meth:`describe` says which.
         nonfinite: "skip" drops a step in which a sum is not finite, "propagate" does what AdamW does.
         replica_group: process group of ranks that hold the same parameters (DDP); the AdaptiveMemory callback sets it.
+        exp_avg_dtype: torch.bfloat16 keeps ``exp_avg`` of float32 parameters in half the memory, rounded stochastically
+            (reproducible: the noise is a hash of parameter, step and element). Not under FSDP1 and DeepSpeed.
 
     State of a parameter: ``step``, ``exp_avg``, ``exp_avg_sq`` as in AdamW; 0-dim ``beta_prod``, ``beta``, ``prev_lr``.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong type; the text says what is allowed.
+        RuntimeError: ``fused=True`` lacks a compiler or Triton (the text says what to install), or ``foreach`` is set.
     """
 
     cap_key = "beta1_max"
     moments = ("exp_avg", "exp_avg_sq")
     first_takes_cap = True
+    plain_attributes = ("scope", "nonfinite", "exp_avg_dtype")
 
     def __init__(
         self,
@@ -74,7 +81,10 @@ class AMAdamW(AdaptiveMemoryOptimizer):
         fused: bool | None = None,
         nonfinite: str = "skip",
         replica_group: Any = None,
+        exp_avg_dtype: torch.dtype | None = None,
     ) -> None:
+        check_exp_avg_dtype(exp_avg_dtype)
+        self.exp_avg_dtype = exp_avg_dtype
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -88,6 +98,9 @@ class AMAdamW(AdaptiveMemoryOptimizer):
         }
         defaults["betas"] = self._check_group(defaults)["betas"]
         super().__init__(params, defaults, scope=scope, nonfinite=nonfinite, replica_group=replica_group)
+        for group in self.param_groups:
+            for device in {param.device for param in group["params"]} if group["fused"] else ():
+                require_fused(device)
 
     def _check_group(self, group: dict[str, Any]) -> dict[str, Any]:
         check_lr(group["lr"])

@@ -12,11 +12,13 @@ from torch.optim.optimizer import ParamsT
 from am_lightning.optim import state as row_state
 from am_lightning.optim.closed_form import Decision, Sums, decide, gap_factor
 from am_lightning.optim.kernels import Numbers, Options, Passes, Piece
-from am_lightning.optim.kernels.passes import tier
+from am_lightning.optim.kernels.fused import agreed_on_cpu, words_of
+from am_lightning.optim.kernels.passes import Choice
 from am_lightning.optim.persistence import PersistentOptimizer
 from am_lightning.optim.scalars import sums_live_on
 from am_lightning.sharding import Layout, Row, gradient_of, piece_of
 from am_lightning.sharding.callers import inside_deepspeed_warm_up, inside_state_creation
+from am_lightning.sharding.fsdp1 import is_managed
 
 
 class Local(NamedTuple):
@@ -138,8 +140,10 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
         """Read-only but for states that do not exist yet."""
         pieces = self._pieces(layout)
         scalars = self._scalars(*sums_live_on([row.param for row in layout.rows]))
-        tiers = [tier(p, self.param_groups[layout.rows[p.row].group_index]["foreach"]) for p in pieces]
-        return Local(pieces, scalars, Numbers(self._numbers(scalars)), Passes(pieces, tiers, self._scratch))
+        choices = [Choice(group["foreach"], group.get("fused")) for group in self.param_groups]
+        passes = Passes(pieces, [choices[layout.rows[p.row].group_index] for p in pieces], self._workspace)
+        self._tiers = passes.tiers
+        return Local(pieces, scalars, Numbers(self._numbers(scalars)), passes)
 
     def packed_sums(self, layout: Layout, local: Local) -> Tensor:
         """Pass 1 over this rank's pieces, read-only: ``[rows, 4]``, N, D, present, first."""
@@ -161,6 +165,10 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
             nonfinite=self.nonfinite,
             **more,
         )
+
+    def _kernels_in_words(self) -> str:
+        parts = [f"{words_of(tier)} for {count}" for tier, count in self._tiers.items()]
+        return f"; kernels: {', '.join(parts)}" if parts else ""
 
     def _is_again(self, layout: Layout) -> bool:
         """An engine calls step() several times in one training step, and this is not the first of them."""
@@ -188,19 +196,51 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
         for _, row in rows:
             _check_gradient(row.param, row.name, type(self).__name__)
         options = [self._options(group) for group in self.param_groups]
+        direction, *second = self.moments
         pieces = []
         for i, row in rows:
             state = self._row_state(row, self.param_groups[row.group_index])
-            stored = (piece_of(row, tensor) for tensor in (row.param, *(state[key] for key in self.moments)))
-            x, *moments = stored
-            tensors = [x, gradient_of(row), *moments]
+            x, g, d = piece_of(row, row.param), gradient_of(row), piece_of(row, state[direction])
+            v = piece_of(row, state[second[0]]) if second else None
             if x.ndim == 0:  # a 0-dim operand would take the dtype of a 0-dim number
-                tensors = [t.reshape(1) for t in tensors]
-            x, g, d, *v = tensors
-            pieces.append(Piece(i, x, g, d, v[0] if v else None, options[row.group_index]))
+                x, g, d, v = x.reshape(1), g.reshape(1), d.reshape(1), None if v is None else v.reshape(1)
+            pieces.append(Piece(i, x, g, d, v, options[row.group_index]))
         return pieces
 
+    def _check_scope(self, layout: Layout) -> None:
+        super()._check_scope(layout)
+        self._check_direction(layout.rows)
+        self._agree_on_kernels(layout)
+
+    def _agree_on_kernels(self, layout: Layout) -> None:
+        """Collective where ranks share tensors on the CPU: all of them take the same fused kernels."""
+        groups = self.param_groups
+        if not any(groups[row.group_index].get("fused") and row.param.device.type == "cpu" for row in layout.rows):
+            return
+        if layout.reductions:
+            nothing = torch.zeros(len(layout.rows), 1, dtype=torch.float64)
+
+            def summed(votes: Tensor) -> Tensor:
+                total = layout.all_reduce(nothing, votes)[1]
+                assert total is not None
+                return total
+
+            self._workspace.agreed_on_cpu = agreed_on_cpu(summed)
+
+    def _check_direction(self, rows: list[Row]) -> None:
+        """Refuse a direction of its own dtype where an engine packs the states of many tensors into one."""
+        if self.exp_avg_dtype is None:
+            return
+        for row in rows:
+            engine = "DeepSpeed ZeRO" if row.partitioned else "FSDP1" if is_managed(row.param) else None
+            if engine is not None:
+                raise ValueError(
+                    f"Invalid exp_avg_dtype: {self.exp_avg_dtype} ({engine}, which holds parameter {row.name!r}, saves "
+                    "states of one dtype only: exp_avg_dtype must be None there; FSDP2 and DDP take it)"
+                )
+
     def _create_states(self) -> None:
+        self._check_direction(self._rows())
         for row in self._rows():
             if row.param.grad is not None:
                 self._row_state(row, self.param_groups[row.group_index])
@@ -208,7 +248,7 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
     def _row_state(self, row: Row, group: dict[str, Any]) -> dict[str, Any]:
         state = self.state[row.param]
         if self.moments[0] not in state:  # an engine may have left an empty dict
-            row_state.create(state, row.param, self.moments, adaptive=not row.partitioned)
+            row_state.create(state, row.param, self.moments, adaptive=not row.partitioned, direction=self.exp_avg_dtype)
         elif not row.partitioned:
             param, cap = row.param, group[self.cap_key]
             row_state.complete(state, param, beta1=cap, lr=group["lr"], cap=cap)
@@ -225,7 +265,8 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
 
     def _numbers(self, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
         lr, mu = scalars["lr"], scalars["mu"]
-        numbers = {"gap": 1 + gap_factor(lr, scalars["prev_lr"], mu), "lr": lr, "shrink": 1 - mu * lr}
+        gap = 1 + gap_factor(lr, scalars["prev_lr"], mu)
+        numbers = {"gap": gap, "lr": lr, "shrink": 1 - mu * lr, "step": scalars["step"]}
         return numbers | self._metric_numbers(scalars)
 
     def _per_row(self, values: list[float | Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:

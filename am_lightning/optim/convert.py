@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from am_lightning.optim.adamw import AMAdamW
+from am_lightning.optim.kernels.fused import require_fused
 from am_lightning.optim.state import FOREIGN_OPTIONS
 
 
@@ -29,15 +30,15 @@ def convert_adamw(
         beta1_max: cap of beta_t for all groups; None: :func:`default_cap` of each group's own beta1.
         scope: "tensor", "group" or "global".
 
-    foreach, capturable, maximize, lr, eps and weight decay are carried over; fused becomes None.
+    foreach, fused, capturable, maximize, lr, eps and weight decay are carried over. fused becomes None, with a warning,
+    where its kernels lack a compiler or Triton.
 
     Raises:
         ValueError: amsgrad, differentiable, a subclass of AdamW, a replaced ``step``, or state already present.
     """
     _refuse(optimizer)
     replaced_step = optimizer.__dict__.pop("step", None)
-    if any(group.get("fused") for group in optimizer.param_groups):
-        warnings.warn("AdamW(fused=True) becomes AMAdamW with fused=None: there are no fused kernels yet", stacklevel=2)
+    _drop_fused_where_it_cannot_run(optimizer)
     optimizer.__dict__.pop("_step_supports_amp_scaling", None)  # GradScaler must unscale before step(), not inside it
     own = optimizer.defaults["betas"][0]
     caps = [_cap(_beta1(group, own), lambd, beta1_max) for group in optimizer.param_groups]
@@ -53,6 +54,17 @@ def convert_adamw(
     if replaced_step is not None:
         _let_scheduler_watch(converted)
     return converted
+
+
+def _drop_fused_where_it_cannot_run(optimizer: torch.optim.AdamW) -> None:
+    fused = [group for group in optimizer.param_groups if group.get("fused")]
+    try:
+        for device in {param.device for group in fused for param in group["params"]}:
+            require_fused(device)
+    except RuntimeError as error:
+        warnings.warn(f"AdamW(fused=True) becomes AMAdamW with fused=None: {error}", stacklevel=3)
+        for group in (*fused, optimizer.defaults):
+            group["fused"] = None
 
 
 def _refuse(optimizer: Any) -> None:
@@ -103,7 +115,6 @@ def _convert_options(group: dict[str, Any], lambd: float, cap: float) -> None:
     group["lambd"] = lambd
     group[AMAdamW.cap_key] = cap
     group["betas"] = (cap, float(group["betas"][1]))
-    group["fused"] = None
 
 
 def _let_scheduler_watch(optimizer: AMAdamW) -> None:

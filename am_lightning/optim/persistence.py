@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer
 
 from am_lightning.names import names_by_id
 from am_lightning.optim import state as row_state
-from am_lightning.optim.kernels.blocked import Scratch
+from am_lightning.optim.kernels.passes import Workspace
 from am_lightning.optim.placement import PlacedOptimizer
 from am_lightning.optim.record import StepRecord
 from am_lightning.optim.scalars import Scalars, StateScalars, TableScalars
@@ -32,6 +32,7 @@ class PersistentOptimizer(PlacedOptimizer):
     plain_attributes: tuple[str, ...] = ("scope", "nonfinite")  # survive pickle and deepcopy
 
     nonfinite: str
+    exp_avg_dtype: torch.dtype | None = None  # of the direction d; None: the parameter's
 
     def _configure(self, *, scope: str, nonfinite: str, replica_group: Any = None) -> None:
         check_choice("scope", scope, SCOPES)
@@ -48,7 +49,8 @@ class PersistentOptimizer(PlacedOptimizer):
         self._places: dict[Layout, Tensor] = {}
         self._forget_placement()
         self._loading: tuple[dict[str, Any], list[dict[str, Any]]] | None = None
-        self._scratch = Scratch()
+        self._workspace = Workspace()
+        self._tiers: dict[str, int] = {}  # kernels of the last step -> how many tensors
         self._record = StepRecord()
 
     def _check_group(self, group: dict[str, Any]) -> dict[str, Any]:
@@ -233,6 +235,9 @@ class PersistentOptimizer(PlacedOptimizer):
             beta1 = float(saved_group["betas"][0]) if "betas" in saved_group else cap
             for param, index in zip(group["params"], saved_group["params"], strict=True):
                 if saved["state"].get(index) and not partitioned:
+                    state = self.state[param]
                     row_state.restore_scalars(
-                        self.state[param], saved["state"][index], param, beta1=beta1, lr=saved_group["lr"], cap=cap
+                        state, saved["state"][index], param, beta1=beta1, lr=saved_group["lr"], cap=cap
                     )
+                    direction, dtype = self.moments[0], row_state.direction_dtype(param, self.exp_avg_dtype)
+                    state[direction] = state[direction].to(dtype)  # torch.optim has cast it to the parameter's

@@ -178,8 +178,13 @@ class PlacedOptimizer(Optimizer):
         return self._layout
 
     def describe(self) -> str:
-        """Rows and reductions of the steps so far, in words; of every ``step()`` call that an engine makes."""
-        return "; then ".join(layout.describe() for layout in self._layouts.values()) or "no step made yet"
+        """Rows, reductions and kernels of the steps so far, in words; of every ``step()`` call that an engine makes."""
+        text = "; then ".join(layout.describe() for layout in self._layouts.values())
+        return f"{text}{self._kernels_in_words()}" if text else "no step made yet"
+
+    def _kernels_in_words(self) -> str:
+        """What the last step ran, after the rows."""
+        return ""
 
     def current_layout(self) -> Layout:
         """Rows and reductions. Built (collectively) at the first step, and again when the parameters are others."""

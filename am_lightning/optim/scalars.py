@@ -27,6 +27,28 @@ class Scalars(Protocol):
         """``[rows]``: beta_t of each row's last step, nan before its first."""
 
 
+class Packed:
+    """``[4, rows]``, of which the 0-dim states are views: reading and writing them all is one operation each.
+
+    Whoever puts other tensors into the state (a load, a user) makes :meth:`holds` false, and they are packed anew.
+    """
+
+    def __init__(self, states: Sequence[dict[str, Any]]) -> None:
+        columns = [torch.stack([state[key] for state in states]) for key in DEFAULTS]
+        self.table = torch.stack(columns)
+        self._views = list(zip(*(line.unbind() for line in self.table), strict=True))
+        for state, views in zip(states, self._views, strict=True):
+            state.update(zip(DEFAULTS, views, strict=True))
+
+    def holds(self, states: Sequence[dict[str, Any]]) -> bool:
+        """Whether the states are still these views."""
+        return len(states) == len(self._views) and all(
+            state.get("step") is step and state.get("beta_prod") is prod and state.get("beta") is beta
+            and state.get("prev_lr") is lr
+            for state, (step, prod, beta, lr) in zip(states, self._views, strict=True)
+        )  # fmt: skip
+
+
 class StateScalars:
     """0-dim tensors in the state of each row's parameter.
 
@@ -38,11 +60,20 @@ class StateScalars:
         self._params = [row.param for row in rows]
         self._device, self._dtype = sums_live_on(self._params)
         self._last: Tensor | None = None
+        self._distinct = len({id(param) for param in self._params}) == len(self._params)
+        self._packed: Packed | None = None
 
     def read(self) -> dict[str, Tensor]:
+        self._packed = self._pack()
+        if self._packed is not None:
+            columns = self._packed.table.to(self._dtype, copy=True)
+            return dict(zip(DEFAULTS, columns.unbind(), strict=True))
         return {key: self._stack(key, default) for key, default in DEFAULTS.items()}
 
     def write(self, new: dict[str, Tensor], counts: Tensor) -> None:
+        if self._packed is not None:
+            self._packed.table.copy_(torch.stack([new[key] for key in DEFAULTS]))
+            return
         last = torch.full_like(new["beta"], row_state.NO_BETA) if self._last is None else self._last
         self._last = torch.where(counts, new["beta"], last)
         known = [i for i, param in enumerate(self._params) if self._state.get(param)]
@@ -58,12 +89,29 @@ class StateScalars:
             betas = torch.where(betas >= 0, betas, row_state.as_stored(self._last, self._params))
         return _nan_before_first(betas)
 
+    def _pack(self) -> Packed | None:
+        """The states in one tensor, where every row has one of its own and all are of one dtype on one device."""
+        states = [self._state[param] for param in self._params if param in self._state]
+        if not self._distinct or len(states) != len(self._params):
+            return None
+        if self._packed is not None and self._packed.holds(states):
+            return self._packed
+        values = [state.get(key) for state in states for key in DEFAULTS]
+        kinds = {(v.dtype, v.device, v.dim()) if isinstance(v, Tensor) else None for v in values}
+        return Packed(states) if len(kinds) == 1 and next(iter(kinds)) in self._packable else None
+
+    @property
+    def _packable(self) -> set[tuple[torch.dtype, torch.device, int]]:
+        return {(torch.float32, self._device, 0)}
+
     def _stack(self, key: str, default: float) -> Tensor:
         missing = torch.full((), default, dtype=self._dtype, device=self._device)
         values = [self._state[p].get(key, missing) if p in self._state else missing for p in self._params]
         if not values:
             return missing.new_empty(0)
-        return torch.stack([v.to(device=self._device, dtype=self._dtype, non_blocking=True) for v in values])
+        if any(value.device != self._device for value in values):
+            values = [value.to(self._device, non_blocking=True) for value in values]
+        return torch.stack(values).to(self._dtype)
 
 
 class TableScalars:

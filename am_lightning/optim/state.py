@@ -41,15 +41,30 @@ def as_stored(values: Tensor, params: list[Tensor]) -> Tensor:
     return torch.where(wide, values, rounded)
 
 
-def create(state: dict[str, Any], param: Tensor, moments: tuple[str, ...], *, adaptive: bool = True) -> None:
+def direction_dtype(param: Tensor, wanted: torch.dtype | None) -> torch.dtype:
+    """Of the direction d: ``wanted`` (``exp_avg_dtype``) beside float32 parameters, else the parameter's."""
+    return wanted if wanted is not None and param.dtype == torch.float32 else param.dtype
+
+
+def create(
+    state: dict[str, Any],
+    param: Tensor,
+    moments: tuple[str, ...],
+    *,
+    adaptive: bool = True,
+    direction: torch.dtype | None = None,
+) -> None:
     """Zero moments and no step taken. ``step`` lives beside the parameter: what is skipped is known there.
 
     Args:
+        moments: states shaped like the parameter, the direction d first.
         adaptive: with the adaptive scalars, which a flat parameter of many tensors does not keep here.
+        direction: dtype of d where it is not the parameter's; see :func:`direction_dtype`.
     """
     state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-    for key in moments:
-        state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
+    dtypes = [direction_dtype(param, direction), *[param.dtype] * (len(moments) - 1)]
+    for key, dtype in zip(moments, dtypes, strict=True):
+        state[key] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
     if not adaptive:
         return
     state["beta_prod"] = _scalar(1.0, param)
@@ -212,6 +227,8 @@ def restore_options(group: dict[str, Any], live: dict[str, Any], cap_key: str) -
         group["betas"] = (live[cap_key], float(group["betas"][1]))
     if "fused" in live:
         group["fused"] = live["fused"]
+        if live["fused"]:
+            group["foreach"] = live["foreach"]  # the checkpoint's may be True, which does not go with it
 
 
 def restore_scalars(

@@ -13,7 +13,13 @@ from torch import Tensor
 SCOPES = ("tensor", "group", "global")
 NONFINITE = ("skip", "propagate")
 LOSS_GAPS = ("first_order", "exact")
-WHOLE_OPTIMIZER = ("scope", "nonfinite", "loss_gap", "replica_group")  # options that no group has of its own
+WHOLE_OPTIMIZER = (
+    "scope",
+    "nonfinite",
+    "loss_gap",
+    "exp_avg_dtype",
+    "replica_group",
+)  # options that no group has of its own
 
 # torch.optim's words for an argument; others are called by their own name
 _WORDS = {"lr": "learning rate", "eps": "epsilon value", "weight_decay": "weight_decay value"}
@@ -92,6 +98,15 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"Invalid {name}: {value!r} ({name} must be {allowed})")
 
 
+def check_exp_avg_dtype(dtype: Any) -> None:
+    """None or bfloat16."""
+    allowed = "exp_avg_dtype must be torch.bfloat16, or None for the parameter's dtype"
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"Invalid exp_avg_dtype: {dtype!r} ({allowed}, not {type(dtype).__name__})")
+    if dtype not in (None, torch.bfloat16):
+        raise ValueError(f"Invalid exp_avg_dtype: {dtype} ({allowed})")
+
+
 def check_process_group(name: str, value: Any) -> None:
     """None or a process group of which this process is a member."""
     if value is None:
@@ -106,10 +121,7 @@ def check_implementation(group: dict[str, Any]) -> None:
     check_flag("foreach", group["foreach"], optional=True)
     if "fused" in group:
         check_flag("fused", group["fused"], optional=True)
-        if group["fused"]:
-            raise ValueError(
-                "Invalid fused: True (no fused kernels are available yet: fused must be False or None; "
-                "foreach=None picks the eager kernels for the device)"
-            )
+        if group["fused"] and group["foreach"]:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
     if isinstance(group["lr"], Tensor) and group["foreach"] and not group.get("capturable", True):
         raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")

@@ -115,7 +115,13 @@ ARGUMENTS: dict[type, dict[str, Argument]] = {
         "betas": BETAS,
         "eps": _number(),
         "capturable": _flag(),
-        "fused": Argument(st.sampled_from([None, False]), NOT_BOOLS | st.just(True), ("must be", "False", "None")),
+        "fused": _flag(optional=True),
+        "exp_avg_dtype": Argument(
+            st.sampled_from([None, torch.bfloat16]),
+            NOT_BOOLS | st.booleans() | st.sampled_from([torch.float16, torch.float32, "bfloat16"]),
+            ("must be torch.bfloat16", "None"),
+            per_group=False,
+        ),
     },
     AMSGD: {
         **SHARED,

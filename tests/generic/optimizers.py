@@ -114,7 +114,9 @@ def adamw_error_inputs(device: Any, dtype: Any) -> list[ErrorOptimizerInput]:
         (ValueError, "Invalid beta parameter at index 0: 1.0", {"lr": 1e-2, "betas": (1.0, 0.0)}),
         (ValueError, "Invalid beta parameter at index 1: 1.0", {"lr": 1e-2, "betas": (0.0, 1.0)}),
         (ValueError, "Invalid epsilon value: -1e-08", {"eps": -1e-8}),
-        (ValueError, "fused", {"fused": True}),
+        (RuntimeError, "`fused` and `foreach` cannot be `True` together", {"fused": True, "foreach": True}),
+        (TypeError, "Invalid fused: 1", {"fused": 1}),
+        (ValueError, "Invalid exp_avg_dtype: torch.float16", {"exp_avg_dtype": torch.float16}),
         (TypeError, "amsgrad", {"amsgrad": True}),
     )
 
@@ -134,7 +136,7 @@ OPTIMIZERS = [
         optim_inputs_func=adamw_inputs,
         optim_error_inputs_func=adamw_error_inputs,
         scheduler_inputs=SCHEDULERS,
-        supported_impls=("foreach",),
+        supported_impls=("foreach", "fused"),
         not_og_supported_flags=(),
         has_capturable_arg=True,
         supports_complex=False,

@@ -62,6 +62,8 @@ def _allowed_together(cls: type, kwargs: dict[str, Any]) -> bool:
     tensor_lr = isinstance(kwargs.get("lr"), Tensor)
     if tensor_lr and kwargs.get("foreach") and not kwargs.get("capturable"):
         return False
+    if kwargs.get("fused") and kwargs.get("foreach"):
+        return False
     return not (kwargs.get("loss_gap") == "exact" and kwargs.get("scope", "global") != "global")
 
 

@@ -106,13 +106,18 @@ def _mixed_params(dtype: torch.dtype) -> list[Parameter]:
 
 @each_case
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_foreach_matches_forloop(info: OptimizerInfo, kwargs: dict[str, Any], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("implementation", ["foreach", "fused"])
+def test_implementations_match_forloop(
+    info: OptimizerInfo, kwargs: dict[str, Any], implementation: str, dtype: torch.dtype
+) -> None:
     """After every step, for parameters that come and go, of all sizes: the same weights, states and betas."""
-    _skip_tensor_lr(kwargs, foreach=True)
+    if implementation not in info.supported_impls:
+        pytest.skip(f"there is no {implementation}")
+    _skip_tensor_lr(kwargs, foreach=implementation == "foreach")
     pair = []
-    for foreach in (False, True):
+    for options in ({"foreach": False}, {implementation: True}):
         params = _mixed_params(dtype)
-        pair.append((params, info.optim_cls(params, foreach=foreach, **with_own_lr(kwargs))))
+        pair.append((params, info.optim_cls(params, **options, **with_own_lr(kwargs))))
     generator = torch.Generator().manual_seed(2)
     for step in range(6):
         grads = [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(dtype) for p in pair[0][0]]

@@ -56,18 +56,29 @@ def test_schedulers_drive_the_converted_optimizer(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(converted, built, strict=True))
 
 
-def test_options_are_carried_over_and_fused_is_not() -> None:
+def test_options_are_carried_over_with_fused() -> None:
     net = make_net()
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, eps=1e-6, weight_decay=0.3, maximize=True, fused=True)
     assert optimizer._step_supports_amp_scaling
     convert_adamw(optimizer, lambd=0.2)
     (group,) = optimizer.param_groups
     assert (group["lr"], group["eps"], group["weight_decay"], group["maximize"]) == (0.1, 1e-6, 0.3, True)
-    assert group["fused"] is None
+    assert group["fused"] is True
     assert not hasattr(optimizer, "_step_supports_amp_scaling")
     assert group["beta1_max"] == group["betas"][0] == pytest.approx(0.9 - 0.1 * 0.2)
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "betas": (0.5, 0.9)})
     assert optimizer.param_groups[1]["beta1_max"] == 0.5
+
+
+def test_fused_becomes_none_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_compiler(device: torch.device) -> None:
+        raise RuntimeError("fused=True on the CPU needs a C++ compiler")
+
+    monkeypatch.setattr("am_lightning.optim.convert.require_fused", without_compiler)
+    optimizer = torch.optim.AdamW(make_net().parameters(), lr=0.1, fused=True)
+    with pytest.warns(UserWarning, match=r"becomes AMAdamW with fused=None: .* needs a C\+\+ compiler"):
+        convert_adamw(optimizer)
+    assert optimizer.param_groups[0]["fused"] is None and optimizer.defaults["fused"] is None
 
 
 def test_a_cycling_scheduler_does_not_set_the_cap() -> None:

@@ -63,12 +63,16 @@ def raw_error(ours: float, theirs: float) -> float:
     return abs(ours - theirs) / (abs(theirs) + 0.1)
 
 
-def compare(layout: str, kind: str, scope: str, dtype: str) -> dict[str, Any]:
-    """One row of the table: largest relative error of raw beta_t, bits that all ranks must share, collectives."""
+def compare(layout: str, kind: str, scope: str, dtype: str, **options: Any) -> dict[str, Any]:
+    """One row of the table: largest relative error of raw beta_t, bits that all ranks must share, collectives.
+
+    Args:
+        options: of the optimizer here, not of the run of one process.
+    """
     precision = getattr(torch, dtype)
     torch.manual_seed(0)
     placed = LAYOUTS[layout][0](precision)
-    optimizer = optimizer_of(placed, kind, scope)
+    optimizer = optimizer_of(placed, kind, scope, **options)
     rate, counts = RATES[kind][scope], []
     with raw_betas(scope) as raw:
         seen = train(placed.model, optimizer, range(STEPS), precision, share=placed.share, rate=rate, counts=counts)
@@ -91,7 +95,7 @@ def compare(layout: str, kind: str, scope: str, dtype: str) -> dict[str, Any]:
         "missing": sum(math.isnan(beta) for step in seen for beta in step.values()),
         "empty": sum(local(param).numel() == 0 for param in placed.model.parameters()),  # this rank has no element
         "collectives": counts,
-        "described": optimizer.current_layout().describe(),
+        "described": optimizer.describe(),
         "share": single["share"],
         "expected": placed.collectives,
         "partial": placed.partial,

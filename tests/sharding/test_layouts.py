@@ -48,8 +48,10 @@ def check_collectives(rank: dict[str, Any]) -> None:
     assert f"{rank['expected']} all-reduce a step: 18 x 4 numbers over" in rank["described"]
 
 
-def run(pool: Callable[[int], Pool], layout: str, world: int, kind: str, scope: str, dtype: str) -> list[Any]:
-    arguments = {"layout": layout, "kind": kind, "scope": scope, "dtype": dtype}
+def run(
+    pool: Callable[[int], Pool], layout: str, world: int, kind: str, scope: str, dtype: str, **options: Any
+) -> list[Any]:
+    arguments = {"layout": layout, "kind": kind, "scope": scope, "dtype": dtype, **options}
     return pool(world).run("tests.sharding.steps:compare", **arguments)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from am_lightning.optim.kernels.pieces import SUM_BLOCK, Numbers, Piece, Scalar, flat
+from am_lightning.optim.kernels.rounding import is_stochastic, seed_of, stochastic
 
 _BUFFER_BYTES = 1 << 20  # 256 Ki float32 elements: the fastest of 32 Ki .. 1 Mi on a server CPU
 
@@ -52,12 +53,14 @@ class _Chunk:
     a: Tensor  # scratch
     b: Tensor
     q: Tensor
+    first: int  # index of its first element in the piece
 
-    def write_back(self) -> None:
-        """Round what was worked on in scratch into the tensors."""
+    def write_back(self, seed: Tensor | None) -> None:
+        """Round what was worked on in scratch into the tensors; d stochastically with a seed."""
         for name, work in (("d", self.d), ("v", self.v), ("x", self.x)):
             if work is not None and work is not self.stored[name]:
-                self.stored[name].copy_(work)
+                rounded = work if seed is None or name != "d" else stochastic(work, seed, self.first)
+                self.stored[name].copy_(rounded)
 
 
 def sums(pieces: Sequence[Piece], numbers: Numbers, accumulate: torch.dtype, scratch: Scratch) -> list[Tensor]:
@@ -98,6 +101,7 @@ def _sums(piece: Piece, numbers: Numbers, accumulate: torch.dtype, scratch: Scra
 def _update(piece: Piece, numbers: Numbers, scratch: Scratch) -> None:
     host, o, i = numbers.on_host(), piece.options, piece.row
     omega, lr, shrink = float(host["omega"][i]), float(host["lr"][i]), float(host["shrink"][i])
+    seed = seed_of(torch.tensor(host["step"][i]), i) if is_stochastic(piece) else None
     for c in _chunks(piece, scratch):
         torch.sub(c.g, c.d, out=c.b)
         if c.v is None:
@@ -112,7 +116,7 @@ def _update(piece: Piece, numbers: Numbers, scratch: Scratch) -> None:
             c.x.add_(c.d, alpha=-lr)
         else:
             c.x.addcdiv_(c.d, c.a, value=-lr)
-        c.write_back()
+        c.write_back(seed)
 
 
 def _metric(c: _Chunk, piece: Piece, host: dict[str, Sequence[Scalar]], v_out: Tensor) -> None:
@@ -166,5 +170,5 @@ def _chunks(piece: Piece, scratch: Scratch) -> Iterator[_Chunk]:
         if o.maximize or o.l2:
             g = torch.mul(work["g"], -1.0 if o.maximize else 1.0, out=scratch.take("g", dtype, numel))
             work["g"] = g.add_(work["x"], alpha=o.l2) if o.l2 else g
-        temporaries = (scratch.take(name, dtype, numel) for name in ("a", "b", "q"))
-        yield _Chunk(work["g"], work["d"], work.get("v"), work["x"], stored, *temporaries)
+        a, b, q = (scratch.take(name, dtype, numel) for name in ("a", "b", "q"))
+        yield _Chunk(work["g"], work["d"], work.get("v"), work["x"], stored, a, b, q, k * size)

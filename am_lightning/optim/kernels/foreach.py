@@ -1,6 +1,7 @@
 """The two passes with torch._foreach_*, for accelerators: no host sync, no Python branch on a tensor.
 
-Rows are taken in buckets of bounded size, so that the temporaries are at most a few buckets, not a few models.
+Rows are taken in buckets of bounded size, large ones in parts, so that the temporaries are at most a few buckets (of
+64 MiB in float32), not a few models or a few embeddings.
 """
 
 from __future__ import annotations
@@ -11,23 +12,28 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from am_lightning.optim.kernels.pieces import Numbers, Piece, Scalar
+from am_lightning.optim.kernels.pieces import Numbers, Piece, Scalar, flat, is_flat
+from am_lightning.optim.kernels.rounding import is_stochastic, seed_of, stochastic
 
 _BUCKET_ELEMENTS = 16 << 20
 
 
 def sums(pieces: Sequence[Piece], numbers: Numbers, accumulate: torch.dtype) -> list[Tensor]:
     """Pass 1, which only reads: ``[2]`` with N and D for each piece."""
-    result: list[Tensor] = []
-    for bucket in _buckets(pieces):
-        result += _sums(bucket, numbers.on(bucket[0].x.device), accumulate)
-    return result
+    parts: list[Tensor] = []
+    for bucket in _buckets(_in_parts(pieces)):
+        parts += _sums(bucket, numbers.on(bucket[0].x.device), accumulate)
+    if len(parts) == len(pieces):
+        return parts
+    ends = iter(parts)
+    return [torch.stack([next(ends) for _ in range(_count(piece))]).sum(0) for piece in pieces]
 
 
 def update(pieces: Sequence[Piece], numbers: Numbers, keep: Sequence[Tensor]) -> None:
     """Pass 2, which writes d, v and x where ``keep`` (a 0-dim bool for each piece) is True."""
+    keep = [kept for piece, kept in zip(pieces, keep, strict=True) for _ in range(_count(piece))]
     done = 0
-    for bucket in _buckets(pieces):
+    for bucket in _buckets(_in_parts(pieces)):
         _update(bucket, numbers.on(bucket[0].x.device), keep[done : done + len(bucket)])
         done += len(bucket)
 
@@ -72,7 +78,7 @@ def _update(bucket: Sequence[Piece], n: dict[str, Sequence[Scalar]], keep: Seque
         torch._foreach_div_(move, q)
         _write([p.v for p in bucket if p.v is not None], v, keep)
     torch._foreach_add_(move, d)  # d'
-    _write([p.d for p in bucket], move, keep)
+    _write([p.d for p in bucket], [_rounded(p, new, n) for p, new in zip(bucket, move, strict=True)], keep)
     if metric is not None:
         torch._foreach_div_(move, metric)
     torch._foreach_mul_(move, _pick(n["lr"], bucket))
@@ -114,6 +120,13 @@ def _pick(column: Sequence[Scalar], bucket: Sequence[Piece]) -> list[Tensor]:
     return [column[p.row] for p in bucket]  # type: ignore[misc]
 
 
+def _rounded(piece: Piece, new: Tensor, n: dict[str, Sequence[Scalar]]) -> Tensor:
+    """d' as it is stored, where that takes more than a cast."""
+    if not is_stochastic(piece):
+        return new
+    return stochastic(new, seed_of(n["step"][piece.row], piece.row), piece.first)  # type: ignore[arg-type]
+
+
 def _copies(tensors: list[Tensor]) -> list[Tensor]:
     copies = [torch.empty_like(t) for t in tensors]
     torch._foreach_copy_(copies, tensors)
@@ -121,7 +134,7 @@ def _copies(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _buckets(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
-    """Neighbours with equal options, device and dtypes, at most about 16 Mi elements together."""
+    """Neighbours with equal options, device and dtypes, at most 16 Mi elements together."""
     for _, same in groupby(pieces, key=lambda p: (p.options, p.x.device, [t.dtype for t in p.tensors()])):
         bucket: list[Piece] = []
         elements = 0
@@ -132,3 +145,24 @@ def _buckets(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
             bucket.append(piece)
             elements += piece.x.numel()
         yield bucket
+
+
+def _count(piece: Piece) -> int:
+    """How many parts a piece is taken in. One whose elements do not lie close together is taken whole."""
+    if piece.x.numel() <= _BUCKET_ELEMENTS or not is_flat(piece.tensors()):
+        return 1
+    return -(-piece.x.numel() // _BUCKET_ELEMENTS)
+
+
+def _in_parts(pieces: Sequence[Piece]) -> list[Piece]:
+    """Pieces of at most a bucket each."""
+    result = []
+    for piece in pieces:
+        if _count(piece) == 1:
+            result.append(piece)
+            continue
+        columns = zip(*(torch.split(flat(tensor), _BUCKET_ELEMENTS) for tensor in piece.tensors()), strict=True)
+        for i, (x, g, d, *v) in enumerate(columns):
+            first = i * _BUCKET_ELEMENTS
+            result.append(Piece(piece.row, x, g, d, v[0] if v else None, piece.options, first))
+    return result

@@ -1,72 +1,173 @@
-"""Chooses the kernels of a step: which rows go through which of the three tiers."""
+"""Chooses the kernels of a step: which rows go through which tier."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from am_lightning.optim.kernels import blocked, foreach, reference
+from am_lightning.optim.kernels import blocked, compiled, cpu_loop, foreach, reference, triton_pair
 from am_lightning.optim.kernels.blocked import Scratch
+from am_lightning.optim.kernels.fused import COMPILED, LOOP, TRITON, fused_tier
 from am_lightning.optim.kernels.pieces import Numbers, Piece, is_flat
 
 REFERENCE, BLOCKED, FOREACH = "reference", "blocked", "foreach"
 
 
-def tier(piece: Piece, use_foreach: bool | None) -> str:
-    """``foreach=False`` is the reference, ``True`` torch._foreach_*; ``None`` the fastest eager tier for the device.
+class Choice(NamedTuple):
+    """A group's options ``foreach`` and ``fused``."""
 
-    The blocked tier walks the storage, so tensors whose strides differ go to the reference.
+    foreach: bool | None
+    fused: bool | None
+
+
+class Workspace:
+    """What kernels keep from step to step: buffers and tables, nothing that a checkpoint needs."""
+
+    def __init__(self) -> None:
+        self.scratch = Scratch()
+        self.tables = triton_pair.Tables()
+        self.agreed_on_cpu: str | None = None  # the fused kernels that all ranks have; None: chosen here alone
+        self._indices: dict[Hashable, Tensor] = {}
+
+    def index(self, rows: tuple[int, ...], device: torch.device) -> Tensor:
+        """``[len(rows)]`` on the device, made once."""
+        key = rows, device
+        if key not in self._indices:
+            self._indices = {key: torch.tensor(rows, device=device), **dict(list(self._indices.items())[-7:])}
+        return self._indices[key]
+
+
+_SUPPORTS: dict[str, Callable[[Piece], bool]] = {
+    TRITON: lambda piece: triton_pair.supports(piece),
+    LOOP: cpu_loop.supports,
+    COMPILED: compiled.supports,
+    BLOCKED: lambda piece: is_flat(piece.tensors()),
+    FOREACH: lambda piece: True,
+    REFERENCE: lambda piece: True,
+}
+
+
+def tiers(device: torch.device, choice: Choice, agreed_on_cpu: str | None = None) -> tuple[str, str]:
+    """The tier of a group on a device, and the one for rows that it does not support.
+
+    ``foreach=False`` is the reference, ``True`` torch._foreach_*; ``None`` the fastest eager tier for the device. The
+    blocked and the fused tiers walk the storage, so tensors whose strides differ go to the other.
+
+    Raises:
+        RuntimeError: ``fused`` is True and what its kernels need is not installed.
     """
-    on_cpu = piece.x.device.type == "cpu"
-    if use_foreach or (use_foreach is None and not on_cpu):
-        return FOREACH
-    if use_foreach is None and is_flat(piece.tensors()):
-        return BLOCKED
-    return REFERENCE
+    on_cpu = device.type == "cpu"
+    if choice.fused:
+        tier = agreed_on_cpu if on_cpu and agreed_on_cpu else fused_tier(device)
+        return tier, REFERENCE if on_cpu else FOREACH
+    if choice.foreach or (choice.foreach is None and not on_cpu):
+        return FOREACH, FOREACH
+    return BLOCKED if choice.foreach is None else REFERENCE, REFERENCE
+
+
+class Launch(Protocol):
+    """Both passes of one step over the pieces of one tier."""
+
+    def sums(self, numbers: Numbers, accumulate: torch.dtype) -> Tensor:
+        """Pass 1: ``[pieces, 2]``."""
+
+    def update(self, numbers: Numbers, counts: Tensor) -> None:
+        """Pass 2 of the rows where ``counts`` (``[rows]`` bool) is True."""
 
 
 class Passes:
     """Both passes of one step over pieces that may need different tiers."""
 
-    def __init__(self, pieces: Sequence[Piece], tiers: Sequence[str], scratch: Scratch) -> None:
-        self._scratch = scratch
-        self._by_tier: dict[tuple[str, str], list[Piece]] = {}
-        for piece, name in zip(pieces, tiers, strict=True):
-            self._by_tier.setdefault((name, piece.x.device.type), []).append(piece)
+    def __init__(self, pieces: Sequence[Piece], choices: Sequence[Choice], workspace: Workspace) -> None:
+        self._workspace = workspace
+        chosen: dict[tuple[torch.device, Choice], tuple[str, str]] = {}
+        by_tier: dict[tuple[str, str], list[Piece]] = {}
+        for piece, choice in zip(pieces, choices, strict=True):
+            device = piece.x.device
+            if (device, choice) not in chosen:
+                chosen[device, choice] = tiers(device, choice, workspace.agreed_on_cpu)
+            name, other = chosen[device, choice]
+            supports = _SUPPORTS[name]
+            if not supports(piece):
+                piece = _with_gradient_like_parameter(piece) if choice.fused else piece
+                name = name if supports(piece) else other
+            by_tier.setdefault((name, device.type), []).append(piece)
+        self.tiers = {name: len(members) for (name, _), members in by_tier.items()}
+        self._launches = [
+            (tuple(piece.row for piece in members), _launch(name, device, members, workspace))
+            for (name, device), members in by_tier.items()
+        ]
 
     def sums(self, numbers: Numbers, rows: int, device: torch.device, accumulate: torch.dtype) -> Tensor:
         """Pass 1: ``[rows, 2]``, N and D; zero for rows without a gradient here."""
-        out: list[Tensor | None] = [None] * rows
-        for (name, _), pieces in self._by_tier.items():
-            if name == BLOCKED:
-                pairs = blocked.sums(pieces, numbers, accumulate, self._scratch)
-            elif name == FOREACH:
-                pairs = foreach.sums(pieces, numbers, accumulate)
-            else:
-                pairs = reference.sums(pieces, numbers, accumulate)
-            for piece, pair in zip(pieces, pairs, strict=True):
-                out[piece.row] = pair.to(device, non_blocking=True)
-        if not rows:  # a pipeline stage, or a rank, without parameters
-            return torch.zeros(0, 2, dtype=accumulate, device=device)
-        nothing = torch.zeros(2, dtype=accumulate, device=device)
-        return torch.stack([nothing if pair is None else pair for pair in out])
+        everything = tuple(range(rows))
+        out: Tensor | None = None
+        for here, launch in self._launches:
+            pairs = launch.sums(numbers, accumulate).to(device, non_blocking=True)
+            if here == everything:
+                return pairs
+            if out is None:
+                out = torch.zeros(rows, 2, dtype=accumulate, device=device)
+            out.index_copy_(0, self._workspace.index(here, device), pairs)
+        # None where a pipeline stage, or a rank, has no parameters
+        return torch.zeros(rows, 2, dtype=accumulate, device=device) if out is None else out
 
     def update(self, numbers: Numbers, counts: Tensor) -> None:
         """Pass 2: write the rows where ``counts`` (``[rows]`` bool) is True.
 
         On the CPU this is read on the host, once; elsewhere nothing waits for the device.
         """
-        host: list[bool] | None = None
-        for (name, device_type), pieces in self._by_tier.items():
-            if name == FOREACH or device_type != "cpu":
-                kept = [counts[p.row].to(p.x.device, non_blocking=True) for p in pieces]
-                (foreach if name == FOREACH else reference).update(pieces, numbers, kept)
-                continue
-            host = counts.tolist() if host is None else host
-            pieces = [p for p in pieces if host[p.row]]
-            if name == BLOCKED:
-                blocked.update(pieces, numbers, self._scratch)
-            else:
-                reference.update(pieces, numbers, None)
+        for _, launch in self._launches:
+            launch.update(numbers, counts)
+
+
+class EagerPasses:
+    """Both passes of one step with torch's own operators."""
+
+    def __init__(self, name: str, device_type: str, pieces: Sequence[Piece], scratch: Scratch) -> None:
+        self._name, self._pieces, self._scratch = name, pieces, scratch
+        self._waits = name != FOREACH and device_type == "cpu"  # for the numbers, which are there
+
+    def sums(self, numbers: Numbers, accumulate: torch.dtype) -> Tensor:
+        """Pass 1: ``[pieces, 2]``."""
+        if self._name == BLOCKED:
+            return torch.stack(blocked.sums(self._pieces, numbers, accumulate, self._scratch))
+        module = foreach if self._name == FOREACH else reference
+        return torch.stack(
+            [pair.to(self._pieces[0].x.device) for pair in module.sums(self._pieces, numbers, accumulate)]
+        )
+
+    def update(self, numbers: Numbers, counts: Tensor) -> None:
+        """Pass 2 of the rows where ``counts`` (``[rows]`` bool) is True."""
+        if not self._waits:
+            kept = [counts[p.row].to(p.x.device, non_blocking=True) for p in self._pieces]
+            (foreach if self._name == FOREACH else reference).update(self._pieces, numbers, kept)
+            return
+        host = counts.tolist()
+        pieces = [p for p in self._pieces if host[p.row]]
+        if self._name == BLOCKED:
+            blocked.update(pieces, numbers, self._scratch)
+        else:
+            reference.update(pieces, numbers, None)
+
+
+def _launch(name: str, device_type: str, pieces: Sequence[Piece], workspace: Workspace) -> Launch:
+    if name == TRITON:
+        return triton_pair.TritonPasses(pieces, workspace.tables)
+    if name == LOOP:
+        return cpu_loop.LoopPasses(pieces)
+    if name == COMPILED:
+        return compiled.CompiledPasses(pieces)
+    return EagerPasses(name, device_type, pieces, workspace.scratch)
+
+
+def _with_gradient_like_parameter(piece: Piece) -> Piece:
+    """Where only the gradient has other strides, a copy of it that the fused kernels can walk along with the rest."""
+    if piece.g.stride() == piece.x.stride() or not is_flat([t for t in piece.tensors() if t is not piece.g]):
+        return piece
+    like_parameter = torch.empty_like(piece.x, dtype=piece.g.dtype, memory_format=torch.preserve_format)
+    return replace(piece, g=like_parameter.copy_(piece.g))

@@ -24,7 +24,7 @@ class Options(NamedTuple):
     maximize: bool
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Piece:
     """This process's piece of one row. All tensors have one shape; ``v`` is None where the metric is the identity."""
 
@@ -34,6 +34,7 @@ class Piece:
     d: Tensor
     v: Tensor | None
     options: Options
+    first: int = 0  # where this part begins, for a tensor that a tier takes in parts
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -48,7 +49,7 @@ class Numbers:
     """Numbers that differ between rows and steps, handed to kernels as floats or as 0-dim tensors.
 
     ``gap`` is 1 + k, ``root`` c_t / sqrt(1 - beta2^t), ``floor`` c_t eps, ``lr`` eta_t, ``shrink`` 1 - mu eta_t,
-    ``omega`` 1 - beta_t.
+    ``omega`` 1 - beta_t, ``step`` the steps before this one.
     """
 
     def __init__(self, columns: dict[str, Tensor]) -> None:
@@ -77,8 +78,9 @@ class Numbers:
 def is_flat(tensors: Sequence[Tensor]) -> bool:
     """True where one flat walk over the storage visits the same element of every tensor."""
     first, strides = tensors[0], tensors[0].stride()
-    if any(t.stride() != strides for t in tensors):
-        return False
+    for other in tensors:
+        if other.stride() != strides:
+            return False
     if first.is_contiguous():
         return True
     expected = 1

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from am_lightning.optim.kernels.pieces import Numbers, Piece, Scalar
+from am_lightning.optim.kernels.rounding import is_stochastic, seed_of, stochastic
 
 
 def sums(pieces: Sequence[Piece], numbers: Numbers, accumulate: torch.dtype) -> list[Tensor]:
@@ -41,6 +42,8 @@ def update(pieces: Sequence[Piece], numbers: Numbers, keep: Sequence[Tensor] | N
         q = 1 + piece.options.lambd * metric
         d = d + n["omega"] * (g - d) / q
         x = n["shrink"] * x - n["lr"] * d / metric
+        if is_stochastic(piece):
+            d = stochastic(d, seed_of(torch.as_tensor(n["step"]), piece.row))
         for old, new in ((piece.d, d), (piece.v, v), (piece.x, x)):
             if old is not None and new is not None:
                 new = new.to(old.dtype)

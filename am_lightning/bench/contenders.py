@@ -1,0 +1,128 @@
+"""The optimizers to compare, on the same parameters, gradients and moments."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from am_lightning.bench.models import Shape
+from am_lightning.optim import AMAdamW
+from am_lightning.optim.kernels.fused import SWITCH, TRITON_DEVICES
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(eq=False)
+class Contender:
+    """One way to step.
+
+    Attributes:
+        name: as in the table.
+        same: the AdamW of the same kind, by name.
+        optimizer: made with it.
+        bytes_moved: of one step, as the word model counts them.
+        switch: which fused kernels on the CPU; None elsewhere.
+    """
+
+    name: str
+    same: str
+    optimizer: torch.optim.Optimizer
+    bytes_moved: int
+    switch: str | None = None
+
+    def step(self) -> None:
+        """One optimizer step."""
+        if self.switch is not None:
+            os.environ[SWITCH] = self.switch
+        self.optimizer.step()
+
+    def share_moments(self, moments: dict[Tensor, dict[str, Tensor]]) -> None:
+        """Take the moments that others have already, where they are of its dtype; give its own where none have."""
+        for param, state in self.optimizer.state.items():
+            known = moments.setdefault(param, {key: state[key] for key in MOMENTS})
+            for key in MOMENTS:
+                if known[key].dtype == state[key].dtype:
+                    state[key] = known[key]
+
+    def kernels(self) -> str:
+        """What a step ran, in words."""
+        if not isinstance(self.optimizer, AMAdamW):
+            return "torch.optim"
+        return self.optimizer.describe().rpartition("kernels: ")[2]
+
+
+def make_parameters(shapes: list[Shape], dtype: torch.dtype, device: torch.device) -> list[torch.nn.Parameter]:
+    """Normal weights, each with a gradient that stays."""
+    generator = torch.Generator(device).manual_seed(0)
+    params = []
+    for shape in shapes:
+        values = torch.randn((2, *shape), generator=generator, device=device, dtype=torch.float32)
+        param = torch.nn.Parameter((values[0] * 0.05).to(dtype))
+        param.grad = (values[1] * 1e-3).to(dtype)
+        params.append(param)
+    return params
+
+
+def bytes_of_adamw(elements: int, size: int) -> int:
+    """Read p g m v, write p m v."""
+    return 7 * size * elements
+
+
+def bytes_of_amadamw(elements: int, size: int, *, decays: bool, direction: int) -> int:
+    """Pass 1 reads g d v, and p with weight decay; pass 2 reads p g d v and writes p d v."""
+    words = 2 + 3 + 2 + decays  # of g, v and p
+    return (words * size + 3 * direction) * elements
+
+
+def make_contenders(
+    params: list[torch.nn.Parameter], *, decay: float, scope: str, device: torch.device
+) -> tuple[list[Contender], dict[str, str]]:
+    """All that run on the device, and why others do not: name -> reason."""
+    elements, size = sum(p.numel() for p in params), params[0].element_size()
+    options: dict[str, Any] = {"lr": 1e-6, "weight_decay": decay}
+    result, missing = [], {}
+    for kind, how in ADAMW.items():
+        try:
+            adamw = torch.optim.AdamW(params, **options, **how)
+            result.append(Contender(f"AdamW {kind}", f"AdamW {kind}", adamw, bytes_of_adamw(elements, size)))
+        except RuntimeError as error:
+            missing[f"AdamW {kind}"] = str(error)
+    for kind, (same, switch, how) in _kinds(device, params[0].dtype).items():
+        try:
+            ours = AMAdamW(params, **options, scope=scope, **how)
+        except RuntimeError as error:
+            missing[f"AMAdamW {kind}"] = str(error)
+            continue
+        direction = 2 if ours.exp_avg_dtype is not None else size
+        moved = bytes_of_amadamw(elements, size, decays=decay > 0, direction=direction)
+        result.append(Contender(f"AMAdamW {kind}", f"AdamW {same}", ours, moved, switch))
+    return result, missing
+
+
+ADAMW: dict[str, dict[str, Any]] = {
+    "single": {"foreach": False, "fused": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
+
+
+def _kinds(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[str, str | None, dict[str, Any]]]:
+    """Kind of AMAdamW -> the kind of AdamW it is compared with, the switch, its options."""
+    on_cpu = device.type == "cpu"
+    fused: dict[str, str | None] = {"C++ loop": "cpp", "torch.compile": "compile"}
+    if not on_cpu:
+        fused = {"Triton" if device.type in TRITON_DEVICES else "torch.compile": None}
+    kinds: dict[str, tuple[str, str | None, dict[str, Any]]] = {"reference": ("single", None, {"foreach": False})}
+    if on_cpu:
+        kinds["eager"] = ("foreach", None, {})
+    kinds["foreach"] = ("foreach", None, {"foreach": True})
+    for name, switch in fused.items():
+        kinds[f"fused, {name}"] = ("fused", switch, {"fused": True})
+    if dtype == torch.float32:
+        low = {"fused": True, "exp_avg_dtype": torch.bfloat16}
+        kinds["fused, bfloat16 exp_avg"] = ("fused", next(iter(fused.values())), low)
+    return kinds

@@ -1,0 +1,93 @@
+"""The models whose parameters are stepped: their shapes, and the network itself for the time of a training step."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+Shape = tuple[int, ...]
+ROW = 2048  # tokens of a row, at most
+
+
+@dataclass(frozen=True)
+class Llama:
+    """What the shapes of a Llama's parameters follow from; the names are those of its configuration."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_key_value_heads: int
+    num_layers: int
+    vocab_size: int
+    tie_word_embeddings: bool
+
+    def shapes(self) -> list[Shape]:
+        """Of every parameter, in the order of the modules."""
+        h, m = self.hidden_size, self.intermediate_size
+        kv = h // self.num_heads * self.num_key_value_heads
+        layer: list[Shape] = [(h, h), (kv, h), (kv, h), (h, h), (m, h), (m, h), (h, m), (h,), (h,)]
+        head: list[Shape] = [] if self.tie_word_embeddings else [(self.vocab_size, h)]
+        return [(self.vocab_size, h), *layer * self.num_layers, (h,), *head]
+
+
+LLAMAS = {
+    "llama60m": Llama(512, 1376, 8, 8, 8, 32000, False),  # 58 M parameters
+    "llama1b": Llama(2048, 8192, 32, 8, 16, 128256, True),  # 1.24 B; Llama 3.2 1B
+}
+
+
+def many_tiny() -> list[Shape]:
+    """400 vectors: call overhead, not bytes."""
+    return [((64, 256, 512, 768)[i % 4],) for i in range(400)]
+
+
+MODELS: dict[str, Callable[[], list[Shape]]] = {
+    **{name: llama.shapes for name, llama in LLAMAS.items()},
+    "many-tiny": many_tiny,
+}
+
+
+def row_of(tokens: int) -> int:
+    """Tokens of one row; ``tokens`` is a multiple of it."""
+    return min(tokens, ROW)
+
+
+def forward_and_backward_seconds(model: str, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Of a training step on ``tokens`` tokens: rows of :func:`row_of` one after the other, as when accumulating.
+
+    On accelerators a float32 model runs under autocast to bfloat16.
+
+    Raises:
+        ImportError: transformers is missing.
+    """
+    from am_lightning.recipes.network import LlamaShape, build_llama, token_loss
+
+    llama, row = LLAMAS[model], row_of(tokens)
+    with device:
+        network: torch.nn.Module = build_llama(LlamaShape(seq_len=row, **vars(llama)))
+        network.to(dtype)
+        ids = torch.randint(0, llama.vocab_size, (1, row))
+    mixed = device.type != "cpu" and dtype == torch.float32
+
+    def once() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+            loss = token_loss(network(ids).logits, ids)
+        torch.autograd.backward(loss)
+
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        once()
+        wait_for(device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:]) * (tokens // row)
+
+
+def wait_for(device: torch.device) -> None:
+    """Until all that was launched there is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()

@@ -1,0 +1,287 @@
+// The two passes of AM-AdamW over many tensors, for the CPU. Plain C interface, no header of torch's is needed.
+//
+// Work is cut into blocks of BLOCK elements. Each block has its own pair of float64 partial sums, added up in the order
+// of the blocks, so the result does not depend on the number of threads. Within a block, tiles of TILE elements are
+// summed in the working precision (float32, or float64 for float64 parameters).
+//
+//   v' = v + (1 - beta2) (g^2 - v)     P = root sqrt(v') + floor     q = 1 + lambda P
+//   N = sum (d - gap g) (d / P + mu x)                               D = sum (d - g)^2 / (P q)
+//   d' = d + omega (g - d) / q         x' = shrink x - lr d' / P
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int64_t BLOCK = 16384, TILE = 1024;
+
+enum Kind : int64_t { F32 = 0, F64 = 1, BF16 = 2, F16 = 3 };
+
+struct Piece {
+  void *x, *g, *d, *v;
+  int64_t numel, row, x_kind, g_kind, d_kind, v_kind, maximize;
+};
+struct Options {
+  double beta2, lambd, mu;
+};
+struct Numbers {  // of one row
+  double gap, root, floor, lr, shrink, step, omega;
+};
+struct Block {
+  int64_t piece, begin, end;
+};
+
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+inline float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// ---------------------------------------------------------------- 16-bit formats, without branches so that loops vectorise
+inline float from_bf16(uint16_t h) { return float_of(uint32_t(h) << 16); }
+
+inline uint16_t to_bf16(float value) {
+  uint32_t u = bits_of(value);
+  uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return uint16_t((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : rounded);
+}
+
+inline float from_f16(uint16_t h) {
+  uint32_t magnitude = uint32_t(h & 0x7fffu) << 13;
+  uint32_t scaled = bits_of(float_of(magnitude) * float_of(0x77800000u));  // 2^112
+  uint32_t special = magnitude | 0x7f800000u;                              // inf and nan
+  return float_of((magnitude >= 0x0f800000u ? special : scaled) | (uint32_t(h & 0x8000u) << 16));
+}
+
+inline uint16_t to_f16(float value) {  // round to nearest even: the addition below does it
+  uint32_t u = bits_of(value), twice = u + u, sign = (u >> 16) & 0x8000u;
+  float base = std::fabs(value) * float_of(0x77800000u);  // overflows to inf where float16 does
+  base *= float_of(0x08800000u);                          // 2^-110
+  uint32_t bias = std::max(twice & 0xff000000u, 0x71000000u);
+  uint32_t sum = bits_of(float_of((bias >> 1) + 0x07800000u) + base);
+  uint32_t magnitude = ((sum >> 13) & 0x7c00u) + (sum & 0x0fffu);
+  return uint16_t(sign | (twice > 0xff000000u ? 0x7e00u : magnitude));
+}
+
+// ---------------------------------------------------------------- stochastic rounding: a hash of (row, step, element)
+inline uint32_t mix(uint32_t x) {
+  x ^= x >> 16;
+  x *= 0x7feb352du;
+  x ^= x >> 15;
+  x *= 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+void store_stochastic(uint16_t* out, const float* from, int64_t n, int64_t first, uint32_t seed) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) {
+    uint32_t u = bits_of(from[i]);
+    uint32_t noise = mix(uint32_t(first + i) ^ seed) >> 16;
+    out[i] = uint16_t((u + ((u & 0x7f800000u) == 0x7f800000u ? 0u : noise)) >> 16);
+  }
+}
+
+// ---------------------------------------------------------------- tiles in the working precision
+template <class C, Kind native>
+C* tile(void* base, int64_t kind, int64_t first, int64_t n, C* scratch) {
+  if (kind == native) return static_cast<C*>(base) + first;
+  if (kind == F32) {
+    const float* p = static_cast<const float*>(base) + first;
+    for (int64_t i = 0; i < n; i++) scratch[i] = C(p[i]);
+  } else if (kind == F64) {
+    const double* p = static_cast<const double*>(base) + first;
+    for (int64_t i = 0; i < n; i++) scratch[i] = C(p[i]);
+  } else if (kind == BF16) {
+    const uint16_t* p = static_cast<const uint16_t*>(base) + first;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) scratch[i] = C(from_bf16(p[i]));
+  } else {
+    const uint16_t* p = static_cast<const uint16_t*>(base) + first;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) scratch[i] = C(from_f16(p[i]));
+  }
+  return scratch;
+}
+
+template <class C, Kind native>
+void store(void* base, int64_t kind, int64_t first, int64_t n, const C* from) {
+  if (kind == native) return;  // worked on in place
+  if (kind == F32) {
+    float* p = static_cast<float*>(base) + first;
+    for (int64_t i = 0; i < n; i++) p[i] = float(from[i]);
+  } else if (kind == F64) {
+    double* p = static_cast<double*>(base) + first;
+    for (int64_t i = 0; i < n; i++) p[i] = double(from[i]);
+  } else if (kind == BF16) {
+    uint16_t* p = static_cast<uint16_t*>(base) + first;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) p[i] = to_bf16(float(from[i]));
+  } else {
+    uint16_t* p = static_cast<uint16_t*>(base) + first;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) p[i] = to_f16(float(from[i]));
+  }
+}
+
+template <class C>
+const C* negated(const C* g, int64_t n, C* scratch) {
+  for (int64_t i = 0; i < n; i++) scratch[i] = -g[i];
+  return scratch;
+}
+
+// ---------------------------------------------------------------- the formulas, for one element
+template <class C>
+struct Constants {
+  C rate, root, base, lambd, mu, gap, omega, lr, shrink;
+  Constants(const Options& o, const Numbers& s)
+      : rate(C(1 - o.beta2)), root(C(s.root)), base(C(s.floor)), lambd(C(o.lambd)), mu(C(o.mu)), gap(C(s.gap)),
+        omega(C(s.omega)), lr(C(s.lr)), shrink(C(s.shrink)) {}
+};
+
+template <class C>
+struct Metric {
+  C second, P, q, M;  // M = 1 / (P q): one division serves 1 / P = M q and 1 / q = M P
+  Metric(C g, C v, const Constants<C>& k) {
+    second = v + k.rate * (g * g - v);
+    P = k.root * std::sqrt(second) + k.base;
+    q = 1 + k.lambd * P;
+    M = 1 / (P * q);
+  }
+};
+
+template <class C, bool decays>
+inline void add_terms(C g, C d, C v, C x, const Constants<C>& k, C& num, C& den) {
+  Metric<C> m(g, v, k);
+  C diff = d - g, slope = d * (m.M * m.q);
+  if (decays) slope += k.mu * x;
+  num += (d - k.gap * g) * slope;
+  den += diff * diff * m.M;
+}
+
+template <class C>
+inline void advance(C g, C& d, C& v, C& x, const Constants<C>& k) {
+  Metric<C> m(g, v, k);
+  v = m.second;
+  d += k.omega * (g - d) * (m.M * m.P);
+  x = k.shrink * x - k.lr * (d * (m.M * m.q));
+}
+
+template <class C, Kind native>
+void block_sums(const Piece& piece, const Options& o, const Numbers& s, const Block& block, double* out) {
+  alignas(64) C sg[TILE], sd[TILE], sv[TILE], sx[TILE];
+  const Constants<C> k(o, s);
+  double num = 0, den = 0;
+  for (int64_t first = block.begin; first < block.end; first += TILE) {
+    const int64_t n = std::min(TILE, block.end - first);
+    const C* g = tile<C, native>(piece.g, piece.g_kind, first, n, sg);
+    const C* d = tile<C, native>(piece.d, piece.d_kind, first, n, sd);
+    const C* v = tile<C, native>(piece.v, piece.v_kind, first, n, sv);
+    if (piece.maximize) g = negated(g, n, sg);
+    C tile_num = 0, tile_den = 0;
+    if (o.mu != 0) {
+      const C* x = tile<C, native>(piece.x, piece.x_kind, first, n, sx);
+#pragma omp simd reduction(+ : tile_num, tile_den)
+      for (int64_t i = 0; i < n; i++) add_terms<C, true>(g[i], d[i], v[i], x[i], k, tile_num, tile_den);
+    } else {
+#pragma omp simd reduction(+ : tile_num, tile_den)
+      for (int64_t i = 0; i < n; i++) add_terms<C, false>(g[i], d[i], v[i], C(0), k, tile_num, tile_den);
+    }
+    num += double(tile_num);
+    den += double(tile_den);
+  }
+  out[0] = num;
+  out[1] = den;
+}
+
+template <class C, Kind native>
+void block_update(const Piece& piece, const Options& o, const Numbers& s, const Block& block) {
+  alignas(64) C sg[TILE], sd[TILE], sv[TILE], sx[TILE];
+  const Constants<C> k(o, s);
+  const bool stochastic = piece.d_kind == BF16 && piece.x_kind == F32;
+  const uint32_t seed = mix(uint32_t(int64_t(s.step)) + 0x9e3779b9u * uint32_t(piece.row + 1));
+  for (int64_t first = block.begin; first < block.end; first += TILE) {
+    const int64_t n = std::min(TILE, block.end - first);
+    const C* g = tile<C, native>(piece.g, piece.g_kind, first, n, sg);
+    C* d = tile<C, native>(piece.d, piece.d_kind, first, n, sd);
+    C* v = tile<C, native>(piece.v, piece.v_kind, first, n, sv);
+    C* x = tile<C, native>(piece.x, piece.x_kind, first, n, sx);
+    if (piece.maximize) g = negated(g, n, sg);
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) advance(g[i], d[i], v[i], x[i], k);
+    if constexpr (native == F32) {
+      if (stochastic) store_stochastic(static_cast<uint16_t*>(piece.d) + first, d, n, first, seed);
+    }
+    if (!stochastic) store<C, native>(piece.d, piece.d_kind, first, n, d);
+    store<C, native>(piece.v, piece.v_kind, first, n, v);
+    store<C, native>(piece.x, piece.x_kind, first, n, x);
+  }
+}
+
+std::vector<Block> cut(const Piece* pieces, int64_t count, const uint8_t* counts) {
+  std::vector<Block> blocks;
+  for (int64_t p = 0; p < count; p++) {
+    if (counts && !counts[pieces[p].row]) continue;
+    for (int64_t begin = 0; begin < pieces[p].numel; begin += BLOCK)
+      blocks.push_back({p, begin, std::min(begin + BLOCK, pieces[p].numel)});
+  }
+  return blocks;
+}
+
+}  // namespace
+
+extern "C" {
+
+int am_has_openmp() {
+#ifdef _OPENMP
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+// out: [count, 2], N and D of each piece. numbers: [rows].
+void am_sums(const Piece* pieces, const Options* options, const Numbers* numbers, int64_t count, int threads, double* out) {
+  const std::vector<Block> blocks = cut(pieces, count, nullptr);
+  const int64_t total = int64_t(blocks.size());
+  std::vector<double> partial(2 * total);
+#pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (total > 1 && threads > 1)
+  for (int64_t b = 0; b < total; b++) {
+    const Piece& piece = pieces[blocks[b].piece];
+    const Options& o = options[blocks[b].piece];
+    if (piece.x_kind == F64)
+      block_sums<double, F64>(piece, o, numbers[piece.row], blocks[b], &partial[2 * b]);
+    else
+      block_sums<float, F32>(piece, o, numbers[piece.row], blocks[b], &partial[2 * b]);
+  }
+  std::fill(out, out + 2 * count, 0.0);
+  for (int64_t b = 0; b < total; b++) {
+    out[2 * blocks[b].piece] += partial[2 * b];
+    out[2 * blocks[b].piece + 1] += partial[2 * b + 1];
+  }
+}
+
+// Writes the pieces whose row counts. Backwards: what pass 1 read last is still in the cache.
+void am_update(const Piece* pieces, const Options* options, const Numbers* numbers, int64_t count, int threads,
+               const uint8_t* counts) {
+  const std::vector<Block> blocks = cut(pieces, count, counts);
+  const int64_t total = int64_t(blocks.size());
+#pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (total > 1 && threads > 1)
+  for (int64_t k = 0; k < total; k++) {
+    const Block& block = blocks[total - 1 - k];
+    const Piece& piece = pieces[block.piece];
+    const Options& o = options[block.piece];
+    if (piece.x_kind == F64)
+      block_update<double, F64>(piece, o, numbers[piece.row], block);
+    else
+      block_update<float, F32>(piece, o, numbers[piece.row], block);
+  }
+}
+}

@@ -1,0 +1,117 @@
+"""Which kernels ``fused=True`` means on a device, and what must be installed for them."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from am_lightning.optim.kernels.compiler import find_compiler, load_library
+from am_lightning.optim.kernels.triton_pair import require_triton
+
+TRITON, LOOP, COMPILED = "Triton", "C++ loop", "torch.compile"
+TRITON_DEVICES = {"cuda"}  # ROCm's name too
+SWITCH = "AM_LIGHTNING_FUSED"  # environment: "cpp" or "compile" on the CPU
+
+
+def fused_tier(device: torch.device) -> str:
+    """The kernels of ``fused=True`` on a device.
+
+    Raises:
+        RuntimeError: what they need is not installed; the text says what to install.
+    """
+    if device.type in TRITON_DEVICES:
+        require_triton()
+        return TRITON
+    if device.type == "cpu":
+        return _on_cpu(os.environ.get(SWITCH))
+    return COMPILED
+
+
+def agreed_on_cpu(summed: Callable[[Tensor], Tensor]) -> str:
+    """Collective. The kernels of ``fused=True`` on the CPU, the same on every rank, so that copies stay equal.
+
+    Args:
+        summed: the sum of a vector over the ranks.
+
+    Raises:
+        RuntimeError: some rank has nothing to build with; on every rank alike.
+    """
+    mine, reason = None, ""
+    try:
+        mine = fused_tier(torch.device("cpu"))
+    except RuntimeError as error:
+        reason = str(error)
+    votes = torch.tensor([mine == LOOP, mine == COMPILED, mine is None], dtype=torch.float64)
+    loops, compiled, none = (int(count) for count in summed(votes).tolist())
+    if none:
+        raise RuntimeError(reason or str(_no_compiler(f"{none} of the other ranks cannot build")))
+    assert mine is not None
+    return COMPILED if loops and compiled else mine
+
+
+def require_fused(device: torch.device) -> None:
+    """Raise where ``fused=True`` cannot work on a device; nothing is built yet.
+
+    Raises:
+        RuntimeError: the text says what to install.
+    """
+    if device.type in TRITON_DEVICES:
+        require_triton()
+    elif device.type == "cpu":
+        _check_switch(os.environ.get(SWITCH))
+        if find_compiler() is None and not _inductor_has_compiler():
+            raise _no_compiler("$CXX, c++, g++ and clang++ cannot be run")
+
+
+def words_of(tier: str) -> str:
+    """A tier's name, with what is known of how it was built."""
+    return load_library().words if tier == LOOP else tier
+
+
+@functools.cache
+def _on_cpu(switch: str | None) -> str:
+    """The C++ loop where a compiler is: it was faster at every size that was measured (docs/performance.md)."""
+    _check_switch(switch)
+    reason = "$CXX, c++, g++ and clang++ cannot be run"
+    if switch != "compile" and find_compiler() is not None:
+        try:
+            load_library()
+            return LOOP
+        except RuntimeError as error:
+            if switch == "cpp":
+                raise
+            reason = str(error)
+            warnings.warn(f"fused=True goes through torch.compile: {reason}", stacklevel=2)
+    if switch == "cpp" or not _inductor_has_compiler():
+        raise _no_compiler(reason)
+    return COMPILED
+
+
+def _check_switch(switch: str | None) -> None:
+    if switch not in (None, "", "cpp", "compile"):
+        raise ValueError(f"Invalid {SWITCH}: {switch!r} ({SWITCH} must be 'cpp' | 'compile', or unset)")
+
+
+def _no_compiler(reason: str) -> RuntimeError:
+    return RuntimeError(
+        f"fused=True on the CPU needs a C++ compiler, but {reason}. Install one (Debian, Ubuntu: apt-get install g++; "
+        "conda: conda install cxx-compiler; macOS: xcode-select --install; Windows: Build Tools for Visual Studio), "
+        "set CXX to one that is elsewhere, or use fused=None"
+    )
+
+
+@functools.cache
+def _inductor_has_compiler() -> bool:
+    """Whether torch.compile can build for the CPU."""
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        get_cpp_compiler()
+    except Exception:  # torch's private module may raise, or have moved
+        return False
+    return True

@@ -1,0 +1,47 @@
+"""Stochastic rounding to bfloat16 without generator state: the noise is a hash of (row, step, element).
+
+Replicas round alike, and a resumed run goes on as if it had not stopped. E[round(y)] = y, where rounding to nearest
+loses every change of less than half a unit in the last place.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from am_lightning.optim.kernels.pieces import Piece
+
+_ROW = 0x9E3779B9
+_MASK = 0xFFFFFFFF
+
+
+def is_stochastic(piece: Piece) -> bool:
+    """A float32 parameter keeps its direction d in bfloat16."""
+    return piece.d.dtype == torch.bfloat16 and piece.x.dtype == torch.float32
+
+
+def mix(x: Tensor) -> Tensor:
+    """A bijection of 32-bit words, held in int64, in which every bit of the input moves half the output."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK
+    x = (x ^ (x >> 15)) * 0x846CA68B & _MASK
+    return x ^ (x >> 16)
+
+
+def seed_of(step: Tensor, row: int) -> Tensor:
+    """0-dim int64 word; ``step`` counts those before this one."""
+    return mix((step.to(torch.int64) + _ROW * (row + 1)) & _MASK)
+
+
+def stochastic(y: Tensor, seed: Tensor, first: int = 0) -> Tensor:
+    """float32 ``y`` as bfloat16; inf and nan stay.
+
+    Args:
+        seed: :func:`seed_of` the row.
+        first: index of ``y``'s first element in the row's piece, elements counted in the order of ``y``'s shape.
+    """
+    index = torch.arange(first, first + y.numel(), dtype=torch.int64, device=y.device).view(y.shape)
+    noise = (mix((index & _MASK) ^ seed) >> 16).to(torch.int32)
+    bits = y.contiguous().view(torch.int32)
+    noise = torch.where((bits & 0x7F800000) == 0x7F800000, 0, noise)
+    upper = (bits + noise) & -0x10000
+    return upper.view(torch.float32).to(torch.bfloat16)

@@ -1,0 +1,23 @@
+"""A process in which Triton interprets its kernels, as long as the test session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.sharding.pool import Pool
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[Pool]:
+    """Triton is an interpreter from its import on or not at all, so it needs a process of its own."""
+    pool = Pool(1)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(os.environ, "TRITON_INTERPRET", "1")
+            pool.run("tests.optim.interpreted:check_interpreter")
+        yield pool
+    finally:
+        pool.stop()

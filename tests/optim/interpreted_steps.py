@@ -1,0 +1,155 @@
+"""What a process with TRITON_INTERPRET=1 runs: whole steps of AMAdamW(fused=True) through the Triton kernels."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from am_lightning import AMAdamW
+from am_lightning.optim.kernels import fused
+from tests.optim.harness import (
+    Bowl,
+    assert_bitwise,
+    assert_close,
+    named_params,
+    params_of,
+    run_bowl,
+    snapshot,
+    to_numpy,
+)
+from tests.optim.test_every_step import SHAPES as EVERY_STEP_SHAPES
+from tests.optim.test_every_step import drop_some, make_twin, schedule
+
+fused.TRITON_DEVICES = {"cpu"}
+SHAPES = [(33, 31), (7,), (), (0,), (1100,)]
+TRITON = "Triton"
+
+
+def make(groups: Any, **options: Any) -> AMAdamW:
+    return AMAdamW(groups, **({"fused": True} | options))
+
+
+def two_groups(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[dict[str, Any]]:
+    named = named_params(SHAPES, dtype, seed)
+    return [{"params": named[:2]}, {"params": named[2:], "weight_decay": 0.2, "betas": (0.8, 0.99)}]
+
+
+def beside_oracle(variant: str, scope: str, dtype: str) -> None:
+    """Ten steps: two groups with options and rates of their own, absent gradients, and one that is not finite."""
+    twin = make_twin("adamw", variant, scope, foreach=None, dtype=getattr(torch, dtype), fused=True)
+
+    def edit(step: int, grads: list[Any]) -> None:
+        drop_some(step, grads)
+        if step == 5:
+            grads[0][2, 2] = float("nan")
+
+    run_bowl(twin, Bowl.around(EVERY_STEP_SHAPES, seed=7), schedule("adamw")[:10], edit)
+    twin.assert_not_vacuous(0.1)
+    assert f"{TRITON} for 6" in twin.optimizer.describe(), twin.optimizer.describe()
+
+
+def _train(optimizer: AMAdamW, steps: int, *, start: int = 0, edit: Callable[[int, Any], None] | None = None) -> None:
+    for step in range(start, start + steps):
+        generator = torch.Generator().manual_seed(step)
+        for p in params_of(optimizer):
+            p.grad = (torch.randn(p.shape, generator=generator) + 0.5 * p.detach().float()).to(p.dtype)
+        if edit is not None:
+            edit(step, params_of(optimizer))
+        optimizer.step()
+
+
+def beside_reference(scope: str) -> None:
+    """Mixed dtypes and a tensor whose strides others do not share: to one rounding of what is stored."""
+    dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.float32]
+
+    def groups() -> list[dict[str, Any]]:
+        params = [
+            torch.nn.Parameter(p.detach().to(dtype))
+            for (_, p), dtype in zip(named_params(SHAPES, torch.float32), dtypes, strict=True)
+        ]
+        params.append(torch.nn.Parameter(torch.ones(4, 6, 2, 2).to(memory_format=torch.channels_last)))
+        return [{"params": params[:3]}, {"params": params[3:], "lr": 0.04}]
+
+    def edit(step: int, params: list[torch.Tensor]) -> None:
+        params[-1].grad = params[-1].grad.contiguous()
+
+    ours, plain = make(groups(), lr=0.05, scope=scope), make(groups(), lr=0.05, scope=scope, fused=False, foreach=False)
+    for optimizer in (ours, plain):
+        _train(optimizer, 3, edit=edit)
+    assert f"{TRITON} for 6" in ours.describe(), ours.describe()
+    for a, b in zip(ours.momentum().values(), plain.momentum().values(), strict=True):
+        assert_close(float(a), float(b), 1e-2, "beta")  # the interpreter cuts bfloat16 off
+    for p, q in zip(params_of(ours), params_of(plain), strict=True):
+        tol = {torch.bfloat16: 3e-2, torch.float16: 4e-3}.get(p.dtype, 1e-3)
+        assert_close(to_numpy(p), to_numpy(q), tol, f"weights {p.dtype}")
+        for key, value in ours.state[p].items():
+            assert_close(to_numpy(value), to_numpy(plain.state[q][key]), tol, f"{key} of {p.dtype}")
+
+
+def a_bad_step_leaves_no_trace() -> None:
+    """A nan in one gradient: not a bit of any weight or state changes; then training goes on."""
+    optimizer = make(two_groups(), scope="tensor")
+    _train(optimizer, 2)
+    before = snapshot(optimizer)
+
+    def spoil(step: int, params: list[torch.Tensor]) -> None:
+        params[4].grad[1000] = float("nan")
+
+    _train(optimizer, 1, start=2, edit=spoil)
+    assert bool(optimizer.last_step_skipped)
+    assert_bitwise(before, snapshot(optimizer))
+    _train(optimizer, 1, start=3)
+    assert not bool(optimizer.last_step_skipped)
+    assert not torch.equal(before[0], params_of(optimizer)[0])
+
+
+def again_and_resumed(exp_avg_dtype: str | None) -> None:
+    """The same bits in a second run, and in one that a checkpoint cut in two."""
+    low = None if exp_avg_dtype is None else getattr(torch, exp_avg_dtype)
+    runs = [make(two_groups(), scope="global", exp_avg_dtype=low) for _ in range(2)]
+    for optimizer in runs:
+        _train(optimizer, 4)
+    assert_bitwise(snapshot(runs[0]), snapshot(runs[1]))
+    first = make(two_groups(), scope="global", exp_avg_dtype=low)
+    _train(first, 2)
+    second = make(two_groups(), scope="global", exp_avg_dtype=low)
+    with torch.no_grad():
+        for p, q in zip(params_of(second), params_of(first), strict=True):
+            p.copy_(q)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    _train(second, 2, start=2)
+    assert_bitwise(snapshot(runs[0]), snapshot(second))
+
+
+def low_precision_direction() -> None:
+    """exp_avg in bfloat16 is rounded as the plain kernels round it."""
+    pair = [
+        make(two_groups(), exp_avg_dtype=torch.bfloat16, **more) for more in ({}, {"fused": False, "foreach": False})
+    ]
+    for optimizer in pair:
+        _train(optimizer, 1)
+    same = total = 0
+    for p, q in zip(*map(params_of, pair), strict=True):
+        ours, plain = (optimizer.state[t]["exp_avg"] for optimizer, t in zip(pair, (p, q), strict=True))
+        assert ours.dtype == torch.bfloat16
+        same, total = same + int((ours == plain).sum()), total + ours.numel()
+        assert_close(to_numpy(p), to_numpy(q), 1e-6, "weights")
+    assert same >= 0.99 * total, f"{same} of {total}"  # float32 rounding of d' moves a few over a border
+
+
+def tensor_lr() -> None:
+    """capturable=True with a tensor lr: a change of the tensor alone is seen."""
+    lrs = [torch.tensor(0.1), 0.1]
+    ours = make(two_groups(), lr=lrs[0], capturable=True)
+    plain = make(two_groups(), lr=lrs[1])
+    for step in range(3):
+        lrs[0].fill_(0.1 / (1 + step))
+        for group in plain.param_groups:
+            group["lr"] = 0.1 / (1 + step)
+        for optimizer in (ours, plain):
+            _train(optimizer, 1, start=step)
+    for p, q in zip(params_of(ours), params_of(plain), strict=True):
+        assert_close(to_numpy(p), to_numpy(q), 1e-6, "weights")

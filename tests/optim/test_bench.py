@@ -1,0 +1,125 @@
+"""python -m am_lightning.bench: what its columns say is what was done."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from am_lightning.bench import models
+from am_lightning.bench.__main__ import parse, run
+from am_lightning.bench.contenders import Contender, bytes_of_adamw, bytes_of_amadamw, make_contenders, make_parameters
+from am_lightning.bench.measure import measure
+from am_lightning.bench.table import rows_of, text_of
+from am_lightning.optim.kernels.fused import SWITCH
+
+CPU = torch.device("cpu")
+
+
+def test_a_row_for_each_optimizer() -> None:
+    command = [sys.executable, "-m", "am_lightning.bench", "--model", "many-tiny", "--repeats", "1", "--json"]
+    command += ["--only", "eager", "foreach", "C++", "bfloat16", "--weight-decay", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    report = json.loads(done.stdout)
+    rows = {row["optimizer"]: row for row in report["rows"]}
+    assert rows.keys() == {
+        "AdamW foreach", "AdamW fused", "AMAdamW eager", "AMAdamW foreach", "AMAdamW fused, C++ loop",
+        "AMAdamW fused, bfloat16 exp_avg",
+    }  # fmt: skip
+    assert all(row["ms"] > 0 and row["x fused"] > 0 and row["GB/s"] > 0 and row["first s"] > 0 for row in rows.values())
+    assert rows["AdamW fused"]["x fused"] == rows["AdamW fused"]["x same"] == rows["AdamW foreach"]["x same"] == 1
+    assert rows["AMAdamW fused, C++ loop"]["limit"] == pytest.approx(10 / 7)
+    assert rows["AMAdamW fused, bfloat16 exp_avg"]["limit"] == pytest.approx(34 / 28)
+    assert "C++ loop" in rows["AMAdamW fused, C++ loop"]["kernels"] and report["left out"] == {}
+    assert (report["elements"], report["tensors"], report["training seconds"]) == (160_000, 400, None)
+
+
+@pytest.mark.slow
+def test_each_kind_runs_its_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SWITCH, "cpp")
+    params = make_parameters([(64, 3), (9,)], torch.float32, CPU)
+    contenders, missing = make_contenders(params, decay=0.1, scope="tensor", device=CPU)
+    measured, failed = measure(contenders, 1, CPU)
+    kernels = {row["optimizer"]: str(row["kernels"]) for row in rows_of(measured, 1.0)}
+    assert not missing and not failed
+    for kind in ("reference", "foreach", "C++ loop", "torch.compile"):
+        assert any(kind in name and kind in words for name, words in kernels.items()), kind
+    assert "blocked" in kernels["AMAdamW eager"] and kernels["AdamW fused"] == "torch.optim"
+    kept = {id(m.contender.optimizer.state[params[0]]["exp_avg"]) for m in measured}
+    assert len(kept) == 2, "one for all in float32, one in bfloat16"
+
+
+def test_what_cannot_run_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(device: torch.device) -> None:
+        raise RuntimeError("needs a C++ compiler")
+
+    monkeypatch.setattr("am_lightning.optim.adamw.require_fused", nothing)
+    report = run(parse(["--model", "many-tiny", "--repeats", "1", "--only", "foreach"]))
+    assert report["left out"]["AMAdamW fused, C++ loop"] == "needs a C++ compiler"
+    assert [row["optimizer"] for row in report["rows"]] == ["AdamW foreach", "AdamW fused", "AMAdamW foreach"]
+
+
+@pytest.mark.parametrize(("size", "adamw", "plain", "decays"), [(4, 28, 40, 44), (2, 14, 20, 22)])
+def test_bytes_of_the_word_model(size: int, adamw: int, plain: int, decays: int) -> None:
+    assert bytes_of_adamw(10, size) == 10 * adamw
+    assert bytes_of_amadamw(10, size, decays=False, direction=size) == 10 * plain
+    assert bytes_of_amadamw(10, size, decays=True, direction=size) == 10 * decays
+    if size == 4:
+        assert bytes_of_amadamw(10, size, decays=True, direction=2) == 10 * 38
+
+
+class Hungry:
+    """Takes 64 MiB for a moment."""
+
+    def __init__(self) -> None:
+        self.state: dict[Any, Any] = {}
+
+    def step(self) -> None:
+        torch.ones(16 * 2**20)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc/self/clear_refs")
+def test_extra_memory_is_what_a_step_takes() -> None:
+    (seen,), failed = measure([Contender("AdamW fused", "AdamW fused", Hungry(), 1)], 1, CPU)  # type: ignore[arg-type]
+    assert not failed and seen.extra_bytes is not None
+    assert 60 * 2**20 < seen.extra_bytes < 80 * 2**20
+
+
+@pytest.mark.slow
+def test_shapes_are_those_of_the_network_and_its_step_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from am_lightning.recipes.network import LlamaShape, build_llama
+
+    for llama in models.LLAMAS.values():
+        with torch.device("meta"):
+            network = build_llama(LlamaShape(seq_len=128, **vars(llama)))
+        assert sorted(tuple(p.shape) for p in network.parameters()) == sorted(llama.shapes())
+    small = models.Llama(32, 64, 2, 1, 1, 64, True)
+    monkeypatch.setitem(models.LLAMAS, "llama60m", small)
+    monkeypatch.setitem(models.MODELS, "llama60m", small.shapes)
+    report = run(parse(["--repeats", "1", "--tokens", "16", "--only", "foreach"]))
+    assert report["training seconds"] > 0
+    for row in report["rows"]:
+        assert row["share"] == pytest.approx(row["ms"] / (row["ms"] + 1e3 * report["training seconds"]))
+    assert "%" in text_of(report["rows"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--repeats", "0"], "--repeats must be >= 1"),
+        (["--threads", "-1"], "--threads >= 0"),
+        (["--weight-decay", "-1"], "--weight-decay must be >= 0"),
+        (["--device", "nonsense"], "--device nonsense cannot be used"),
+        (["--tokens", "3000"], "or a multiple of it, not 3000"),
+        (["--model", "gpt"], "invalid choice: 'gpt'"),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(arguments)
+    assert caught.value.code == 2 and words in capsys.readouterr().err

@@ -1,0 +1,79 @@
+"""foreach takes tensors in buckets of bounded size, large ones in parts: small temporaries, the same result."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from am_lightning.optim.kernels import foreach
+from tests.optim.harness import assert_bitwise, build, named_params, params_of, snapshot
+
+SHAPES = [(5000,), (7,), (30, 30), (), (0,), (1001,), (64, 31)]
+BUCKET = 1000
+
+
+class Live(TorchDispatchMode):
+    """Most bytes alive at once of tensors that operators have made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        known = {a.untyped_storage().data_ptr() for a in torch.utils._pytree.tree_leaves(args) if torch.is_tensor(a)}
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if torch.is_tensor(tensor) and tensor.untyped_storage().data_ptr() not in known:
+                self.add(tensor)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return out
+
+    def add(self, tensor: torch.Tensor) -> None:
+        key = id(tensor)
+        self.alive[key] = tensor.untyped_storage().nbytes()
+        weakref.finalize(tensor, self.alive.pop, key, None)
+
+
+def run(kind: str, scope: str, **options: Any) -> tuple[torch.optim.Optimizer, int]:
+    optimizer = build(kind, named_params(SHAPES, torch.float64), lr=0.05, scope=scope, foreach=True, **options)
+    peak = 0
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        for p in params_of(optimizer):
+            p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype) + 0.5 * p.detach()
+        with Live() as live:
+            optimizer.step()
+        peak = live.peak  # of the last: states are made at the first
+    return optimizer, peak
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_temporaries_are_bounded_and_the_result_is_the_same(
+    kind: str, scope: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, whole_peak = run(kind, scope, weight_decay=0.1)
+    monkeypatch.setattr(foreach, "_BUCKET_ELEMENTS", BUCKET)
+    parts, peak = run(kind, scope, weight_decay=0.1)
+    for a, b in zip(snapshot(whole), snapshot(parts), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    numbers = 100 * 8 * len(SHAPES)  # vectors over the rows
+    assert peak < 8 * 8 * BUCKET + numbers, f"{peak} bytes alive at once, a bucket is {8 * BUCKET}"
+    assert whole_peak > 2 * peak, "without buckets more is alive at once, or nothing was counted"
+
+
+def test_a_skipped_step_leaves_every_part_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foreach, "_BUCKET_ELEMENTS", BUCKET)
+    optimizer, _ = run("adamw", "tensor")
+    before = snapshot(optimizer)
+    for p in params_of(optimizer):
+        p.grad = torch.ones_like(p)
+    params_of(optimizer)[0].grad[4321] = float("nan")
+    optimizer.step()
+    assert bool(optimizer.last_step_skipped)
+    assert_bitwise(snapshot(optimizer), before)

@@ -1,0 +1,280 @@
+"""fused=True on the CPU: the C++ loop and torch.compile against float64, bit for bit where bits are promised."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from subprocess import PIPE
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from am_lightning import AMAdamW
+from am_lightning.optim.kernels import compiler, fused
+from tests.optim.harness import (
+    SCOPES,
+    Bowl,
+    Twin,
+    assert_bitwise,
+    build,
+    make_oracle,
+    named_params,
+    run_bowl,
+    snapshot,
+)
+from tests.optim.test_every_step import RATES
+from tests.optim.test_layouts import scatter_strides, strided
+
+ROOT = Path(__file__).resolve().parents[2]
+# Less than a tile, tiles and a rest, blocks and a rest; one element and none.
+SHAPES = [(33, 7), (40_001,), (), (0,), (1024,), (3, 0, 2), (16_385,)]
+IMPLEMENTATIONS = ["cpp", pytest.param("compile", marks=pytest.mark.slow)]
+
+
+@pytest.fixture
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv(fused.SWITCH, request.param)
+    return str(request.param)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
+cpp = pytest.mark.parametrize("implementation", ["cpp"], indirect=True)
+
+
+class Close(Twin):
+    """As a twin, but beta must be right to 1e-6."""
+
+    def beta_tol(self, p: torch.Tensor) -> float:
+        return min(1e-6, super().beta_tol(p))
+
+
+def twin_of(params: Any, scope: str = "tensor", **options: Any) -> Twin:
+    optimizer = build("adamw", params, lr=0.1, weight_decay=0.01, scope=scope, fused=True, **options)
+    return Close(optimizer, make_oracle(optimizer, scope=scope), sync=True)
+
+
+def rates(steps: int) -> list[tuple[float, ...]]:
+    return [(RATES["adamw"][i % 5],) for i in range(steps)]
+
+
+def words(implementation: str) -> str:
+    return {"cpp": "C++ loop", "compile": "torch.compile"}[implementation]
+
+
+@each_implementation
+@pytest.mark.parametrize("options", [{}, {"maximize": True, "lambd": 0.0}], ids=["plain", "maximize"])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_float32_against_float64(implementation: str, scope: str, options: dict[str, Any]) -> None:
+    twin = twin_of(named_params(SHAPES, torch.float32), scope, **options)
+    run_bowl(twin, Bowl.around(SHAPES, seed=3), rates(6))
+    twin.assert_not_vacuous(0.2)
+    assert words(implementation) in twin.optimizer.describe()
+
+
+@cpp
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_mixed_dtypes(implementation: str, scope: str) -> None:
+    dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.bfloat16, torch.float16]
+    shapes = [(9,), (5, 5), (1031,), (6, 2), (16_390,), (2050,)]
+    named = [(f"w{i}", named_params([s], t, seed=i)[0][1]) for i, (s, t) in enumerate(zip(shapes, dtypes, strict=True))]
+    groups = [{"params": named[:2]}, {"params": named[2:], "weight_decay": 0.0}]
+    twin = twin_of(groups, scope)
+    run_bowl(twin, Bowl.around(shapes, seed=11), [(r, 0.8 * r) for (r,) in rates(12)])
+    twin.assert_not_vacuous()
+    assert "C++ loop" in twin.optimizer.describe() and "for 6" in twin.optimizer.describe()
+
+
+@each_implementation
+def test_strides(implementation: str) -> None:
+    """Transposed, channels last, with gaps; gradients of other strides than their parameters."""
+    shapes = [(6, 5), (6, 5), (2, 3, 4, 5), (9,), (5, 4)]
+    params = [
+        strided(shapes[0], (1, 0), 0),
+        strided(shapes[1], (0, 1), 1),
+        strided(shapes[2], (0, 2, 3, 1), 2),
+        strided(shapes[3], (0,), 3),
+        torch.nn.Parameter(torch.randn(10, 8, dtype=torch.float64)[::2, ::2]),
+    ]
+    strides = [p.stride() for p in params]
+    twin = twin_of(params, "global")
+    run_bowl(twin, Bowl.around(shapes, seed=5), rates(8), scatter_strides)
+    assert [p.stride() for p in params] == strides
+    assert "for 4" in twin.optimizer.describe() and "reference for 1" in twin.optimizer.describe()
+
+
+@each_implementation
+def test_unaligned_views(implementation: str) -> None:
+    """Parts of one flat buffer at odd places, as engines cut them."""
+    base = torch.randn(40_100, generator=torch.Generator().manual_seed(0))
+    shapes = [(17_001,), (5, 3), (22_000,)]
+    pieces = [base[1:17_002], base[17_002:17_017].view(5, 3), base[18_001:40_001]]
+    twin = twin_of([torch.nn.Parameter(p) for p in pieces])
+    before = base[17_017:18_001].clone()
+    run_bowl(twin, Bowl.around(shapes, seed=2), rates(5))
+    twin.assert_not_vacuous()
+    assert torch.equal(base[17_017:18_001], before)
+
+
+def run_steps(steps: int = 4, bad: int | None = None, **options: Any) -> AMAdamW:
+    params = named_params(SHAPES, torch.float32)
+    optimizer = AMAdamW(params, lr=0.05, weight_decay=0.1, fused=True, **options)
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        for i, (_, p) in enumerate(params):
+            p.grad = torch.randn(p.shape, generator=generator) + 0.5 * p.detach()
+            if step == bad and i == 1:
+                p.grad[-1] = float("nan")
+        optimizer.step()
+    return optimizer
+
+
+@each_implementation
+def test_runs_repeat_to_the_bit(implementation: str) -> None:
+    assert_bitwise(snapshot(run_steps()), snapshot(run_steps()))
+
+
+@cpp
+def test_the_number_of_threads_does_not_matter(implementation: str, threads: Callable[[int], None]) -> None:
+    ends = []
+    for number in (1, 2, 3):
+        threads(number)
+        ends.append(snapshot(run_steps(scope="global")))
+    assert_bitwise(ends[0], ends[1])
+    assert_bitwise(ends[0], ends[2])
+
+
+@each_implementation
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_a_step_that_is_not_finite_changes_nothing(implementation: str, value: float) -> None:
+    optimizer = run_steps(3)
+    before = snapshot(optimizer)
+    params = optimizer.param_groups[0]["params"]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    params[-1].grad[77] = value
+    optimizer.step()
+    assert bool(optimizer.last_step_skipped)
+    assert_bitwise(snapshot(optimizer), before)
+
+
+@each_implementation
+def test_a_skipped_first_step_leaves_no_trace(implementation: str) -> None:
+    first, second = run_steps(4, bad=0), run_steps(4)
+    assert bool(torch.isfinite(torch.stack(list(first.momentum().values()))[:2]).all())
+    steps = [float(s["step"]) for s in first.state.values()], [float(s["step"]) for s in second.state.values()]
+    assert set(steps[0]) == {3.0} and set(steps[1]) == {4.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["compile"], indirect=True)
+def test_nothing_is_compiled_again(implementation: str) -> None:
+    """lr, beta2, step, beta_t and the decay's value change; so do the sizes, once two were seen."""
+    optimizer = run_steps(2)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    for step in range(3):
+        group = optimizer.param_groups[0]
+        group |= {"lr": 0.01 * (step + 1), "weight_decay": 0.1 / (step + 1), "betas": (0.89, 0.9 + 0.01 * step)}
+        for p in group["params"]:
+            p.grad = torch.full_like(p, 0.1 * step)
+        optimizer.step()
+    other = AMAdamW(named_params([(50_000,), (77,)], torch.float32), weight_decay=0.1, fused=True)
+    for p in other.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    other.step()
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+@cpp
+def test_a_resumed_run_goes_on_to_the_bit(implementation: str) -> None:
+    whole = run_steps(4)
+    half = run_steps(2)
+    params = [torch.nn.Parameter(p.detach().clone()) for p in half.param_groups[0]["params"]]
+    resumed = AMAdamW([(f"w{i}", p) for i, p in enumerate(params)], lr=0.05, weight_decay=0.1, fused=True)
+    resumed.load_state_dict(half.state_dict())
+    for step in (2, 3):
+        generator = torch.Generator().manual_seed(step)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator) + 0.5 * p.detach()
+        resumed.step()
+    assert_bitwise(snapshot(resumed), snapshot(whole))
+
+
+# ---------------------------------------------------------------- what must be installed
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(fused, "_inductor_has_compiler", lambda: False)
+    fused._on_cpu.cache_clear()
+    yield
+    fused._on_cpu.cache_clear()
+
+
+def test_no_compiler_is_an_error_that_says_what_to_install(no_compiler: None) -> None:
+    params = [torch.nn.Parameter(torch.ones(3))]
+    with pytest.raises(RuntimeError, match=r"needs a C\+\+ compiler.*apt-get install g\+\+.*CXX.*fused=None"):
+        AMAdamW(params, fused=True)
+    optimizer = AMAdamW(params)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))], "fused": True})
+    for group in optimizer.param_groups:
+        group["params"][0].grad = torch.ones(3)
+    with pytest.raises(RuntimeError, match=r"apt-get install g\+\+"):
+        optimizer.step()
+    assert torch.equal(params[0].detach(), torch.ones(3))
+
+
+def test_a_compiler_that_fails_leaves_torch_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "broken compiler"
+    broken.write_text("#!/bin/sh\necho no such header >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", f"'{broken}'")
+    monkeypatch.setattr(fused, "_inductor_has_compiler", lambda: True)
+    fused._on_cpu.cache_clear()
+    compiler.load_library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="through torch.compile: .*no such header"):
+            assert fused.fused_tier(torch.device("cpu")) == fused.COMPILED
+        monkeypatch.setenv(fused.SWITCH, "cpp")
+        with pytest.raises(RuntimeError, match="no such header"):
+            fused.fused_tier(torch.device("cpu"))
+    finally:
+        fused._on_cpu.cache_clear()
+        compiler.load_library.cache_clear()
+
+
+def test_a_wrong_switch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(fused.SWITCH, "c++")
+    with pytest.raises(ValueError, match=r"Invalid AM_LIGHTNING_FUSED: 'c\+\+'.*'cpp' \| 'compile'"):
+        AMAdamW([torch.nn.Parameter(torch.ones(3))], fused=True)
+
+
+def test_processes_that_build_at_once_and_a_killed_build(tmp_path: Path) -> None:
+    """Nobody waits for anybody: leftovers of a killed build are in no one's way, a path may have spaces."""
+    folder = tmp_path / "a folder" / "am_lightning"
+    folder.mkdir(parents=True)
+    (folder / "building_killed.so").write_bytes(b"\x7fELF half of a libr")
+    program = "from am_lightning.optim.kernels.compiler import load_library as load; print(load().words)"
+    env = os.environ | {"TORCH_EXTENSIONS_DIR": str(folder.parent), "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen([sys.executable, "-c", program], env=env, cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True)
+        for _ in range(2)
+    ]
+    for process in running:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        assert "C++ loop" in out or "OpenMP" in out
+    built = sorted(p.name for p in folder.iterdir())
+    assert len(built) == 2 and "building_killed.so" in built

@@ -1,0 +1,199 @@
+"""exp_avg_dtype=torch.bfloat16: exp_avg in half the memory, rounded stochastically: unbiased and reproducible."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from am_lightning import AMAdamW, am_adamw
+from am_lightning.optim.kernels.fused import SWITCH
+from am_lightning.optim.kernels.rounding import seed_of, stochastic
+from tests.optim.harness import Bowl, Twin, assert_bitwise, make_oracle, named_params, run_bowl, snapshot
+from tests.optim.test_every_step import RATES
+
+TIERS: dict[str, dict[str, Any]] = {
+    "blocked": {},
+    "reference": {"foreach": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+    "compile": {"fused": True},
+}
+each_tier = pytest.mark.parametrize(
+    "tier", [name if name != "compile" else pytest.param(name, marks=pytest.mark.slow) for name in TIERS], indirect=True
+)
+SHAPES = [(33, 7), (3001,), (), (0,), (5,)]
+
+
+@pytest.fixture
+def tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv(SWITCH, "compile" if request.param == "compile" else "cpp")
+    return str(request.param)
+
+
+def make(tier: str, params: Any = None, **options: Any) -> AMAdamW:
+    params = named_params(SHAPES, torch.float32) if params is None else params
+    return AMAdamW(params, lr=0.05, weight_decay=0.1, exp_avg_dtype=torch.bfloat16, **TIERS[tier], **options)
+
+
+def step(optimizer: AMAdamW, index: int) -> None:
+    generator = torch.Generator().manual_seed(index)
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.randn(p.shape, generator=generator) + 0.5 * p.detach()
+    optimizer.step()
+
+
+class Rounded(Twin):
+    """Stochastic rounding goes to either neighbour: one unit in the last place of bfloat16."""
+
+    def compare_stored(self, stored: torch.Tensor, expected: Any, what: str) -> None:
+        if stored.dtype == torch.bfloat16:
+            exact = torch.as_tensor(expected)
+            assert bool(((stored.double() - exact).abs() <= 2.0**-7 * exact.abs() + 1e-6).all()), what
+        else:
+            super().compare_stored(stored, expected, what)
+
+
+@each_tier
+def test_each_step_against_float64(tier: str) -> None:
+    """Fed the rounded state, beta_t, weights and second moment are float32's; exp_avg is a neighbour in bfloat16."""
+    optimizer = make(tier)
+    twin = Rounded(optimizer, make_oracle(optimizer), sync=True)
+    run_bowl(twin, Bowl.around(SHAPES, seed=3), [(RATES["adamw"][i % 5],) for i in range(12)])
+    twin.assert_not_vacuous(0.2)
+    for p in twin.params:
+        assert optimizer.state[p]["exp_avg"].dtype == torch.bfloat16
+        assert optimizer.state[p]["exp_avg_sq"].dtype == optimizer.state[p]["beta"].dtype == torch.float32
+
+
+@each_tier
+def test_runs_repeat_and_resume_to_the_bit(tier: str) -> None:
+    whole, again, half = make(tier), make(tier), make(tier)
+    for index in range(4):
+        step(whole, index)
+        step(again, index)
+        if index < 2:
+            step(half, index)
+    assert_bitwise(snapshot(whole), snapshot(again))
+    named = [(f"w{i}", torch.nn.Parameter(p.detach().clone())) for i, p in enumerate(half.param_groups[0]["params"])]
+    resumed = make(tier, named)
+    saved = half.state_dict()
+    assert saved["state"][0]["exp_avg"].dtype == torch.bfloat16
+    resumed.load_state_dict(saved)
+    for index in (2, 3):
+        step(resumed, index)
+    assert_bitwise(snapshot(resumed), snapshot(whole))
+
+
+def test_tiers_round_alike() -> None:
+    """The same hash everywhere: from one state the tiers differ where the last bit of float32 decides, if at all."""
+    stored = []
+    for tier in ("blocked", "reference", "foreach", "fused"):
+        optimizer = make(tier)
+        step(optimizer, 0)
+        stored.append(torch.cat([s["exp_avg"].flatten() for s in optimizer.state.values()]))
+    for other in stored[1:]:
+        assert float((other != stored[0]).float().mean()) < 2e-3
+
+
+def test_the_mean_of_many_roundings_is_the_number() -> None:
+    """E[round(y)] = y within 5 standard errors; rounding to nearest gives the same neighbour every time."""
+    y = torch.tensor([1.0 + 2.0**-10, -3.14159, 1e-20, 7.0, 1.0 + 2.0**-8 + 2.0**-20])
+    unit = torch.tensor([2.0**-7, 2.0**-6, 2.0**-74, 2.0**-5, 2.0**-7])
+    rounds = 2000
+    total = torch.zeros(5, dtype=torch.float64)
+    for t in range(rounds):
+        total += stochastic(y, seed_of(torch.tensor(float(t)), 3)).double()
+    error = (total / rounds - y.double()).abs()
+    assert bool((error <= 5 * 0.5 * unit.double() / rounds**0.5).all()), error
+    assert float(total[3]) == 7.0 * rounds, "what bfloat16 holds is not rounded"
+    assert float(y[0].to(torch.bfloat16)) == 1.0, "to nearest this is always 1"
+
+
+def test_noise_of_elements_rows_and_steps_is_not_correlated() -> None:
+    y = torch.full((4096,), 1.0 + 2.0**-8)  # half way: up or down like a coin
+    draws = [stochastic(y, seed_of(torch.tensor(t), row)) > 1 for t, row in ((5.0, 1), (6.0, 1), (5.0, 2))]
+    for i, a in enumerate(draws):
+        assert abs(float(a.float().mean()) - 0.5) < 0.04
+        assert abs(float((a[1:] == a[:-1]).float().mean()) - 0.5) < 0.04
+        for b in draws[:i]:
+            assert abs(float((a == b).float().mean()) - 0.5) < 0.04
+
+
+def test_parts_of_a_tensor_round_like_the_whole() -> None:
+    y = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    seed = seed_of(torch.tensor(7.0), 0)
+    assert torch.equal(torch.cat([stochastic(y[:300], seed), stochastic(y[300:], seed, 300)]), stochastic(y, seed))
+
+
+@pytest.mark.parametrize("tier", ["blocked", "fused"], indirect=True)
+def test_what_is_not_finite_stays(tier: str) -> None:
+    p = torch.nn.Parameter(torch.ones(20))
+    optimizer = make(tier, [p], nonfinite="propagate")
+    p.grad = torch.ones(20)
+    p.grad[3], p.grad[4] = float("nan"), float("inf")
+    optimizer.step()
+    stored = optimizer.state[p]["exp_avg"]
+    assert not bool(torch.isfinite(stored[3:5]).any()) and bool(torch.isfinite(stored[5:]).all())
+
+
+def test_small_changes_are_not_lost() -> None:
+    """An average that gains 1/1000 of its distance a step: to nearest it stops long before it has arrived."""
+    exact, nearest, drawn = torch.zeros(()), torch.zeros((), dtype=torch.bfloat16), torch.zeros(4096)
+    for t in range(2000):
+        exact = exact + 0.001 * (1 - exact)
+        nearest = (nearest.float() + 0.001 * (1 - nearest.float())).to(torch.bfloat16)
+        drawn = stochastic(drawn + 0.001 * (1 - drawn), seed_of(torch.tensor(float(t)), 0)).float()
+    assert float(exact) > 0.86 and float(nearest) < 0.3
+    assert float(drawn.mean()) == pytest.approx(float(exact), abs=5e-3)
+
+
+def test_beta_and_loss_follow_the_float32_run() -> None:
+    runs = []
+    for dtype in (None, torch.bfloat16):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Tanh(), torch.nn.Linear(64, 4))
+        optimizer = am_adamw(net, lr=3e-3, exp_avg_dtype=dtype)
+        generator = torch.Generator().manual_seed(1)
+        teacher = torch.randn(16, 4, generator=generator)
+        losses, betas = [], []
+        for _ in range(150):
+            x = torch.randn(64, 16, generator=generator)
+            loss = torch.nn.functional.mse_loss(net(x), torch.tanh(x @ teacher))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+            betas.append([float(b) for b in optimizer.momentum().values()])
+        runs.append((torch.tensor(losses), torch.tensor(betas)))
+    (loss, beta), (low_loss, low_beta) = runs
+    assert float(low_loss[-50:].mean()) == pytest.approx(float(loss[-50:].mean()), rel=0.02)
+    assert float((low_beta[-100:].mean(0) - beta[-100:].mean(0)).abs().max()) < 0.02
+
+
+def test_checkpoints_of_adamw_and_of_both_dtypes_load() -> None:
+    low, plain = make("blocked"), AMAdamW(named_params(SHAPES, torch.float32))
+    adamw = torch.optim.AdamW([p.detach().clone().requires_grad_() for _, p in named_params(SHAPES, torch.float32)])
+    for optimizer in (low, plain, adamw):
+        for index in range(2):
+            step(optimizer, index)  # type: ignore[arg-type]
+    for saved in (plain, adamw):
+        other = make("blocked")
+        other.load_state_dict(saved.state_dict())
+        step(other, 2)
+        assert all(s["exp_avg"].dtype == torch.bfloat16 for s in other.state.values())
+    back = AMAdamW(named_params(SHAPES, torch.float32))
+    back.load_state_dict(low.state_dict())
+    for p, q in zip(back.param_groups[0]["params"], low.param_groups[0]["params"], strict=True):
+        assert back.state[p]["exp_avg"].dtype == torch.float32
+        assert torch.equal(back.state[p]["exp_avg"], low.state[q]["exp_avg"].float())
+
+
+def test_other_dtypes_of_parameters_keep_theirs() -> None:
+    params = [torch.nn.Parameter(torch.ones(3, dtype=t)) for t in (torch.float64, torch.float16, torch.bfloat16)]
+    optimizer = make("blocked", params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert [optimizer.state[p]["exp_avg"].dtype for p in params] == [torch.float64, torch.float16, torch.bfloat16]

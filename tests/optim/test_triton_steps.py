@@ -1,0 +1,153 @@
+"""Whole steps of AMAdamW(fused=True) through the Triton kernels: interpreted on the CPU, and what the host does."""
+
+from __future__ import annotations
+
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from am_lightning import AMAdamW
+from am_lightning.optim.kernels import Options, Piece, fused, triton_pair, triton_tables
+from tests.optim.test_no_sync import step_unread
+from tests.sharding.pool import Pool
+
+pytest.importorskip("triton")
+
+
+def check(interpreter: Pool, name: str, **arguments: Any) -> None:
+    interpreter.run(f"tests.optim.interpreted_steps:{name}", **arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variant", "scope", "dtype"),
+    [("paper", "tensor", "float32"), ("groups", "group", "float32"), ("maximize", "global", "float64")],
+)
+def test_every_step_beside_the_oracle(interpreter: Pool, variant: str, scope: str, dtype: str) -> None:
+    check(interpreter, "beside_oracle", variant=variant, scope=scope, dtype=dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["tensor", "group", "global"])
+def test_mixed_dtypes_and_strides_beside_the_reference(interpreter: Pool, scope: str) -> None:
+    check(interpreter, "beside_reference", scope=scope)
+
+
+def test_a_bad_step_leaves_no_trace(interpreter: Pool) -> None:
+    check(interpreter, "a_bad_step_leaves_no_trace")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exp_avg_dtype", [None, "bfloat16"])
+def test_runs_repeat_to_the_bit(interpreter: Pool, exp_avg_dtype: str | None) -> None:
+    check(interpreter, "again_and_resumed", exp_avg_dtype=exp_avg_dtype)
+
+
+def test_low_precision_direction(interpreter: Pool) -> None:
+    check(interpreter, "low_precision_direction")
+
+
+def test_a_tensor_lr_is_read_on_the_device(interpreter: Pool) -> None:
+    check(interpreter, "tensor_lr")
+
+
+class Idle:
+    """Stands in for a kernel."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **kwargs: None
+
+
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors take the host's part of the Triton path; nothing is computed."""
+    names = ("sums_kernel", "reduce_kernel", "update_kernel")
+    module = SimpleNamespace(tl=SimpleNamespace(float32=0, float64=0, bfloat16=0), **{name: Idle() for name in names})
+    monkeypatch.setattr(triton_pair, "require_triton", lambda: module)
+    monkeypatch.setattr(fused, "require_triton", lambda: module)
+    monkeypatch.setattr(fused, "TRITON_DEVICES", {"cpu"})
+
+
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["float", "tensor"])
+@pytest.mark.parametrize("scope", ["tensor", "group", "global"])
+def test_the_host_reads_nothing(no_kernels: None, scope: str, lr: Any) -> None:
+    params = [torch.nn.Parameter(torch.ones(9, 3)) for _ in range(3)]
+    params += [torch.nn.Parameter(torch.ones(5, dtype=torch.bfloat16))]
+    groups = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.0}]
+    optimizer = AMAdamW(groups, lr=lr, capturable=True, scope=scope, fused=True)
+    for step in range(1, 4):
+        for i, p in enumerate(params):
+            p.grad = None if (i, step) == (0, 2) else torch.full_like(p, float(step))
+        step_unread(optimizer)
+    assert "Triton for 4" in optimizer.describe()
+
+
+class Operations(TorchDispatchMode):
+    """Counts what would be launched beside the kernels."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_of_more_tensors_is_not_more_operations(no_kernels: None) -> None:
+    counts = []
+    for size in (3, 90):
+        params = [torch.nn.Parameter(torch.ones(9)) for _ in range(size)]
+        optimizer = AMAdamW(params, fused=True)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            with Operations() as operations:
+                optimizer.step()
+        counts.append(operations.count)
+    assert counts[0] == counts[1]
+
+
+def test_gradients_live_until_the_step_is_done(no_kernels: None) -> None:
+    """The tables hold addresses only: a gradient that was copied for the step must not be freed before its kernels."""
+    tensors = [torch.zeros(4) for _ in range(4)]
+    watched = weakref.ref(tensors[1])
+    x, g, d, v = tensors
+    passes = triton_pair.TritonPasses([Piece(0, x, g, d, v, Options(0.9, 0.1, 0.0, 0.0, False))], triton_pair.Tables())
+    del tensors, x, g, d, v
+    assert watched() is not None
+    del passes
+    assert watched() is None
+
+
+def test_what_is_kept_is_bounded(no_kernels: None) -> None:
+    """A new set of gradients at every step, as with experts that are idle by turns."""
+    tables = triton_pair.Tables()
+    for row in range(100):
+        tensors = [torch.zeros(4) for _ in range(4)]
+        triton_pair.TritonPasses([Piece(row, *tensors, Options(0.9, 0.1, 0.0, 0.0, False))], tables)
+    assert len(tables._groups) <= 32
+
+
+def test_a_captured_copy_is_apart_from_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph fills a table of its own from a buffer of its own, at every replay; eager steps never use it."""
+    following = triton_tables.Following(torch.device("cpu"), torch.int64)
+    monkeypatch.setattr(triton_tables.Following, "_buffer", lambda self, numel: torch.empty(numel, dtype=torch.int64))
+    captured: list[Any] = []
+    eager = following.follow([1, 2], captured)
+    assert not captured
+    with monkeypatch.context() as capture:
+        capture.setattr(triton_tables, "_is_capturing", lambda device: True)
+        tables = [following.follow([3, 4], captured), following.follow([1, 2], captured)]
+    assert [table.tolist() for table in tables] == [[3, 4], [1, 2]]
+    assert len(captured) == 4 and all(any(table is kept for kept in captured) for table in tables)
+    assert following.follow([1, 2], captured) is eager
+
+
+def test_a_capture_before_any_step_is_refused(no_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_tables, "_is_capturing", lambda device: True)
+    piece = Piece(0, *(torch.zeros(4) for _ in range(4)), Options(0.9, 0.1, 0.0, 0.0, False))
+    with pytest.raises(RuntimeError, match="1 tensors in it have never stepped together: make a step"):
+        triton_pair.TritonPasses([piece], triton_pair.Tables())

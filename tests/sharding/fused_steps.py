@@ -1,0 +1,92 @@
+"""What each rank runs with fused kernels and with a direction in bfloat16."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from am_lightning.optim.kernels import fused
+from am_lightning.sharding.dtensor import local
+from tests.sharding.layouts import LAYOUTS, Placed
+from tests.sharding.model import RATES, train
+from tests.sharding.steps import optimizer_of
+
+DTYPE = torch.float32
+
+
+def bits(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[float]]:
+    """All of this rank's weights and states."""
+    tensors = []
+    for param in model.parameters():
+        state = optimizer.state[param]
+        tensors += [param, *(state[key] for key in sorted(state))]
+    return [local(tensor.detach()).double().flatten().tolist() for tensor in tensors]
+
+
+def go(placed: Placed, optimizer: Any, steps: range, scope: str = "tensor") -> None:
+    train(placed.model, optimizer, steps, DTYPE, share=placed.share, rate=RATES["adamw"][scope])
+
+
+def start(layout: str, **options: Any) -> tuple[Placed, Any]:
+    placed = LAYOUTS[layout][0](DTYPE)
+    return placed, optimizer_of(placed, "adamw", "tensor", **options)
+
+
+def low_precision(layout: str, where: str, **options: Any) -> dict[str, Any]:
+    """Four steps, and two with a distributed checkpoint and two more steps."""
+    options["exp_avg_dtype"] = torch.bfloat16
+    placed, optimizer = start(layout, **options)
+    go(placed, optimizer, range(2))
+    dcp.save(get_optimizer_state_dict(placed.model, optimizer), checkpoint_id=where)
+    resumed, other = start(layout, **options)
+    with torch.no_grad():
+        for p, q in zip(resumed.model.parameters(), placed.model.parameters(), strict=True):
+            p.copy_(q)
+    blank = get_optimizer_state_dict(resumed.model, other)
+    dcp.load(blank, checkpoint_id=where)
+    set_optimizer_state_dict(resumed.model, other, optim_state_dict=blank)
+    go(placed, optimizer, range(2, 4))
+    go(resumed, other, range(2, 4))
+    saved = dcp.FileSystemReader(where).read_metadata().state_dict_metadata
+    return {
+        "saved": {str(entry.properties.dtype) for key, entry in saved.items() if key.endswith(".exp_avg")},
+        "kept": {str(state["exp_avg"].dtype) for state in other.state.values()},
+        "whole": bits(placed.model, optimizer),
+        "resumed": bits(resumed.model, other),
+    }
+
+
+def refused_direction(layout: str) -> str:
+    """The error, and that nothing has moved."""
+    placed, optimizer = start(layout, exp_avg_dtype=torch.bfloat16)
+    before = [p.detach().clone() for p in placed.model.parameters()]
+    with pytest.raises(ValueError, match="exp_avg_dtype") as caught:
+        go(placed, optimizer, range(1))
+    assert all(torch.equal(p, q) for p, q in zip(placed.model.parameters(), before, strict=True))
+    return str(caught.value)
+
+
+def other_kernels_here(what: dict[int, str], layout: str) -> dict[str, Any]:
+    """Two steps where ranks have other compilers: ``what`` is the switch of a rank, or "none" for no compiler."""
+    here = what[dist.get_rank()]
+    placed, optimizer = start(layout, fused=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(os.environ, fused.SWITCH, "" if here == "none" else here)
+        if here == "none":
+            patch.setattr(fused, "find_compiler", lambda: None)
+            patch.setattr(fused, "_inductor_has_compiler", lambda: False)
+        fused._on_cpu.cache_clear()
+        try:
+            go(placed, optimizer, range(2))
+        except RuntimeError as error:
+            return {"error": str(error), "state": len(optimizer.state)}
+        finally:
+            fused._on_cpu.cache_clear()
+    return {"bits": bits(placed.model, optimizer), "described": optimizer.describe()}
