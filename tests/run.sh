@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source recipes/env.sh
-ensure_venv "dev,recipes,accelerate,deepspeed"
+ensure_venv "dev,recipes,data,studies,docs,accelerate,deepspeed"
 
 # Tests start processes of their own; one thread each keeps a small machine from thrashing.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

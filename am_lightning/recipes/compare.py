@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from am_lightning.recipes.report.plot import Run, draw
+from am_lightning.recipes.report.plot import draw
 from am_lightning.recipes.report.summary import RunResult
 
 # beta1 of the baselines. Both get the warmup that AdamW is usually given.
@@ -72,7 +72,7 @@ def _report(path: Path, results: dict[str, RunResult]) -> None:
     print(f"  {'':<{width}}  validation loss  perplexity")
     for name, result in results.items():
         print(f"  {name:<{width}}  {result.val_loss:>15.4f}  {result.perplexity:>10.2f}")
-    runs = [Run(name, result.log_dir, result.val_loss) for name, result in results.items() if result.log_dir]
-    if runs:
-        draw(path, runs, heatmap_of=0)
+    drawn = [run for name, result in results.items() if (run := result.drawn_as(name))]
+    if drawn:
+        draw(path, drawn)
         print(f"\n  picture           {path}\n", flush=True)

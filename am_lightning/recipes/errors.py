@@ -11,3 +11,8 @@ def require(condition: bool, name: str, value: object, allowed: str) -> None:
     """Raise a RecipeError that names the setting, its value and what is allowed, unless `condition` holds."""
     if not condition:
         raise RecipeError(f"{name} is {value!r}; allowed: {allowed}")
+
+
+def first_line(error: BaseException) -> str:
+    """Another library's error in a few words: its kind and the first line of its text."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

@@ -4,36 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
-import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torchmetrics.text import Perplexity
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.distributed.fsdp.wrap import wrap
+from torch.distributed.tensor import DTensor
+from torchmetrics import MeanMetric
+from transformers import LlamaForCausalLM
 
 from am_lightning.factory import parameter_groups
 from am_lightning.recipes.errors import require
+from am_lightning.recipes.network import LlamaShape, build_llama, checkpoint_activations, flops_per_token, token_loss
+from am_lightning.recipes.parallel import build_partitioned, loss_context, shard_llama, tensor_ways
+from am_lightning.recipes.schedule import check_schedule, make_schedule
 
 OptimizerCallable = Callable[[Iterable[Any]], torch.optim.Optimizer]
 
 
-def learning_rate_factor(step: int, *, total: int, warmup_fraction: float, final_fraction: float) -> float:
-    """The learning rate of optimizer step `step` (from 0) as a share of the peak.
-
-    Linear over the first `warmup_fraction` of `total` steps, then half a cosine down to `final_fraction`.
-    """
-    warmup = round(total * warmup_fraction)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 class LlamaPretraining(L.LightningModule):
-    """A Llama (transformers' LlamaForCausalLM, untied head) trained on rows of token ids, int64 (batch, seq_len).
+    """A Llama (transformers' LlamaForCausalLM) trained on rows of token ids, int64 (batch, seq_len).
 
     Logs `train/loss` (of this process's micro-batch), `val/loss` and `val/perplexity` (over all processes); losses are
     means per token in nats.
@@ -48,7 +40,14 @@ class LlamaPretraining(L.LightningModule):
         optimizer: makes the optimizer from parameter groups.
         weight_decay: of the matrices; norms and the embedding get none.
         warmup_fraction: share of the steps over which the learning rate rises; 0 for none.
-        final_lr_fraction: where the cosine ends, as a share of the peak.
+        final_lr_fraction: where the schedule ends, as a share of the peak.
+        num_key_value_heads: heads of keys and values, a divisor of num_heads; None: num_heads.
+        rope_theta: base of the rotary embedding.
+        tie_word_embeddings: the head is the embedding.
+        schedule: "cosine", "wsd" (warmup, stable, decay) or "constant".
+        decay_fraction: share of the steps over which "wsd" falls at the end.
+        activation_checkpointing: keep a layer's input only and compute the rest again in the backward pass.
+        compile: torch.compile every decoder layer.
 
     Raises:
         RecipeError: an argument is out of range.
@@ -66,89 +65,122 @@ class LlamaPretraining(L.LightningModule):
         weight_decay: float = 0.1,
         warmup_fraction: float = 0.0,
         final_lr_fraction: float = 0.1,
+        num_key_value_heads: int | None = None,
+        rope_theta: float = 10000.0,
+        tie_word_embeddings: bool = False,
+        schedule: Literal["cosine", "wsd", "constant"] = "cosine",
+        decay_fraction: float = 0.2,
+        activation_checkpointing: bool = False,
+        compile: bool = False,
     ) -> None:
         super().__init__()
-        sizes = {"intermediate_size": intermediate_size, "num_heads": num_heads, "num_layers": num_layers}
-        for name, value in sizes.items():
-            require(value >= 1, f"model.{name}", value, "a whole number >= 1")
-        require(seq_len >= 2, "model.seq_len", seq_len, "a whole number >= 2")
-        whole_heads = hidden_size >= 1 and hidden_size % (2 * num_heads) == 0
-        require(whole_heads, "model.hidden_size", hidden_size, f"a multiple of 2 * num_heads = {2 * num_heads}")
+        self.shape = LlamaShape(
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_heads=num_heads,
+            num_layers=num_layers,
+            vocab_size=vocab_size,
+            seq_len=seq_len,
+            num_key_value_heads=num_key_value_heads,
+            rope_theta=rope_theta,
+            tie_word_embeddings=tie_word_embeddings,
+        )
         require(0 <= weight_decay < math.inf, "model.weight_decay", weight_decay, "0 <= value")
-        require(0 <= warmup_fraction <= 1, "model.warmup_fraction", warmup_fraction, "0 <= value <= 1")
-        require(0 <= final_lr_fraction <= 1, "model.final_lr_fraction", final_lr_fraction, "0 <= value <= 1")
+        check_schedule(schedule, warmup_fraction, decay_fraction, final_lr_fraction)
         self.save_hyperparameters(ignore=["optimizer"])
         self.make_optimizer = optimizer
+        self.weight_decay = weight_decay
+        self.schedule = (schedule, warmup_fraction, decay_fraction, final_lr_fraction)
         self.model: LlamaForCausalLM | None = None
-        self.val_perplexity = Perplexity()
+        self.activation_checkpointing, self.compile_layers = activation_checkpointing, compile
+        self.val_loss = MeanMetric()
         self._batch_tokens = 0
-        self._matmul_parameters = 0
 
     def configure_model(self) -> None:
-        """Build the network. Strategies that shard call this hook where the weights are to live; it may come again."""
+        """Build the network. Strategies that shard call this hook where the weights are to live; it may come again.
+
+        Under ModelParallelStrategy it is split over the strategy's mesh (parallel.py); under FSDPStrategy every layer
+        becomes a unit; DeepSpeed, DDP and one device take it whole.
+        """
         if self.model is not None:
             return
-        sizes = self.hparams
-        config = LlamaConfig(
-            vocab_size=sizes.vocab_size,
-            hidden_size=sizes.hidden_size,
-            intermediate_size=sizes.intermediate_size,
-            num_attention_heads=sizes.num_heads,
-            num_key_value_heads=sizes.num_heads,
-            num_hidden_layers=sizes.num_layers,
-            max_position_embeddings=sizes.seq_len,
-            tie_word_embeddings=False,
-            use_cache=False,
-            attn_implementation="sdpa",
-        )
-        self.model = LlamaForCausalLM(config)
-        # Counted here, while every parameter is whole.
-        self._matmul_parameters = sum(p.numel() for n, p in self.model.named_parameters() if "embed_tokens" not in n)
+        if self.device_mesh is None:
+            model = build_partitioned(self.shape)
+        else:
+            with torch.device("meta"):
+                model = build_llama(self.shape)
+        if self.activation_checkpointing:
+            checkpoint_activations(model)
+        if self.compile_layers:
+            for layer in model.model.layers:
+                layer.compile()
+        if self.device_mesh is not None:
+            shard_llama(model, self.shape, self.device_mesh, str(self.trainer.precision))
+        for index, layer in enumerate(model.model.layers):
+            model.model.layers[index] = wrap(layer)  # by FSDP1, where FSDPStrategy asks for it
+        self.model = cast(LlamaForCausalLM, wrap(model))
+
+    @property
+    def network(self) -> LlamaForCausalLM:
+        """The model, once it is built."""
+        if self.model is None:
+            raise RuntimeError("configure_model() has not run")
+        return self.model
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (batch, seq_len, vocab_size) for token ids (batch, seq_len)."""
-        return self.model(input_ids=tokens).logits
+        # Positions are given because a layer split over tokens sees a part of the row.
+        positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
+        logits: Tensor = self.network(input_ids=tokens, position_ids=positions).logits
+        return logits
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         self._batch_tokens = batch.numel()
-        loss, _, _ = self._loss(batch)
+        loss = self._loss(batch)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        with loss_context(self.device_mesh):
+            super().backward(loss, *args, **kwargs)
+
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         self._batch_tokens = batch.numel()
-        loss, logits, targets = self._loss(batch)
-        self.val_perplexity(logits, targets)
-        # The curve holds the validations during training; the one after it scores other rows and goes to the summary.
-        options = {"logger": self.trainer.state.fn == "fit", "on_step": False, "on_epoch": True}
-        self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch), **options)
-        self.log("val/perplexity", self.val_perplexity, **options)
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        groups = parameter_groups(self.model, self.hparams.weight_decay, decay_embeddings=False)
-        optimizer = self.make_optimizer(groups)
-        factor = partial(
-            learning_rate_factor,
-            total=self.trainer.max_steps,
-            warmup_fraction=self.hparams.warmup_fraction,
-            final_fraction=self.hparams.final_lr_fraction,
+        loss = self._loss(batch)
+        self.val_loss.update(loss, len(batch))
+        self.log(
+            "val/loss",
+            loss,
+            prog_bar=True,
+            logger=self._log_validation,
+            on_step=False,
+            on_epoch=True,
+            sync_dist=True,
+            batch_size=len(batch),
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val/perplexity", self.val_loss.compute().exp(), logger=self._log_validation, sync_dist=True)
+        self.val_loss.reset()
+
+    @property
+    def _log_validation(self) -> bool:
+        """The curve holds validations during training; the one after it scores other rows and goes to the summary."""
+        return self.trainer.state.fn == "fit"
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        groups = parameter_groups(self.network, self.weight_decay, decay_embeddings=False)
+        optimizer = self.make_optimizer(groups)
+        scheduler = make_schedule(optimizer, self.trainer.max_steps, *self.schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @property
     def flops_per_batch(self) -> int:
-        """Floating-point operations of the last batch on this process, for ThroughputMonitor.
+        """Floating-point operations of the last batch on this process, for ThroughputMonitor; see flops_per_token."""
+        flops = self._batch_tokens * flops_per_token(self.shape) // tensor_ways(self.device_mesh)
+        return flops if self.training else flops // 3
 
-        6 N + 12 L h s for a token of training (Chowdhery et al. 2022, PaLM, appendix B): N parameters without the input
-        embedding, L layers of width h, rows of s tokens, attention counted without its causal mask. A third of it,
-        the forward pass, in validation.
-        """
-        sizes = self.hparams
-        forward = 2 * self._matmul_parameters + 4 * sizes.num_layers * sizes.hidden_size * sizes.seq_len
-        return self._batch_tokens * forward * (3 if self.training else 1)
-
-    def _loss(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean loss, logits (batch, seq_len - 1, vocab_size) in float32 and targets (batch, seq_len - 1)."""
-        logits, targets = self(tokens)[:, :-1].float(), tokens[:, 1:]
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), logits, targets
+    def _loss(self, batch: Tensor) -> Tensor:
+        with loss_context(self.device_mesh):
+            loss = token_loss(self(batch), batch)
+        return loss.to_local() if isinstance(loss, DTensor) else loss

@@ -30,7 +30,6 @@ FLOORS = {
     "am_lightning.hf_trainer": 4,
     "am_lightning.deepspeed": 4,
     "am_lightning.bench": 5,
-    "am_lightning.bench_reduce": 5,
     "am_lightning.recipes": 5,
     "am_lightning": 5,
 }
@@ -43,7 +42,7 @@ ADAPTERS = {
     "am_lightning.huggingface": {"accelerate"},
     "am_lightning.hf_trainer": {"accelerate", "transformers"},
     "am_lightning.deepspeed": {"deepspeed"},
-    "am_lightning.optim.kernels.fused": {"triton"},
+    "am_lightning.optim.kernels.triton_kernels": {"triton"},
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email
+import os
 import subprocess
 import sys
 import tarfile
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.package.tree import PACKAGE, ROOT, extras, files, version
+from tests.package.tree import PACKAGE, RECIPES, ROOT, extras, files, version
 
 
 def _build(source: Path, out: Path, target: str) -> Path:
@@ -42,8 +43,12 @@ def _metadata(wheel: Path) -> Message:
     return email.message_from_bytes(zipfile.ZipFile(wheel).read(name))
 
 
-def test_wheel_is_the_package_and_nothing_else(wheel: Path) -> None:
+def test_wheel_is_the_package_with_the_recipes_and_nothing_else(wheel: Path) -> None:
+    """No cache, nothing a run left: what git knows of the package, and recipes/ where locate.py looks for it."""
     package = {str(path.relative_to(ROOT)) for path in files() if PACKAGE in path.parents}
+    package |= {
+        f"am_lightning/recipes/files/{path.relative_to(RECIPES)}" for path in files() if RECIPES in path.parents
+    }
     info = f"am_lightning-{version()}.dist-info"
     assert "am_lightning/py.typed" in package
     assert _names(wheel) == package | {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")}
@@ -59,6 +64,14 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert [need for need in meta.get_all("Requires-Dist", []) if "extra ==" not in need] == ["torch>=2.6"]
     assert set(meta.get_all("Provides-Extra", [])) == extras()
     assert (ROOT / "README.md").read_text().strip() in str(meta.get_payload())
+
+
+def test_scripts_stay_executable(wheel: Path) -> None:
+    """In the wheel; installers keep the bit."""
+    modes = {info.filename: info.external_attr >> 16 for info in zipfile.ZipFile(wheel).infolist()}
+    scripts = [path.relative_to(RECIPES) for path in files() if RECIPES in path.parents and os.access(path, os.X_OK)]
+    assert Path("launch/torchrun.sh") in scripts
+    assert all(modes[f"am_lightning/recipes/files/{path}"] & 0o111 for path in scripts)
 
 
 def test_wheel_works_from_where_it_lies(wheel: Path, tmp_path: Path) -> None:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
 import os
+import pickle
+import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +21,15 @@ from am_lightning.recipes.checkpoints import (
     AtomicCheckpointIO,
     RunCheckpoint,
     check_readable,
+    newest_whole,
     replace_with_link,
     saved_step,
 )
+from am_lightning.recipes.checkpoints.manifest import manifest_of, write_manifest
 from am_lightning.recipes.errors import RecipeError
 from am_lightning.recipes.files import replacing
+
+from .small_run import Options, run
 
 SMALL = {"global_step": 7, "weights": torch.zeros(2000)}  # 8 kB
 
@@ -45,7 +56,108 @@ DAMAGES = [truncate, flip, lambda p: os.truncate(p, 0), lambda p: p.write_bytes(
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     path = save(tmp_path / "new" / "a.ckpt")
     assert AtomicCheckpointIO().load_checkpoint(path)["global_step"] == saved_step(path) == 7
-    assert list(path.parent.iterdir()) == [path]
+    assert {p.name for p in path.parent.iterdir()} == {"a.ckpt", "a.ckpt.manifest.json"}
+    assert json.loads(manifest_of(path).read_text())["files"] == {
+        "a.ckpt": {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    }
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("manifest", [True, False])
+def test_the_newest_whole_one_is_chosen_and_the_broken_ones_are_named(
+    tmp_path: Path, damage: Callable[[Path], None], manifest: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Without a manifest, as a kill just after the rename leaves it, by the checksums inside the file."""
+    save(tmp_path / "step-000001.ckpt", 1, age=30)
+    whole = save(tmp_path / "step-000002.ckpt", 2, age=20)
+    newest = save(tmp_path / "step-000003.ckpt", 3)
+    replace_with_link(newest, tmp_path / "last.ckpt")
+    if not manifest:
+        manifest_of(newest).unlink()
+    assert newest_whole(tmp_path) == tmp_path / "last.ckpt"
+    damage(newest)
+    assert newest_whole(tmp_path) == whole
+    (told,) = [str(w.message) for w in recwarn]
+    assert f"{tmp_path / 'last.ckpt'} is broken" in told
+    assert f"going on from {whole}" in told
+    damage(whole)
+    damage(tmp_path / "step-000001.ckpt")
+    with pytest.raises(RecipeError, match=r"no checkpoint in .* is whole: .*Start anew") as caught:
+        newest_whole(tmp_path)
+    assert all(name in str(caught.value) for name in ("last.ckpt", "step-000002.ckpt", "step-000001.ckpt"))
+
+
+def test_without_last_ckpt_the_newest_step_is_chosen(tmp_path: Path) -> None:
+    assert newest_whole(tmp_path) is None
+    save(tmp_path / "step-000001.ckpt", age=10)
+    newest = save(tmp_path / "step-000002.ckpt")
+    assert newest_whole(tmp_path) == newest
+
+
+def save_folder(path: Path, step: int) -> Path:
+    """As CheckpointWriter leaves a sharded one."""
+    (path / "sub").mkdir(parents=True)
+    torch.save({"global_step": step}, path / "meta.pt")
+    (path / "sub" / "__0_0.distcp").write_bytes(os.urandom(1000))
+    (path / ".metadata").write_bytes(b"metadata")
+    write_manifest(path)
+    return path
+
+
+FOLDER_DAMAGES: list[Callable[[Path], None]] = [
+    lambda p: truncate(p / "sub" / "__0_0.distcp"),
+    lambda p: flip(p / "sub" / "__0_0.distcp"),
+    lambda p: (p / ".metadata").unlink(),
+    lambda p: (p / "manifest.json").unlink(),
+    lambda p: truncate(p / "manifest.json"),
+]
+
+
+@pytest.mark.parametrize("damage", FOLDER_DAMAGES)
+def test_a_folder_is_whole_only_with_all_of_its_files(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    older, newest = (save_folder(tmp_path / f"step-{step:06d}.ckpt", step) for step in (1, 2))
+    last = tmp_path / "last.ckpt"
+    for target in (older, newest):
+        replace_with_link(target, last)
+        assert last.is_symlink()
+        assert saved_step(last) == saved_step(target)
+    assert newest_whole(tmp_path) == last
+    damage(newest)
+    with pytest.warns(UserWarning, match="is broken"):
+        assert newest_whole(tmp_path) == older
+
+
+def test_another_tools_folder_needs_no_manifest(tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "theirs.ckpt", 3)
+    (folder / "manifest.json").unlink()
+    check_readable(folder)
+
+
+def test_a_new_file_is_never_beside_an_old_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever it is killed while it writes over a checkpoint."""
+    path = save(tmp_path / "a.ckpt", 1)
+    real = os.replace
+
+    def killed(source: Any, target: Any) -> None:
+        real(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        AtomicCheckpointIO().save_checkpoint({**SMALL, "global_step": 2}, path)
+    assert saved_step(path) == 2
+    check_readable(path)
+
+
+def test_the_oldest_go_with_their_manifests(tmp_path: Path) -> None:
+    """The oldest by their age: after going back to an early step, its successors are the newest."""
+    callback = RunCheckpoint(str(tmp_path), keep=2)
+    for step, age in ((10, 40), (30, 30), (20, 20), (25, 10)):
+        callback._publish(save(tmp_path / f"step-{step:06d}.ckpt", step, age))
+    kept = ["step-000020.ckpt", "step-000025.ckpt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        ["last.ckpt", *kept, *(f"{name}.manifest.json" for name in kept)]
+    )
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -98,10 +210,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_names_the_file_and_leaves_the_old_one(small_disk: Path) -> None:
     path = save(small_disk / "last.ckpt")
-    with pytest.raises(RecipeError, match=r"cannot write .*last.ckpt: No space left.*MB free.*last good checkpoint"):
+    before = sorted(small_disk.iterdir())
+    with pytest.raises(RecipeError, match=r"cannot write .*last.ckpt: No space left.*4.0 MB are needed.*MB free"):
         AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(1_000_000)}, path)
+    other = {str(i): 0 for i in range(300_000)}  # what is not a tensor is not foreseen
+    with pytest.raises(RecipeError, match=r"cannot write .*last.ckpt: No space left.*MB free.*last good checkpoint"):
+        AtomicCheckpointIO().save_checkpoint({"other": other}, path)
     assert saved_step(path) == 7
-    assert list(small_disk.iterdir()) == [path]
+    check_readable(path)
+    assert sorted(small_disk.iterdir()) == before
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
@@ -115,7 +232,8 @@ def test_the_link_is_replaced_and_is_the_same_file(tmp_path: Path) -> None:
     for target in (first, second, second):
         replace_with_link(target, last)
         assert last.samefile(target)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["1.ckpt", "2.ckpt", "last.ckpt"]
+    assert sorted(p.name for p in tmp_path.glob("*.ckpt")) == ["1.ckpt", "2.ckpt", "last.ckpt"]
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("argument", [{"keep": 0}, {"every_n_train_steps": 0}, {"every_n_train_steps": -3}])
@@ -123,3 +241,50 @@ def test_a_wrong_argument_is_named(argument: dict[str, int]) -> None:
     (name, value) = next(iter(argument.items()))
     with pytest.raises(RecipeError, match=rf"checkpoint.{name} is {value}; allowed: "):
         RunCheckpoint(**argument)
+
+
+class MakesFile:
+    """Unpickled, it runs code."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    assert run(Options(str(tmp_path), steps=2)) == "finished"
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    AtomicCheckpointIO().save_checkpoint({**checkpoint, "more": MakesFile(tmp_path / "ran")}, last)
+    with pytest.raises(pickle.UnpicklingError):
+        run(Options(str(tmp_path), steps=4))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_fails_in_the_background_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the latest with the next checkpoint; the one before stays."""
+    real = AtomicCheckpointIO.save_checkpoint
+
+    def refused(self: AtomicCheckpointIO, checkpoint: dict[str, Any], path: Any, *args: Any) -> None:
+        if checkpoint["global_step"] == 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        real(self, checkpoint, path, *args)
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", refused)
+    ended = run(Options(str(tmp_path), steps=30, asynchronous=True))
+    assert ended.startswith(f"error: cannot write {tmp_path / 'checkpoints' / 'step-000006.ckpt'}: No space left")
+    assert saved_step(tmp_path / "checkpoints" / "last.ckpt") == 3
+    assert {p.name for p in (tmp_path / "checkpoints").glob("*.ckpt")} == {"last.ckpt", "step-000003.ckpt"}
+
+
+def test_without_room_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the foreground, also where the writing would be done in the background."""
+    full = SimpleNamespace(free=100)
+    begun: list[Any] = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", lambda self, checkpoint, path: begun.append(path))
+    ended = run(Options(str(tmp_path), steps=30, asynchronous=True))
+    assert "step-000003.ckpt: No space left on device: about 0.0 MB are needed" in ended
+    assert begun == []

@@ -1,19 +1,199 @@
-"""Every key of every YAML carries a comment."""
+"""Every YAML: it parses, its model has the size it says, and each key's comment tells the type and the true default."""
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import inspect
 import re
+import typing
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
+import yaml
 
-CONFIGS = sorted((Path(__file__).resolve().parents[2] / "recipes" / "configs").glob("*.yaml"))
+from am_lightning.recipes.__main__ import make_parser
+from am_lightning.recipes.network import count_parameters
+from am_lightning.recipes.plan.command import make_plan, read_options
+from am_lightning.recipes.plan.table import duration_text
+from am_lightning.recipes.settings import Settings, _Parser, read_settings
+from tests.recipes.test_network import FAMILY
+
+CONFIGS = {path.stem: path for path in sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))}
+COMMENT = re.compile(r"\((?P<type>[^,()]+)(, (?P<default>[^()]+))?\)(?P<words>.*)")
+every_config = pytest.mark.parametrize("name", CONFIGS)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_every_key_is_commented(path: Path) -> None:
-    lines = path.read_text().splitlines()
-    keys = [i for i, line in enumerate(lines) if re.match(r"\s*(- )?\w+:", line)]
-    assert len(keys) > 30
-    bare = [lines[i] for i in keys if "#" not in lines[i] and not lines[i - 1].lstrip().startswith("#")]
-    assert bare == []
+def settings_of(name: str) -> Settings:
+    return read_settings(["--config", str(CONFIGS[name])])
+
+
+def keys(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, int, yaml.Node]]:
+    """(dotted key, line from 0, value) of all keys, also in lists."""
+    for key, value in node.value:
+        path = f"{prefix}{key.value}"
+        yield path, key.start_mark.line, value
+        if isinstance(value, yaml.MappingNode) and not value.flow_style:
+            yield from keys(value, f"{path}.")
+        for item in value.value if isinstance(value, yaml.SequenceNode) else ():
+            if isinstance(item, yaml.MappingNode):
+                yield from keys(item, f"{path}.{item.value[0][1].value}.")  # its class_path
+
+
+def comment_at(lines: list[str], line: int) -> tuple[re.Match[str] | None, str]:
+    """(type, default), and all the words, at the end of the line and right above it."""
+    comments = [lines[line].partition("#")[2].strip()]
+    while line and lines[line - 1].lstrip().startswith("#"):
+        line -= 1
+        comments.insert(0, lines[line].lstrip(" #"))
+    found = next((match for comment in reversed(comments) if (match := COMMENT.match(comment))), None)
+    return found, COMMENT.sub(r"\g<words>", " ".join(comments)).strip()
+
+
+@every_config
+def test_every_key_is_commented(name: str) -> None:
+    text = CONFIGS[name].read_text()
+    found = list(keys(yaml.compose(text)))
+    assert len(found) > 80
+    for path, line, _ in found:
+        match, words = comment_at(text.splitlines(), line)
+        assert match and words, f"{path} has no comment (type, default) what; why"
+
+
+def words_of(hint: Any) -> set[str]:
+    """The words that a comment may use for a type."""
+    if hint in (int, float, bool):
+        return {hint.__name__} | ({"int"} if hint is float else set())
+    if typing.get_origin(hint) is typing.Literal or hint in (str, Path):
+        return {"str"}
+    origin = typing.get_origin(hint)
+    if origin in (list, dict):
+        return {origin.__name__, "list of classes"}
+    if hint is type(None):
+        return set()
+    if isinstance(hint, type) or not typing.get_args(hint):
+        return {"class"}
+    return {"class"} if "Callable" in str(origin) else set().union(*map(words_of, typing.get_args(hint)))
+
+
+def bare_trainer() -> dict[str, Any]:
+    """What Lightning's Trainer takes where its argument's default is None."""
+    trainer = L.Trainer(accelerator="cpu", devices=1)
+    return {
+        "log_every_n_steps": trainer.log_every_n_steps,
+        "val_check_interval": trainer.val_check_interval,
+        "num_sanity_val_steps": trainer.num_sanity_val_steps,
+        "enable_progress_bar": trainer.progress_bar_callback is not None,
+        "enable_model_summary": any("Summary" in type(c).__name__ for c in trainer.callbacks),
+        "logger": trainer.logger is not None,
+        "default_root_dir": "working directory" if trainer.default_root_dir == str(Path.cwd()) else "?",
+    }
+
+
+@pytest.fixture(scope="module")
+def truth() -> dict[str, tuple[set[str], Any]]:
+    """Key of the program -> (words for its type, default)."""
+    parser = _Parser(["--config", str(CONFIGS["laptop"])])._parser("fit")
+    defaults = parser.get_defaults()
+    for key, value in bare_trainer().items():
+        assert defaults[f"trainer.{key}"] is None
+        defaults[f"trainer.{key}"] = value
+    result = {}
+    for action in parser._actions:
+        hint = getattr(action, "_typehint", action.type)
+        if action.dest in defaults and hint is not None:
+            default = defaults[action.dest]
+            result[action.dest] = (words_of(hint), getattr(default, "class_path", default))
+    return result
+
+
+def default_of_class(path: str) -> Any:
+    """A key like KEY.CLASS_PATH.init_args.ARGUMENT, of a list, or KEY.init_args.ARGUMENT."""
+    class_path, argument = path.split(".init_args.")
+    module, _, name = class_path.rpartition(".")
+    parameter = inspect.signature(getattr(importlib.import_module(module), name)).parameters[argument]
+    return parameter.default
+
+
+@every_config
+def test_comments_say_the_true_type_and_default(name: str, truth: dict[str, tuple[set[str], Any]]) -> None:
+    text = CONFIGS[name].read_text()
+    config, checked = yaml.safe_load(text), 0
+    for path, line, _ in keys(yaml.compose(text)):
+        match, _ = comment_at(text.splitlines(), line)
+        assert match
+        if path in truth:
+            words, default = truth[path]
+            assert set(match["type"].split(" or ")) <= words, f"{path} is one of {words}"
+        elif ".init_args." in path:
+            default = default_of_class(_with_class(path, config))
+        else:
+            assert match["type"] in ("section", "str"), path  # a class_path
+            continue
+        checked += 1
+        assert same(match["default"], default), f"{path}: the default is {default!r}"
+    assert checked > 70
+
+
+def _with_class(path: str, config: dict[str, Any]) -> str:
+    """A key's path with the class in place of model.optimizer or trainer.strategy."""
+    if path.startswith("trainer.callbacks."):
+        return path.removeprefix("trainer.callbacks.")
+    owner, _, argument = path.partition(".init_args.")
+    for part in owner.split("."):
+        config = config[part]
+    return f"{config['class_path']}.init_args.{argument}"
+
+
+def same(written: str, default: Any) -> bool:
+    value = yaml.safe_load(written)
+    if isinstance(value, str) and isinstance(default, float):
+        value = float(value)  # YAML 1.1 takes 1e-3 for a text
+    if isinstance(value, list):
+        value = tuple(value)
+    return bool(value == default) or str(value) == str(default)
+
+
+@every_config
+def test_the_model_has_the_published_shape(name: str) -> None:
+    settings = settings_of(name)
+    if name == "laptop":
+        assert count_parameters(settings.shape) == 857_216
+        return
+    shape, parameters = FAMILY[name]
+    assert settings.shape == shape
+    assert count_parameters(settings.shape) == parameters
+    assert "warmup" not in str(settings._module.schedule) and settings._module.schedule[1] == 0.0
+
+
+@every_config
+def test_the_header_says_what_plan_says(name: str) -> None:
+    """Tokens, tokens for every parameter, and the time, with the GPUs and the MFU that it names."""
+    header = " ".join(line.lstrip("# ") for line in CONFIGS[name].read_text().partition("\n\n")[0].splitlines())
+    if name == "laptop":
+        assert "0.86 M parameters" in header
+        return
+    found = re.search(
+        r"(\d+) steps are (.*?) tokens, (.*?) for every parameter.*; (\S+ \S+) on (\d+) H100 at a MFU of (\S+)\.",
+        header,
+    )
+    assert found, header
+    steps, tokens, ratio, time, gpus, mfu = found.groups()
+    settings = settings_of(name)
+    plan = make_plan(settings, plan_arguments(name, "--gpus", gpus, "--mfu", mfu))
+    assert plan.steps == int(steps)
+    assert float(tokens.split()[0]) * 1e9 == pytest.approx(plan.steps * plan.speed.tokens_per_step, rel=0.005)
+    assert float(ratio) == pytest.approx(plan.steps * plan.speed.tokens_per_step / plan.parameters, rel=0.01)
+    assert time == duration_text(plan.speed.days * 86400)
+    assert plan.fits
+    # Where the numbers of nodes and devices are in the YAML, the header's are these.
+    trainer = settings.config["trainer"]
+    if trainer["devices"] != "auto":
+        assert trainer["devices"] * trainer["num_nodes"] == int(gpus)
+
+
+def plan_arguments(*args: str) -> argparse.Namespace:
+    return read_options(make_parser().parse_args(["plan", *args]))

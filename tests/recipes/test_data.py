@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,11 +65,11 @@ def fit(root: Path, source: Path, steps: int = 4, ckpt_path: str | None = None, 
 def test_batches_are_rows_of_the_text(tmp_path: Path, corpus_folder: Path) -> None:
     trainer, model, data, batches = fit(tmp_path, corpus_folder)
     assert [b.shape for b in batches.train] == [(8, 32)] * 4
-    train = bytes(data._open().train)
+    train = bytes(data._opened().train[:])
     rows = {train[i : i + 32] for i in range(0, len(train) - 31, 32)}
     assert {bytes(row) for row in torch.cat(batches.train).tolist()} <= rows
     assert [len(b) for b in batches.validation] == [4, 2] * 2
-    held_out = bytes(data._open().val)
+    held_out = bytes(data._opened().val[:])
     assert all(bytes(row) in held_out for row in torch.cat(batches.validation).tolist())
     batches.validation.clear()
     trainer.validate(model, datamodule=data, verbose=False)
@@ -76,16 +77,16 @@ def test_batches_are_rows_of_the_text(tmp_path: Path, corpus_folder: Path) -> No
     assert data.scored_rows == 12
 
 
-def test_the_token_file_is_made_once_and_again_for_another_text(tmp_path: Path) -> None:
+def test_shards_are_made_once_and_again_for_another_text(tmp_path: Path) -> None:
     source = tmp_path / "text"
     source.mkdir()
     for number in range(80):
         (source / f"{number}.txt").write_text("some text " * 40)
     fit(tmp_path, source, steps=1)
-    (first,) = (tmp_path / "data").iterdir()
+    (first,) = (tmp_path / "data").glob("*/train-*.bin")
     written = first.stat().st_mtime_ns
     fit(tmp_path, source, steps=1)
-    assert [p.stat().st_mtime_ns for p in (tmp_path / "data").iterdir()] == [written]
+    assert [p.stat().st_mtime_ns for p in (tmp_path / "data").glob("*/train-*.bin")] == [written]
     (source / "more.txt").write_text("more")
     fit(tmp_path, source, steps=1)
     assert len(list((tmp_path / "data").iterdir())) == 2
@@ -97,14 +98,54 @@ def test_the_cache_may_be_elsewhere(tmp_path: Path, corpus_folder: Path) -> None
     assert not (tmp_path / "run" / "data").exists()
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+def test_a_folder_of_shards_is_a_source(tmp_path: Path, corpus_folder: Path) -> None:
+    """Where the documents are not: the tokens of another machine, with the identity that they had there."""
+    made = TextData(str(corpus_folder), cache_dir=str(tmp_path / "cache"))
+    made.prepare()
+    made.open()
+    moved = (tmp_path / "cache").rename(tmp_path / "elsewhere") / made.folder().name
+    copied = TextData(str(moved), cache_dir=str(tmp_path / "unused"))
+    copied.prepare()
+    copied.open()
+    assert copied.folder() == moved
+    assert copied.state_dict() == made.state_dict()
+    assert not (tmp_path / "unused").exists()
+    (moved / "val-00000-00.bin").unlink()
+    with pytest.raises(RecipeError, match=r"val-00000-00.bin is broken: it is gone.*copy it anew"):
+        copied.prepare()
+
+
+@pytest.mark.filterwarnings("ignore:.*suggested max number of worker.*")
+@pytest.mark.parametrize("workers", [0, 1, 3])
 def test_workers_do_not_change_the_order_or_the_resume(tmp_path: Path, corpus_folder: Path, workers: int) -> None:
     """A worker reads ahead of the training: what it had read at a checkpoint must not be lost."""
     _, whole, _, batches = fit(tmp_path / "whole", corpus_folder, steps=6)
-    middle = str(tmp_path / "whole" / "checkpoints" / "step-000002.ckpt")
+    _, _, _, same = fit(tmp_path / "same", corpus_folder, steps=6, num_workers=workers)
+    assert differences([b.clone() for b in same.train], batches.train) == []
+    middle = str(tmp_path / "same" / "checkpoints" / "step-000002.ckpt")
     _, resumed, _, rest = fit(tmp_path / "rest", corpus_folder, steps=6, ckpt_path=middle, num_workers=workers)
     assert differences([b.clone() for b in rest.train], batches.train[2:]) == []
     assert differences(dict(resumed.state_dict()), dict(whole.state_dict())) == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_goes_on_exactly(tmp_path: Path, workers: int) -> None:
+    """Through a checkpoint of the Trainer, in the middle of documents and with workers that have read ahead."""
+    lines = tmp_path / "text.jsonl"
+    texts = (f"document {i}: " + "memory of a step " * (i % 9) for i in range(30_000))
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    options = {"mode": "stream", "shard_mb": 1, "num_workers": workers}
+    _, whole, _, batches = fit(tmp_path / "whole", lines, steps=6, **options)
+    middle = str(tmp_path / "whole" / "checkpoints" / "step-000002.ckpt")
+    _, resumed, data, rest = fit(tmp_path / "rest", lines, steps=6, ckpt_path=middle, **options)
+    assert [b.shape for b in batches.train] == [(8, 32)] * 6
+    assert differences([b.clone() for b in rest.train], batches.train[2:]) == []
+    assert differences(dict(resumed.state_dict()), dict(whole.state_dict())) == []
+    assert data.scored_rows == 6
+    finished = str(tmp_path / "rest" / "checkpoints" / "last.ckpt")
+    _, _, data, none = fit(tmp_path / "rest", lines, steps=6, ckpt_path=finished, **options)
+    assert none.train == []
+    assert data.state_dict()["stream"]["step"] == 6
 
 
 @pytest.mark.filterwarnings("error:.*not resumable.*")
@@ -126,6 +167,8 @@ def test_lightning_knows_that_a_resume_is_exact(tmp_path: Path, corpus_folder: P
         ("val_percent", 100.0),
         ("val_percent", float("nan")),
         ("num_workers", -1),
+        ("prepare_workers", 0),
+        ("shard_mb", 0),
         ("seed", -1),
     ],
 )

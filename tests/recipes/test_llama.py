@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from am_lightning import AMAdamW
 from am_lightning.recipes.errors import RecipeError
-from am_lightning.recipes.llama import LlamaPretraining, learning_rate_factor
+from am_lightning.recipes.llama import LlamaPretraining
+from am_lightning.recipes.network import token_loss
 
 TINY: dict[str, Any] = {
     "hidden_size": 32,
@@ -46,9 +45,9 @@ def test_building_twice_keeps_the_weights() -> None:
 def test_the_loss_is_transformers_own() -> None:
     module = build()
     tokens = torch.randint(256, (3, 16), generator=torch.Generator().manual_seed(0))
-    loss, logits, targets = module._loss(tokens)
-    assert logits.shape == (3, 15, 256)
-    assert torch.equal(targets, tokens[:, 1:])
+    logits = module(tokens)
+    assert logits.shape == (3, 16, 256)
+    loss = token_loss(logits, tokens)
     torch.testing.assert_close(loss, module.model(input_ids=tokens, labels=tokens).loss)
     assert abs(loss.item() - math.log(256)) < 0.3
 
@@ -68,36 +67,17 @@ def test_norms_and_the_embedding_do_not_decay() -> None:
     assert len(decay) == len(list(build().model.parameters()))
 
 
-@given(total=st.integers(1, 500), warmup=st.floats(0, 1), final=st.floats(0, 1))
-def test_the_schedule_rises_then_falls_between_its_bounds(total: int, warmup: float, final: float) -> None:
-    factors = [
-        learning_rate_factor(step, total=total, warmup_fraction=warmup, final_fraction=final) for step in range(total)
-    ]
-    assert all(0 < f <= 1 or (final == 0 and f >= 0) for f in factors)
-    peak = round(total * warmup)
-    assert factors[:peak] == sorted(factors[:peak])
-    assert factors[peak:] == sorted(factors[peak:], reverse=True)
-    assert learning_rate_factor(total, total=total, warmup_fraction=warmup, final_fraction=final) == pytest.approx(
-        1.0 if peak == total else final
-    )
-
-
-def test_without_warmup_the_first_step_has_the_peak() -> None:
-    assert learning_rate_factor(0, total=100, warmup_fraction=0, final_fraction=0.1) == 1.0
-    assert learning_rate_factor(50, total=100, warmup_fraction=0, final_fraction=0.1) == pytest.approx(0.55)
-
-
 def test_flops_are_those_of_the_matrix_products() -> None:
     module = build()
     tokens = torch.zeros(2, 16, dtype=torch.int64)
     # The counter does not know the CPU's fused attention.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        module._loss(tokens)[0].backward()
+        token_loss(module(tokens), tokens).backward()
     module._batch_tokens = tokens.numel()
     assert module.flops_per_batch == pytest.approx(counter.get_total_flops(), rel=0.02)
     module.eval()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        module._loss(tokens)
+        token_loss(module(tokens), tokens)
     assert module.flops_per_batch == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 

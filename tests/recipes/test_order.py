@@ -10,22 +10,65 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from am_lightning.recipes.data.order import StepOrder, TokenRows, sample_row
+from am_lightning.recipes.data import permutation
+from am_lightning.recipes.data.order import StepOrder, TokenRows
+from am_lightning.recipes.data.permutation import feistel, sample_rows
 from am_lightning.recipes.errors import RecipeError
 
 sizes = st.integers(1, 60)
+LARGE = [1756041, 109326, 2195177, 2616609]
+C4 = [472960300, 31438673, 182803347, 113705168]
 seeds = st.integers(0, 2**31)
 
 
-@given(rows=sizes, seed=seeds, epoch=st.integers(0, 3))
-def test_every_row_comes_once_in_a_pass(rows: int, seed: int, epoch: int) -> None:
-    samples = [sample_row(epoch * rows + i, rows, seed) for i in range(rows)]
-    assert sorted(samples) == list(range(rows))
+@pytest.fixture(params=["array", "feistel"])
+def method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How the permutation is found: as that of a small data set, or of one too large for an array."""
+    if request.param == "feistel":
+        monkeypatch.setattr(permutation, "ROWS_IN_MEMORY", 0)
+    return str(request.param)
 
 
-def test_passes_and_seeds_have_their_own_order() -> None:
-    def order(seed: int, epoch: int) -> list[int]:
-        return [sample_row(epoch * 100 + i, 100, seed) for i in range(100)]
+@given(rows=sizes, seed=seeds, number=st.integers(0, 3))
+def test_every_row_comes_once_in_a_pass(rows: int, seed: int, number: int) -> None:
+    samples = np.arange(number * rows, (number + 1) * rows)
+    assert sorted(sample_rows(samples, rows, seed)) == list(range(rows))
+    assert sorted(feistel(np.arange(rows), rows, seed, number)) == list(range(rows))
+
+
+@given(rows=sizes, seed=seeds, samples=st.lists(st.integers(0, 300), max_size=20))
+@pytest.mark.filterwarnings("error")
+def test_a_sample_does_not_depend_on_which_are_asked_for_with_it(rows: int, seed: int, samples: list[int]) -> None:
+    alone = [int(sample_rows(np.array([sample]), rows, seed)[0]) for sample in samples]
+    assert sample_rows(np.array(samples, int), rows, seed).tolist() == alone
+
+
+def test_the_order_of_a_small_data_set_is_numpys() -> None:
+    """Runs that were made with it must find their rows again."""
+    expected = [*np.random.default_rng([5, 0]).permutation(7), *np.random.default_rng([5, 1]).permutation(7)]
+    assert sample_rows(np.arange(14), 7, 5).tolist() == expected
+
+
+def test_the_order_of_a_large_data_set_stays() -> None:
+    rows = permutation.ROWS_IN_MEMORY + 1
+    assert sample_rows(np.arange(4), rows, 0).tolist() == LARGE
+    assert sample_rows(np.arange(4), 650_000_000, 0).tolist() == C4
+
+
+def test_a_large_order_is_mixed() -> None:
+    """Samples that follow each other are spread like random numbers, and passes have nothing in common."""
+    rows, count = 650_000_000, 100_000
+    first, second = (feistel(np.arange(count), rows, 0, number) for number in range(2))
+    shares = np.histogram(first, 50, (0, rows))[0] / count
+    assert np.abs(shares - 1 / 50).max() < 0.002  # five standard deviations
+    assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 0.02
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.02
+    assert abs(np.corrcoef(first % 2, np.arange(count) % 2)[0, 1]) < 0.02
+
+
+def test_passes_and_seeds_have_their_own_order(method: str) -> None:
+    def order(seed: int, number: int) -> list[int]:
+        return sample_rows(np.arange(number * 100, number * 100 + 100), 100, seed).tolist()
 
     orders = [order(0, 0), order(0, 1), order(1, 0)]
     assert orders[0] == order(0, 0)
@@ -70,7 +113,7 @@ def test_steps_are_the_same_for_every_world_size_and_accumulation(
     rows: int, share: int, steps: int, seed: int, world: int, accumulate: int
 ) -> None:
     batch = share * 8
-    expected = [[sample_row(s * batch + i, rows, seed) for i in range(batch)] for s in range(steps)]
+    expected = [sample_rows(np.arange(s * batch, (s + 1) * batch), rows, seed).tolist() for s in range(steps)]
     assert _steps(rows, batch, steps, seed, world, accumulate) == expected
 
 

@@ -12,7 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from am_lightning.recipes.llama import LlamaPretraining
-from am_lightning.recipes.report.plot import read_curves
+from am_lightning.recipes.report.events import read_curves
 
 from .commands import arguments, differences, load, run, training_state
 
@@ -224,7 +224,7 @@ def test_another_text_is_refused_on_resume(tmp_path: Path, corpus_folder: Path) 
     other.mkdir()
     for number in range(60):
         (other / f"{number}.txt").write_text("another text " * 50)
-    with pytest.raises(SystemExit, match=r"trained on another text than .*\.tokens holds"):
+    with pytest.raises(SystemExit, match=r"trained on another text than .*bytes-\w+ holds"):
         pretrain.main(arguments(tmp_path / "run", other, 4, "--ckpt_path", "last"))
     with pytest.raises(SystemExit, match=r"data.batch_size is 16, the checkpoint was trained with 8"):
         pretrain.main(arguments(tmp_path / "run", corpus_folder, 4, "--ckpt_path", "last", "--data.batch_size", "16"))
@@ -243,7 +243,7 @@ def test_a_broken_last_checkpoint_points_to_an_older_one(tmp_path: Path, corpus_
 
 def test_a_broken_token_file_is_named(tmp_path: Path, corpus_folder: Path) -> None:
     pretrain.main(arguments(tmp_path, corpus_folder, 1))
-    tokens = next((tmp_path / "data").iterdir())
+    tokens = next((tmp_path / "data").rglob("train-*.bin"))
     tokens.write_bytes(tokens.read_bytes()[:-10])
     with pytest.raises(SystemExit, match=rf"{tokens} is broken.*Delete it"):
         pretrain.main(arguments(tmp_path, corpus_folder, 1))

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from am_lightning.recipes.data.permutation import sample_rows
+from am_lightning.recipes.data.shards import ShardedTokens
 from am_lightning.recipes.errors import RecipeError
 
 
@@ -16,42 +18,37 @@ class TokenRows(Dataset[torch.Tensor]):
     """Rows of a 1-D token array: row i is tokens [i * seq_len, (i + 1) * seq_len) as an int64 tensor (seq_len,).
 
     Args:
-        tokens: the tokens; memory-mapped is fine.
+        tokens: the tokens.
         seq_len: tokens in a row.
         rows: how many rows, evenly spaced over the array; all of them where None or fewer.
     """
 
-    def __init__(self, tokens: np.ndarray, seq_len: int, rows: int | None = None) -> None:
+    def __init__(self, tokens: np.ndarray | ShardedTokens, seq_len: int, rows: int | None = None) -> None:
         self.tokens, self.seq_len = tokens, seq_len
-        available = len(tokens) // seq_len
-        self.starts = np.arange(available) if rows is None or rows >= available else _spaced(available, rows)
+        self.available = len(tokens) // seq_len
+        self.rows = self.available if rows is None else min(rows, self.available)
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return self.rows
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        first = int(self.starts[index]) * self.seq_len
+        first = (index * self.available // self.rows) * self.seq_len
         return torch.from_numpy(self.tokens[first : first + self.seq_len].astype(np.int64))
 
 
-def _spaced(available: int, rows: int) -> np.ndarray:
-    return np.arange(rows) * available // rows
+def share_of(batch_size: int, world_size: int, accumulate: int) -> int:
+    """Rows of one process's micro-batch.
 
-
-def sample_row(index: int, rows: int, seed: int) -> int:
-    """The row that sample `index` of a run is: each pass over the data is its own permutation of all rows."""
-    return int(_permutation(rows, seed, index // rows)[index % rows])
-
-
-_last_permutation: tuple[tuple[int, int, int], np.ndarray] | None = None
-
-
-def _permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
-    global _last_permutation  # one is enough: samples are asked for in order
-    key = (rows, seed, epoch)
-    if _last_permutation is None or _last_permutation[0] != key:
-        _last_permutation = (key, np.random.default_rng([seed, epoch]).permutation(rows))
-    return _last_permutation[1]
+    Raises:
+        RecipeError: `batch_size` is not divisible by world_size * accumulate.
+    """
+    if batch_size % (world_size * accumulate):
+        raise RecipeError(
+            f"data.batch_size {batch_size} is not divisible by {world_size} (processes) x {accumulate}"
+            f" (trainer.accumulate_grad_batches) = {world_size * accumulate}. It counts the samples of one"
+            " optimizer step over all processes: change it or the other two."
+        )
+    return batch_size // (world_size * accumulate)
 
 
 class StepOrder(Sampler[list[int]]):
@@ -83,16 +80,11 @@ class StepOrder(Sampler[list[int]]):
         accumulate: int = 1,
         first_step: Callable[[], int] = lambda: 0,
     ) -> None:
-        if batch_size % (world_size * accumulate):
-            raise RecipeError(
-                f"data.batch_size {batch_size} is not divisible by {world_size} (processes) x {accumulate}"
-                f" (trainer.accumulate_grad_batches) = {world_size * accumulate}. It counts the samples of one"
-                " optimizer step over all processes: change it or the other two."
-            )
+        self.share = share_of(batch_size, world_size, accumulate)
         if rows < 1:
             raise RecipeError("the training text is shorter than one row: use more text or a smaller model.seq_len")
         self.rows, self.batch_size, self.steps, self.seed = rows, batch_size, steps, seed
-        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
+        self.rank, self.accumulate = rank, accumulate
         self.first_step = first_step
 
     def __len__(self) -> int:
@@ -100,10 +92,9 @@ class StepOrder(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         micro = self.batch_size // self.accumulate
-        share = micro // self.world_size
         for first in range(self.first_step() * self.batch_size, self.steps * self.batch_size, micro):
-            mine = first + self.rank * share
-            yield [sample_row(index, self.rows, self.seed) for index in range(mine, mine + share)]
+            mine = first + self.rank * self.share
+            yield sample_rows(np.arange(mine, mine + self.share), self.rows, self.seed).tolist()
 
 
 class ResumableLoader(DataLoader[torch.Tensor]):

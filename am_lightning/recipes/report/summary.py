@@ -11,7 +11,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from am_lightning.recipes.checkpoints import LAST
 from am_lightning.recipes.data.text_data import TextData
 from am_lightning.recipes.monitors import TrainingClock
-from am_lightning.recipes.report.plot import Run, draw
+from am_lightning.recipes.report.events import read_curves
+from am_lightning.recipes.report.plot import draw
+from am_lightning.recipes.report.runs import RunData
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,12 @@ class RunResult:
         """The validation's figures in words."""
         loss = f"{self.val_loss:.4f} nats per token (perplexity {self.perplexity:.2f})"
         return f"{loss} on {self.val_rows} held-out rows"
+
+    def drawn_as(self, name: str) -> RunData | None:
+        """What a picture shows of the run; None without a logger."""
+        if self.log_dir is None:
+            return None
+        return RunData(name, self.root, {}, read_curves(self.log_dir), self.val_loss)
 
     @classmethod
     def of(cls, trainer: L.Trainer, data: TextData, clock: TrainingClock) -> RunResult:
@@ -73,14 +81,9 @@ def print_summary(result: RunResult) -> None:
     else:
         speed = f"{result.tokens_per_second:,.0f} tokens per second".replace(",", " ")
         lines.append(("training", f"{result.steps} steps, {result.seconds:.1f} seconds in this call, {speed}"))
-    if result.log_dir is not None:
+    if drawn := result.drawn_as(""):
+        draw(result.root / "summary.png", [drawn])
         lines.append(("curves", f'tensorboard --logdir "{result.log_dir}"'))
-        lines.append(("picture", str(_picture(result))))
+        lines.append(("picture", str(result.root / "summary.png")))
     lines.append(("checkpoint", str(result.root / "checkpoints" / LAST)))
     print("\n" + "\n".join(f"  {name:<16} {text}" for name, text in lines) + "\n", flush=True)
-
-
-def _picture(result: RunResult) -> Path:
-    path = result.root / "summary.png"
-    draw(path, [Run("", result.log_dir, result.val_loss)], heatmap_of=0)
-    return path

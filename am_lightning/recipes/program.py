@@ -1,0 +1,72 @@
+"""What every program of the recipes does around its work: no noise, and errors in words with an exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+
+from am_lightning.recipes.early_signals import keep_signals
+from am_lightning.recipes.errors import RecipeError
+from am_lightning.recipes.files import DISK_FULL
+
+RESUME = "--ckpt_path last goes on from the newest checkpoint"
+
+
+@contextlib.contextmanager
+def command_line() -> Iterator[None]:
+    """Run the block as the body of a program: what the user can help ends the process with a message."""
+    keep_signals()  # the imports below take seconds
+    _quiet()
+    with _fonts_elsewhere():
+        import am_lightning.recipes.cli  # noqa: F401
+    try:
+        yield
+    except RecipeError as error:
+        sys.exit(f"error: {error}")
+    except SystemExit as stopped:
+        if not _is_sigterm(stopped):
+            raise
+        print(f"stopped by SIGTERM; {RESUME}", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM) from stopped
+    except OSError as error:
+        # Whatever else was being written (the curves, the configuration) when the disk became full.
+        if error.errno not in DISK_FULL:
+            raise
+        what = error.filename or "the run's files"
+        sys.exit(f"error: cannot write {what}: {error.strerror}. Free some space; {RESUME}.")
+
+
+def _is_sigterm(stopped: SystemExit) -> bool:
+    """Lightning's SIGTERMException: a SystemExit with status 0, which a scheduler would take for a finished run."""
+    return type(stopped).__name__ == "SIGTERMException"
+
+
+@contextlib.contextmanager
+def _fonts_elsewhere() -> Iterator[None]:
+    """matplotlib, which torchmetrics imports, writes a list of fonts into the home folder: give it one that goes."""
+    if "MPLCONFIGDIR" in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="matplotlib-") as os.environ["MPLCONFIGDIR"]:
+        yield
+    del os.environ["MPLCONFIGDIR"]
+
+
+def _quiet() -> None:
+    """Take away messages that ask for nothing from the user of these programs."""
+    for text in (
+        ".*does not have many workers.*",  # a row is a slice of a memory map
+        ".*Checkpoint directory .* exists and is not empty.*",  # so it is after every resume
+        ".*LightningCLI's args parameter is intended.*",  # the comparison runs are made from within
+        ".*isinstance.treespec, LeafSpec.. is deprecated.*",  # inside Lightning
+        ".*no last checkpoint available.*",  # --ckpt_path last starts where there is none, by design
+    ):
+        warnings.filterwarnings("ignore", message=text)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())

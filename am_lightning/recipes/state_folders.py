@@ -1,0 +1,85 @@
+"""Accelerate's checkpoints of a run: one folder for each, whole or not there."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from am_lightning.recipes.errors import RecipeError
+from am_lightning.recipes.files import disk_error, sync_folder, write_failure
+
+_CURE = "Free some space; --ckpt_path last goes on from the checkpoint before."
+
+
+class StateFolders:
+    """`step-N` folders that accelerator.save_state fills. Every process calls every method.
+
+    Args:
+        accelerator: with the model, the optimizer and whatever else is to be saved.
+        folder: where they lie.
+        keep: how many to keep, the newest; None keeps all.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, keep: int | None = None) -> None:
+        self.accelerator, self.folder, self.keep = accelerator, folder, keep
+
+    def save(self, step: int) -> Path:
+        """Write `step-N` beside its place, then rename it: a kill at any moment leaves no half folder of that name.
+
+        Raises:
+            RecipeError: the disk refuses; the checkpoints before are untouched.
+        """
+        target = self.folder / f"step-{step:06d}"
+        part = self.folder / f".{target.name}.part"
+        try:
+            if self.accelerator.is_main_process:
+                shutil.rmtree(part, ignore_errors=True)  # of a killed run
+                part.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            self.accelerator.save_state(str(part))
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                shutil.rmtree(target, ignore_errors=True)
+                part.rename(target)
+                sync_folder(self.folder)
+                self._prune()
+        except (OSError, RuntimeError) as error:
+            refused = disk_error(error)
+            if refused is None:
+                raise
+            raise write_failure(target, refused, _CURE) from error
+        self.accelerator.wait_for_everyone()
+        return target
+
+    def load(self, ckpt_path: str) -> Path | None:
+        """Load "last", the newest; or a folder. Returns the folder; None where "last" finds none.
+
+        Raises:
+            RecipeError: there is no such folder.
+        """
+        path = self.newest() if ckpt_path == "last" else Path(ckpt_path)
+        if path is None:
+            return None
+        if not path.is_dir():
+            raise RecipeError(f"--ckpt_path {path}: there is no such folder. Those of this run are in {self.folder}")
+        self.accelerator.load_state(str(path))
+        return path
+
+    def newest(self) -> Path | None:
+        """The checkpoint with the most steps."""
+        return max(self._all(), key=_step_of, default=None)
+
+    def _all(self) -> list[Path]:
+        return [path for path in self.folder.glob("step-*") if path.is_dir()]
+
+    def _prune(self) -> None:
+        if self.keep is not None:
+            for old in sorted(self._all(), key=_step_of)[: -self.keep]:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def _step_of(path: Path) -> int:
+    digits = path.name.removeprefix("step-")
+    return int(digits) if digits.isdigit() else 0

@@ -1,0 +1,36 @@
+"""A signal that asks a program to stop: noted in the handler, obeyed where the program can be left."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+from am_lightning.recipes.early_signals import kept_signals
+from am_lightning.recipes.program import RESUME
+
+
+class StopSignal:
+    """Notes SIGTERM (and SIGUSR1, where the system has it) from now on; a SIGUSR1 that came earlier, too.
+
+    Attributes:
+        received: the signal's number, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        signal.signal(signal.SIGTERM, self._note)
+        if hasattr(signal, "SIGUSR1"):
+            signal.signal(signal.SIGUSR1, self._note)
+        for number in kept_signals():
+            self._note(number, None)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+    def leave(self, step: int) -> NoReturn:
+        """End the process as a signal ends one: status 128 + its number (SIGTERM where another rank got it)."""
+        number = self.received or signal.SIGTERM
+        print(f"stopped by {signal.Signals(number).name} after step {step}, which is saved; {RESUME}", file=sys.stderr)
+        sys.exit(128 + number)

@@ -1,0 +1,72 @@
+# shellcheck shell=bash
+# Sourced by the launchers, not run: reads cluster.env, fills in what it leaves empty, exports what every process needs.
+
+LAUNCH="$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+RECIPES="$(dirname -- "$LAUNCH")"
+
+fail() {
+    printf 'error: %s\n' "$*" >&2
+    exit 2
+}
+
+whole_number() {  # $1: name of a variable, $2: smallest value
+    if ! [[ "${!1}" =~ ^[0-9]+$ ]] || ((10#${!1} < $2)); then
+        fail "$1 is '${!1}'; allowed: a whole number >= $2"
+    fi
+}
+
+existing() {  # $1: name of a variable that holds a path; makes it absolute, as launchers change folders
+    [ -f "${!1}" ] || fail "$1 is '${!1}': there is no such file"
+    printf -v "$1" '%s' "$(cd -P -- "$(dirname -- "${!1}")" && pwd)/$(basename -- "${!1}")"
+}
+
+# Kubeflow Trainer says the sizes in torchrun's variables, SkyPilot in its own; both win over cluster.env.
+if [ -n "${PET_NNODES:-}" ]; then
+    NODES="$PET_NNODES" NODE_RANK="${PET_NODE_RANK:-}" MASTER_ADDR="${PET_MASTER_ADDR:-}" MASTER_PORT="${PET_MASTER_PORT:-}"
+    if [[ "${PET_NPROC_PER_NODE:-}" =~ ^[0-9]+$ ]]; then GPUS_PER_NODE="$PET_NPROC_PER_NODE"; fi
+elif [ -n "${SKYPILOT_NUM_NODES:-}" ]; then
+    NODES="$SKYPILOT_NUM_NODES" NODE_RANK="$SKYPILOT_NODE_RANK" MASTER_ADDR="${SKYPILOT_NODE_IPS%%[[:space:]]*}"
+    if [ "${SKYPILOT_NUM_GPUS_PER_NODE:-0}" -gt 0 ]; then GPUS_PER_NODE="$SKYPILOT_NUM_GPUS_PER_NODE"; fi
+fi
+
+set -a
+# shellcheck source=recipes/launch/cluster.env
+source "$LAUNCH/cluster.env"
+set +a
+
+for name in MASTER_ADDR MASTER_PORT NODE_RANK; do  # programs read these, and an empty one is no value to them
+    if [ -z "${!name}" ]; then export -n "${name?}"; fi
+done
+
+whole_number NODES 1
+whole_number GPUS_PER_NODE 1
+whole_number MIN_NODES 1
+whole_number MAX_RESTARTS 0
+[ "$MIN_NODES" -le "$NODES" ] || fail "MIN_NODES is $MIN_NODES; allowed: at most NODES = $NODES"
+[ -z "$NODE_RANK" ] || whole_number NODE_RANK 0
+[ -z "$MASTER_PORT" ] || whole_number MASTER_PORT 1
+case "$RDZV" in c10d | static) ;; *) fail "RDZV is '$RDZV'; allowed: c10d, static" ;; esac
+
+[ -n "$PROGRAM" ] || PROGRAM="$RECIPES/pretrain.py"
+[ -n "$CONFIG" ] || CONFIG=laptop
+for known in "$RECIPES/configs/$CONFIG.yaml" "$RECIPES/$CONFIG.yaml"; do  # the second: in a copy made by `recipes cp`
+    if [ -f "$known" ]; then CONFIG="$known" && break; fi
+done
+existing PROGRAM
+existing CONFIG
+[ -n "$RUN_DIR" ] || RUN_DIR="runs/$(basename -- "$CONFIG" .yaml)"
+case "$RUN_DIR" in /*) ;; *) RUN_DIR="$PWD/$RUN_DIR" ;; esac
+if [ -z "$PYTHON" ]; then
+    PYTHON="$RECIPES/../.venv/bin/python"
+    [ -x "$PYTHON" ] || PYTHON="$(command -v python3 || command -v python)" || fail "no python3; set PYTHON to its path"
+fi
+export PROGRAM CONFIG RUN_DIR PYTHON
+
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # more than one only helps where cores outnumber processes
+# torchrun (torch 2.13) cannot take in a new machine for a lost one while its workers share the agents' store.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
+# NCCL's flight recorder: when a collective hangs, every rank writes what it waited for; torchfrtrace reads the files.
+export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
+export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
+export TORCH_FR_DUMP_TEMP_FILE="${TORCH_FR_DUMP_TEMP_FILE:-$RUN_DIR/flight_recorder/rank_}"
+mkdir -p "$RUN_DIR/flight_recorder" || fail "cannot make RUN_DIR $RUN_DIR"

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Train with torchrun: start this on every machine of the run.
+#
+#     recipes/launch/torchrun.sh [--KEY VALUE ...]                   # one machine
+#     NODES=2 MASTER_ADDR=node0 recipes/launch/torchrun.sh [...]     # the same command on each of two machines
+#     NODES=4 MIN_NODES=2 MASTER_ADDR=node0 recipes/launch/torchrun.sh    # elastic: goes on with 2 to 4 machines
+#
+# Sizes: cluster.env. The options go to the program. A worker that dies is started again on all machines, from the last
+# checkpoint, up to MAX_RESTARTS times. A machine that is lost is waited for (RDZV_CONF): start the same command on another.
+# The machine MASTER_ADDR holds the store: if that one is lost, start all of them again.
+set -euo pipefail
+# shellcheck source=recipes/launch/common.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+
+# Prints this machine's address towards $1 and whether $1 is this machine. Connecting a UDP socket sends nothing.
+# The name of a machine that is just being started may be unknown for a while.
+ROUTE='
+import socket, sys, time
+name, waits = sys.argv[1], int(sys.argv[2])
+for attempt in range(waits + 1):
+    try:
+        address = socket.gethostbyname(name)
+        break
+    except OSError as error:
+        if attempt == 0:
+            print(f"waiting for MASTER_ADDR {name}: {error}", file=sys.stderr)
+        if attempt == waits:
+            sys.exit(f"error: MASTER_ADDR is {name!r}, which this machine cannot resolve")
+        time.sleep(1)
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    probe.connect((address, 9))
+    local = probe.getsockname()[0]
+print(local, int(local == address or address.startswith("127.")))
+'
+
+agent=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS_PER_NODE" --max-restarts "$MAX_RESTARTS")
+port="${MASTER_PORT:-29500}"
+if [ "$NODES" -eq 1 ]; then
+    agent+=(--nnodes 1 --standalone)
+elif [ -z "$MASTER_ADDR" ]; then
+    fail "NODES is $NODES: set MASTER_ADDR to the first machine, as the others see it"
+elif [ "$RDZV" = static ]; then
+    [ -n "$NODE_RANK" ] || fail "RDZV is static: set NODE_RANK to this machine's number, 0 on MASTER_ADDR"
+    agent+=(--nnodes "$NODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$port")
+else
+    route="$("$PYTHON" -c "$ROUTE" "$MASTER_ADDR" "${RESOLVE_TIMEOUT:-120}")" \
+        || fail "no way from this machine to MASTER_ADDR $MASTER_ADDR"
+    read -r address is_host <<<"$route"
+    if [ -n "$NODE_RANK" ]; then is_host=$((NODE_RANK == 0)); fi
+    # torchrun finds out neither where the host's name does not resolve to the address that the others use.
+    agent+=(--nnodes "$MIN_NODES:$NODES" --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$port" --rdzv-id "$RUN_ID"
+        --rdzv-conf "is_host=$is_host${RDZV_CONF:+,$RDZV_CONF}" --local-addr "$address")
+fi
+exec "${agent[@]}" --no-python "$LAUNCH/worker.sh" "$@"

@@ -1,0 +1,120 @@
+"""Make the token shards of a recipe before it is trained: python prepare_data.py --config 60m --workers 16
+
+--config takes a recipe's name or the path of a YAML, and a later --data.KEY VALUE wins, as in pretrain.py, which then
+finds the shards (or makes them itself, if nobody did). A call that was killed goes on where it stopped; one that finds
+everything done does nothing. --check reads every shard and compares its checksum. What comes out does not depend on the
+number of workers.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from am_lightning.recipes.errors import RecipeError
+
+if TYPE_CHECKING:
+    from am_lightning.recipes.data.shards import Index
+    from am_lightning.recipes.data.text_data import TextData
+
+# Keys of a recipe that are the data's, too.
+_LINKED = {"seq_len": "model", "vocab_size": "model"}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line `args` (sys.argv's where None); ends the process with a message where the user can help."""
+    try:
+        prepare(sys.argv[1:] if args is None else args)
+    except RecipeError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
+
+
+def prepare(args: list[str]) -> None:
+    """Make or check the shards that the command line names, and print what there is.
+
+    Raises:
+        RecipeError: see TextData. SystemExit: an unknown key, a wrong type, or --help.
+    """
+    from am_lightning.recipes.data.text_data import TextData
+
+    options = _parser(TextData).parse_args(_with_sections(args))
+    data = TextData(**options.data.as_dict())
+    data.default_root_dir = options.root
+    data.prepare_workers = options.workers or data.prepare_workers
+    there = data.is_prepared()
+    index = data.prepare(check_all=options.check)
+    state = "complete, nothing to do" if there else "made"
+    print(f"\n  {data.folder()}: {state}{', all checksums are right' if options.check else ''}\n")
+    for name, text in _summary(data, index):
+        print(f"  {name:<10} {text}")
+    print(flush=True)
+
+
+def _parser(data: type) -> Any:
+    import jsonargparse
+
+    parser: Any = jsonargparse.ArgumentParser(
+        prog="prepare_data.py", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False
+    )
+    parser.add_argument("--config", action="config", help="a recipe's name, or the path of its YAML")
+    parser.add_argument(
+        "--workers", type=jsonargparse.typing.PositiveInt, default=None, help="processes; default: data.prepare_workers"
+    )
+    parser.add_argument("--check", action="store_true", help="also read all of the shards and compare their checksums")
+    parser.add_argument("--root", type=str, default=".", help="the run's folder; default: the recipe's")
+    parser.add_class_arguments(data, "data")
+    parser.print_usage = lambda *_: None  # an error is a line or two; --help shows the keys
+    return parser
+
+
+def _with_sections(args: list[str]) -> list[str]:
+    """The command line with every recipe replaced by what of it concerns the data, as JSON."""
+    result: list[str] = []
+    for arg in args:
+        if arg.startswith("--config="):
+            result.append("--config=" + _section(arg.partition("=")[2]))
+        else:
+            result.append(_section(arg) if result and result[-1] == "--config" else arg)
+    return result
+
+
+def _section(config: str) -> str:
+    import yaml
+
+    from am_lightning.recipes.locate import find_config
+
+    path = find_config(config)
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = dict(recipe.get("data") or {})
+        linked = {key: recipe[section][key] for key, section in _LINKED.items() if key in recipe.get(section, {})}
+        root = (recipe.get("trainer") or {}).get("default_root_dir")
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
+        raise RecipeError(f"--config {path} is not a recipe's YAML: {error}") from error
+    return json.dumps({"data": {**linked, **data}, **({"root": root} if root else {})})
+
+
+def _summary(data: TextData, index: Index) -> list[tuple[str, str]]:
+    def number(value: int) -> str:
+        return f"{value:,}".replace(",", " ")
+
+    train, val = (sum(shard.tokens for shard in shards) for shards in (index.train, index.val))
+    lines = [
+        ("documents", f"{number(index.documents['train'])} to train on, {number(index.documents['val'])} held out"),
+        ("", f"of {index.source}"),
+        ("tokens", f"{number(train)} to train on, {number(val)} held out"),
+        ("tokenizer", f"{index.tokenizer}, {number(index.vocab_size)} tokens, {index.dtype}"),
+        ("shards", f"{len(index.shards)} files, {index.bytes / 1e6:.1f} MB"),
+    ]
+    if data.mode == "shards":
+        rows = train // data.seq_len
+        steps = f"{number(rows // data.batch_size)} steps of {data.batch_size} rows in one pass"
+        lines.append(("rows", f"{number(rows)} of {data.seq_len} tokens: {steps}"))
+    return lines
+
+
+if __name__ == "__main__":
+    main()

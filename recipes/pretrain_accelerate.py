@@ -1,0 +1,205 @@
+"""Pretrain a Llama with Accelerate: the same recipes as pretrain.py, as a loop to read and to edit.
+
+    accelerate launch pretrain_accelerate.py --config laptop [--KEY VALUE ...]
+    torchrun --nproc-per-node 2 pretrain_accelerate.py --config laptop --trainer.accelerator cpu
+
+One process, DDP, FSDP2 and DeepSpeed come from the launcher (launch/accelerate/, configs/deepspeed/); sizes, data,
+optimizer, schedule and folders from the recipe. Of its `trainer` section this program uses max_steps,
+accumulate_grad_batches, gradient_clip_val, precision, val_check_interval, log_every_n_steps and default_root_dir.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin, set_seed, tqdm
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from am_lightning import AMSGD, AMAdamW
+from am_lightning.huggingface import attach
+from am_lightning.recipes.data.text_data import TextData
+from am_lightning.recipes.errors import RecipeError, require
+from am_lightning.recipes.network import build_llama, token_loss
+from am_lightning.recipes.program import command_line
+from am_lightning.recipes.settings import Settings, read_settings
+from am_lightning.recipes.state_folders import StateFolders
+from am_lightning.recipes.stop import StopSignal
+
+PRECISIONS = {"32-true": "no", "bf16-mixed": "bf16", "16-mixed": "fp16"}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line `args` (sys.argv's where None)."""
+    with command_line():
+        train(read_settings(args))
+
+
+class Progress:
+    """Optimizer steps that are done; saved and loaded with the rest of the state."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+
+def train(settings: Settings) -> None:
+    accelerator = make_accelerator(settings)
+    stop = StopSignal()
+    data = open_data(accelerator, settings)
+    model, optimizer, schedule = make_model(accelerator, settings)
+
+    progress = Progress()
+    accelerator.register_for_checkpointing(schedule, progress, data)
+    checkpoints = StateFolders(accelerator, settings.checkpoints, settings.keep)
+    if settings.ckpt_path is not None:
+        loaded = checkpoints.load(settings.ckpt_path)
+        accelerator.print(f"going on from {loaded}" if loaded else "no checkpoint yet: starting from step 0")
+
+    ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    batches = data.train_loader(steps=settings.steps, accumulate=settings.accumulate, first_step=progress.step, **ranks)
+    bar = tqdm(total=settings.steps, initial=progress.step, disable=not settings.progress_bar, unit="step")
+    step_loss = torch.zeros((), device=accelerator.device)
+    model.train()
+    for batch in batches:
+        batch = batch.to(accelerator.device)
+        with accelerator.accumulate(model):
+            loss = token_loss(model(input_ids=batch).logits, batch)
+            step_loss += loss.detach() / settings.accumulate
+            accelerator.backward(loss)
+            if accelerator.sync_gradients and settings.clip is not None:
+                accelerator.clip_grad_norm_(model.parameters(), settings.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+
+        learning_rate = schedule.get_last_lr()[0]
+        schedule.step()
+        progress.step += 1
+        bar.update()
+        step, last = progress.step, progress.step == settings.steps
+        if is_due(step, settings.log_every):
+            mean = float(accelerator.reduce(step_loss, reduction="mean"))
+            accelerator.log({"train/loss": mean, "lr": learning_rate}, step=step)
+            bar.set_postfix_str(f"loss {mean:.3f}")
+        step_loss.zero_()
+        if is_due(step, settings.validate_every):
+            loss = validate(accelerator, model, data.val_loader(rows=data.val_rows, **ranks))
+            accelerator.log({"val/loss": float(loss), "val/perplexity": float(loss.exp())}, step=step)
+        stopped = anyone_stopped(accelerator, stop)
+        if stopped or last or is_due(step, settings.save_every):
+            checkpoints.save(step)
+        if stopped and not last:
+            accelerator.end_training()
+            stop.leave(step)
+
+    bar.close()
+    loss = validate(accelerator, model, data.val_loader(rows=data.final_val_rows, **ranks))
+    accelerator.print(
+        f"\n  validation loss  {loss:.4f} nats per token (perplexity {loss.exp():.2f}) on {data.scored_rows} held-out"
+        f' rows\n  curves           tensorboard --logdir "{settings.root / "logs"}"\n'
+        f"  checkpoint       {checkpoints.newest()}\n"
+    )
+    accelerator.end_training()
+
+
+def open_data(accelerator: Accelerator, settings: Settings) -> TextData:
+    """Its shards are made by one process of each machine, where they are not there yet."""
+    with accelerator.local_main_process_first():
+        if accelerator.is_local_main_process:
+            settings.data.prepare()
+    settings.data.open()
+    return settings.data
+
+
+def make_model(accelerator: Accelerator, settings: Settings) -> tuple[nn.Module, Optimizer, LRScheduler]:
+    """Prepared, all but the schedule: Accelerate would step it once for each process."""
+    set_seed(settings.seed)
+    model = build_llama(settings.shape)
+    optimizer = settings.make_optimizer(model)
+    schedule = settings.make_schedule(optimizer)
+    adaptive = isinstance(optimizer, AMAdamW | AMSGD)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if adaptive:
+        attach(accelerator, optimizer, log_every_n_steps=settings.log_every)
+    return model, optimizer, schedule
+
+
+def is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def anyone_stopped(accelerator: Accelerator, stop: StopSignal) -> bool:
+    """Whether a process got a signal; all of them ask after every step."""
+    if stop.received:
+        accelerator.set_trigger()
+    return accelerator.check_trigger()
+
+
+def make_accelerator(settings: Settings) -> Accelerator:
+    """With TensorBoard curves in DIR/logs, and under DeepSpeed the recipe's sizes in its configuration."""
+    require(settings.precision in PRECISIONS, "trainer.precision", settings.precision, " or ".join(PRECISIONS))
+    accelerator = Accelerator(
+        # As a plugin: the launcher's ACCELERATE_GRADIENT_ACCUMULATION_STEPS ("auto" with DeepSpeed) is not read then.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.accumulate),
+        mixed_precision=PRECISIONS[settings.precision],
+        log_with="tensorboard",
+        project_dir=settings.root,
+        **on_cpu(settings),
+    )
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
+        raise RecipeError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and Accelerate sees {accelerator.num_processes} process"
+        )
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        rows = settings.data.batch_size // (accelerator.num_processes * settings.accumulate)
+        plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": rows,
+            "gradient_accumulation_steps": settings.accumulate,
+            "gradient_clipping": settings.clip or 0.0,
+        }
+    accelerator.init_trackers("logs")
+    if accelerator.is_main_process:
+        settings.save(settings.root / "logs" / "config.yaml")
+    return accelerator
+
+
+def on_cpu(settings: Settings) -> dict[str, Any]:
+    """Arguments of Accelerator where there is no GPU or none is wanted: several processes find each other by gloo."""
+    if settings.accelerator != "cpu" and torch.accelerator.is_available():
+        return {}
+    # One process has no group, and Accelerate would look for one.
+    handlers = [InitProcessGroupKwargs(backend="gloo")] if int(os.environ.get("WORLD_SIZE", "1")) > 1 else []
+    # Accelerate forgets DeepSpeed where it is told cpu=True.
+    return {"cpu": os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true", "kwargs_handlers": handlers}
+
+
+@torch.no_grad()
+def validate(accelerator: Accelerator, model: nn.Module, batches: Any) -> torch.Tensor:
+    """Mean loss over the rows of all processes."""
+    model.eval()
+    total = torch.zeros(2, device=accelerator.device)
+    for batch in batches:
+        batch = batch.to(accelerator.device)
+        loss = token_loss(model(input_ids=batch).logits, batch)
+        total += torch.stack([loss * len(batch), torch.tensor(float(len(batch)), device=total.device)])
+    model.train()
+    total = accelerator.reduce(total)
+    return total[0] / total[1]
+
+
+if __name__ == "__main__":
+    main()

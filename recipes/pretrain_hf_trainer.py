@@ -1,0 +1,243 @@
+"""Pretrain a Llama with transformers' Trainer: the same recipes as pretrain.py, the same rows in the same order.
+
+    accelerate launch pretrain_hf_trainer.py --config laptop [--KEY VALUE ...]
+    torchrun --nproc-per-node 2 pretrain_hf_trainer.py --config laptop --trainer.accelerator cpu
+
+The recipe's `trainer` section becomes TrainingArguments: see training_arguments. Checkpoints are the Trainer's folders,
+`checkpoint-N`, below the recipe's checkpoint folder.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
+from torch.utils.tensorboard import SummaryWriter
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import set_seed
+
+from am_lightning import AMSGD, AMAdamW
+from am_lightning.huggingface import AdaptiveMemoryCallback
+from am_lightning.recipes.errors import RecipeError
+from am_lightning.recipes.network import build_llama, token_loss
+from am_lightning.recipes.program import command_line
+from am_lightning.recipes.settings import Settings, read_settings
+from am_lightning.recipes.stop import StopSignal
+
+CURVES = {"loss": "train/loss", "learning_rate": "lr", "grad_norm": "grad_norm", "eval_loss": "val/loss"}
+DATA_FILE = "data.pt"  # in each checkpoint: which data it was trained on
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line `args` (sys.argv's where None)."""
+    with command_line():
+        train(read_settings(args))
+
+
+class RecipeOptimizer:
+    """The Trainer's factory form. (With options of your own: AMAdamWFactory from am_lightning.huggingface.)"""
+
+    def __call__(self, model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+        return settings.make_optimizer(model)
+
+
+class RecipeTrainer(Trainer):
+    """Trainer whose rows, loss and schedule are the recipe's."""
+
+    def __init__(self, settings: Settings, **options: Any) -> None:
+        self.settings = settings
+        optimizer = (RecipeOptimizer, {"settings": settings})
+        super().__init__(optimizer_cls_and_kwargs=optimizer, eval_dataset=[], **options)  # see get_eval_dataloader
+        self.model_accepts_loss_kwargs = False  # compute_loss gives the mean of a micro-batch
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Not prepared by Accelerate: every process asks for its own rows."""
+        data, args = self.settings.data, self.args
+        loader = data.train_loader(
+            steps=self.settings.steps,
+            rank=args.process_index,
+            world_size=args.world_size,
+            accumulate=self.settings.accumulate,
+            first_step=lambda: self.state.global_step,
+        )
+        loader.collate_fn = as_inputs
+        return loader
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        data, args = self.settings.data, self.args
+        rows = data.val_rows if self.is_in_train else data.final_val_rows
+        loader = data.val_loader(rank=args.process_index, world_size=args.world_size, rows=rows)
+        loader.collate_fn = as_inputs
+        return loader
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **options: Any
+    ) -> Any:
+        outputs = model(input_ids=inputs["input_ids"])
+        loss = token_loss(outputs.logits, inputs["input_ids"])
+        return (loss, outputs) if return_outputs else loss
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        if self.lr_scheduler is None:
+            self.lr_scheduler = self.settings.make_schedule(optimizer or self.optimizer)
+        return self.lr_scheduler
+
+
+def as_inputs(rows: list[Tensor]) -> dict[str, Tensor]:
+    """Rows of tokens as the Trainer passes batches on."""
+    batch = default_collate(rows)
+    return {"input_ids": batch, "labels": batch}
+
+
+class Curves(TrainerCallback):
+    """Writes what the Trainer logs to TensorBoard, with the names that the recipe's other programs use."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.writer: SummaryWriter | None = None
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or logs is None:
+            return
+        self.writer = self.writer or SummaryWriter(str(self.folder))
+        for key, value in logs.items():
+            if key in CURVES or key.startswith("am/"):
+                self.writer.add_scalar(CURVES.get(key, key), value, state.global_step)
+        if "eval_loss" in logs:
+            self.writer.add_scalar("val/perplexity", math.exp(logs["eval_loss"]), state.global_step)
+        self.writer.flush()
+
+
+class DataOfCheckpoint(TrainerCallback):
+    """Keeps with every checkpoint on which data it was trained, and refuses to go on with other data."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.data = settings.data
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        data = self.data.state_dict()  # on every process: a stream gathers where they are
+        if state.is_world_process_zero:
+            torch.save(data, Path(args.output_dir, f"checkpoint-{state.global_step}", DATA_FILE))
+
+    def load(self, folder: Path) -> None:
+        """Raises: RecipeError: the checkpoint in `folder` was trained on other data."""
+        self.data.load_state_dict(torch.load(folder / DATA_FILE, weights_only=True))
+
+
+class StopAtStep(TrainerCallback):
+    """After a signal to any process: save at the end of the step, then stop."""
+
+    def __init__(self, stop: StopSignal, accelerator: Accelerator) -> None:
+        self.stop, self.accelerator = stop, accelerator
+        self.stopped = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.stop.received:
+            self.accelerator.set_trigger()
+        if self.accelerator.check_trigger():
+            self.stopped = control.should_save = control.should_training_stop = True
+
+
+def train(settings: Settings) -> None:
+    args = training_arguments(settings)
+    stop = StopSignal()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    with args.main_process_first(desc="token shards"):
+        if args.local_process_index == 0:
+            settings.data.prepare()
+    settings.data.open()
+
+    set_seed(settings.seed)
+    model = build_llama(settings.shape)
+    data_of_checkpoint = DataOfCheckpoint(settings)
+    callbacks = [Curves(settings.root / "logs"), data_of_checkpoint]
+    if is_adaptive(settings):
+        callbacks.append(AdaptiveMemoryCallback())
+    trainer = RecipeTrainer(settings, model=model, args=args, callbacks=callbacks)
+    stopping = StopAtStep(stop, trainer.accelerator)
+    trainer.add_callback(stopping)
+    if trainer.is_world_process_zero():
+        settings.save(settings.root / "logs" / "config.yaml")
+    resume = checkpoint_of(settings)
+    if resume is not None:
+        data_of_checkpoint.load(resume)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+
+    step = trainer.state.global_step
+    if stopping.stopped and step < settings.steps:
+        stop.leave(step)
+    loss = trainer.evaluate()["eval_loss"]
+    if trainer.is_world_process_zero():
+        print(
+            f"\n  validation loss  {loss:.4f} nats per token (perplexity {math.exp(loss):.2f}) on"
+            f" {settings.data.scored_rows} held-out rows\n"
+            f'  curves           tensorboard --logdir "{settings.root / "logs"}"\n'
+            f"  checkpoint       {settings.checkpoints / f'checkpoint-{step}'}\n"
+        )
+
+
+def training_arguments(settings: Settings) -> TrainingArguments:
+    """What the recipe says, in the Trainer's words."""
+    cpu = settings.accelerator == "cpu" or not torch.accelerator.is_available()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    return TrainingArguments(
+        output_dir=str(settings.checkpoints),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.data.batch_size // (settings.accumulate * world_size),
+        per_device_eval_batch_size=settings.data.val_batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        max_grad_norm=settings.clip or 0.0,
+        bf16=settings.precision == "bf16-mixed",
+        fp16=settings.precision == "16-mixed",
+        logging_steps=settings.log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy="no" if settings.validate_every is None else "steps",
+        eval_steps=settings.validate_every,
+        prediction_loss_only=True,
+        save_strategy="no" if settings.save_every is None else "steps",
+        save_steps=settings.save_every or 1,
+        save_total_limit=settings.keep,
+        seed=settings.seed,
+        ignore_data_skip=True,  # the loader begins at the right step
+        report_to="none",  # Curves does
+        disable_tqdm=not settings.progress_bar,
+        ddp_find_unused_parameters=False,
+        ddp_backend="gloo" if cpu and world_size > 1 else None,  # one process has no group
+        use_cpu=cpu,
+    )
+
+
+def is_adaptive(settings: Settings) -> bool:
+    """Whether the recipe's optimizer has a momentum to log."""
+    optimizer = settings.make_optimizer(nn.Linear(1, 1))
+    return isinstance(optimizer, AMAdamW | AMSGD)
+
+
+def checkpoint_of(settings: Settings) -> Path | None:
+    """The folder that --ckpt_path names. "last" is the newest whole one: what is written last is there."""
+    if settings.ckpt_path is None:
+        return None
+    if settings.ckpt_path != "last":
+        if not Path(settings.ckpt_path).is_dir():
+            raise RecipeError(f"--ckpt_path {settings.ckpt_path}: there is no such folder")
+        return Path(settings.ckpt_path)
+    whole = [path.parent for path in settings.checkpoints.glob(f"checkpoint-*/{DATA_FILE}")]
+    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Nodes on one machine: a network namespace each, joined by a veth pair; the file system is shared, as in a cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+INTERFACE = "veth0"  # on every node; its addresses 10.77.0.x exist in the namespaces only
+_numbers = itertools.count()
+
+
+def missing() -> str | None:
+    """Why there can be no namespaces here; None where there can."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    if shutil.which("ip") is None:
+        return "the program ip (Debian: iproute2) is missing"
+    name = f"am{os.getpid()}probe"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
+    if made.returncode:
+        return f"cannot make network namespaces here: {made.stderr.strip()}"
+    subprocess.run(["ip", "netns", "del", name], check=True)
+    return None
+
+
+class Node:
+    """A machine: its own network, and the processes that were started in it.
+
+    Attributes:
+        address: its IPv4 address.
+    """
+
+    def __init__(self, name: str, address: str) -> None:
+        self.name = name
+        self.address = address
+
+    def start(self, command: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+        """Start `command` on this node; its output is appended to `log`."""
+        with log.open("ab") as file:
+            return subprocess.Popen(
+                ["ip", "netns", "exec", self.name, *command],
+                env={**env, "GLOO_SOCKET_IFNAME": INTERFACE, "TP_SOCKET_IFNAME": INTERFACE},
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def pids(self) -> list[int]:
+        found = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True)
+        return [int(pid) for pid in found.stdout.split()]
+
+    def workers(self, program: Path) -> list[int]:
+        """The processes here that are `program`: ranks, not launchers."""
+        return [pid for pid in self.pids() if os.fsencode(program) in _command_line(pid)]
+
+    def lose(self) -> None:
+        """SIGKILL everything that runs here, as when the machine loses its power."""
+        deadline = time.monotonic() + 30
+        while pids := self.pids():
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"processes {pids} in {self.name} do not die")
+            time.sleep(0.05)
+
+
+def _command_line(pid: int) -> list[bytes]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except (FileNotFoundError, ProcessLookupError):  # it has just ended
+        return []
+
+
+@contextlib.contextmanager
+def two_nodes() -> Iterator[tuple[Node, Node]]:
+    """Two nodes that reach each other and nothing else; afterwards their processes and networks are gone."""
+    number = next(_numbers)
+    nodes = tuple(Node(f"am{os.getpid()}-{number}-{i}", f"10.77.0.{i + 1}") for i in range(2))
+    first, second = nodes
+    try:
+        for node in nodes:
+            _ip("netns", "add", node.name)
+            _ip("-n", node.name, "link", "set", "lo", "up")
+        link = ["link", "add", INTERFACE, "netns", first.name, "type", "veth"]
+        _ip(*link, "peer", "name", INTERFACE, "netns", second.name)
+        for node in nodes:
+            _ip("-n", node.name, "address", "add", f"{node.address}/24", "dev", INTERFACE)
+            _ip("-n", node.name, "link", "set", INTERFACE, "up")
+        yield first, second
+    finally:
+        for node in nodes:
+            node.lose()
+            subprocess.run(["ip", "netns", "del", node.name], capture_output=True)
+
+
+def _ip(*arguments: str) -> None:
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")

@@ -1,0 +1,118 @@
+"""A tiny run over two processes, started by the launchers of recipes/launch, and what became of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tests.recipes.commands import RECIPES, differences, training_state
+
+from .namespaces import Node
+
+LAUNCH = RECIPES / "launch"
+PROGRAM = RECIPES / "pretrain.py"
+
+_TINY = {
+    "model.hidden_size": 32,
+    "model.intermediate_size": 64,
+    "model.num_heads": 2,
+    "model.num_layers": 2,
+    "model.seq_len": 32,
+    "data.val_rows": 8,
+    "data.final_val_rows": 16,
+    "data.val_batch_size": 8,
+    "trainer.accelerator": "cpu",
+    "trainer.enable_progress_bar": "false",
+    "trainer.enable_model_summary": "false",
+}
+
+
+def options(source: Path, steps: int, every: int) -> list[str]:
+    """Of pretrain.py, after what the launchers give it: the laptop recipe with a tiny model."""
+    settings = {
+        **_TINY,
+        "data.source": source,
+        "trainer.max_steps": steps,
+        "trainer.val_check_interval": steps // 2,
+        "checkpoint.every_n_train_steps": every,
+    }
+    return [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+
+
+def variables(root: Path, **others: str) -> dict[str, str]:
+    """The environment of a launcher: two nodes of one process, unless `others` say otherwise."""
+    sizes = {"NODES": "2", "GPUS_PER_NODE": "1", "RUN_DIR": str(root), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **sizes, **others}
+
+
+def newest_step(root: Path) -> int:
+    """Of the checkpoints in a run's folder; 0 where there is none."""
+    names = [path.stem.removeprefix("step-") for path in (root / "checkpoints").glob("step-*.ckpt")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def wait_until(ready: Callable[[], bool], what: str, timeout: float = 180) -> None:
+    deadline = time.monotonic() + timeout
+    while not ready():
+        if time.monotonic() > deadline:
+            raise TimeoutError(what)
+        time.sleep(0.02)
+
+
+def changed(root: Path, reference: Path) -> list[str]:
+    """Where the last checkpoints of two runs differ in a bit."""
+    states = [training_state(folder / "checkpoints" / "last.ckpt") for folder in (root, reference)]
+    return differences(*states)
+
+
+class Agents:
+    """torchrun.sh on two nodes, and what a scheduler does: an agent that failed is started again.
+
+    Attributes:
+        starts: how often an agent was started.
+        logs: what the agents and their workers printed.
+    """
+
+    def __init__(self, nodes: Sequence[Node], root: Path, args: Sequence[str], **others: str) -> None:
+        self.nodes, self.root, self.args = nodes, root, args
+        self.env = variables(root, MASTER_ADDR=nodes[0].address, **others)
+        self.logs = [root.with_name(f"{root.name}.node{i}.log") for i in range(len(nodes))]
+        self.starts = 0
+        self.processes = [self._start(i) for i in range(len(nodes))]
+
+    def _start(self, index: int) -> subprocess.Popen[bytes]:
+        self.starts += 1
+        command = [str(LAUNCH / "torchrun.sh"), *self.args]
+        return self.nodes[index].start(command, self.env, self.logs[index])
+
+    def restart(self, index: int) -> None:
+        self.processes[index].wait(60)
+        self.processes[index] = self._start(index)
+
+    def end(self, timeout: float) -> list[int]:
+        """The agents' exit statuses."""
+        deadline = time.monotonic() + timeout
+        return [process.wait(max(1.0, deadline - time.monotonic())) for process in self.processes]
+
+    def finish(self, steps: int, timeout: float) -> None:
+        """Start what failed again until the run has made its steps.
+
+        Raises:
+            TimeoutError: it has not; says what was printed last.
+        """
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            states = [process.poll() for process in self.processes]
+            if None not in states and newest_step(self.root) >= steps and 0 in states:
+                return
+            for index, state in enumerate(states):
+                if state is not None and 0 not in states:
+                    self.restart(index)
+            time.sleep(0.1)
+        raise TimeoutError(f"{self.root} is at step {newest_step(self.root)}:\n{self.tail()}")
+
+    def tail(self) -> str:
+        return "\n".join(f"{log.name}: {log.read_text(errors='replace')[-3000:]}" for log in self.logs)

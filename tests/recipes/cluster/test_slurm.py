@@ -1,0 +1,50 @@
+"""recipes/launch/slurm.sh on a SLURM of two nodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from .conftest import EVERY, STEPS
+from .runs import LAUNCH, changed, newest_step, wait_until
+from .slurm import Slurm
+
+pytestmark = pytest.mark.slow
+
+
+def submit(cluster: Slurm, root: Path, args: list[str]) -> str:
+    # The nodes' names do not resolve, so the job is told where its first node is; no GPUs to ask for.
+    others = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "SBATCH_ARGS": ""}
+    return cluster.submit([str(LAUNCH / "slurm.sh"), *args], root, **others)
+
+
+def log(root: Path) -> str:
+    return "\n".join(path.read_text() for path in root.glob("slurm-*.log"))
+
+
+def test_a_signalled_job_is_requeued_and_ends_with_the_same_bits(
+    cluster: Slurm, tmp_path: Path, run_options: list[str], unbroken: Path
+) -> None:
+    root = tmp_path / "run"
+    job = submit(cluster, root, run_options)
+    wait_until(lambda: newest_step(root) >= 2 * EVERY, "no checkpoint")
+    cluster.call("scancel", "--signal=USR1", job)
+    assert cluster.wait(job, 240) == "COMPLETED", log(root)
+    assert cluster.job(job)["Restarts"] == "1"
+    assert f"SLURM job {job}: requeued" in log(root)
+    assert "Restored all states from the checkpoint" in log(root)
+    assert newest_step(root) == STEPS
+    assert changed(root, unbroken) == []
+
+
+def test_a_failed_step_is_started_again_and_given_up(cluster: Slurm, tmp_path: Path) -> None:
+    """With a program that always fails; the job fails after MAX_RESTARTS more attempts."""
+    program = tmp_path / "fails.py"
+    program.write_text("import os, sys\nprint('rank', os.environ['RANK'], flush=True)\nsys.exit(3)\n")
+    root = tmp_path / "run"
+    others = {"PROGRAM": str(program), "MAX_RESTARTS": "1", "SBATCH_ARGS": ""}
+    job = cluster.submit([str(LAUNCH / "slurm.sh")], root, **others)
+    assert cluster.wait(job, 60) == "FAILED"
+    assert "restart 1 of 1" in log(root)
+    assert "error: given up after 1 restarts" in log(root)

@@ -1,0 +1,105 @@
+"""Run a recipe on two processes through each of its programs and engines, and read back what it logged."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.huggingface.events import scalars_in
+from tests.ports import free_port
+from tests.recipes.commands import RECIPES
+
+ROOT = Path(__file__).resolve().parents[2]
+ZERO = RECIPES / "configs" / "deepspeed"
+
+Curve = dict[int, tuple[float, float]]  # step -> loss over all rows of the step, mean of beta_t over the tensors
+
+
+@dataclass(frozen=True)
+class Door:
+    """A program, and the settings and variables that choose the engine."""
+
+    program: str
+    settings: tuple[str, ...] = ()
+    variables: dict[str, str] = field(default_factory=dict)
+    launcher: str | None = None  # of recipes/launch/; None: plain torchrun
+
+    @property
+    def lightning(self) -> bool:
+        return self.program in ("pretrain.py", "lightning_fsdp2.py")
+
+
+def _lightning(strategy: str, program: str = "pretrain.py", **options: object) -> Door:
+    settings = ["--trainer.devices", "2", "--trainer.strategy", strategy]
+    for key, value in options.items():
+        settings += [f"--trainer.strategy.{key}", str(value)]
+    return Door(program, tuple(settings))
+
+
+def _accelerate(config: str) -> Door:
+    variables = {"ACCELERATE_CONFIG": str(RECIPES / "launch" / "accelerate" / config), "ACCELERATE_USE_CPU": "true"}
+    return Door("pretrain_accelerate.py", variables=variables, launcher="accelerate.sh")
+
+
+def _deepspeed(stage: int) -> dict[str, str]:
+    return {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ZERO / f"zero{stage}.json"),
+    }
+
+
+DOORS = {
+    "Lightning DDP": _lightning("ddp"),
+    "Lightning FSDP2": _lightning(
+        "lightning.pytorch.strategies.ModelParallelStrategy",
+        "lightning_fsdp2.py",
+        data_parallel_size=2,
+        tensor_parallel_size=1,
+    ),
+    "Lightning DeepSpeed": _lightning("tests.deepspeed.doors.OnCPU", config=ZERO / "zero2.json"),
+    "Accelerate DDP": _accelerate("ddp.yaml"),
+    "Accelerate FSDP2": Door("accelerate_fsdp2.py"),
+    "Accelerate DeepSpeed": _accelerate("deepspeed.yaml"),
+    "Accelerate DeepSpeed 3": Door("pretrain_accelerate.py", variables=_deepspeed(3)),
+    "HF Trainer DDP": Door("pretrain_hf_trainer.py"),
+}
+
+
+def launch(door: Door, recipe: str, root: Path, settings: list[str]) -> subprocess.CompletedProcess[str]:
+    """Train `recipe` on two processes; a first start of DeepSpeed compiles its operator, which takes minutes."""
+    path = RECIPES / door.program
+    if not path.exists():
+        path = Path(__file__).parent / door.program
+    port, variables = str(free_port()), _environment(door)
+    if door.launcher is None:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+        command += [str(path), "fit", "--config", recipe, "--trainer.default_root_dir", str(root)]
+    else:
+        command = [str(RECIPES / "launch" / door.launcher)]
+        variables |= {"PROGRAM": str(path), "CONFIG": recipe, "RUN_DIR": str(root), "PYTHON": sys.executable}
+        variables |= {"NODES": "1", "GPUS_PER_NODE": "2", "MASTER_PORT": port, "MAX_RESTARTS": "0"}
+    command += [*settings, *door.settings, "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=900)
+
+
+def _environment(door: Door) -> dict[str, str]:
+    launched = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {
+        **{key: value for key, value in os.environ.items() if key not in launched},
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "TOKENIZERS_PARALLELISM": "false",
+        "DS_ACCELERATOR": "cpu",
+        "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # ninja is beside python
+        **door.variables,
+    }
+
+
+def curve_of(door: Door, root: Path) -> Curve:
+    """What a run logged, step by step; Lightning numbers steps from 0 where it logs."""
+    curves, shift = scalars_in(root / "logs"), int(door.lightning)
+    return {step + shift: (loss, curves["am/beta/mean"][step]) for step, loss in curves["train/loss"].items()}

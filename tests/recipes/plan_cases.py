@@ -1,0 +1,125 @@
+"""`plan` beside what a run takes: memory and bytes of small runs under every strategy.
+
+`python -m tests.recipes.plan_cases` measures all of them and prints the table of docs/recipes.md; minutes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from am_lightning.recipes.network import LlamaShape
+from am_lightning.recipes.plan.layout import Layout
+from am_lightning.recipes.plan.memory import memory_of
+from am_lightning.recipes.plan.traffic import traffic_of
+from tests.recipes.plan_runs import ZERO_BUCKET
+from tests.sharding.pool import Pool, pools
+
+SHAPE = LlamaShape(
+    hidden_size=384, intermediate_size=1024, num_heads=6, num_layers=6, vocab_size=8192, seq_len=128
+)  # 16.9 M parameters: beside them what the processes need anyway is small
+SCRATCH = 7 << 20  # the optimizer's blocked kernel on the CPU
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run; `rows` of a micro-batch, over the ranks that share a layer."""
+
+    strategy: str  # as parallel_runs.strategy_of names it
+    ranks: int
+    rows: int
+    accumulate: int = 1
+    checkpointing: bool = False
+    precision: str = "32-true"
+
+    def __str__(self) -> str:
+        words = [f"{self.strategy} on {self.ranks}", f"{self.accumulate} x {self.rows} rows", self.precision]
+        return ", ".join([*words, *(["checkpointing"] if self.checkpointing else [])])
+
+    @property
+    def layout(self) -> Layout:
+        kind, stage = "ddp" if self.ranks > 1 else "single", 0
+        if self.strategy.startswith("zero"):
+            kind, stage = "zero", int(self.strategy[4:])
+        elif self.strategy.startswith(("fsdp", "tp")):
+            kind = "fsdp"
+        tensor = int(self.strategy.partition("tp")[2] or 1)
+        return Layout(kind, stage, self.ranks, self.ranks, tensor, self.accumulate, self.rows, self.precision)
+
+
+CASES = (
+    Case("ddp", 2, 8),
+    Case("ddp", 2, 4, accumulate=2),
+    Case("ddp", 2, 8, precision="bf16-mixed"),
+    Case("fsdp2", 2, 8),
+    Case("fsdp2", 2, 1),
+    Case("fsdp2", 2, 8, checkpointing=True, accumulate=2),
+    Case("fsdp2", 4, 4, precision="bf16-mixed"),
+    Case("tp2", 2, 8),
+    Case("fsdp2tp2", 4, 8, checkpointing=True),
+    Case("zero1", 2, 8),
+    Case("zero2", 2, 8),
+    Case("zero3", 2, 8),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Bytes: the plan's, and each rank's."""
+
+    memory: int
+    peaks: list[int]
+    traffic: int
+    sent: list[int]
+
+    def errors(self) -> tuple[float, float]:
+        """Of memory against the rank that took most, and of traffic: planned / measured - 1."""
+        return self.memory / max(self.peaks) - 1, self.traffic / max(self.sent) - 1
+
+
+def outcome_of(case: Case, pool: Pool, timeout: float = 240) -> Outcome:
+    """Plan a case, and run it on a pool of its ranks."""
+    memory = memory_of(SHAPE, case.layout, checkpointing=case.checkpointing, scratch=SCRATCH, zero_bucket=ZERO_BUCKET)
+    traffic = traffic_of(SHAPE, case.layout, checkpointing=case.checkpointing, backend="gloo")
+    with tempfile.TemporaryDirectory() as folder:
+        seen: list[dict[str, Any]] = pool.run(
+            "tests.recipes.plan_runs:measure",
+            timeout=timeout,
+            folder=folder,
+            name=case.strategy,
+            rows=case.rows,
+            accumulate=case.accumulate,
+            precision=case.precision,
+            shape={**vars(SHAPE), "activation_checkpointing": case.checkpointing},
+        )
+    return Outcome(
+        memory.total(memory.peak), [rank["peak"] for rank in seen], traffic.total, [rank["sent"] for rank in seen]
+    )
+
+
+def row(case: Case, got: Outcome) -> str:
+    memory, traffic = got.errors()
+    peaks = f"{min(got.peaks) / 1e6:.0f} to {max(got.peaks) / 1e6:.0f}"
+    return (
+        f"| {case} | {got.memory / 1e6:.0f} | {peaks} | {memory:+.1%} |"
+        f" {got.traffic / 1e6:.2f} | {max(got.sent) / 1e6:.2f} | {traffic:+.1%} |"
+    )
+
+
+def main(wanted: list[str], start: Callable[[int], Pool]) -> None:
+    print("| run | memory planned, MB | measured, by rank | | sent planned, MB | measured | |")
+    print("|---|---|---|---|---|---|---|")
+    for case in CASES:
+        if not wanted or any(name in str(case) for name in wanted):
+            print(row(case, outcome_of(case, start(case.ranks))), flush=True)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    with pools() as started:
+        main(sys.argv[1:], started)

@@ -1,0 +1,111 @@
+"""What each rank runs to measure a step: peak of the allocator's memory, and bytes sent, under a strategy."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader
+
+from am_lightning import AdaptiveMemory, AMAdamW
+from am_lightning.recipes.llama import LlamaPretraining
+from tests.lightning.model import quiet
+from tests.recipes.parallel_runs import strategy_of
+from tests.recipes.wire import bytes_sent
+
+STEPS = 3
+ZERO_BUCKET = 5_000_000  # elements; DeepSpeed's own would be larger than the models measured here
+
+
+class Rows(LlamaPretraining):
+    """Reads rows of random tokens."""
+
+    def __init__(self, rows: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.rows = rows
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        rows = torch.randint(self.shape.vocab_size, (1, self.rows, self.shape.seq_len))
+        return DataLoader(rows.expand(100, -1, -1), batch_size=None)
+
+
+class WholeSteps(L.Callback):
+    """Bytes sent at the end of every optimizer step."""
+
+    def __init__(self) -> None:
+        self.sent: list[int] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
+        if trainer.global_step > len(self.sent):
+            dist.barrier()
+            self.sent.append(bytes_sent())
+
+
+def measure(
+    folder: str, name: str, rows: int, accumulate: int, precision: str, shape: dict[str, Any]
+) -> dict[str, int]:
+    """Train STEPS steps; ``peak``: bytes that torch's CPU allocator had given out at most since before the model was
+    made; ``sent``: bytes of the last step."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    os.environ["LOCAL_RANK"] = str(dist.get_rank())  # as after a launch: Lightning starts no processes of its own
+    gc.collect()
+    steps = WholeSteps()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        module = Rows(rows, **{"optimizer": partial(AMAdamW, lr=1e-3), **shape})
+        trainer = L.Trainer(
+            **quiet(
+                devices=dist.get_world_size(),
+                strategy=_strategy(name),
+                plugins=[LightningEnvironment()],
+                precision=precision,
+                max_steps=STEPS,
+                accumulate_grad_batches=accumulate,
+                callbacks=[AdaptiveMemory(), steps],
+            )
+        )
+        trainer.fit(module)
+    del module, trainer
+    trace = Path(folder, f"{name}-{dist.get_rank()}.json")
+    profiler.export_chrome_trace(str(trace))
+    events = json.loads(trace.read_text())["traceEvents"]
+    trace.unlink()
+    return {"peak": _peak(events), "sent": steps.sent[-1] - steps.sent[-2]}
+
+
+def _strategy(name: str) -> Any:
+    if not name.startswith("zero"):
+        return strategy_of(name, dist.get_world_size())
+    from tests.deepspeed.doors import OnCPU, zero_config  # needs DeepSpeed's compiled operator
+
+    config = zero_config(int(name[4:]))
+    del config["zero_optimization"]["sub_group_size"]  # so small that every tensor is cut up
+    config["zero_optimization"] |= {"reduce_bucket_size": ZERO_BUCKET, "allgather_bucket_size": ZERO_BUCKET}
+    return OnCPU(config=config)
+
+
+def _peak(events: list[dict[str, Any]]) -> int:
+    """The largest sum of what was allocated, and not yet freed, within the trace."""
+    memory = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
+    alive: dict[int, int] = {}
+    total = peak = 0
+    for event in memory:
+        address, size = event["args"]["Addr"], event["args"]["Bytes"]
+        total -= alive.pop(address, 0)
+        if size > 0:
+            alive[address] = size
+            total += size
+            peak = max(peak, total)
+    return peak

@@ -1,0 +1,178 @@
+"""Runs of a few steps of a tiny model, with something done to them on the way: python small_run.py '{"root": ...}' ...
+
+The keys are those of `Options`. Signals are raised inside training_step, in the middle of a step, so that a test needs
+no clock to hit one. Several runs in one process each leave a line with how they ended in ROOT/ended-RANK.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from torch.utils.data import DataLoader, Sampler, TensorDataset
+
+from am_lightning import AdaptiveMemory
+from am_lightning.recipes.checkpoints import AtomicCheckpointIO, RunCheckpoint
+from am_lightning.recipes.data.order import ResumableLoader
+from am_lightning.recipes.errors import RecipeError
+from am_lightning.recipes.fault_tolerance import FaultTolerance, Stopped
+from am_lightning.recipes.loss_guard import LossGuard
+from tests.lightning.cluster import CPUFSDP
+
+ROWS, WIDTH = 512, 8
+
+
+@dataclass
+class Options:
+    root: str
+    strategy: str = "single"  # ddp, fsdp1, fsdp2
+    steps: int = 8
+    every: int = 3
+    keep: int | None = None
+    accumulate: int = 1
+    asynchronous: bool = False
+    resume: str | None = "last"
+    # micro-batch number (over the whole run), or "before" training -> what happens there: a signal's name, "hang",
+    # "nan", "huge"
+    events: dict[str, str] = field(default_factory=dict)
+    event_rank: int = 0
+    plain_adamw: bool = False
+    guard: dict[str, Any] = field(default_factory=dict)
+    fault_tolerance: dict[str, Any] = field(default_factory=dict)
+    truncate: str | None = None  # a file below `root` that loses its second half before the run
+
+    def ended(self, rank: int) -> list[str]:
+        """How the runs in `root` ended on a rank: finished, stopped STATUS, error: TEXT."""
+        return Path(self.root, f"ended-{rank}").read_text().splitlines()
+
+
+class Steps(Sampler[list[int]]):
+    """Rows of a step as a function of the step and the rank alone."""
+
+    def __init__(self, trainer: L.Trainer) -> None:
+        self.trainer = trainer
+
+    def __len__(self) -> int:
+        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        trainer = self.trainer
+        for batch in range(trainer.global_step * trainer.accumulate_grad_batches, len(self)):
+            first = 4 * (batch * trainer.world_size + trainer.global_rank)
+            yield [(first + i) * 7 % ROWS for i in range(4)]
+
+
+class Small(L.LightningModule):
+    def __init__(self, options: Options) -> None:
+        super().__init__()
+        self.options = options
+        self.layers: torch.nn.Module | None = None
+
+    def configure_model(self) -> None:
+        if self.layers is not None:
+            return
+        torch.manual_seed(0)
+        self.layers = torch.nn.Sequential(torch.nn.Linear(WIDTH, 16), torch.nn.Tanh(), torch.nn.Linear(16, WIDTH))
+        if self.options.strategy == "fsdp2":
+            from torch.distributed.fsdp import fully_shard
+
+            for layer in (self.layers[0], self.layers[2], self.layers):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        rows = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1))
+        return ResumableLoader(TensorDataset(rows), batch_sampler=Steps(self.trainer))
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        loss = (self.layers(batch[0]) - batch[0].roll(1, dims=1)).square().mean()
+        return loss * self.meet(str(batch_idx))
+
+    def meet(self, moment: str) -> float:
+        """What `events` says for this moment; a factor of the loss."""
+        event = self.options.events.get(moment) if self.global_rank == self.options.event_rank else None
+        if event == "hang":
+            time.sleep(600)
+        elif event in ("nan", "huge"):
+            return {"nan": float("nan"), "huge": 1e6}[event]
+        elif event:
+            os.kill(os.getpid(), getattr(signal, event))
+        return 1.0
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        self.meet("before")
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def trainer_for(options: Options) -> L.Trainer:
+    strategies = {
+        "single": lambda: SingleDeviceStrategy(torch.device("cpu")),
+        "ddp": lambda: DDPStrategy(process_group_backend="gloo"),
+        "fsdp1": lambda: CPUFSDP(process_group_backend="gloo", state_dict_type="sharded"),
+        "fsdp2": lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
+    }
+    callbacks = [
+        RunCheckpoint(str(Path(options.root, "checkpoints")), options.every, options.keep, options.asynchronous),
+        LossGuard(**options.guard),
+        FaultTolerance(**options.fault_tolerance),
+    ]
+    if not options.plain_adamw:
+        callbacks.append(AdaptiveMemory(per_layer=False, histogram=False))
+    trainer = L.Trainer(
+        default_root_dir=options.root,
+        accelerator="cpu",
+        devices=1 if options.strategy == "single" else 2,
+        strategy=strategies[options.strategy](),
+        max_steps=options.steps,
+        accumulate_grad_batches=options.accumulate,
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        use_distributed_sampler=False,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    FaultTolerance.prepare(trainer)
+    return trainer
+
+
+def run(options: Options) -> str:
+    """How it ended."""
+    if options.truncate and os.environ.get("RANK", "0") == "0":
+        path = Path(options.root, options.truncate)
+        os.truncate(path, path.stat().st_size // 2)
+    try:
+        trainer_for(options).fit(Small(options), ckpt_path=options.resume)
+        return "finished"
+    except Stopped as stopped:
+        return f"stopped {stopped.code}"
+    except RecipeError as error:
+        return f"error: {error}"
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    several = [Options(**json.loads(text)) for text in sys.argv[1:]]
+    if len(several) == 1:
+        try:
+            trainer_for(several[0]).fit(Small(several[0]), ckpt_path=several[0].resume)
+        except RecipeError as error:
+            sys.exit(f"error: {error}")
+    else:
+        for options in several:
+            ended = run(options)
+            with open(Path(options.root, f"ended-{os.environ['RANK']}"), "a") as file:
+                file.write(ended.replace("\n", " ") + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""python -m am_lightning.recipes: list, cp, validate, fit; from the checkout and from a built wheel."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from am_lightning.recipes.__main__ import main
+from am_lightning.recipes.locate import recipe_files
+
+from .commands import RECIPES, arguments
+
+ROOT = RECIPES.parent
+NAMES = sorted(path.stem for path in (RECIPES / "configs").glob("*.yaml"))
+
+
+def tree(folder: Path) -> dict[str, bool]:
+    """Path -> whether it is executable."""
+    files = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    return {path.relative_to(folder).as_posix(): os.access(path, os.X_OK) for path in files}
+
+
+def test_list_shows_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert sorted(row[0] for row in rows[1:]) == NAMES
+    assert ["60m", "58.2M", "1.31B", "256", "10000", "ddp"] in [row[:6] for row in rows]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_validates(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", name, "--trainer.default_root_dir", str(tmp_path / "new" / "run")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"OK: {recipe_files()[name]}"
+    assert [line.split()[0] for line in lines[1:]] == ["model", "step", "data", "folders"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ("--data.batch_size 7 --trainer.devices 2", r"data.batch_size is 7; allowed: a multiple of 2"),
+        (
+            "--data.batch_size 8 --trainer.accumulate_grad_batches 3 --trainer.val_check_interval 3",
+            r"data.batch_size is 8; allowed: a multiple of 1 .* 3",
+        ),
+        ("--model.vocab_size 100", r"model.vocab_size is 100; allowed: >= 256"),
+        ("--model.num_key_value_heads 3", r"model.num_key_value_heads is 3"),
+        ("--model.optimizer.lr -1", r"model.optimizer: .*lr"),
+        ("--data.source nowhere", r"data.source nowhere does not exist"),
+        ("--data.tokenizer ./nowhere", r"data.tokenizer is './nowhere': there is no such folder"),
+        ("--ckpt_path gone.ckpt", r"ckpt_path is 'gone.ckpt'"),
+        ("--trainer.val_check_interval 5 --trainer.accumulate_grad_batches 2", r"trainer.val_check_interval is 5"),
+        ("--trainer.default_root_dir /proc/version/run", r"trainer.default_root_dir is .*can be written"),
+    ],
+)
+def test_what_does_not_fit_is_named(settings: str, says: str) -> None:
+    with pytest.raises(SystemExit, match=says) as caught:
+        main(["validate", "laptop", *settings.split()])
+    assert str(caught.value).startswith("error: ")
+
+
+def test_a_typing_error_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="Did you mean laptop"):
+        main(["validate", "lapto"])
+    with pytest.raises(SystemExit) as caught:
+        main(["validate", "laptop", "--trainer.max_step", "3"])
+    assert caught.value.code == 2
+    errors = capsys.readouterr().err
+    assert "trainer.max_step" in errors
+    assert len(errors.splitlines()) < 8
+
+
+def test_cp_copies_what_a_run_needs_and_overwrites_nothing(tmp_path: Path) -> None:
+    copy = tmp_path / "a copy"
+    assert main(["cp", "60m", str(copy)]) == 0
+    made = tree(copy)
+    programs = {"pretrain.py", "pretrain_accelerate.py", "pretrain_hf_trainer.py", "prepare_data.py"}
+    assert {name for name in made if "/" not in name} == {"60m.yaml", *programs}
+    launchers = {f"launch/{name}": executable for name, executable in tree(RECIPES / "launch").items()}
+    assert {name: bit for name, bit in made.items() if name.startswith("launch/")} == launchers
+    assert made["launch/torchrun.sh"]
+    assert {name for name in made if name.startswith("configs/")} == {
+        f"configs/deepspeed/zero{n}.json" for n in (1, 2, 3)
+    }
+
+    assert main(["cp", "60m", str(copy)]) == 0  # the same files: nothing to lose
+    mine = "# mine\n" + (copy / "60m.yaml").read_text()
+    (copy / "60m.yaml").write_text(mine)
+    (copy / "pretrain.py").unlink()
+    with pytest.raises(SystemExit, match=r"60m.yaml: there already.*--force"):
+        main(["cp", "60m", str(copy)])
+    assert (copy / "60m.yaml").read_text() == mine
+    assert not (copy / "pretrain.py").exists()
+    assert main(["cp", "60m", str(copy), "--force"]) == 0
+    assert (copy / "60m.yaml").read_text() == (RECIPES / "configs" / "60m.yaml").read_text()
+    with pytest.raises(SystemExit, match="Did you mean 60m"):
+        main(["cp", "60n", str(copy)])
+
+
+def test_fit_takes_a_name(tmp_path: Path, corpus_folder: Path) -> None:
+    """`fit NAME`, as pretrain.py; and nothing of the same name in the working directory is needed."""
+    [_, _, _, *settings] = arguments(tmp_path / "run", corpus_folder, 2)
+    assert main(["fit", "laptop", *settings]) == 0
+    assert (tmp_path / "run" / "checkpoints" / "step-000002.ckpt").exists()
+
+
+@pytest.mark.slow
+def test_a_built_wheel_has_it_all(tmp_path: Path, corpus_folder: Path) -> None:
+    """Installed beside nothing of the checkout: list, cp, and the copy trains by launch/torchrun.sh."""
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    (wheel,) = (tmp_path / "dist").iterdir()
+    site = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]
+    subprocess.run([*install, str(wheel)], check=True, capture_output=True, timeout=240)
+    env = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+
+    def run(*command: str, **variables: str) -> str:
+        done = subprocess.run(
+            command, cwd=tmp_path, env={**env, **variables}, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    module = [sys.executable, "-m", "am_lightning.recipes"]
+    assert str(site) in run(*module, "validate", "laptop", "--data.source", str(corpus_folder)).splitlines()[0]
+    assert "cd copy" in run(*module, "cp", "laptop", "copy")
+    settings = arguments(tmp_path / "run", corpus_folder, 2)[3:]
+    sizes = {"NODES": "1", "GPUS_PER_NODE": "1", "CONFIG": "copy/laptop.yaml", "RUN_DIR": str(tmp_path / "run")}
+    out = run(str(tmp_path / "copy" / "launch" / "torchrun.sh"), *settings, **sizes)
+    assert "validation loss" in out
+    assert tree(site / "am_lightning" / "recipes" / "files") == tree(RECIPES)

@@ -1,0 +1,42 @@
+"""`plan` within 10 % of what torch's allocator gave out and of what went over the sockets, for real runs."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.recipes.plan_cases import CASES, Case, outcome_of
+from tests.sharding.pool import Pool, pools
+
+needs_compiler = pytest.mark.skipif(
+    not shutil.which("g++"), reason="DeepSpeed compiles a CPU operator; there is no g++"
+)
+# One of each kind; `python -m tests.recipes.plan_cases` measures all.
+TESTED = (
+    Case("ddp", 2, 8),
+    Case("fsdp2", 2, 8, checkpointing=True, accumulate=2),
+    Case("fsdp2tp2", 4, 8, checkpointing=True),
+    pytest.param(Case("zero3", 2, 8), marks=needs_compiler),
+)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Callable[[int], Pool]]:
+    with pytest.MonkeyPatch.context() as patch, pools() as start:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))  # for DeepSpeed's operator
+        yield start
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", TESTED, ids=str)
+def test_plan_is_within_a_tenth(pool: Callable[[int], Pool], case: Case) -> None:
+    assert case in CASES
+    got = outcome_of(case, pool(case.ranks), timeout=500)  # DeepSpeed's first start compiles
+    for peak in got.peaks:
+        assert got.memory == pytest.approx(peak, rel=0.1)
+    for sent in got.sent:
+        assert got.traffic == pytest.approx(sent, rel=0.01)

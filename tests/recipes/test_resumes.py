@@ -1,0 +1,70 @@
+"""pretrain_accelerate.py and pretrain_hf_trainer.py go on from a checkpoint as if they had never stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.huggingface.events import scalars_in
+
+from .commands import RECIPES, arguments
+
+pytestmark = pytest.mark.slow
+
+# Program -> how it names the checkpoint of a step.
+CHECKPOINTS = {"pretrain_accelerate.py": "step-{:06d}", "pretrain_hf_trainer.py": "checkpoint-{}"}
+
+
+def start(program: str, root: Path, corpus: Path, steps: int, *extra: str) -> subprocess.Popen[str]:
+    settings = arguments(root, corpus, steps, "--checkpoint.every_n_train_steps", "3", *extra)
+    return subprocess.Popen(
+        [sys.executable, str(RECIPES / program), *settings],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(program: str, root: Path, corpus: Path, steps: int, *extra: str, status: int = 0) -> tuple[str, str]:
+    process = start(program, root, corpus, steps, *extra)
+    out, errors = process.communicate(timeout=240)
+    assert process.returncode == status, f"{out}\n{errors}"
+    return out, errors
+
+
+def losses(root: Path) -> dict[int, float]:
+    return scalars_in(root / "logs")["train/loss"]
+
+
+@pytest.mark.parametrize("program", CHECKPOINTS)
+def test_a_resumed_run_is_the_unbroken_one(program: str, tmp_path: Path, corpus_folder: Path) -> None:
+    """The same rows, weights, momentum and schedule: the losses of the steps after it are the same to the bit."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run(program, whole, corpus_folder, 6)
+    middle = whole / "checkpoints" / CHECKPOINTS[program].format(3)
+    out, _ = run(program, resumed, corpus_folder, 6, "--ckpt_path", str(middle))
+    assert "validation loss" in out
+    assert losses(resumed) == {step: loss for step, loss in losses(whole).items() if step > 3}
+    _, errors = run(program, resumed, corpus_folder, 6, "--ckpt_path", "last", "--data.batch_size", "16", status=1)
+    assert "data.batch_size is 16, the checkpoint was trained with 8" in errors
+
+
+@pytest.mark.parametrize("program", CHECKPOINTS)
+def test_a_signal_saves_the_step(program: str, tmp_path: Path, corpus_folder: Path) -> None:
+    process = start(program, tmp_path, corpus_folder, 100_000)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "checkpoints" / CHECKPOINTS[program].format(3)).exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    step = int(errors.partition("stopped by SIGTERM after step ")[2].split()[0].rstrip(","))
+    assert (tmp_path / "checkpoints" / CHECKPOINTS[program].format(step)).is_dir()
