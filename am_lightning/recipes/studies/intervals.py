@@ -1,0 +1,54 @@
+"""Means over seeds and paired differences, with Student's 95 % intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with half the width of its 95 % interval (nan for one sample), and the number of samples."""
+
+    mean: float
+    half_width: float
+    samples: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        return abs(self.mean) > self.half_width
+
+    def __str__(self) -> str:
+        width = "" if math.isnan(self.half_width) else f" ± {self.half_width:.3f}"
+        return f"{self.mean:+.3f}{width} (n={self.samples})"
+
+
+def interval(values: list[float]) -> Interval:
+    """Mean and Student's 95 % interval of independent samples.
+
+    Raises:
+        ValueError: there is no sample.
+    """
+    if not values:
+        raise ValueError("an interval needs at least one sample, but got none")
+    count = len(values)
+    if count == 1:
+        return Interval(values[0], math.nan, 1)
+    quantile = float(stats.t.ppf(0.975, count - 1))
+    return Interval(float(np.mean(values)), quantile * float(np.std(values, ddof=1)) / math.sqrt(count), count)
+
+
+def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Interval:
+    """Of first - second over the seeds that both have.
+
+    Raises:
+        ValueError: they share no seed.
+    """
+    shared = sorted(first.keys() & second.keys())
+    if not shared:
+        raise ValueError(f"no shared seed: {sorted(first)} and {sorted(second)}")
+    return interval([first[seed] - second[seed] for seed in shared])

@@ -1,0 +1,1 @@
+"""Pretraining runs for the studies: one recipe, many optimizers, everything else equal."""

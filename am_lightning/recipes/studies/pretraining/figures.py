@@ -1,0 +1,81 @@
+"""Pictures of the warmup study: sensitivity to the learning rate, loss curves, and the heatmap of beta_t."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from am_lightning.recipes.studies.figures import COLOURS, INK, new_figure, save, style
+from am_lightning.recipes.studies.ledger import Ledger
+from am_lightning.recipes.studies.pretraining.momentum import layer_means, traces
+from am_lightning.recipes.studies.pretraining.results import mean_curve
+from am_lightning.recipes.studies.pretraining.stages import (
+    AM,
+    FEW,
+    LEARNING_RATES,
+    METHODS,
+    Scale,
+    sweep_of,
+)
+
+_WINDOW = 20  # steps that the loss curves are smoothed over
+
+
+def draw_sweep(path: Path, ledger: Ledger, scale: Scale) -> None:
+    """Validation loss over the learning rate; AM bold."""
+    figure, axes = new_figure(1, 1, width=7.5, height=4.5)
+    panel = axes[0][0]
+    sweep = sweep_of(ledger, scale)
+    for number, method in enumerate(METHODS):
+        values = [sweep.value(scale.config(method, lr, sweep.sweep_seed)) for lr in LEARNING_RATES]
+        ours = method.kind == "am"
+        dashes = "--" if method.warmup else "-"
+        panel.plot(
+            LEARNING_RATES,
+            values,
+            dashes,
+            marker="o" if ours else ".",
+            color=COLOURS[number % len(COLOURS)],
+            linewidth=2.2 if ours else 1.1,
+            label=str(method),
+        )
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(LEARNING_RATES, [f"{lr:g}" for lr in LEARNING_RATES])
+    style(panel, title="dashed: with warmup", xlabel="learning rate", ylabel="validation loss, nats per token")
+    save(figure, path, legend_of=panel)
+
+
+def draw_curves(path: Path, ledger: Ledger, scale: Scale) -> None:
+    """Training loss of some finalists: mean over the fresh seeds with a band of one standard deviation."""
+    figure, axes = new_figure(1, 1, width=7.5, height=4.2)
+    panel = axes[0][0]
+    sweep = sweep_of(ledger, scale)
+    for number, method in enumerate(FEW):
+        lr = sweep.best_rate(method)
+        runs = [scale.config(method, lr, seed) for seed in sweep.fresh_seeds]
+        mean, spread = mean_curve(ledger, runs, _WINDOW)
+        steps = np.arange(len(mean)) + _WINDOW
+        colour = COLOURS[len(FEW) + 1 - number]
+        panel.plot(steps, mean, color=colour, linewidth=1.6, label=f"{method}, lr {lr:g}")
+        panel.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
+    panel.set_ylim(top=4.0)
+    style(panel, xlabel="step", ylabel=f"training loss, mean of {_WINDOW} steps")
+    save(figure, path, legend_of=panel)
+
+
+def draw_heatmap(path: Path, ledger: Ledger, scale: Scale) -> None:
+    """beta_t of AM, layers x steps, mean over seeds and over a layer's tensors."""
+    names, betas = traces(ledger, scale, AM)
+    layers, means = layer_means(names, betas)
+    figure, axes = new_figure(1, 1, width=9.0, height=0.35 * len(layers) + 1.2)
+    panel = axes[0][0]
+    steps = np.arange(means.shape[1] + 1) + 1.5
+    mesh = panel.pcolormesh(steps, np.arange(len(layers) + 1), means, cmap="YlGnBu_r", rasterized=True)
+    panel.set_yticks(np.arange(len(layers)) + 0.5, layers)
+    panel.invert_yaxis()
+    style(panel, title=f"beta_t of {AM}, mean of {len(betas)} seeds", xlabel="step")
+    panel.grid(False)
+    bar = figure.colorbar(mesh, ax=panel, pad=0.01, aspect=20)
+    bar.ax.tick_params(labelsize=8, colors=INK)
+    save(figure, path)

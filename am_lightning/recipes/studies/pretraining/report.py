@@ -1,0 +1,57 @@
+"""The page of the warmup study: the tables of the stages that are complete, and the figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from am_lightning.recipes.errors import RecipeError
+from am_lightning.recipes.studies.ledger import Ledger
+from am_lightning.recipes.studies.pretraining import figures, momentum, results
+from am_lightning.recipes.studies.pretraining.stages import Scale, configs
+
+Table = Callable[[Ledger, Scale], str]
+_TABLES: dict[str, list[tuple[str, Table]]] = {
+    "sweep": [("Validation loss over the learning rate, one seed", results.sweep_table)],
+    "finalists": [
+        ("Fresh seeds, each method at its best learning rate", results.finalists_table),
+        ("Paired differences, 95 % intervals; negative: AM is better", results.differences_table),
+        ("Spikes of the training loss", results.spikes_table),
+    ],
+    "batch": [("A larger batch", results.batch_table)],
+    "long": [("A longer run", results.long_table)],
+    "beta": [
+        ("beta_t by kind of layer", momentum.kinds_table),
+        ("The tensors that dip most", momentum.dips_table),
+        ("Ablations", momentum.ablations_table),
+        ("beta_t and the batch", momentum.batch_effect),
+    ],
+}
+_FIGURES = {
+    "sweep": ("warmup-learning-rates.png", figures.draw_sweep),
+    "finalists": ("warmup-curves.png", figures.draw_curves),
+    "beta": ("beta-heatmap.png", figures.draw_heatmap),
+}
+
+
+def report(ledger: Ledger, scale: Scale, folder: Path) -> str:
+    """Write ``warmup.md`` and the figures of the stages that are complete into `folder`; the text of the former."""
+    parts = []
+    for stage, tables in _TABLES.items():
+        if not _is_complete(ledger, stage, scale):
+            continue
+        parts += [f"## {title}\n\n{table(ledger, scale)}" for title, table in tables]
+        if stage in _FIGURES:
+            name, draw = _FIGURES[stage]
+            draw(folder / name, ledger, scale)
+    text = "\n\n".join(parts) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "warmup.md").write_text(text)
+    return text
+
+
+def _is_complete(ledger: Ledger, stage: str, scale: Scale) -> bool:
+    try:
+        return all(config in ledger for config in configs(stage, scale, ledger))
+    except RecipeError:  # a stage that needs the sweep first
+        return False

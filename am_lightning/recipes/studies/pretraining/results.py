@@ -1,0 +1,99 @@
+"""Tables of the warmup study, from its ledger."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from am_lightning.recipes.studies.intervals import paired
+from am_lightning.recipes.studies.ledger import Config, Ledger
+from am_lightning.recipes.studies.pretraining.stages import (
+    AM,
+    AM_LOW,
+    BATCH_FACTOR,
+    BATCH_RATES,
+    BATCH_SEEDS,
+    FEW,
+    LONG_FACTOR,
+    LONG_SEEDS,
+    METHODS,
+    Scale,
+    sweep_of,
+)
+from am_lightning.recipes.studies.sweep import mean_and_sd
+from am_lightning.recipes.studies.tables import markdown
+
+SPIKE, SPIKE_WINDOW, SPIKE_FROM = 0.5, 20, 60  # nats above the mean of the steps before, and the first step counted
+
+
+def sweep_table(ledger: Ledger, scale: Scale) -> str:
+    """Validation loss over the learning rate, one seed."""
+    return sweep_of(ledger, scale).sweep_table()
+
+
+def finalists_table(ledger: Ledger, scale: Scale) -> str:
+    """Mean and standard deviation over the fresh seeds."""
+    return sweep_of(ledger, scale).finalists_table()
+
+
+def differences_table(ledger: Ledger, scale: Scale) -> str:
+    """Paired differences of AM at both caps to every method."""
+    return sweep_of(ledger, scale).differences_table((AM, AM_LOW))
+
+
+def spikes_table(ledger: Ledger, scale: Scale) -> str:
+    """Spikes of the training loss in the finalists' runs, all seeds together."""
+    sweep = sweep_of(ledger, scale)
+    rows = []
+    for method in METHODS:
+        runs = [scale.config(method, sweep.best_rate(method), seed) for seed in sweep.fresh_seeds]
+        rows.append([str(method), str(sum(count_spikes(ledger[config]["losses"]) for config in runs))])
+    return markdown(["method", f"spikes in {len(sweep.fresh_seeds)} runs"], rows)
+
+
+def batch_table(ledger: Ledger, scale: Scale) -> str:
+    """Four times the batch: mean over two seeds, for each learning rate."""
+    value = sweep_of(ledger, scale).value
+    rows = []
+    for method in FEW:
+        cells = [[scale.config(method, lr, s, batch=BATCH_FACTOR) for s in BATCH_SEEDS] for lr in BATCH_RATES]
+        rows.append([str(method), *(mean_and_sd([value(config) for config in cell]) for cell in cells)])
+    return markdown([f"batch x {BATCH_FACTOR}", *(f"{lr:g}" for lr in BATCH_RATES)], rows)
+
+
+def long_table(ledger: Ledger, scale: Scale) -> str:
+    """Three times the steps, at each method's best learning rate, and the paired differences of AM."""
+    sweep = sweep_of(ledger, scale)
+    losses = {}
+    for method in FEW:
+        lr = sweep.best_rate(method)
+        runs = {seed: scale.config(method, lr, seed, long=LONG_FACTOR) for seed in LONG_SEEDS}
+        losses[method] = {seed: sweep.value(config) for seed, config in runs.items()}
+    rows = [
+        [
+            str(method),
+            mean_and_sd(list(losses[method].values())),
+            *("" if ours == method else str(paired(losses[ours], losses[method])) for ours in (AM, AM_LOW)),
+        ]
+        for method in FEW
+    ]
+    header = [f"steps x {LONG_FACTOR}", f"mean (sd) of {len(LONG_SEEDS)} seeds", f"{AM} minus it", f"{AM_LOW} minus it"]
+    return markdown(header, rows)
+
+
+def count_spikes(losses: Sequence[float | None]) -> int:
+    """Steps whose training loss is more than SPIKE above the mean of the SPIKE_WINDOW before; a divergence is one."""
+    values = np.array([math.inf if loss is None else loss for loss in losses])
+    return sum(
+        int(not values[step] <= values[step - SPIKE_WINDOW : step].mean() + SPIKE)
+        for step in range(SPIKE_FROM, len(values))
+    )
+
+
+def mean_curve(ledger: Ledger, configs: Iterable[Config], window: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation over runs of the training loss, smoothed by a running mean: (steps - window + 1,)."""
+    kernel = np.ones(window) / window
+    curves = [np.convolve(np.array(ledger[config]["losses"], float), kernel, mode="valid") for config in configs]
+    return np.mean(curves, axis=0), np.std(curves, axis=0, ddof=1)

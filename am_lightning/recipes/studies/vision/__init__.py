@@ -1,0 +1,1 @@
+"""Image classification for the studies: momentum SGD and AdamW, fixed and adaptive."""

@@ -1,0 +1,46 @@
+"""AM-AdamW without warmup against tuned AdamW, RAdam and schedule-free: python recipes/studies/warmup.py [--out DIR]
+
+The protocol is in am_lightning/recipes/studies/pretraining/stages.py: a sweep on one seed, then paired runs on fresh
+seeds, four times the batch, three times the steps, and the traces of beta_t. The validation loss counts at the end of
+training. Writes warmup.jsonl, warmup.md and figures into DIR; finished runs are kept, so a second call goes on.
+
+    python recipes/studies/warmup.py --workers 2                                          # the laptop recipe, on a CPU
+    python recipes/studies/warmup.py --recipe 60m --steps 10000 --batch-size 512 --device cuda --out runs/studies/60m
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from am_lightning.recipes.errors import RecipeError
+from am_lightning.recipes.studies.ledger import Ledger
+from am_lightning.recipes.studies.pretraining.report import report
+from am_lightning.recipes.studies.pretraining.run import Pretraining
+from am_lightning.recipes.studies.pretraining.stages import STAGES, Scale, configs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/studies/warmup"), help="folder of results")
+    parser.add_argument("--recipe", default="laptop", help="a recipe's name, or a YAML")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch-size", type=int, default=8, help="rows of a step")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time, one CPU thread each")
+    parser.add_argument("--stages", nargs="*", default=list(STAGES), metavar="STAGE", help=", ".join(STAGES))
+    options = parser.parse_args()
+    try:
+        scale = Scale(options.recipe, options.steps, options.batch_size, options.device)
+        ledger = Ledger(options.out / "warmup.jsonl")
+        runs = Pretraining(str((options.out / "data").resolve()))
+        for stage in options.stages:
+            ledger.run(configs(stage, scale, ledger), runs, workers=options.workers)
+        print(report(ledger, scale, options.out))
+    except RecipeError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

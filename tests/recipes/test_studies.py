@@ -1,0 +1,247 @@
+"""The studies: their ledger, statistics and protocols, and small runs of the real programs."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from am_lightning import AMAdamW
+from am_lightning.recipes.errors import RecipeError
+from am_lightning.recipes.studies.convex.methods import METHODS, descend, make_optimizer
+from am_lightning.recipes.studies.convex.problems import LOGISTIC, logistic
+from am_lightning.recipes.studies.intervals import interval, paired
+from am_lightning.recipes.studies.ledger import Config, Ledger, Result
+from am_lightning.recipes.studies.pretraining.methods import Method, fix_momentum
+from am_lightning.recipes.studies.pretraining.methods import make_optimizer as make_adamw
+from am_lightning.recipes.studies.pretraining.results import count_spikes
+from am_lightning.recipes.studies.pretraining.run import Pretraining, run_config
+from am_lightning.recipes.studies.sweep import Sweep
+from am_lightning.recipes.studies.tables import markdown
+from am_lightning.recipes.studies.vision.images import load_images
+from am_lightning.recipes.studies.vision.networks import NETWORKS
+
+from .commands import RECIPES
+
+STUDIES = RECIPES / "studies"
+
+
+def square(config: Config) -> Result:
+    return {"square": config["x"] ** 2}
+
+
+def test_a_ledger_goes_on_where_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    Ledger(path).run([{"x": 2}, {"x": 3}], square, workers=2)
+    before = path.read_text()
+    ledger = Ledger(path)
+    ledger.run([{"x": 3}, {"x": 2}, {"x": 4}, {"x": 4}], square)
+    assert path.read_text().startswith(before)
+    assert len(path.read_text().splitlines()) == 3
+    assert [ledger[{"x": x}]["square"] for x in (2, 3, 4)] == [4, 9, 16]
+
+
+def test_a_ledger_names_its_broken_line(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    path.write_text('{"config": {"x": 2}, "result": {}}\n{"config": {"x"')
+    with pytest.raises(RecipeError, match=r"runs.jsonl:2 is no finished run .* Delete the line"):
+        Ledger(path)
+
+
+def test_intervals_are_students() -> None:
+    first, second = {1: 1.0, 2: 1.5, 3: 1.2, 9: 7.0}, {1: 1.2, 2: 1.4, 3: 1.9, 4: 0.0}
+    found = paired(first, second)
+    test = stats.ttest_rel([1.0, 1.5, 1.2], [1.2, 1.4, 1.9]).confidence_interval(0.95)
+    assert found.samples == 3
+    assert found.mean - found.half_width == pytest.approx(test.low)
+    assert found.mean + found.half_width == pytest.approx(test.high)
+    assert not found.excludes_zero
+    assert interval([3.0, 3.1, 2.9]).excludes_zero
+    with pytest.raises(ValueError, match="no shared seed"):
+        paired({1: 1.0}, {2: 1.0})
+
+
+def test_a_table_is_markdown() -> None:
+    assert markdown(["a", "bb"], [["1", "22222"]]) == "| a   | bb    |\n| --- | ----- |\n| 1   | 22222 |"
+    with pytest.raises(ValueError, match="has 1 cells, the header 2"):
+        markdown(["a", "b"], [["1"]])
+
+
+def test_a_sweep_picks_on_one_seed_and_compares_on_others(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "runs.jsonl")
+    sweep = Sweep(
+        ledger,
+        ["a", "b"],
+        rates=lambda method: (0.1, 1.0),
+        config=lambda method, lr, seed: {"method": method, "lr": lr, "seed": seed},
+        score="loss",
+        unit="loss",
+        fresh_seeds=(1, 2),
+    )
+    with pytest.raises(RecipeError, match=r"no run of a at 0\.1 yet"):
+        list(sweep.finalist_configs())
+    for config in sweep.sweep_configs():
+        diverges = config["method"] == "b" and config["lr"] == 1.0
+        ledger.add(config, {"loss": None if diverges else config["lr"] * (1 if config["method"] == "b" else -1)})
+    assert {(c["method"], c["lr"], c["seed"]) for c in sweep.finalist_configs()} == {
+        ("a", 1.0, 1), ("a", 1.0, 2), ("b", 0.1, 1), ("b", 0.1, 2)
+    }  # fmt: skip
+    for config in sweep.finalist_configs():
+        ledger.add(config, {"loss": config["seed"] + (0.5 if config["method"] == "b" else 0.0)})
+    assert "diverged" in sweep.sweep_table()
+    assert "-0.500 ± 0.000 (n=2)" in sweep.differences_table(["a"])
+
+
+def test_spikes() -> None:
+    losses = [2.0] * 100
+    losses[30] = losses[70] = losses[80] = 3.0  # the first is before the count begins
+    assert count_spikes(losses) == 2
+    assert count_spikes([*losses, None]) == 3
+
+
+@pytest.mark.parametrize("name", LOGISTIC)
+def test_the_minimum_of_a_logistic_problem(name: str) -> None:
+    """Newton's method from scratch ends at the minimum that the study subtracts, and the curvature bound holds."""
+    problem = logistic(name)
+    x = torch.zeros(problem.size, dtype=torch.float64)
+    assert torch.linalg.eigvalsh(torch.autograd.functional.hessian(problem.loss, x))[-1] <= problem.smoothness + 1e-9
+    if problem.size < 100:
+        for _ in range(30):
+            gradient = torch.autograd.functional.jacobian(problem.loss, x)
+            x = x - torch.linalg.solve(torch.autograd.functional.hessian(problem.loss, x), gradient)
+        assert float(problem.loss(x)) == pytest.approx(problem.minimum, abs=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_averaged_forms(method: str) -> None:
+    """Each method against its recursion in numpy, on a quadratic: d' = beta d + (1 - beta) g, d_0 = g_0."""
+    curvatures, lr, beta = torch.tensor([1.0, 0.3, 0.05], dtype=torch.float64), 0.9, 0.8
+    x = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    optimizer = make_optimizer(method, beta, lr, x)
+    losses = descend(lambda point: (curvatures * point.square()).sum() / 2, optimizer, x, 6)
+    if method.startswith("am"):
+        assert losses[-1] < losses[0]
+        return
+    a, y, d = curvatures.numpy(), np.ones(3), None
+    for step in range(6):
+        assert losses[step] == pytest.approx(float((a * y * y).sum() / 2), rel=1e-12)
+        g = a * y
+        if method == "gd":
+            y = y - lr * g
+        elif method == "heavy_ball":
+            d = g if d is None else beta * d + (1 - beta) * g
+            y = y - lr * d
+        else:
+            d = g if d is None else beta * d + g
+            y = y - lr * (1 - beta) * (g + beta * d)
+
+
+def test_momentum_is_fixed_in_mid_run() -> None:
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(8, 4))
+    groups = [{"params": [weight], "param_names": ["weight"], "weight_decay": 0.1}]
+    optimizer = make_adamw(Method("am", 0.89), groups, 1e-2, 10)
+    assert isinstance(optimizer, AMAdamW)
+    for _ in range(3):
+        weight.grad = torch.randn(8, 4)
+        optimizer.step()
+    memory = optimizer.state[weight]["exp_avg"].clone()
+    fixed = fix_momentum(optimizer)
+    weight.grad = torch.randn(8, 4)
+    fixed.step()
+    expected = 0.89 * memory + 0.11 * weight.grad
+    torch.testing.assert_close(fixed.state[weight]["exp_avg"], expected)
+    assert fixed.param_groups[0]["weight_decay"] == 0.1
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path: Path, corpus_folder: Path) -> Path:
+    import yaml
+
+    recipe = yaml.safe_load((RECIPES / "configs" / "laptop.yaml").read_text())
+    recipe["model"] |= {"hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "num_layers": 1, "seq_len": 16}
+    recipe["data"] |= {"source": str(corpus_folder), "val_rows": 4, "final_val_rows": 8, "val_batch_size": 4}
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def test_a_pretraining_run(tiny_recipe: Path, tmp_path: Path) -> None:
+    runs = Pretraining(str(tmp_path / "data"))
+
+    def result(method: Method, seed: int = 0) -> Result:
+        return runs(run_config(method, 3e-3, seed, recipe=str(tiny_recipe), steps=12, traces=method.kind == "am"))
+
+    am, adamw, again = result(Method("am", 0.89)), result(Method("adamw", 0.89)), result(Method("am", 0.89))
+    assert am == again
+    assert am["losses"][0] == adamw["losses"][0] != result(Method("adamw"), seed=1)["losses"][0]
+    assert am["val_loss"] < am["losses"][0]
+    betas = np.array(am["betas"])
+    assert betas.shape == (12, len(am["names"]))
+    assert (betas[1:] < 0.88).any()
+    for method in (Method("radam"), Method("schedulefree"), Method("schedulefree", warmup=0.2)):
+        assert result(method)["val_loss"] < 6
+    late = result(Method("am", 0.89, am_until=0.5))
+    assert late["losses"][:7] == am["losses"][:7]
+    assert len(late["betas"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("resnet18", 11.17), ("resnet50", 23.52), ("wide_resnet28x10", 36.48), ("vgg19", 20.04)]
+)
+def test_networks_have_their_papers_sizes(name: str, millions: float) -> None:
+    with torch.device("meta"):
+        network = NETWORKS[name](3, 10)
+        assert network(torch.empty(2, 3, 32, 32)).shape == (2, 10)
+    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+@pytest.fixture
+def cifar(tmp_path: Path) -> Path:
+    """Small files in the format of CIFAR-10's Python archive."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        content = {b"data": rng.integers(0, 256, (30, 3072), dtype=np.uint8), b"labels": list(range(10)) * 3}
+        (folder / name).write_bytes(pickle.dumps(content))
+    return tmp_path
+
+
+def test_cifar_from_its_archive(cifar: Path) -> None:
+    images = load_images("cifar10", cifar)
+    assert images.train.shape == (150, 3, 32, 32)
+    assert images.train.mean((0, 2, 3)) == pytest.approx([0, 0, 0], abs=1e-5)
+    first, again, other = (next(images.batches(16, e, 0, torch.device("cpu")))[0] for e in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    with pytest.raises(RecipeError, match="cifar-100-python/train is not there: unpack"):
+        load_images("cifar100", cifar)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["cifar10-resnet18", "digits-resnet8"])
+def test_a_trial_of_the_vision_study(task: str, cifar: Path, tmp_path: Path) -> None:
+    done = _run("vision.py", "--task", STUDIES / "vision" / f"{task}.yaml", "--data-dir", cifar, "--try-steps", "1")
+    assert json.loads(done.replace("'", '"'))["test_error"] <= 100
+
+
+@pytest.mark.slow
+def test_the_convex_study_in_small(tmp_path: Path) -> None:
+    printed = _run("convex.py", "--out", tmp_path, "--steps", "3", "--workers", "2")
+    assert printed.strip() == (tmp_path / "convex.md").read_text().strip()
+    assert {path.name for path in tmp_path.glob("*.png")} == {"convex-curves.png", "convex-step-sizes.png"}
+
+
+def _run(program: str, *args: object) -> str:
+    command = [sys.executable, str(STUDIES / program), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
