@@ -21,7 +21,7 @@ class Curves(Readings):
         self._arranged = self._described = False
 
     def log(self, loggers: Sequence[Logger], step: int) -> None:
-        """Write what :meth:`read` found to every logger."""
+        """Write what ``read`` found to every logger."""
         scalars = self.scalars()
         for logger in loggers:
             layers = isinstance(logger, TensorBoardLogger) and self.per_layer

@@ -1,4 +1,4 @@
-"""Lightning Fabric: :func:`attach` tells an optimizer where its parameters are, and logs its momentum."""
+"""Lightning Fabric: ``attach`` tells an optimizer where its parameters are, and logs its momentum."""
 
 from __future__ import annotations
 

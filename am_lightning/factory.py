@@ -54,7 +54,7 @@ def am_adamw(
         decay_embeddings: False leaves the weights of embeddings without weight decay, too.
         overrides: ``{pattern: {option: value}}``. A regular expression searched in the parameter's name; the options of
             all patterns that match are taken, later ones win. Example: ``{r"lm_head": {"lr": 1e-4}}``.
-        **options: keywords of :class:`AMAdamW`.
+        **options: keywords of ``AMAdamW``.
 
     Raises:
         ValueError: nothing to train, a pattern that matches nothing or is no regular expression, an unknown option;
@@ -76,7 +76,7 @@ def am_sgd(
     overrides: Overrides | None = None,
     **options: Any,
 ) -> AMSGD:
-    """AMSGD for a module; arguments as in :func:`am_adamw`, ``**options`` are keywords of :class:`AMSGD`."""
+    """AMSGD for a module; arguments as in ``am_adamw``, ``**options`` are keywords of ``AMSGD``."""
     groups = parameter_groups(
         model, weight_decay, decay_embeddings=decay_embeddings, overrides=_checked(overrides, _SGD_OPTIONS)
     )

@@ -22,7 +22,7 @@ from am_lightning.optim.wrapped import innermost
 
 
 class Replaced:
-    """A method of one object, replaced on the instance until :meth:`undo`."""
+    """A method of one object, replaced on the instance until ``undo``."""
 
     def __init__(self, owner: Any, name: str, replacement: Any) -> None:
         self.owner, self.name, self.replacement = owner, name, replacement

@@ -124,9 +124,9 @@ class AdaptiveMemoryCallback(TrainerCallback):
 
 
 class AMAdamWFactory:
-    """``Trainer(optimizer_cls_and_kwargs=(AMAdamWFactory, {...}))``: :func:`am_adamw` for the Trainer's model.
+    """``Trainer(optimizer_cls_and_kwargs=(AMAdamWFactory, {...}))``: ``am_adamw`` for the Trainer's model.
 
-    Keywords are those of :func:`am_adamw`. Where they are not given, ``lr``, ``weight_decay``, ``betas`` and ``eps``
+    Keywords are those of ``am_adamw``. Where they are not given, ``lr``, ``weight_decay``, ``betas`` and ``eps``
     are the TrainingArguments' ``learning_rate``, ``weight_decay``, ``adam_beta1`` b (the cap is b - (1 - b) lambd,
     0.9 -> 0.89), ``adam_beta2`` and ``adam_epsilon``. Needs transformers 5.2.
 
@@ -145,7 +145,7 @@ class AMAdamWFactory:
         """Build the optimizer; the Trainer calls it.
 
         Raises:
-            ValueError, TypeError: as :func:`am_adamw`; and where no Trainer calls it and ``lr`` is not given.
+            ValueError, TypeError: as ``am_adamw``; and where no Trainer calls it and ``lr`` is not given.
         """
         trainer = caller(Trainer)
         if trainer is not None:

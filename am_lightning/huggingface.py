@@ -1,4 +1,4 @@
-"""Hugging Face: :func:`attach` for Accelerate; AdaptiveMemoryCallback and AMAdamWFactory for transformers' Trainer."""
+"""Hugging Face: ``attach`` for Accelerate; AdaptiveMemoryCallback and AMAdamWFactory for transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def attach(accelerator: Accelerator, optimizer: Any, *, log_every_n_steps: int |
         optimizer: AMAdamW or AMSGD, or what ``prepare`` made of it.
         log_every_n_steps: every so many optimizer steps the main process logs ``am/beta/mean|min|max``,
             ``am/beta/<layer group>``, ``am/clamp/at_max|at_zero``, ``am/skipped_steps`` and, where
-            :func:`clip_grad_norm_` ran, ``am/grad_norm`` at the number of optimizer steps; the histogram ``am/beta`` to
+            ``clip_grad_norm_`` ran, ``am/grad_norm`` at the number of optimizer steps; the histogram ``am/beta`` to
             TensorBoard. It warns of dropped steps. Tags of a second optimizer start with ``am-1``. None: it does not.
 
     Returns:

@@ -35,7 +35,7 @@ class AdaptiveMemory(pl.Callback):
     optimization and the user's references go on working. A module that returns AMAdamW or AMSGD itself is only logged.
     One device, DDP, FSDPStrategy, ModelParallelStrategy (FSDP2, tensor parallel, both) and DeepSpeedStrategy (ZeRO 0 to
     3) give the same beta_t: the callback tells the optimizer where its parameters are. Clipping by norm
-    (``Trainer(gradient_clip_val=...)``, ``self.clip_gradients``) becomes :func:`am_lightning.clip_grad_norm_`, right
+    (``Trainer(gradient_clip_val=...)``, ``self.clip_gradients``) becomes ``am_lightning.clip_grad_norm_``, right
     under all of them; DeepSpeed's engine clips by itself.
 
     Args:
@@ -240,7 +240,7 @@ class AdaptiveMemory(pl.Callback):
         return {"skipped_steps": now or self._skipped_at_end}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave: before on_fit_start, or after it under FSDP and model parallel."""
+        """Take over what ``state_dict`` gave: before on_fit_start, or after it under FSDP and model parallel."""
         self._skipped_before = list(state_dict.get("skipped_steps", []))
         self._count_from_checkpoint()
 

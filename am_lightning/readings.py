@@ -16,7 +16,7 @@ class Readings:
 
     Attributes:
         skipped_before: steps skipped before this process started, from a checkpoint.
-        skipped_in_a_row: up to the last :meth:`read`.
+        skipped_in_a_row: up to the last ``read``.
         first_bad: the parameter whose sum was not finite in the last skipped step.
         betas: ``[tensors]`` on the CPU, nan for tensors that have never stepped.
     """
@@ -45,13 +45,13 @@ class Readings:
 
     @property
     def report(self) -> MomentumReport:
-        """How the tensors are grouped; known after the first :meth:`read`."""
+        """How the tensors are grouped; known after the first ``read``."""
         assert self._report is not None
         return self._report
 
     def scalars(self) -> dict[str, float]:
-        """Tag -> value of what :meth:`read` found: ``<prefix>/beta/...``, ``/clamp/...``, ``/skipped_steps``,
-        ``/grad_norm`` where :func:`clip_grad_norm_` ran."""
+        """Tag -> value of what ``read`` found: ``<prefix>/beta/...``, ``/clamp/...``, ``/skipped_steps``,
+        ``/grad_norm`` where ``clip_grad_norm_`` ran."""
         scalars = self.report.scalars(self.betas)
         scalars[f"{self.prefix}/skipped_steps"] = float(self.skipped_before + self._skipped)
         if not math.isnan(self._grad_norm):

@@ -10,7 +10,7 @@ from am_lightning.sharding.callers import inside_state_creation
 
 
 class StepLog(ABC):
-    """A hook after every training step: counts the steps, and calls :meth:`log` on one process at the interval.
+    """A hook after every training step: counts the steps, and calls ``log`` on one process at the interval.
 
     The optimizer owns it. ``every`` is the interval in optimizer steps; None: nothing is logged.
     """

@@ -57,7 +57,7 @@ def row_of(tokens: int) -> int:
 
 
 def forward_and_backward_seconds(model: str, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Of a training step on ``tokens`` tokens: rows of :func:`row_of` one after the other, as when accumulating.
+    """Of a training step on ``tokens`` tokens: rows of ``row_of`` one after the other, as when accumulating.
 
     On accelerators a float32 model runs under autocast to bfloat16.
 

@@ -24,15 +24,16 @@ from am_lightning.optim.validation import (
 
 
 class AMAdamW(AdaptiveMemoryOptimizer):
-    r"""AdamW with adaptive memory: beta_t from a two-plane proximal model of the loss, at every step.
+    """AdamW with adaptive memory: beta_t from a two-plane proximal model of the loss, at every step.
 
     With P = c_t (sqrt(v / (1 - beta2^t)) + eps), q = 1 + lambda P, k = (1 + mu eta_t) eta_{t-1} / eta_t and sums over
     the scope (Topollai and Choromanska, arXiv 2510.04988; the two-sum form is derived in the documentation):
 
-    .. math::
-        1 - \beta_t = \mathrm{clip}\left(\frac{\sum (d - (1 + k) g)(d / P + \mu x)}{\sum (d - g)^2 / (P q)},
-        1 - \beta_{max}, 1\right), \quad
-        d' = d + (1 - \beta_t)(g - d) / q, \quad x' = (1 - \mu \eta_t) x - \eta_t d' / P
+    ```text
+    1 - beta_t = clip(sum (d - (1 + k) g)(d / P + mu x) / sum (d - g)^2 / (P q), 1 - beta_max, 1)
+    d' = d + (1 - beta_t)(g - d) / q
+    x' = (1 - mu eta_t) x - eta_t d' / P
+    ```
 
     Args:
         params: iterable of parameters, of (name, parameter) pairs, or of dicts that define groups.
@@ -47,7 +48,7 @@ class AMAdamW(AdaptiveMemoryOptimizer):
         foreach: None picks the eager kernels for the device, True torch._foreach_*, False plain formulas.
         capturable: safe to capture in a CUDA graph (with a tensor lr).
         fused: True runs each pass as one kernel over all tensors: Triton on CUDA and ROCm, on the CPU a C++ loop that
-            is built at the first step, torch.compile elsewhere. :meth:`describe` says which.
+            is built at the first step, torch.compile elsewhere. ``describe`` says which.
         nonfinite: "skip" drops a step in which a sum is not finite, "propagate" does what AdamW does.
         replica_group: process group of ranks that hold the same parameters (DDP); the AdaptiveMemory callback sets it.
         exp_avg_dtype: torch.bfloat16 keeps ``exp_avg`` of float32 parameters in half the memory, rounded stochastically

@@ -84,12 +84,12 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
         return dict(zip(self.parameter_names(), self._betas().unbind(), strict=True))
 
     def report(self) -> Tensor:
-        """``[parameters + 4]`` on the device: every beta_t, then what :class:`StepRecord` counts. No host sync."""
+        """``[parameters + 4]`` on the device: every beta_t, then what ``StepRecord`` counts. No host sync."""
         betas = self._betas()
         return torch.cat([betas, self._record.numbers(betas)])
 
     def remember_grad_norm(self, norm: Tensor) -> None:
-        """Keep the global gradient norm for :meth:`report`."""
+        """Keep the global gradient norm for ``report``."""
         self._record.grad_norm = norm.detach()
 
     @torch.no_grad()
@@ -175,7 +175,7 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
         return layout is not next(iter(self._layouts.values()))
 
     def _positions(self, layout: Layout) -> Tensor | None:
-        """``[rows]``: where this layout's rows are in :meth:`parameter_names`; None where they are all of them."""
+        """``[rows]``: where this layout's rows are in ``parameter_names``; None where they are all of them."""
         if not layout.rows or not layout.rows[0].partitioned:
             return None
         if layout not in self._places:

@@ -27,7 +27,7 @@ def convert_adamw(
     Args:
         optimizer: exactly a torch.optim.AdamW that has made no step.
         lambd: memory regularisation lambda.
-        beta1_max: cap of beta_t for all groups; None: :func:`default_cap` of each group's own beta1.
+        beta1_max: cap of beta_t for all groups; None: ``default_cap`` of each group's own beta1.
         scope: "tensor", "group" or "global".
 
     foreach, fused, capturable, maximize, lr, eps and weight decay are carried over. fused becomes None, with a warning,

@@ -58,7 +58,7 @@ class PersistentOptimizer(PlacedOptimizer):
         raise NotImplementedError
 
     def caps(self) -> list[float]:
-        """The cap of beta_t of each parameter, in the order of :meth:`parameter_names`."""
+        """The cap of beta_t of each parameter, in the order of ``parameter_names``."""
         if self.is_partitioned():
             return [float(group[self.cap_key]) for group, params in self._given for _ in params]
         return [float(self.param_groups[row.group_index][self.cap_key]) for row in self._rows()]

@@ -67,7 +67,7 @@ class PlacedOptimizer(Optimizer):
         self._forget_layout()
 
     def name_parameters(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Give unnamed parameters the names of ``module.named_parameters()``, for :meth:`momentum` and messages."""
+        """Give unnamed parameters the names of ``module.named_parameters()``, for ``momentum`` and messages."""
         self._known_names = names_by_id(named_parameters)
         self._forget_layout()
 
@@ -82,7 +82,7 @@ class PlacedOptimizer(Optimizer):
         self.name_parameters(model.named_parameters())
 
     def parameter_names(self) -> list[str]:
-        """The distinct name of each parameter, in the order of the groups, as :meth:`momentum` uses them.
+        """The distinct name of each parameter, in the order of the groups, as ``momentum`` uses them.
 
         A flat parameter (FSDP1 with ``use_orig_params=False``, DeepSpeed ZeRO) has the names of the tensors in it.
         """

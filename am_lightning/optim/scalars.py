@@ -30,7 +30,7 @@ class Scalars(Protocol):
 class Packed:
     """``[4, rows]``, of which the 0-dim states are views: reading and writing them all is one operation each.
 
-    Whoever puts other tensors into the state (a load, a user) makes :meth:`holds` false, and they are packed anew.
+    Whoever puts other tensors into the state (a load, a user) makes ``holds`` false, and they are packed anew.
     """
 
     def __init__(self, states: Sequence[dict[str, Any]]) -> None:

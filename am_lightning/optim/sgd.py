@@ -28,14 +28,15 @@ _PREV_LOSS = "prev_loss"  # group option: f(x_{t-1}), a float in a state_dict, a
 
 
 class AMSGD(AdaptiveMemoryOptimizer):
-    r"""SGD with adaptive memory (the paper's AM-MGD and AM-MSGD).
+    """SGD with adaptive memory (the paper's AM-MGD and AM-MSGD).
 
     d_0 = g_0, then with sums over the scope (Topollai and Choromanska, arXiv 2510.04988):
 
-    .. math::
-        \beta_t = \mathrm{clip}\left(\frac{(1 + \lambda) \Delta_t / \eta_t - \langle d - g, g + \lambda d \rangle}
-        {|d - g|^2}, 0, \beta_{max}\right), \quad
-        d' = \frac{(\beta_t + \lambda) d + (1 - \beta_t) g}{1 + \lambda}, \quad x' = x - \eta_t d'
+    ```text
+    beta_t = clip(((1 + lambda) Delta_t / eta_t - <d - g, g + lambda d>) / |d - g|^2, 0, beta_max)
+    d' = ((beta_t + lambda) d + (1 - beta_t) g) / (1 + lambda)
+    x' = x - eta_t d'
+    ```
 
     Args:
         params: iterable of parameters, of (name, parameter) pairs, or of dicts that define groups.

@@ -59,7 +59,7 @@ def create(
     Args:
         moments: states shaped like the parameter, the direction d first.
         adaptive: with the adaptive scalars, which a flat parameter of many tensors does not keep here.
-        direction: dtype of d where it is not the parameter's; see :func:`direction_dtype`.
+        direction: dtype of d where it is not the parameter's; see ``direction_dtype``.
     """
     state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
     dtypes = [direction_dtype(param, direction), *[param.dtype] * (len(moments) - 1)]

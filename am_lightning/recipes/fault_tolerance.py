@@ -42,7 +42,7 @@ class FaultTolerance(L.Callback):
 
     A handler only notes the signal. At the end of a step the ranks agree by one all-reduce of an integer, whichever of
     them was signalled; so no collective is torn apart, and what the checkpoint holds is what an unbroken run held
-    there. Then all ranks save, and leave `fit` with :class:`Stopped`: status 143 after SIGTERM, 138 after SIGUSR1
+    there. Then all ranks save, and leave `fit` with ``Stopped``: status 143 after SIGTERM, 138 after SIGUSR1
     (128 + the signal's number, the shell's convention). After SIGUSR1 in a SLURM job rank 0 runs `scontrol requeue`
     before anyone leaves. A second SIGTERM, more than 5 s after the first, ends the process at once. Before training
     starts and after it has ended, in `validate` too, there is nothing to save: the process ends at once, after

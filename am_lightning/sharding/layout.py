@@ -57,7 +57,7 @@ class Reduction:
 class Layout:
     """The rows of an optimizer, in the order of its parameter groups, and how their sums are reduced.
 
-    Built once, at the first step, by every rank together; then :meth:`all_reduce` costs one collective a step.
+    Built once, at the first step, by every rank together; then ``all_reduce`` costs one collective a step.
 
     Attributes:
         rows: one for each logical tensor, the same on every rank.
@@ -94,7 +94,7 @@ class Layout:
         pipeline_group: Any = None,
         others_hold_the_rest: bool = False,
     ) -> Layout:
-        """Find how the rows of :func:`lay_out_rows` are reduced. Collective: all ranks that share them come together.
+        """Find how the rows of ``lay_out_rows`` are reduced. Collective: all ranks that share them come together.
 
         Args:
             replica_group: ranks that hold the same parameters, as far as their meshes do not say so.
@@ -158,7 +158,7 @@ class Layout:
         return self._constants[device]
 
     def pool_of(self) -> Callable[[Tensor], Tensor] | None:
-        """:meth:`pool` where there is a pipeline."""
+        """``pool`` where there is a pipeline."""
         return None if self.pipeline_group is None else self.pool
 
     def pool(self, totals: Tensor) -> Tensor:

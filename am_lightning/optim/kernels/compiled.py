@@ -18,7 +18,7 @@ from am_lightning.optim.kernels.rounding import is_stochastic, seed_of, stochast
 
 _BLOCK = 1 << 14  # elements summed in the working precision; across blocks sums are float64
 _COLUMNS = ("gap", "root", "floor", "lr", "shrink", "omega")  # the first places of the vector
-_BETA2, _LAMBD, _MU, _KEEP = 6, 7, 8, 9  # the others
+_RATE, _LAMBD, _MU, _KEEP = 6, 7, 8, 9  # the others; the rate 1 - beta2 is formed in float64, and then rounded
 
 
 def supports(piece: Piece) -> bool:
@@ -30,7 +30,7 @@ def supports(piece: Piece) -> bool:
 
 
 class CompiledPasses:
-    """Both passes of one step over pieces that :func:`supports` has accepted."""
+    """Both passes of one step over pieces that ``supports`` has accepted."""
 
     words = "torch.compile"
 
@@ -66,7 +66,7 @@ class CompiledPasses:
         keep = torch.ones_like(whole[:, 0]) if counts is None else counts.to(whole.dtype)
         host = [[0.0, 0.0, 0.0]] * len(whole)
         for piece in self._pieces:
-            host[piece.row] = list(piece.options[:3])
+            host[piece.row] = [1 - piece.options.beta2, piece.options.lambd, piece.options.mu]
         options = torch.tensor(host, dtype=whole.dtype).to(whole.device, non_blocking=True)
         whole = torch.cat([whole, options, keep[:, None]], 1)
         there: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
@@ -144,5 +144,5 @@ def _update(x: Tensor, g: Tensor, d: Tensor, v: Tensor, h: Tensor, seed: Tensor 
 
 def _metric(g: Tensor, v: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     v = v.to(h.dtype)
-    v = v + (1 - h[_BETA2]) * (g * g - v)
+    v = v + h[_RATE] * (g * g - v)
     return v, h[1] * v.sqrt() + h[2]

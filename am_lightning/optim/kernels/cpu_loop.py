@@ -26,7 +26,7 @@ def supports(piece: Piece) -> bool:
 
 
 class LoopPasses:
-    """Both passes of one step over pieces that :func:`supports` has accepted, all on the CPU."""
+    """Both passes of one step over pieces that ``supports`` has accepted, all on the CPU."""
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self._library: Library = load_library()
@@ -41,7 +41,7 @@ class LoopPasses:
                 x.data_ptr(), g.data_ptr(), d.data_ptr(), v.data_ptr(), x.numel(), piece.row,
                 _KINDS[x.dtype], _KINDS[g.dtype], _KINDS[d.dtype], _KINDS[v.dtype], piece.options.maximize,
             ]  # fmt: skip
-            options += piece.options[:3]
+            options += [piece.options.beta2, piece.options.lambd, piece.options.mu]
         self._pieces, self._options = array("q", table), array("d", options)
 
     def sums(self, numbers: Numbers, accumulate: torch.dtype) -> Tensor:

@@ -36,7 +36,7 @@ def stochastic(y: Tensor, seed: Tensor, first: int = 0) -> Tensor:
     """float32 ``y`` as bfloat16; inf and nan stay.
 
     Args:
-        seed: :func:`seed_of` the row.
+        seed: ``seed_of`` the row.
         first: index of ``y``'s first element in the row's piece, elements counted in the order of ``y``'s shape.
     """
     index = torch.arange(first, first + y.numel(), dtype=torch.int64, device=y.device).view(y.shape)

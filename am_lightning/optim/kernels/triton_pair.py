@@ -48,7 +48,7 @@ def supports(piece: Piece) -> bool:
 
 
 class TritonPasses:
-    """Both passes of one step over pieces that :func:`supports` has accepted, on one device or several."""
+    """Both passes of one step over pieces that ``supports`` has accepted, on one device or several."""
 
     def __init__(self, pieces: Sequence[Piece], tables: Tables) -> None:
         self._pieces = pieces  # the tables hold addresses, and some gradients are copies that nobody else holds
@@ -92,7 +92,7 @@ class TritonPasses:
         Args:
             numbers: ``root``, ``floor``, ``lr``, ``shrink``, ``omega`` are read on the device, and ``step`` (the steps
                 that a row has made) where d is rounded stochastically.
-            grad_scale: as in :meth:`sums`.
+            grad_scale: as in ``sums``.
         """
         for group, addresses, options in self._groups:
             kind, device = group.kind, group.kind.device

@@ -36,7 +36,7 @@ class Curve:
 
 
 def read_curves(log_dir: Path) -> dict[str, Curve]:
-    """All scalars in a folder's event files by tag; see :func:`read_files`.
+    """All scalars in a folder's event files by tag; see ``read_files``.
 
     Raises:
         RecipeError: there is no event file.

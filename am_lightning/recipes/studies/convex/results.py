@@ -13,6 +13,7 @@ from am_lightning.recipes.studies.convex.methods import BETAS, METHODS
 from am_lightning.recipes.studies.convex.problems import LOGISTIC
 from am_lightning.recipes.studies.convex.protocol import STEP_SIZES, config
 from am_lightning.recipes.studies.ledger import Ledger
+from am_lightning.recipes.studies.page import figure, write_page
 from am_lightning.recipes.studies.tables import markdown
 
 RESOLVED = 1e-12  # gaps below are rounding: they count as equal
@@ -55,13 +56,20 @@ class Gaps:
 def report(ledger: Ledger, folder: Path, *, steps: int) -> str:
     """Write ``convex.md`` and the figures into `folder`; the text of the former."""
     gaps = Gaps(ledger, steps)
-    parts = [_duels(gaps), *(_table(gaps, data) for data in LOGISTIC), _quadratic()]
-    text = "\n\n".join(parts) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "convex.md").write_text(text)
     draw_curves(folder / "convex-curves.png", gaps)
     draw_sensitivity(folder / "convex-step-sizes.png", gaps)
-    return text
+    parts = [
+        "## Logistic regression",
+        _duels(gaps),
+        figure("convex-curves.png", "f - f* over the steps"),
+        figure("convex-step-sizes.png", "f - f* after the last step over the step size"),
+        *(_table(gaps, data) for data in LOGISTIC),
+        "## Quadratics",
+        _quadratic(),
+    ]
+    protocol = "Full batches in float64 from x_0 = 0: deterministic, so no seeds and no intervals."
+    return write_page(folder / "convex.md", "Convex problems", "python recipes/studies/convex.py", protocol, parts)
 
 
 def _table(gaps: Gaps, data: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from am_lightning.recipes.errors import RecipeError
 from am_lightning.recipes.studies.ledger import Ledger
+from am_lightning.recipes.studies.page import figure, write_page
 from am_lightning.recipes.studies.pretraining import figures, momentum, results
 from am_lightning.recipes.studies.pretraining.stages import Scale, configs
 
@@ -28,9 +29,9 @@ _TABLES: dict[str, list[tuple[str, Table]]] = {
     ],
 }
 _FIGURES = {
-    "sweep": ("warmup-learning-rates.png", figures.draw_sweep),
-    "finalists": ("warmup-curves.png", figures.draw_curves),
-    "beta": ("beta-heatmap.png", figures.draw_heatmap),
+    "sweep": ("warmup-learning-rates.png", figures.draw_sweep, "Validation loss over the learning rate"),
+    "finalists": ("warmup-curves.png", figures.draw_curves, "Training loss over the steps"),
+    "beta": ("beta-heatmap.png", figures.draw_heatmap, "beta_t, layers by steps"),
 }
 
 
@@ -42,12 +43,17 @@ def report(ledger: Ledger, scale: Scale, folder: Path) -> str:
             continue
         parts += [f"## {title}\n\n{table(ledger, scale)}" for title, table in tables]
         if stage in _FIGURES:
-            name, draw = _FIGURES[stage]
+            name, draw, says = _FIGURES[stage]
+            folder.mkdir(parents=True, exist_ok=True)
             draw(folder / name, ledger, scale)
-    text = "\n\n".join(parts) + "\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "warmup.md").write_text(text)
-    return text
+            parts.append(figure(name, says))
+    protocol = (
+        f"Recipe {scale.recipe}, {scale.steps} steps of {scale.batch_size} rows on {scale.device}. Seed 0 picks each"
+        " method's learning rate; seeds 1 to 5 (1 to 3 for the longer run, 0 and 1 for the larger batch) compare."
+        " Losses are nats per token on held-out rows after the last step."
+    )
+    title, command = "Warmup, learning rates and momentum", "python recipes/studies/warmup.py"
+    return write_page(folder / "warmup.md", title, command, protocol, parts)
 
 
 def _is_complete(ledger: Ledger, stage: str, scale: Scale) -> bool:

@@ -1,0 +1,1 @@
+"""The documentation: its site is whole, and what it shows runs."""

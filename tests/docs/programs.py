@@ -1,0 +1,41 @@
+"""Running the programs of docs/start as their reader would: copied into an empty folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parents[2]
+START = ROOT / "docs" / "start"
+
+
+def run_program(folder: Path, command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    """``python COMMAND`` in `folder`, which gets a copy of the program that the command names."""
+    name = next(part for part in command if part.endswith(".py"))
+    shutil.copy(START / name, folder / name)
+    env = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
+    env |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **variables}
+    done = subprocess.run([sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done
+
+
+def curves(folder: Path) -> dict[str, list[float]]:
+    """Tag -> values of all event files below `folder`."""
+    found: dict[str, list[float]] = {}
+    for path in folder.rglob("events.out.tfevents.*"):
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0})
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            found.setdefault(tag, []).extend(event.value for event in events.Scalars(tag))
+    return found
+
+
+def mean_betas(folder: Path) -> list[float]:
+    """The curve of the mean beta_t, under whatever prefix the framework's logger gives it."""
+    return [value for tag, values in curves(folder).items() if tag.endswith("am/beta/mean") for value in values]

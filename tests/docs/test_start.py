@@ -1,0 +1,37 @@
+"""The six programs of the page Start (DeepSpeed's is run in tests/deepspeed)."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from .programs import START, mean_betas, run_program
+
+COMMANDS = {
+    "lightning_callback.py": [],
+    "lightning_cli.py": [],  # its own are in its docstring
+    "accelerate_loop.py": [],
+    "hf_trainer.py": [],
+    "plain_pytorch.py": [],
+    "deepspeed_engine.py": None,
+}
+
+
+def test_every_program_is_run_here() -> None:
+    assert {path.name for path in START.glob("*.py")} == set(COMMANDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, arguments in COMMANDS.items() if arguments is not None])
+def test_a_program_trains_and_leaves_its_curves(tmp_path: Path, name: str) -> None:
+    command = [name]
+    if name == "lightning_cli.py":
+        text = (START / name).read_text().split('"""')[1].replace("\\\\\n", " ")
+        command = shlex.split(text[text.index("python lightning_cli.py") :])[1:]
+    run_program(tmp_path, command)
+    betas = mean_betas(tmp_path)
+    assert len(betas) >= 5
+    assert all(0 <= beta <= 0.9 for beta in betas)
+    assert min(betas) < 0.89, "beta_t never left its cap"
