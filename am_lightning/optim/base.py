@@ -14,6 +14,7 @@ from am_lightning.optim.closed_form import Decision, Sums, decide, gap_factor
 from am_lightning.optim.kernels import Numbers, Options, Passes, Piece
 from am_lightning.optim.kernels.fused import agreed_on_cpu, words_of
 from am_lightning.optim.kernels.passes import Choice
+from am_lightning.optim.kernels.transfer import moved
 from am_lightning.optim.persistence import PersistentOptimizer
 from am_lightning.optim.scalars import sums_live_on
 from am_lightning.sharding import Layout, Row, gradient_of, piece_of
@@ -276,19 +277,15 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
         for value, size in zip(values, self._layout.sizes, strict=True):
             rows = (size,)
             if isinstance(value, Tensor):
-                parts.append(value.detach().reshape(1).to(device, dtype, non_blocking=True).expand(rows))
+                parts.append(moved(value.detach().reshape(1), device, dtype).expand(rows))
             else:
                 parts.append(torch.full(rows, float(value), dtype=dtype, device=device))
         return torch.cat(parts)
 
     def _present_rows(self, pieces: list[Piece], layout: Layout, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """``[rows]``: 1 where this rank has a gradient. Kept until another set of rows has one."""
+        """``[rows]``: 1 where this rank has a gradient."""
         here = {piece.row for piece in pieces}
-        key = tuple(i in here for i in range(len(layout.rows)))
-        kept = self._present.get(layout)
-        if kept is None or kept[0] != key or kept[1].device != device:
-            kept = self._present[layout] = (key, torch.tensor(key, device=device).to(dtype))
-        return kept[1]
+        return self._workspace.constants.vector(tuple(i in here for i in range(len(layout.rows))), device, dtype)
 
     def _count(self, scalars: dict[str, Tensor], decision: Decision) -> None:
         """Write the adaptive scalars of the rows that took part."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
+from am_lightning.optim.kernels.transfer import moved
 from am_lightning.optim.scalars import sums_live_on
 from am_lightning.optim.squares import square_sum
 from am_lightning.optim.wrapped import innermost
@@ -61,7 +62,7 @@ def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float) -> Tens
     for row in layout.rows:
         if row.param.grad is not None:
             gradient = gradient_of(row)
-            gradient.mul_(scale.to(gradient.device, non_blocking=True))
+            gradient.mul_(moved(scale, gradient.device))
     optimizer.remember_grad_norm(norm)
     return norm
 

@@ -45,7 +45,6 @@ class PersistentOptimizer(PlacedOptimizer):
         """Attributes that live as long as this process: never in groups, state_dict, pickle or deepcopy."""
         self._tables: dict[str, list[float]] = {}  # adaptive scalars by name that await their layout (DeepSpeed)
         self._stores: dict[Layout, Scalars] = {}
-        self._present: dict[Layout, tuple[tuple[bool, ...], Tensor]] = {}
         self._places: dict[Layout, Tensor] = {}
         self._forget_placement()
         self._loading: tuple[dict[str, Any], list[dict[str, Any]]] | None = None
@@ -118,7 +117,7 @@ class PersistentOptimizer(PlacedOptimizer):
         for store in self._stores.values():
             if isinstance(store, TableScalars):
                 self._tables.update(store.saved())
-        self._stores, self._present, self._places = {}, {}, {}
+        self._stores, self._places = {}, {}
         super()._forget_layout()
 
     # ------------------------------------------------------------------ groups, pickle, state_dict

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from am_lightning.optim import state as row_state
+from am_lightning.optim.kernels.transfer import moved
 from am_lightning.sharding import Row
 
 DEFAULTS = {"step": 0.0, "beta_prod": 1.0, "beta": row_state.NO_BETA, "prev_lr": 0.0}
@@ -110,7 +111,7 @@ class StateScalars:
         if not values:
             return missing.new_empty(0)
         if any(value.device != self._device for value in values):
-            values = [value.to(self._device, non_blocking=True) for value in values]
+            values = [moved(value, self._device) for value in values]
         return torch.stack(values).to(self._dtype)
 
 

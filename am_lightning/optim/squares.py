@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from am_lightning.optim.kernels.pieces import SUM_BLOCK
+from am_lightning.optim.kernels.transfer import moved
 
 
 def square_sum(tensor: Tensor, like: Tensor) -> Tensor:
@@ -18,4 +19,4 @@ def square_sum(tensor: Tensor, like: Tensor) -> Tensor:
         blocks = torch.split(tensor.reshape(-1), SUM_BLOCK)
         return torch.stack([block.to(like.device, like.dtype).square().sum() for block in blocks]).sum()
     norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
-    return norm.to(like.device, like.dtype, non_blocking=True).square()
+    return moved(norm, like.device, like.dtype).square()

@@ -36,6 +36,6 @@ def curves(folder: Path) -> dict[str, list[float]]:
     return found
 
 
-def mean_betas(folder: Path) -> list[float]:
-    """The curve of the mean beta_t, under whatever prefix the framework's logger gives it."""
-    return [value for tag, values in curves(folder).items() if tag.endswith("am/beta/mean") for value in values]
+def betas(folder: Path) -> list[float]:
+    """The points of the mean beta_t, under whatever prefix a framework's logger gives it; of a plain loop, its own."""
+    return [v for tag, values in curves(folder).items() if tag.endswith(("am/beta/mean", "beta")) for v in values]

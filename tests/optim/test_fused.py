@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import PIPE
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.testing._internal.two_tensor import TwoTensor
 
 from am_lightning import AMAdamW
 from am_lightning.optim.kernels import compiler, fused
@@ -259,6 +261,78 @@ def test_a_wrong_switch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(fused.SWITCH, "c++")
     with pytest.raises(ValueError, match=r"Invalid AM_LIGHTNING_FUSED: 'c\+\+'.*'cpp' \| 'compile'"):
         AMAdamW([torch.nn.Parameter(torch.ones(3))], fused=True)
+
+
+def test_a_damaged_library_is_built_anew(tmp_path: Path) -> None:
+    program = "from am_lightning.optim.kernels.compiler import load_library as load; print(load().build)"
+    env = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+
+    def build_it() -> str:
+        done = subprocess.run([sys.executable, "-c", program], env=env, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    first = build_it()
+    (library,) = (tmp_path / "am_lightning").glob("*.so")
+    whole = library.read_bytes()
+    library.write_bytes(whole[:100])
+    assert build_it() == first
+    assert len(library.read_bytes()) == len(whole)
+
+
+def others(*votes: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The sum over this rank and one that voted so."""
+    return lambda mine: mine + torch.tensor(votes, dtype=mine.dtype)
+
+
+def test_ranks_with_other_builds_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = compiler.load_library().build
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fused.agreed_on_cpu(others(1, 0, 0, build, build**2)) == fused.LOOP
+        assert fused.agreed_on_cpu(others(0, 1, 0, 0, 0)) == fused.COMPILED
+    with pytest.warns(UserWarning, match="different compilers or for different CPUs"):
+        assert fused.agreed_on_cpu(others(1, 0, 0, build + 1, (build + 1) ** 2)) == fused.LOOP
+    with pytest.raises(RuntimeError, match="1 of the other ranks cannot build"):
+        fused.agreed_on_cpu(others(0, 0, 1, 0, 0))
+
+
+@pytest.mark.parametrize(("variable", "value"), [(fused.SWITCH, "c++"), ("CXX", "'g++")])
+def test_a_rank_with_a_wrong_setting_votes_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    """The others wait for its vote, and none for ever."""
+    monkeypatch.setenv(variable, value)
+    asked = []
+    fused._on_cpu.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match=rf"Invalid {variable}"):
+            fused.agreed_on_cpu(lambda votes: asked.append(votes) or votes)
+    finally:
+        fused._on_cpu.cache_clear()
+    assert asked[0].tolist() == [0, 0, 1, 0, 0]
+
+
+def test_tensors_that_wrap_others_are_not_walked_by_address() -> None:
+    """TwoTensor's own address is 0: a kernel that reads there ends the process."""
+    torch.manual_seed(0)
+    start, gradients = torch.randn(5, 3), torch.randn(4, 5, 3)
+
+    def run(param: torch.nn.Parameter, wrap: Callable[[torch.Tensor], torch.Tensor], **options: bool) -> torch.Tensor:
+        optimizer = AMAdamW([param], lr=1e-2, **options)
+        for gradient in gradients:
+            param.grad = wrap(gradient.clone())
+            optimizer.step()
+        return param.detach()
+
+    def double(tensor: torch.Tensor) -> TwoTensor:
+        return TwoTensor(tensor.clone(), tensor.clone())
+
+    expected = run(torch.nn.Parameter(start.clone()), torch.clone)
+    for options in ({"fused": True}, {}):
+        found = run(torch.nn.Parameter(double(start)), double, **options)
+        torch.testing.assert_close(found.a, expected)
+        torch.testing.assert_close(found.b, expected)
 
 
 def test_processes_that_build_at_once_and_a_killed_build(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_a_captured_copy_is_apart_from_eager_ones(monkeypatch: pytest.MonkeyPatc
     eager = following.follow([1, 2], captured)
     assert not captured
     with monkeypatch.context() as capture:
-        capture.setattr(triton_tables, "_is_capturing", lambda device: True)
+        capture.setattr(triton_tables, "is_capturing", lambda device: True)
         tables = [following.follow([3, 4], captured), following.follow([1, 2], captured)]
     assert [table.tolist() for table in tables] == [[3, 4], [1, 2]]
     assert len(captured) == 4 and all(any(table is kept for kept in captured) for table in tables)
@@ -147,7 +147,7 @@ def test_a_captured_copy_is_apart_from_eager_ones(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_capture_before_any_step_is_refused(no_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_tables, "_is_capturing", lambda device: True)
+    monkeypatch.setattr(triton_tables, "is_capturing", lambda device: True)
     piece = Piece(0, *(torch.zeros(4) for _ in range(4)), Options(0.9, 0.1, 0.0, 0.0, False))
     with pytest.raises(RuntimeError, match="1 tensors in it have never stepped together: make a step"):
         triton_pair.TritonPasses([piece], triton_pair.Tables())

@@ -63,7 +63,9 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert meta["Requires-Python"] == ">=3.10"
     assert [need for need in meta.get_all("Requires-Dist", []) if "extra ==" not in need] == ["torch>=2.6"]
     assert set(meta.get_all("Provides-Extra", [])) == extras()
-    assert (ROOT / "README.md").read_text().strip() in str(meta.get_payload())
+    text = meta.get_payload(decode=True)
+    assert isinstance(text, bytes)
+    assert (ROOT / "README.md").read_text(encoding="utf-8").strip() in text.decode("utf-8")
 
 
 def test_scripts_stay_executable(wheel: Path) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from am_lightning.optim.kernels.pieces import Numbers, Piece, flat, is_flat
+from am_lightning.optim.kernels.pieces import Numbers, Piece, flat, is_addressable, is_flat
 from am_lightning.optim.kernels.rounding import is_stochastic, seed_of, stochastic
+from am_lightning.optim.kernels.transfer import moved, upload
 
 _BLOCK = 1 << 14  # elements summed in the working precision; across blocks sums are float64
 _COLUMNS = ("gap", "root", "floor", "lr", "shrink", "omega")  # the first places of the vector
@@ -26,7 +27,9 @@ def supports(piece: Piece) -> bool:
 
     One element is left out, for which torch.compile would make graphs of their own.
     """
-    return piece.v is not None and not piece.options.l2 and is_flat(piece.tensors()) and piece.x.numel() != 1
+    tensors = piece.tensors()
+    plain = piece.v is not None and not piece.options.l2 and piece.x.numel() != 1
+    return plain and is_flat(tensors) and is_addressable(tensors)
 
 
 class CompiledPasses:
@@ -67,21 +70,21 @@ class CompiledPasses:
         host = [[0.0, 0.0, 0.0]] * len(whole)
         for piece in self._pieces:
             host[piece.row] = [1 - piece.options.beta2, piece.options.lambd, piece.options.mu]
-        options = torch.tensor(host, dtype=whole.dtype).to(whole.device, non_blocking=True)
+        options = upload(torch.tensor(host, dtype=whole.dtype), whole.device)
         whole = torch.cat([whole, options, keep[:, None]], 1)
         there: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for piece in self._pieces:
             key = piece.x.device, piece.compute_dtype
             if key not in there:
                 # Copies, for the place of a view in its storage is one more number that a graph is made for.
-                there[key] = [vector.clone() for vector in whole.to(*key, non_blocking=True).unbind()]
+                there[key] = [vector.clone() for vector in moved(whole, *key).unbind()]
         return [there[piece.x.device, piece.compute_dtype][piece.row] for piece in self._pieces]
 
 
 def _seed(piece: Piece, numbers: Numbers) -> Tensor | None:
     if not is_stochastic(piece):
         return None
-    return seed_of(numbers.columns["step"][piece.row].to(piece.x.device, non_blocking=True), piece.row)
+    return seed_of(moved(numbers.columns["step"][piece.row], piece.x.device), piece.row)
 
 
 def _parts(tensors: list[Tensor]) -> list[list[Tensor]]:

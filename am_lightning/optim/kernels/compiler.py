@@ -30,9 +30,11 @@ _cache_dir: Callable[..., str] = _appdirs.user_cache_dir
 
 
 class Library:
-    """The loaded C++ loop, and how it was built."""
+    """The loaded C++ loop, and how it was built: ``words`` for people, ``build`` a number below 2^20 that tells builds
+    apart."""
 
     def __init__(self, path: Path, compiler: str) -> None:
+        self.build = int(hashlib.sha256(path.name.encode()).hexdigest()[:5], 16)
         self._loaded = ctypes.CDLL(str(path))
         self.sums, self.update = self._loaded.am_sums, self._loaded.am_update
         self.sums.restype = self.update.restype = None
@@ -41,10 +43,17 @@ class Library:
 
 
 def find_compiler() -> list[str] | None:
-    """The command of a C++ compiler with GCC's options: ``$CXX``, else the first of c++, g++, clang++; None without."""
+    """The command of a C++ compiler with GCC's options: ``$CXX``, else the first of c++, g++, clang++; None without.
+
+    Raises:
+        ValueError: ``$CXX`` is no command line.
+    """
     if sys.platform == "win32":
         return None
-    candidates = [shlex.split(os.environ["CXX"])] if os.environ.get("CXX") else [["c++"], ["g++"], ["clang++"]]
+    try:
+        candidates = [shlex.split(os.environ["CXX"])] if os.environ.get("CXX") else [["c++"], ["g++"], ["clang++"]]
+    except ValueError as error:
+        raise ValueError(f"Invalid CXX: {os.environ['CXX']!r} is no command line: {error}") from error
     return next((command for command in candidates if command and shutil.which(command[0])), None)
 
 
@@ -67,8 +76,12 @@ def load_library() -> Library:
         options = [*_ALWAYS, *extra, *(["-Wl,-z,defs"] if sys.platform == "linux" else [])]
         path = _folder() / f"loop_{_key([version, *command, *options, *libraries])}.so"
         try:
-            if not path.exists():
-                _compile([*command, *options], libraries, path)
+            if path.exists():
+                try:
+                    return Library(path, version)
+                except (OSError, AttributeError):  # damaged, or made where another C library is: build it anew
+                    pass
+            _compile([*command, *options], libraries, path)
             return Library(path, version)
         except (OSError, RuntimeError) as error:
             failures.append(str(error))
@@ -93,14 +106,16 @@ def _output(command: list[str]) -> str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
     except subprocess.TimeoutExpired as error:
         raise RuntimeError(f"{shlex.join(command)} took more than {_SECONDS} s") from error
+    except OSError as error:
+        raise RuntimeError(f"{shlex.join(command)} cannot be run: {error}") from error
     if done.returncode != 0:
         raise RuntimeError(f"{shlex.join(command)} failed: {done.stderr.strip()[-2000:]}")
     return done.stdout
 
 
 def _key(words: list[str]) -> str:
-    """Source, compiler and CPU: a home folder may be shared by machines of several kinds."""
-    parts = [_SOURCE.read_text(), *words, platform.machine(), _cpu(), torch.__version__]
+    """Source, compiler, C library and CPU: a home folder may be shared by machines of several kinds."""
+    parts = [_SOURCE.read_text(), *words, platform.machine(), *platform.libc_ver(), _cpu(), torch.__version__]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
@@ -129,11 +144,13 @@ def _folder() -> Path:
 
 
 def _loaded_openmp() -> str | None:
-    """The OpenMP runtime that torch has loaded: a second one would keep threads of its own spinning."""
+    """The OpenMP runtime that torch has loaded, its own before any other's: a second would keep threads spinning."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return None
     paths = [line.split(maxsplit=5)[5] for line in lines if line.count(" ") >= 5 and line.rstrip().find(".so") > 0]
     names = ("libgomp", "libiomp5", "libomp")
-    return next((path for name in names for path in paths if Path(path).name.startswith(name)), None)
+    found = [path for name in names for path in paths if Path(path).name.startswith(name)]
+    homes = (str(Path(torch.__file__).parent) + os.sep, str(Path(torch.__file__).parents[1] / "torch.libs"))
+    return next((path for path in found if path.startswith(homes)), found[0] if found else None)

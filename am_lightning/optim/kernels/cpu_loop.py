@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from am_lightning.optim.kernels.compiler import Library, load_library
-from am_lightning.optim.kernels.pieces import Numbers, Piece, is_flat
+from am_lightning.optim.kernels.pieces import Numbers, Piece, is_addressable, is_flat
 
 # As in cpu_loop.cpp.
 _KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -22,7 +22,7 @@ def supports(piece: Piece) -> bool:
     if piece.v is None or piece.options.l2:
         return False
     tensors = (piece.x, piece.g, piece.d, piece.v)
-    return is_flat(tensors) and {tensor.dtype for tensor in tensors} <= _KINDS.keys()
+    return is_flat(tensors) and is_addressable(tensors) and {tensor.dtype for tensor in tensors} <= _KINDS.keys()
 
 
 class LoopPasses:

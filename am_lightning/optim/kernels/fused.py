@@ -39,19 +39,31 @@ def agreed_on_cpu(summed: Callable[[Tensor], Tensor]) -> str:
         summed: the sum of a vector over the ranks.
 
     Raises:
-        RuntimeError: some rank has nothing to build with; on every rank alike.
+        RuntimeError: some rank has nothing to build with, or a bad $CXX or AM_LIGHTNING_FUSED; on every rank alike.
+
+    Warns:
+        UserWarning: the ranks' loops were built by other compilers, or for other CPUs.
     """
     mine, reason = None, ""
     try:
         mine = fused_tier(torch.device("cpu"))
-    except RuntimeError as error:
+    except Exception as error:  # whatever it is, the other ranks are waiting for this one's vote
         reason = str(error)
-    votes = torch.tensor([mine == LOOP, mine == COMPILED, mine is None], dtype=torch.float64)
-    loops, compiled, none = (int(count) for count in summed(votes).tolist())
+    build = load_library().build if mine == LOOP else 0
+    votes = [mine == LOOP, mine == COMPILED, mine is None, build, build * build]
+    loops, compiled, none, total, squares = (int(n) for n in summed(torch.tensor(votes, dtype=torch.float64)).tolist())
     if none:
         raise RuntimeError(reason or str(_no_compiler(f"{none} of the other ranks cannot build")))
     assert mine is not None
-    return COMPILED if loops and compiled else mine
+    if loops and compiled:
+        return COMPILED
+    if loops * squares != total * total:  # equal where all builds are, and nowhere else (Cauchy and Schwarz)
+        warnings.warn(
+            "fused=True: the ranks' C++ loops were built by different compilers or for different CPUs, so that copies "
+            "of a parameter may come to differ in their last bits; AM_LIGHTNING_FUSED=compile or fused=None avoid it",
+            stacklevel=2,
+        )
+    return mine
 
 
 def require_fused(device: torch.device) -> None:

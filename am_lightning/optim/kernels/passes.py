@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from am_lightning.optim.kernels import blocked, compiled, cpu_loop, foreach, reference, triton_pair
 from am_lightning.optim.kernels.blocked import Scratch
 from am_lightning.optim.kernels.fused import COMPILED, LOOP, TRITON, fused_tier
-from am_lightning.optim.kernels.pieces import Numbers, Piece, is_flat
+from am_lightning.optim.kernels.pieces import Numbers, Piece, is_addressable, is_flat
+from am_lightning.optim.kernels.transfer import Constants, moved
 
 REFERENCE, BLOCKED, FOREACH = "reference", "blocked", "foreach"
 
@@ -31,14 +32,7 @@ class Workspace:
         self.scratch = Scratch()
         self.tables = triton_pair.Tables()
         self.agreed_on_cpu: str | None = None  # the fused kernels that all ranks have; None: chosen here alone
-        self._indices: dict[Hashable, Tensor] = {}
-
-    def index(self, rows: tuple[int, ...], device: torch.device) -> Tensor:
-        """``[len(rows)]`` on the device, made once."""
-        key = rows, device
-        if key not in self._indices:
-            self._indices = {key: torch.tensor(rows, device=device), **dict(list(self._indices.items())[-7:])}
-        return self._indices[key]
+        self.constants = Constants()
 
 
 _SUPPORTS: dict[str, Callable[[Piece], bool]] = {
@@ -95,6 +89,8 @@ class Passes:
             if not supports(piece):
                 piece = _with_gradient_like_parameter(piece) if choice.fused else piece
                 name = name if supports(piece) else other
+                if name == REFERENCE and choice.fused and not is_addressable(piece.tensors()):
+                    name = BLOCKED if is_flat(piece.tensors()) else name
             by_tier.setdefault((name, device.type), []).append(piece)
         self.tiers = {name: len(members) for (name, _), members in by_tier.items()}
         self._launches = [
@@ -107,12 +103,12 @@ class Passes:
         everything = tuple(range(rows))
         out: Tensor | None = None
         for here, launch in self._launches:
-            pairs = launch.sums(numbers, accumulate).to(device, non_blocking=True)
+            pairs = moved(launch.sums(numbers, accumulate), device)
             if here == everything:
                 return pairs
             if out is None:
                 out = torch.zeros(rows, 2, dtype=accumulate, device=device)
-            out.index_copy_(0, self._workspace.index(here, device), pairs)
+            out.index_copy_(0, self._workspace.constants.vector(here, device), pairs)
         # None where a pipeline stage, or a rank, has no parameters
         return torch.zeros(rows, 2, dtype=accumulate, device=device) if out is None else out
 
@@ -144,7 +140,7 @@ class EagerPasses:
     def update(self, numbers: Numbers, counts: Tensor) -> None:
         """Pass 2 of the rows where ``counts`` (``[rows]`` bool) is True."""
         if not self._waits:
-            kept = [counts[p.row].to(p.x.device, non_blocking=True) for p in self._pieces]
+            kept = [moved(counts[p.row], p.x.device) for p in self._pieces]
             (foreach if self._name == FOREACH else reference).update(self._pieces, numbers, kept)
             return
         host = counts.tolist()

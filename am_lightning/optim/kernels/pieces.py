@@ -9,6 +9,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from am_lightning.optim.kernels.transfer import moved
+
 SUM_BLOCK = 1 << 16  # elements summed in the working precision; across blocks sums are float64
 
 Scalar: TypeAlias = "float | Tensor"  # a host number, or a 0-dim tensor where the host must not wait for the device
@@ -71,8 +73,13 @@ class Numbers:
         """Lists of 0-dim tensors on ``device``, without waiting."""
         lists = self._cache.setdefault(device, {})
         for name in self.columns.keys() - lists.keys():
-            lists[name] = self.columns[name].to(device, non_blocking=True).unbind()
+            lists[name] = moved(self.columns[name], device).unbind()
         return lists
+
+
+def is_addressable(tensors: Sequence[Tensor]) -> bool:
+    """False where a tensor's elements are elsewhere than its address says: subclasses that wrap other tensors."""
+    return all(tensor.data_ptr() or not tensor.numel() for tensor in tensors)
 
 
 def is_flat(tensors: Sequence[Tensor]) -> bool:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from am_lightning.optim.kernels.pieces import Numbers, Piece, is_flat
+from am_lightning.optim.kernels.pieces import Numbers, Piece, is_addressable, is_flat
+from am_lightning.optim.kernels.transfer import moved
 from am_lightning.optim.kernels.triton_tables import BLOCK, BLOCKS, Kind, Tables
 
 __all__ = ["Tables", "TritonPasses", "require_triton", "supports"]
@@ -42,8 +43,9 @@ def supports(piece: Piece) -> bool:
 
     They walk the storage, have a second moment, no coupled decay, and compute in float64 where all four tensors are.
     """
-    dtypes = {tensor.dtype for tensor in piece.tensors()}
-    plain = piece.v is not None and not piece.options.l2 and is_flat(piece.tensors())
+    tensors = piece.tensors()
+    dtypes = {tensor.dtype for tensor in tensors}
+    plain = piece.v is not None and not piece.options.l2 and is_flat(tensors) and is_addressable(tensors)
     return plain and dtypes <= _DTYPES.keys() and (torch.float64 not in dtypes or len(dtypes) == 1)
 
 
@@ -81,7 +83,7 @@ class TritonPasses:
                 self._kernels.reduce_kernel[(group.size,)](
                     partial, group.first_chunk, group.tensors, parts[device], BLOCK=_REDUCE_BLOCK, **_OPTIONS
                 )
-        total, *others = (part.to(self._device, non_blocking=True) for part in parts.values())
+        total, *others = (moved(part, self._device) for part in parts.values())
         for other in others:
             total = total + other  # every slot is filled on one device
         return total.to(accumulate)
@@ -116,7 +118,7 @@ class TritonPasses:
 
 def _on(tensor: Any, device: torch.device) -> Any:
     """On the device of the kernel, one number after the other."""
-    return None if tensor is None else tensor.to(device, non_blocking=True).contiguous()
+    return None if tensor is None else moved(tensor, device).contiguous()
 
 
 def _current(device: torch.device) -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from am_lightning.optim.kernels.pieces import Options, Piece
+from am_lightning.optim.kernels.transfer import is_capturing, upload
 
 BLOCK, BLOCKS = 1024, 8  # elements that a program holds at once, and how often: a chunk is their product
 _ALIGNMENT = 16  # bytes of the widest load
@@ -61,7 +62,7 @@ class Following:
         Every copy has a page-locked buffer of its own; torch gives its memory out again only when the copy is done.
         A CUDA graph reads its buffer at every replay, so that buffer, and the table it fills, go into ``captured``.
         """
-        if _is_capturing(self._device):
+        if is_capturing(self._device):
             buffer = self._buffer(len(values)) if self._spare is None else self._spare
             self._spare = None
             buffer.copy_(torch.tensor(values, dtype=self._dtype))
@@ -71,7 +72,7 @@ class Following:
         if self._device.type == "cuda" and self._spare is None:
             self._spare = self._buffer(len(values))  # older torch locks no memory during a capture
         if self._table is None or values != self._values:
-            self._table = _upload(torch.tensor(values, dtype=self._dtype), self._device)
+            self._table = upload(torch.tensor(values, dtype=self._dtype), self._device)
             self._values = values
         return self._table
 
@@ -98,9 +99,9 @@ class Group:
         index = torch.arange(owner.numel()) - (end - count)[owner]
         integers = [(member.numel, member.row, member.slot) for member in members]
         self.chunk_count = owner.numel()
-        self.chunks = _upload(torch.stack([owner, index], 1).to(torch.int32), kind.device)
-        self.first_chunk = _upload(torch.cat([end.new_zeros(1), end]).to(torch.int32), kind.device)
-        self.tensors = _upload(torch.tensor(integers, dtype=torch.int64), kind.device)
+        self.chunks = upload(torch.stack([owner, index], 1).to(torch.int32), kind.device)
+        self.first_chunk = upload(torch.cat([end.new_zeros(1), end]).to(torch.int32), kind.device)
+        self.tensors = upload(torch.tensor(integers, dtype=torch.int64), kind.device)
         self.addresses = Following(kind.device, torch.int64)
         self.options = Following(kind.device, torch.float64)
 
@@ -137,7 +138,7 @@ class Tables:
 
     def _group(self, kind: Kind, members: tuple[Member, ...]) -> Group:
         key = kind, members
-        capturing = _is_capturing(kind.device)
+        capturing = is_capturing(kind.device)
         if key not in self._groups:
             if capturing:
                 raise RuntimeError(
@@ -166,12 +167,3 @@ def _numbers(options: Options) -> list[float]:
     """beta2, 1 - beta2, lambda, mu, sign of the gradient."""
     beta2, sign = options.beta2, -1.0 if options.maximize else 1.0
     return [beta2, 1 - beta2, options.lambd, options.mu, sign]
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _upload(host: Tensor, device: torch.device) -> Tensor:
-    """A copy that nothing waits for."""
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)

@@ -15,6 +15,7 @@ COLOURS = ("#999999", "#E69F00", "#CC79A7", "#56B4E9", "#009E73", "#0072B2", "#D
 INK = "#333333"
 _GRID = "#DDDDDD"
 _DPI = 110
+_INCHES_PER_LETTER, _INCHES_PER_LINE = 0.08, 0.6  # of the legend
 
 
 def new_figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, list[list[Axes]]]:
@@ -44,7 +45,8 @@ def save(figure: Figure, path: Path, *, legend_of: Axes | None = None) -> None:
     """
     if legend_of is not None:
         handles, labels = legend_of.get_legend_handles_labels()
-        columns = min(len(labels), 4)
+        width = max(map(len, labels)) * _INCHES_PER_LETTER + _INCHES_PER_LINE
+        columns = max(1, min(len(labels), 4, int(figure.get_figwidth() / width)))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
     with replacing(path, "Free some space, or choose another folder.") as file:
         figure.savefig(file, format="png", dpi=_DPI)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,13 @@ _WINDOW = 20  # steps that the loss curves are smoothed over
 
 
 def draw_sweep(path: Path, ledger: Ledger, scale: Scale) -> None:
-    """Validation loss over the learning rate; AM bold."""
-    figure, axes = new_figure(1, 1, width=7.5, height=4.5)
+    """Validation loss over the learning rate; AM bold, a colour for each method with and without warmup."""
+    figure, axes = new_figure(1, 1, width=7.5, height=5.0)
     panel = axes[0][0]
     sweep = sweep_of(ledger, scale)
-    for number, method in enumerate(METHODS):
+    without_warmup = list(dict.fromkeys(replace(method, warmup=0.0) for method in METHODS))
+    for method in METHODS:
+        number = without_warmup.index(replace(method, warmup=0.0))
         values = [sweep.value(scale.config(method, lr, sweep.sweep_seed)) for lr in LEARNING_RATES]
         ours = method.kind == "am"
         dashes = "--" if method.warmup else "-"
@@ -36,7 +39,7 @@ def draw_sweep(path: Path, ledger: Ledger, scale: Scale) -> None:
             values,
             dashes,
             marker="o" if ours else ".",
-            color=COLOURS[number % len(COLOURS)],
+            color=COLOURS[number],
             linewidth=2.2 if ours else 1.1,
             label=str(method),
         )
@@ -56,7 +59,7 @@ def draw_curves(path: Path, ledger: Ledger, scale: Scale) -> None:
         runs = [scale.config(method, lr, seed) for seed in sweep.fresh_seeds]
         mean, spread = mean_curve(ledger, runs, _WINDOW)
         steps = np.arange(len(mean)) + _WINDOW
-        colour = COLOURS[len(FEW) + 1 - number]
+        colour = COLOURS[len(FEW) - number]
         panel.plot(steps, mean, color=colour, linewidth=1.6, label=f"{method}, lr {lr:g}")
         panel.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
     panel.set_ylim(top=4.0)

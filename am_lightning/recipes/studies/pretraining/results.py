@@ -12,6 +12,7 @@ from am_lightning.recipes.studies.ledger import Config, Ledger
 from am_lightning.recipes.studies.pretraining.stages import (
     AM,
     AM_LOW,
+    AM_WARM,
     BATCH_FACTOR,
     BATCH_RATES,
     BATCH_SEEDS,
@@ -39,8 +40,8 @@ def finalists_table(ledger: Ledger, scale: Scale) -> str:
 
 
 def differences_table(ledger: Ledger, scale: Scale) -> str:
-    """Paired differences of AM at both caps to every method."""
-    return sweep_of(ledger, scale).differences_table((AM, AM_LOW))
+    """Paired differences of AM at both caps, without and with warmup, to every method."""
+    return sweep_of(ledger, scale).differences_table((AM, AM_LOW, *AM_WARM))
 
 
 def spikes_table(ledger: Ledger, scale: Scale) -> str:

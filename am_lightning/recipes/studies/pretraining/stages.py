@@ -28,8 +28,8 @@ AM, AM_LOW = Method("am", 0.89), Method("am", 0.8)
 AM_GLOBAL = Method("am", 0.89, scope="global")
 AM_WARM = (Method("am", 0.89, WARMUP), Method("am", 0.8, WARMUP))
 METHODS = (*ADAMW, *OTHERS, AM, AM_LOW, AM_GLOBAL, *AM_WARM)
-# Where runs are long: the customary AdamW, the best of the first look, and AM.
-FEW = (Method("adamw", 0.9, WARMUP), Method("adamw", 0.8, WARMUP), Method("adamw", 0.8), AM, AM_LOW)
+# Where runs are long: the customary AdamW, the best of the first look, AM, and AM at its best.
+FEW = (Method("adamw", 0.9, WARMUP), Method("adamw", 0.8, WARMUP), Method("adamw", 0.8), AM, AM_LOW, AM_WARM[1])
 ABLATIONS = (AM, Method("am", 0.89, lambd=0.0), Method("am", 0.89, am_until=0.1), AM_LOW, AM_GLOBAL)
 STAGES = ("sweep", "finalists", "batch", "long", "beta")
 
