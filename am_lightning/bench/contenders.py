@@ -36,9 +36,15 @@ class Contender:
 
     def step(self) -> None:
         """One optimizer step."""
+        before = os.environ.get(SWITCH)
         if self.switch is not None:
             os.environ[SWITCH] = self.switch
-        self.optimizer.step()
+        try:
+            self.optimizer.step()
+        finally:
+            os.environ.pop(SWITCH, None)
+            if before is not None:
+                os.environ[SWITCH] = before
 
     def share_moments(self, moments: dict[Tensor, dict[str, Tensor]]) -> None:
         """Take the moments that others have already, where they are of its dtype; give its own where none have."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +23,10 @@ from am_lightning.recipes.studies.intervals import interval, paired
 from am_lightning.recipes.studies.ledger import Config, Ledger, Result
 from am_lightning.recipes.studies.pretraining.methods import Method, fix_momentum
 from am_lightning.recipes.studies.pretraining.methods import make_optimizer as make_adamw
+from am_lightning.recipes.studies.pretraining.report import report
 from am_lightning.recipes.studies.pretraining.results import count_spikes
 from am_lightning.recipes.studies.pretraining.run import Pretraining, run_config
+from am_lightning.recipes.studies.pretraining.stages import STAGES, Scale, configs
 from am_lightning.recipes.studies.sweep import Sweep
 from am_lightning.recipes.studies.tables import markdown
 from am_lightning.recipes.studies.vision.images import load_images
@@ -245,3 +249,32 @@ def _run(program: str, *args: object) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_the_warmup_page_grows_with_the_stages(tmp_path: Path) -> None:
+    """Made-up results, for the true ones take hours: every table and figure of every stage."""
+    scale, ledger, seen = Scale(steps=80), Ledger(tmp_path / "warmup.jsonl"), ""
+    generator = np.random.default_rng(0)
+    names = ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"]
+    for stage in STAGES:
+        for config in list(configs(stage, scale, ledger)):
+            noise = generator.normal(size=config["steps"]) / 100
+            result: Result = {"val_loss": config["lr"] + noise[0], "losses": (2 + noise).tolist()}
+            if config["traces"]:
+                result |= {"names": names, "betas": generator.uniform(0.5, 0.89, (config["steps"], 3)).tolist()}
+            if config not in ledger:
+                ledger.add(config, result)
+        page = report(ledger, scale, tmp_path)
+        assert len(page) > len(seen) and page.startswith("# Warmup")
+        seen = page
+    assert seen == (tmp_path / "warmup.md").read_text()
+    assert seen.count("\n## ") == 10
+    pictures = set(re.findall(r"\]\((.*?)\)", seen))
+    assert pictures == {path.name for path in tmp_path.glob("*.png")} and len(pictures) == 3
+    assert "`python recipes/studies/warmup.py`" in seen
+
+
+def test_the_two_planes_are_drawn(tmp_path: Path) -> None:
+    picture = tmp_path / "planes.png"
+    subprocess.run([sys.executable, str(STUDIES / "two_planes.py"), str(picture)], check=True, env=dict(os.environ))
+    assert picture.read_bytes().startswith(b"\x89PNG")
