@@ -31,6 +31,9 @@ from am_lightning.recipes.studies.sweep import Sweep
 from am_lightning.recipes.studies.tables import markdown
 from am_lightning.recipes.studies.vision.images import load_images
 from am_lightning.recipes.studies.vision.networks import NETWORKS
+from am_lightning.recipes.studies.vision.stages import report as vision_report
+from am_lightning.recipes.studies.vision.stages import sweep_of
+from am_lightning.recipes.studies.vision.task import read_task
 
 from .commands import RECIPES
 
@@ -272,6 +275,22 @@ def test_the_warmup_page_grows_with_the_stages(tmp_path: Path) -> None:
     pictures = set(re.findall(r"\]\((.*?)\)", seen))
     assert pictures == {path.name for path in tmp_path.glob("*.png")} and len(pictures) == 3
     assert "`python recipes/studies/warmup.py`" in seen
+
+
+def test_the_page_of_images(tmp_path: Path) -> None:
+    """Made-up results: the least error is at the middle learning rate, AM's is one percent point lower."""
+    sweep = sweep_of(Ledger(tmp_path / "vision.jsonl"), read_task(STUDIES / "vision" / "digits-resnet8.yaml"), "cpu")
+    for stage in (sweep.sweep_configs, sweep.finalist_configs):
+        for config in list(stage()):
+            kind = config["method"]["kind"]
+            off = abs(np.log(config["lr"] / (3e-3 if "adamw" in kind else 0.3)))
+            ours = kind.startswith("am_")
+            if config not in sweep.ledger:
+                sweep.ledger.add(config, {"test_error": 5 + off - ours})
+    page = vision_report(sweep, tmp_path)
+    assert page == (tmp_path / "vision.md").read_text()
+    assert (tmp_path / "vision-learning-rates.png").exists()
+    assert "| AdamW 0.9     | -1.000 ± 0.000 (n=5) | -1.000 ± 0.000 (n=5)" in page
 
 
 def test_the_two_planes_are_drawn(tmp_path: Path) -> None:

@@ -4,49 +4,41 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from am_lightning.recipes.studies.figures import COLOURS, INK, new_figure, save, style
 from am_lightning.recipes.studies.ledger import Ledger
+from am_lightning.recipes.studies.pretraining.methods import Method
 from am_lightning.recipes.studies.pretraining.momentum import layer_means, traces
 from am_lightning.recipes.studies.pretraining.results import mean_curve
 from am_lightning.recipes.studies.pretraining.stages import (
     AM,
     FEW,
-    LEARNING_RATES,
     METHODS,
     Scale,
     sweep_of,
 )
+from am_lightning.recipes.studies.rates_figure import draw_rates
 
 _WINDOW = 20  # steps that the loss curves are smoothed over
 
 
 def draw_sweep(path: Path, ledger: Ledger, scale: Scale) -> None:
     """Validation loss over the learning rate; AM bold, a colour for each method with and without warmup."""
-    figure, axes = new_figure(1, 1, width=7.5, height=5.0)
-    panel = axes[0][0]
-    sweep = sweep_of(ledger, scale)
     without_warmup = list(dict.fromkeys(replace(method, warmup=0.0) for method in METHODS))
-    for method in METHODS:
-        number = without_warmup.index(replace(method, warmup=0.0))
-        values = [sweep.value(scale.config(method, lr, sweep.sweep_seed)) for lr in LEARNING_RATES]
+
+    def look(method: Method) -> dict[str, Any]:
         ours = method.kind == "am"
-        dashes = "--" if method.warmup else "-"
-        panel.plot(
-            LEARNING_RATES,
-            values,
-            dashes,
-            marker="o" if ours else ".",
-            color=COLOURS[number],
-            linewidth=2.2 if ours else 1.1,
-            label=str(method),
-        )
-    panel.set_xscale("log", base=2)
-    panel.set_xticks(LEARNING_RATES, [f"{lr:g}" for lr in LEARNING_RATES])
-    style(panel, title="dashed: with warmup", xlabel="learning rate", ylabel="validation loss, nats per token")
-    save(figure, path, legend_of=panel)
+        return {
+            "linestyle": "--" if method.warmup else "-",
+            "marker": "o" if ours else ".",
+            "color": COLOURS[without_warmup.index(replace(method, warmup=0.0))],
+            "linewidth": 2.2 if ours else 1.1,
+        }
+
+    draw_rates(path, sweep_of(ledger, scale), [METHODS], look, title="nats per token; dashed: with warmup")
 
 
 def draw_curves(path: Path, ledger: Ledger, scale: Scale) -> None:

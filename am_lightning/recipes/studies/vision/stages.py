@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from am_lightning.recipes.studies.figures import COLOURS
 from am_lightning.recipes.studies.ledger import Config, Ledger
-from am_lightning.recipes.studies.page import write_page
+from am_lightning.recipes.studies.page import figure, write_page
+from am_lightning.recipes.studies.rates_figure import draw_rates
 from am_lightning.recipes.studies.sweep import Sweep
 from am_lightning.recipes.studies.vision.run import Method, run_config
 from am_lightning.recipes.studies.vision.task import Task
@@ -34,11 +37,23 @@ def sweep_of(ledger: Ledger, task: Task, device: str) -> Sweep[Method]:
     return Sweep(ledger, METHODS, rates, config, score="test_error", unit="test error, %")
 
 
+def _look(method: Method) -> dict[str, Any]:
+    ours = method in (AM_SGD, AM_ADAMW)
+    colour = 6 if ours else MOMENTA.index(method.momentum) + (4 if method.kind == "nesterov" else 0)
+    dashes = "--" if method.kind == "nesterov" else "-"
+    width = 2.2 if ours else 1.1
+    return {"color": COLOURS[colour], "linestyle": dashes, "linewidth": width, "marker": "o" if ours else "."}
+
+
 def report(sweep: Sweep[Method], folder: Path) -> str:
-    """Write ``vision.md`` into `folder`; its text. RecipeError: the sweep is not complete."""
+    """Write ``vision.md`` and its figure; its text. RecipeError: the sweep is not complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    panels = [[method for method in METHODS if method.is_sgd is is_sgd] for is_sgd in (True, False)]
+    draw_rates(folder / "vision-learning-rates.png", sweep, panels, _look)
     parts = [
         "## Test error in percent over the learning rate, one seed",
         sweep.sweep_table(),
+        figure("vision-learning-rates.png", "Test error over the learning rate"),
         "## Fresh seeds, each method at its best learning rate",
         sweep.finalists_table(),
         "## Paired differences in percent points, 95 % intervals; negative: AM is better",
