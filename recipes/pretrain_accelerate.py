@@ -105,6 +105,8 @@ def train(settings: Settings) -> None:
 
     bar.close()
     loss = validate(accelerator, model, data.val_loader(rows=data.final_val_rows, **ranks))
+    final = {"final/val_loss": float(loss), "final/val_perplexity": float(loss.exp())}
+    accelerator.log(final, step=progress.step)
     accelerator.print(
         f"\n  validation loss  {loss:.4f} nats per token (perplexity {loss.exp():.2f}) on {data.scored_rows} held-out"
         f' rows\n  curves           tensorboard --logdir "{settings.root / "logs"}"\n'

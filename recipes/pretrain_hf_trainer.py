@@ -25,6 +25,7 @@ from transformers.trainer_utils import set_seed
 from am_lightning import AMSGD, AMAdamW
 from am_lightning.huggingface import AdaptiveMemoryCallback
 from am_lightning.recipes.errors import RecipeError
+from am_lightning.recipes.files import replacing
 from am_lightning.recipes.network import build_llama, token_loss
 from am_lightning.recipes.program import command_line
 from am_lightning.recipes.settings import Settings, read_settings
@@ -130,7 +131,9 @@ class DataOfCheckpoint(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         data = self.data.state_dict()  # on every process: a stream gathers where they are
         if state.is_world_process_zero:
-            torch.save(data, Path(args.output_dir, f"checkpoint-{state.global_step}", DATA_FILE))
+            path = Path(args.output_dir, f"checkpoint-{state.global_step}", DATA_FILE)
+            with replacing(path, "Free some space, then start again.") as file:  # where it is, a checkpoint is whole
+                torch.save(data, file)
 
     def load(self, folder: Path) -> None:
         """Raises: RecipeError: the checkpoint in `folder` was trained on other data."""

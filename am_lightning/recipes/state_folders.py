@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from am_lightning.recipes.errors import RecipeError
 from am_lightning.recipes.files import disk_error, sync_folder, write_failure
@@ -29,28 +32,22 @@ class StateFolders:
         """Write `step-N` beside its place, then rename it: a kill at any moment leaves no half folder of that name.
 
         Raises:
-            RecipeError: the disk refuses; the checkpoints before are untouched.
+            RecipeError: on all processes, where the disk of one refuses; the checkpoints before are untouched.
         """
         target = self.folder / f"step-{step:06d}"
         part = self.folder / f".{target.name}.part"
-        try:
+        with self._together(target):
             if self.accelerator.is_main_process:
                 shutil.rmtree(part, ignore_errors=True)  # of a killed run
                 part.mkdir(parents=True)
-            self.accelerator.wait_for_everyone()
+        with self._together(target):
             self.accelerator.save_state(str(part))
-            self.accelerator.wait_for_everyone()
+        with self._together(target):
             if self.accelerator.is_main_process:
                 shutil.rmtree(target, ignore_errors=True)
                 part.rename(target)
                 sync_folder(self.folder)
                 self._prune()
-        except (OSError, RuntimeError) as error:
-            refused = disk_error(error)
-            if refused is None:
-                raise
-            raise write_failure(target, refused, _CURE) from error
-        self.accelerator.wait_for_everyone()
         return target
 
     def load(self, ckpt_path: str) -> Path | None:
@@ -66,6 +63,22 @@ class StateFolders:
             raise RecipeError(f"--ckpt_path {path}: there is no such folder. Those of this run are in {self.folder}")
         self.accelerator.load_state(str(path))
         return path
+
+    @contextlib.contextmanager
+    def _together(self, target: Path) -> Iterator[None]:
+        """What one process raises in the block, all raise: the others would wait for it in the next collective."""
+        problem: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            problem = error
+        refused = None if problem is None else disk_error(problem)
+        words = str(problem) if refused is None else str(write_failure(target, refused, _CURE))
+        found = [text for text in gather_object([None if problem is None else words]) if text is not None]
+        if problem is not None and refused is None:
+            raise problem
+        if found:
+            raise RecipeError(found[0]) from problem
 
     def newest(self) -> Path | None:
         """The checkpoint with the most steps."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from am_lightning.recipes.listing import short, strategy_name
 from am_lightning.recipes.locate import find_config
 from am_lightning.recipes.network import build_llama, count_parameters, count_tensors
 from am_lightning.recipes.parallel import check_tensor_parallel
+from am_lightning.recipes.plan.layout import read_engine
 from am_lightning.recipes.settings import Settings, read_settings
 
 
@@ -174,12 +174,5 @@ def _folders(settings: Settings) -> str:
     strategy = settings.config["trainer"]["strategy"]
     engine = strategy.get("init_args", {}).get("config") if isinstance(strategy, dict) else None
     if isinstance(engine, str):
-        _check_json(Path(engine))
+        read_engine(Path(engine))
     return f"{settings.root}; checkpoints in {settings.checkpoints}"
-
-
-def _check_json(path: Path) -> None:
-    try:
-        json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"trainer.strategy.init_args.config is {str(path)!r}: {error}") from error

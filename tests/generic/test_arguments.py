@@ -89,6 +89,8 @@ def test_bad_argument(cls: type, name: str, data: st.DataObject) -> None:
 def test_good_arguments_make_finite_steps(cls: type, data: st.DataObject) -> None:
     kwargs = data.draw(st.fixed_dictionaries({}, optional={n: a.good for n, a in ARGUMENTS[cls].items()}))
     assume(_allowed_together(cls, kwargs))
+    if kwargs.get("loss_gap") == "exact":
+        assume(not 0 < float(kwargs.get("lr", 1)) < 1e-30)  # gap / lr overflows, and such a step is skipped
     params = _params(data.draw(st.sampled_from([torch.float32, torch.float64])))
     optimizer = cls(params, **kwargs)
     for step in range(3):

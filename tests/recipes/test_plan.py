@@ -241,3 +241,22 @@ def test_strategies(strategy: Any, expected: tuple[str, int, int]) -> None:
 def test_an_unknown_strategy_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"trainer.strategy is 'horovod'; plan knows auto, ddp"):
         make_layout(T5_60M, "horovod", batch_size=8, accumulate=1, precision="32-true", gpus=1, gpus_per_node=8)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_stage_in_deepspeeds_json_counts(planned: Callable[..., dict[str, Any]], stage: int) -> None:
+    engine = Path(__file__).resolve().parents[2] / "recipes" / "configs" / "deepspeed" / f"zero{stage}.json"
+    strategy = ["--trainer.strategy", "lightning.pytorch.strategies.DeepSpeedStrategy"]
+    plan = planned("60m", "--gpus", "8", *strategy, "--trainer.strategy.config", str(engine))
+    assert plan["layout"]["stage"] == stage
+
+
+@pytest.mark.parametrize(("text", "says"), [(None, "No such file"), ("{", "Expecting"), ("[]", "not a JSON object")])
+def test_a_wrong_json_of_deepspeed_is_named(tmp_path: Path, text: str | None, says: str) -> None:
+    path = tmp_path / "engine.json"
+    if text is not None:
+        path.write_text(text)
+    strategy = ["--trainer.strategy", "lightning.pytorch.strategies.DeepSpeedStrategy"]
+    for command in (["plan", "60m", "--gpus", "8"], ["validate", "60m", "--trainer.default_root_dir", str(tmp_path)]):
+        with pytest.raises(SystemExit, match=rf"config is .*engine.json.*{says}"):
+            main([*command, *strategy, "--trainer.strategy.config", str(path)])

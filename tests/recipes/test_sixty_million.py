@@ -1,4 +1,4 @@
-"""The 60m recipe for two steps on two processes, from a local parquet and a local tokenizer, through four doors."""
+"""The 60m recipe for two steps on two processes, from a local parquet and a local tokenizer, through five doors."""
 
 from __future__ import annotations
 
@@ -68,7 +68,13 @@ def test_it_validates(settings: list[str], capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize(
     "name",
-    ["Lightning DDP", "Lightning FSDP2", "Accelerate DDP", pytest.param("Lightning DeepSpeed", marks=needs_compiler)],
+    [
+        "Lightning DDP",
+        "Lightning FSDP2",
+        "Accelerate DDP",
+        pytest.param("Lightning DeepSpeed", marks=needs_compiler),
+        pytest.param("Accelerate DeepSpeed", marks=needs_compiler),
+    ],
 )
 def test_it_trains(name: str, settings: list[str], tmp_path: Path) -> None:
     door, root = DOORS[name], tmp_path / "run"

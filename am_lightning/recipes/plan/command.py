@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
+import sys
 from typing import Any
 
 from am_lightning.recipes.errors import RecipeError, require
@@ -91,7 +93,9 @@ def read_options(args: argparse.Namespace) -> argparse.Namespace:
 
 def _run(args: argparse.Namespace) -> int:
     args = read_options(args)
-    plan = make_plan(read_settings(args.settings), args)
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout when it is imported
+        settings = read_settings(args.settings)
+    plan = make_plan(settings, args)
     if args.json:
         print(json.dumps(as_json(plan), indent=2))
     else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 from am_lightning.recipes.errors import RecipeError, require
@@ -103,10 +105,25 @@ def make_layout(
     return Layout(kind, stage, gpus, per_node, tensor, accumulate, batch_size // shares, precision)
 
 
+def read_engine(path: Path) -> dict[str, Any]:
+    """DeepSpeed's configuration, a JSON file.
+
+    Raises:
+        RecipeError: it cannot be read, or is no JSON object.
+    """
+    try:
+        engine = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"trainer.strategy.init_args.config is {str(path)!r}: {error}") from error
+    if not isinstance(engine, dict):
+        raise RecipeError(f"trainer.strategy.init_args.config is {str(path)!r}: not a JSON object")
+    return engine
+
+
 def _kind_of(strategy: Any, gpus: int, per_node: int) -> tuple[str, int, int]:
     """Kind, stage of ZeRO, and tensor parallel size."""
     options: dict[str, Any] = {}
-    name = strategy
+    name = str(strategy).rpartition(".")[2]
     if isinstance(strategy, dict):
         name = str(strategy["class_path"]).rpartition(".")[2]
         options = strategy.get("init_args") or {}
@@ -118,6 +135,8 @@ def _kind_of(strategy: Any, gpus: int, per_node: int) -> tuple[str, int, int]:
     if name in _DEEPSPEED_STAGES or name == "DeepSpeedStrategy":
         stage = _DEEPSPEED_STAGES.get(name, options.get("stage", 2))
         engine = options.get("config")
+        if isinstance(engine, str):
+            engine = read_engine(Path(engine))
         if isinstance(engine, dict):
             stage = engine.get("zero_optimization", {}).get("stage", 0)
         return "zero", int(stage), 1
