@@ -94,8 +94,7 @@ def train(settings: Settings) -> None:
             bar.set_postfix_str(f"loss {mean:.3f}")
         step_loss.zero_()
         if is_due(step, settings.validate_every):
-            loss = validate(accelerator, model, data.val_loader(rows=data.val_rows, **ranks))
-            accelerator.log({"val/loss": float(loss), "val/perplexity": float(loss.exp())}, step=step)
+            validate(accelerator, model, data.val_loader(rows=data.val_rows, **ranks), "val/", step)
         stopped = anyone_stopped(accelerator, stop)
         if stopped or last or is_due(step, settings.save_every):
             checkpoints.save(step)
@@ -104,9 +103,8 @@ def train(settings: Settings) -> None:
             stop.leave(step)
 
     bar.close()
-    loss = validate(accelerator, model, data.val_loader(rows=data.final_val_rows, **ranks))
-    final = {"final/val_loss": float(loss), "final/val_perplexity": float(loss.exp())}
-    accelerator.log(final, step=progress.step)
+    rows = data.val_loader(rows=data.final_val_rows, **ranks)
+    loss = validate(accelerator, model, rows, "final/val_", progress.step)
     accelerator.print(
         f"\n  validation loss  {loss:.4f} nats per token (perplexity {loss.exp():.2f}) on {data.scored_rows} held-out"
         f' rows\n  curves           tensorboard --logdir "{settings.root / "logs"}"\n'
@@ -190,8 +188,8 @@ def on_cpu(settings: Settings) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def validate(accelerator: Accelerator, model: nn.Module, batches: Any) -> torch.Tensor:
-    """Mean loss over the rows of all processes."""
+def validate(accelerator: Accelerator, model: nn.Module, batches: Any, tag: str, step: int) -> torch.Tensor:
+    """Mean loss over the rows of all processes; logged as `tag`loss, with its perplexity."""
     model.eval()
     total = torch.zeros(2, device=accelerator.device)
     for batch in batches:
@@ -200,7 +198,9 @@ def validate(accelerator: Accelerator, model: nn.Module, batches: Any) -> torch.
         total += torch.stack([loss * len(batch), torch.tensor(float(len(batch)), device=total.device)])
     model.train()
     total = accelerator.reduce(total)
-    return total[0] / total[1]
+    loss = total[0] / total[1]
+    accelerator.log({f"{tag}loss": float(loss), f"{tag}perplexity": float(loss.exp())}, step=step)
+    return loss
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def short(number: float) -> str:
 
 def strategy_name(strategy: Any) -> str:
     """ "auto", "ddp", or the class's name."""
-    return strategy if isinstance(strategy, str) else str(strategy["class_path"]).rpartition(".")[2]
+    return str(strategy["class_path"] if isinstance(strategy, dict) else strategy).rpartition(".")[2]
 
 
 def _headline(text: str) -> str:

@@ -129,7 +129,7 @@ def tensor_parallel_size(trainer: dict[str, Any], processes: int) -> int:
     if strategy_name(strategy) != "ModelParallelStrategy":
         return 1
     nodes = trainer["num_nodes"]
-    options = strategy.get("init_args", {})
+    options = strategy.get("init_args", {}) if isinstance(strategy, dict) else {}
     data = options.get("data_parallel_size", "auto")
     tensor = options.get("tensor_parallel_size", "auto")
     data = nodes if data == "auto" else int(data)

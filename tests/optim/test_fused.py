@@ -30,7 +30,7 @@ from tests.optim.harness import (
     snapshot,
 )
 from tests.optim.test_every_step import RATES
-from tests.optim.test_layouts import scatter_strides, strided
+from tests.optim.test_layouts import scatter_strides, with_odd_strides
 
 ROOT = Path(__file__).resolve().parents[2]
 # Less than a tile, tiles and a rest, blocks and a rest; one element and none.
@@ -101,14 +101,7 @@ def test_mixed_dtypes(implementation: str, scope: str) -> None:
 @each_implementation
 def test_strides(implementation: str) -> None:
     """Transposed, channels last, with gaps; gradients of other strides than their parameters."""
-    shapes = [(6, 5), (6, 5), (2, 3, 4, 5), (9,), (5, 4)]
-    params = [
-        strided(shapes[0], (1, 0), 0),
-        strided(shapes[1], (0, 1), 1),
-        strided(shapes[2], (0, 2, 3, 1), 2),
-        strided(shapes[3], (0,), 3),
-        torch.nn.Parameter(torch.randn(10, 8, dtype=torch.float64)[::2, ::2]),
-    ]
+    shapes, params = with_odd_strides()
     strides = [p.stride() for p in params]
     twin = twin_of(params, "global")
     run_bowl(twin, Bowl.around(shapes, seed=5), rates(8), scatter_strides)

@@ -47,10 +47,8 @@ def scatter_strides(step: int, grads: list[torch.Tensor]) -> None:
             grads[i] = gaps[::2]
 
 
-@pytest.mark.parametrize("foreach", KERNELS)
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
-@pytest.mark.parametrize("scope", SCOPES)
-def test_strides_of_params_and_grads(kind: str, scope: str, foreach: bool | None) -> None:
+def with_odd_strides() -> tuple[list[tuple[int, ...]], list[torch.nn.Parameter]]:
+    """Shapes and parameters: transposed, contiguous, channels last, a vector, with gaps."""
     shapes = [(6, 5), (6, 5), (2, 3, 4, 5), (9,), (5, 4)]
     params = [
         strided(shapes[0], (1, 0), 0),
@@ -59,6 +57,14 @@ def test_strides_of_params_and_grads(kind: str, scope: str, foreach: bool | None
         strided(shapes[3], (0,), 3),
         torch.nn.Parameter(torch.randn(10, 8, dtype=torch.float64)[::2, ::2]),
     ]
+    return shapes, params
+
+
+@pytest.mark.parametrize("foreach", KERNELS)
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_strides_of_params_and_grads(kind: str, scope: str, foreach: bool | None) -> None:
+    shapes, params = with_odd_strides()
     assert not params[0].is_contiguous() and not params[4].is_contiguous()
     strides = [p.stride() for p in params]
     optimizer = build(kind, params, lr=0.1, weight_decay=0.01, scope=scope, foreach=foreach)

@@ -13,7 +13,7 @@ import torch
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 PRETRAIN = RECIPES / "pretrain.py"
 
-_TINY = {
+TINY = {
     "model.hidden_size": 32,
     "model.intermediate_size": 64,
     "model.num_heads": 2,
@@ -23,8 +23,6 @@ _TINY = {
     "data.final_val_rows": 16,
     "data.val_batch_size": 8,
     "trainer.accelerator": "cpu",
-    "trainer.devices": 1,
-    "trainer.val_check_interval": 5,
     "trainer.enable_progress_bar": "false",
     "trainer.enable_model_summary": "false",
 }
@@ -32,7 +30,14 @@ _TINY = {
 
 def arguments(root: Path, source: Path, steps: int, *extra: str, command: str = "fit") -> list[str]:
     """Of pretrain.py: the laptop recipe with a tiny model, `steps` steps, in the folder `root`."""
-    settings = {**_TINY, "data.source": source, "trainer.max_steps": steps, "trainer.default_root_dir": root}
+    settings = {
+        **TINY,
+        "trainer.devices": 1,
+        "trainer.val_check_interval": 5,
+        "data.source": source,
+        "trainer.max_steps": steps,
+        "trainer.default_root_dir": root,
+    }
     args = [command, "--config", str(RECIPES / "configs" / "laptop.yaml")]
     for key, value in settings.items():
         args += [f"--{key}", str(value)]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from am_lightning.recipes.errors import RecipeError, require
+from am_lightning.recipes.listing import strategy_name
 from am_lightning.recipes.network import LlamaShape
 from am_lightning.recipes.parallel import check_tensor_parallel
 
@@ -122,11 +123,8 @@ def read_engine(path: Path) -> dict[str, Any]:
 
 def _kind_of(strategy: Any, gpus: int, per_node: int) -> tuple[str, int, int]:
     """Kind, stage of ZeRO, and tensor parallel size."""
-    options: dict[str, Any] = {}
-    name = str(strategy).rpartition(".")[2]
-    if isinstance(strategy, dict):
-        name = str(strategy["class_path"]).rpartition(".")[2]
-        options = strategy.get("init_args") or {}
+    name = strategy_name(strategy)
+    options: dict[str, Any] = (strategy.get("init_args") or {}) if isinstance(strategy, dict) else {}
     if name == "ModelParallelStrategy":
         size = options.get("tensor_parallel_size", "auto")
         return "fsdp", 0, per_node if size == "auto" else int(size)

@@ -8,32 +8,18 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.recipes.commands import RECIPES, differences, training_state
+from tests.recipes.commands import RECIPES, TINY, differences, training_state
 
 from .namespaces import Node
 
 LAUNCH = RECIPES / "launch"
 PROGRAM = RECIPES / "pretrain.py"
 
-_TINY = {
-    "model.hidden_size": 32,
-    "model.intermediate_size": 64,
-    "model.num_heads": 2,
-    "model.num_layers": 2,
-    "model.seq_len": 32,
-    "data.val_rows": 8,
-    "data.final_val_rows": 16,
-    "data.val_batch_size": 8,
-    "trainer.accelerator": "cpu",
-    "trainer.enable_progress_bar": "false",
-    "trainer.enable_model_summary": "false",
-}
-
 
 def options(source: Path, steps: int, every: int) -> list[str]:
     """Of pretrain.py, after what the launchers give it: the laptop recipe with a tiny model."""
     settings = {
-        **_TINY,
+        **TINY,
         "data.source": source,
         "trainer.max_steps": steps,
         "trainer.val_check_interval": steps // 2,
