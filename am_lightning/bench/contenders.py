@@ -56,9 +56,31 @@ class Contender:
 
     def kernels(self) -> str:
         """What a step ran, in words."""
+        if isinstance(self.optimizer, ReadOnce):
+            return "torch.dot"
         if not isinstance(self.optimizer, AMAdamW):
             return "torch.optim"
         return self.optimizer.describe().rpartition("kernels: ")[2]
+
+
+class ReadOnce(torch.optim.Optimizer):
+    """Changes nothing: reads what a first pass must read, by dot products. What that takes, no kernel can save."""
+
+    def __init__(self, params: list[torch.nn.Parameter], *, decays: bool) -> None:
+        super().__init__(params, {})
+        self._decays = decays
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """d . v, and g . p with weight decay, else g . g."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                state, grad = self.state[param], param.grad.view(-1)
+                if not state:
+                    state.update({key: torch.zeros_like(param) for key in MOMENTS})
+                first, second = (state[key].view(-1) for key in MOMENTS)
+                torch.dot(first, second)
+                torch.dot(grad, param.view(-1) if self._decays else grad)
 
 
 def make_parameters(shapes: list[Shape], dtype: torch.dtype, device: torch.device) -> list[torch.nn.Parameter]:
@@ -84,6 +106,11 @@ def bytes_of_amadamw(elements: int, size: int, *, decays: bool, direction: int) 
     return (words * size + 3 * direction) * elements
 
 
+def bytes_of_first_pass(elements: int, size: int, *, decays: bool) -> int:
+    """g d v, and p with weight decay."""
+    return (3 + decays) * size * elements
+
+
 def make_contenders(
     params: list[torch.nn.Parameter], *, decay: float, scope: str, device: torch.device
 ) -> tuple[list[Contender], dict[str, str]]:
@@ -97,6 +124,8 @@ def make_contenders(
             result.append(Contender(f"AdamW {kind}", f"AdamW {kind}", adamw, bytes_of_adamw(elements, size)))
         except RuntimeError as error:
             missing[f"AdamW {kind}"] = str(error)
+    reads = bytes_of_first_pass(elements, size, decays=decay > 0)
+    result.append(Contender(READ, "AdamW fused", ReadOnce(params, decays=decay > 0), reads))
     for kind, (same, switch, how) in _kinds(device, params[0].dtype).items():
         try:
             ours = AMAdamW(params, **options, scope=scope, **how)
@@ -109,6 +138,7 @@ def make_contenders(
     return result, missing
 
 
+READ = "(first pass: reads alone)"
 ADAMW: dict[str, dict[str, Any]] = {
     "single": {"foreach": False, "fused": False},
     "foreach": {"foreach": True},

@@ -49,6 +49,8 @@ LEGEND = """\
 ms         median of a step
 x fused    times AdamW fused; x same: times AdamW's own single, foreach or fused. Both are medians over rounds in which
            all optimizers step in turn
+(first     dot products over what a first pass reads: 1 + its "x fused" is what this machine's memory allows a step that
+ pass...)  reads everything twice
 limit      the ratio of the bytes that must be moved: x fused of a kernel that only memory holds up
 GB/s       these bytes by the time
 extra MiB  most that a step takes beyond parameters, gradients and state

@@ -93,6 +93,18 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
         """Keep the global gradient norm for ``report``."""
         self._record.grad_norm = norm.detach()
 
+    def scale_gradients_in_step(self, factor: Tensor) -> None:
+        """The next ``step`` multiplies its gradients by ``factor`` (0-dim); ``zero_grad`` takes this back.
+
+        Triton kernels multiply in registers and leave the gradients as they are, others multiply in place.
+        """
+        self._workspace.gradient_scale = factor
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of all optimized parameters, as in torch.optim."""
+        self._workspace.gradient_scale = None
+        super().zero_grad(set_to_none)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step.

@@ -155,10 +155,11 @@ def compare(
     accumulate: int = 1,
     attach: bool = False,
     naive: bool = False,
+    fused: bool | None = None,
     **zero: Any,
 ) -> dict[str, Any]:
     """Largest errors of beta_t and weights; ``naive`` leaves the reduce out."""
-    engine, optimizer = start(stage, scope, config_of(stage, dtype, accumulate, **zero))
+    engine, optimizer = start(stage, scope, config_of(stage, dtype, accumulate, **zero), fused=fused)
     if attach:
         from am_lightning.deepspeed import attach as attach_engine
 
@@ -178,6 +179,7 @@ def compare(
         "bits": [{n: b.hex() for n, b in step.items()} for step in seen],
         "names": list(seen[0]),
         "engine": type(engine.optimizer).__name__,
+        "kernels": optimizer.describe(),
         "sums": counter.call_count,
         "partitions": len(getattr(engine.optimizer, "fp32_partitioned_groups_flat", groups_of(engine.module, scope))),
     }

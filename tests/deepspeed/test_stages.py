@@ -60,6 +60,14 @@ def test_scopes_that_span_several_calls(pool, case: dict[str, Any]) -> None:
     check(ranks, beta=5e-6, weights=1e-5)
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_the_fused_loop(pool, stage: int) -> None:
+    """What ZeRO-Offload's states are stepped with."""
+    ranks = pool(2).run(f"{RUNS}:compare", timeout=START_UP, stage=stage, fused=True, **(OFFLOAD if stage else {}))
+    check(ranks, beta=5e-6, weights=5e-6)
+    assert all("C++ loop" in rank["kernels"] for rank in ranks)
+
+
 @pytest.mark.parametrize("scope", ["tensor", "global"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bfloat16(pool, stage: int, scope: str) -> None:

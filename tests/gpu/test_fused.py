@@ -29,15 +29,18 @@ def make(dtype: torch.dtype, *, seed: int = 0, **options: Any) -> AMAdamW:
 
 def give(optimizer: AMAdamW, step: int) -> None:
     """New gradients at new addresses."""
-    generator = torch.Generator().manual_seed(step)
+    generator = torch.Generator("cuda").manual_seed(
+        step
+    )  # made there: a copy from pageable memory waits for the device
     for p in params_of(optimizer):
-        noise = torch.randn(p.shape, generator=generator).to(p.device)
+        noise = torch.randn(p.shape, generator=generator, device="cuda").to(p.device)
         p.grad = (noise + 0.5 * p.detach().float()).to(p.dtype)
 
 
-def assert_alike(ours: AMAdamW, plain: AMAdamW, tol: float) -> None:
+def assert_alike(ours: AMAdamW, plain: AMAdamW, tol: float, beta: float = 1e-6) -> None:
+    """``beta``: how far beta_t may be off; one step from equal states leaves it within 1e-6 in every dtype."""
     for a, b in zip(ours.momentum().values(), plain.momentum().values(), strict=True):
-        assert_close(float(a), float(b), max(tol, 1e-6), "beta")
+        assert_close(float(a), float(b), beta, "beta")
     for p, q in zip(params_of(ours), params_of(plain), strict=True):
         for name, a, b in [("weights", p, q), *((k, v, plain.state[q][k]) for k, v in ours.state[p].items())]:
             assert_close(to_numpy(a), to_numpy(b), tol, name)
@@ -88,7 +91,7 @@ def test_many_steps_in_flight() -> None:
             give(optimizer, step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    assert_alike(ours, plain, 1e-4)
+    assert_alike(ours, plain, 1e-4, beta=1e-3)  # roundings of 30 steps add up
 
 
 def test_runs_repeat_to_the_bit() -> None:
@@ -159,7 +162,7 @@ def test_cuda_graph(scope: str) -> None:
             eager(captured, [gradient.clone() for gradient in static])
             plain.step()
     torch.cuda.synchronize()
-    assert_alike(captured, plain, 1e-5)
+    assert_alike(captured, plain, 1e-5, beta=1e-5)
 
 
 def test_a_capture_before_any_step_is_refused() -> None:
@@ -179,4 +182,4 @@ def test_a_model_on_two_devices() -> None:
             give(optimizer, step)
             optimizer.step()
         both.append(optimizer)
-    assert_alike(*both, 1e-5)
+    assert_alike(*both, 1e-5, beta=1e-5)

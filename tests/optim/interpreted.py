@@ -185,9 +185,9 @@ def scaled_gradients(dtype: str) -> None:
     for piece in scaled.pieces:
         piece.g *= 4.0
     numbers, scale, counts = plain.numbers(), torch.tensor(0.25), torch.ones(2, dtype=torch.bool)
-    passes = TritonPasses(scaled.pieces, Tables())
-    plain.check_sums(passes.sums(numbers, torch.float64, scale), BETA_TOL)
-    passes.update(numbers, counts, scale)
+    passes = TritonPasses(scaled.pieces, Tables(), scale)
+    plain.check_sums(passes.sums(numbers, torch.float64), BETA_TOL)
+    passes.update(numbers, counts)
     plain.step(numbers, range(2))
     scaled.oracle = plain.oracle
     scaled.check_stored()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from am_lightning import AMAdamW
+from am_lightning import AMAdamW, clip_grad_norm_
 from am_lightning.optim.kernels import fused
 from tests.optim.harness import (
     Bowl,
@@ -153,3 +153,30 @@ def tensor_lr() -> None:
             _train(optimizer, 1, start=step)
     for p, q in zip(params_of(ours), params_of(plain), strict=True):
         assert_close(to_numpy(p), to_numpy(q), 1e-6, "weights")
+
+
+def clipping_in_registers() -> None:
+    """The weights of clipping before the step, with gradients that nobody has written.
+
+    To the bit, but for 0-dim tensors: torch multiplies those in float64.
+    """
+    pair = [make(two_groups(), lr=0.05) for _ in range(2)]
+    for in_step, optimizer in enumerate(pair):
+        for step in range(3):
+            kept = _clip_and_step(optimizer, step, in_step=bool(in_step))
+            same = [torch.equal(p.grad, grad) for p, grad in zip(params_of(optimizer), kept, strict=True) if p.numel()]
+            assert all(same) if in_step else not any(same)
+    for a, b in zip(*map(params_of, pair), strict=True):
+        assert_close(to_numpy(a), to_numpy(b), 0 if a.dim() else 1e-6, "weights")
+
+
+def _clip_and_step(optimizer: AMAdamW, step: int, *, in_step: bool) -> list[torch.Tensor]:
+    """The gradients before."""
+    kept: list[torch.Tensor] = []
+
+    def clip(_: int, params: list[torch.Tensor]) -> None:
+        kept.extend(p.grad.clone() for p in params)
+        clip_grad_norm_(optimizer, 0.3, in_step=in_step)
+
+    _train(optimizer, 1, start=step, edit=clip)
+    return kept

@@ -49,3 +49,39 @@ def test_bad_max_norm_is_named(max_norm) -> None:
 def test_another_optimizer_is_refused() -> None:
     with pytest.raises(TypeError, match="optimizer must be AMAdamW or AMSGD"):
         clip_grad_norm_(torch.optim.AdamW(make()), 1.0)
+
+
+KERNELS = [{"foreach": False}, {"foreach": None}, {"foreach": True}, {"fused": True}]
+
+
+@pytest.mark.parametrize("kernels", KERNELS, ids=str)
+@pytest.mark.parametrize("optimizer", [AMAdamW, AMSGD])
+def test_clipping_in_the_step_is_clipping_before_it(optimizer, kernels: dict[str, bool]) -> None:
+    if optimizer is AMSGD and "fused" in kernels:
+        pytest.skip("AMSGD has no fused form")
+    pair = []
+    for in_step in (False, True):
+        params = make(torch.float32)
+        ours = optimizer(params, lr=0.1, **kernels)
+        for step in range(3):
+            norm = clip_grad_norm_(ours, 0.5, in_step=in_step) if step < 2 else None  # the last is not clipped
+            ours.step()
+            for i, param in enumerate(params[:-1]):
+                param.grad = torch.full_like(param, 0.1 * (i + step + 1))
+        pair.append((params, norm, ours.momentum()))
+    (before, _, betas), (inside, _, others) = pair
+    assert all(torch.equal(a, b) for a, b in zip(before, inside, strict=True))
+    torch.testing.assert_close(betas, others, rtol=0, atol=0, equal_nan=True)
+
+
+def test_zero_grad_takes_clipping_in_the_step_back() -> None:
+    params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    one, two = (AMAdamW([param], lr=0.1, eps=1.0) for param in params)
+    for optimizer, param in zip((one, two), params, strict=True):
+        param.grad = torch.ones(3)
+        if optimizer is one:
+            clip_grad_norm_(one, 1e-3, in_step=True)  # a GradScaler may leave out the step that follows
+            one.zero_grad()
+            param.grad = torch.ones(3)
+        optimizer.step()
+    assert torch.equal(*params) and params[0].abs().max() > 0

@@ -51,6 +51,10 @@ def test_low_precision_direction(interpreter: Pool) -> None:
     check(interpreter, "low_precision_direction")
 
 
+def test_clipping_in_registers(interpreter: Pool) -> None:
+    check(interpreter, "clipping_in_registers")
+
+
 def test_a_tensor_lr_is_read_on_the_device(interpreter: Pool) -> None:
     check(interpreter, "tensor_lr")
 

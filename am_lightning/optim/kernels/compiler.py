@@ -31,10 +31,10 @@ _cache_dir: Callable[..., str] = _appdirs.user_cache_dir
 
 class Library:
     """The loaded C++ loop, and how it was built: ``words`` for people, ``build`` a number below 2^20 that tells builds
-    apart."""
+    apart, where OpenMP's runtime lies left out."""
 
-    def __init__(self, path: Path, compiler: str) -> None:
-        self.build = int(hashlib.sha256(path.name.encode()).hexdigest()[:5], 16)
+    def __init__(self, path: Path, compiler: str, options: list[str]) -> None:
+        self.build = int(_key([compiler, *options])[:5], 16)
         self._loaded = ctypes.CDLL(str(path))
         self.sums, self.update = self._loaded.am_sums, self._loaded.am_update
         self.sums.restype = self.update.restype = None
@@ -78,11 +78,11 @@ def load_library() -> Library:
         try:
             if path.exists():
                 try:
-                    return Library(path, version)
+                    return Library(path, version, options)
                 except (OSError, AttributeError):  # damaged, or made where another C library is: build it anew
                     pass
             _compile([*command, *options], libraries, path)
-            return Library(path, version)
+            return Library(path, version, options)
         except (OSError, RuntimeError) as error:
             failures.append(str(error))
     raise RuntimeError(f"{shlex.join(command)} cannot build {_SOURCE}: {failures[0]}")

@@ -15,6 +15,7 @@ from am_lightning.optim.kernels.triton_pair import require_triton
 
 TRITON, LOOP, COMPILED = "Triton", "C++ loop", "torch.compile"
 TRITON_DEVICES = {"cuda"}  # ROCm's name too
+COMPILED_DEVICES = {"xpu", "mps", "mtia"}  # Inductor serves them
 SWITCH = "AM_LIGHTNING_FUSED"  # environment: "cpp" or "compile" on the CPU
 
 
@@ -29,6 +30,7 @@ def fused_tier(device: torch.device) -> str:
         return TRITON
     if device.type == "cpu":
         return _on_cpu(os.environ.get(SWITCH))
+    _check_device(device)
     return COMPILED
 
 
@@ -78,6 +80,16 @@ def require_fused(device: torch.device) -> None:
         _check_switch(os.environ.get(SWITCH))
         if find_compiler() is None and not _inductor_has_compiler():
             raise _no_compiler("$CXX, c++, g++ and clang++ cannot be run")
+    elif device.type != "meta":  # where a model waits for its real device: step() will see that one
+        _check_device(device)
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type not in COMPILED_DEVICES:
+        names = sorted({"cpu", *TRITON_DEVICES, *COMPILED_DEVICES})
+        raise RuntimeError(
+            f"fused=True has no kernels for parameters on {device.type!r} (but for {', '.join(names)}): use fused=None"
+        )
 
 
 def words_of(tier: str) -> str:

@@ -33,6 +33,7 @@ class Workspace:
         self.tables = triton_pair.Tables()
         self.agreed_on_cpu: str | None = None  # the fused kernels that all ranks have; None: chosen here alone
         self.constants = Constants()
+        self.gradient_scale: Tensor | None = None  # 0-dim, what the next step multiplies its gradients by
 
 
 _SUPPORTS: dict[str, Callable[[Piece], bool]] = {
@@ -78,6 +79,7 @@ class Passes:
 
     def __init__(self, pieces: Sequence[Piece], choices: Sequence[Choice], workspace: Workspace) -> None:
         self._workspace = workspace
+        self._scale, workspace.gradient_scale = workspace.gradient_scale, None
         chosen: dict[tuple[torch.device, Choice], tuple[str, str]] = {}
         by_tier: dict[tuple[str, str], list[Piece]] = {}
         for piece, choice in zip(pieces, choices, strict=True):
@@ -92,14 +94,16 @@ class Passes:
                 if name == REFERENCE and choice.fused and not is_addressable(piece.tensors()):
                     name = BLOCKED if is_flat(piece.tensors()) else name
             by_tier.setdefault((name, device.type), []).append(piece)
+        self._in_memory = [p for (name, _), members in by_tier.items() if name != TRITON for p in members]
         self.tiers = {name: len(members) for (name, _), members in by_tier.items()}
         self._launches = [
-            (tuple(piece.row for piece in members), _launch(name, device, members, workspace))
+            (tuple(piece.row for piece in members), _launch(name, device, members, workspace, self._scale))
             for (name, device), members in by_tier.items()
         ]
 
     def sums(self, numbers: Numbers, rows: int, device: torch.device, accumulate: torch.dtype) -> Tensor:
         """Pass 1: ``[rows, 2]``, N and D; zero for rows without a gradient here."""
+        self._scale_in_memory()
         everything = tuple(range(rows))
         out: Tensor | None = None
         for here, launch in self._launches:
@@ -111,6 +115,13 @@ class Passes:
             out.index_copy_(0, self._workspace.constants.vector(here, device), pairs)
         # None where a pipeline stage, or a rank, has no parameters
         return torch.zeros(rows, 2, dtype=accumulate, device=device) if out is None else out
+
+    def _scale_in_memory(self) -> None:
+        """The gradients of kernels that cannot do it in registers."""
+        if self._scale is not None:
+            for piece in self._in_memory:
+                piece.g.mul_(moved(self._scale, piece.g.device))
+            self._in_memory = []
 
     def update(self, numbers: Numbers, counts: Tensor) -> None:
         """Pass 2: write the rows where ``counts`` (``[rows]`` bool) is True.
@@ -151,9 +162,9 @@ class EagerPasses:
             reference.update(pieces, numbers, None)
 
 
-def _launch(name: str, device_type: str, pieces: Sequence[Piece], workspace: Workspace) -> Launch:
+def _launch(name: str, device_type: str, pieces: Sequence[Piece], workspace: Workspace, scale: Tensor | None) -> Launch:
     if name == TRITON:
-        return triton_pair.TritonPasses(pieces, workspace.tables)
+        return triton_pair.TritonPasses(pieces, workspace.tables, scale)
     if name == LOOP:
         return cpu_loop.LoopPasses(pieces)
     if name == COMPILED:

@@ -52,19 +52,20 @@ def supports(piece: Piece) -> bool:
 class TritonPasses:
     """Both passes of one step over pieces that ``supports`` has accepted, on one device or several."""
 
-    def __init__(self, pieces: Sequence[Piece], tables: Tables) -> None:
+    def __init__(self, pieces: Sequence[Piece], tables: Tables, gradient_scale: Tensor | None = None) -> None:
+        """``gradient_scale``: 0-dim; gradients are multiplied by it in registers."""
+        self._gradient_scale = gradient_scale
         self._pieces = pieces  # the tables hold addresses, and some gradients are copies that nobody else holds
         self._device = pieces[0].x.device
         self._groups = tables.prepare(pieces)
         self._kernels = require_triton()
 
-    def sums(self, numbers: Numbers, accumulate: torch.dtype, grad_scale: Tensor | None = None) -> Tensor:
+    def sums(self, numbers: Numbers, accumulate: torch.dtype) -> Tensor:
         """Pass 1, which only reads: ``[pieces, 2]``, N and D, on the device of the first piece.
 
         Args:
             numbers: ``gap``, ``root`` and ``floor`` are read on the device.
             accumulate: dtype of the result; the kernels sum in float64.
-            grad_scale: 0-dim on the device; gradients are multiplied by it in registers.
         """
         parts: dict[torch.device, Tensor] = {}
         for group, addresses, options in self._groups:
@@ -77,7 +78,8 @@ class TritonPasses:
             columns = [_on(numbers.columns[name], device) for name in ("gap", "root", "floor")]
             with _current(device):
                 self._kernels.sums_kernel[(group.chunk_count,)](
-                    addresses, group.chunks, group.tensors, options, *columns, _on(grad_scale, device), partial,
+                    addresses, group.chunks, group.tensors, options, *columns,
+                    _on(self._gradient_scale, device), partial,
                     **self._constants(kind), DECAYS=kind.decays, **_LAUNCH,
                 )  # fmt: skip
                 self._kernels.reduce_kernel[(group.size,)](
@@ -88,13 +90,12 @@ class TritonPasses:
             total = total + other  # every slot is filled on one device
         return total.to(accumulate)
 
-    def update(self, numbers: Numbers, counts: Tensor, grad_scale: Tensor | None = None) -> None:
+    def update(self, numbers: Numbers, counts: Tensor) -> None:
         """Pass 2, which writes d, v and x of the rows where ``counts`` (``[rows]`` bool, on the device) is True.
 
         Args:
             numbers: ``root``, ``floor``, ``lr``, ``shrink``, ``omega`` are read on the device, and ``step`` (the steps
                 that a row has made) where d is rounded stochastically.
-            grad_scale: as in ``sums``.
         """
         for group, addresses, options in self._groups:
             kind, device = group.kind, group.kind.device
@@ -106,7 +107,7 @@ class TritonPasses:
             with _current(device):
                 self._kernels.update_kernel[(group.chunk_count,)](
                     addresses, group.chunks, group.tensors, options, *columns,
-                    _on(counts.view(torch.uint8), device), steps, _on(grad_scale, device),
+                    _on(counts.view(torch.uint8), device), steps, _on(self._gradient_scale, device),
                     **self._constants(kind), STOCHASTIC=kind.stochastic, **_LAUNCH,
                 )  # fmt: skip
 
