@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +14,17 @@ from typing import BinaryIO
 from am_lightning.recipes.errors import RecipeError
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # full, over the quota, over the process's limit
+_RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def disk_error(error: BaseException) -> OSError | None:
-    """The OSError behind `error`. torch.save turns what write() raised into a RuntimeError and keeps it as context."""
+    """The OSError behind `error`. torch.save turns what write() raised into a RuntimeError and keeps it as context;
+    safetensors keeps its number in the text only."""
     seen: BaseException | None = error
     while seen is not None and not isinstance(seen, OSError):
+        number = _RUST_OS_ERROR.search(str(seen))
+        if number:
+            return OSError(int(number[1]), os.strerror(int(number[1])))
         seen = seen.__cause__ or seen.__context__
     return seen
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 
 from am_lightning.recipes.errors import RecipeError
 from am_lightning.recipes.files import disk_error, sync_folder, write_failure
+from am_lightning.recipes.together import raising_together
 
 _CURE = "Free some space; --ckpt_path last goes on from the checkpoint before."
 
@@ -36,6 +37,15 @@ class StateFolders:
         """
         target = self.folder / f"step-{step:06d}"
         part = self.folder / f".{target.name}.part"
+        try:
+            self._write(part, target)
+        except RecipeError:
+            if self.accelerator.is_main_process:
+                shutil.rmtree(part, ignore_errors=True)  # a full disk needs the space
+            raise
+        return target
+
+    def _write(self, part: Path, target: Path) -> None:
         with self._together(target):
             if self.accelerator.is_main_process:
                 shutil.rmtree(part, ignore_errors=True)  # of a killed run
@@ -48,7 +58,6 @@ class StateFolders:
                 part.rename(target)
                 sync_folder(self.folder)
                 self._prune()
-        return target
 
     def load(self, ckpt_path: str) -> Path | None:
         """Load "last", the newest; or a folder. Returns the folder; None where "last" finds none.
@@ -64,21 +73,8 @@ class StateFolders:
         self.accelerator.load_state(str(path))
         return path
 
-    @contextlib.contextmanager
-    def _together(self, target: Path) -> Iterator[None]:
-        """What one process raises in the block, all raise: the others would wait for it in the next collective."""
-        problem: Exception | None = None
-        try:
-            yield
-        except Exception as error:
-            problem = error
-        refused = None if problem is None else disk_error(problem)
-        words = str(problem) if refused is None else str(write_failure(target, refused, _CURE))
-        found = [text for text in gather_object([None if problem is None else words]) if text is not None]
-        if problem is not None and refused is None:
-            raise problem
-        if found:
-            raise RecipeError(found[0]) from problem
+    def _together(self, target: Path) -> AbstractContextManager[None]:
+        return raising_together(lambda words: gather_object([words]), partial(_refusal, target))
 
     def newest(self) -> Path | None:
         """The checkpoint with the most steps."""
@@ -91,6 +87,13 @@ class StateFolders:
         if self.keep is not None:
             for old in sorted(self._all(), key=_step_of)[: -self.keep]:
                 shutil.rmtree(old, ignore_errors=True)
+
+
+def _refusal(target: Path, problem: BaseException) -> RecipeError | None:
+    if isinstance(problem, RecipeError):
+        return problem
+    refused = disk_error(problem)
+    return None if refused is None else write_failure(target, refused, _CURE)
 
 
 def _step_of(path: Path) -> int:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.sharding.pool import pools
+
 from .commands import arguments, load, run
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
@@ -45,3 +47,17 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(disk: Path, tmp_path: Path,
     resumed = run(arguments(disk / "run", corpus_folder, last + 2, "--ckpt_path", "last"), tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert load(disk / "run" / "checkpoints" / "last.ckpt")["global_step"] == last + 2
+
+
+@pytest.mark.slow
+def test_accelerates_checkpoints_fail_on_all_ranks_and_leave_the_good_ones(disk: Path) -> None:
+    """Only rank 0 meets the full disk; the other would wait for it."""
+    with pools() as start:
+        ends = start(2).run(
+            "tests.recipes.state_folders:save_until_the_disk_is_full", timeout=60, folder=str(disk / "c")
+        )
+    assert len(set(ends)) == 1, ends
+    made, error = ends[0]
+    assert 0 < made < 8
+    assert error.startswith(f"cannot write {disk}/c/step-{made + 1:06d}: No space left on device"), error
+    assert sorted(path.name for path in (disk / "c").iterdir()) == [f"step-{n:06d}" for n in range(1, made + 1)]

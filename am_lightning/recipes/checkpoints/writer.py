@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from am_lightning.recipes.checkpoints.atomic import require_space, tensor_bytes
 from am_lightning.recipes.checkpoints.manifest import CURE, sync_files, write_manifest
 from am_lightning.recipes.errors import RecipeError
 from am_lightning.recipes.files import DISK_FULL, disk_error, sync_folder, write_failure
+from am_lightning.recipes.together import raising_together
 
 _METADATA = "meta.pt"  # what Lightning puts beside the shards, and looks for when it loads
 
@@ -160,22 +162,15 @@ class CheckpointWriter:
             future.result()
 
     @contextlib.contextmanager
-    def _together(self, path: Path | None) -> Any:
-        """What one rank raises in the block, all raise: the others would wait for it in the next collective."""
-        problem: BaseException | None = None
+    def _together(self, path: Path | None) -> Iterator[None]:
+        """Raise on all ranks, and leave no half of a folder behind."""
         try:
-            yield
-        except (Exception, CheckpointException) as error:  # the second is a BaseException
-            problem = error
-        mine = None if problem is None else _in_words(problem, path)
-        found = [words for words in _gathered(self.trainer, mine) if words]
-        if not found:
-            return
-        if problem is not None and mine is not None and not mine.startswith("RecipeError: "):
-            raise problem
-        if self.trainer.is_global_zero and self.folders and path is not None:
-            shutil.rmtree(self._part(path), ignore_errors=True)
-        raise RecipeError(found[0].removeprefix("RecipeError: ")) from problem
+            with raising_together(partial(_gathered, self.trainer), partial(_refusal, path)):
+                yield
+        except RecipeError:
+            if self.trainer.is_global_zero and self.folders and path is not None:
+                shutil.rmtree(self._part(path), ignore_errors=True)
+            raise
 
 
 def writes_folders(trainer: L.Trainer) -> bool:
@@ -188,15 +183,15 @@ def writes_folders(trainer: L.Trainer) -> bool:
     return isinstance(strategy, DeepSpeedStrategy)
 
 
-def _in_words(problem: BaseException, path: Path | None) -> str:
-    """For the other ranks; a refusing disk, however deep, becomes a RecipeError's text."""
+def _refusal(path: Path | None, problem: BaseException) -> RecipeError | None:
+    """A refusing disk, however deep."""
     if isinstance(problem, RecipeError):
-        return f"RecipeError: {problem}"
+        return problem
     for cause in [problem, *_causes(problem)]:
         refused = disk_error(cause)
         if refused is not None and (refused.errno in DISK_FULL or path is not None):
-            return f"RecipeError: {write_failure(path or Path(refused.filename or '.').absolute(), refused, CURE)}"
-    return f"{type(problem).__name__}: {problem}"
+            return write_failure(path or Path(refused.filename or ".").absolute(), refused, CURE)
+    return None
 
 
 def _causes(problem: BaseException) -> list[BaseException]:

@@ -1,0 +1,37 @@
+"""What one rank raises, all raise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch.distributed.checkpoint.api import CheckpointException
+
+from am_lightning.recipes.errors import RecipeError
+
+
+@contextmanager
+def raising_together(
+    gather: Callable[[str | None], list[str | None]], refusal_of: Callable[[BaseException], RecipeError | None]
+) -> Iterator[None]:
+    """Collective. An error in the block on one rank ends it on all: the others would wait in the next collective.
+
+    Args:
+        gather: one text, or None, from every rank.
+        refusal_of: an error that is nobody's fault, such as a full disk, in words for the user; None for others.
+
+    Raises:
+        RecipeError: where an error was a refusal, or another rank's; else the rank's own error.
+    """
+    problem: BaseException | None = None
+    try:
+        yield
+    except (Exception, CheckpointException) as error:  # the second is a BaseException
+        problem = error
+    refused = None if problem is None else refusal_of(problem)
+    words = None if problem is None else str(refused or f"{type(problem).__name__}: {problem}")
+    found = [text for text in gather(words) if text is not None]
+    if problem is not None and refused is None:
+        raise problem
+    if found:
+        raise RecipeError(found[0]) from problem
