@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from am_lightning.recipes.early_signals import keep_signals
 from am_lightning.recipes.errors import RecipeError
-from am_lightning.recipes.files import DISK_FULL
+from am_lightning.recipes.files import DISK_FULL, disk_error
 
 RESUME = "--ckpt_path last goes on from the newest checkpoint"
 
@@ -27,6 +27,7 @@ def command_line() -> Iterator[None]:
         import am_lightning.recipes.cli  # noqa: F401
     try:
         yield
+        sys.stdout.flush()  # here, where a closed pipe is still met in words
     except RecipeError as error:
         sys.exit(f"error: {error}")
     except SystemExit as stopped:
@@ -34,12 +35,16 @@ def command_line() -> Iterator[None]:
             raise
         print(f"stopped by SIGTERM; {RESUME}", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM) from stopped
-    except OSError as error:
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
+        raise SystemExit(1) from None
+    except Exception as error:
         # Whatever else was being written (the curves, the configuration) when the disk became full.
-        if error.errno not in DISK_FULL:
+        refused = disk_error(error)
+        if refused is None or refused.errno not in DISK_FULL:
             raise
-        what = error.filename or "the run's files"
-        sys.exit(f"error: cannot write {what}: {error.strerror}. Free some space; {RESUME}.")
+        what = refused.filename or "the run's files"
+        sys.exit(f"error: cannot write {what}: {refused.strerror}. Free some space; {RESUME}.")
 
 
 def _is_sigterm(stopped: SystemExit) -> bool:

@@ -102,6 +102,16 @@ def test_cp_copies_what_a_run_needs_and_overwrites_nothing(tmp_path: Path) -> No
         main(["cp", "60n", str(copy)])
 
 
+def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
+    """As `list | head -1` does."""
+    command = [sys.executable, "-m", "am_lightning.recipes", "list"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert "Traceback" not in (words := process.stderr.read()) and "BrokenPipe" not in words
+    assert process.wait(timeout=60) == 1
+
+
 def test_fit_takes_a_name(tmp_path: Path, corpus_folder: Path) -> None:
     """`fit NAME`, as pretrain.py; and nothing of the same name in the working directory is needed."""
     [_, _, _, *settings] = arguments(tmp_path / "run", corpus_folder, 2)
