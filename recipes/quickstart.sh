@@ -1,12 +1,24 @@
 #!/usr/bin/env bash
 # Train the laptop recipe from nothing: makes .venv and installs into it what is missing, trains, prints where to look.
 #
-#     recipes/quickstart.sh [--KEY VALUE ...]     # anything that pretrain.py fit takes, e.g. --trainer.max_steps 20
+#     recipes/quickstart.sh [--KEY VALUE ...]
 #
+#     recipes/quickstart.sh                             # 800 steps: about two minutes after the installation
+#     recipes/quickstart.sh --ckpt_path last            # go on after an interruption, to the same bits
+#     recipes/quickstart.sh --compare true              # also AdamW at beta1 0.9 and 0.8, and one picture of all
+#     recipes/quickstart.sh --trainer.max_steps 20      # any key of recipes/configs/laptop.yaml, which explains each
+#
+# All keys: .venv/bin/python recipes/pretrain.py fit --help, once .venv is there.
 # The run goes to runs/laptop in the repository unless --trainer.default_root_dir says otherwise.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
+case "${1:-}" in
+    -h | --help) # before anything is installed
+        sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+        exit 0
+        ;;
+esac
 ensure_venv "lightning,recipes"
 exec "$PYTHON" "$AM_ROOT/recipes/pretrain.py" fit --config "$AM_ROOT/recipes/configs/laptop.yaml" \
     --trainer.default_root_dir "$AM_ROOT/runs/laptop" "$@"

@@ -65,6 +65,12 @@ def installations(root: Path) -> int:
     return len((root / "installations").read_text())
 
 
+def test_help_installs_nothing(checkout: Path, tmp_path: Path) -> None:
+    result = bash(f"'{checkout}/recipes/quickstart.sh' --help", tmp_path)
+    assert result.returncode == 0 and "--ckpt_path last" in result.stdout and "#!" not in result.stdout
+    assert not (checkout / ".venv").exists()
+
+
 @pytest.mark.slow
 def test_the_quickstart_trains_and_installs_once(checkout: Path, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"
