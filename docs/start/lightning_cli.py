@@ -1,6 +1,6 @@
-"""The same training from the command line:
+r"""The same training from the command line:
 
-python lightning_cli.py fit --optimizer AdamW --optimizer.lr 3e-3 \\
+python lightning_cli.py fit --optimizer AdamW --optimizer.lr 3e-3 \
     --trainer.max_steps 100 --trainer.log_every_n_steps 1 --trainer.callbacks+=am_lightning.AdaptiveMemory
 """
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from am_lightning.recipes.errors import RecipeError
 from am_lightning.recipes.studies.convex.protocol import study
 from am_lightning.recipes.studies.convex.results import report
+from am_lightning.recipes.studies.page import command_of
 
 
 def main() -> None:
@@ -24,7 +25,8 @@ def main() -> None:
     options = parser.parse_args()
     try:
         ledger = study(options.out / "convex.jsonl", steps=options.steps, workers=options.workers)
-        print(report(ledger, options.out, steps=options.steps))
+        command = command_of("convex.py", parser, options)
+        print(report(ledger, options.out, steps=options.steps, command=command))
     except RecipeError as error:
         sys.exit(f"error: {error}")
 

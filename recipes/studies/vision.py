@@ -16,8 +16,9 @@ from pathlib import Path
 
 from am_lightning.recipes.errors import RecipeError
 from am_lightning.recipes.studies.ledger import Ledger
+from am_lightning.recipes.studies.page import command_of
 from am_lightning.recipes.studies.vision.run import Classification
-from am_lightning.recipes.studies.vision.stages import AM_SGD, report, sweep_of
+from am_lightning.recipes.studies.vision.stages import AM_ADAMW, AM_SGD, report, sweep_of
 from am_lightning.recipes.studies.vision.task import read_task
 
 TASKS = Path(__file__).resolve().parent / "vision"
@@ -30,20 +31,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of results; default: runs/studies/NAME OF THE TASK")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one CPU thread each")
-    parser.add_argument("--try-steps", type=int, metavar="N", help="only a trial: N steps of AM-SGD, nothing is kept")
+    parser.add_argument(
+        "--try-steps", type=int, metavar="N", help="only a trial: N steps of AM-SGD and of AM-AdamW, nothing is kept"
+    )
     options = parser.parse_args()
     try:
         task = read_task(options.task)
         out = options.out or Path("runs/studies") / options.task.stem
         sweep = sweep_of(Ledger(out / "vision.jsonl"), task, options.device)
         if options.try_steps:
-            trial = sweep.config(AM_SGD, task.sgd_rates[0], 0)
-            print(Classification(options.data_dir, options.try_steps)(trial))
+            for method, rates in ((AM_SGD, task.sgd_rates), (AM_ADAMW, task.adamw_rates)):
+                print(method, Classification(options.data_dir, options.try_steps)(sweep.config(method, rates[0], 0)))
             return
         runs = Classification(options.data_dir)
         sweep.ledger.run(sweep.sweep_configs(), runs, workers=options.workers)
         sweep.ledger.run(sweep.finalist_configs(), runs, workers=options.workers)
-        print(report(sweep, out))
+        print(report(sweep, task, out, command_of("vision.py", parser, options)))
     except RecipeError as error:
         sys.exit(f"error: {error}")
 

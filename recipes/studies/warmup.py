@@ -1,11 +1,12 @@
-"""AM-AdamW without warmup against tuned AdamW, RAdam and schedule-free: python recipes/studies/warmup.py [--out DIR]
+r"""AM-AdamW without warmup against tuned AdamW, RAdam and schedule-free: python recipes/studies/warmup.py [--out DIR]
 
 The protocol is in am_lightning/recipes/studies/pretraining/stages.py: a sweep on one seed, then paired runs on fresh
 seeds, four times the batch, three times the steps, and the traces of beta_t. The validation loss counts at the end of
 training. Writes warmup.jsonl, warmup.md and figures into DIR; finished runs are kept, so a second call goes on.
 
     python recipes/studies/warmup.py --workers 2                                          # the laptop recipe, on a CPU
-    python recipes/studies/warmup.py --recipe 60m --steps 10000 --batch-size 512 --device cuda --out runs/studies/60m
+    python recipes/studies/warmup.py --recipe 60m --steps 10000 --batch-size 512 --micro-batch-size 64 --device cuda \
+        --out runs/studies/60m
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from pathlib import Path
 
 from am_lightning.recipes.errors import RecipeError
 from am_lightning.recipes.studies.ledger import Ledger
+from am_lightning.recipes.studies.page import command_of
 from am_lightning.recipes.studies.pretraining.report import report
-from am_lightning.recipes.studies.pretraining.run import Pretraining
+from am_lightning.recipes.studies.pretraining.run import Pretraining, setup_of
 from am_lightning.recipes.studies.pretraining.stages import STAGES, Scale, configs
 
 
@@ -27,17 +29,18 @@ def main() -> None:
     parser.add_argument("--recipe", default="laptop", help="a recipe's name, or a YAML")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=8, help="rows of a step")
+    parser.add_argument("--micro-batch-size", type=int, metavar="N", help="rows at once, where the batch is too large")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one CPU thread each")
     parser.add_argument("--stages", nargs="*", default=list(STAGES), metavar="STAGE", help=", ".join(STAGES))
     options = parser.parse_args()
     try:
-        scale = Scale(options.recipe, options.steps, options.batch_size, options.device)
-        ledger = Ledger(options.out / "warmup.jsonl")
+        scale = Scale(options.recipe, options.steps, options.batch_size, options.device, options.micro_batch_size)
+        ledger = Ledger(options.out / "warmup.jsonl", setup_of(options.recipe))
         runs = Pretraining(str((options.out / "data").resolve()))
         for stage in options.stages:
             ledger.run(configs(stage, scale, ledger), runs, workers=options.workers)
-        print(report(ledger, scale, options.out))
+        print(report(ledger, scale, options.out, command_of("warmup.py", parser, options)))
     except RecipeError as error:
         sys.exit(f"error: {error}")
 

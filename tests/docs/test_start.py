@@ -28,7 +28,7 @@ def test_every_program_is_run_here() -> None:
 def test_a_program_trains_and_leaves_its_curves(tmp_path: Path, name: str) -> None:
     command = [name]
     if name == "lightning_cli.py":
-        text = (START / name).read_text().split('"""')[1].replace("\\\\\n", " ")
+        text = (START / name).read_text().split('"""')[1].replace("\\\n", " ")
         command = shlex.split(text[text.index("python lightning_cli.py") :])[1:]
     run_program(tmp_path, command)
     found = betas(tmp_path)

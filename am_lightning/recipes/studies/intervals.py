@@ -23,6 +23,8 @@ class Interval:
         return abs(self.mean) > self.half_width
 
     def __str__(self) -> str:
+        if not math.isfinite(self.mean):
+            return f"diverged (n={self.samples})"
         width = "" if math.isnan(self.half_width) else f" ± {self.half_width:.3f}"
         return f"{self.mean:+.3f}{width} (n={self.samples})"
 
@@ -43,7 +45,7 @@ def interval(values: list[float]) -> Interval:
 
 
 def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Interval:
-    """Of first - second over the seeds that both have.
+    """Of first - second over the seeds that both have; nan where a run diverged.
 
     Raises:
         ValueError: they share no seed.
@@ -51,4 +53,7 @@ def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Interval:
     shared = sorted(first.keys() & second.keys())
     if not shared:
         raise ValueError(f"no shared seed: {sorted(first)} and {sorted(second)}")
-    return interval([first[seed] - second[seed] for seed in shared])
+    differences = [first[seed] - second[seed] for seed in shared]
+    if not all(math.isfinite(difference) for difference in differences):
+        return Interval(math.nan, math.nan, len(shared))
+    return interval(differences)

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-import platform
+import argparse
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 
-import torch
+# Options that change no number of the page.
+_SILENT = {"out", "workers", "stages", "data_dir", "try_steps"}
 
 
-def write_page(path: Path, title: str, command: str, protocol: str, parts: Sequence[str]) -> str:
-    """Write Markdown to `path`: a title, the command, device, versions and date, the protocol, then the parts.
+def command_of(program: str, parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
+    """The command that makes the same page: the program with the options that are not at their defaults."""
+    words = [f"python recipes/studies/{program}"]
+    for name, value in vars(options).items():
+        if name not in _SILENT and value != parser.get_default(name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return " ".join(words)
+
+
+def write_page(path: Path, title: str, command: str, made: str, protocol: str, parts: Sequence[str]) -> str:
+    """Write Markdown to `path`: a title, the command, where it ran, the protocol, then the parts.
 
     Args:
         path: of the page; its folder is made.
         title: of the page.
         command: that makes it.
+        made: device, versions and date of the runs.
         protocol: what was run, seeds included.
         parts: tables and figures, with their headings.
 
     Returns:
         What was written.
     """
-    made = (
-        f"Made by `{command}` on {date.today().isoformat()}; {_device()}, torch {torch.__version__.partition('+')[0]},"
-        f" Python {platform.python_version()}. {protocol}"
-    )
-    text = "\n\n".join([f"# {title}", made, *parts]) + "\n"
+    text = "\n\n".join([f"# {title}", f"Made by `{command}`: {made}. {protocol}", *parts]) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     return text
@@ -36,19 +42,3 @@ def write_page(path: Path, title: str, command: str, protocol: str, parts: Seque
 def figure(name: str, says: str) -> str:
     """A picture that lies beside the page."""
     return f"![{says}]({name})"
-
-
-def _device() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{_processor()}, one thread a run"
-
-
-def _processor() -> str:
-    """As Linux names it; platform.processor() is empty on many machines."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

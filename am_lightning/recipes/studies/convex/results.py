@@ -53,7 +53,7 @@ class Gaps:
         return np.array([self.curve(data, method, beta, size)[-1] for size in STEP_SIZES])
 
 
-def report(ledger: Ledger, folder: Path, *, steps: int) -> str:
+def report(ledger: Ledger, folder: Path, *, steps: int, command: str) -> str:
     """Write ``convex.md`` and the figures into `folder`; the text of the former."""
     gaps = Gaps(ledger, steps)
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def report(ledger: Ledger, folder: Path, *, steps: int) -> str:
         _quadratic(),
     ]
     protocol = "Full batches in float64 from x_0 = 0: deterministic, so no seeds and no intervals."
-    return write_page(folder / "convex.md", "Convex problems", "python recipes/studies/convex.py", protocol, parts)
+    return write_page(folder / "convex.md", "Convex problems", command, ledger.made(), protocol, parts)
 
 
 def _table(gaps: Gaps, data: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from am_lightning.momentum import kind_of, layers_of
+from am_lightning.recipes.errors import RecipeError
 from am_lightning.recipes.studies.intervals import paired
 from am_lightning.recipes.studies.ledger import Ledger
 from am_lightning.recipes.studies.pretraining.methods import Method
@@ -29,7 +30,10 @@ def traces(ledger: Ledger, scale: Scale, method: Method, *, batch: int = 1) -> t
     seeds = sweep.fresh_seeds if batch == 1 else BATCH_SEEDS
     lr = sweep.best_rate(AM)
     found = [ledger[scale.config(method, lr, seed, batch=batch, traces=True)] for seed in seeds]
-    return found[0]["names"], np.array([result["betas"] for result in found])[:, 1:]
+    whole = [result for result in found if result["val_loss"] is not None]  # a run that diverged has no whole trace
+    if not whole:
+        raise RecipeError(f"every run of {method} at {lr:g} diverged: there is no trace of beta_t")
+    return whole[0]["names"], np.array([result["betas"] for result in whole])[:, 1:]
 
 
 def layer_means(names: list[str], betas: np.ndarray) -> tuple[list[str], np.ndarray]:
@@ -57,10 +61,10 @@ def kinds_table(ledger: Ledger, scale: Scale) -> str:
 
 
 def dips_table(ledger: Ledger, scale: Scale, *, rows: int = 8) -> str:
-    """The tensors whose beta_t is lowest on average, and the step where each is lowest (mean over seeds)."""
+    """The tensors whose beta_t, averaged over seeds, dips deepest in a step, and that step."""
     names, betas = traces(ledger, scale, AM)
     means = betas.mean(axis=0)
-    order = means.mean(axis=0).argsort()[:rows]
+    order = means.min(axis=0).argsort()[:rows]
     header = ["tensor", "mean beta_t", "lowest (mean over seeds)", "at step"]
     cells = [
         [names[i], f"{means[:, i].mean():.2f}", f"{means[:, i].min():.2f}", str(int(means[:, i].argmin()) + 2)]
@@ -92,7 +96,7 @@ def batch_effect(ledger: Ledger, scale: Scale) -> str:
         _, betas = traces(ledger, scale, AM, batch=factor)
         parts = betas[:, :border], betas[:, border:]
         cells = [f"{_at_cap(part, AM.beta1):.0%}" for part in parts] + [f"{part.mean():.3f}" for part in parts]
-        rows.append([f"{scale.batch_size * factor} rows", *cells])
+        rows.append([f"{scale.batch_size * factor} rows, {len(betas)} seeds", *cells])
     first = f"first {EARLY:.0%}"
     return markdown(["batch", f"at cap, {first}", "at cap, later", f"mean, {first}", "mean, later"], rows)
 

@@ -35,7 +35,7 @@ _FIGURES = {
 }
 
 
-def report(ledger: Ledger, scale: Scale, folder: Path) -> str:
+def report(ledger: Ledger, scale: Scale, folder: Path, command: str) -> str:
     """Write ``warmup.md`` and the figures of the stages that are complete into `folder`; the text of the former."""
     parts = []
     for stage, tables in _TABLES.items():
@@ -52,8 +52,8 @@ def report(ledger: Ledger, scale: Scale, folder: Path) -> str:
         " method's learning rate; seeds 1 to 5 (1 to 3 for the longer run, 0 and 1 for the larger batch) compare."
         " Losses are nats per token on held-out rows after the last step."
     )
-    title, command = "Warmup, learning rates and momentum", "python recipes/studies/warmup.py"
-    return write_page(folder / "warmup.md", title, command, protocol, parts)
+    title = "Warmup, learning rates and momentum"
+    return write_page(folder / "warmup.md", title, command, ledger.made(), protocol, parts)
 
 
 def _is_complete(ledger: Ledger, stage: str, scale: Scale) -> bool:

@@ -51,7 +51,7 @@ def spikes_table(ledger: Ledger, scale: Scale) -> str:
     for method in METHODS:
         runs = [scale.config(method, sweep.best_rate(method), seed) for seed in sweep.fresh_seeds]
         rows.append([str(method), str(sum(count_spikes(ledger[config]["losses"]) for config in runs))])
-    return markdown(["method", f"spikes in {len(sweep.fresh_seeds)} runs"], rows)
+    return markdown(["method", f"spikes in {len(sweep.fresh_seeds)} runs, from step {SPIKE_FROM} on"], rows)
 
 
 def batch_table(ledger: Ledger, scale: Scale) -> str:
@@ -61,13 +61,13 @@ def batch_table(ledger: Ledger, scale: Scale) -> str:
     for method in FEW:
         cells = [[scale.config(method, lr, s, batch=BATCH_FACTOR) for s in BATCH_SEEDS] for lr in BATCH_RATES]
         rows.append([str(method), *(mean_and_sd([value(config) for config in cell]) for cell in cells)])
-    return markdown([f"batch x {BATCH_FACTOR}", *(f"{lr:g}" for lr in BATCH_RATES)], rows)
+    return markdown([f"batch x {BATCH_FACTOR}, {len(BATCH_SEEDS)} seeds", *(f"{lr:g}" for lr in BATCH_RATES)], rows)
 
 
 def long_table(ledger: Ledger, scale: Scale) -> str:
     """Three times the steps, at each method's best learning rate, and the paired differences of AM."""
     sweep = sweep_of(ledger, scale)
-    losses = {}
+    losses, mine = {}, (AM, AM_LOW, AM_WARM[1])
     for method in FEW:
         lr = sweep.best_rate(method)
         runs = {seed: scale.config(method, lr, seed, long=LONG_FACTOR) for seed in LONG_SEEDS}
@@ -76,11 +76,11 @@ def long_table(ledger: Ledger, scale: Scale) -> str:
         [
             str(method),
             mean_and_sd(list(losses[method].values())),
-            *("" if ours == method else str(paired(losses[ours], losses[method])) for ours in (AM, AM_LOW)),
+            *("" if ours == method else str(paired(losses[ours], losses[method])) for ours in mine),
         ]
         for method in FEW
     ]
-    header = [f"steps x {LONG_FACTOR}", f"mean (sd) of {len(LONG_SEEDS)} seeds", f"{AM} minus it", f"{AM_LOW} minus it"]
+    header = [f"steps x {LONG_FACTOR}", f"mean (sd) of {len(LONG_SEEDS)} seeds", *(f"{ours} minus it" for ours in mine)]
     return markdown(header, rows)
 
 
@@ -96,5 +96,8 @@ def count_spikes(losses: Sequence[float | None]) -> int:
 def mean_curve(ledger: Ledger, configs: Iterable[Config], window: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation over runs of the training loss, smoothed by a running mean: (steps - window + 1,)."""
     kernel = np.ones(window) / window
-    curves = [np.convolve(np.array(ledger[config]["losses"], float), kernel, mode="valid") for config in configs]
+    losses = [np.array(ledger[config]["losses"], float) for config in configs]
+    longest = max(len(curve) for curve in losses)  # a run that diverged ends early: nan from there on
+    padded = [np.pad(curve, (0, longest - len(curve)), constant_values=np.nan) for curve in losses]
+    curves = [np.convolve(curve, kernel, mode="valid") for curve in padded]
     return np.mean(curves, axis=0), np.std(curves, axis=0, ddof=1)

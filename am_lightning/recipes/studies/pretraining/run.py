@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import platform
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +31,15 @@ def run_config(
     steps: int = 400,
     batch_size: int = 8,
     device: str = "cpu",
+    micro_batch_size: int | None = None,
     traces: bool = False,
 ) -> Config:
-    """A run as the ledger keeps it. `seed` is that of the initial weights and of the order of the data."""
-    return {
+    """A run as the ledger keeps it. `seed` is that of the initial weights and of the order of the data.
+
+    `micro_batch_size`: rows that go through the device at once; None: the whole batch.
+    """
+    micro = {} if micro_batch_size is None else {"micro_batch_size": micro_batch_size}
+    return micro | {
         "method": method.config(),
         "lr": lr,
         "seed": seed,
@@ -42,6 +49,12 @@ def run_config(
         "device": device,
         "traces": traces,
     }
+
+
+def setup_of(recipe: str) -> dict[str, str]:
+    """What runs depend on beside their configuration: the recipe's text, and Python, whose library may be the data."""
+    text = find_config(recipe).read_text()
+    return {"recipe": hashlib.sha256(text.encode()).hexdigest()[:12], "Python": platform.python_version()}
 
 
 class Pretraining:
@@ -76,6 +89,7 @@ class Pretraining:
         settings.data.open()
         torch.manual_seed(config["seed"])
         run = _Run(Method(**config["method"]), config, build_llama(settings.shape).to(config["device"]))
+        run.mixed = config["device"] != "cpu" and settings.precision == "bf16-mixed"
         run.train(settings.data)
         loss = run.validate(settings.data) if len(run.losses) == config["steps"] else math.inf
         result: Result = {"val_loss": _finite(loss), "losses": [_finite(round(value, 4)) for value in run.losses]}
@@ -87,6 +101,8 @@ class _Run:
         self.method, self.model = method, model
         self.lr, self.steps, self.traces = config["lr"], config["steps"], config["traces"]
         self.device = torch.device(config["device"])
+        self.micro = config.get("micro_batch_size") or config["batch_size"]
+        self.mixed = False  # bfloat16 where the recipe says so; on the CPU float32
         groups = parameter_groups(model, WEIGHT_DECAY, decay_embeddings=False)
         self.optimizer = make_optimizer(method, groups, self.lr, self.steps)
         self.losses: list[float] = []
@@ -111,9 +127,9 @@ class _Run:
         self._mode("eval")
         total, rows = 0.0, 0
         for batch in data.val_loader(rows=data.final_val_rows):
-            batch = batch.to(self.device)
-            total += float(token_loss(self.model(input_ids=batch).logits, batch)) * len(batch)
-            rows += len(batch)
+            for part in torch.split(batch.to(self.device), self.micro):
+                total += float(self._loss(part)) * len(part)
+                rows += len(part)
         return total / rows
 
     def momentum(self) -> Result:
@@ -131,8 +147,11 @@ class _Run:
             factor = learning_rate_factor(step, self.steps, "cosine", self.method.warmup, 0.0, FINAL_LR)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * factor
-        loss = token_loss(self.model(input_ids=batch).logits, batch)
-        torch.autograd.backward(loss)
+        loss = 0.0
+        for part in torch.split(batch, self.micro):
+            share = self._loss(part) * (len(part) / len(batch))
+            torch.autograd.backward(share)
+            loss += float(share.detach())
         if isinstance(self.optimizer, AMAdamW):
             clip_grad_norm_(self.optimizer, CLIP)
         else:
@@ -143,7 +162,11 @@ class _Run:
             momentum = self.optimizer.momentum()
             self.names = list(momentum)
             self.betas.append(torch.stack(list(momentum.values())).cpu())
-        return float(loss.detach())
+        return loss
+
+    def _loss(self, rows: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
+            return token_loss(self.model(input_ids=rows).logits, rows)
 
     def _mode(self, name: str) -> None:
         """Of the model, and of schedule-free, which evaluates at another point than it steps from."""

@@ -36,12 +36,13 @@ STAGES = ("sweep", "finalists", "batch", "long", "beta")
 
 @dataclass(frozen=True)
 class Scale:
-    """What a study is run at: a recipe, its steps and batch, a device."""
+    """What a study is run at: a recipe, its steps and batch, a device, and how many rows go through it at once."""
 
     recipe: str = "laptop"
     steps: int = 400
     batch_size: int = 8
     device: str = "cpu"
+    micro_batch_size: int | None = None
 
     def config(
         self, method: Method, lr: float, seed: int, *, batch: int = 1, long: int = 1, traces: bool = False
@@ -55,6 +56,7 @@ class Scale:
             steps=self.steps * long,
             batch_size=self.batch_size * batch,
             device=self.device,
+            micro_batch_size=self.micro_batch_size,
             traces=traces,
         )
 

@@ -45,7 +45,7 @@ def _look(method: Method) -> dict[str, Any]:
     return {"color": COLOURS[colour], "linestyle": dashes, "linewidth": width, "marker": "o" if ours else "."}
 
 
-def report(sweep: Sweep[Method], folder: Path) -> str:
+def report(sweep: Sweep[Method], task: Task, folder: Path, command: str) -> str:
     """Write ``vision.md`` and its figure; its text. RecipeError: the sweep is not complete."""
     folder.mkdir(parents=True, exist_ok=True)
     panels = [[method for method in METHODS if method.is_sgd is is_sgd] for is_sgd in (True, False)]
@@ -59,5 +59,9 @@ def report(sweep: Sweep[Method], folder: Path) -> str:
         "## Paired differences in percent points, 95 % intervals; negative: AM is better",
         sweep.differences_table((AM_SGD, AM_ADAMW)),
     ]
-    protocol = "Seed 0 picks each method's learning rate, seeds 1 to 5 compare; error on the test images at the end."
-    return write_page(folder / "vision.md", "Images", "python recipes/studies/vision.py", protocol, parts)
+    protocol = (
+        f"{task.data}, {task.network}, {task.epochs} epochs of batches of {task.batch_size}. Seed 0 picks each method's"
+        " learning rate, the lower one of a tie, seeds 1 to 5 compare; error on the test images at the end. There is no"
+        " third part of the data: seed 0 is scored on the same test images."
+    )
+    return write_page(folder / "vision.md", "Images", command, sweep.ledger.made(), protocol, parts)
