@@ -37,6 +37,9 @@ def attach(engine: Any) -> AdaptiveMemoryOptimizer:
     on every rank, after ``deepspeed.initialize`` and before the first step. The ``AdaptiveMemory`` callback and
     ``am_lightning.huggingface.attach`` do so.
 
+    Args:
+        engine: what ``deepspeed.initialize`` returns first.
+
     Returns:
         The optimizer that was given to ``deepspeed.initialize``.
 

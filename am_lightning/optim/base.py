@@ -80,7 +80,8 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
         """Parameter name -> beta_t of the last step in which it took part (nan before its first).
 
         Returns:
-            0-dim tensors on the device, a snapshot, no host sync. Unnamed parameters are called ``group.index``.
+            0-dim tensors in [0, cap] on the device, in float64 where the device has it; a snapshot, no host sync.
+            Unnamed parameters are called ``group.index``.
         """
         return dict(zip(self.parameter_names(), self._betas().unbind(), strict=True))
 
@@ -117,6 +118,8 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
 
         Raises:
             RuntimeError: a gradient is sparse or complex; nothing has moved.
+            ValueError: at the first step, on every rank: a layout or scope that cannot be summed rightly (the text has
+                the cure).
         """
         if not self.state and inside_deepspeed_warm_up():
             return None

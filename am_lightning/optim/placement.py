@@ -42,7 +42,10 @@ class PlacedOptimizer(Optimizer):
 
     @property
     def replica_group(self) -> Any:
-        """Process group whose ranks hold the same parameters (DDP); the first one's sums serve all. Not saved."""
+        """Process group whose ranks hold the same parameters (DDP); the first one's sums serve all. Not saved.
+
+        Setting it raises TypeError for what is no process group.
+        """
         return self._replica_group
 
     @replica_group.setter
@@ -56,7 +59,8 @@ class PlacedOptimizer(Optimizer):
         """Process group of one rank of each pipeline stage, this one included. Not saved.
 
         With it ``scope="global"`` (and "group") sums over the stages and a step that one stage skips is skipped by all,
-        for one more small collective a step; without it only ``scope="tensor"`` serves a pipeline.
+        for one more small collective a step; without it only ``scope="tensor"`` serves a pipeline. Setting it raises
+        TypeError for what is no process group.
         """
         return self._pipeline_group
 
@@ -67,7 +71,11 @@ class PlacedOptimizer(Optimizer):
         self._forget_layout()
 
     def name_parameters(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Give unnamed parameters the names of ``module.named_parameters()``, for ``momentum`` and messages."""
+        """Give unnamed parameters the names of ``module.named_parameters()``, for ``momentum`` and messages.
+
+        Args:
+            named_parameters: (name, parameter) pairs; parameters that this optimizer does not have are ignored.
+        """
         self._known_names = names_by_id(named_parameters)
         self._forget_layout()
 
@@ -75,6 +83,12 @@ class PlacedOptimizer(Optimizer):
         """Give the optimizer the module whose parameters it has: their names, and FSDP1's process groups.
 
         The callback and the ``attach`` functions do so. Not saved.
+
+        Args:
+            model: the outermost module, as it is trained (wrapped by FSDP or DDP).
+
+        Raises:
+            TypeError: ``model`` is no torch.nn.Module.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"Invalid model: {type(model).__name__} (model must be a torch.nn.Module)")

@@ -39,7 +39,8 @@ class AMSGD(AdaptiveMemoryOptimizer):
     ```
 
     Args:
-        params: iterable of parameters, of (name, parameter) pairs, or of dicts that define groups.
+        params: iterable of parameters of any shape and floating dtype, of (name, parameter) pairs, or of dicts that
+            define groups.
         lr: learning rate, a float or a one-element tensor.
         beta_max: cap of beta_t, in [0, 1].
         weight_decay: L2 penalty, or decoupled weight decay with ``decoupled_weight_decay``.
@@ -52,7 +53,10 @@ class AMSGD(AdaptiveMemoryOptimizer):
         nonfinite: "skip" drops a step in which a sum is not finite, "propagate" uses the cap there.
         replica_group: process group of ranks that hold the same parameters (DDP); the AdaptiveMemory callback sets it.
 
-    State of a parameter: ``step``, ``momentum_buffer`` (the direction d); 0-dim ``beta_prod``, ``beta``, ``prev_lr``.
+    State of a parameter: ``momentum_buffer`` (the direction d), of its shape; 0-dim float32 ``step``, ``beta_prod`` (the
+    product of its beta_t), ``beta`` (its last, -1 before its first) and ``prev_lr``.
+
+    ``step`` needs a closure that returns one number with ``loss_gap="exact"``, and raises ValueError without.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong type; the text says what is allowed.

@@ -34,7 +34,8 @@ args = TrainingArguments("out", use_cpu=True, max_steps=2, report_to="tensorboar
 ACCELERATED = (
     TORCH + "from accelerate import Accelerator\nfrom am_lightning import am_adamw\n"
     "from am_lightning.huggingface import attach\n"
-    + "accelerator = Accelerator(cpu=True, log_with='tensorboard', project_dir='runs')\naccelerator.init_trackers('x')\n"
+    "accelerator = Accelerator(cpu=True, log_with='tensorboard', project_dir='runs')\n"
+    "accelerator.init_trackers('x')\n"
     "model, optimizer = accelerator.prepare(model, am_adamw(model, lr=1e-3))\n"
 )
 WRAPPED = """\

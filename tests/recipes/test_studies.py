@@ -256,8 +256,8 @@ def cifar(tmp_path: Path) -> Path:
         (tmp_path / name).write_bytes(pickle.dumps(content))
 
     for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
-        write(f"cifar-10-batches-py/{name}", b"labels", 30)
-    for name, count in (("train", 150), ("test", 30)):
+        write(f"cifar-10-batches-py/{name}", b"labels", 10 if name == "test_batch" else 30)
+    for name, count in (("train", 150), ("test", 10)):
         write(f"cifar-100-python/{name}", b"fine_labels", count)
     return tmp_path
 
