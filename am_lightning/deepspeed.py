@@ -25,7 +25,9 @@ try:
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.pipe.engine import PipelineEngine
 except ImportError as error:
-    raise ImportError("am_lightning.deepspeed needs DeepSpeed: pip install am-lightning[deepspeed]") from error
+    raise ImportError(
+        "am_lightning.deepspeed needs DeepSpeed: pip install 'am-lightning[deepspeed]', or '.[deepspeed]' in a checkout"
+    ) from error
 
 _CHECKED_STEPS = 2  # training steps whose predicted gradients are compared with what the engine then hands over
 

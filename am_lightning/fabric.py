@@ -14,7 +14,9 @@ try:
     from lightning.fabric.strategies.ddp import DDPStrategy
     from lightning.fabric.strategies.deepspeed import DeepSpeedStrategy
 except ImportError as error:
-    raise ImportError("am_lightning.fabric needs lightning: pip install am-lightning[lightning]") from error
+    raise ImportError(
+        "am_lightning.fabric needs lightning: pip install 'am-lightning[lightning]', or '.[lightning]' in a checkout"
+    ) from error
 
 from am_lightning.curves import Curves
 from am_lightning.optim.base import AdaptiveMemoryOptimizer

@@ -79,8 +79,8 @@ def am_sgd(
     """AMSGD for a module; arguments as in ``am_adamw``, ``**options`` are keywords of ``AMSGD``.
 
     Raises:
-        ValueError, TypeError: an argument is out of range or of the wrong type, or a pattern of ``overrides`` matches no
-            parameter.
+        ValueError, TypeError: an argument is out of range or of the wrong type, or a pattern of ``overrides`` matches
+            no parameter.
     """
     groups = parameter_groups(
         model, weight_decay, decay_embeddings=decay_embeddings, overrides=_checked(overrides, _SGD_OPTIONS)

@@ -21,7 +21,8 @@ try:
     from transformers.trainer_callback import CallbackHandler
 except ImportError as error:
     raise ImportError(
-        "AdaptiveMemoryCallback and AMAdamWFactory need transformers: pip install am-lightning[transformers]"
+        "AdaptiveMemoryCallback and AMAdamWFactory need transformers: "
+        "pip install 'am-lightning[transformers]', or '.[transformers]' in a checkout"
     ) from error
 
 _USE = "pass Trainer(optimizer_cls_and_kwargs=(AMAdamW, {'lr': ...})), or optimizers=(AMAdamW(...), None)"

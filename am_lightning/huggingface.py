@@ -19,7 +19,10 @@ from am_lightning.step_log import StepLog
 try:
     from accelerate import Accelerator, DistributedType
 except ImportError as error:
-    raise ImportError("am_lightning.huggingface needs accelerate: pip install am-lightning[accelerate]") from error
+    raise ImportError(
+        "am_lightning.huggingface needs accelerate: pip install 'am-lightning[accelerate]', "
+        "or '.[accelerate]' in a checkout"
+    ) from error
 
 if TYPE_CHECKING:
     from am_lightning.hf_trainer import AdaptiveMemoryCallback, AMAdamWFactory

@@ -19,7 +19,9 @@ try:
     from lightning.pytorch.strategies import DeepSpeedStrategy
     from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 except ImportError as error:
-    raise ImportError("am_lightning.lightning needs lightning: pip install am-lightning[lightning]") from error
+    raise ImportError(
+        "am_lightning.lightning needs lightning: pip install 'am-lightning[lightning]', or '.[lightning]' in a checkout"
+    ) from error
 
 from am_lightning.curves import Curves
 from am_lightning.fabric import attach

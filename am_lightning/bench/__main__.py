@@ -122,7 +122,10 @@ def _training_seconds(options: argparse.Namespace, dtype: torch.dtype) -> float 
     try:
         return forward_and_backward_seconds(options.model, options.tokens, dtype, options.device)
     except ImportError as error:
-        print(f"no training step, for {error}: pip install am-lightning[recipes]", file=sys.stderr)
+        print(
+            f"no training step, for {error}: pip install 'am-lightning[recipes]', or '.[recipes]' in a checkout",
+            file=sys.stderr,
+        )
         return None
 
 

@@ -26,8 +26,9 @@ from am_lightning.optim.validation import (
 class AMAdamW(AdaptiveMemoryOptimizer):
     """AdamW with adaptive memory: beta_t from a two-plane proximal model of the loss, at every step.
 
-    With P = c_t (sqrt(v / (1 - beta2^t)) + eps), where c_t = 1 - beta1_max prod_{i<t} beta_i is the bias correction of a
-    momentum that varies, q = 1 + lambda P, k = (1 + mu eta_t) eta_{t-1} / eta_t and sums over the scope (Topollai and Choromanska, arXiv 2510.04988; the two-sum form is derived in the documentation):
+    With P = c_t (sqrt(v / (1 - beta2^t)) + eps), where c_t = 1 - beta1_max prod_{i<t} beta_i is the bias correction of
+    a momentum that varies, q = 1 + lambda P, k = (1 + mu eta_t) eta_{t-1} / eta_t and sums over the scope (Topollai and
+    Choromanska, arXiv 2510.04988; the two-sum form is derived in the documentation):
 
     ```text
     1 - beta_t = clip(sum (d - (1 + k) g)(d / P + mu x) / sum (d - g)^2 / (P q), 1 - beta1_max, 1)
@@ -55,8 +56,8 @@ class AMAdamW(AdaptiveMemoryOptimizer):
         exp_avg_dtype: torch.bfloat16 keeps ``exp_avg`` of float32 parameters in half the memory, rounded stochastically
             (reproducible: the noise is a hash of parameter, step and element). Not under FSDP1 and DeepSpeed.
 
-    State of a parameter: ``exp_avg`` and ``exp_avg_sq``, of its shape; 0-dim float32 ``step``, ``beta_prod`` (the product
-    of its beta_t), ``beta`` (its last, -1 before its first) and ``prev_lr``.
+    State of a parameter: ``exp_avg`` and ``exp_avg_sq``, of its shape; 0-dim float32 ``step``, ``beta_prod`` (the
+    product of its beta_t), ``beta`` (its last, -1 before its first) and ``prev_lr``.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong type; the text says what is allowed.

@@ -53,8 +53,8 @@ class AMSGD(AdaptiveMemoryOptimizer):
         nonfinite: "skip" drops a step in which a sum is not finite, "propagate" uses the cap there.
         replica_group: process group of ranks that hold the same parameters (DDP); the AdaptiveMemory callback sets it.
 
-    State of a parameter: ``momentum_buffer`` (the direction d), of its shape; 0-dim float32 ``step``, ``beta_prod`` (the
-    product of its beta_t), ``beta`` (its last, -1 before its first) and ``prev_lr``.
+    State of a parameter: ``momentum_buffer`` (the direction d), of its shape; 0-dim float32 ``step``, ``beta_prod``
+    (the product of its beta_t), ``beta`` (its last, -1 before its first) and ``prev_lr``.
 
     ``step`` needs a closure that returns one number with ``loss_gap="exact"``, and raises ValueError without.
 

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
+from am_lightning.lightning import AdaptiveMemory
 from am_lightning.recipes.board import Board, RunConfig
 from am_lightning.recipes.checkpoints import (
     LAST,
@@ -28,7 +29,7 @@ from am_lightning.recipes.data.text_data import TextData
 from am_lightning.recipes.deepspeed_loss import LossDividedOnce
 from am_lightning.recipes.errors import RecipeError, require
 from am_lightning.recipes.fault_tolerance import FaultTolerance
-from am_lightning.recipes.llama import LlamaPretraining
+from am_lightning.recipes.llama import LlamaPretraining, check_optimizer
 from am_lightning.recipes.locate import with_paths
 from am_lightning.recipes.loss_guard import LossGuard
 from am_lightning.recipes.monitors import TrainingClock, TrainingMonitor
@@ -137,10 +138,17 @@ class PretrainCLI(LightningCLI):
 
     def before_fit(self) -> None:
         if self.config.fit.ckpt_path is None:
-            # The data first: a wrong data.source is to leave the earlier run where it is.
+            # What may be wrong first, the data and the optimizer: an error is to leave the earlier run where it is.
+            self._check_optimizer()
             self.datamodule.trainer = self.trainer
             rank_zero_only(self.datamodule.prepare_data)()
             _move_earlier_run(Path(self.config.fit.trainer.default_root_dir))
+
+    def _check_optimizer(self) -> None:
+        """RecipeError, as `validate` gives it: an option is out of range, or the callback cannot convert it."""
+        memory = next((c for c in self.trainer.callbacks if isinstance(c, AdaptiveMemory)), None)  # type: ignore[attr-defined]
+        require(self.trainer.max_steps >= 1, "trainer.max_steps", self.trainer.max_steps, "a whole number >= 1")
+        check_optimizer(self.model, memory)
 
     def after_validate(self) -> None:
         print_validation(RunResult.of(self.trainer, self.datamodule, self.clock))
@@ -194,7 +202,9 @@ def _resume_step(ckpt_path: str | None, folder: Path) -> int:
         return saved_step(Path(ckpt_path))
     path = newest_whole(folder)
     if path is None:
-        print(f"no checkpoint in {folder} yet: starting from step 0")
+        moved = sorted((folder.parent / "earlier").glob("*"))
+        hint = f" (runs of before are in {moved[0].parent}: --ckpt_path FILE goes on from one)" if moved else ""
+        print(f"no checkpoint in {folder} yet: starting from step 0{hint}")
         return 0
     return saved_step(path)
 

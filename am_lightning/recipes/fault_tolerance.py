@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import signal
@@ -28,7 +29,8 @@ from am_lightning.recipes.errors import require
 
 # Where ranks received different ones the later in this list wins: a requeue is not undone by the SIGTERM that the
 # scheduler sends next.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SAME_INTERRUPT_S = 1.0  # a terminal sends one to every process of the job, and a launcher may pass it on
 SAME_SIGNAL_S = 5.0  # torchrun forwards what a process group or srun has delivered already: one signal, received twice
 _INTERACTIVE = ("bash", "zsh", "interactive")
 
@@ -38,15 +40,16 @@ class Stopped(SystemExit):
 
 
 class FaultTolerance(L.Callback):
-    """Turns SIGTERM and SIGUSR1 into a checkpoint at the end of an optimizer step, then ends the run on all ranks.
+    """Turns SIGINT (Ctrl-C), SIGTERM and SIGUSR1 into a checkpoint at the end of an optimizer step, then ends the run
+    on all ranks.
 
     A handler only notes the signal. At the end of a step the ranks agree by one all-reduce of an integer, whichever of
     them was signalled; so no collective is torn apart, and what the checkpoint holds is what an unbroken run held
-    there. Then all ranks save, and leave `fit` with ``Stopped``: status 143 after SIGTERM, 138 after SIGUSR1
-    (128 + the signal's number, the shell's convention). After SIGUSR1 in a SLURM job rank 0 runs `scontrol requeue`
-    before anyone leaves. A second SIGTERM, more than 5 s after the first, ends the process at once. Before training
-    starts and after it has ended, in `validate` too, there is nothing to save: the process ends at once, after
-    `scontrol requeue` where that is asked for.
+    there. Then all ranks save, and leave `fit` with ``Stopped``: status 130 after SIGINT, 143 after SIGTERM, 138 after
+    SIGUSR1 (128 + the signal's number, the shell's convention). After SIGUSR1 in a SLURM job rank 0 runs `scontrol
+    requeue` before anyone leaves. A second SIGINT more than 1 s, or SIGTERM more than 5 s, after the first ends the
+    process at once. Before training starts and after it has ended, in `validate` too, there is nothing to save: the
+    process ends at once, after `scontrol requeue` where that is asked for.
 
     It takes the place of Lightning's own handlers (SIGTERM: a collective inside the handler; SIGUSR1 under SLURM: a
     checkpoint inside the handler, in the middle of a step) and of its broadcast before every batch.
@@ -139,7 +142,8 @@ class FaultTolerance(L.Callback):
         first = self._received.setdefault(number, now)
         if not self._training and self._agreed is None:
             self._end_outside_training(number)
-        if number == signal.SIGTERM and now - first > SAME_SIGNAL_S:
+        patience = {signal.SIGINT: SAME_INTERRUPT_S, signal.SIGTERM: SAME_SIGNAL_S}
+        if now - first > patience.get(signal.Signals(number), math.inf):
             self._end_at_once(number)
         if now == first and self._training and self._is_first_rank():
             name = signal.Signals(number).name

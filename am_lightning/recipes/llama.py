@@ -16,7 +16,10 @@ from torchmetrics import MeanMetric
 from transformers import LlamaForCausalLM
 
 from am_lightning.factory import parameter_groups
-from am_lightning.recipes.errors import require
+from am_lightning.lightning import AdaptiveMemory
+from am_lightning.optim.base import AdaptiveMemoryOptimizer
+from am_lightning.optim.convert import convert_adamw
+from am_lightning.recipes.errors import RecipeError, require
 from am_lightning.recipes.network import LlamaShape, build_llama, checkpoint_activations, flops_per_token, token_loss
 from am_lightning.recipes.parallel import build_partitioned, loss_context, shard_llama, tensor_ways
 from am_lightning.recipes.schedule import check_schedule, make_schedule
@@ -184,3 +187,19 @@ class LlamaPretraining(L.LightningModule):
         with loss_context(self.device_mesh):
             loss = token_loss(self(batch), batch)
         return loss.to_local() if isinstance(loss, DTensor) else loss
+
+
+def check_optimizer(module: LlamaPretraining, memory: AdaptiveMemory | None) -> None:
+    """Make the optimizer for weights that take no memory, and convert it where `memory` would.
+
+    Raises:
+        RecipeError: an option is out of range, or the optimizer cannot be converted.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = build_llama(module.shape)
+    try:
+        optimizer: Any = module.make_optimizer(parameter_groups(model, module.weight_decay, decay_embeddings=False))
+        if memory is not None and not isinstance(optimizer, AdaptiveMemoryOptimizer):
+            convert_adamw(optimizer, lambd=memory.lambd, beta1_max=memory.beta1_max, scope=memory.scope)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"model.optimizer: {error}") from error

@@ -30,7 +30,8 @@ def recipe_files() -> dict[str, Path]:
 
 
 def find_config(name_or_path: str) -> Path:
-    """The YAML that a name of a recipe, or a path, stands for. A file that is there wins over a recipe of its name.
+    """The YAML that a name of a recipe, or a path, stands for. A file that is there wins over a recipe of its name,
+    and so does NAME.yaml in the working directory: an edited copy (`cp`) is meant by its name.
 
     Raises:
         RecipeError: neither; the text names the recipes.
@@ -39,6 +40,9 @@ def find_config(name_or_path: str) -> Path:
     if path.is_file():
         return path
     known = recipe_files()
+    copy = Path(f"{name_or_path}.yaml")
+    if name_or_path in known and copy.is_file():
+        return copy
     if name_or_path in known:
         return known[name_or_path]
     near = difflib.get_close_matches(name_or_path, known, n=1)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import nn
 from torch.optim import Optimizer
@@ -16,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from am_lightning.factory import parameter_groups
 from am_lightning.lightning import AdaptiveMemory
+from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.convert import convert_adamw
 from am_lightning.recipes.cli import PretrainCLI, precision_of, settle
 from am_lightning.recipes.data.text_data import TextData
@@ -81,8 +81,9 @@ class Settings:
             parameter_groups(model, self._module.weight_decay, decay_embeddings=False)
         )
         memory = self._memory
-        if memory is not None and type(optimizer) is torch.optim.AdamW:
-            convert_adamw(optimizer, lambd=memory.lambd, beta1_max=memory.beta1_max, scope=memory.scope)
+        if memory is not None and not isinstance(optimizer, AdaptiveMemoryOptimizer):
+            given: Any = optimizer  # convert_adamw refuses what is no AdamW
+            optimizer = convert_adamw(given, lambd=memory.lambd, beta1_max=memory.beta1_max, scope=memory.scope)
         return optimizer
 
     def make_schedule(self, optimizer: Optimizer) -> LambdaLR:

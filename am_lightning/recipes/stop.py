@@ -12,7 +12,7 @@ from am_lightning.recipes.program import RESUME
 
 
 class StopSignal:
-    """Notes SIGTERM (and SIGUSR1, where the system has it) from now on; a SIGUSR1 that came earlier, too.
+    """Notes SIGINT (Ctrl-C), SIGTERM (and SIGUSR1, where the system has it) from now on; an earlier SIGUSR1, too.
 
     Attributes:
         received: the signal's number, or None.
@@ -21,12 +21,15 @@ class StopSignal:
     def __init__(self) -> None:
         self.received: int | None = None
         signal.signal(signal.SIGTERM, self._note)
+        signal.signal(signal.SIGINT, self._note)
         if hasattr(signal, "SIGUSR1"):
             signal.signal(signal.SIGUSR1, self._note)
         for number in kept_signals():
             self._note(number, None)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == self.received == signal.SIGINT:  # Ctrl-C, twice: at once
+            raise KeyboardInterrupt
         self.received = number
 
     def leave(self, step: int) -> NoReturn:

@@ -4,7 +4,6 @@ import pydoc_data.topics
 
 import deepspeed
 import torch
-from torch.utils.data import DataLoader
 
 from am_lightning import am_adamw
 from am_lightning.deepspeed import attach
@@ -37,14 +36,19 @@ if __name__ == "__main__":
         "zero_allow_untested_optimizer": True,
         "tensorboard": {"enabled": True, "output_path": "deepspeed_logs", "job_name": "am"},
     }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=am_adamw(model, lr=3e-3, weight_decay=0.1), config=config)
+    optimizer = am_adamw(model, lr=3e-3, weight_decay=0.1)
+    engine, _, loader, _ = deepspeed.initialize(  # every rank gets rows of its own
+        model=model, optimizer=optimizer, training_data=rows_of_bytes(), config=config
+    )
     optimizer = attach(engine)  # the model's names, and what scope="global" needs
 
-    for step, rows in zip(range(100), DataLoader(rows_of_bytes(), 32, shuffle=True), strict=False):
+    for _, rows in zip(range(100), loader, strict=False):
         loss = engine(rows.to(engine.device))
         engine.backward(loss)
         engine.step()
-        if step % 10 == 0 and engine.global_rank == 0:
-            betas = optimizer.momentum()
-            print(f"step {step}: loss {loss.item():.3f}, beta_t {min(betas.values()):.3f} to {max(betas.values()):.3f}")
+        beta = float(torch.stack(list(optimizer.momentum().values())).mean())
+        points = {"train/loss": float(loss), "am/beta/mean": beta}
+        engine.monitor.write_events([(tag, value, engine.global_samples) for tag, value in points.items()])
+        if engine.global_steps % 10 == 1 and engine.global_rank == 0:
+            print(f"step {engine.global_steps}: loss {float(loss):.3f}, mean beta_t {beta:.3f}")
     torch.distributed.destroy_process_group()

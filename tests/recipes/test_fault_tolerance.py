@@ -42,7 +42,7 @@ def last(root: Path) -> Path:
     return root / "checkpoints" / "last.ckpt"
 
 
-@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGUSR1", 138)])
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 138)])
 @pytest.mark.parametrize("batch", [8, 9])
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_stopped_run_goes_on_bitwise(

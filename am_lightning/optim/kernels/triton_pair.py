@@ -33,7 +33,7 @@ def require_triton() -> Any:
     except ImportError as error:
         raise RuntimeError(
             "fused=True on a GPU needs Triton, which cannot be imported "
-            f"({error}): pip install am-lightning[triton], or use fused=None"
+            f"({error}): pip install 'am-lightning[triton]', or '.[triton]' in a checkout, or use fused=None"
         ) from error
     return triton_kernels
 

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Protocol, cast
 from am_lightning.recipes.errors import RecipeError, first_line
 
 _ROWS = 1024  # read at a time
-_EXTRA = "pip install am-lightning[data]"
+_EXTRA = "pip install 'am-lightning[data]', or '.[data]' in a checkout"
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,9 @@ def load_pretrained(name: str) -> FastTokenizer:
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
-        raise RecipeError(f"{where} needs transformers: pip install am-lightning[recipes]") from error
+        raise RecipeError(
+            f"{where} needs transformers: pip install 'am-lightning[recipes]', or '.[recipes]' in a checkout"
+        ) from error
     try:
         loaded: Any = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the network's, the hub's, the file's

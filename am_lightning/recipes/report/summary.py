@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +85,13 @@ def print_summary(result: RunResult) -> None:
         lines.append(("training", f"{result.steps} steps, {result.seconds:.1f} seconds in this call, {speed}"))
     if drawn := result.drawn_as(""):
         draw(result.root / "summary.png", [drawn])
-        lines.append(("curves", f'tensorboard --logdir "{result.log_dir}"'))
+        lines.append(("curves", f'{_tensorboard()} --logdir "{result.log_dir}"'))
         lines.append(("picture", str(result.root / "summary.png")))
     lines.append(("checkpoint", str(result.root / "checkpoints" / LAST)))
     print("\n" + "\n".join(f"  {name:<16} {text}" for name, text in lines) + "\n", flush=True)
+
+
+def _tensorboard() -> str:
+    """The command, with its folder where the shell would not find it: an environment that is not activated."""
+    beside = Path(sys.executable).with_name("tensorboard")
+    return str(beside) if shutil.which("tensorboard") is None and beside.exists() else "tensorboard"

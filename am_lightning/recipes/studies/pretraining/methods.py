@@ -64,7 +64,9 @@ def make_optimizer(method: Method, groups: Iterable[dict[str, Any]], lr: float, 
         try:
             from schedulefree import AdamWScheduleFree
         except ImportError as error:
-            raise ImportError('schedule-free needs its package: pip install "am-lightning[studies]"') from error
+            raise ImportError(
+                "schedule-free needs its package: pip install 'am-lightning[studies]', or '.[studies]' in a checkout"
+            ) from error
         warmup = round(steps * method.warmup)
         unnamed = [{key: value for key, value in group.items() if key != "param_names"} for group in groups]
         optimizer: torch.optim.Optimizer = AdamWScheduleFree(
