@@ -38,7 +38,7 @@ if __name__ == "__main__":
     }
     optimizer = am_adamw(model, lr=3e-3, weight_decay=0.1)
     engine, _, loader, _ = deepspeed.initialize(  # every rank gets rows of its own
-        model=model, optimizer=optimizer, training_data=rows_of_bytes(), config=config
+        model=model, optimizer=optimizer, training_data=list(rows_of_bytes()), config=config
     )
     optimizer = attach(engine)  # the model's names, and what scope="global" needs
 

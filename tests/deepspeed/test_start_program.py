@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.programs import run_program
+from tests.docs.programs import betas, run_program
 from tests.ports import free_port
 
 
@@ -17,3 +17,5 @@ def test_the_program_trains_on_two_ranks(tmp_path: Path) -> None:
     losses = [float(line.split("loss ")[1].split(",")[0]) for line in done.stdout.splitlines() if "beta_t" in line]
     assert len(losses) == 10
     assert losses[-1] < losses[0] - 1
+    found = betas(tmp_path)
+    assert len(found) == 100 and min(found) < 0.88

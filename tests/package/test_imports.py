@@ -89,6 +89,15 @@ def test_missing_extra_is_named(target: str) -> None:
     assert f"pip install am-lightning[{extra}]" in last.replace("'", "").replace('"', "")
 
 
+@pytest.mark.parametrize("package", ["lightning", "matplotlib", "transformers"])
+def test_the_recipes_name_what_they_lack_in_one_line(package: str) -> None:
+    code = BLOCK.format(blocked={package, "pytorch_lightning"} if package == "lightning" else {package})
+    done = _python(code + "import runpy; runpy.run_module('am_lightning.recipes', run_name='__main__')")
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"error: the recipes need {package}") and "am-lightning[recipes]" in line
+
+
 def test_attach_works_without_transformers() -> None:
     done = _python(BLOCK.format(blocked={"transformers"}) + "from am_lightning.huggingface import attach")
     assert done.returncode == 0, done.stderr

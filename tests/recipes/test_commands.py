@@ -102,6 +102,19 @@ def test_cp_copies_what_a_run_needs_and_overwrites_nothing(tmp_path: Path) -> No
         main(["cp", "60n", str(copy)])
 
 
+def test_an_edited_copy_is_meant_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["cp", "60m", str(tmp_path / "copy")]) == 0
+    monkeypatch.chdir(tmp_path / "copy")
+    recipe = Path("60m.yaml")
+    recipe.write_text(recipe.read_text().replace("max_steps: 10000", "max_steps: 77"))
+    capsys.readouterr()
+    assert main(["validate", "60m"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("OK: 60m.yaml\n") and "; 77 steps" in out
+
+
 def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
     """As `list | head -1` does."""
     command = [sys.executable, "-m", "am_lightning.recipes", "list"]

@@ -156,6 +156,25 @@ def test_accumulation_may_change_on_resume(
         torch.testing.assert_close(ours["state_dict"][name], weight, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (["--model.optimizer.lr", "-1"], "error: model.optimizer: Invalid learning rate: -1"),
+        (["--model.optimizer", "torch.optim.SGD"], "error: model.optimizer: torch.optim.sgd.SGD is not exactly"),
+        (["--trainer.max_steps", "0"], "error: trainer.max_steps is 0"),
+    ],
+)
+def test_a_typing_error_leaves_the_earlier_run_where_it_is(
+    tmp_path: Path, corpus_folder: Path, wrong: list[str], says: str
+) -> None:
+    (tmp_path / "run" / "logs").mkdir(parents=True)
+    (tmp_path / "run" / "logs" / "config.yaml").write_text("of a run")
+    done = run([*arguments(tmp_path / "run", corpus_folder, 2), *wrong], tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(says) and "Traceback" not in done.stderr, done.stderr
+    assert (tmp_path / "run" / "logs" / "config.yaml").read_text() == "of a run"
+
+
 def test_a_new_run_moves_the_earlier_one_away(tmp_path: Path, corpus_folder: Path) -> None:
     pretrain.main(arguments(tmp_path, corpus_folder, 5))
     pretrain.main(arguments(tmp_path, corpus_folder, 3))
