@@ -6,6 +6,8 @@ import signal
 import threading
 from types import FrameType
 
+SAME_INTERRUPT_S = 1.0  # a terminal sends one to every process of a job, and a launcher may pass it on
+
 _kept: list[int] = []
 
 

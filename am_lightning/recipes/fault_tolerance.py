@@ -24,13 +24,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from am_lightning.fitting import Replaced
 from am_lightning.recipes.checkpoints import LAST, RunCheckpoint
-from am_lightning.recipes.early_signals import kept_signals
+from am_lightning.recipes.early_signals import SAME_INTERRUPT_S, kept_signals
 from am_lightning.recipes.errors import require
 
 # Where ranks received different ones the later in this list wins: a requeue is not undone by the SIGTERM that the
 # scheduler sends next.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-SAME_INTERRUPT_S = 1.0  # a terminal sends one to every process of the job, and a launcher may pass it on
 SAME_SIGNAL_S = 5.0  # torchrun forwards what a process group or srun has delivered already: one signal, received twice
 _INTERACTIVE = ("bash", "zsh", "interactive")
 

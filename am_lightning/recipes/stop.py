@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from types import FrameType
 from typing import NoReturn
 
-from am_lightning.recipes.early_signals import kept_signals
+from am_lightning.recipes.early_signals import SAME_INTERRUPT_S, kept_signals
 from am_lightning.recipes.program import RESUME
 
 
@@ -20,6 +21,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._since = 0.0
         signal.signal(signal.SIGTERM, self._note)
         signal.signal(signal.SIGINT, self._note)
         if hasattr(signal, "SIGUSR1"):
@@ -28,8 +30,10 @@ class StopSignal:
             self._note(number, None)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == self.received == signal.SIGINT:  # Ctrl-C, twice: at once
-            raise KeyboardInterrupt
+        if number == self.received == signal.SIGINT and time.monotonic() - self._since > SAME_INTERRUPT_S:
+            raise KeyboardInterrupt  # Ctrl-C again: at once
+        if self.received is None:
+            self._since = time.monotonic()
         self.received = number
 
     def leave(self, step: int) -> NoReturn:

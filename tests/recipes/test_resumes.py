@@ -56,15 +56,18 @@ def test_a_resumed_run_is_the_unbroken_one(program: str, tmp_path: Path, corpus_
     assert "data.batch_size is 16, the checkpoint was trained with 8" in errors
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("program", CHECKPOINTS)
-def test_a_signal_saves_the_step(program: str, tmp_path: Path, corpus_folder: Path) -> None:
+def test_a_signal_saves_the_step(program: str, number: signal.Signals, tmp_path: Path, corpus_folder: Path) -> None:
+    """Also where it comes twice at once: from the terminal, and from a launcher that passes it on."""
     process = start(program, tmp_path, corpus_folder, 100_000)
     deadline = time.monotonic() + 200
     while not (tmp_path / "checkpoints" / CHECKPOINTS[program].format(3)).exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM
-    step = int(errors.partition("stopped by SIGTERM after step ")[2].split()[0].rstrip(","))
+    assert process.returncode == 128 + number
+    step = int(errors.partition(f"stopped by {number.name} after step ")[2].split()[0].rstrip(","))
     assert (tmp_path / "checkpoints" / CHECKPOINTS[program].format(step)).is_dir()
