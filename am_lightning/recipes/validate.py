@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import StrategyRegistry
 
 from am_lightning.recipes.data.tokenizer import BYTES, bpe_size, check_vocabulary
 from am_lightning.recipes.errors import RecipeError, require
@@ -75,6 +77,7 @@ def _model(settings: Settings) -> str:
 def _step(settings: Settings) -> str:
     """The rows of a step are shared evenly."""
     trainer, data = settings.config["trainer"], settings.data
+    _check_strategy(trainer["strategy"])
     processes, said = process_count(trainer)
     tensor = tensor_parallel_size(trainer, processes)
     check_tensor_parallel(settings.shape, tensor)
@@ -96,6 +99,15 @@ def _step(settings: Settings) -> str:
         f" {short(tokens * settings.steps)} tokens; strategy {strategy_name(trainer['strategy'])},"
         f" processes {processes}{said}{layout}, micro-batches {settings.accumulate} of {data.batch_size // shares} rows"
     )
+
+
+def _check_strategy(strategy: Any) -> None:
+    """A name is one of Lightning's; a class was instantiated when the configuration was read."""
+    known = ["auto", *sorted(StrategyRegistry.available_strategies())]
+    if isinstance(strategy, str) and "." not in strategy and not strategy.endswith("Strategy"):
+        near = difflib.get_close_matches(strategy, known, n=1)
+        allowed = f"{near[0]}, or another of" if near else "one of"
+        require(strategy in known, "trainer.strategy", strategy, f"{allowed} Lightning's strategies, or a class")
 
 
 def process_count(trainer: dict[str, Any]) -> tuple[int, str]:

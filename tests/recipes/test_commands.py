@@ -51,6 +51,8 @@ def test_every_recipe_validates(name: str, tmp_path: Path, capsys: pytest.Captur
         ("--model.vocab_size 100", r"model.vocab_size is 100; allowed: >= 256"),
         ("--model.num_key_value_heads 3", r"model.num_key_value_heads is 3"),
         ("--model.optimizer.lr -1", r"model.optimizer: .*lr"),
+        ("--model.optimizer torch.optim.SGD", r"model.optimizer: torch.optim.sgd.SGD is not exactly torch.optim.AdamW"),
+        ("--trainer.strategy fsdp3", r"trainer.strategy is 'fsdp3'; allowed: fsdp, or another"),
         ("--data.source nowhere", r"data.source nowhere does not exist"),
         ("--data.tokenizer ./nowhere", r"data.tokenizer is './nowhere': there is no such folder"),
         ("--ckpt_path gone.ckpt", r"ckpt_path is 'gone.ckpt'"),
