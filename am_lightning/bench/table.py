@@ -71,11 +71,12 @@ def text_of(rows: Sequence[Row]) -> str:
 def device_words(device: torch.device) -> str:
     """The hardware, and how many threads on a CPU."""
     if device.type == "cpu":
-        return f"{_cpu()}, {torch.get_num_threads()} threads"
+        return f"{processor()}, {torch.get_num_threads()} threads"
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-def _cpu() -> str:
+def processor() -> str:
+    """The CPU's name, as Linux has it; platform.processor() is empty on many machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -7,14 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-try:
-    from am_lightning.recipes.program import command_line
-
-    importlib.import_module("am_lightning.recipes.cli")
-except ModuleNotFoundError as error:
-    sys.exit(
-        f"error: the recipes need {error.name}: pip install 'am-lightning[recipes]', or '.[recipes]' in a checkout"
-    )
+from am_lightning.recipes.program import command_line
 
 # Each has add_parser(subparsers), which sets the default `run`: arguments -> exit status.
 _COMMANDS = (

@@ -138,7 +138,8 @@ class PretrainCLI(LightningCLI):
 
     def before_fit(self) -> None:
         if self.config.fit.ckpt_path is None:
-            # What may be wrong first, the data and the optimizer: an error is to leave the earlier run where it is.
+            # What may be wrong first: an error is to leave the earlier run where it is.
+            require(self.trainer.max_steps >= 1, "trainer.max_steps", self.trainer.max_steps, "a whole number >= 1")
             self._check_optimizer()
             self.datamodule.trainer = self.trainer
             rank_zero_only(self.datamodule.prepare_data)()
@@ -147,7 +148,6 @@ class PretrainCLI(LightningCLI):
     def _check_optimizer(self) -> None:
         """RecipeError, as `validate` gives it: an option is out of range, or the callback cannot convert it."""
         memory = next((c for c in self.trainer.callbacks if isinstance(c, AdaptiveMemory)), None)  # type: ignore[attr-defined]
-        require(self.trainer.max_steps >= 1, "trainer.max_steps", self.trainer.max_steps, "a whole number >= 1")
         check_optimizer(self.model, memory)
 
     def after_validate(self) -> None:

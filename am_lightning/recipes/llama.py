@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp.wrap import wrap
 from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
@@ -171,9 +171,20 @@ class LlamaPretraining(L.LightningModule):
         """The curve holds validations during training; the one after it scores other rows and goes to the summary."""
         return self.trainer.state.fn == "fit"
 
+    def optimizer_for(self, network: nn.Module, memory: AdaptiveMemory | None = None) -> torch.optim.Optimizer:
+        """The optimizer of `network`, converted where `memory` would: norms and embeddings without weight decay.
+
+        Raises:
+            ValueError, TypeError: an option is out of range, or the optimizer cannot be converted.
+        """
+        groups = parameter_groups(network, self.weight_decay, decay_embeddings=False)
+        optimizer: Any = self.make_optimizer(groups)
+        if memory is not None and not isinstance(optimizer, AdaptiveMemoryOptimizer):
+            optimizer = convert_adamw(optimizer, lambd=memory.lambd, beta1_max=memory.beta1_max, scope=memory.scope)
+        return cast(torch.optim.Optimizer, optimizer)
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        groups = parameter_groups(self.network, self.weight_decay, decay_embeddings=False)
-        optimizer = self.make_optimizer(groups)
+        optimizer = self.optimizer_for(self.network)
         scheduler = make_schedule(optimizer, self.trainer.max_steps, *self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -189,8 +200,8 @@ class LlamaPretraining(L.LightningModule):
         return loss.to_local() if isinstance(loss, DTensor) else loss
 
 
-def check_optimizer(module: LlamaPretraining, memory: AdaptiveMemory | None) -> None:
-    """Make the optimizer for weights that take no memory, and convert it where `memory` would.
+def check_optimizer(module: LlamaPretraining, memory: AdaptiveMemory | None) -> torch.optim.Optimizer:
+    """The optimizer for weights on the meta device, which take no memory.
 
     Raises:
         RecipeError: an option is out of range, or the optimizer cannot be converted.
@@ -198,8 +209,6 @@ def check_optimizer(module: LlamaPretraining, memory: AdaptiveMemory | None) -> 
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = build_llama(module.shape)
     try:
-        optimizer: Any = module.make_optimizer(parameter_groups(model, module.weight_decay, decay_embeddings=False))
-        if memory is not None and not isinstance(optimizer, AdaptiveMemoryOptimizer):
-            convert_adamw(optimizer, lambd=memory.lambd, beta1_max=memory.beta1_max, scope=memory.scope)
+        return module.optimizer_for(model, memory)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"model.optimizer: {error}") from error

@@ -23,8 +23,12 @@ def command_line() -> Iterator[None]:
     """Run the block as the body of a program: what the user can help ends the process with a message."""
     keep_signals()  # the imports below take seconds
     _quiet()
-    with _fonts_elsewhere():
-        import am_lightning.recipes.cli  # noqa: F401
+    try:
+        with _fonts_elsewhere():
+            import am_lightning.recipes.cli  # noqa: F401
+    except ModuleNotFoundError as error:
+        extra = "pip install 'am-lightning[recipes]', or '.[recipes]' in a checkout"
+        sys.exit(f"error: the recipes need {error.name}: {extra}")
     try:
         yield
         sys.stdout.flush()  # here, where a closed pipe is still met in words

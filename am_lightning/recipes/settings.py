@@ -13,15 +13,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from am_lightning.factory import parameter_groups
 from am_lightning.lightning import AdaptiveMemory
-from am_lightning.optim.base import AdaptiveMemoryOptimizer
-from am_lightning.optim.convert import convert_adamw
 from am_lightning.recipes.cli import PretrainCLI, precision_of, settle
 from am_lightning.recipes.data.text_data import TextData
 from am_lightning.recipes.errors import RecipeError, require
 from am_lightning.recipes.files import replacing
-from am_lightning.recipes.llama import LlamaPretraining
+from am_lightning.recipes.llama import LlamaPretraining, check_optimizer
 from am_lightning.recipes.network import LlamaShape
 from am_lightning.recipes.schedule import make_schedule
 
@@ -77,14 +74,11 @@ class Settings:
 
         An AdamW becomes AMAdamW where the configuration has the AdaptiveMemory callback, as under Lightning.
         """
-        optimizer = self._module.make_optimizer(
-            parameter_groups(model, self._module.weight_decay, decay_embeddings=False)
-        )
-        memory = self._memory
-        if memory is not None and not isinstance(optimizer, AdaptiveMemoryOptimizer):
-            given: Any = optimizer  # convert_adamw refuses what is no AdamW
-            optimizer = convert_adamw(given, lambd=memory.lambd, beta1_max=memory.beta1_max, scope=memory.scope)
-        return optimizer
+        return self._module.optimizer_for(model, self._memory)
+
+    def check_optimizer(self) -> Optimizer:
+        """The optimizer for weights that take no memory. RecipeError: it cannot be made or converted."""
+        return check_optimizer(self._module, self._memory)
 
     def make_schedule(self, optimizer: Optimizer) -> LambdaLR:
         """The learning rate's schedule; step it after each optimizer step."""

@@ -90,8 +90,6 @@ class StateFolders:
 
 
 def _refusal(target: Path, problem: BaseException) -> RecipeError | None:
-    if isinstance(problem, RecipeError):
-        return problem
     refused = disk_error(problem)
     return None if refused is None else write_failure(target, refused, _CURE)
 

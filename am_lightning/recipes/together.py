@@ -18,7 +18,8 @@ def raising_together(
 
     Args:
         gather: one text, or None, from every rank.
-        refusal_of: an error that is nobody's fault, such as a full disk, in words for the user; None for others.
+        refusal_of: an error that is nobody's fault, such as a full disk, in words for the user; None for others. A
+            RecipeError is one as it is.
 
     Raises:
         RecipeError: where an error was a refusal, or another rank's; else the rank's own error.
@@ -28,7 +29,9 @@ def raising_together(
         yield
     except (Exception, CheckpointException) as error:  # the second is a BaseException
         problem = error
-    refused = None if problem is None else refusal_of(problem)
+    refused = problem if isinstance(problem, RecipeError) else None
+    if problem is not None and refused is None:
+        refused = refusal_of(problem)
     words = None if problem is None else str(refused or f"{type(problem).__name__}: {problem}")
     found = [text for text in gather(words) if text is not None]
     if problem is not None and refused is None:

@@ -16,7 +16,7 @@ from am_lightning.recipes.data.tokenizer import BYTES, bpe_size, check_vocabular
 from am_lightning.recipes.errors import RecipeError, require
 from am_lightning.recipes.listing import short, strategy_name
 from am_lightning.recipes.locate import find_config
-from am_lightning.recipes.network import build_llama, count_parameters, count_tensors
+from am_lightning.recipes.network import count_parameters, count_tensors
 from am_lightning.recipes.parallel import check_tensor_parallel
 from am_lightning.recipes.plan.layout import read_engine
 from am_lightning.recipes.settings import Settings, read_settings
@@ -58,16 +58,10 @@ def check(settings: Settings) -> Iterator[tuple[str, str]]:
 
 def _model(settings: Settings) -> str:
     """The model and its optimizer, on the meta device."""
-    shape = settings.shape
-    with torch.device("meta"):
-        model = build_llama(shape)
-    parameters = sum(param.numel() for param in model.parameters())
+    shape, optimizer = settings.shape, settings.check_optimizer()
+    settings.make_schedule(optimizer)
+    parameters = sum(param.numel() for group in optimizer.param_groups for param in group["params"])
     assert parameters == count_parameters(shape)
-    try:
-        optimizer = settings.make_optimizer(model)
-        settings.make_schedule(optimizer)
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"model.optimizer: {error}") from error
     return (
         f"{short(parameters)} parameters in {count_tensors(shape)} tensors, vocabulary {shape.vocab_size};"
         f" {type(optimizer).__name__}, {len(optimizer.param_groups)} groups"

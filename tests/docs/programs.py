@@ -18,6 +18,11 @@ def run_program(folder: Path, command: list[str], **variables: str) -> subproces
     """``python COMMAND`` in `folder`, which gets a copy of the program that the command names."""
     name = next(part for part in command if part.endswith(".py"))
     shutil.copy(START / name, folder / name)
+    return run_python(folder, command, **variables)
+
+
+def run_python(folder: Path, command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    """``python COMMAND`` in `folder`, which must end well, on a machine without a GPU."""
     env = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
     env |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **variables}
     done = subprocess.run([sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True, timeout=600)

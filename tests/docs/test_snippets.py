@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 
 from tests.ports import free_port
 
-from .programs import ROOT
+from .programs import ROOT, run_python
 
 TORCH = (
     "import torch\nmodel = net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))\n"
@@ -96,11 +95,8 @@ def test_a_block_runs(page: str, number: int, tmp_path: Path) -> None:
     for there, here in ON_A_CPU.items():
         block = block.replace(there, here)
     (tmp_path / "block.py").write_text(f"{BEFORE[page][number]}\n{block}")
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    env |= {"TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions")}  # DeepSpeed's operator, built once
-    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    command = [sys.executable, "block.py"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
+    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    alone["TORCH_EXTENSIONS_DIR"] = str(Path(sys.prefix) / "torch_extensions")  # DeepSpeed's operator, built once
+    alone["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    run_python(tmp_path, ["block.py"], **alone)

@@ -29,9 +29,8 @@ def make(dtype: torch.dtype, *, seed: int = 0, **options: Any) -> AMAdamW:
 
 def give(optimizer: AMAdamW, step: int) -> None:
     """New gradients at new addresses."""
-    generator = torch.Generator("cuda").manual_seed(
-        step
-    )  # made there: a copy from pageable memory waits for the device
+    # Made there: a copy from pageable memory waits for the device.
+    generator = torch.Generator("cuda").manual_seed(step)
     for p in params_of(optimizer):
         noise = torch.randn(p.shape, generator=generator, device="cuda").to(p.device)
         p.grad = (noise + 0.5 * p.detach().float()).to(p.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -94,7 +94,9 @@ class Passes:
                 if name == REFERENCE and choice.fused and not is_addressable(piece.tensors()):
                     name = BLOCKED if is_flat(piece.tensors()) else name
             by_tier.setdefault((name, device.type), []).append(piece)
-        self._in_memory = [p for (name, _), members in by_tier.items() if name != TRITON for p in members]
+        self._unscaled: list[Piece] = []  # of kernels that cannot multiply in registers
+        if self._scale is not None:
+            self._unscaled = [p for (name, _), members in by_tier.items() if name != TRITON for p in members]
         self.tiers = {name: len(members) for (name, _), members in by_tier.items()}
         self._launches = [
             (tuple(piece.row for piece in members), _launch(name, device, members, workspace, self._scale))
@@ -117,11 +119,9 @@ class Passes:
         return torch.zeros(rows, 2, dtype=accumulate, device=device) if out is None else out
 
     def _scale_in_memory(self) -> None:
-        """The gradients of kernels that cannot do it in registers."""
-        if self._scale is not None:
-            for piece in self._in_memory:
-                piece.g.mul_(moved(self._scale, piece.g.device))
-            self._in_memory = []
+        while self._unscaled:
+            gradient = self._unscaled.pop().g
+            gradient.mul_(moved(cast(Tensor, self._scale), gradient.device))
 
     def update(self, numbers: Numbers, counts: Tensor) -> None:
         """Pass 2: write the rows where ``counts`` (``[rows]`` bool) is True.

@@ -185,8 +185,6 @@ def writes_folders(trainer: L.Trainer) -> bool:
 
 def _refusal(path: Path | None, problem: BaseException) -> RecipeError | None:
     """A refusing disk, however deep."""
-    if isinstance(problem, RecipeError):
-        return problem
     for cause in [problem, *_causes(problem)]:
         refused = disk_error(cause)
         if refused is not None and (refused.errno in DISK_FULL or path is not None):

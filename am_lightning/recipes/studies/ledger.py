@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from am_lightning.bench.table import processor
 from am_lightning.recipes.errors import RecipeError, require
 
 Config = dict[str, Any]
@@ -127,18 +128,8 @@ def _one_thread() -> None:
 def _made(config: Config) -> tuple[str, ...]:
     """Day, device, versions."""
     device = str(config.get("device", "cpu"))
-    words = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{_processor()}, one thread a run"
+    words = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{processor()}, one thread a run"
     return date.today().isoformat(), words, torch.__version__.partition("+")[0], platform.python_version()
-
-
-def _processor() -> str:
-    """As Linux names it; platform.processor() is empty on many machines."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _key(config: Config) -> str:

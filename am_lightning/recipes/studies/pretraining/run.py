@@ -88,8 +88,8 @@ class Pretraining:
         settings.data.prepare()
         settings.data.open()
         torch.manual_seed(config["seed"])
-        run = _Run(Method(**config["method"]), config, build_llama(settings.shape).to(config["device"]))
-        run.mixed = config["device"] != "cpu" and settings.precision == "bf16-mixed"
+        mixed = config["device"] != "cpu" and settings.precision == "bf16-mixed"
+        run = _Run(Method(**config["method"]), config, build_llama(settings.shape).to(config["device"]), mixed)
         run.train(settings.data)
         loss = run.validate(settings.data) if len(run.losses) == config["steps"] else math.inf
         result: Result = {"val_loss": _finite(loss), "losses": [_finite(round(value, 4)) for value in run.losses]}
@@ -97,12 +97,12 @@ class Pretraining:
 
 
 class _Run:
-    def __init__(self, method: Method, config: Config, model: nn.Module) -> None:
-        self.method, self.model = method, model
+    def __init__(self, method: Method, config: Config, model: nn.Module, mixed: bool) -> None:
+        """``mixed``: forward in bfloat16."""
+        self.method, self.model, self.mixed = method, model, mixed
         self.lr, self.steps, self.traces = config["lr"], config["steps"], config["traces"]
         self.device = torch.device(config["device"])
         self.micro = config.get("micro_batch_size") or config["batch_size"]
-        self.mixed = False  # bfloat16 where the recipe says so; on the CPU float32
         groups = parameter_groups(model, WEIGHT_DECAY, decay_embeddings=False)
         self.optimizer = make_optimizer(method, groups, self.lr, self.steps)
         self.losses: list[float] = []
