@@ -39,27 +39,35 @@ class CompiledPasses:
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self._pieces = pieces
+        self._flat = [[flat(tensor) for tensor in piece.tensors()] for piece in pieces]
 
     def sums(self, numbers: Numbers, accumulate: torch.dtype) -> Tensor:
         """Pass 1, which only reads: ``[pieces, 2]``, N and D."""
         table = self._table(numbers, None)
         run = _graphs()[0]
-        pairs = []
+        # Parts of one shape are added up together, for each call of an operator costs as much as a small tensor.
+        by_shape: dict[tuple[int, torch.dtype], list[tuple[int, Tensor]]] = {}
         with _many_graphs():
-            for piece, vector in zip(self._pieces, table, strict=True):
-                o, tensors = piece.options, [flat(tensor) for tensor in piece.tensors()]
-                parts = [run(*part, vector, o.mu != 0, o.maximize) for part in _parts(tensors)]
-                pairs.append(torch.cat([torch.zeros_like(vector[None, :2]), *parts]).sum(0, dtype=accumulate))
-        return torch.stack(pairs)
+            for i, (piece, tensors, vector) in enumerate(zip(self._pieces, self._flat, table, strict=True)):
+                for part in _parts(tensors):
+                    sums = run(*part, vector, piece.options.mu != 0, piece.options.maximize)
+                    by_shape.setdefault((len(sums), sums.dtype), []).append((i, sums))
+        pairs: list[Tensor | None] = [None] * len(self._pieces)
+        for members in by_shape.values():
+            added = torch.stack([sums for _, sums in members]).sum(1, dtype=accumulate).unbind()
+            for (i, _), pair in zip(members, added, strict=True):
+                before = pairs[i]
+                pairs[i] = pair if before is None else before + pair
+        zero = torch.zeros(2, dtype=accumulate, device=self._pieces[0].x.device)
+        return torch.stack([zero if pair is None else pair for pair in pairs])
 
     def update(self, numbers: Numbers, counts: Tensor) -> None:
         """Pass 2, which writes d, v and x of the rows where ``counts`` (``[rows]`` bool) is True."""
         table = self._table(numbers, counts)
         run = _graphs()[1]
         with _many_graphs():
-            for piece, vector in zip(self._pieces, table, strict=True):
+            for piece, tensors, vector in zip(self._pieces, self._flat, table, strict=True):
                 if piece.x.numel():
-                    tensors = [flat(tensor) for tensor in piece.tensors()]
                     run(*tensors, vector, _seed(piece, numbers), piece.options.maximize)
 
     def _table(self, numbers: Numbers, counts: Tensor | None) -> list[Tensor]:
@@ -96,9 +104,11 @@ def _parts(tensors: list[Tensor]) -> list[list[Tensor]]:
     border = blocks * _BLOCK if blocks > 1 else 0  # one block would be a graph of its own
     parts = []
     if border:
-        parts.append([tensor[:border].view(-1, _BLOCK) for tensor in tensors])
+        whole = tensors if border == numel else [tensor[:border] for tensor in tensors]
+        parts.append([tensor.view(-1, _BLOCK) for tensor in whole])
     if border < numel:
-        parts.append([tensor[border:].view(1, -1) for tensor in tensors])
+        rest_of = [tensor[border:] for tensor in tensors] if border else tensors
+        parts.append([tensor.view(1, -1) for tensor in rest_of])
     return parts
 
 
@@ -123,10 +133,11 @@ def _sums(x: Tensor, g: Tensor, d: Tensor, v: Tensor, h: Tensor, decays: bool, n
     """``[blocks, 2]`` of N = sum (d - gap g) (d / P + mu x), D = sum (d - g)^2 / (P q)."""
     x, g, d = x.to(h.dtype), g.to(h.dtype), d.to(h.dtype)
     g = -g if negate else g
-    _, metric = _metric(g, v, h)
+    _, _, scale, inverse = _metric(g, v, h)
     diff = d - g
-    den = diff * diff / (metric * (1 + h[_LAMBD] * metric))
-    slope = d / metric + h[_MU] * x if decays else d / metric
+    den = diff * diff * inverse
+    slope = d * (inverse * scale)
+    slope = slope + h[_MU] * x if decays else slope
     num = (d - h[0] * g) * slope
     return torch.stack([num.sum(1), den.sum(1)], 1)
 
@@ -135,9 +146,9 @@ def _update(x: Tensor, g: Tensor, d: Tensor, v: Tensor, h: Tensor, seed: Tensor 
     """d' = d + omega (g - d) / q,  x' = shrink x - lr d' / P,  v': written where the vector says so."""
     y, g, old = x.to(h.dtype), g.to(h.dtype), d.to(h.dtype)
     g = -g if negate else g
-    second, metric = _metric(g, v, h)
-    new = old + h[5] * (g - old) / (1 + h[_LAMBD] * metric)
-    y = h[4] * y - h[3] * new / metric
+    second, metric, scale, inverse = _metric(g, v, h)
+    new = old + h[5] * (g - old) * (inverse * metric)
+    y = h[4] * y - h[3] * (new * (inverse * scale))
     stored = new.to(d.dtype) if seed is None else stochastic(new, seed)
     keep = h[_KEEP] > 0
     x.copy_(torch.where(keep, y.to(x.dtype), x))
@@ -145,7 +156,10 @@ def _update(x: Tensor, g: Tensor, d: Tensor, v: Tensor, h: Tensor, seed: Tensor 
     v.copy_(torch.where(keep, second.to(v.dtype), v))
 
 
-def _metric(g: Tensor, v: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+def _metric(g: Tensor, v: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """v', P, q and 1 / (P q): one division serves 1 / P and 1 / q."""
     v = v.to(h.dtype)
     v = v + h[_RATE] * (g * g - v)
-    return v, h[1] * v.sqrt() + h[2]
+    metric = h[1] * v.sqrt() + h[2]
+    scale = 1 + h[_LAMBD] * metric
+    return v, metric, scale, 1 / (metric * scale)
