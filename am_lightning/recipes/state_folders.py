@@ -14,6 +14,7 @@ from am_lightning.recipes.errors import RecipeError
 from am_lightning.recipes.files import disk_error, sync_folder, write_failure
 from am_lightning.recipes.together import raising_together
 
+_PART, _REPLACED = ".part", ".replaced"
 _CURE = "Free some space; --ckpt_path last goes on from the checkpoint before."
 
 
@@ -32,11 +33,13 @@ class StateFolders:
     def save(self, step: int) -> Path:
         """Write `step-N` beside its place, then rename it: a kill at any moment leaves no half folder of that name.
 
+        One of that name goes aside before and away after, so that there is none for the time of two renames only.
+
         Raises:
             RecipeError: on all processes, where the disk of one refuses; the checkpoints before are untouched.
         """
         target = self.folder / f"step-{step:06d}"
-        part = self.folder / f".{target.name}.part"
+        part = self.folder / f".{target.name}{_PART}"
         try:
             self._write(part, target)
         except RecipeError:
@@ -48,15 +51,19 @@ class StateFolders:
     def _write(self, part: Path, target: Path) -> None:
         with self._together(target):
             if self.accelerator.is_main_process:
-                shutil.rmtree(part, ignore_errors=True)  # of a killed run
+                for left in self.folder.glob(".step-*"):  # by a killed run
+                    shutil.rmtree(left, ignore_errors=True)
                 part.mkdir(parents=True)
         with self._together(target):
             self.accelerator.save_state(str(part))
         with self._together(target):
             if self.accelerator.is_main_process:
-                shutil.rmtree(target, ignore_errors=True)
+                replaced = part.with_suffix(_REPLACED)
+                if target.exists():
+                    target.rename(replaced)
                 part.rename(target)
                 sync_folder(self.folder)
+                shutil.rmtree(replaced, ignore_errors=True)
                 self._prune()
 
     def load(self, ckpt_path: str) -> Path | None:

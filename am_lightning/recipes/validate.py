@@ -6,12 +6,15 @@ import argparse
 import difflib
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import StrategyRegistry
 
+from am_lightning.recipes.data.pieces import DATA_EXTRA
+from am_lightning.recipes.data.sources import HUB
 from am_lightning.recipes.data.tokenizer import BYTES, bpe_size, check_vocabulary
 from am_lightning.recipes.errors import RecipeError, require
 from am_lightning.recipes.listing import short, strategy_name
@@ -164,7 +167,14 @@ def _data(settings: Settings) -> str:
         raise RecipeError(f"data.tokenizer is {name!r}: there is no such folder")
     else:
         size = "on the Hugging Face hub, not looked at"
-    return f"{data.source}, mode {data.mode}; tokenizer {name} ({size})"
+    return f"{data.source}, mode {data.mode}; tokenizer {name} ({size}){_missing_library(data.source)}"
+
+
+def _missing_library(source: str) -> str:
+    """No error: shards that are made already need no library, and another machine may make them."""
+    if not source.startswith(HUB) or find_spec("datasets") is not None:
+        return ""
+    return f"; making its shards needs the datasets library, which is not installed here: {DATA_EXTRA}"
 
 
 def _folders(settings: Settings) -> str:

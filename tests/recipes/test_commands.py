@@ -117,6 +117,17 @@ def test_an_edited_copy_is_meant_by_its_name(
     assert out.startswith("OK: 60m.yaml\n") and "; 77 steps" in out
 
 
+def test_validate_says_which_library_the_data_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["validate", "60m", "--trainer.default_root_dir", str(tmp_path)]
+    assert main(command) == 0
+    assert "datasets library" not in capsys.readouterr().out
+    monkeypatch.setattr("am_lightning.recipes.validate.find_spec", lambda name: None)
+    assert main(command) == 0
+    assert "needs the datasets library, which is not installed here: pip install" in capsys.readouterr().out
+
+
 def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
     """As `list | head -1` does."""
     command = [sys.executable, "-m", "am_lightning.recipes", "list"]

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Protocol, cast
 from am_lightning.recipes.errors import RecipeError, first_line
 
 _ROWS = 1024  # read at a time
-_EXTRA = "pip install 'am-lightning[data]', or '.[data]' in a checkout"
+DATA_EXTRA = "pip install 'am-lightning[data]', or '.[data]' in a checkout"
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def parquet_file(path: str) -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise RecipeError(f"{path}: parquet needs pyarrow: {_EXTRA}") from error
+        raise RecipeError(f"{path}: parquet needs pyarrow: {DATA_EXTRA}") from error
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowException) as error:
@@ -197,7 +197,7 @@ def load_hub(name: str, options: str) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise RecipeError(f"data.source hf:{name} needs the datasets library: {_EXTRA}") from error
+        raise RecipeError(f"data.source hf:{name} needs the datasets library: {DATA_EXTRA}") from error
     try:
         return datasets.load_dataset(name, **{"split": "train", **json.loads(options)}, streaming=True)
     except Exception as error:  # the library's own, the network's, the builder's
