@@ -182,6 +182,7 @@ def train(settings: Settings) -> None:
 
     step = trainer.state.global_step
     if stopping.stopped and step < settings.steps:
+        trainer.accelerator.end_training()
         stop.leave(step)
     loss = trainer.evaluate()["eval_loss"]
     if trainer.is_world_process_zero():
@@ -191,6 +192,7 @@ def train(settings: Settings) -> None:
             f'  curves           tensorboard --logdir "{settings.root / "logs"}"\n'
             f"  checkpoint       {settings.checkpoints / f'checkpoint-{step}'}\n"
         )
+    trainer.accelerator.end_training()  # threads of a group that is left open may abort a process that ends
 
 
 def training_arguments(settings: Settings) -> TrainingArguments:
