@@ -182,7 +182,7 @@ def train(settings: Settings) -> None:
 
     step = trainer.state.global_step
     if stopping.stopped and step < settings.steps:
-        trainer.accelerator.end_training()
+        leave_together(trainer.accelerator)
         stop.leave(step)
     loss = trainer.evaluate()["eval_loss"]
     if trainer.is_world_process_zero():
@@ -192,7 +192,13 @@ def train(settings: Settings) -> None:
             f'  curves           tensorboard --logdir "{settings.root / "logs"}"\n'
             f"  checkpoint       {settings.checkpoints / f'checkpoint-{step}'}\n"
         )
-    trainer.accelerator.end_training()  # threads of a group that is left open may abort a process that ends
+    leave_together(trainer.accelerator)
+
+
+def leave_together(accelerator: Accelerator) -> None:
+    """The barrier lets gloo's threads free their last tensors: where Python ends before, the process is aborted."""
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 def training_arguments(settings: Settings) -> TrainingArguments:
