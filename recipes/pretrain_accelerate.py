@@ -29,6 +29,7 @@ from am_lightning.recipes.program import command_line
 from am_lightning.recipes.settings import Settings, read_settings
 from am_lightning.recipes.state_folders import StateFolders
 from am_lightning.recipes.stop import StopSignal
+from am_lightning.recipes.together import leave_together
 
 PRECISIONS = {"32-true": "no", "bf16-mixed": "bf16", "16-mixed": "fp16"}
 
@@ -99,7 +100,7 @@ def train(settings: Settings) -> None:
         if stopped or last or is_due(step, settings.save_every):
             checkpoints.save(step)
         if stopped and not last:
-            accelerator.end_training()
+            leave_together(accelerator)
             stop.leave(step)
 
     bar.close()
@@ -110,7 +111,7 @@ def train(settings: Settings) -> None:
         f' rows\n  curves           tensorboard --logdir "{settings.root / "logs"}"\n'
         f"  checkpoint       {checkpoints.newest()}\n"
     )
-    accelerator.end_training()
+    leave_together(accelerator)
 
 
 def open_data(accelerator: Accelerator, settings: Settings) -> TextData:

@@ -30,6 +30,7 @@ from am_lightning.recipes.network import build_llama, token_loss
 from am_lightning.recipes.program import command_line
 from am_lightning.recipes.settings import Settings, read_settings
 from am_lightning.recipes.stop import StopSignal
+from am_lightning.recipes.together import leave_together
 
 CURVES = {"loss": "train/loss", "learning_rate": "lr", "grad_norm": "grad_norm", "eval_loss": "val/loss"}
 DATA_FILE = "data.pt"  # in each checkpoint: which data it was trained on
@@ -193,12 +194,6 @@ def train(settings: Settings) -> None:
             f"  checkpoint       {settings.checkpoints / f'checkpoint-{step}'}\n"
         )
     leave_together(trainer.accelerator)
-
-
-def leave_together(accelerator: Accelerator) -> None:
-    """The barrier lets gloo's threads free their last tensors: where Python ends before, the process is aborted."""
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
 
 
 def training_arguments(settings: Settings) -> TrainingArguments:

@@ -14,7 +14,6 @@ from am_lightning.recipes.errors import RecipeError
 from am_lightning.recipes.files import disk_error, sync_folder, write_failure
 from am_lightning.recipes.together import raising_together
 
-_PART, _REPLACED = ".part", ".replaced"
 _CURE = "Free some space; --ckpt_path last goes on from the checkpoint before."
 
 
@@ -39,7 +38,7 @@ class StateFolders:
             RecipeError: on all processes, where the disk of one refuses; the checkpoints before are untouched.
         """
         target = self.folder / f"step-{step:06d}"
-        part = self.folder / f".{target.name}{_PART}"
+        part = self.folder / f".{target.name}.part"
         try:
             self._write(part, target)
         except RecipeError:
@@ -58,7 +57,7 @@ class StateFolders:
             self.accelerator.save_state(str(part))
         with self._together(target):
             if self.accelerator.is_main_process:
-                replaced = part.with_suffix(_REPLACED)
+                replaced = part.with_suffix(".replaced")
                 if target.exists():
                     target.rename(replaced)
                 part.rename(target)

@@ -1,13 +1,17 @@
-"""What one rank raises, all raise."""
+"""What ranks do together: what one raises, all raise; and they leave when all are done."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from torch.distributed.checkpoint.api import CheckpointException
 
 from am_lightning.recipes.errors import RecipeError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @contextmanager
@@ -38,3 +42,9 @@ def raising_together(
         raise problem
     if found:
         raise RecipeError(found[0]) from problem
+
+
+def leave_together(accelerator: Accelerator) -> None:
+    """The barrier lets gloo's threads free their last tensors: where Python ends before, the process is aborted."""
+    accelerator.wait_for_everyone()
+    accelerator.end_training()

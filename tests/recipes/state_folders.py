@@ -1,8 +1,10 @@
-"""What each rank runs: checkpoints of Accelerate's on a disk that becomes full."""
+"""What each rank runs: checkpoints of Accelerate's saved twice, and on a disk that becomes full."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,30 +16,34 @@ from am_lightning.recipes.errors import RecipeError
 from am_lightning.recipes.state_folders import StateFolders
 
 
-def save_one_step_twice(folder: str) -> tuple[list[str], bool]:
-    """What lies in the folder, and whether a load gives what was saved last."""
+@contextmanager
+def fresh_accelerator() -> Iterator[Accelerator]:
+    """One that leaves nothing behind for what the rank runs next."""
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
-    accelerator = Accelerator(cpu=True)
     try:
-        prepared = accelerator.prepare(torch.nn.Linear(3, 3))
-        folders = StateFolders(accelerator, Path(folder))
-        for value in (1.0, 2.0):
-            prepared.requires_grad_(False).apply(lambda layer, v=value: [p.fill_(v) for p in layer.parameters(False)])
-            folders.save(5)
-        for param in prepared.parameters():
-            param.fill_(0.0)
-        assert folders.load("last") == Path(folder, "step-000005")
-        return sorted(os.listdir(folder)), all(bool((param == 2).all()) for param in prepared.parameters())
+        yield Accelerator(cpu=True)
     finally:
         AcceleratorState._reset_state()
         PartialState._reset_state()
 
 
+def save_one_step_twice(folder: str) -> tuple[list[str], bool]:
+    """What lies in the folder, and whether a load gives what was saved last."""
+    with fresh_accelerator() as accelerator:
+        params = list(accelerator.prepare(torch.nn.Linear(3, 3)).requires_grad_(False).parameters())
+        folders = StateFolders(accelerator, Path(folder))
+        for value in (1.0, 2.0):
+            torch._foreach_zero_(params)
+            torch._foreach_add_(params, value)
+            folders.save(5)
+        torch._foreach_zero_(params)
+        assert folders.load("last") == Path(folder, "step-000005")
+        return sorted(os.listdir(folder)), all(bool((param == 2).all()) for param in params)
+
+
 def save_until_the_disk_is_full(folder: str) -> tuple[int, str]:
     """How many checkpoints were made, and the error."""
-    os.environ["LOCAL_RANK"] = str(dist.get_rank())
-    accelerator = Accelerator(cpu=True)
-    try:
+    with fresh_accelerator() as accelerator:
         accelerator.prepare(torch.nn.Linear(500, 500))  # 1 MB
         folders = StateFolders(accelerator, Path(folder))
         for step in range(1, 9):
@@ -46,6 +52,3 @@ def save_until_the_disk_is_full(folder: str) -> tuple[int, str]:
             except RecipeError as error:
                 return step - 1, str(error)
         return 8, ""
-    finally:
-        AcceleratorState._reset_state()
-        PartialState._reset_state()
