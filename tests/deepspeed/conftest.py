@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.ports import free_port
+from tests.python import COLD
 from tests.sharding.pool import Pool, pools
 
 
@@ -39,7 +40,7 @@ def compiled() -> None:
     port = free_port()
     env = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     code = "import tests.deepspeed.runs, deepspeed; deepspeed.init_distributed('gloo')"
-    command = [sys.executable, "-c", code]
+    command = [COLD, "-c", code]
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         command, cwd=root, env={**env, "MASTER_PORT": str(port)}, capture_output=True, text=True, timeout=1200

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
+import sysconfig
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, patch
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja is beside python
+os.environ["PATH"] = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"  # ninja is beside python
 os.environ.setdefault("LOCAL_RANK", os.environ.get("RANK", "0"))
 
 import deepspeed

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.python import PYTHON
 
 SAVE, RESUME = "tests.deepspeed.checkpoints:save", "tests.deepspeed.checkpoints:resume"
 START_UP = 300
@@ -23,7 +24,7 @@ def check(ranks: list[dict]) -> None:
 
 
 def to_universal(folder: Path) -> None:
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command = [PYTHON, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--input_folder", str(folder / "half"), "--output_folder", str(folder / "universal")]
     env = {**os.environ, "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.python import PYTHON
 
 ROOT = Path(__file__).resolve().parents[2]
 START = ROOT / "docs" / "start"
@@ -25,7 +26,7 @@ def run_python(folder: Path, command: list[str], **variables: str) -> subprocess
     """``python COMMAND`` in `folder`, which must end well, on a machine without a GPU."""
     env = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
     env |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **variables}
-    done = subprocess.run([sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([PYTHON, *command], cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done
 

@@ -6,13 +6,14 @@ import functools
 import html
 import re
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+
+from tests.python import PYTHON
 
 from .programs import ROOT, START
 
@@ -22,7 +23,7 @@ _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site") / "site"
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [PYTHON, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return folder
@@ -45,7 +46,7 @@ def address(site: Path) -> Iterator[str]:
 @pytest.mark.slow
 def test_no_link_is_broken(address: str) -> None:
     """Of the pages as rendered, pictures included; anchors are the strict build's, other hosts are not asked."""
-    command = [sys.executable, "-m", "linkcheck", "--no-status", "--timeout", "30"]
+    command = [PYTHON, "-m", "linkcheck", "--no-status", "--timeout", "30"]
     done = subprocess.run([*command, address], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     checked = re.search(r"(\d+) links in \d+ URLs checked", done.stdout)

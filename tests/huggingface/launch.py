@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from tests.ports import free_port
+from tests.python import PYTHON
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,7 +28,7 @@ def launch(module: str, folder: Path, *, processes: int, timeout: float = 150, *
     env = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_PORT")}
     env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)]
-    command = [sys.executable, *torchrun, "-m", module, str(path)]
+    command = [PYTHON, *torchrun, "-m", module, str(path)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
     results = [Path(f"{path}.rank{rank}.pt") for rank in range(processes)]
     assert all(result.exists() for result in results), f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from tests.ports import free_port
+from tests.python import PYTHON
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,7 +23,7 @@ def run_module(module: str, argument: Path, results: list[Path], *, threads: int
     """
     env = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
     env |= {"MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", module, str(argument)]
+    command = [PYTHON, "-m", module, str(argument)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     if not all(result.exists() for result in results):
         pytest.fail(f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}")

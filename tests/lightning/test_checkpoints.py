@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.python import PYTHON
 from tests.sharding.pool import Pool, RankError
 
 HERE = "tests.lightning.cluster_checkpoints:"
@@ -115,7 +115,7 @@ def test_a_ddp_file_of_several_groups_is_not_lightnings(
 
 def test_lightnings_tool_makes_one_file_of_fsdp1s_shards(pool: Ranks, saved: Callable[..., str]) -> None:
     where = saved("fsdp1", 2)
-    tool = [sys.executable, "-m", "lightning.pytorch.utilities.consolidate_checkpoint", where]
+    tool = [PYTHON, "-m", "lightning.pytorch.utilities.consolidate_checkpoint", where]
     subprocess.run(tool, check=True, capture_output=True, timeout=120)
     for placed, world in (("ddp", 1), ("fsdp1", 2), ("fsdp2", 2)):
         check(pool(world).run(f"{HERE}resume", placed=placed, where=f"{where}.consolidated"))

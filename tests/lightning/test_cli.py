@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.python import PYTHON
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 from lightning.pytorch.cli import LightningCLI
 from tests.lightning.model import Regression, quiet
-
 
 class Plain(Regression):
     configure_optimizers = Regression.__base__.configure_optimizers  # LightningCLI gives it one
@@ -43,7 +43,7 @@ def test_command_line(form: str, tmp_path: Path) -> None:
     options, expected = FORMS[form]
     program = tmp_path / "train.py"
     program.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{PROGRAM}")
-    command = [sys.executable, str(program), "fit", *options, "--optimizer.lr=0.05"]
+    command = [PYTHON, str(program), "fit", *options, "--optimizer.lr=0.05"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     assert expected in done.stdout

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +30,7 @@ from tests.optim.harness import (
 )
 from tests.optim.test_every_step import RATES
 from tests.optim.test_layouts import scatter_strides, with_odd_strides
+from tests.python import COLD
 
 ROOT = Path(__file__).resolve().parents[2]
 # Less than a tile, tiles and a rest, blocks and a rest; one element and none.
@@ -266,7 +266,7 @@ def test_a_damaged_library_is_built_anew(tmp_path: Path) -> None:
     env = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
 
     def build_it() -> str:
-        done = subprocess.run([sys.executable, "-c", program], env=env, cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run([COLD, "-c", program], env=env, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -341,7 +341,7 @@ def test_processes_that_build_at_once_and_a_killed_build(tmp_path: Path) -> None
     program = "from am_lightning.optim.kernels.compiler import load_library as load; print(load().words)"
     env = os.environ | {"TORCH_EXTENSIONS_DIR": str(folder.parent), "OMP_NUM_THREADS": "1"}
     running = [
-        subprocess.Popen([sys.executable, "-c", program], env=env, cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True)
+        subprocess.Popen([COLD, "-c", program], env=env, cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True)
         for _ in range(2)
     ]
     for process in running:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.python import COLD
 
 LIMIT_MIB = 8.0
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,7 +64,7 @@ print(extra(lambda: two_steps(optimizer), state), extra(optimizer.step), extra(l
 def test_a_step_needs_less_than_8_mib(kind: str, dtype: str) -> None:
     env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, kind, dtype], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+        [COLD, "-c", PROGRAM, kind, dtype], cwd=ROOT, env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     first, later, copy = map(float, done.stdout.split())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import email
 import os
 import subprocess
-import sys
 import tarfile
 import zipfile
 from email.message import Message
@@ -14,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from tests.package.tree import PACKAGE, RECIPES, ROOT, extras, files, version
+from tests.python import COLD
 
 
 def _build(source: Path, out: Path, target: str) -> Path:
-    command = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(out)]
+    command = [COLD, "-m", "hatchling", "build", "-t", target, "-d", str(out)]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = out.iterdir()
@@ -84,7 +84,7 @@ def test_wheel_works_from_where_it_lies(wheel: Path, tmp_path: Path) -> None:
         "optimizer = am_lightning.am_adamw(torch.nn.Linear(2, 2))\n"
         "print(am_lightning.__version__)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(wheel)], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([COLD, "-c", code, str(wheel)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == version()
 

@@ -10,6 +10,7 @@ import pytest
 
 import am_lightning
 from tests.package.tree import PACKAGE, ROOT, module_name, sources
+from tests.python import COLD
 
 # Public name or module -> (package that it needs, extra that brings it)
 NEEDS = {
@@ -44,7 +45,7 @@ sys.meta_path.insert(0, Blocked())
 
 
 def _python(code: str, *args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    return subprocess.run([COLD, "-c", code, *args], cwd=ROOT, capture_output=True, text=True, timeout=240)
 
 
 def _modules_after(code: str) -> set[str]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tests.python import PYTHON
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 PRETRAIN = RECIPES / "pretrain.py"
@@ -47,7 +48,7 @@ def arguments(root: Path, source: Path, steps: int, *extra: str, command: str = 
 def run(args: list[str], cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run pretrain.py in a process of its own."""
     return subprocess.run(
-        [sys.executable, str(PRETRAIN), *args],
+        [PYTHON, str(PRETRAIN), *args],
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
         capture_output=True,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.huggingface.events import scalars_in
 from tests.ports import free_port
+from tests.python import PYTHON
 from tests.recipes.commands import RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,11 +77,11 @@ def launch(door: Door, recipe: str, root: Path, settings: list[str]) -> subproce
         path = Path(__file__).parent / door.program
     port, variables = str(free_port()), _environment(door)
     if door.launcher is None:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+        command = [PYTHON, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
         command += [str(path), "fit", "--config", recipe, "--trainer.default_root_dir", str(root)]
     else:
         command = [str(RECIPES / "launch" / door.launcher)]
-        variables |= {"PROGRAM": str(path), "CONFIG": recipe, "RUN_DIR": str(root), "PYTHON": sys.executable}
+        variables |= {"PROGRAM": str(path), "CONFIG": recipe, "RUN_DIR": str(root), "PYTHON": PYTHON}
         variables |= {"NODES": "1", "GPUS_PER_NODE": "2", "MASTER_PORT": port, "MAX_RESTARTS": "0"}
     command += [*settings, *door.settings, "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
     return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=900)
@@ -94,7 +96,7 @@ def _environment(door: Door) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "DS_ACCELERATOR": "cpu",
         "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # ninja is beside python
+        "PATH": f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}",  # ninja is beside python
         **door.variables,
     }
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from am_lightning.recipes.__main__ import main
 from am_lightning.recipes.locate import recipe_files
+from tests.python import COLD
 
 from .commands import RECIPES, arguments
 
@@ -130,7 +130,7 @@ def test_validate_says_which_library_the_data_need(
 
 def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
     """As `list | head -1` does."""
-    command = [sys.executable, "-m", "am_lightning.recipes", "list"]
+    command = [COLD, "-m", "am_lightning.recipes", "list"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
@@ -148,13 +148,13 @@ def test_fit_takes_a_name(tmp_path: Path, corpus_folder: Path) -> None:
 @pytest.mark.slow
 def test_a_built_wheel_has_it_all(tmp_path: Path, corpus_folder: Path) -> None:
     """Installed beside nothing of the checkout: list, cp, and the copy trains by launch/torchrun.sh."""
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")]
+    build = [COLD, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=120)
     (wheel,) = (tmp_path / "dist").iterdir()
     site = tmp_path / "site"
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]
+    install = [COLD, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]
     subprocess.run([*install, str(wheel)], check=True, capture_output=True, timeout=240)
-    env = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+    env = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "PYTHON": COLD}
 
     def run(*command: str, **variables: str) -> str:
         done = subprocess.run(
@@ -163,7 +163,7 @@ def test_a_built_wheel_has_it_all(tmp_path: Path, corpus_folder: Path) -> None:
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
         return done.stdout
 
-    module = [sys.executable, "-m", "am_lightning.recipes"]
+    module = [COLD, "-m", "am_lightning.recipes"]
     assert str(site) in run(*module, "validate", "laptop", "--data.source", str(corpus_folder)).splitlines()[0]
     assert "cd copy" in run(*module, "cp", "laptop", "copy")
     settings = arguments(tmp_path / "run", corpus_folder, 2)[3:]

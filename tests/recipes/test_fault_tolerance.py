@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from am_lightning.recipes.early_signals import keep_signals
 from am_lightning.recipes.errors import RecipeError
 from am_lightning.recipes.fault_tolerance import SIGNALS, FaultTolerance, Stopped
 from am_lightning.recipes.stop import StopSignal
+from tests.python import PYTHON
 
 from .commands import differences, load, training_state
 from .small_run import Options, Small, run, trainer_for
@@ -80,7 +80,7 @@ def ends(tmp_path: Path, code: str, **variables: str) -> subprocess.CompletedPro
     """A process of its own that runs `code` after these imports."""
     head = "import os, signal, sys, time\nfrom tests.recipes.small_run import *\noptions = Options(sys.argv[1])\n"
     return subprocess.run(
-        [sys.executable, "-c", head + code, str(tmp_path)],
+        [PYTHON, "-c", head + code, str(tmp_path)],
         cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
         capture_output=True,
@@ -114,6 +114,7 @@ def test_a_second_sigterm_ends_the_process_at_once(tmp_path: Path) -> None:
     code = """
 import am_lightning.recipes.fault_tolerance as module
 from tests.recipes.test_fault_tolerance import Twice
+
 module.SAME_SIGNAL_S = 0.001
 trainer_for(options).fit(Twice(options))
 """

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 
 from am_lightning.recipes.report.events import read_curves
+from tests.python import PYTHON
 
 from .commands import PRETRAIN, arguments, differences, load, run, training_state
 
@@ -31,7 +31,7 @@ def command(root: Path, source: Path, *extra: str) -> list[str]:
 def start(program: list[str], cwd: Path) -> subprocess.Popen[bytes]:
     """In a process group of its own, so that a kill takes the ranks that Lightning starts, too."""
     return subprocess.Popen(
-        [sys.executable, *program],
+        [PYTHON, *program],
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,

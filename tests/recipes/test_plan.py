@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from am_lightning.recipes.network import LlamaShape, flops_per_token
 from am_lightning.recipes.plan.layout import Layout, make_layout
 from am_lightning.recipes.plan.memory import RESERVE, memory_of
 from am_lightning.recipes.plan.traffic import traffic_of
+from tests.python import PYTHON
 from tests.recipes.test_network import FAMILY
 
 T5_60M, N_60M = FAMILY["60m"]
@@ -117,7 +117,7 @@ for tensor in (1, 2, 8):
 def test_the_8b_on_64_gpus_on_the_meta_device() -> None:
     """Pieces that FSDP2 and tensor parallel really make of it, without their bytes."""
     done = subprocess.run(
-        [sys.executable, "-c", META], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=240
+        [PYTHON, "-c", META], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(done.stdout.splitlines()) == 3

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.huggingface.events import scalars_in
+from tests.python import PYTHON
 
 from .commands import RECIPES, arguments
 
@@ -24,7 +24,7 @@ CHECKPOINTS = {"pretrain_accelerate.py": "step-{:06d}", "pretrain_hf_trainer.py"
 def start(program: str, root: Path, corpus: Path, steps: int, *extra: str) -> subprocess.Popen[str]:
     settings = arguments(root, corpus, steps, "--checkpoint.every_n_train_steps", "3", *extra)
     return subprocess.Popen(
-        [sys.executable, str(RECIPES / program), *settings],
+        [PYTHON, str(RECIPES / program), *settings],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

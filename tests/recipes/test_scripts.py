@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.python import COLD
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,7 +49,7 @@ def checkout(tmp_path: Path) -> Path:
 
 def bash(script: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """With no HOME and no index; the interpreter of the tests, which can import torch, makes the environment."""
-    env = {"PATH": os.environ["PATH"], "AM_PYTHON": sys.executable, "PIP_NO_INDEX": "1", "OMP_NUM_THREADS": "1"}
+    env = {"PATH": os.environ["PATH"], "AM_PYTHON": COLD, "PIP_NO_INDEX": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         ["bash", "-euc", script], cwd=cwd, env={**env, **variables}, capture_output=True, text=True, timeout=240
     )

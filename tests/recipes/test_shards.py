@@ -8,7 +8,6 @@ import pickle
 import resource
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from am_lightning.recipes.data.shards import SIDES, Shard, ShardedTokens, open_s
 from am_lightning.recipes.data.sources import find_source
 from am_lightning.recipes.data.tokenizer import ByteTokenizer
 from am_lightning.recipes.errors import RecipeError
+from tests.python import PYTHON
 
 from .writer import PARTS, make_source
 
@@ -91,7 +91,7 @@ def test_what_is_there_is_not_made_again(source: Path, whole: Path) -> None:
 
 
 def start_writer(source: Path, folder: Path, workers: int, *kill: str) -> subprocess.Popen[bytes]:
-    args = [sys.executable, "-m", "tests.recipes.writer", str(source), str(folder), str(workers), *kill]
+    args = [PYTHON, "-m", "tests.recipes.writer", str(source), str(folder), str(workers), *kill]
     return subprocess.Popen(args, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
 
 
@@ -138,7 +138,7 @@ def test_no_worker_survives_its_parent(tmp_path: Path, ctrl_c: bool) -> None:
         "run_all(sleep, range(6), 2, 'sleeping')"
     )
     env = {**os.environ, "SLEEPERS": str(tmp_path)}
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, start_new_session=True)
+    process = subprocess.Popen([PYTHON, "-c", code], cwd=ROOT, env=env, start_new_session=True)
     try:
         wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
         if ctrl_c:

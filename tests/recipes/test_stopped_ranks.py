@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from am_lightning.recipes.checkpoints import newest_whole
 from tests.ports import free_port
+from tests.python import PYTHON
 
 from .commands import differences, load
 from .small_run import Options
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 def start(options: list[Options], **variables: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.recipes.small_run", *(json.dumps(asdict(o)) for o in options)],
+        [PYTHON, "-m", "tests.recipes.small_run", *(json.dumps(asdict(o)) for o in options)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
         stdout=subprocess.PIPE,

@@ -8,7 +8,6 @@ import os
 import pickle
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +35,7 @@ from am_lightning.recipes.studies.vision.networks import NETWORKS
 from am_lightning.recipes.studies.vision.stages import report as vision_report
 from am_lightning.recipes.studies.vision.stages import sweep_of
 from am_lightning.recipes.studies.vision.task import read_task
+from tests.python import PYTHON
 
 from .commands import RECIPES
 
@@ -295,7 +295,7 @@ def test_the_convex_study_in_small(tmp_path: Path) -> None:
 
 
 def _run(program: str, *args: object) -> str:
-    command = [sys.executable, str(STUDIES / program), *map(str, args)]
+    command = [PYTHON, str(STUDIES / program), *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -343,5 +343,5 @@ def test_the_page_of_images(tmp_path: Path) -> None:
 
 def test_the_two_planes_are_drawn(tmp_path: Path) -> None:
     picture = tmp_path / "planes.png"
-    subprocess.run([sys.executable, str(STUDIES / "two_planes.py"), str(picture)], check=True, env=dict(os.environ))
+    subprocess.run([PYTHON, str(STUDIES / "two_planes.py"), str(picture)], check=True, env=dict(os.environ))
     assert picture.read_bytes().startswith(b"\x89PNG")

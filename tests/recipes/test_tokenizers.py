@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ from am_lightning.recipes.data.tokenizer import (
     train_bpe,
 )
 from am_lightning.recipes.errors import RecipeError
+from tests.python import PYTHON
 
 SENTENCES = [b"the memory of a step", b"momentum is the memory of many steps", "żółć 日本語 🙂".encode(), b""]
 
@@ -79,7 +79,7 @@ def test_training_gives_the_same_file_in_every_process(tmp_path: Path) -> None:
     )
     for threads in ("1", "2"):
         env = {"RAYON_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "true", "PYTHONPATH": str(Path.cwd())}
-        subprocess.run([sys.executable, "-c", code, str(tmp_path / threads)], env=env, check=True)
+        subprocess.run([PYTHON, "-c", code, str(tmp_path / threads)], env=env, check=True)
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
 
 

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import faulthandler
 import importlib
-import multiprocessing as mp
 import os
 import signal
+import socket
+import subprocess
+import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Client, Connection
+from pathlib import Path
 from typing import Any
 
 from tests.ports import free_port
+from tests.python import PYTHON
 
-CONTEXT = mp.get_context("spawn")
+ROOT = Path(__file__).resolve().parents[2]
+START_S = 300
 
 
 class RankError(Exception):
@@ -36,7 +42,7 @@ class Pool:
 
     def __init__(self, world: int) -> None:
         self.world = world
-        self._ranks: list[Any] = []
+        self._ranks: list[subprocess.Popen[bytes]] = []
         self._pipes: list[Connection] = []
 
     def run(self, function: str, *, timeout: float = 90, **arguments: Any) -> list[Any]:
@@ -71,24 +77,36 @@ class Pool:
 
     def stop(self, *, dump: bool = False) -> None:
         for process in self._ranks:
-            if dump and process.is_alive():
-                os.kill(process.pid, signal.SIGUSR1)  # prints its stacks
+            if dump and process.poll() is None:
+                process.send_signal(signal.SIGUSR1)  # prints its stacks
                 time.sleep(0.2)
             process.kill()
-            process.join()
+            process.wait()
+        for pipe in self._pipes:
+            pipe.close()
         self._ranks, self._pipes = [], []
 
     def _start(self) -> None:
-        if self._ranks and all(process.is_alive() for process in self._ranks):
+        if self._ranks and all(process.poll() is None for process in self._ranks):
             return
         self.stop()
-        port = free_port()
-        for rank in range(self.world):
-            here, there = CONTEXT.Pipe()
-            process = CONTEXT.Process(target=_serve, args=(rank, self.world, port, there), daemon=True)
-            process.start()
-            self._ranks.append(process)
-            self._pipes.append(here)
+        variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(self.world)}
+        variables |= {"PYTHONPATH": str(ROOT)}
+        with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(address := f"{folder}/ranks")
+            listener.listen(self.world)
+            listener.settimeout(START_S)  # else a rank that died would be waited for
+            command = [PYTHON, "-m", "tests.sharding.pool", address]
+            for rank in range(self.world):
+                env = {**os.environ, **variables, "RANK": str(rank)}
+                self._ranks.append(subprocess.Popen(command, env=env, cwd=ROOT))
+            pipes = [Connection(listener.accept()[0].detach()) for _ in range(self.world)]
+            self._pipes = [
+                pipe for _, pipe in sorted(((pipe.recv(), pipe) for pipe in pipes), key=lambda found: found[0])
+            ]
+        port = self._pipes[0].recv()
+        for pipe in self._pipes:
+            pipe.send(port)
 
 
 @contextmanager
@@ -102,14 +120,23 @@ def pools() -> Iterator[Callable[[int], Pool]]:
             pool.stop()
 
 
-def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
+def serve(address: str) -> None:
+    """A rank: run what the pool sends until the pool has ended."""
     faulthandler.register(signal.SIGUSR1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    pipe = Client(address, "AF_UNIX")
+    pipe.send(rank)
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False)  # on a port that is free
+        pipe.send(store.port)
+    port = pipe.recv()
+    if rank:
+        store = dist.TCPStore("127.0.0.1", port, world, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     while True:
         try:
             function, arguments = pipe.recv()
@@ -120,3 +147,7 @@ def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
             pipe.send(("result", getattr(importlib.import_module(module), name)(**arguments)))
         except BaseException as error:  # CheckpointException is one
             pipe.send(("error", type(error).__name__, str(error), traceback.format_exc()))
+
+
+if __name__ == "__main__":
+    serve(*sys.argv[1:])

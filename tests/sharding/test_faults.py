@@ -6,13 +6,13 @@ import json
 import math
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.ports import free_port
+from tests.python import PYTHON
 from tests.sharding.fault_steps import BAD, END
 from tests.sharding.pool import Pool
 
@@ -85,7 +85,7 @@ def test_a_gradient_that_one_rank_lacks(pool: Callable[[int], Pool], layout: str
 def launch(world: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     """torchrun of the drill, on a free port."""
     port = free_port()
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}", f"--master-port={port}"]
+    command = [PYTHON, "-m", "torch.distributed.run", f"--nproc-per-node={world}", f"--master-port={port}"]
     command += ["-m", "tests.sharding.fault_run", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, cwd=ROOT)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.python import PYTHON
 from tests.recipes.commands import PRETRAIN, RECIPES
 
 from .runs import LAUNCH
@@ -32,7 +32,7 @@ def skypilot() -> dict[str, Any]:
 def accepted(config: str, *options: str) -> None:
     """pretrain.py takes these."""
     path = RECIPES / "configs" / f"{config}.yaml"
-    command = [sys.executable, str(PRETRAIN), "fit", "--config", str(path), *options, "--print_config"]
+    command = [PYTHON, str(PRETRAIN), "fit", "--config", str(path), *options, "--print_config"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 

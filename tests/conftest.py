@@ -1,0 +1,32 @@
+"""The fork server, which lives as long as the test session, and hypothesis' profiles."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from tests.forkserver import COLD_VARIABLE, VARIABLE, ForkServer
+
+SERVER = pytest.StashKey[ForkServer]()
+
+# `ci` looks at the same few examples at every run, `nightly` at many new ones; HYPOTHESIS_PROFILE chooses.
+common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("ci", max_examples=15, derandomize=True, database=None, **common)
+settings.register_profile("nightly", max_examples=100, **common)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput") or config.option.collectonly or VARIABLE in os.environ:
+        return  # a worker of xdist has the variables of the session that started it
+    server = config.stash[SERVER] = ForkServer()
+    os.environ |= {VARIABLE: str(server.python), COLD_VARIABLE: sys.executable}
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if server := config.stash.get(SERVER, None):
+        del os.environ[VARIABLE], os.environ[COLD_VARIABLE]
+        server.stop()

@@ -1,0 +1,70 @@
+"""A Python that starts in a tenth of a second: a process that has imported the heavy libraries forks for each program.
+
+``PYTHON`` of ``tests.python`` is a drop-in for ``sys.executable`` while pytest runs: a process with the same arguments,
+environment, working directory, standard streams, signals and exit status. ``am_lightning`` and the tests' own modules
+are not preloaded: every program imports the checkout that it would import from a cold start.
+
+What a fork cannot imitate starts cold by itself: options of the interpreter, and variables that libraries read while
+they are imported (``client.READ_AT_IMPORT``). What differs needs ``COLD`` of ``tests.python``:
+
+- the program is not the process that the test started: SIGKILL reaches it (and its process group, where the test's
+  process leads one), SIGSTOP does not, and /proc shows the server's command line;
+- it stays in the network namespace of the test session;
+- a signal in its first moments meets a process whose imports are done;
+- the interpreter is not torn down at its end (``server.leave``).
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+VARIABLE = "AM_TESTS_PYTHON"
+COLD_VARIABLE = "AM_TESTS_COLD_PYTHON"  # there ``sys.executable`` is the stand-in
+_FOLDER = Path(__file__).resolve().parent
+
+
+class ForkServer:
+    """The preloaded process. It ends with the process that started it, and ends what it started.
+
+    Attributes:
+        python: the executable that stands for Python.
+    """
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="am-tests-")
+        self.python = Path(self._folder.name) / "python"
+        address = Path(self._folder.name) / "socket"
+        command = [sys.executable, "-I", "-S", str(_FOLDER / "client.py"), str(address), sys.executable]
+        # A script of the shell, because a path with a space cannot stand in a script's first line.
+        self.python.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+        self.python.chmod(self.python.stat().st_mode | stat.S_IXUSR)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            listener.bind(str(address))
+            listener.listen(128)
+            self._server = subprocess.Popen(
+                [sys.executable, str(_FOLDER / "server.py"), str(listener.fileno()), str(self.python)],
+                stdin=subprocess.PIPE,  # its end tells the server that this process has ended
+                env=_without_path(os.environ),
+                pass_fds=[listener.fileno()],
+                start_new_session=True,  # Ctrl-C is for the programs that tests wait for
+            )
+
+    def stop(self) -> None:
+        """End the server and what it started."""
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._server.wait(30)
+        self._folder.cleanup()
+
+
+def _without_path(variables: Mapping[str, str]) -> dict[str, str]:
+    """Programs bring a PYTHONPATH of their own."""
+    return {key: value for key, value in variables.items() if key != "PYTHONPATH"}

@@ -1,0 +1,111 @@
+"""What stands for a program that the fork server runs: passes its arguments on, then signals, then the exit status.
+
+Started as ``python -I -S client.py SOCKET REAL_PYTHON ARGUMENTS...`` and kept small, because it is started for every
+program. Where the server cannot serve, the real Python takes this process's place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+
+# Prefixes of variables that preloaded libraries read while they are imported. A program for which one of them differs
+# from the server's starts cold.
+READ_AT_IMPORT = (
+    "HF_",
+    "KMP_",
+    "LANG",
+    "LC_",
+    "LD_",
+    "LOGLEVEL",
+    "MKL_",
+    "PYTHON",
+    "TORCH",
+    "TRANSFORMERS_",
+    "TRITON_",
+)
+READ_LATER = ("PYTHONPATH", "PYTHONUNBUFFERED", "TORCH_EXTENSIONS_DIR", "TORCHELASTIC_")  # exceptions to the above
+FORWARDED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+
+
+def relevant(variables: dict[str, str]) -> dict[str, str]:
+    """The variables that a program and the server must have in common."""
+    return {k: v for k, v in variables.items() if k.startswith(READ_AT_IMPORT) and not k.startswith(READ_LATER)}
+
+
+def can_serve(arguments: list[str]) -> bool:
+    """Whether these are a script, a module or code, with no option of the interpreter except ``-u``."""
+    given = [argument for argument in arguments[:1] if argument != "-u"] or arguments[1:2]
+    if not given:
+        return False
+    return os.path.isfile(given[0]) if not given[0].startswith("-") else given[0] in ("-m", "-c")
+
+
+def main() -> None:
+    address, real, *arguments = sys.argv[1:]
+    if not can_serve(arguments) or not all(map(_is_open, range(3))):
+        os.execv(real, [real, *arguments])
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        server.connect(address)
+    except OSError:
+        os.execv(real, [real, *arguments])
+    ignored = [int(number) for number in FORWARDED if signal.getsignal(number) is signal.SIG_IGN]
+    job = {
+        "arguments": arguments,
+        "ignored": ignored,
+        "cwd": os.getcwd(),
+        "env": dict(os.environ),
+        "umask": _umask(),
+        "leads": os.getpgrp() == os.getpid(),
+    }
+    content = json.dumps(job).encode()
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # a signal's number must not stand inside the job
+    for number in FORWARDED:
+        if number not in ignored:
+            signal.signal(number, lambda caught, frame: server.send(bytes([caught])))
+    socket.send_fds(server, [b"j"], [0, 1, 2])
+    server.sendall(len(content).to_bytes(8, "big") + content)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+    answer = b""
+    while len(answer) < 5:
+        answer += (more := server.recv(5 - len(answer)))
+        if not more:
+            sys.exit("the fork server has ended")
+    if answer[:1] == b"c":  # it must start cold
+        os.execv(real, [real, *arguments])
+    leave(int.from_bytes(answer[1:], "big"))
+
+
+def leave(status: int) -> None:
+    """End as the program did, which is by a signal, too."""
+    if not os.WIFSIGNALED(status):
+        os._exit(os.waitstatus_to_exitcode(status))
+    number = os.WTERMSIG(status)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if number in FORWARDED:
+        signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    os._exit(128 + number)
+
+
+def _umask() -> int:
+    mask = os.umask(0o77)
+    os.umask(mask)
+    return mask
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()

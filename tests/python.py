@@ -1,0 +1,11 @@
+"""Which Python tests start programs with."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from tests.forkserver import COLD_VARIABLE, VARIABLE
+
+COLD = os.environ.get(COLD_VARIABLE, sys.executable)  # a start like any user's: all imports, a process of its own
+PYTHON = os.environ.get(VARIABLE, COLD)  # in a test session: the fork server's (tests/forkserver), else the same
