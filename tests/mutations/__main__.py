@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     preload()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # children and copies are cleared away
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         runner = Runner(Path(folder).resolve(), min(options.jobs, len(chosen)))
         if not options.no_check and not _check(runner, [test for _, mutation in chosen for test in mutation.tests]):

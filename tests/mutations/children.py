@@ -103,6 +103,8 @@ def _run(tests: Sequence[str], copy: Path, log: Path, stop_at_first: bool) -> No
     status = 3  # pytest's for an internal error
     try:
         os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         _redirect(log)
         _import_from(copy)
         found = importlib.util.find_spec("am_lightning")
@@ -132,7 +134,7 @@ def _redirect(log: Path) -> None:
 def _import_from(copy: Path) -> None:
     """Packages of the checkout come from ``copy``, here and in processes that tests start.
 
-    No bytecode is written: that of a fault would pass for the restored file's, which may have the same size and second.
+    No bytecode is written: that of a fault could pass for the restored file's, of the same size and second.
     """
     os.chdir(copy)
     root = Path(__file__).resolve().parents[2]
