@@ -59,7 +59,7 @@ MUTATIONS = [
         _ATTACH,
         "if not any(other is ours for other in prepared):",
         "if not prepared:",
-        (f"{_ACCELERATE}::test_every_rank_refuses_with_the_cure",),
+        (f"{_ACCELERATE}::test_wrong_arguments",),
     ),
     Mutation(
         "Accelerate: under DDP no replica group is set",
@@ -116,7 +116,7 @@ MUTATIONS = [
         _TRAINER,
         "options = {**own, **options}",
         "options = {**options, **own}",
-        (_RUNS,),
+        (f"{_RUNS}::test_keywords_of_the_factory_win_over_the_training_arguments",),
     ),
     Mutation(
         "Trainer: nobody is told that the learning rate of the arguments is not used",

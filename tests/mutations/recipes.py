@@ -55,7 +55,7 @@ MUTATIONS = [
         "new bytes lie beside the manifest of the old ones after a kill",
         _ATOMIC,
         "remove_manifest(path)  # of the file that is replaced now",
-        "manifest_of = path  # of the file that is replaced now",
+        "pass  # of the file that is replaced now",
         (f"{_CHECKPOINTS}::test_a_new_file_is_never_beside_an_old_manifest",),
     ),
     Mutation(
