@@ -216,6 +216,33 @@ def test_good_overrides(factory: Any, cls: type, data: st.DataObject) -> None:
     assert all(torch.isfinite(param).all() for param in params)
 
 
+@each_factory
+def test_later_overrides_win(factory: Any, cls: type) -> None:
+    optimizer = factory(_model(), overrides={r"weight": {"lr": 0.5, "lambd": 0.3}, r"^3\.": {"lr": 0.25}})
+    groups = {name: group for group in optimizer.param_groups for name in group["param_names"]}
+    assert (groups["3.weight"]["lr"], groups["3.weight"]["lambd"]) == (0.25, 0.3)
+    assert (groups["3.bias"]["lr"], groups["1.weight"]["lr"]) == (0.25, 0.5)
+
+
+@each_factory
+def test_norms_biases_and_vectors_have_no_weight_decay(factory: Any, cls: type) -> None:
+    """Also a norm and a bias of more than one dimension; embeddings where that is asked for."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = torch.nn.Embedding(5, 4)
+            self.norm = torch.nn.LayerNorm((2, 4))
+            self.linear = torch.nn.Linear(4, 4)
+            self.table_bias = torch.nn.Parameter(torch.zeros(3, 3))
+            self.scale = torch.nn.Parameter(torch.ones(4))
+
+    for decay_embeddings in (True, False):
+        optimizer = factory(Model(), weight_decay=0.3, decay_embeddings=decay_embeddings)
+        decayed = {n for group in optimizer.param_groups if group["weight_decay"] for n in group["param_names"]}
+        assert decayed == {"linear.weight"} | ({"embed.weight"} if decay_embeddings else set())
+
+
 def _equal(held: Any, given_value: Any) -> bool:
     if isinstance(given_value, (tuple, list)):
         return tuple(held) == tuple(float(value) for value in given_value)

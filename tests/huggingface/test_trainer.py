@@ -184,6 +184,13 @@ def test_a_learning_rate_that_is_not_used_is_warned_of(tmp_path) -> None:
         trainer.train()
 
 
+def test_keywords_of_the_factory_win_over_the_training_arguments(tmp_path) -> None:
+    options = {"lr": 0.5, "betas": (0.7, 0.9), "eps": 1e-4, "weight_decay": 0.3}
+    trainer = make_trainer(tmp_path, batch=4, optimizer_cls_and_kwargs=(AMAdamWFactory, options))
+    decay, *_ = trainer.create_optimizer().param_groups
+    assert {name: decay[name] for name in options} == options
+
+
 def test_outside_a_trainer() -> None:
     """The callback says what to do where it cannot find the Trainer's list; the factory needs lr."""
     model = make_model()

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from am_lightning import AdaptiveMemory, AMAdamW
+from am_lightning.curves import Curves
 from tests.lightning.model import Regression, batch_of, interior_share, quiet
 
 
@@ -59,6 +60,24 @@ def test_curves_in_tensorboard_and_csv_are_the_momentum(tmp_path: Path) -> None:
     expected = [sum(beta > 0.89 - 1e-6 for beta in module.seen[e.step].values()) / 8 for e in mean]
     assert at_max == pytest.approx(expected)
     assert "am/beta/mean" in (Path(csv.log_dir) / "metrics.csv").read_text().splitlines()[0]
+
+
+def test_layers_and_the_histogram_are_for_tensorboard_and_leave_out_what_never_stepped(tmp_path: Path) -> None:
+    params = [(f"layers.{i}.weight", torch.nn.Parameter(torch.ones(3))) for i in range(2)]
+    optimizer = AMAdamW(params)
+    params[0][1].grad = torch.ones(3)
+    optimizer.step()
+    board, csv = TensorBoardLogger(tmp_path / "board"), CSVLogger(tmp_path / "csv")
+    curves = Curves(optimizer, "am", per_layer=True, histogram=True)
+    curves.read()
+    curves.log([board, csv], 3)
+    csv.save()
+    board.experiment.flush()
+    found = events(board)
+    assert [tag for tag in found.Tags()["scalars"] if "/layer/" in tag] == ["am/beta/layer/layers.0"]
+    assert [event.histogram_value.num for event in found.Histograms("am/beta")] == [1.0]
+    columns = (Path(csv.log_dir) / "metrics.csv").read_text().splitlines()[0]
+    assert "am/beta/mean" in columns and "/layer/" not in columns
 
 
 def test_accumulation_logs_steps_only(tmp_path: Path) -> None:
@@ -127,8 +146,9 @@ class Poisoned(Regression):
 
 def test_skipped_steps_are_counted_and_warned_about(tmp_path: Path) -> None:
     board = TensorBoardLogger(tmp_path)
-    with pytest.warns(UserWarning, match=r"2 steps since the last report dropped.*net\.3\.weight"):
+    with pytest.warns(UserWarning, match=r"2 steps since the last report dropped.*net\.3\.weight") as told:
         fit(Poisoned({4, 5}), logger=board)
+    assert sum("since the last report dropped" in str(warning.message) for warning in told) == 1
     assert [event.value for event in events(board).Scalars("am/skipped_steps")] == [0, 0, 2, 2, 2, 2]
 
 

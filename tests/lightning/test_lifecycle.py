@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger
 
 from am_lightning import AdaptiveMemory, AMAdamW
+from am_lightning.fitting import Replaced
 from am_lightning.optim.convert import convert_adamw
 from tests.lightning.model import Regression, batch_of, make_net, quiet
 
@@ -55,6 +56,24 @@ def test_the_module_can_be_pickled_inside_fit() -> None:
             assert "configure_optimizers" not in pl_module.__dict__
 
     pl.Trainer(**quiet(max_steps=1, callbacks=[AdaptiveMemory(), Pickle()])).fit(Regression())
+
+
+def test_what_somebody_else_has_put_in_place_since_stays() -> None:
+    """A second callback may wrap what the first has replaced: the first one's undo leaves that alone."""
+
+    class Owner:
+        def method(self) -> str:
+            return "own"
+
+    owner = Owner()
+    first = Replaced(owner, "method", lambda: "first")
+    owner.method = lambda: "theirs"
+    first.undo()
+    assert owner.method() == "theirs"
+    second = Replaced(owner, "method", lambda: "second")
+    assert owner.method() == "second"
+    second.undo()
+    assert owner.method() == "theirs"
 
 
 class Sometimes(Regression):

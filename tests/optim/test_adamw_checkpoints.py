@@ -57,6 +57,7 @@ def test_adamw_state_loads_mid_run(scope: str, live_cap: float, foreach: bool | 
         assert group["betas"] == (live_cap, 0.95) and group["beta1_max"] == live_cap
         assert group["lr"] == 0.3 and group["eps"] == 1e-6 and group["lambd"] == 0.1
     assert all(float(b) == live_cap for b in optimizer.momentum().values())
+    assert all(float(state["prev_lr"]) == 0.3 for state in optimizer.state.values())
 
     twin = Twin(optimizer, make_oracle(optimizer, scope=scope))
     for p, slot in zip(twin.params, twin.oracle.slots, strict=True):

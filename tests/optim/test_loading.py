@@ -56,6 +56,40 @@ def test_keys_that_a_checkpoint_lacks_keep_the_optimizers_values() -> None:
     assert optimizer.param_groups[0]["lambd"] == 0.7
 
 
+def test_the_cap_of_a_checkpoint_is_not_taken() -> None:
+    """A run goes on with the cap that it is given now; the decay of the second moment is the checkpoint's."""
+    saved = AMAdamW([param()], betas=(0.6, 0.9))
+    saved.step()
+    optimizer = AMAdamW([param()], betas=(0.8, 0.99))
+    optimizer.load_state_dict(saved.state_dict())
+    (group,) = optimizer.param_groups
+    assert group["betas"] == (0.8, 0.9) and group["beta1_max"] == 0.8
+    sgd = AMSGD([param()], beta_max=0.5)
+    sgd.load_state_dict(AMSGD([param()], beta_max=0.9).state_dict())
+    assert sgd.param_groups[0]["beta_max"] == 0.5
+
+
+def test_a_state_that_somebody_replaces_is_read() -> None:
+    """Scalars are packed behind the states; who puts others there means those."""
+    optimizer = AMAdamW([param()])
+    optimizer.step()
+    (state,) = optimizer.state.values()
+    state["step"] = torch.tensor(41.0)
+    optimizer.step()
+    assert float(state["step"]) == 42.0
+    optimizer.step()
+    assert float(state["step"]) == 43.0
+
+
+def test_moments_of_another_shape_are_refused_though_they_have_as_many_elements() -> None:
+    wide, tall = (torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 3), (3, 2)))
+    wide.grad = torch.ones_like(wide)
+    optimizer = torch.optim.AdamW([wide])
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"'exp_avg' of shape \(2, 3\) .* which has shape \(3, 2\)"):
+        AMAdamW([tall]).load_state_dict(optimizer.state_dict())
+
+
 @pytest.mark.parametrize("bad", ["amsgrad", "lr", "shape"])
 def test_what_does_not_load_changes_nothing(bad: str) -> None:
     saved = copy.deepcopy(stepped(amsgrad=bad == "amsgrad").state_dict())

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from am_lightning import AMAdamW, am_adamw
+from am_lightning.optim.kernels import foreach
 from am_lightning.optim.kernels.fused import SWITCH
 from am_lightning.optim.kernels.rounding import seed_of, stochastic
 from tests.optim.harness import Bowl, Twin, assert_bitwise, make_oracle, named_params, run_bowl, snapshot
@@ -97,6 +98,19 @@ def test_tiers_round_alike() -> None:
         assert float((other != stored[0]).float().mean()) < 2e-3
 
 
+def test_tiers_round_a_long_tensor_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is walked in chunks, and in parts: the noise of an element is that of its place in the whole."""
+    monkeypatch.setattr(foreach, "_BUCKET_ELEMENTS", 100_000)
+    stored = []
+    for tier in ("reference", "blocked", "foreach", "fused"):
+        optimizer = make(tier, named_params([(600_001,)], torch.float32))
+        step(optimizer, 0)
+        (state,) = optimizer.state.values()
+        stored.append(state["exp_avg"])
+    for other in stored[1:]:
+        assert float((other != stored[0]).float().mean()) < 2e-3
+
+
 def test_the_mean_of_many_roundings_is_the_number() -> None:
     """E[round(y)] = y within 5 standard errors; rounding to nearest gives the same neighbour every time."""
     y = torch.tensor([1.0 + 2.0**-10, -3.14159, 1e-20, 7.0, 1.0 + 2.0**-8 + 2.0**-20])
@@ -136,6 +150,15 @@ def test_what_is_not_finite_stays(tier: str) -> None:
     optimizer.step()
     stored = optimizer.state[p]["exp_avg"]
     assert not bool(torch.isfinite(stored[3:5]).any()) and bool(torch.isfinite(stored[5:]).all())
+
+
+def test_nan_stays_nan_whatever_its_bits() -> None:
+    """Noise that carries out of a mantissa full of ones would make a zero of it. CUDA's own NaN has these bits."""
+    nan = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000], dtype=torch.int32).view(torch.float32)
+    for t in range(20):
+        assert bool(stochastic(nan, seed_of(torch.tensor(float(t)), 0)).isnan().all())
+    infinite = torch.tensor([float("inf"), -float("inf")])
+    assert torch.equal(stochastic(infinite, seed_of(torch.tensor(1.0), 0)), infinite.to(torch.bfloat16))
 
 
 def test_small_changes_are_not_lost() -> None:

@@ -193,3 +193,15 @@ def test_last_step_skipped_is_a_plain_flag_from_the_start(kind: str) -> None:
     optimizer = build(kind, named_params(SHAPES, torch.float32))
     flag = optimizer.last_step_skipped
     assert flag.dtype == torch.bool and flag.dim() == 0 and not bool(flag)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_skipped_steps_are_counted_in_all_and_in_a_row(kind: str) -> None:
+    """The row is that of the steps until now: a good one ends it."""
+    optimizer = build(kind, groups_of(named_params(SHAPES, torch.float32)), lr=0.1)
+    found = []
+    for step, bad in enumerate([None, 0, 0, None, 2, None, None]):
+        give_grads(optimizer, step, None if bad is None else float("nan"), bad or 0)
+        optimizer.step()
+        found.append(optimizer.report()[-4:-1].tolist())
+    assert found == [[0, 0, 0], [1, 1, 0], [2, 2, 0], [2, 0, 0], [3, 1, 2], [3, 0, 2], [3, 0, 2]]

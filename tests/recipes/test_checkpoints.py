@@ -26,6 +26,7 @@ from am_lightning.recipes.checkpoints import (
     saved_step,
 )
 from am_lightning.recipes.checkpoints.manifest import manifest_of, write_manifest
+from am_lightning.recipes.checkpoints.writer import CheckpointWriter
 from am_lightning.recipes.errors import RecipeError
 from am_lightning.recipes.files import replacing
 
@@ -194,6 +195,49 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         raise ZeroDivisionError
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happens to files from now on: "flushed NAME" and "renamed NAME", the name being the old one."""
+    happened: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def flushed(descriptor: int) -> None:
+        happened.append(f"flushed {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
+
+    def renamed(source: Any, target: Any) -> None:
+        happened.append(f"renamed {Path(source).name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
+    return happened
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc to tell a descriptor's file from")
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut may lose what was written, and keep the rename: that would be an empty file of the right name."""
+    happened = watched(monkeypatch)
+    save(tmp_path / "a.ckpt")
+    parts = [f".{name}.{os.getpid()}.part" for name in ("a.ckpt", "a.ckpt.manifest.json")]
+    assert happened == [
+        text for part in parts for text in (f"flushed {part}", f"renamed {part}", f"flushed {tmp_path.name}")
+    ]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc to tell a descriptor's file from")
+def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "step-000001.ckpt"
+    part = CheckpointWriter._part(path)
+    save_folder(part, 1)
+    writer = CheckpointWriter.__new__(CheckpointWriter)
+    writer.folders, writer.published = True, lambda path: None
+    happened = watched(monkeypatch)
+    writer._finish(path)
+    assert happened.index(f"renamed {part.name}") == len(happened) - 2
+    assert {"flushed __0_0.distcp", "flushed meta.pt", "flushed .metadata"} <= set(happened[:-2])
+    assert happened[-1] == f"flushed {tmp_path.name}"
 
 
 @pytest.fixture

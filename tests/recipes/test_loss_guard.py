@@ -46,6 +46,22 @@ def test_too_many_bad_steps_end_the_run_and_name_the_checkpoint_before_them(tmp_
     assert "lower the learning rate" in ended
 
 
+@pytest.mark.filterwarnings("ignore:step . was dropped")
+def test_bad_steps_that_are_not_in_a_row_do_not_end_the_run(tmp_path: Path) -> None:
+    options = Options(str(tmp_path), steps=9, events={str(batch): "nan" for batch in (2, 4, 6)})
+    options.guard = {"max_bad_steps": 2, "check_every_n_steps": 1}
+    assert run(options) == "finished"
+
+
+@pytest.mark.filterwarnings("ignore:step 5 was dropped")
+def test_the_guard_goes_on_counting_after_a_resume(tmp_path: Path) -> None:
+    guard = {"max_bad_steps": 3, "check_every_n_steps": 1}
+    bad = {str(batch): "nan" for batch in (4, 5, 6)}
+    assert run(Options(str(tmp_path), steps=6, events=bad, guard=guard)) == "finished"
+    ended = run(Options(str(tmp_path), steps=9, events=bad, guard=guard))
+    assert ended.startswith("error: 3 steps in a row, up to step 7,"), ended
+
+
 def guard_options(root: Path, on_spike: str, high: range) -> Options:
     options = Options(str(root), steps=40, every=10, events={str(batch): "huge" for batch in high})
     options.guard = {"window": 10, "check_every_n_steps": 5, "spike_steps": 3, "on_spike": on_spike}

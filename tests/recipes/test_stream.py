@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from am_lightning.recipes.data.prepare import Part
@@ -36,6 +36,7 @@ def reader(texts: list[list[bytes]], number: int = 0, readers: int = 1, percent:
 
 
 @given(texts=documents, rows=st.integers(1, 40), begin=st.integers(0, 39))
+@example(texts=[[bytes(range(65, 105))]], rows=6, begin=2)  # rows end twice in one document
 @settings(deadline=None)
 def test_a_position_is_all_that_a_resume_needs(texts: list[list[bytes]], rows: int, begin: int) -> None:
     kept = [d for part in reader(texts).parts for d in part.documents() if not d.is_validation(20.0)]

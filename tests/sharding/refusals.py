@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,6 +36,22 @@ def attempt(case: str, **arguments: Any) -> dict[str, Any]:
         error, text = type(raised).__name__, str(raised)
     same = all(torch.equal(local(p).detach(), b) for p, b in zip(params, before, strict=True))
     return {"error": error, "text": text, "moved": not same, "states": len(optimizer.state)}
+
+
+def copies_named_late() -> dict[str, Any]:
+    """Two steps of a DDP-like optimizer without a replica group, on each rank's own gradient, and two with one."""
+    optimizer, (param,) = over([("w", weight(3))])
+    texts, described = [], []
+    for step in range(4):
+        if step == 2:
+            optimizer.replica_group = dist.group.WORLD
+        param.grad = torch.tensor([1.0, -2.0, 0.5], dtype=DTYPE) * (1 + dist.get_rank() + step)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        texts.append([str(warning.message) for warning in caught])
+        described.append(optimizer.describe())
+    return {"texts": texts, "described": described, "beta": float(optimizer.momentum()["w"])}
 
 
 def over(named: Named, kind: str = "adamw", **options: Any) -> tuple[torch.optim.Optimizer, list[Tensor]]:

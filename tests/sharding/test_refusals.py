@@ -92,6 +92,18 @@ def test_copies_that_nobody_named(pool: Callable[[int], Pool], kind: str) -> Non
     assert_stepped(attempt(pool, 4, "replicas_not_named", scope="tensor", kind=kind))
 
 
+def test_copies_are_warned_of_once_until_they_are_named(pool: Callable[[int], Pool]) -> None:
+    """Nothing can be refused: with scope tensor the ranks may be independent. A group that is set later counts."""
+    ranks = pool(2).run("tests.sharding.refusals:copies_named_late", timeout=TIMEOUT)
+    for rank in ranks:
+        (text,) = rank["texts"][0]
+        assert re.search("initialised with 2 processes.* replica_group=torch.distributed.group.WORLD", text)
+        assert rank["texts"][1:] == [[], [], []]
+        assert all("no reduction" in text for text in rank["described"][:2])
+        assert all("1 all-reduce a step: 1 x 4 numbers over 2 ranks" in text for text in rank["described"][2:])
+        assert rank["beta"] == ranks[0]["beta"]
+
+
 @pytest.mark.parametrize("odd_ranks", [(0,), (2,), (1, 3)], ids=str)
 @pytest.mark.parametrize("what", ["name", "shape", "count", "order"])
 def test_replicas_with_another_model(pool: Callable[[int], Pool], what: str, odd_ranks: tuple[int, ...]) -> None:

@@ -1,0 +1,124 @@
+"""Faults under DeepSpeed: where tensors lie in its flat partitions, and sums that span several calls of step()."""
+
+from __future__ import annotations
+
+from tests.mutations.mutation import Mutation
+
+_ATTACH = "am_lightning/deepspeed.py"
+_ZERO = "am_lightning/sharding/zero.py"
+_SCALARS = "am_lightning/optim/scalars.py"
+_PERSISTENCE = "am_lightning/optim/persistence.py"
+_BASE = "am_lightning/optim/base.py"
+
+_TENSOR = "tests/deepspeed/test_stages.py::test_each_tensor_has_its_own_beta"
+_SHARED = "tests/deepspeed/test_stages.py::test_scopes_that_span_several_calls"
+_REFUSED = "tests/deepspeed/test_refusals.py::test_refused_on_every_rank_before_anything_moves"
+_RESUMED = "tests/deepspeed/test_checkpoints.py::test_resumed_at_the_same_number_of_ranks"
+
+MUTATIONS = [
+    Mutation(
+        "ZeRO 1 and 2: the second rank's slice is taken for the first's",
+        _ZERO,
+        "offset = param.data.storage_offset() - begin",
+        "offset = param.data.storage_offset() - begin * 0",
+        (f"{_TENSOR}[stage=2]",),
+    ),
+    Mutation(
+        "ZeRO 1 and 2: a tensor that begins in another rank's slice is left out",
+        _ZERO,
+        "low, high = max(offset, 0), min(offset + param.numel(), flat.numel())",
+        "low, high = offset if offset >= 0 else flat.numel(), min(offset + param.numel(), flat.numel())",
+        (f"{_TENSOR}[stage=2]",),
+    ),
+    Mutation(
+        "ZeRO 3: padding is counted with the tensor",
+        _ZERO,
+        "real = max(0, min(size, param.ds_numel - rank * size))",
+        "real = size",
+        (f"{_TENSOR}[stage=3]",),
+    ),
+    Mutation(
+        "ZeRO 3: padding is not stepped over between two tensors",
+        _ZERO,
+        "        start += size\n",
+        "        start += real\n",
+        (f"{_TENSOR}[stage=3]",),
+    ),
+    Mutation(
+        "tensors of a mixture of experts are taken",
+        _ZERO,
+        'if getattr(param, "allreduce", True) is False:',
+        'if getattr(param, "allreduce", True) is None:',
+        (f"{_REFUSED}[experts]",),
+    ),
+    Mutation(
+        "a scope that spans several calls needs no attach",
+        "am_lightning/optim/placement.py",
+        'if wanted & here or self.scope == "global":',
+        'if wanted & here and self.scope == "tensor":',
+        (f"{_REFUSED}[global_without_attach]",),
+    ),
+    Mutation(
+        "the sums of the partitions stay on their rank",
+        _ATTACH,
+        "vector = summed(vector, group)",
+        "vector = vector + 0 * summed(vector.clone(), group)",
+        (f"{_SHARED}[stage=2-scope=global]",),
+    ),
+    Mutation(
+        "pending gradients are not unscaled and clipped",
+        _ATTACH,
+        "pending: Tensor = gradient / self._scale()",
+        "pending: Tensor = gradient / 1.0",
+        (f"{_SHARED}[stage=2-scope=global]",),
+    ),
+    Mutation(
+        "pending gradients are unscaled, and not clipped",
+        _ATTACH,
+        "if self._owner.clip_grad > 0:",
+        "if self._owner.clip_grad < 0:",
+        (f"{_SHARED}[stage=3-scope=global]",),
+    ),
+    Mutation(
+        "ZeRO 3: a group's first sub-group alone counts as the group",
+        _ATTACH,
+        "sizes[self._group_of[k]] += len(layout.rows)",
+        "sizes[self._group_of[k]] = len(layout.rows)",
+        (f"{_SHARED}[stage=3-scope=group]",),
+    ),
+    Mutation(
+        "every call of step() takes the betas of the first partition",
+        _ATTACH,
+        "rows, decision = self._slices[turn], self._decision",
+        "rows, decision = slice(0, len(layout.rows)), self._decision",
+        (f"{_SHARED}[stage=2-scope=group]",),
+    ),
+    Mutation(
+        "adaptive scalars of flat partitions are not in the checkpoint",
+        _PERSISTENCE,
+        "group |= {_TABLE: tables, _OPTIONS: options}",
+        "group |= {_OPTIONS: options}",
+        (f"{_RESUMED}[2-tensor]",),
+    ),
+    Mutation(
+        "every group gets the first one's options after a load",
+        _PERSISTENCE,
+        "group.update(kept)  # one engine",
+        "group.update({})  # one engine",
+        ("tests/deepspeed/test_checkpoints.py::test_universal_to_one_rank[3]",),
+    ),
+    Mutation(
+        "the moments of AdamW in a flat partition are taken for a first step",
+        _PERSISTENCE,
+        'found[row.name] = [step, cap**step, cap, float(group["lr"])]',
+        'found[row.name] = [step, 1.0, cap, float(group["lr"])]',
+        ("tests/deepspeed/test_checkpoints.py::test_a_checkpoint_of_adamw_is_taken_over_with_a_warning[1]",),
+    ),
+    Mutation(
+        "the warm-up step that DeepSpeed makes decays the weights",
+        _BASE,
+        "if not self.state and inside_deepspeed_warm_up():",
+        "if self.state and inside_deepspeed_warm_up():",
+        ("tests/deepspeed/test_stages.py::test_bfloat16[0-tensor]",),
+    ),
+]

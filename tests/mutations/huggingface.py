@@ -1,0 +1,128 @@
+"""Faults of Accelerate's attach, of the Trainer's callback and of its factory."""
+
+from __future__ import annotations
+
+from tests.mutations.mutation import Mutation
+
+_ATTACH = "am_lightning/huggingface.py"
+_TRAINER = "am_lightning/hf_trainer.py"
+_STEP_LOG = "am_lightning/step_log.py"
+
+_ACCELERATE = "tests/huggingface/test_accelerate.py"
+_RUNS = "tests/huggingface/test_trainer.py"
+
+MUTATIONS = [
+    Mutation(
+        "Accelerate: a second attach logs a second time",
+        _ATTACH,
+        "    if log is None:\n",
+        "    if log is None or log.accelerator is accelerator:\n",
+        (f"{_ACCELERATE}::test_two_optimizers_and_attaching_twice",),
+    ),
+    Mutation(
+        "Accelerate: the second optimizer writes under the first one's tags",
+        _ATTACH,
+        'f"am-{others}" if others else "am"',
+        '"am"',
+        (f"{_ACCELERATE}::test_two_optimizers_and_attaching_twice",),
+    ),
+    Mutation(
+        "Accelerate: one optimizer over two models gets the names of the first",
+        _ATTACH,
+        "optimizer.bind_model(whole[0] if whole else nn.ModuleList(holders))",
+        "optimizer.bind_model(holders[0])",
+        (f"{_ACCELERATE}::test_one_optimizer_over_two_models",),
+    ),
+    Mutation(
+        "Accelerate: curves are logged at every step, not at the interval",
+        _STEP_LOG,
+        "if self.every is not None and self.steps % self.every == 0 and self.is_main():",
+        "if self.every is not None and self.is_main():",
+        (f"{_ACCELERATE}::test_two_optimizers_and_attaching_twice",),
+    ),
+    Mutation(
+        "Accelerate: log_every_n_steps=None logs all the same",
+        _STEP_LOG,
+        "if self.every is not None and self.steps % self.every == 0 and self.is_main():",
+        "if self.steps % (self.every or 1) == 0 and self.is_main():",
+        (f"{_ACCELERATE}::test_skipped_steps_are_warned_of_and_counted",),
+    ),
+    Mutation(
+        "Accelerate: saving a fresh optimizer counts as a step",
+        _STEP_LOG,
+        "if inside_state_creation():\n            return\n        self.steps += 1",
+        "self.steps += 1",
+        (f"{_ACCELERATE}::test_trackers_get_the_curves_at_optimizer_steps[fsdp2]",),
+    ),
+    Mutation(
+        "Accelerate: an optimizer that was not prepared is taken",
+        _ATTACH,
+        "if not any(other is ours for other in prepared):",
+        "if not prepared:",
+        (f"{_ACCELERATE}::test_wrong_arguments",),
+    ),
+    Mutation(
+        "Accelerate: under DDP no replica group is set",
+        _ATTACH,
+        'distributed_type.value.startswith("MULTI_")',
+        'distributed_type.value.startswith("MULTI_GPU")',
+        (f"{_ACCELERATE}::test_names_replicas_and_norms[ddp]",),
+    ),
+    Mutation(
+        "Accelerate: an earlier run's optimizer cannot be freed",
+        _ATTACH,
+        "    log.accelerator, log.every = accelerator, log_every_n_steps\n",
+        "    log.accelerator, log.every = accelerator, log_every_n_steps\n"
+        "    globals().setdefault('_logs', []).append(log)\n",
+        (f"{_ACCELERATE}::test_a_later_run_of_the_process_starts_with_am_again",),
+    ),
+    Mutation(
+        "Trainer: the callback stays behind the reporting ones",
+        _TRAINER,
+        "handler.callbacks.insert(0, self)",
+        "handler.callbacks.append(self)",
+        (f"{_RUNS}::test_optimizers_evaluation_and_a_callback_added_late",),
+    ),
+    Mutation(
+        "Trainer: the momentum is added to what an evaluation logs, too",
+        _TRAINER,
+        'if self._readings is None or logs is None or "loss" not in logs:',
+        "if self._readings is None or logs is None:",
+        (f"{_RUNS}::test_optimizers_evaluation_and_a_callback_added_late",),
+    ),
+    Mutation(
+        "Trainer: skipped steps of before a resume are forgotten",
+        _TRAINER,
+        "before = int(logged[-1]) if logged else 0",
+        "before = 0",
+        (f"{_RUNS}::test_skipped_steps_are_counted_over_a_resume",),
+    ),
+    Mutation(
+        "Trainer: a second train() counts the first one's skipped steps",
+        _TRAINER,
+        "self._readings.skipped_before += before - self._readings.skipped_in_all()",
+        "self._readings.skipped_before += before",
+        (f"{_RUNS}::test_a_second_train_of_one_trainer_counts_from_zero",),
+    ),
+    Mutation(
+        "Trainer: the factory takes adam_beta1 for the cap",
+        _TRAINER,
+        'cap = default_cap(args.adam_beta1, options.get("lambd", 0.1))',
+        "cap = args.adam_beta1",
+        (f"{_RUNS}::test_the_factory_takes_the_training_arguments",),
+    ),
+    Mutation(
+        "Trainer: the TrainingArguments win over the factory's own keywords",
+        _TRAINER,
+        "options = {**own, **options}",
+        "options = {**options, **own}",
+        (f"{_RUNS}::test_keywords_of_the_factory_win_over_the_training_arguments",),
+    ),
+    Mutation(
+        "Trainer: nobody is told that the learning rate of the arguments is not used",
+        _TRAINER,
+        "if args.learning_rate not in (*rates, TrainingArguments.learning_rate) and",
+        "if args.learning_rate in rates and",
+        (f"{_RUNS}::test_a_learning_rate_that_is_not_used_is_warned_of",),
+    ),
+]

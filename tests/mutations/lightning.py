@@ -1,0 +1,189 @@
+"""Faults of the Lightning callback, of Fabric's attach, and of their curves."""
+
+from __future__ import annotations
+
+from tests.mutations.mutation import Mutation
+
+_CALLBACK = "am_lightning/lightning.py"
+_FITTING = "am_lightning/fitting.py"
+_FABRIC = "am_lightning/fabric.py"
+_CURVES = "am_lightning/curves.py"
+_READINGS = "am_lightning/readings.py"
+_STEP_LOG = "am_lightning/step_log.py"
+
+_RUNS = "tests/lightning/test_callback.py"
+_LIFECYCLE = "tests/lightning/test_lifecycle.py"
+_CONVERSION = "tests/lightning/test_conversion.py"
+_CLIPPING = "tests/lightning/test_clipping.py"
+_FABRIC_RUNS = "tests/lightning/test_fabric.py"
+
+MUTATIONS = [
+    Mutation(
+        "the callback converts without its own cap",
+        _CALLBACK,
+        "beta1_max=self.beta1_max, scope=self.scope)",
+        "beta1_max=None, scope=self.scope)",
+        (f"{_LIFECYCLE}::test_a_module_is_fitted_again_with_another_callback",),
+    ),
+    Mutation(
+        "curves are logged at every step, not at the interval",
+        _CALLBACK,
+        "over = batches // every > self._intervals",
+        "over = batches >= self._intervals",
+        (f"{_RUNS}::test_curves_in_tensorboard_and_csv_are_the_momentum",),
+    ),
+    Mutation(
+        "curves are missed where the interval ends in a batch without a step",
+        _CALLBACK,
+        "over = batches // every > self._intervals",
+        "over = batches % every == 0",
+        (f"{_LIFECYCLE}::test_curves_where_no_step_falls_on_the_log_interval",),
+    ),
+    Mutation(
+        "micro-batches of an accumulated step are logged as steps",
+        _CALLBACK,
+        "if trainer.global_step == self._last_step:  # gradient accumulation: no step yet",
+        "if trainer.global_step < self._last_step:  # gradient accumulation: no step yet",
+        (f"{_RUNS}::test_accumulation_logs_steps_only",),
+    ),
+    Mutation(
+        "curves are one step beside the Trainer's own metrics",
+        _CALLBACK,
+        "curves.log(trainer.loggers, step)",
+        "curves.log(trainer.loggers, step + 1)",
+        (f"{_RUNS}::test_curves_in_tensorboard_and_csv_are_the_momentum",),
+    ),
+    Mutation(
+        "one skipped step too many is allowed in a row",
+        _CALLBACK,
+        "if curves.skipped_in_a_row >= self.max_consecutive_skips:",
+        "if curves.skipped_in_a_row > self.max_consecutive_skips:",
+        (f"{_LIFECYCLE}::test_too_many_skips_end_the_run_at_exactly_the_limit",),
+    ),
+    Mutation(
+        "skipped steps are looked at too late, after a row has begun",
+        _CALLBACK,
+        "self._next_look = self._steps + self.max_consecutive_skips - in_a_row",
+        "self._next_look = self._steps + self.max_consecutive_skips",
+        (f"{_LIFECYCLE}::test_too_many_skips_end_the_run_at_exactly_the_limit",),
+    ),
+    Mutation(
+        "the checkpoint of a run that is given up is not written",
+        _CALLBACK,
+        "trainer.save_checkpoint(path)\n        raise",
+        "raise",
+        (f"{_RUNS}::test_too_many_skips_in_a_row_end_the_run_after_a_checkpoint",),
+    ),
+    Mutation(
+        "a checkpoint saved after fit has no count of skipped steps",
+        _CALLBACK,
+        'return {"skipped_steps": now or self._skipped_at_end}',
+        'return {"skipped_steps": now}',
+        (f"{_LIFECYCLE}::test_skips_are_in_a_checkpoint_saved_after_fit_and_not_in_the_next_fit",),
+    ),
+    Mutation(
+        "skipped steps of before a resume are counted again in the next fit",
+        _CALLBACK,
+        "self._curves, self._skipped_before = [], []",
+        "self._curves, self._skipped_before = [], self._skipped_at_end",
+        (f"{_LIFECYCLE}::test_skips_are_in_a_checkpoint_saved_after_fit_and_not_in_the_next_fit",),
+    ),
+    Mutation(
+        "the module keeps the wrapped configure_optimizers during fit",
+        _CALLBACK,
+        "wrapped.undo()  # at once",
+        "wrapped.replacement  # at once",
+        (f"{_LIFECYCLE}::test_the_module_can_be_pickled_inside_fit",),
+    ),
+    Mutation(
+        "after an exception methods of the Trainer's parts stay replaced",
+        _CALLBACK,
+        '"""Lightning makes no teardown after an exception."""\n        self._undo()',
+        '"""Lightning makes no teardown after an exception."""',
+        (f"{_CLIPPING}::test_nothing_is_left_after_fit_or_an_exception",),
+    ),
+    Mutation(
+        "a module's own AMAdamW is refused",
+        _CALLBACK,
+        "if not ready and not plain:",
+        "if not plain:",
+        (f"{_CONVERSION}::test_a_module_that_returns_amadamw_is_only_logged",),
+    ),
+    Mutation(
+        "optimizers in a second list are not converted",
+        _FITTING,
+        "elif isinstance(result, list | tuple):\n        for item in result:",
+        "elif isinstance(result, list | tuple):\n        for item in result[:1]:",
+        (f"{_CONVERSION}::test_every_form_of_configure_optimizers_is_read",),
+    ),
+    Mutation(
+        "a plugin's own clipping is replaced",
+        _FITTING,
+        "if type(plugin).clip_grad_by_norm in lightnings_own and",
+        "if hasattr(type(plugin), 'clip_grad_by_norm') and",
+        (f"{_CLIPPING}::test_a_plugins_own_clipping_stays",),
+    ),
+    Mutation(
+        "undo takes away what somebody else has put in its place since",
+        _FITTING,
+        "if self.owner.__dict__.get(self.name) is self.replacement:",
+        "if self.name in self.owner.__dict__:",
+        (f"{_LIFECYCLE}::test_what_somebody_else_has_put_in_place_since_stays",),
+    ),
+    Mutation(
+        "under DDP no replica group is set",
+        _FITTING,
+        "optimizer.replica_group = torch.distributed.group.WORLD",
+        "optimizer.replica_group = None",
+        ("tests/lightning/test_strategies.py::test_every_strategy_is_one_process[ddp-2-tensor]",),
+    ),
+    Mutation(
+        "Fabric: a resumed run's curves begin at step 0",
+        _STEP_LOG,
+        "readings.optimizer.register_load_state_dict_post_hook(self._count_from_state)",
+        "readings.optimizer.register_load_state_dict_post_hook(lambda _: None)",
+        (f"{_FABRIC_RUNS}::test_a_resumed_run_counts_from_its_checkpoint",),
+    ),
+    Mutation(
+        "Fabric: the second optimizer writes under the first one's tags",
+        _FABRIC,
+        "return next(name for name in names if name not in taken)",
+        "return names[0]",
+        (f"{_FABRIC_RUNS}::test_two_optimizers_and_skipped_steps",),
+    ),
+    Mutation(
+        "Fabric: under DDP no replica group is set",
+        _FABRIC,
+        "optimizer.replica_group = torch.distributed.group.WORLD",
+        "optimizer.replica_group = None",
+        (f"{_FABRIC_RUNS}::test_under_every_strategy_beta_is_one_process_and_is_logged_once[ddp]",),
+    ),
+    Mutation(
+        "tensors that have never stepped are in the histogram",
+        _CURVES,
+        "seen = self.betas[~self.betas.isnan()]",
+        "seen = self.betas.nan_to_num()",
+        (f"{_RUNS}::test_layers_and_the_histogram_are_for_tensorboard_and_leave_out_what_never_stepped",),
+    ),
+    Mutation(
+        "curves of each layer go to every logger",
+        _CURVES,
+        "layers = isinstance(logger, TensorBoardLogger) and self.per_layer",
+        "layers = self.per_layer",
+        (f"{_RUNS}::test_layers_and_the_histogram_are_for_tensorboard_and_leave_out_what_never_stepped",),
+    ),
+    Mutation(
+        "the warning of skipped steps comes again at every interval",
+        _READINGS,
+        "new, self._warned_of = self.newly_skipped(), self._skipped",
+        "new = self.newly_skipped()",
+        (f"{_RUNS}::test_skipped_steps_are_counted_and_warned_about",),
+    ),
+    Mutation(
+        "the share of tensors at the cap takes in those just below it",
+        "am_lightning/momentum.py",
+        "at_max = known >= self.caps[seen] - 1e-6",
+        "at_max = known >= self.caps[seen] - 1e-1",
+        (f"{_RUNS}::test_curves_in_tensorboard_and_csv_are_the_momentum",),
+    ),
+]

@@ -1,0 +1,348 @@
+"""Faults of the recipes: checkpoints, the order of the data, schedules, guards, signals, plans, monitors."""
+
+from __future__ import annotations
+
+from tests.mutations.mutation import Mutation
+
+_PACKAGE = "am_lightning/recipes"
+_MANIFEST = f"{_PACKAGE}/checkpoints/manifest.py"
+_ATOMIC = f"{_PACKAGE}/checkpoints/atomic.py"
+_CALLBACK = f"{_PACKAGE}/checkpoints/callback.py"
+_WRITER = f"{_PACKAGE}/checkpoints/writer.py"
+_ORDER = f"{_PACKAGE}/data/order.py"
+_PERMUTATION = f"{_PACKAGE}/data/permutation.py"
+_STREAM = f"{_PACKAGE}/data/stream.py"
+_SHARDS = f"{_PACKAGE}/data/shards.py"
+_PIECES = f"{_PACKAGE}/data/pieces.py"
+_SCHEDULE = f"{_PACKAGE}/schedule.py"
+_GUARD = f"{_PACKAGE}/loss_guard.py"
+_SIGNALS = f"{_PACKAGE}/fault_tolerance.py"
+_MEMORY = f"{_PACKAGE}/plan/memory.py"
+
+_CHECKPOINTS = "tests/recipes/test_checkpoints.py"
+_ORDERS = "tests/recipes/test_order.py"
+_STREAMS = "tests/recipes/test_stream.py"
+_SCHEDULES = "tests/recipes/test_schedule.py"
+_GUARDED = "tests/recipes/test_loss_guard.py"
+_STOPPED = "tests/recipes/test_fault_tolerance.py"
+_PLAN = "tests/recipes/test_plan.py"
+_MONITORS = "tests/recipes/test_monitors.py"
+
+MUTATIONS = [
+    # ------------------------------------------------------------------ checkpoints
+    Mutation(
+        "a checkpoint's checksums are not compared",
+        _MANIFEST,
+        'if digest != wanted[name]["sha256"]:',
+        "if not digest:",
+        (f"{_CHECKPOINTS}::test_a_folder_is_whole_only_with_all_of_its_files",),
+    ),
+    Mutation(
+        "a folder without a manifest passes for whole",
+        _MANIFEST,
+        "if ours or manifest_of(path).exists() else None",
+        "if manifest_of(path).exists() else None",
+        (f"{_CHECKPOINTS}::test_a_folder_is_whole_only_with_all_of_its_files",),
+    ),
+    Mutation(
+        "a broken file that this process has found whole before passes for whole",
+        _MANIFEST,
+        "(name, s.st_ino, s.st_size, s.st_mtime_ns) for",
+        "(name,) for",
+        (f"{_CHECKPOINTS}::test_a_folder_is_whole_only_with_all_of_its_files",),
+    ),
+    Mutation(
+        "new bytes lie beside the manifest of the old ones after a kill",
+        _ATOMIC,
+        "remove_manifest(path)  # of the file that is replaced now",
+        "pass  # of the file that is replaced now",
+        (f"{_CHECKPOINTS}::test_a_new_file_is_never_beside_an_old_manifest",),
+    ),
+    Mutation(
+        "a file gets its name before it is on the disk",
+        f"{_PACKAGE}/files.py",
+        "            os.fsync(file.fileno())\n        os.replace(part, path)",
+        "        os.replace(part, path)",
+        (f"{_CHECKPOINTS}::test_a_file_is_on_the_disk_before_it_has_its_name",),
+    ),
+    Mutation(
+        "a folder of shards gets its name before its files are on the disk",
+        _WRITER,
+        "            sync_files(part)\n",
+        "",
+        (f"{_CHECKPOINTS}::test_a_folder_is_on_the_disk_before_it_has_its_name",),
+    ),
+    Mutation(
+        "a checkpoint is begun though the disk has no room for it",
+        _ATOMIC,
+        "if shutil.disk_usage(folder).free < needed:",
+        "if shutil.disk_usage(folder).free < 0:",
+        (f"{_CHECKPOINTS}::test_without_room_nothing_is_begun",),
+    ),
+    Mutation(
+        "the oldest whole checkpoint is chosen",
+        f"{_PACKAGE}/checkpoints/finding.py",
+        "sorted(known, reverse=True)",
+        "sorted(known)",
+        (f"{_CHECKPOINTS}::test_without_last_ckpt_the_newest_step_is_chosen",),
+    ),
+    Mutation(
+        "one checkpoint more than asked for is kept",
+        _CALLBACK,
+        "[self.keep :]",
+        "[self.keep + 1 :]",
+        (f"{_CHECKPOINTS}::test_the_oldest_go_with_their_manifests",),
+    ),
+    Mutation(
+        "a checkpoint may run code when it is loaded",
+        _CALLBACK,
+        "original(chosen, weights_only=True)",
+        "original(chosen, weights_only=False)",
+        (f"{_CHECKPOINTS}::test_a_checkpoint_that_would_run_code_is_refused",),
+    ),
+    Mutation(
+        "what failed in the background is forgotten",
+        _WRITER,
+        "        for future in pending:\n            future.result()",
+        "        for future in pending:\n            future.exception()",
+        (f"{_CHECKPOINTS}::test_what_fails_in_the_background_ends_the_run",),
+    ),
+    Mutation(
+        "a resume with other accumulation begins in the middle of a step",
+        f"{_PACKAGE}/checkpoints/position.py",
+        "counters[name] += difference",
+        "counters[name] += 0 * difference",
+        ("tests/recipes/test_runs.py::test_accumulation_may_change_on_resume",),
+    ),
+    Mutation(
+        "what a killed run has left of a step folder stays",
+        f"{_PACKAGE}/state_folders.py",
+        'self.folder.glob(".step-*")',
+        'self.folder.glob(".part-*")',
+        ("tests/recipes/test_state_folders.py",),
+    ),
+    # ------------------------------------------------------------------ the order of the data
+    Mutation(
+        "a resumed order begins one step late",
+        _ORDER,
+        "for first in range(self.first_step() * self.batch_size,",
+        "for first in range((self.first_step() + (self.first_step() > 0)) * self.batch_size,",
+        (f"{_ORDERS}::test_a_resumed_order_is_the_rest_of_the_whole_one",),
+    ),
+    Mutation(
+        "all ranks read the rows of the first",
+        _ORDER,
+        "mine = first + self.rank * self.share",
+        "mine = first",
+        (f"{_ORDERS}::test_steps_are_the_same_for_every_world_size_and_accumulation",),
+    ),
+    Mutation(
+        "every pass has the order of the first",
+        _PERMUTATION,
+        "np.random.default_rng([seed, number]).permutation(rows)",
+        "np.random.default_rng([seed, 0]).permutation(rows)",
+        (f"{_ORDERS}::test_passes_and_seeds_have_their_own_order",),
+    ),
+    Mutation(
+        "a large order gives a row that is not there",
+        _PERMUTATION,
+        "found[outside] >= np.uint64(rows)]",
+        "found[outside] > np.uint64(rows)]",
+        (f"{_ORDERS}::test_every_row_comes_once_in_a_pass",),
+    ),
+    Mutation(
+        "the loader of a stream starts one batch late after a resume",
+        _STREAM,
+        "self.numbers.first = step * self.accumulate",
+        "self.numbers.first = step * self.accumulate + (step > 0)",
+        (_STREAMS,),
+    ),
+    Mutation(
+        "a position in a document that was cut twice is that of the second cut alone",
+        _STREAM,
+        "position._replace(token=position.token + count)",
+        "position._replace(token=count)",
+        (f"{_STREAMS}::test_a_position_is_all_that_a_resume_needs",),
+    ),
+    Mutation(
+        "the positions of a step are those before its last micro-batch",
+        _STREAM,
+        "            positions[number % len(positions)] = behind\n"
+        "            done, rest = divmod(number + 1, self.accumulate)\n"
+        "            if rest == 0:\n",
+        "            done, rest = divmod(number + 1, self.accumulate)\n"
+        "            positions[number % len(positions)] = behind if rest else positions[number % len(positions)]\n"
+        "            if rest == 0:\n",
+        (_STREAMS,),
+    ),
+    Mutation(
+        "a stream goes on with another number of processes",
+        f"{_PACKAGE}/data/stream_state.py",
+        'if saved[name] != value and (name == "world_size" or readers > 1):',
+        'if saved[name] != value and name != "world_size" and readers > 1:',
+        (f"{_STREAMS}::test_what_a_checkpoint_does_not_fit_is_refused",),
+    ),
+    Mutation(
+        "ten times too few documents are held out",
+        _PIECES,
+        "return bucket % 10_000 < percent * 100",
+        "return bucket % 10_000 < percent * 10",
+        ("tests/recipes/test_sources.py::test_about_five_percent_are_held_out",),
+    ),
+    Mutation(
+        "a line that begins where a file is cut is lost",
+        _PIECES,
+        "file.seek(self.start - 1)\n            position = self.start - 1 + len",
+        "file.seek(self.start)\n            position = self.start + len",
+        ("tests/recipes/test_sources.py::test_a_line_is_in_one_piece_wherever_files_are_cut",),
+    ),
+    Mutation(
+        "a slice that begins where a file begins is read from the file before",
+        _SHARDS,
+        'np.searchsorted(self.starts, start, side="right")',
+        'np.searchsorted(self.starts, start, side="left")',
+        ("tests/recipes/test_shards.py::test_a_slice_goes_over_any_number_of_files",),
+    ),
+    Mutation(
+        "the content of token files is not checked",
+        _SHARDS,
+        "if content and _checksum(path) != shard.sha256:",
+        "if content and not _checksum(path):",
+        ("tests/recipes/test_shards.py::test_a_broken_file_is_named_with_the_cure",),
+    ),
+    # ------------------------------------------------------------------ schedule, guard, signals
+    Mutation(
+        "the warmup is one step behind: its first step has learning rate 0",
+        _SCHEDULE,
+        "return (step + 1) / warmup",
+        "return step / warmup",
+        (f"{_SCHEDULES}::test_it_rises_then_falls_between_its_bounds",),
+    ),
+    Mutation(
+        "the cosine begins at step 0 and not after the warmup",
+        _SCHEDULE,
+        'if kind == "wsd" else warmup\n',
+        'if kind == "wsd" else 0\n',
+        (f"{_SCHEDULES}::test_cosine_is_half_way_in_the_middle_and_ends_at_its_end",),
+    ),
+    Mutation(
+        "the final learning rate is not kept to",
+        _SCHEDULE,
+        "return final_fraction + (1 - final_fraction) * shape",
+        "return max(final_fraction, shape)",
+        (f"{_SCHEDULES}::test_cosine_is_half_way_in_the_middle_and_ends_at_its_end",),
+    ),
+    Mutation(
+        "the guard counts bad steps in all, not in a row",
+        _GUARD,
+        "            else:\n                self._bad = 0\n",
+        "            else:\n",
+        (f"{_GUARDED}::test_bad_steps_that_are_not_in_a_row_do_not_end_the_run",),
+    ),
+    Mutation(
+        "the guard leaves bad gradients to a plain optimizer",
+        _GUARD,
+        "                    parameter.grad = None",
+        "                    parameter.grad = parameter.grad",
+        (f"{_GUARDED}::test_a_bad_step_changes_nothing[True]",),
+    ),
+    Mutation(
+        "the guard names a checkpoint of the bad steps",
+        _GUARD,
+        "if saved_step(path) <= good_step:",
+        "if saved_step(path) >= 0:",
+        (f"{_GUARDED}::test_too_many_bad_steps_end_the_run_and_name_the_checkpoint_before_them",),
+    ),
+    Mutation(
+        "the guard's count of bad steps is lost in a checkpoint",
+        _GUARD,
+        'self._bad, self._high = state_dict["bad"], state_dict["high"]',
+        "self._bad, self._high = 0, 0",
+        (f"{_GUARDED}::test_the_guard_goes_on_counting_after_a_resume",),
+    ),
+    Mutation(
+        "ranks agree on a signal at every step, whatever the interval",
+        _SIGNALS,
+        "if self._agreed is None and trainer.global_step % self.check_every_n_steps == 0:",
+        "if self._agreed is None:",
+        (f"{_STOPPED}::test_a_signal_is_agreed_on_every_few_steps",),
+    ),
+    Mutation(
+        "a signal ends the run in the middle of an accumulated step",
+        _SIGNALS,
+        "if trainer.global_step == self._last_step:\n            return\n        self._last_step",
+        "self._last_step",
+        (f"{_STOPPED}::test_a_stopped_run_goes_on_bitwise[False-8-SIGTERM-143]",),
+    ),
+    Mutation(
+        "a stopped run ends with status 128 for every signal",
+        _SIGNALS,
+        "else 128 + self._agreed)",
+        "else 128)",
+        (f"{_STOPPED}::test_a_signal_in_the_last_step_is_obeyed_when_all_is_saved",),
+    ),
+    Mutation(
+        "signal handlers stay after fit",
+        _SIGNALS,
+        "signal.signal(number, handler if handler is not None else signal.SIG_DFL)",
+        "signal.getsignal(number)",
+        (f"{_STOPPED}::test_after_a_finished_fit_the_handlers_are_the_old_ones",),
+    ),
+    Mutation(
+        "a DataLoader's worker requeues the job",
+        _SIGNALS,
+        "if os.getpid() != self._process:  # forked",
+        "if self._process == 0:  # forked",
+        (f"{_STOPPED}::test_a_forked_worker_requeues_nothing",),
+    ),
+    Mutation(
+        "an early signal is obeyed twice",
+        f"{_PACKAGE}/early_signals.py",
+        "    _kept.clear()\n",
+        "",
+        (f"{_STOPPED}::test_an_early_signal_is_kept_for_the_programs_without_lightning",),
+    ),
+    # ------------------------------------------------------------------ plan, monitors, models
+    Mutation(
+        "plan: a ring's all-reduce sends its payload once",
+        f"{_PACKAGE}/plan/traffic.py",
+        "return 2 * payload * (n - 1) // n",
+        "return payload * (n - 1) // n",
+        (f"{_PLAN}::test_traffic_by_hand", f"{_PLAN}::test_the_60m_by_hand"),
+    ),
+    Mutation(
+        "plan: one moment is counted, not two",
+        _MEMORY,
+        'held = {"weights": w * sizes.all, "AM-AdamW moments": 2 * w * sizes.all}',
+        'held = {"weights": w * sizes.all, "AM-AdamW moments": w * sizes.all}',
+        (f"{_PLAN}::test_the_60m_by_hand",),
+    ),
+    Mutation(
+        "plan: ZeRO 2 does not split the gradients",
+        _MEMORY,
+        "gradients = c * p // (n if stage >= 2 else 1)",
+        "gradients = c * p // (n if stage > 2 else 1)",
+        (f"{_PLAN}::test_zero_by_the_papers_bytes",),
+    ),
+    Mutation(
+        "the logged loss is that of the last micro-batch",
+        f"{_PACKAGE}/monitors.py",
+        "self._loss = loss if self._loss is None else self._loss + loss",
+        "self._loss = loss",
+        (f"{_MONITORS}::test_loss_and_norm_are_of_the_whole_step",),
+    ),
+    Mutation(
+        "the gradient norm adds norms, not their squares",
+        f"{_PACKAGE}/gradient_norm.py",
+        "norm.float().square()",
+        "norm.float()",
+        (f"{_MONITORS}::test_every_optimizer_has_a_gradient_norm",),
+    ),
+    Mutation(
+        "a tensor parallel size that does not divide the heads is taken",
+        f"{_PACKAGE}/parallel.py",
+        '        "model.num_heads": shape.num_heads,\n',
+        "",
+        ("tests/recipes/test_parallel.py::test_what_would_divide_is_said",),
+    ),
+]

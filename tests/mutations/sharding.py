@@ -1,0 +1,168 @@
+"""Faults of layouts over ranks: what is summed, over whom, and what is refused."""
+
+from __future__ import annotations
+
+from tests.mutations.mutation import Mutation
+
+_LAYOUT = "am_lightning/sharding/layout.py"
+_DTENSOR = "am_lightning/sharding/dtensor.py"
+_FSDP1 = "am_lightning/sharding/fsdp1.py"
+_AGREEMENT = "am_lightning/sharding/agreement.py"
+_PLACEMENT = "am_lightning/optim/placement.py"
+
+_ONE_PROCESS = "tests/sharding/test_layouts.py::test_amadamw_is_that_of_one_process"
+_SKIPS = "tests/sharding/test_faults.py::test_a_bad_gradient_on_one_rank_is_a_step_that_all_skip"
+_REFUSALS = "tests/sharding/test_refusals.py"
+_PIPELINE = "tests/sharding/test_pipeline.py"
+_CHECKPOINTS = "tests/sharding/test_checkpoints.py"
+_GENERIC_ZERO = "tests/sharding/test_zero_redundancy.py"
+
+MUTATIONS = [
+    Mutation(
+        "no all-reduce of the sums",
+        _LAYOUT,
+        "dist.all_reduce(there, group=group)",
+        "dist.get_rank(group)",
+        (f"{_ONE_PROCESS}[fsdp2_without_mesh-2]",),
+    ),
+    Mutation(
+        "the sums are averaged, not added",
+        _LAYOUT,
+        "return there.to(vector.device)",
+        "return there.to(vector.device) / dist.get_world_size(group)",
+        (f"{_PIPELINE}::test_clipping_over_the_stages[alone-2]",),
+    ),
+    Mutation(
+        "replicas' sums are all counted",
+        _LAYOUT,
+        "return replica == 0 and row.home.counted and",
+        "return row.home.counted and",
+        ("tests/sharding/test_clip.py::test_as_torch_clips_in_one_process[ddp-2]",),
+    ),
+    Mutation(
+        "a tensor that every slice of a larger mesh holds is counted in each",
+        _LAYOUT,
+        "row.home.counted and min(ranks) in row.home.ranks",
+        "row.home.counted",
+        (f"{_ONE_PROCESS}[fsdp2_tp_sequence-4]",),
+    ),
+    Mutation(
+        "what is not finite is dropped where another rank counts",
+        _LAYOUT,
+        "packed.masked_fill(uncounted & packed.isfinite(), 0)",
+        "packed.masked_fill(uncounted, 0)",
+        (f"{_SKIPS}[ddp-2-nan-gradient]",),
+    ),
+    Mutation(
+        "ranks do not compare their rows at the first step",
+        _LAYOUT,
+        "check_agreement(rows, held, reduction.groups)",
+        "del rows, held",
+        (f"{_REFUSALS}::test_one_rank_of_fsdp2_with_another_model[2-count]",),
+    ),
+    Mutation(
+        "the whole model is taken to be here, though other ranks hold other parts",
+        _LAYOUT,
+        "if covered != world_size():",
+        "if covered > world_size():",
+        (f"{_REFUSALS}::test_a_mesh_that_leaves_ranks_out",),
+    ),
+    Mutation(
+        "nobody is warned of replicas that are not named",
+        _LAYOUT,
+        "if not (reductions or pipeline_group or others_hold_the_rest) and world_size() > 1:",
+        "if not (reductions or pipeline_group or others_hold_the_rest) and world_size() > 8:",
+        (f"{_REFUSALS}::test_copies_are_warned_of_once_until_they_are_named",),
+    ),
+    Mutation(
+        "DTensor: a replicated piece is counted on every rank",
+        _DTENSOR,
+        "counted = all(c == 0 or isinstance(p, splits) for c, p in copies)",
+        "counted = all(c >= 0 or isinstance(p, splits) for c, p in copies)",
+        (f"{_ONE_PROCESS}[tp_sequence-2]",),
+    ),
+    Mutation(
+        "DTensor: a Partial gradient is used as it is",
+        _DTENSOR,
+        "grad.placements != param.placements:",
+        "grad.device_mesh != param.device_mesh:",
+        (f"{_ONE_PROCESS}[tp_sequence-2]",),
+    ),
+    Mutation(
+        "DTensor: a Partial parameter is taken",
+        _DTENSOR,
+        "if not isinstance(placement, (*splits, Replicate)):",
+        "if not isinstance(placement, (*splits, Replicate, object)):",
+        (f"{_REFUSALS}::test_a_partial_parameter[2-tensor]",),
+    ),
+    Mutation(
+        "FSDP1: every rank of NO_SHARD counts its copy",
+        _FSDP1,
+        "return Home(ranks_of(shard), dist.get_rank(shard) == 0, lambda: (shard,), None, words)",
+        "return Home(ranks_of(shard), True, lambda: (shard,), None, words)",
+        (f"{_ONE_PROCESS}[fsdp1_no_shard-2]",),
+    ),
+    Mutation(
+        "FSDP1: the copies of a hybrid shard are summed with it, and all counted",
+        _FSDP1,
+        "return Home(product, dist.get_rank(copies) == 0, lambda",
+        "return Home(product, True, lambda",
+        (f"{_ONE_PROCESS}[fsdp1_hybrid-4]",),
+    ),
+    Mutation(
+        "FSDP1: a flat parameter's tensors begin at their place in the whole, not in the shard",
+        _FSDP1,
+        "span = slice(info.offset_in_shard, info.offset_in_shard + info.numel_in_shard)",
+        "span = slice(start, start + info.numel_in_shard)",
+        (f"{_ONE_PROCESS}[fsdp1_flat-2]",),
+    ),
+    Mutation(
+        "names are left out of the comparison between ranks",
+        _AGREEMENT,
+        "_number((row.name, row.home.numel, row.group_index))",
+        "_number((row.home.numel, row.group_index))",
+        (f"{_REFUSALS}::test_replicas_with_another_model[name-(2,)]",),
+    ),
+    Mutation(
+        "pieces that do not add up are taken",
+        _AGREEMENT,
+        "if total != expected:",
+        "if total < 0:",
+        (f"{_REFUSALS}::test_shards_that_do_not_add_up",),
+    ),
+    Mutation(
+        "pipeline stages do not pool their sums",
+        _LAYOUT,
+        "return None if self.pipeline_group is None else self.pool",
+        "return None",
+        (f"{_PIPELINE}::test_with_the_group_of_the_stages[alone-2-global-adamw]",),
+    ),
+    Mutation(
+        "a pipeline stage with other scopes or groups is not noticed",
+        _LAYOUT,
+        "check_stages(words, self.pipeline_group, device)",
+        "del device",
+        (f"{_PIPELINE}::test_stages_with_other_numbers_of_groups",),
+    ),
+    Mutation(
+        "a new replica group is not used, for the layout is kept",
+        _PLACEMENT,
+        "self._replica_group = group\n        self._forget_layout()",
+        "self._replica_group = group",
+        (f"{_REFUSALS}::test_copies_are_warned_of_once_until_they_are_named",),
+    ),
+    Mutation(
+        "a sharded state of another placement is loaded",
+        "am_lightning/optim/state.py",
+        "if _placement(state[key]) != _placement(param):",
+        "if (_placement(state[key]) is None) != (_placement(param) is None):",
+        (f"{_CHECKPOINTS}::test_a_state_of_another_placement_or_model_is_refused",),
+    ),
+    Mutation(
+        "a sum over several tensors is formed inside ZeroRedundancyOptimizer",
+        _LAYOUT,
+        "if self.others_hold_the_rest:",
+        "if self.others_hold_the_rest and self.reductions:",
+        (f"{_GENERIC_ZERO}::test_sums_over_several_tensors_are_refused[2-global-adamw]",),
+    ),
+]
