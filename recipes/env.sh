@@ -6,7 +6,8 @@
 #
 # ensure_venv makes .venv in the repository's root where there is none, installs into it what is missing (the package
 # itself in editable mode, the extras, torch) and sets PYTHON. A torch that the interpreter can import already is used;
-# otherwise TORCH_REQUIREMENT is installed. When everything is there nothing is installed and no network is needed.
+# otherwise TORCH_REQUIREMENT is installed. Where the interpreter has everything that the extras need, .venv shares its
+# packages and gets the checkout's path: nothing is built or installed, and no network is needed.
 # The interpreter is $AM_PYTHON if set, else the first of python3, python, python3.10 ... python3.14 that is 3.10 or newer.
 
 AM_ROOT="$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -52,12 +53,62 @@ with open(os.path.join(sys.argv[1], "shared_with_base.pth"), "w") as file:
 PY
 }
 
+_am_has_requirements() {  # $1: extras. Whether all they need is there: what they ask for, and what that asks for.
+    "$PYTHON" -c "$_AM_HAS_TORCH" >/dev/null 2>&1 && "$PYTHON" - "$AM_ROOT/pyproject.toml" "$1" 2>/dev/null <<'PY'
+import sys
+from importlib import metadata
+
+from pip._vendor.packaging.requirements import Requirement
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    from pip._vendor import tomli as tomllib
+
+with open(sys.argv[1], "rb") as file:
+    project = tomllib.load(file)["project"]
+waiting, seen = [f"{project['name']}[{sys.argv[2]}]"], set()
+while waiting:
+    text = waiting.pop()
+    requirement = Requirement(text)
+    if text in seen or requirement.name == "torch":  # torch has been imported: it may have come without its parts' names
+        continue
+    seen.add(text)
+    if requirement.name == project["name"]:
+        extras = project.get("optional-dependencies", {})
+        needs = sum((extras[extra] for extra in requirement.extras), project.get("dependencies", []))
+    else:
+        found = metadata.distribution(requirement.name)  # raises where it is missing, and that is the answer
+        if not requirement.specifier.contains(found.version, prereleases=True):
+            sys.exit(1)
+        needs = found.requires or []
+    for need in map(Requirement, needs):
+        if need.marker is None or any(need.marker.evaluate({"extra": e}) for e in ("", *requirement.extras)):
+            need.marker = None
+            waiting.append(str(need))
+PY
+}
+
+_am_put_on_path() {  # as an editable installation does
+    "$PYTHON" - "$AM_ROOT" <<'PY'
+import os, sys, sysconfig
+with open(os.path.join(sysconfig.get_paths()["purelib"], "am_lightning_checkout.pth"), "w") as file:
+    file.write(sys.argv[1] + "\n")
+PY
+}
+
 _am_pip() {
     "$PYTHON" -m pip install --quiet --no-input --disable-pip-version-check "$@"
 }
 
 _am_install() {  # $1: extras, $2: stamp file, $3: stamp
     local torch=()
+    if _am_has_requirements "$1"; then
+        echo "All that am_lightning${1:+[$1]} needs is installed: $AM_ROOT/.venv shares it" >&2
+        _am_put_on_path || return 1
+        printf '%s\n' "$3" >>"$2"
+        return
+    fi
     if ! "$PYTHON" -c "$_AM_HAS_TORCH" >/dev/null 2>&1; then
         torch=("$TORCH_REQUIREMENT")
         echo "Installing $TORCH_REQUIREMENT: a large download, once" >&2

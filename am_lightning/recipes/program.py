@@ -15,6 +15,7 @@ from am_lightning.recipes.early_signals import keep_signals
 from am_lightning.recipes.errors import RecipeError
 from am_lightning.recipes.files import DISK_FULL, disk_error
 
+EXTRA = "pip install 'am-lightning[recipes]', or '.[recipes]' in a checkout"
 RESUME = "--ckpt_path last goes on from the newest checkpoint"
 
 
@@ -27,8 +28,7 @@ def command_line() -> Iterator[None]:
         with _fonts_elsewhere():
             import am_lightning.recipes.cli  # noqa: F401
     except ModuleNotFoundError as error:
-        extra = "pip install 'am-lightning[recipes]', or '.[recipes]' in a checkout"
-        sys.exit(f"error: the recipes need {error.name}: {extra}")
+        sys.exit(f"error: the recipes need {error.name}: {EXTRA}")
     try:
         yield
         sys.stdout.flush()  # here, where a closed pipe is still met in words
@@ -42,6 +42,10 @@ def command_line() -> Iterator[None]:
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
         raise SystemExit(1) from None
+    except ModuleNotFoundError as error:
+        if "jsonargparse" not in str(error):  # LightningCLI asks for it when it is built, in words alone
+            raise
+        sys.exit(f"error: the recipes need jsonargparse: {EXTRA}")
     except Exception as error:
         # Whatever else was being written (the curves, the configuration) when the disk became full.
         refused = disk_error(error)

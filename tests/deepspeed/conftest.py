@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from tests.lacking import pytest_runtest_makereport  # noqa: F401
 from tests.ports import free_port
 from tests.python import COLD
 from tests.sharding.pool import Pool, pools
@@ -19,7 +21,9 @@ from tests.sharding.pool import Pool, pools
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = None
-    if not shutil.which("g++") and not os.environ.get("CI"):
+    if find_spec("deepspeed") is None:
+        reason = "deepspeed is not installed"
+    elif not shutil.which("g++") and not os.environ.get("CI"):
         reason = "DeepSpeed compiles a CPU operator at its first start, and there is no g++"
     elif " " in sys.prefix:
         reason = f"torch's extension builder cannot link in a folder with a space: {sys.prefix}"

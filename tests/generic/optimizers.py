@@ -19,6 +19,10 @@ from torch.optim.lr_scheduler import (
     ReduceLROnPlateau,
     StepLR,
 )
+
+from am_lightning import AMSGD, AMAdamW
+
+pytest.importorskip("expecttest", reason="torch.testing needs expecttest")
 from torch.testing._internal.common_optimizers import (
     ErrorOptimizerInput,
     OptimizerErrorEnum,
@@ -26,8 +30,6 @@ from torch.testing._internal.common_optimizers import (
     OptimizerInput,
     get_error_inputs_for_all_optims,
 )
-
-from am_lightning import AMSGD, AMAdamW
 
 SCHEDULERS: list[list[Callable[[Optimizer], LRScheduler]]] = [
     [lambda opt: StepLR(opt, gamma=0.9, step_size=10)],

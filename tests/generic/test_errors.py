@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import Parameter
-from torch.testing._internal.common_optimizers import ErrorOptimizerInput, OptimizerInfo
 
 from am_lightning import AMAdamW
-from tests.generic.optimizers import LeastSquares, each_error, each_optimizer
+from tests.generic.optimizers import ErrorOptimizerInput, LeastSquares, OptimizerInfo, each_error, each_optimizer
 
 
 @each_error

@@ -8,9 +8,8 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.profiler import ProfilerActivity, profile
-from torch.testing._internal.common_optimizers import OptimizerInfo
 
-from tests.generic.optimizers import LeastSquares, each_optimizer
+from tests.generic.optimizers import LeastSquares, OptimizerInfo, each_optimizer
 
 
 def _make(info: OptimizerInfo) -> tuple[LeastSquares, Any]:

@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.testing._internal.common_optimizers import OptimizerInfo
 
-from tests.generic.optimizers import STATE_NAMES, LeastSquares, each_case, each_optimizer, with_own_lr
+from tests.generic.optimizers import STATE_NAMES, LeastSquares, OptimizerInfo, each_case, each_optimizer, with_own_lr
 
 
 def _trained(info: OptimizerInfo, steps: int = 3, **kwargs: Any) -> tuple[LeastSquares, Any]:

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torch.testing._internal.common_optimizers import OptimizerInfo
 
 from tests.generic.optimizers import (
     OPTIMIZERS,
     SCHEDULERS,
     STATE_NAMES,
     LeastSquares,
+    OptimizerInfo,
     each_case,
     each_optimizer,
     rosenbrock,

@@ -20,6 +20,7 @@ from am_lightning import AMAdamW, clip_grad_norm_
 from am_lightning.huggingface import attach
 from tests.huggingface.launch import finish
 from tests.huggingface.sharded import force, let_fsdp1_run_on_cpu, plugin_of
+from tests.lacking import unless_lacking
 from tests.sharding.model import (
     RATES,
     batch_of,
@@ -218,9 +219,9 @@ def main(path: Path) -> None:
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         for name, arguments in job["layouts"].items():
-            results[name] = layout(**arguments)
+            results[name] = unless_lacking(layout, **arguments)
         for kind in job["resumed"]:
-            results[f"resumed {kind}"] = resumed(kind, job["folder"])
+            results[f"resumed {kind}"] = unless_lacking(resumed, kind, job["folder"])
         results["refusals"] = refusals()
         results["fresh"] = fresh_optimizer(job["folder"])
     results["warned"] = [str(warning.message) for warning in warned if "beta_t" in str(warning.message)]

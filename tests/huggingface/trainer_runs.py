@@ -17,6 +17,7 @@ from am_lightning import AMAdamW
 from am_lightning.huggingface import AdaptiveMemoryCallback, AMAdamWFactory
 from tests.huggingface.launch import finish
 from tests.huggingface.sharded import force, let_fsdp1_run_on_cpu, plugin_of
+from tests.lacking import unless_lacking
 
 STEPS, SAVE, LOG = 8, 5, 2
 FORMS: dict[str, Any] = {
@@ -134,11 +135,11 @@ def main(path: Path) -> None:
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         folder = Path(job["folder"])
-        results: dict[str, Any] = {form: run(folder / form, form, batch=2) for form in FORMS}
-        results["resumed"] = run(folder / "resumed", "class", batch=2, resume=folder / "class")
+        results: dict[str, Any] = {form: unless_lacking(run, folder / form, form, batch=2) for form in FORMS}
+        results["resumed"] = unless_lacking(run, folder / "resumed", "class", batch=2, resume=folder / "class")
         for form, kind in (("class", FSDP1Trainer), ("factory", FSDP1Trainer), ("class", FSDP2Trainer)):
             name = f"{kind.__name__} {form}"
-            results[name] = run(folder / name, form, batch=2, trainer_class=kind, save_strategy="no")
+            results[name] = unless_lacking(run, folder / name, form, batch=2, trainer_class=kind, save_strategy="no")
     results["warned"] = [str(warning.message) for warning in warned if "beta_t" in str(warning.message)]
     finish(results, path)
 

@@ -36,8 +36,9 @@ def saved(pool: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Callable[...
     def save(placed: str, world: int, **how: Any) -> str:
         key = (placed, world, *how.items())
         if key not in done:
-            done[key] = str(tmp_path_factory.mktemp("checkpoint") / f"{placed}.ckpt")
-            pool(world).run(f"{HERE}fit_and_save", placed=placed, where=done[key], **how)
+            where = str(tmp_path_factory.mktemp("checkpoint") / f"{placed}.ckpt")
+            pool(world).run(f"{HERE}fit_and_save", placed=placed, where=where, **how)
+            done[key] = where
         return done[key]
 
     return save

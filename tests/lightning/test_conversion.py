@@ -49,6 +49,7 @@ def twin_runs(schedule, **options):
     return weights
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in")  # SequentialLR of torch 2.6 warns of its own call
 @pytest.mark.filterwarnings("error::UserWarning:torch.optim")
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedulers_drive_the_converted_optimizer(name: str) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 import triton
+import triton.language as tl
+from triton.runtime.errors import InterpreterError
 
 from am_lightning.optim.kernels import Numbers, Options, Piece, triton_kernels
 from am_lightning.optim.kernels.triton_pair import Tables, TritonPasses
@@ -21,6 +23,23 @@ OPTIONS = {"lr": 0.02, "weight_decay": 0.05, "lambd": 0.1, "cap": 0.89, "maximiz
 
 def check_interpreter() -> None:
     assert not isinstance(triton_kernels.sums_kernel, triton.JITFunction), "TRITON_INTERPRET=1 came after the import"
+
+
+@triton.jit
+def count_kernel(out, n):  # type: ignore[no-untyped-def]
+    for i in range(n.to(tl.int32)):
+        tl.store(out + i, i)
+
+
+def refusal() -> str | None:
+    """Why this interpreter runs no loop; None where it does."""
+    try:
+        count_kernel[(1,)](torch.zeros(3, dtype=torch.int32), 3)
+    except InterpreterError as error:
+        if "only 0-dimensional arrays" not in str(error):
+            raise
+        return f"the interpreter of Triton {triton.__version__} runs no loop beside numpy {np.__version__}"
+    return None
 
 
 class Case:

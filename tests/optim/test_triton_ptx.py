@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -56,6 +57,8 @@ class Recorder:
         constants = {n: given[n] for n in names if not isinstance(given[n], torch.Tensor)}
         signature = {n: "constexpr" if n in constants else POINTERS[given[n].dtype] for n in names}
         aligned = [n for n in names if n not in constants and given[n].data_ptr() % WIDE == 0]
+        if "constexprs" not in inspect.signature(ASTSource).parameters:
+            pytest.skip(f"Triton {triton.__version__} is asked for PTX in other words")
         source = ASTSource(
             fn=self.kernel,
             signature=signature,

@@ -5,10 +5,22 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch.cli
 import pytest
 import torch
+
+from tests.lacking import pytest_runtest_makereport  # noqa: F401
+
+if find_spec("jsonargparse") is None:  # what the programs say of it is a SystemExit, which fixtures do not remember
+
+    def _skip(*args: Any, **options: Any) -> None:
+        pytest.skip("LightningCLI needs jsonargparse, which is not installed")
+
+    lightning.pytorch.cli.LightningArgumentParser.__init__ = _skip
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 sys.path.insert(0, str(RECIPES))

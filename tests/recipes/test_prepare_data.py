@@ -7,8 +7,6 @@ from pathlib import Path
 
 import prepare_data
 import pretrain
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -17,6 +15,9 @@ from am_lightning.recipes.data.text_data import TextData
 
 from .commands import arguments
 from .test_tokenizers import t5_folder  # noqa: F401  (a fixture)
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
 
 CONFIGS = Path(prepare_data.__file__).parent / "configs"
 

@@ -36,7 +36,7 @@ def test_all_files_are_in_the_run_folder(tmp_path: Path, corpus_folder: Path) ->
     args = arguments(Path("../run"), corpus_folder, 3)
     result = run(args, tmp_path / "elsewhere", HOME=str(tmp_path / "home"), TMPDIR=str(tmp_path / "temporary"))
     assert result.returncode == 0, result.stderr
-    made = files(tmp_path)
+    made = files(tmp_path) - {"home/.cache/huggingface/hub/version.txt"}  # transformers 4 writes it when it is imported
     assert {name.split("/")[0] for name in made} == {"run"}
     expected = {f"checkpoints/{name}.ckpt" for name in ("step-000001", "step-000002", "step-000003", "last")}
     assert {f"run/{name}" for name in [*expected, "summary.png", "logs/config.yaml"]} <= made

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from tests.ports import free_port
 from tests.python import COLD
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,6 +106,35 @@ def test_an_environment_is_made_once(checkout: Path) -> None:
     (checkout / "pyproject.toml").write_text(PYPROJECT + "# other requirements\n")
     assert ensure(checkout).returncode == 0
     assert installations(checkout) == 3
+
+
+def test_no_network_is_needed_where_all_is_installed(checkout: Path) -> None:
+    """The real requirements, whose build backend an isolated build would have to download."""
+    extras = "lightning,recipes" if find_spec("jsonargparse") else ""
+    shutil.copy(ROOT / "pyproject.toml", checkout)
+    unreachable = {"PIP_NO_INDEX": "1", "PIP_INDEX_URL": f"http://127.0.0.1:{free_port()}/simple", "PIP_RETRIES": "0"}
+    result = ensure(checkout, extras, **unreachable)
+    assert result.returncode == 0, result.stderr
+    code = "import torch, am_lightning; print(am_lightning.__file__)"
+    found = subprocess.run([result.stdout.strip(), "-c", code], cwd=checkout.parent, capture_output=True, text=True)
+    assert found.stdout.strip() == str(checkout / "am_lightning" / "__init__.py"), found.stderr
+    again = ensure(checkout, extras, PATH="/usr/bin:/bin", AM_PYTHON="/nonexistent")
+    assert (again.returncode, again.stdout, again.stderr) == (0, result.stdout, "")
+
+
+@pytest.mark.slow
+def test_what_is_missing_is_installed(checkout: Path) -> None:
+    name = "am-lightning"
+    extras = {"a": '"pytest>=1"', "b": '"no-such-package"', "c": '"pytest<1"', "d": f'"pytest>=1", "{name}[b]"'}
+    lines = [f"{extra} = [{needs}]" for extra, needs in extras.items()]
+    project = ["[project]", f'name = "{name}"', 'version = "0"', "[project.optional-dependencies]", *lines]
+    (checkout / "pyproject.toml").write_text(PYPROJECT + "\n".join(project))
+    for extra in ("", "a"):
+        assert ensure(checkout, extra).returncode == 0
+        assert not (checkout / "installations").exists()
+    for times, extra in enumerate("bcd", start=1):
+        assert ensure(checkout, extra).returncode == 0
+        assert installations(checkout) == times
 
 
 def test_a_half_made_environment_is_made_again(checkout: Path) -> None:

@@ -6,8 +6,6 @@ import random
 import shutil
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -19,6 +17,9 @@ from am_lightning.recipes.__main__ import main
 
 from .doors import DOORS, curve_of, launch
 from .test_doors import needs_compiler
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
 
 pytestmark = pytest.mark.slow
 

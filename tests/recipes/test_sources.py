@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +18,9 @@ from hypothesis import strategies as st
 from am_lightning.recipes.data.pieces import Document
 from am_lightning.recipes.data.sources import FileSource, Source, find_source, group
 from am_lightning.recipes.errors import RecipeError
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
 
 # Not ASCII, a NUL, half a surrogate pair (JSON can hold one), line ends inside a text, nothing at all.
 TEXTS = ["plain", "żółć 日本語 🙂", "a\0b", "half \ud83d of it", "two\nlines\r\n", "", " "]

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -23,6 +21,9 @@ from am_lightning.recipes.data.tokenizer import ByteTokenizer
 from am_lightning.recipes.errors import RecipeError
 
 from .pieces import Texts
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
 
 SEQ_LEN = 16
 documents = st.lists(

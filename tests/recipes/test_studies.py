@@ -1,5 +1,6 @@
 """The studies: their ledger, statistics and protocols, and small runs of the real programs."""
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import argparse
@@ -13,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy import stats
+
+stats = pytest.importorskip("scipy.stats")  # the studies import scipy and scikit-learn
+pytest.importorskip("sklearn")
 
 from am_lightning import AMAdamW
 from am_lightning.recipes.errors import RecipeError

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.lacking import pytest_runtest_makereport  # noqa: F401
 from tests.sharding.pool import Pool, pools
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP  # noqa: N817
 from torch.distributed.fsdp import ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -42,6 +42,12 @@ class Placed:
 @functools.cache
 def mesh(*shape: int, names: tuple[str, ...] = ("dp", "tp", "x")) -> DeviceMesh:
     return init_device_mesh("cpu", shape, mesh_dim_names=names[: len(shape)])
+
+
+def spread(full: torch.Tensor, over: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
+    """A tensor that every rank has, as a DTensor. Nothing is sent: distribute_tensor of torch 2.6 would."""
+    copies = DTensor.from_local(full.clone(), over, [Replicate()] * over.ndim, run_check=False)
+    return copies.redistribute(over, placements)
 
 
 def everyone() -> tuple[int, int]:

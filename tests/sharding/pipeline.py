@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 from am_lightning import clip_grad_norm_
 from am_lightning.sharding.dtensor import local
-from tests.sharding.layouts import mesh
+from tests.sharding.layouts import mesh, spread
 from tests.sharding.model import (
     RATES,
     batch_of,
@@ -85,7 +85,7 @@ def stage_of(layout: str) -> Stage:
             return full.clone()
         else:
             placement = Replicate() if "norm" in name else Shard(1)
-        return distribute_tensor(full.clone(), grid[inner], [placement], src_data_rank=None)  # all ranks have it
+        return spread(full, grid[inner], [placement])
 
     return Stage(number, place, {}, stages, inside)
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from tests.sharding.layouts import mesh
+from tests.sharding.layouts import mesh, spread
 from tests.sharding.model import CAPS, make_optimizer, raw_betas
 from tests.sharding.steps import raw_error
 
@@ -73,7 +73,7 @@ def place(drawn: Drawn, example: Example, full: Tensor) -> Tensor:
     if not drawn.dims:
         return full.clone()
     where = mesh_of(example.mesh_shape, drawn.dims)
-    return distribute_tensor(full.clone(), where, placements_of(drawn), src_data_rank=None)  # all ranks have it
+    return spread(full, where, placements_of(drawn))
 
 
 def gradient(drawn: Drawn, example: Example, full: Tensor) -> Tensor | None:

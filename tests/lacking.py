@@ -1,0 +1,69 @@
+"""What some release in the supported range cannot do, whatever the optimizer: known by the error that it raises.
+
+A conftest that has :func:`pytest_runtest_makereport` turns a failure by such an error into a skip with the reason. On
+a release that can do it the error does not come, so nothing is skipped there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Generator
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+
+# What the release says -> why the test is skipped there.
+LACKS = {
+    "'Stream' object has no attribute 'record_event'": "FSDP2 of this torch does not run on a CPU",
+    "fully_shard() got an unexpected keyword argument 'ignored_params'": "fully_shard of this torch ignores nothing",
+    "'DeviceMesh' object has no attribute '_unflatten'": "this torch cannot split a dimension of a mesh",
+    "Only single local shard is supported": "this torch saves no FSDP1 model of which a rank has no element",
+    "(tagged with cpu:0)": "this Trainer loads to 'cpu:0' on several CPU processes, which this torch refuses",
+    "When using FSDP2, a model and optimizer must be passed together": "this Trainer does not know FSDP2",
+    "T5Tokenizer requires the SentencePiece library": "T5Tokenizer of this transformers needs sentencepiece",
+    "this Trainer knows no optimizer factories": "this Trainer knows no optimizer factories",
+}
+# Packages that a framework asks for in words of its own, or a program at the start.
+OPTIONAL = re.compile(r"(?:No module named|Requirement|the recipes need|the data need|deepspeed needs) '?([A-Za-z_]+)")
+
+
+def lacking(error: str) -> str | None:
+    """Why a release cannot do what ended in ``error``; None for every other error."""
+    for words, reason in LACKS.items():
+        if words in error:
+            return reason
+    missing = [name for name in map(str.lower, OPTIONAL.findall(error)) if find_spec(name) is None]
+    return f"{missing[0]} is not installed" if missing else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed and call.excinfo is not None and (reason := lacking(str(call.excinfo.value))):
+        path, line, _ = item.location
+        report.outcome, report.longrepr = "skipped", (path, (line or 0) + 1, f"Skipped: {reason}")
+    return report
+
+
+class Lacking:
+    """Stands for results that the installed releases cannot give: the test that reads one is skipped."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def __getitem__(self, key: object) -> Any:
+        pytest.skip(self.reason)
+
+
+def unless_lacking(run: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """What ``run`` returns, or a :class:`Lacking`."""
+    try:
+        return run(*args, **options)
+    except Exception as error:
+        reason = lacking(str(error))
+        if reason is None:
+            raise
+        return Lacking(reason)
