@@ -1,4 +1,4 @@
-"""The fork server, which lives as long as the test session, and hypothesis' profiles."""
+"""The fork server, which lives as long as the test session, the gates, and hypothesis' profiles."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.forkserver import COLD_VARIABLE, VARIABLE, ForkServer
+from tests.gates import GATES, kept
 
 SERVER = pytest.StashKey[ForkServer]()
 
@@ -17,6 +18,17 @@ common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("ci", max_examples=15, derandomize=True, database=None, **common)
 settings.register_profile("nightly", max_examples=100, **common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gate", choices=GATES, help="run the tests of a gate only (tests/gates.py)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if gate := config.getoption("--gate"):
+        wanted = set(kept(items, gate))
+        config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+        items[:] = [item for item in items if item in wanted]
 
 
 def pytest_configure(config: pytest.Config) -> None:

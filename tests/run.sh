@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Every test, on a machine with only Python >= 3.10: makes .venv, installs what the tests need, runs pytest.
 #
-#   tests/run.sh               all tests
-#   tests/run.sh --fast        without those marked slow
+#   tests/run.sh               everything that a change may break
+#   tests/run.sh --fast        the tests that take seconds, while writing
+#   tests/run.sh --nightly     also the many cases of what the others have one case of, and more random examples
+#   tests/run.sh --ci          what .ci/run does: the first, and one case of each kind of --nightly
 #   tests/run.sh -k sgd -x     anything else goes to pytest; paths are relative to the repository's root
 #
+# A gate runs on all cores (pytest-xdist, a file at a time); with arguments for pytest, tests run in one process.
 # The exit status is pytest's.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,8 +17,16 @@ ensure_venv "dev,recipes,data,studies,docs,accelerate,deepspeed"
 # Tests start processes of their own; one thread each keeps a small machine from thrashing.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
+gate=full
 args=()
+parallel=(-n auto --dist loadfile)
 for arg in "$@"; do
-    if [ "$arg" = "--fast" ]; then args+=(-m "not slow"); else args+=("$arg"); fi
+    case "$arg" in
+        --fast | --nightly | --ci) gate="${arg#--}" ;;
+        --durations=* | --junitxml=* | -q | -v) args+=("$arg") ;;
+        *) args+=("$arg") parallel=() ;;
+    esac
 done
-exec "$PYTHON" -m pytest ${args[@]+"${args[@]}"}
+if [ "$gate" = nightly ]; then export HYPOTHESIS_PROFILE="${HYPOTHESIS_PROFILE:-nightly}"; fi
+if [ "$gate" != full ] || [ ${#parallel[@]} != 0 ]; then args+=(--gate "$gate"); fi
+exec "$PYTHON" -m pytest ${parallel[@]+"${parallel[@]}"} ${args[@]+"${args[@]}"}

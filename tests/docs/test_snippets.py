@@ -87,7 +87,7 @@ def test_every_page_with_python_is_here() -> None:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.nightly("blocks of the pages")
 @pytest.mark.parametrize(
     ("page", "number"), [(page, number) for page, before in BEFORE.items() for number in range(len(before))]
 )

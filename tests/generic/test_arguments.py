@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from am_lightning import AMSGD, AMAdamW, am_adamw, am_sgd
+from tests.examples import examples
 from tests.generic.arguments import ARGUMENTS, names_value
 
 each_class = pytest.mark.parametrize("cls", [AMAdamW, AMSGD], ids=lambda cls: cls.__name__)
@@ -36,7 +37,7 @@ each_group_option = pytest.mark.parametrize(
         if argument.per_group
     ],
 )
-calm = settings(deadline=None, max_examples=60)
+calm = examples(60)
 
 
 def _params(dtype: torch.dtype = torch.float32) -> list[Parameter]:
@@ -84,7 +85,7 @@ def test_bad_argument(cls: type, name: str, data: st.DataObject) -> None:
 
 
 @each_class
-@settings(deadline=None, max_examples=300)
+@examples(300)
 @given(data=st.data())
 def test_good_arguments_make_finite_steps(cls: type, data: st.DataObject) -> None:
     kwargs = data.draw(st.fixed_dictionaries({}, optional={n: a.good for n, a in ARGUMENTS[cls].items()}))
@@ -149,7 +150,7 @@ def test_bad_option_of_a_group_given_to_the_constructor(cls: type, name: str, da
 
 
 @each_class
-@settings(deadline=None, max_examples=150)
+@examples(150)
 @given(data=st.data())
 def test_good_options_of_an_added_group(cls: type, data: st.DataObject) -> None:
     options = {name: argument.good for name, argument in ARGUMENTS[cls].items() if argument.per_group}
@@ -197,7 +198,7 @@ def test_bad_option_of_an_override(cls: type, name: str, data: st.DataObject) ->
 
 
 @each_factory
-@settings(deadline=None, max_examples=100)
+@examples(100)
 @given(data=st.data())
 def test_good_overrides(factory: Any, cls: type, data: st.DataObject) -> None:
     options = {name: argument.good for name, argument in ARGUMENTS[cls].items() if argument.per_group}

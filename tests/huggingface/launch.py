@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.ports import free_port
 from tests.python import PYTHON
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,10 +23,9 @@ def launch(module: str, folder: Path, *, processes: int, timeout: float = 150, *
     """
     path = folder / f"job-{processes}.json"
     path.write_text(json.dumps({"folder": str(folder), **job}))
-    port = free_port()
     env = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_PORT")}
     env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [PYTHON, *torchrun, "-m", module, str(path)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
     results = [Path(f"{path}.rank{rank}.pt") for rank in range(processes)]

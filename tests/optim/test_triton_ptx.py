@@ -116,7 +116,7 @@ def stack_bytes(compiled: Any, folder: Path) -> int:
     return max(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly("machine code")
 @pytest.mark.parametrize(("capability", "dtypes"), CASES, ids=lambda v: str(v).replace("torch.", ""))
 def test_full_chunks_use_the_widest_accesses(
     kernels: SimpleNamespace, tmp_path: Path, capability: int, dtypes: tuple[torch.dtype, ...]
@@ -140,7 +140,7 @@ def test_addresses_that_are_not_aligned_are_not_taken_for_aligned(kernels: Simpl
         assert accesses(ptx, "ld")[0] == accesses(ptx, "st")[0] == 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly("machine code")
 def test_rocm(kernels: SimpleNamespace) -> None:
     """The same for an MI300: 16 bytes at a time, nothing spilled."""
     launch(ALL_F32)

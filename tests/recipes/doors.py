@@ -77,7 +77,7 @@ def launch(door: Door, recipe: str, root: Path, settings: list[str]) -> subproce
         path = Path(__file__).parent / door.program
     port, variables = str(free_port()), _environment(door)
     if door.launcher is None:
-        command = [PYTHON, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+        command = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command += [str(path), "fit", "--config", recipe, "--trainer.default_root_dir", str(root)]
     else:
         command = [str(RECIPES / "launch" / door.launcher)]

@@ -10,7 +10,7 @@ import pytest
 
 from .doors import DOORS, Curve, curve_of, launch
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly("programs and engines")
 
 STEPS, REFERENCE = 20, "Lightning DDP"
 # A rate at which beta_t leaves its cap; much above it the run is chaotic, and rounding alone makes other curves.
@@ -59,10 +59,11 @@ def test_the_reference_is_worth_comparing_with(curve: Callable[[str], Curve]) ->
     assert max(betas) - min(betas) > 0.05
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=needs_compiler if "DeepSpeed" in name else ()) for name in DOORS if name != REFERENCE],
-)
+def marks_of(name: str) -> list[pytest.MarkDecorator]:
+    return [needs_compiler] if "DeepSpeed" in name else [pytest.mark.sample] if name == "HF Trainer DDP" else []
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(name)) for name in DOORS if name != REFERENCE])
 def test_the_same_curve(curve: Callable[[str], Curve], name: str) -> None:
     loss, beta = errors(curve(name), curve(REFERENCE))
     print(f"{name}: losses within {loss:.1e} relative, mean beta_t within {beta:.1e}")

@@ -7,7 +7,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from am_lightning.recipes.data import permutation
@@ -108,7 +108,6 @@ def _steps(
     world=st.sampled_from([1, 2, 4]),
     accumulate=st.sampled_from([1, 2]),
 )
-@settings(deadline=None)
 def test_steps_are_the_same_for_every_world_size_and_accumulation(
     rows: int, share: int, steps: int, seed: int, world: int, accumulate: int
 ) -> None:
@@ -118,7 +117,6 @@ def test_steps_are_the_same_for_every_world_size_and_accumulation(
 
 
 @given(rows=sizes, steps=st.integers(1, 6), first=st.integers(0, 6), accumulate=st.sampled_from([1, 2]))
-@settings(deadline=None)
 def test_a_resumed_order_is_the_rest_of_the_whole_one(rows: int, steps: int, first: int, accumulate: int) -> None:
     first = min(first, steps)
     whole = _steps(rows, 4, steps, 0, 2, accumulate)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from tests.huggingface.events import scalars_in
-from tests.ports import free_port
 from tests.python import PYTHON
 from tests.recipes.commands import PRETRAIN, RECIPES
 
@@ -50,7 +49,7 @@ SPREAD = {"trainer.devices": 4, "trainer.strategy.data_parallel_size": 2}  # ten
 def train(root: Path, corpus: Path, processes: int, settings: dict[str, object]) -> dict[str, dict[int, float]]:
     """The curves of a run of pretrain.py under torchrun."""
     command = [PYTHON, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    command += ["--master-port", str(free_port()), str(PRETRAIN), "fit"]
+    command += ["--standalone", str(PRETRAIN), "fit"]
     command += ["--config", str(RECIPES / "configs" / "llama-8b.yaml")]
     chosen = {**SMALL, "data.source": corpus, "trainer.default_root_dir": root, **settings}
     for key, value in chosen.items():

@@ -17,11 +17,12 @@ needs_compiler = pytest.mark.skipif(
     not shutil.which("g++"), reason="DeepSpeed compiles a CPU operator; there is no g++"
 )
 # One of each kind; `python -m tests.recipes.plan_cases` measures all.
+NIGHTLY = pytest.mark.nightly("plans")
 TESTED = (
-    Case("ddp", 2, 8),
+    pytest.param(Case("ddp", 2, 8), marks=NIGHTLY),
     Case("fsdp2", 2, 8, checkpointing=True, accumulate=2),
-    Case("fsdp2tp2", 4, 8, checkpointing=True),
-    pytest.param(Case("zero3", 2, 8), marks=needs_compiler),
+    pytest.param(Case("fsdp2tp2", 4, 8, checkpointing=True), marks=NIGHTLY),
+    pytest.param(Case("zero3", 2, 8), marks=[needs_compiler, NIGHTLY]),
 )
 
 

@@ -22,6 +22,7 @@ pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 
 pytestmark = pytest.mark.slow
+NIGHTLY = pytest.mark.nightly("programs and engines")
 
 STEPS = 2
 
@@ -71,10 +72,10 @@ def test_it_validates(settings: list[str], capsys: pytest.CaptureFixture[str]) -
     "name",
     [
         "Lightning DDP",
-        "Lightning FSDP2",
-        "Accelerate DDP",
-        pytest.param("Lightning DeepSpeed", marks=needs_compiler),
-        pytest.param("Accelerate DeepSpeed", marks=needs_compiler),
+        pytest.param("Lightning FSDP2", marks=NIGHTLY),
+        pytest.param("Accelerate DDP", marks=NIGHTLY),
+        pytest.param("Lightning DeepSpeed", marks=[needs_compiler, NIGHTLY]),
+        pytest.param("Accelerate DeepSpeed", marks=[needs_compiler, NIGHTLY]),
     ],
 )
 def test_it_trains(name: str, settings: list[str], tmp_path: Path) -> None:

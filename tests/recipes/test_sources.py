@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from am_lightning.recipes.data.pieces import Document
 from am_lightning.recipes.data.sources import FileSource, Source, find_source, group
 from am_lightning.recipes.errors import RecipeError
+from tests.examples import examples
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -95,7 +96,7 @@ def test_strange_texts_arrive(tmp_path: Path, name: str) -> None:
     documents=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), max_size=12),
     size=st.integers(1, 60),
 )
-@settings(deadline=None, max_examples=60)
+@examples(60)
 def test_a_line_is_in_one_piece_wherever_files_are_cut(
     documents: list[str], size: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from am_lightning.recipes.checkpoints import newest_whole
 from tests.ports import free_port
-from tests.python import PYTHON
+from tests.python import COLD, PYTHON
 
 from .commands import differences, load
 from .small_run import Options
@@ -29,9 +29,9 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 
-def start(options: list[Options], **variables: str) -> subprocess.Popen[str]:
+def start(options: list[Options], python: str = PYTHON, **variables: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [PYTHON, "-m", "tests.recipes.small_run", *(json.dumps(asdict(o)) for o in options)],
+        [python, "-m", "tests.recipes.small_run", *(json.dumps(asdict(o)) for o in options)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
         stdout=subprocess.PIPE,
@@ -172,7 +172,8 @@ def test_a_rank_that_hangs_ends_the_job_with_an_error(tmp_path: Path, strategy: 
     """Under FSDP2 the others wait for it in a group of the device mesh, which has a timeout of its own."""
     tolerance = {"hang_timeout_s": 10.0}
     process = start(
-        [Options(str(tmp_path), strategy, events={"3": "hang"}, event_rank=rank, fault_tolerance=tolerance)]
+        [Options(str(tmp_path), strategy, events={"3": "hang"}, event_rank=rank, fault_tolerance=tolerance)],
+        COLD,  # its process group is looked at
     )
     output, _ = process.communicate(timeout=300)  # it would sleep for 600 s
     assert process.returncode not in (0, None), output

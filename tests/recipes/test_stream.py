@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from am_lightning.recipes.data.prepare import Part
@@ -38,7 +38,6 @@ def reader(texts: list[list[bytes]], number: int = 0, readers: int = 1, percent:
 
 @given(texts=documents, rows=st.integers(1, 40), begin=st.integers(0, 39))
 @example(texts=[[bytes(range(65, 105))]], rows=6, begin=2)  # rows end twice in one document
-@settings(deadline=None)
 def test_a_position_is_all_that_a_resume_needs(texts: list[list[bytes]], rows: int, begin: int) -> None:
     kept = [d for part in reader(texts).parts for d in part.documents() if not d.is_validation(20.0)]
     if not kept:
@@ -54,7 +53,6 @@ def test_a_position_is_all_that_a_resume_needs(texts: list[list[bytes]], rows: i
 
 
 @given(texts=documents, passes=st.integers(1, 3))
-@settings(deadline=None)
 def test_a_pass_has_every_training_document_once(texts: list[list[bytes]], passes: int) -> None:
     kept = [d.text for part in reader(texts).parts for d in part.documents() if not d.is_validation(20.0)]
     tokens = sum(len(text) + 1 for text in kept) * passes

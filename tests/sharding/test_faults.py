@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.ports import free_port
 from tests.python import PYTHON
 from tests.sharding.fault_steps import BAD, END
 from tests.sharding.pool import Pool
@@ -84,8 +83,7 @@ def test_a_gradient_that_one_rank_lacks(pool: Callable[[int], Pool], layout: str
 
 def launch(world: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     """torchrun of the drill, on a free port."""
-    port = free_port()
-    command = [PYTHON, "-m", "torch.distributed.run", f"--nproc-per-node={world}", f"--master-port={port}"]
+    command = [PYTHON, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     command += ["-m", "tests.sharding.fault_run", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, cwd=ROOT)

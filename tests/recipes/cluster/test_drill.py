@@ -11,7 +11,7 @@ from . import drill, namespaces
 from .conftest import STEPS
 
 
-@pytest.mark.slow
+@pytest.mark.nightly("kills")
 def test_a_run_outlives_a_broken_checkpoint_and_a_full_disk(
     tmp_path: Path, run_options: list[str], unbroken: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

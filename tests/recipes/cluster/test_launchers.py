@@ -74,7 +74,7 @@ def test_a_launcher_starts_every_rank(script: str, probe: Path, tmp_path: Path) 
     assert ranks[0]["argv"] == arguments(root, 1, 2, "--trainer.max_steps", "7")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly("network namespaces")
 @pytest.mark.parametrize("script", ["torchrun.sh", "accelerate.sh", "deepspeed.sh"])
 def test_two_nodes_find_each_other_by_number(
     script: str, probe: Path, tmp_path: Path, nodes: tuple[Node, Node]
@@ -95,7 +95,7 @@ def test_two_nodes_find_each_other_by_number(
     assert {rank["env"]["MASTER_ADDR"] for rank in ranks} == {nodes[0].address}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly("network namespaces")
 def test_an_elastic_run_is_told_how_many_nodes_came(probe: Path, tmp_path: Path, nodes: tuple[Node, Node]) -> None:
     """Two may come, one is enough, and one comes."""
     others = {"MASTER_ADDR": nodes[0].address, "RDZV_CONF": "last_call_timeout=1", "PROGRAM": str(probe)}

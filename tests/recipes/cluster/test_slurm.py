@@ -10,7 +10,7 @@ from .conftest import EVERY, STEPS
 from .runs import LAUNCH, changed, newest_step, wait_until
 from .slurm import Slurm
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly("SLURM")
 
 
 def submit(cluster: Slurm, root: Path, args: list[str]) -> str:

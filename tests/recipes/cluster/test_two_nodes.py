@@ -12,7 +12,7 @@ from .conftest import EVERY, STEPS
 from .namespaces import Node
 from .runs import PROGRAM, Agents, changed, newest_step, wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly("network namespaces")
 Nodes = tuple[Node, Node]
 
 

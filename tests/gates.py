@@ -1,0 +1,37 @@
+"""Which tests each of the named gates runs: tests/run.sh's --fast, its own, .ci/run's and --nightly."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+
+GATES = ("fast", "full", "ci", "nightly")
+
+
+def kept(items: list[pytest.Item], gate: str) -> list[pytest.Item]:
+    """The tests of a gate.
+
+    - fast: those that are marked neither ``slow`` nor ``nightly``.
+    - full: all but ``nightly`` ones.
+    - ci: those of full, and of each kind of nightly test the one marked ``sample``, else the first.
+    - nightly: all.
+    """
+    if gate == "nightly":
+        return items
+    chosen = set(samples(items)) if gate == "ci" else set()
+    hidden = ("slow", "nightly") if gate == "fast" else ("nightly",)
+    return [item for item in items if item in chosen or not any(item.get_closest_marker(name) for name in hidden)]
+
+
+def samples(items: list[pytest.Item]) -> list[pytest.Item]:
+    """One test of each kind of nightly test, or those that are marked as its samples."""
+    kinds: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if marker := item.get_closest_marker("nightly"):
+            kinds[marker.args[0]].append(item)
+    return [
+        item
+        for several in kinds.values()
+        for item in ([item for item in several if item.get_closest_marker("sample")] or several[:1])
+    ]
