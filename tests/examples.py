@@ -1,4 +1,4 @@
-"""How many examples hypothesis tries: few and always the same in the daily gates, many and new ones in the nightly one."""
+"""How many examples hypothesis tries: few and always the same by day, many and new ones in the nightly gate."""
 
 from __future__ import annotations
 

@@ -16,14 +16,14 @@ from tests.python import PYTHON
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_module(module: str, argument: Path, results: list[Path], *, threads: int) -> list[Any]:
+def run_module(module: str, argument: Path, results: list[Path], *, threads: int, python: str = PYTHON) -> list[Any]:
     """What ``python -m module argument`` saved to ``results``.
 
     gloo sometimes aborts at exit after the results are written: they decide.
     """
     env = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
     env |= {"MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
-    command = [PYTHON, "-m", module, str(argument)]
+    command = [python, "-m", module, str(argument)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     if not all(result.exists() for result in results):
         pytest.fail(f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}")

@@ -10,6 +10,7 @@ import pytest
 from tests.lightning.processes import run_module
 from tests.lightning.test_fabric import events
 from tests.lightning.test_strategies import check
+from tests.python import COLD
 from tests.sharding.pool import Pool
 
 HERE = "tests.lightning.cluster_faults:"
@@ -44,6 +45,6 @@ def test_an_optimizer_that_has_made_no_step_is_not_described(pool: Ranks, placed
 
 def test_lightnings_own_launcher(tmp_path: Path) -> None:
     results = [tmp_path / f"rank{rank}.pt" for rank in range(2)]
-    ranks = run_module("tests.lightning.launched", tmp_path, results, threads=1)
+    ranks = run_module("tests.lightning.launched", tmp_path, results, threads=1, python=COLD)
     for placed in ("fsdp1", "fsdp2", "ddp"):
         check([rank[placed] for rank in ranks])

@@ -16,13 +16,13 @@ from am_lightning.bench.contenders import Contender, bytes_of_adamw, bytes_of_am
 from am_lightning.bench.measure import measure
 from am_lightning.bench.table import rows_of, text_of
 from am_lightning.optim.kernels.fused import SWITCH
-from tests.python import PYTHON
+from tests.python import COLD
 
 CPU = torch.device("cpu")
 
 
 def test_a_row_for_each_optimizer() -> None:
-    command = [PYTHON, "-m", "am_lightning.bench", "--model", "many-tiny", "--repeats", "1", "--json"]
+    command = [COLD, "-m", "am_lightning.bench", "--model", "many-tiny", "--repeats", "1", "--json"]
     command += ["--only", "eager", "foreach", "C++", "bfloat16", "--weight-decay", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     report = json.loads(done.stdout)

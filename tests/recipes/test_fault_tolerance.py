@@ -16,7 +16,7 @@ from am_lightning.recipes.early_signals import keep_signals
 from am_lightning.recipes.errors import RecipeError
 from am_lightning.recipes.fault_tolerance import SIGNALS, FaultTolerance, Stopped
 from am_lightning.recipes.stop import StopSignal
-from tests.python import PYTHON
+from tests.python import COLD, PYTHON
 
 from .commands import differences, load, training_state
 from .small_run import Options, Small, run, trainer_for
@@ -76,11 +76,11 @@ def test_a_signal_in_the_last_step_is_obeyed_when_all_is_saved(tmp_path: Path) -
     assert run(Options(str(tmp_path), steps=4)) == "finished"
 
 
-def ends(tmp_path: Path, code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def ends(tmp_path: Path, code: str, python: str = PYTHON, **variables: str) -> subprocess.CompletedProcess[str]:
     """A process of its own that runs `code` after these imports."""
     head = "import os, signal, sys, time\nfrom tests.recipes.small_run import *\noptions = Options(sys.argv[1])\n"
     return subprocess.run(
-        [PYTHON, "-c", head + code, str(tmp_path)],
+        [python, "-c", head + code, str(tmp_path)],
         cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
         capture_output=True,
@@ -222,7 +222,8 @@ def test_outside_training_a_signal_ends_the_process_at_once(
     """Preparing the data may take longer than a scheduler waits, and nothing is lost. When the program has just
     started, and where no Trainer runs, as soon as there is somebody to handle it."""
     code = f"from am_lightning.recipes.program import command_line{OUTSIDE}"
-    result = ends(tmp_path / "run", code, **job.variables, WHERE=where, NUMBER=number)
+    python = COLD if where == "start" else PYTHON  # its first moments are those of a cold start
+    result = ends(tmp_path / "run", code, python, **job.variables, WHERE=where, NUMBER=number)
     assert result.returncode == -getattr(signal, number), result.stderr
     assert job.calls() == requeued
     assert ("survived" in result.stdout) == (where in ("start", "between"))

@@ -26,7 +26,7 @@ from am_lightning.recipes.report.differences import ABSENT, differences
 from am_lightning.recipes.report.events import read_curves
 from am_lightning.recipes.report.runs import find_runs
 from tests.ports import free_port
-from tests.python import PYTHON
+from tests.python import COLD
 
 from .commands import RECIPES, arguments, load
 
@@ -251,7 +251,7 @@ def test_the_programs_agree_in_one_report(tmp_path: Path, corpus_folder: Path) -
     pretrain.main(arguments(root / "pretrain", corpus_folder, 6))
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     for program in ("pretrain_accelerate", "pretrain_hf_trainer"):
-        command = [PYTHON, str(RECIPES / f"{program}.py"), *arguments(root / program, corpus_folder, 6)]
+        command = [COLD, str(RECIPES / f"{program}.py"), *arguments(root / program, corpus_folder, 6)]
         variables = {**os.environ, "OMP_NUM_THREADS": "1", **alone, "MASTER_PORT": str(free_port())}
         result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr[-2000:]

@@ -1,0 +1,42 @@
+"""Which tests a gate runs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from tests.gates import kept
+
+
+class Item:
+    def __init__(self, name: str, *marks: pytest.MarkDecorator) -> None:
+        self.name = name
+        self.marks = {mark.name: SimpleNamespace(args=mark.args) for mark in marks}
+
+    def get_closest_marker(self, name: str) -> object:
+        return self.marks.get(name)
+
+
+KILLS, DOORS = pytest.mark.nightly("kills"), pytest.mark.nightly("doors")
+ITEMS = [
+    Item("plain"),
+    Item("slow", pytest.mark.slow),
+    Item("kill 1", KILLS),
+    Item("kill 2", KILLS, pytest.mark.slow),
+    Item("door 1", DOORS),
+    Item("door 2", DOORS, pytest.mark.sample),
+]
+
+
+@pytest.mark.parametrize(
+    ("gate", "names"),
+    [
+        ("fast", ["plain"]),
+        ("full", ["plain", "slow"]),
+        ("ci", ["plain", "slow", "kill 1", "door 2"]),
+        ("nightly", ["plain", "slow", "kill 1", "kill 2", "door 1", "door 2"]),
+    ],
+)
+def test_a_gate_keeps(gate: str, names: list[str]) -> None:
+    assert [item.name for item in kept(ITEMS, gate)] == names  # type: ignore[arg-type]
