@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -89,9 +90,9 @@ def span_of_root(meshes: Sequence[Any]) -> tuple[frozenset[int], Any] | None:
 
     None where the root has no such slice: several roots, or dimensions that were made by splitting one.
     """
-    root = meshes[0]._get_root_mesh()
+    root = _root_of(meshes[0])
     grid, names = root.mesh, root.mesh_dim_names
-    if names is None or any(mesh._get_root_mesh() != root for mesh in meshes[1:]):
+    if names is None or any(_root_of(mesh) != root for mesh in meshes[1:]):
         return None
     dims: set[int] = set()
     for mesh in meshes:
@@ -106,6 +107,14 @@ def span_of_root(meshes: Sequence[Any]) -> tuple[frozenset[int], Any] | None:
         dims.update(varies)
     cover = root[tuple(names[d] for d in sorted(dims))]
     return frozenset(cover.mesh.flatten().tolist()), cover
+
+
+def _root_of(mesh: Any) -> Any:
+    """The mesh that ``mesh`` was cut from, or itself: its own method knows since torch 2.10, a table did before."""
+    if hasattr(mesh, "_get_root_mesh"):
+        return mesh._get_root_mesh()
+    table = import_module("torch.distributed.device_mesh")._mesh_resources
+    return table.get_root_mesh(mesh)
 
 
 def _mesh_words(mesh: Any) -> str:
