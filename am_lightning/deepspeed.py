@@ -117,9 +117,8 @@ class PrePass:
     """In the first ``step()`` call of a training step: the sums of all partitions, one all-reduce, one decision.
 
     Gradients of partitions whose turn has not come are read where the engine keeps them, unscaled and clipped as it
-    will do. Attributes of DeepSpeed that are read: ``averaged_gradients``, ``loss_scale``, ``clip_grad``,
-    ``cpu_offload`` or ``offload_optimizer``, the flat partitions; ``unscale_and_clip_grads`` is wrapped to learn the
-    gradient norm.
+    will do; ``unscale_and_clip_grads`` is wrapped to learn the gradient norm. What is read of DeepSpeed stands in
+    ``tests/package/private_deepspeed.py``.
     """
 
     def __init__(self, optimizer: AdaptiveMemoryOptimizer, owner: Any) -> None:

@@ -16,7 +16,13 @@ _NORMS = (
     nn.LayerNorm,
     nn.GroupNorm,
     nn.LocalResponseNorm,
-    nn.modules.batchnorm._NormBase,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
     *((nn.RMSNorm,) if hasattr(nn, "RMSNorm") else ()),
 )
 _ADAMW_OPTIONS = (

@@ -87,7 +87,7 @@ def _refuse(optimizer: Any) -> None:
             "would lose the running averages' bias correction: convert a fresh AdamW, then load its checkpoint"
         )
     step = optimizer.__dict__.get("step")
-    if step is not None and not (hasattr(step, "_wrapped_by_lr_sched") or hasattr(step, "_with_counter")):
+    if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):
         raise ValueError(
             "AdamW.step was replaced on this instance, and the replacement would be lost: remove it, then convert"
         )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
+
+import torch
 
 _ZERO_REDUNDANCY = "torch.distributed.optim.zero_redundancy_optimizer"
 
@@ -52,8 +55,18 @@ def inside_state_creation() -> bool:
     would wait for ever, and neither lr nor gradients tell this rank whether the others are here too.
     """
     module = sys.modules.get("torch.distributed.checkpoint.state_dict")
-    code = getattr(getattr(module, "_init_optim_state", None), "__code__", None)
-    return code is not None and any(frame.f_code is code for frame in _frames())
+    if module is None:
+        return False
+    maker = getattr(module, "_init_optim_state", None)
+    if maker is None:  # no error: a run that saves no such checkpoint needs it not
+        warnings.warn(
+            f"torch {torch.__version__} has no torch.distributed.checkpoint.state_dict._init_optim_state any more, by "
+            "which am_lightning knows a step that only makes a state: the first checkpoint of a run may count as one "
+            "step more, and one under FSDP1 may wait for ever. Use a newer am-lightning, or an older torch",
+            stacklevel=3,
+        )
+        return False
+    return any(frame.f_code is maker.__code__ for frame in _frames())
 
 
 def caller(kind: type) -> Any:

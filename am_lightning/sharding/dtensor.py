@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -109,12 +110,11 @@ def span_of_root(meshes: Sequence[Any]) -> tuple[frozenset[int], Any] | None:
 
 
 def _root_of(mesh: Any) -> Any:
-    """The mesh that ``mesh`` was cut from, or itself. Older releases of torch keep it in a table beside the meshes."""
+    """The mesh that ``mesh`` was cut from, or itself: its own method knows since torch 2.10, a table did before."""
     if hasattr(mesh, "_get_root_mesh"):
         return mesh._get_root_mesh()
-    from torch.distributed import device_mesh
-
-    return device_mesh._mesh_resources.get_root_mesh(mesh)
+    table = import_module("torch.distributed.device_mesh")._mesh_resources
+    return table.get_root_mesh(mesh)
 
 
 def _mesh_words(mesh: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,8 @@ def without_model(param: Any) -> Managed:
 
 
 def _home(module: Any, handle: Any) -> Home:
-    shard, copies = handle.process_group, getattr(module, "_inter_node_pg", None)
+    shard = handle.process_group
+    copies = module._inter_node_pg if "HYBRID" in module.sharding_strategy.name else None
     words = f"FSDP1 {module.sharding_strategy.name}"
     if not handle.uses_sharded_strategy:  # NO_SHARD: every rank of the group holds all
         return Home(ranks_of(shard), dist.get_rank(shard) == 0, lambda: (shard,), None, words)
@@ -87,16 +88,10 @@ def _home(module: Any, handle: Any) -> Home:
 
 def _parts(flat: Any, prefix: str) -> Iterator[tuple[str | None, int | None, slice | None]]:
     """Logical tensors of a FlatParameter and where they lie in this rank's shard; padding is in none of them."""
-    infos: Sequence[Any] = getattr(flat, "_shard_param_infos", None) or [None] * flat._num_params
-    start = 0
-    for fqn, numel, info in zip(flat._fqns, flat._numels, infos, strict=True):
-        if info is None:  # NO_SHARD
-            span = slice(start, start + numel)
-        elif info.in_shard:
+    for fqn, numel, info in zip(flat._fqns, flat._numels, flat._shard_param_infos, strict=True):
+        span = slice(0, 0)
+        if info.in_shard:
             span = slice(info.offset_in_shard, info.offset_in_shard + info.numel_in_shard)
-        else:
-            span = slice(0, 0)
-        start += numel
         yield prefix + strip_wrappers(fqn), numel, span
 
 

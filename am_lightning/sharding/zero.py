@@ -1,9 +1,8 @@
 """DeepSpeed ZeRO: finds the logical tensors again in the flat partitions that the engine gives to the optimizer.
 
-No engine handle is needed: the parameters that the optimizer was given lead there. Attributes of DeepSpeed that are
-read: ``_dp_group`` (stages 1 and 2, BF16_Optimizer); ``_z3_optimizer``, ``ds_numel``, ``partition_numel()`` of a
-parameter and ``fp32_partitioned_groups_flat``, ``fp16_groups``, ``sub_group_process_groups`` of its optimizer, which is
-DeepSpeed's (stage 3).
+No engine handle is needed: the parameters that the optimizer was given lead there, by attributes of DeepSpeed which
+``tests/package/private_deepspeed.py`` lists. ``_dp_group`` marks a parameter of stage 1, stage 2 and BF16_Optimizer,
+``_z3_optimizer`` one of stage 3.
 """
 
 from __future__ import annotations

@@ -11,22 +11,13 @@ import torch
 from am_lightning import AMAdamW, clip_grad_norm_
 from am_lightning.deepspeed import attach
 from tests.deepspeed.runs import advance, config_of, groups_of, make_net, start, whole_weights
-
-READ = {
-    1: (["averaged_gradients", "loss_scale", "clip_grad", "cpu_offload", "single_partition_of_fp32_groups",
-         "unscale_and_clip_grads", "elastic_checkpoint", "zenflow", "torch_autocast_gradscaler"],
-        ["_dp_group"]),
-    3: (["averaged_gradients", "loss_scale", "clip_grad", "offload_optimizer", "fp32_partitioned_groups_flat",
-         "fp16_groups", "sub_group_process_groups", "sub_group_to_group_id", "unscale_and_clip_grads",
-         "swap_optimizer", "elastic_checkpoint", "zenflow", "torch_autocast_gradscaler"],
-        ["_z3_optimizer", "ds_numel", "partition_numel"]),
-}  # fmt: skip
+from tests.package.private_deepspeed import names_of
 
 
 def missing(stage: int) -> list[str]:
     """Names that the package reads and this DeepSpeed does not have."""
     engine, _ = start(stage, "tensor", config_of(stage))
-    ours, theirs = READ[stage]
+    ours, theirs = names_of(stage)
     param = next(engine.module.parameters())
     lost = [name for name in ours if not hasattr(engine.optimizer, name)]
     lost += [name for name in theirs if not hasattr(param, name)]

@@ -115,4 +115,4 @@ def test_numpy_draws_other_numbers_in_every_program() -> None:
 
 def test_the_python_of_a_forked_program_is_the_stand_in() -> None:
     assert run(PYTHON, "-c", "import sys; print(sys.executable)").stdout.strip() == PYTHON
-    assert COLD == sys.executable
+    assert sys.executable == COLD

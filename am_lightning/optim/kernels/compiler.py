@@ -17,16 +17,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import _appdirs
 
 _SOURCE = Path(__file__).with_name("cpu_loop.cpp")
 _ALWAYS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 _SECONDS = 300
-_cache_dir: Callable[..., str] = _appdirs.user_cache_dir
 
 
 class Library:
@@ -133,14 +130,21 @@ def _cpu() -> str:
 @functools.cache
 def _folder() -> Path:
     """torch's cache of extensions, or a folder of this process's where that cannot be written."""
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or _cache_dir(appname="torch_extensions")
-    folder = Path(root) / "am_lightning"
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    folder = (Path(root) if root else _user_cache() / "torch_extensions") / "am_lightning"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError:
         return Path(tempfile.mkdtemp(prefix="am_lightning_"))
+
+
+def _user_cache() -> Path:
+    """Where programs of this user keep what they can make again, as torch finds it. Nothing is built on Windows."""
+    if sys.platform == "darwin":
+        return Path("~/Library/Caches").expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
 
 
 def _loaded_openmp() -> str | None:

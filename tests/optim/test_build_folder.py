@@ -1,0 +1,56 @@
+"""The C++ loop is built where torch builds extensions: the same variables and the same default move it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from am_lightning.optim.kernels import compiler
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+def _folder() -> Path:
+    return compiler._folder.__wrapped__()
+
+
+@pytest.mark.parametrize("xdg", [None, "caches"])
+def test_the_default_is_torchs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, xdg: str | None) -> None:
+    pytest.importorskip("setuptools")  # torch.utils.cpp_extension imports it
+    from torch.utils.cpp_extension import get_default_build_root
+
+    if xdg is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / xdg))
+    assert os.path.realpath(_folder()) == os.path.join(get_default_build_root(), "am_lightning")
+
+
+def test_the_variable_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    assert _folder() == tmp_path / "extensions" / "am_lightning"
+
+
+def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """So says the XDG specification; torch would write into the working directory."""
+    for name in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(compiler.sys, "platform", "linux")
+    assert _folder() == tmp_path / "home" / ".cache" / "torch_extensions" / "am_lightning"
+
+
+def test_a_mac_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(compiler.sys, "platform", "darwin")
+    assert _folder() == tmp_path / "home" / "Library" / "Caches" / "torch_extensions" / "am_lightning"
+
+
+def test_a_folder_that_refuses_is_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
+    assert _folder().name.startswith("am_lightning_")

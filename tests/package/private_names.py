@@ -1,0 +1,189 @@
+"""The private names of torch, Lightning, Accelerate and DeepSpeed that this project reads, and why.
+
+Each may move or go in any release. ``test_private_names.py`` looks whether it is there, and that none is missing here.
+Transformers has none; ``pytorch_lightning`` is not imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FIND = (
+    "Find in the release notes or the source of {library} what does it now; read that where it is there and the old "
+    "name where it is not, or do without; then correct tests/package/private_names.py"
+)
+
+
+@dataclass(frozen=True)
+class Private:
+    """A name that another package does not promise to keep.
+
+    Attributes:
+        owner: the module or class that has it, as it is imported.
+        name: the attribute of ``owner``; with dots where an attribute of it is read too.
+        where: files that read it.
+        why: continues "reads it in order to".
+        made_by: a function of ``private_objects.py`` that makes an object which has it; None: ``owner`` has it.
+        since: the first version of the library in which it is read; before it something else is.
+        until: the first version in which it is read no more.
+        needs: packages without which it cannot be looked up, beside the library itself.
+        cure: what to do when it is gone.
+    """
+
+    owner: str
+    name: str
+    where: tuple[str, ...]
+    why: str
+    made_by: str | None = None
+    since: str | None = None
+    until: str | None = None
+    needs: tuple[str, ...] = ()
+    cure: str = FIND
+
+    @property
+    def library(self) -> str:
+        return self.owner.partition(".")[0]
+
+    @property
+    def key(self) -> str:
+        return f"{self.owner}.{self.name}"
+
+    @property
+    def read_as(self) -> str:
+        """What stands in the code: the name, or the private module that a public name is imported from."""
+        first = self.name.partition(".")[0]
+        parts = [part for part in self.owner.split(".") if part.startswith("_")]
+        return first if first.startswith("_") or not parts else parts[-1]
+
+
+_CONVERT = "am_lightning/optim/convert.py"
+_FSDP1 = "am_lightning/sharding/fsdp1.py"
+_DTENSOR = "am_lightning/sharding/dtensor.py"
+_FACTORY = "am_lightning/factory.py"
+_NAMES = "am_lightning/names.py"
+_HUGGINGFACE = "am_lightning/huggingface.py"
+_CALLBACK = "am_lightning/recipes/checkpoints/callback.py"
+_WRITER = "am_lightning/recipes/checkpoints/writer.py"
+_FAULTS = "am_lightning/recipes/fault_tolerance.py"
+_SETTINGS = "am_lightning/recipes/settings.py"
+_FOREACH = "am_lightning/optim/kernels/foreach.py"
+
+_OPTIMIZER = "torch.optim.Optimizer"
+_MODULE = "torch.distributed.fsdp.FullyShardedDataParallel"
+_FLAT = "torch.distributed.fsdp.FlatParameter"
+_MESH = "torch.distributed.device_mesh"
+_C10D = "torch.distributed.distributed_c10d"
+_WITHOUT_PREFIX = "strip it from the names of parameters, which would else differ from one wrapper to the next"
+
+TORCH = [
+    Private(_OPTIMIZER, "_accelerator_graph_capture_health_check", ("am_lightning/optim/base.py",),
+            "refuse a step in a captured graph without capturable=True", since="2.11"),
+    Private(_OPTIMIZER, "_cuda_graph_capture_health_check", ("am_lightning/optim/base.py",),
+            "refuse a step in a captured graph without capturable=True", until="2.11"),
+    Private(_OPTIMIZER, "_patch_step_function", (_CONVERT,),
+            "wrap step() of a converted AdamW in torch's hooks and profiling"),
+    Private(_OPTIMIZER, "_optimizer_load_state_dict_post_hooks", (_HUGGINGFACE,),
+            "find the log that attach() has put on this optimizer before", "optimizer"),
+    Private("torch.optim.AdamW", "_step_supports_amp_scaling", (_CONVERT,),
+            "take it away from a converted fused AdamW, so that GradScaler unscales before step()", "fused_adamw"),
+    Private("torch.optim.lr_scheduler.LRScheduler", "_wrapped_by_lr_sched", (_CONVERT,),
+            "tell a scheduler's wrapper of step() from a user's, and to mark its successor", "scheduled_step"),
+    Private("torch.optim.lr_scheduler.LRScheduler", "_opt_called", (_CONVERT,),
+            "tell the scheduler that the optimizer has stepped before it", "stepped_optimizer"),
+    Private("torch.distributed.checkpoint.state_dict", "_init_optim_state.__code__",
+            ("am_lightning/sharding/callers.py",),
+            "know the step at lr 0 that only makes a state, of which nothing may be left"),
+    Private(_MESH + ".DeviceMesh", "_flatten", (_DTENSOR,), "have one process group for a mesh of several dimensions"),
+    Private(_MESH + ".DeviceMesh", "_get_root_mesh", (_DTENSOR,),
+            "cover several meshes by one, so that all sums take one all-reduce", since="2.10"),
+    Private(_MESH, "_mesh_resources.get_root_mesh", (_DTENSOR,),
+            "cover several meshes by one, so that all sums take one all-reduce", until="2.10"),
+    Private("torch.distributed.tensor.placement_types", "_StridedShard", (_DTENSOR,),
+            "know the placement that FSDP2 gives to a dimension which tensor parallel has split already"),
+    Private(_MODULE, "_handle", (_FSDP1, _FACTORY), "reach the flat parameter of an FSDP1 module", "fsdp1"),
+    Private(_FLAT, "_params", (_FSDP1, _FACTORY),
+            "reach the parameters that use_orig_params=True shows", "flat_parameter"),
+    Private(_FLAT, "_shapes", (_FACTORY,), "give norms and biases no weight decay", "flat_parameter"),
+    Private(_FLAT, "_fqns", (_FSDP1,), "name the tensors in a flat parameter", "flat_parameter"),
+    Private(_FLAT, "_numels", (_FSDP1,), "check that the shards add up to each tensor", "flat_parameter"),
+    Private(_FLAT, "_param_extensions", (_FSDP1,), "refuse tensor parallel below FSDP1", "flat_parameter"),
+    Private(_FLAT, "_shard_param_infos", (_FSDP1,),
+            "find each tensor's elements in this rank's shard", "flat_parameter"),
+    Private(_FLAT, "_fsdp_flattened", (_FSDP1,),
+            "know a parameter of FSDP1, which would else be taken for a whole tensor", "flat_parameter"),
+    Private(_MODULE, "_inter_node_pg", (_FSDP1,), "add up over the copies that HYBRID_SHARD keeps", "hybrid_fsdp1"),
+    Private(_MODULE, "_fsdp_wrapped_module", (_NAMES,), _WITHOUT_PREFIX, "fsdp1"),
+    Private("torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper",
+            "_checkpoint_wrapped_module", (_NAMES,), _WITHOUT_PREFIX, "checkpoint_wrapper"),
+    Private("torch._dynamo.OptimizedModule", "_orig_mod", (_NAMES,), _WITHOUT_PREFIX, "compiled_module"),
+    Private(_C10D, "_world.pg_map", (_FAULTS,), "list the process groups, for hang_timeout_s is for each of them"),
+    Private(_C10D, "_set_pg_timeout", (_FAULTS,), "give hang_timeout_s to the groups of device meshes"),
+    Private("torch._dynamo", "config.patch", ("am_lightning/optim/kernels/compiled.py",),
+            "raise the number of graphs of one function"),
+    Private("torch._inductor.cpp_builder", "get_cpp_compiler", ("am_lightning/optim/kernels/fused.py",),
+            "know whether torch.compile can build for the CPU"),
+    Private("torch.utils.tensorboard.SummaryWriter", "_get_file_writer", ("am_lightning/recipes/board.py",),
+            "write the HParams row into the run's own event file", needs=("tensorboard",)),
+    Private("torch", "_foreach_norm", ("am_lightning/recipes/loss_guard.py",),
+            "look for gradients that are not finite"),
+    Private("torch", "_foreach_copy_", (_FOREACH, "am_lightning/optim/scalars.py"), "write many tensors in one launch"),
+    *(Private("torch", f"_foreach_{name}", (_FOREACH,), "compute on many tensors in one launch")
+      for name in ("add", "add_", "div", "div_", "lerp", "mul", "mul_", "neg", "sqrt", "sub")),
+]  # fmt: skip
+
+_LOOP = "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop"
+_TRAINER = "lightning.pytorch.Trainer"
+_CHECKPOINT = "lightning.pytorch.callbacks.ModelCheckpoint"
+_CLI = "lightning.pytorch.cli.LightningCLI"
+_STRATEGIES = "lightning.pytorch.strategies."
+
+LIGHTNING = [
+    Private(_LOOP, "_batches_that_stepped", ("am_lightning/lightning.py",),
+            "log on the axis of the Trainer's own metrics", "epoch_loop"),
+    Private(_LOOP, "_is_training_done", ("am_lightning/recipes/progress.py",),
+            "draw the bar after the last batch", "epoch_loop"),
+    Private(_LOOP, "_broadcast_sigterm_tensor", (_FAULTS,),
+            "replace Lightning's agreement on a signal by our own", "epoch_loop"),
+    Private(_TRAINER, "_checkpoint_connector.resume_start", (_CALLBACK,),
+            "resume from the checkpoint that rank 0 has chosen", "trainer"),
+    Private(_TRAINER, "_checkpoint_connector.dump_checkpoint", (_WRITER,),
+            "make the content of a checkpoint, which another thread may write", "trainer"),
+    Private(_TRAINER, "_signal_connector.register_signal_handlers", (_FAULTS,),
+            "keep our own handlers of signals", "trainer"),
+    Private("lightning.pytorch.LightningModule", "_trainer", (_FACTORY,),
+            "find the FSDP module around a LightningModule", "lightning_module"),
+    Private("lightning.fabric.wrappers._FabricModule", "_forward_module", ("am_lightning/fabric.py", _NAMES),
+            "reach the DeepSpeed engine, and to strip it from the names of parameters", "fabric_module"),
+    Private(_CHECKPOINT, "_should_skip_saving_checkpoint", (_CALLBACK,), "save no step twice"),
+    Private(_CHECKPOINT, "_save_topk_checkpoint", (_CALLBACK,), "save at the end of a run"),
+    Private(_CHECKPOINT, "_monitor_candidates", (_CALLBACK,), "save at the end of a run"),
+    Private(_CHECKPOINT, "_save_checkpoint", (_CALLBACK,), "override it: a checkpoint is whole or not there"),
+    Private(_CHECKPOINT, "_save_last_checkpoint", (_CALLBACK,), "override it: last.ckpt follows a whole checkpoint"),
+    Private(_CHECKPOINT, "_find_last_checkpoints", (_CALLBACK,),
+            "override it: ckpt_path='last' means the newest whole one"),
+    Private(_CHECKPOINT, "_last_global_step_saved", (_CALLBACK,), "set it, so that no step is saved twice",
+            "model_checkpoint"),
+    Private(_CHECKPOINT, "_last_checkpoint_saved", (_CALLBACK,), "set it, as Lightning's own saving does",
+            "model_checkpoint"),
+    Private(_CLI, "_parse_ckpt_path", ("am_lightning/recipes/cli.py",),
+            "override it: the command line wins over a checkpoint's hyperparameters"),
+    Private(_CLI, "_dump_config", (_SETTINGS,), "have the settings as plain values"),
+    Private(_CLI, "_set_seed", (_SETTINGS,), "override it: a program that only reads settings seeds nothing"),
+    Private(_CLI, "_run_subcommand", (_SETTINGS,), "override it: a program that only reads settings runs nothing"),
+    Private(_STRATEGIES + "ModelParallelStrategy", "_save_distributed_checkpoint", (_WRITER,),
+            "know whether a checkpoint is a folder", "model_parallel_strategy"),
+    Private(_STRATEGIES + "FSDPStrategy", "_state_dict_type", (_WRITER,),
+            "know whether a checkpoint is a folder", "fsdp_strategy"),
+    Private(_STRATEGIES + "DDPStrategy", "_timeout", (_FAULTS,), "set hang_timeout_s before the group starts",
+            "ddp_strategy"),
+    Private(_STRATEGIES + "FSDPStrategy", "_timeout", (_FAULTS,), "set hang_timeout_s before the group starts",
+            "fsdp_strategy"),
+    Private(_STRATEGIES + "ModelParallelStrategy", "_timeout", (_FAULTS,), "set hang_timeout_s before the group starts",
+            "model_parallel_strategy"),
+]  # fmt: skip
+
+ACCELERATE = [
+    Private("accelerate.Accelerator", "_models", (_HUGGINGFACE,), "find the models that were prepared", "accelerator"),
+    Private("accelerate.Accelerator", "_optimizers", (_HUGGINGFACE,), "refuse an optimizer that was not prepared",
+            "accelerator"),
+]  # fmt: skip
