@@ -136,7 +136,7 @@ run_row() { # $1: row, $2: 3.X, then pytest's arguments; returns 1 where somethi
     local row="$1" python="$FOLDER/$1/bin/python" log="$FOLDER/$1.log" trained failed
     ensure_environment "$1" "$2"
     shift 2
-    "$python" -m pytest -m "not slow" -q -rsfE --tb=short -p no:cacheprovider "$@" >"$log" 2>&1 || true
+    "$python" -m pytest -n auto --dist loadfile --gate fast -q -rsfE --tb=short -p no:cacheprovider "$@" >"$log" 2>&1 || true
     trained="$(laptop_run "$row")"
     failed=$(($(count failed "$log") + $(count errors? "$log")))
     echo

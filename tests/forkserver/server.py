@@ -48,6 +48,21 @@ PRELOADED = (
 REFUSED = b"c" + bytes(4)
 
 
+class Variables:
+    """The environment that the libraries were imported in, and what they made of it."""
+
+    def __init__(self, before: dict[str, str], after: dict[str, str]) -> None:
+        self.before, self.after = before, after
+
+    def agree_with(self, other: dict[str, str]) -> bool:
+        """Whether a program with these would have imported the same; imports of its parent may have set some."""
+        names = {*relevant(self.before), *relevant(other)}
+        return all(other.get(name) in (self.before.get(name), self.after.get(name)) for name in names)
+
+    def set_by_imports(self) -> dict[str, str]:
+        return {key: value for key, value in self.after.items() if key not in self.before}
+
+
 class Job:
     """A program that a client stands for."""
 
@@ -91,7 +106,7 @@ def preload() -> None:
     gc.freeze()
 
 
-def serve(listener: socket.socket, own: dict[str, str]) -> dict:
+def serve(listener: socket.socket, own: Variables) -> dict:
     """The loop of the server; returns in forked processes only, with what they are to run."""
     jobs: dict[int, Job] = {}
     with selectors.DefaultSelector() as selector, _wake_ups() as (ended, woken):
@@ -126,14 +141,14 @@ def _wake_ups() -> Iterator[tuple[socket.socket, socket.socket]]:
     yield ended, woken
 
 
-def _start(job: Job, own: dict[str, str]) -> dict | None:
+def _start(job: Job, own: Variables) -> dict | None:
     """Fork for a job. In the new process: what it is to run."""
     try:
         asked = job.read()
     except (OSError, EOFError, ValueError):
         job.connection.close()
         return None
-    if relevant(asked["env"]) != own:
+    if not own.agree_with(asked["env"]):
         job.answer(REFUSED)
         job.connection.close()
     else:
@@ -270,7 +285,7 @@ if __name__ == "__main__":
     with socket.socket(fileno=int(descriptor)) as listener:
         before = dict(os.environ)
         preload()
-        set_by_imports = {key: value for key, value in os.environ.items() if key not in before}
-        asked = serve(listener, relevant(before))
-    asked["env"] = set_by_imports | asked["env"]
+        own = Variables(before, dict(os.environ))
+        asked = serve(listener, own)
+    asked["env"] = own.set_by_imports() | asked["env"]
     leave(status_of(become(asked, name)))

@@ -98,6 +98,14 @@ def test_variables_that_imports_read_make_a_cold_start(change: dict[str, str]) -
     assert run(PYTHON, "-c", WITHOUT_TORCH, env={**os.environ, **change}).stdout == "False\n"
 
 
+def test_variables_that_imports_set_do_not() -> None:
+    """A test's own process has imported the same libraries and hands on what they have set."""
+    code = "import os; print({k: v for k, v in os.environ.items() if k.startswith(('KMP_', 'PYTORCH_', 'TORCH'))})"
+    found = eval(run(PYTHON, "-c", code).stdout)
+    assert found
+    assert run(PYTHON, "-c", WITHOUT_TORCH, env={**os.environ, **found}).stdout == "True\n"
+
+
 def test_options_of_the_interpreter_make_a_cold_start() -> None:
     assert run(PYTHON, "-W", "error", "-c", WITHOUT_TORCH).stdout == "False\n"
 
