@@ -17,7 +17,6 @@ import sys
 # from the server's starts cold.
 READ_AT_IMPORT = (
     "HF_",
-    "KMP_",
     "LANG",
     "LC_",
     "LD_",
@@ -28,7 +27,7 @@ READ_AT_IMPORT = (
     "TRANSFORMERS_",
     "TRITON_",
 )
-READ_LATER = ("PYTHONPATH", "PYTHONUNBUFFERED", "TORCH_EXTENSIONS_DIR", "TORCHELASTIC_")  # exceptions to the above
+READ_LATER = ("PYTHONPATH", "PYTHONUNBUFFERED", "TORCH_EXTENSIONS_DIR", "TORCHELASTIC_", "TORCHINDUCTOR_CACHE_DIR")
 FORWARDED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 
 
