@@ -112,6 +112,14 @@ def test_the_environment_of_a_test_makes_a_warm_start() -> None:
     assert run(PYTHON, "-c", WITHOUT_TORCH).stdout == "True\n"
 
 
+def test_ranks_that_torchrun_starts_are_forked(tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text(f"{WITHOUT_TORCH}; import os; assert os.environ['WORLD_SIZE'] == '2'")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "rank.py"]
+    done = run(PYTHON, *launcher, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "True\nTrue\n"
+
+
 def test_options_of_the_interpreter_make_a_cold_start() -> None:
     assert run(PYTHON, "-W", "error", "-c", WITHOUT_TORCH).stdout == "False\n"
 
