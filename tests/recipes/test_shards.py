@@ -24,7 +24,7 @@ from am_lightning.recipes.data.shards import SIDES, Shard, ShardedTokens, open_s
 from am_lightning.recipes.data.sources import find_source
 from am_lightning.recipes.data.tokenizer import ByteTokenizer
 from am_lightning.recipes.errors import RecipeError
-from tests.python import PYTHON
+from tests.python import COLD, PYTHON
 
 from .writer import PARTS, make_source
 
@@ -138,7 +138,7 @@ def test_no_worker_survives_its_parent(tmp_path: Path, ctrl_c: bool) -> None:
         "run_all(sleep, range(6), 2, 'sleeping')"
     )
     env = {**os.environ, "SLEEPERS": str(tmp_path)}
-    process = subprocess.Popen([PYTHON, "-c", code], cwd=ROOT, env=env, start_new_session=True)
+    process = subprocess.Popen([COLD, "-c", code], cwd=ROOT, env=env, start_new_session=True)
     try:
         wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
         if ctrl_c:

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import current_process
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tests.python import PYTHON
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 300
+KEY = "AM_TESTS_POOL_KEY"
 
 
 class RankError(Exception):
@@ -91,7 +93,8 @@ class Pool:
             return
         self.stop()
         variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(self.world)}
-        variables |= {"PYTHONPATH": str(ROOT)}
+        # Tensors in an answer are fetched from the rank that made them, by whoever knows its key.
+        variables |= {"PYTHONPATH": str(ROOT), KEY: bytes(current_process().authkey).hex()}
         with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
             listener.bind(address := f"{folder}/ranks")
             listener.listen(self.world)
@@ -124,6 +127,7 @@ def serve(address: str) -> None:
     """A rank: run what the pool sends until the pool has ended."""
     faulthandler.register(signal.SIGUSR1)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    current_process().authkey = bytes.fromhex(os.environ[KEY])
     pipe = Client(address, "AF_UNIX")
     pipe.send(rank)
     import torch
