@@ -85,6 +85,7 @@ def test_loss_and_norm_are_of_the_whole_step(tmp_path: Path, corpus_folder: Path
 def test_the_bar_has_the_figures(
     tmp_path: Path, corpus_folder: Path, capfd: pytest.CaptureFixture[str], bar: str
 ) -> None:
+    pytest.importorskip(bar)
     fit(tmp_path, corpus_folder, 12, "--trainer.enable_progress_bar", "true", "--progress_bar", bar)
     written = "".join(capfd.readouterr())
     mark = "=" if bar == "tqdm" else ":"
