@@ -126,6 +126,8 @@ TORCH = [
             "write the HParams row into the run's own event file", needs=("tensorboard",)),
     Private("torch", "_foreach_norm", ("am_lightning/recipes/loss_guard.py",),
             "look for gradients that are not finite"),
+    Private("torch", "_foreach_norm", ("am_lightning/optim/squares.py",), "norms of many tensors in one launch"),
+    Private("torch", "_foreach_mul_", ("am_lightning/optim/kernels/pieces.py",), "scale many tensors in one launch"),
     Private("torch", "_foreach_copy_", (_FOREACH, "am_lightning/optim/scalars.py"), "write many tensors in one launch"),
     *(Private("torch", f"_foreach_{name}", (_FOREACH,), "compute on many tensors in one launch")
       for name in ("add", "add_", "div", "div_", "lerp", "mul", "mul_", "neg", "sqrt", "sub")),

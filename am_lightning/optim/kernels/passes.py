@@ -12,7 +12,7 @@ from torch import Tensor
 from am_lightning.optim.kernels import blocked, compiled, cpu_loop, foreach, reference, triton_pair
 from am_lightning.optim.kernels.blocked import Scratch
 from am_lightning.optim.kernels.fused import COMPILED, LOOP, TRITON, fused_tier
-from am_lightning.optim.kernels.pieces import Numbers, Piece, is_addressable, is_flat
+from am_lightning.optim.kernels.pieces import Numbers, Piece, is_addressable, is_flat, scale_
 from am_lightning.optim.kernels.transfer import Constants, moved
 
 REFERENCE, BLOCKED, FOREACH = "reference", "blocked", "foreach"
@@ -119,9 +119,9 @@ class Passes:
         return torch.zeros(rows, 2, dtype=accumulate, device=device) if out is None else out
 
     def _scale_in_memory(self) -> None:
-        while self._unscaled:
-            gradient = self._unscaled.pop().g
-            gradient.mul_(moved(cast(Tensor, self._scale), gradient.device))
+        if self._unscaled:
+            scale_([piece.g for piece in self._unscaled], cast(Tensor, self._scale))
+            self._unscaled = []
 
     def update(self, numbers: Numbers, counts: Tensor) -> None:
         """Pass 2: write the rows where ``counts`` (``[rows]`` bool) is True.

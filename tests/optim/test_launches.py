@@ -1,0 +1,70 @@
+"""Launches of a step and of clipping for many tensors on an accelerator, counted on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from am_lightning import AMAdamW, clip_grad_norm_
+from am_lightning.optim import squares
+from tests.optim.launches import Launches, is_multi_tensor
+
+TENSORS = 300
+
+
+def make(kind: Any, dtypes: list[torch.dtype], count: int = TENSORS, **options: Any) -> torch.optim.Optimizer:
+    generator = torch.Generator().manual_seed(0)
+    params = []
+    for i in range(count):
+        shape = (8 + i % 5, 6) if i % 3 else (7 + i % 4,)
+        params.append(torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtypes[i % len(dtypes)])))
+    optimizer: torch.optim.Optimizer = kind(params, lr=0.01, weight_decay=0.1, foreach=True, **options)
+    return optimizer
+
+
+def give(optimizer: torch.optim.Optimizer, step: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+    return [p.grad for p in optimizer.param_groups[0]["params"]]
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "most"), [([torch.float32], 30), ([torch.bfloat16], 30), ([torch.float32, torch.bfloat16], 40)]
+)
+def test_clipping_takes_a_handful(dtypes: list[torch.dtype], most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = make(AMAdamW, dtypes)
+    grads = give(optimizer, 0)
+    expected = torch.stack([g.double().norm() for g in grads]).norm()
+    monkeypatch.setattr(squares, "_in_blocks", lambda device: False)
+    optimizer.current_layout()  # type: ignore[attr-defined]
+    with Launches() as launches:
+        norm = clip_grad_norm_(optimizer, 0.5)  # type: ignore[arg-type]
+    assert launches.total <= most, (launches.total, launches.by_name)
+    torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
+    after = torch.stack([p.grad.double().norm() for p in optimizer.param_groups[0]["params"]]).norm()
+    torch.testing.assert_close(
+        after, torch.tensor(0.5).double(), rtol=1e-2 if torch.bfloat16 in dtypes else 1e-5, atol=0
+    )
+
+
+def test_sums_of_squares_keep_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(squares, "_in_blocks", lambda device: False)
+    tensors = [torch.full((i + 1,), 1.0, dtype=(torch.float32, torch.bfloat16)[i % 2]) for i in range(6)]
+    found = squares.square_sums(tensors, torch.zeros((), dtype=torch.float64))
+    torch.testing.assert_close(found, torch.arange(1.0, 7.0, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+def test_the_counter_knows_when_a_list_is_taken_one_by_one() -> None:
+    lists = [torch.ones(3) for _ in range(50)]
+    numbers = [torch.ones(()) for _ in range(50)]
+    assert is_multi_tensor([lists, lists], []) and not is_multi_tensor([lists, numbers], [])
+    assert not is_multi_tensor([lists], [torch.ones((), dtype=torch.float64)])
+    with Launches() as launches:
+        torch._foreach_mul(lists, numbers)
+    assert launches.total == 50
+    with Launches() as launches:
+        torch._foreach_mul(lists, lists)
+    assert launches.total == 2
