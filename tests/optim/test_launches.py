@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from am_lightning import AMAdamW, clip_grad_norm_
+from am_lightning import AMSGD, AMAdamW, clip_grad_norm_
 from am_lightning.optim import squares
 from tests.optim.launches import Launches, is_multi_tensor
 
@@ -32,7 +32,45 @@ def give(optimizer: torch.optim.Optimizer, step: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("dtypes", "most"), [([torch.float32], 30), ([torch.bfloat16], 30), ([torch.float32, torch.bfloat16], 40)]
+    ("kind", "dtypes", "options", "most"),
+    [
+        pytest.param(AMAdamW, [torch.float32], {}, 250, id="adamw-float32"),
+        pytest.param(AMAdamW, [torch.bfloat16], {}, 260, id="adamw-bfloat16"),
+        pytest.param(AMAdamW, [torch.float32, torch.bfloat16], {}, 320, id="adamw-mixed"),
+        pytest.param(AMAdamW, [torch.float32], {"exp_avg_dtype": torch.bfloat16}, 300, id="adamw-stochastic"),
+        pytest.param(AMSGD, [torch.float32], {}, 250, id="sgd-float32"),
+    ],
+)
+def test_a_step_takes_few_launches(kind: Any, dtypes: list[torch.dtype], options: dict[str, Any], most: int) -> None:
+    optimizer = make(kind, dtypes, **options)
+    for step in range(2):  # states and plans are made
+        give(optimizer, step)
+        optimizer.step()
+    give(optimizer, 2)
+    with Launches() as launches:
+        optimizer.step()
+    assert launches.total <= most, (launches.total, launches.by_name)
+
+
+def test_more_tensors_of_a_bucket_cost_only_longer_lists() -> None:
+    counts = []
+    for tensors in (30, 60):  # both fit one launch of a list
+        optimizer = make(AMAdamW, [torch.float32], tensors)
+        for step in range(3):
+            give(optimizer, step)
+            with Launches() as launches:
+                optimizer.step()
+        counts.append(launches.total)
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "most"),
+    [
+        pytest.param([torch.float32], 30, id="float32"),
+        pytest.param([torch.bfloat16], 30, id="bfloat16"),
+        pytest.param([torch.float32, torch.bfloat16], 40, id="mixed"),
+    ],
 )
 def test_clipping_takes_a_handful(dtypes: list[torch.dtype], most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = make(AMAdamW, dtypes)
