@@ -101,6 +101,11 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
         """
         self._workspace.gradient_scale = factor
 
+    def spread(self, values: Tensor, here: tuple[int, ...], rows: int) -> Tensor:
+        """``[here]`` -> ``[rows]``: each number at its row, zero elsewhere."""
+        out = values.new_zeros(rows)
+        return out.index_copy_(0, self._workspace.constants.vector(here, values.device), values)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all optimized parameters, as in torch.optim."""
         self._workspace.gradient_scale = None

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
-from am_lightning.optim.kernels.transfer import moved
+from am_lightning.optim.kernels.pieces import scale_
 from am_lightning.optim.scalars import sums_live_on
-from am_lightning.optim.squares import square_sum
+from am_lightning.optim.squares import square_sums
 from am_lightning.optim.wrapped import innermost
 from am_lightning.sharding import Layout, gradient_of, settled_gradient
 
@@ -58,18 +58,18 @@ def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float, *, in_s
         if param.grad is not None:
             param.grad = settled_gradient(param)  # Partial sums once, not again in step()
     device, dtype = sums_live_on([row.param for row in layout.rows])
-    nothing = torch.zeros((), dtype=dtype, device=device)
-    found = [nothing if row.param.grad is None else square_sum(gradient_of(row), nothing) for row in layout.rows]
-    squares, _ = layout.all_reduce(torch.stack(found)[:, None] if found else nothing.new_zeros(0, 1))
+    here = [i for i, row in enumerate(layout.rows) if row.param.grad is not None]
+    gradients = [gradient_of(layout.rows[i]) for i in here]
+    found = square_sums(gradients, torch.empty((), dtype=dtype, device=device))
+    if len(here) < len(layout.rows):
+        found = optimizer.spread(found, tuple(here), len(layout.rows))
+    squares, _ = layout.all_reduce(found[:, None])
     norm = layout.pool(squares.sum().reshape(1)).reshape(()).sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     if in_step:
         optimizer.scale_gradients_in_step(scale)
     else:
-        for row in layout.rows:
-            if row.param.grad is not None:
-                gradient = gradient_of(row)
-                gradient.mul_(moved(scale, gradient.device))
+        scale_(gradients, scale)
     optimizer.remember_grad_norm(norm)
     return norm
 

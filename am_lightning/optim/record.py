@@ -42,5 +42,5 @@ class StepRecord:
 
     def numbers(self, like: Tensor) -> Tensor:
         """``[4]``: skipped steps in all, in a row until now, index of the first bad row, gradient norm or nan."""
-        norm = torch.full((), float("nan")) if self.grad_norm is None else self.grad_norm
+        norm = like.new_full((), float("nan")) if self.grad_norm is None else self.grad_norm
         return torch.cat([self._counts[:3].to(like), norm.reshape(1).to(like)])

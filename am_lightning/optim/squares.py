@@ -2,21 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from am_lightning.optim.kernels.pieces import SUM_BLOCK
+from am_lightning.optim.kernels.pieces import SUM_BLOCK, alike
 from am_lightning.optim.kernels.transfer import moved
 
 
 def square_sum(tensor: Tensor, like: Tensor) -> Tensor:
-    """0-dim sum of squares of any tensor, in the dtype and on the device of ``like``.
+    """0-dim sum of squares of any tensor, in the dtype and on the device of ``like``."""
+    return square_sums([tensor], like)[0]
 
-    On the CPU block by block in that dtype (one float32 accumulator loses digits); elsewhere by the device's own tree.
+
+def square_sums(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
+    """``[tensors]``: the sum of squares of each, in the dtype and on the device of ``like``.
+
+    On the CPU block by block in that dtype (one float32 accumulator loses digits). Elsewhere by the device's own tree,
+    in float32 at least: one list of norms, one stack and one copy for all tensors of a device and dtype.
     """
-    tensor = tensor.detach()
-    if tensor.device.type == "cpu":
-        blocks = torch.split(tensor.reshape(-1), SUM_BLOCK)
-        return torch.stack([block.to(like.device, like.dtype).square().sum() for block in blocks]).sum()
-    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
-    return moved(norm, like.device, like.dtype).square()
+    if not tensors:
+        return like.new_empty(0)
+    found: list[Tensor] = []
+    order: list[int] = []
+    for members in alike(tensors):
+        same = [tensors[i].detach() for i in members]
+        if _in_blocks(same[0].device):
+            squares = torch.stack([_by_blocks(tensor, like) for tensor in same])
+        else:
+            norms = torch._foreach_norm(same, 2, dtype=torch.promote_types(same[0].dtype, torch.float32))
+            squares = moved(torch.stack(norms), like.device, like.dtype).square()
+        found.append(squares)
+        order += members
+    if order == list(range(len(tensors))):
+        return found[0] if len(found) == 1 else torch.cat(found)
+    columns = torch.cat(found).unbind()
+    place = {member: at for at, member in enumerate(order)}
+    return torch.stack([columns[place[i]] for i in range(len(tensors))])
+
+
+def _in_blocks(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
+def _by_blocks(tensor: Tensor, like: Tensor) -> Tensor:
+    blocks = torch.split(tensor.reshape(-1), SUM_BLOCK)
+    return torch.stack([block.to(like.device, like.dtype).square().sum() for block in blocks]).sum()

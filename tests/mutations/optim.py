@@ -9,6 +9,7 @@ _CLOSED_FORM = "am_lightning/optim/closed_form.py"
 _ADAMW, _SGD = "am_lightning/optim/adamw.py", "am_lightning/optim/sgd.py"
 _REFERENCE = "am_lightning/optim/kernels/reference.py"
 _FOREACH = "am_lightning/optim/kernels/foreach.py"
+_PACKS = "am_lightning/optim/kernels/packs.py"
 _BLOCKED = "am_lightning/optim/kernels/blocked.py"
 _LOOP = "am_lightning/optim/kernels/cpu_loop.cpp"
 _TABLES = "am_lightning/optim/kernels/triton_tables.py"
@@ -229,30 +230,51 @@ MUTATIONS = [
     Mutation(
         "foreach: N takes the coupled decay for the decoupled one",
         _FOREACH,
-        "torch._foreach_add_(slope, x, alpha=o.mu)",
-        "torch._foreach_add_(slope, x, alpha=o.l2)",
+        "slope.add_(bucket.pack([p.x for p in parts]).to(dtype), alpha=o.mu)",
+        "slope.add_(bucket.pack([p.x for p in parts]).to(dtype), alpha=o.l2)",
         (f"{_EVERY_STEP}[adamw-paper-tensor-True]",),
     ),
     Mutation(
-        "foreach: the number of parts of a large tensor is rounded down",
-        _FOREACH,
-        "return -(-piece.x.numel() // _BUCKET_ELEMENTS)",
-        "return piece.x.numel() // _BUCKET_ELEMENTS",
-        ("tests/optim/test_buckets.py::test_temporaries_are_bounded_and_the_result_is_the_same[adamw-tensor]",),
+        "foreach: the number of blocks of a tensor is rounded down in the sums",
+        _PACKS,
+        "positions[owner] += range(total, total + count)",
+        "positions[owner] += range(total, total + numel // block)",
+        ("tests/optim/test_buckets.py::test_sums_over_very_many_blocks_are_those_of_plain_formulas",),
     ),
     Mutation(
         "foreach: the noise of rounding begins anew in every part",
-        _FOREACH,
-        "piece.row), piece.first)  # type",
-        "piece.row))  # type",
+        _PACKS,
+        "starts += range(part.first, part.first + count * block, block)",
+        "starts += range(0, count * block, block)",
         (f"{_LOW}::test_tiers_round_a_long_tensor_alike",),
     ),
     Mutation(
         "foreach: what is not kept is multiplied by 0, so that NaN is written",
         _FOREACH,
-        "torch.where(kept, source.to(target.dtype), target, out=target)",
-        "target.add_((source.to(target.dtype) - target) * kept)",
+        "bucket.unpack(torch.where(keep, new.to(old.dtype), old, out=old), targets)",
+        "bucket.unpack(old.add_((new.to(old.dtype) - old) * keep), targets)",
         (f"{_NONFINITE}::test_skip_leaves_everything_bitwise_untouched[adamw-nan-tensor-True]",),
+    ),
+    Mutation(
+        "foreach: what fills up the blocks is summed",
+        _PACKS,
+        "torch._foreach_zero_(filling)",
+        "torch._foreach_add_(filling, 1.0)",
+        (f"{_EVERY_STEP}[adamw-paper-tensor-True]",),
+    ),
+    Mutation(
+        "foreach: tensors are packed one by one, a launch for each",
+        _PACKS,
+        "torch._foreach_copy_(self._members_of(matrix, tensors), self._flats(tensors))",
+        "[a.copy_(b) for a, b in zip(self._members_of(matrix, tensors), self._flats(tensors), strict=True)]",
+        ("tests/optim/test_launches.py::test_a_step_takes_few_launches[adamw-float32]",),
+    ),
+    Mutation(
+        "gradients are scaled by a number of another dtype, one launch a tensor",
+        "am_lightning/optim/kernels/pieces.py",
+        "moved(factor, same[0].device, same[0].dtype)",
+        "moved(factor, same[0].device)",
+        ("tests/optim/test_launches.py::test_clipping_takes_a_handful[float32]",),
     ),
     Mutation(
         "blocked: pass 1 writes the second moment",

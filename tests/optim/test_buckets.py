@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from am_lightning.optim.kernels import foreach
+from am_lightning.optim.kernels import packs
 from tests.optim.harness import assert_bitwise, build, named_params, params_of, snapshot
 
 SHAPES = [(5000,), (7,), (30, 30), (), (0,), (1001,), (64, 31)]
@@ -58,7 +58,7 @@ def test_temporaries_are_bounded_and_the_result_is_the_same(
     kind: str, scope: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, whole_peak = run(kind, scope, weight_decay=0.1)
-    monkeypatch.setattr(foreach, "_BUCKET_ELEMENTS", BUCKET)
+    monkeypatch.setattr(packs, "_BUCKET_ELEMENTS", BUCKET)
     parts, peak = run(kind, scope, weight_decay=0.1)
     for a, b in zip(snapshot(whole), snapshot(parts), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -68,7 +68,7 @@ def test_temporaries_are_bounded_and_the_result_is_the_same(
 
 
 def test_a_skipped_step_leaves_every_part_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(foreach, "_BUCKET_ELEMENTS", BUCKET)
+    monkeypatch.setattr(packs, "_BUCKET_ELEMENTS", BUCKET)
     optimizer, _ = run("adamw", "tensor")
     before = snapshot(optimizer)
     for p in params_of(optimizer):
@@ -77,3 +77,35 @@ def test_a_skipped_step_leaves_every_part_alone(monkeypatch: pytest.MonkeyPatch)
     optimizer.step()
     assert bool(optimizer.last_step_skipped)
     assert_bitwise(snapshot(optimizer), before)
+
+
+def test_sums_over_very_many_blocks_are_those_of_plain_formulas() -> None:
+    """A long tensor beside tiny ones has thousands of blocks, which three levels of sums add up."""
+    found = []
+    for tier in (True, False):
+        optimizer = build("adamw", named_params([(300_001,), *[(3,)] * 400], torch.float64), lr=0.05, foreach=tier)
+        for step in range(2):
+            generator = torch.Generator().manual_seed(step)
+            for p in params_of(optimizer):
+                p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype) + 0.5 * p.detach()
+            optimizer.step()
+        found.append(torch.stack(list(optimizer.momentum().values())))
+    assert len(packs._tree([list(range(4689)), [4689]], 4690)) == 3
+    torch.testing.assert_close(*found, rtol=0, atol=1e-6)  # beta is kept in float32
+
+
+def test_tensors_in_the_order_of_their_strides_and_others_agree_with_plain_formulas() -> None:
+    """Channels last is walked in the order of the storage; a gradient of other strides than its parameter is not."""
+    found = []
+    for tier in (True, False):
+        params = [torch.nn.Parameter(torch.full((5, 3, 4, 6), 0.5, dtype=torch.float64)) for _ in range(3)]
+        params[0].data = params[0].data.to(memory_format=torch.channels_last)
+        optimizer = build("adamw", params, lr=0.05, foreach=tier)
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            for i, p in enumerate(params):
+                grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+                p.grad = torch.empty_like(p).copy_(grad) if i < 2 else grad.to(memory_format=torch.channels_last)
+            optimizer.step()
+        found.append(torch.stack([p.detach().contiguous() for p in params]))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)  # beta is kept in float32

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from am_lightning import AMAdamW, am_adamw
-from am_lightning.optim.kernels import foreach
+from am_lightning.optim.kernels import packs
 from am_lightning.optim.kernels.fused import SWITCH
-from am_lightning.optim.kernels.rounding import seed_of, stochastic
+from am_lightning.optim.kernels.rounding import seed_of, seeds_of, stochastic, stochastic_at
 from tests.optim.harness import Bowl, Twin, assert_bitwise, make_oracle, named_params, run_bowl, snapshot
 from tests.optim.test_every_step import RATES
 
@@ -100,7 +100,7 @@ def test_tiers_round_alike() -> None:
 
 def test_tiers_round_a_long_tensor_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is walked in chunks, and in parts: the noise of an element is that of its place in the whole."""
-    monkeypatch.setattr(foreach, "_BUCKET_ELEMENTS", 100_000)
+    monkeypatch.setattr(packs, "_BUCKET_ELEMENTS", 100_000)
     stored = []
     for tier in ("reference", "blocked", "foreach", "fused"):
         optimizer = make(tier, named_params([(600_001,)], torch.float32))
@@ -139,6 +139,20 @@ def test_parts_of_a_tensor_round_like_the_whole() -> None:
     y = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     seed = seed_of(torch.tensor(7.0), 0)
     assert torch.equal(torch.cat([stochastic(y[:300], seed), stochastic(y[300:], seed, 300)]), stochastic(y, seed))
+
+
+def test_blocks_of_several_rows_round_like_each_row() -> None:
+    """In 32-bit words that wrap, as in 64 bits, also where the index of an element has more than 32."""
+    y = torch.randn(4, 256, generator=torch.Generator().manual_seed(0))
+    rows, starts, steps = (
+        torch.tensor([0, 0, 7, 300]),
+        torch.tensor([0, 256, 2**31 - 100, 2**33 + 5]),
+        [9.0, 9.0, 3.0, 1.0],
+    )
+    found = stochastic_at(y, seeds_of(torch.tensor(steps).long(), rows)[:, None], starts)
+    for i, step_ in enumerate(steps):
+        expected = stochastic(y[i], seed_of(torch.tensor(step_), int(rows[i])), int(starts[i]))
+        assert torch.equal(found[i], expected)
 
 
 @pytest.mark.parametrize("tier", ["blocked", "fused"], indirect=True)

@@ -66,7 +66,7 @@ _CALLBACK = "am_lightning/recipes/checkpoints/callback.py"
 _WRITER = "am_lightning/recipes/checkpoints/writer.py"
 _FAULTS = "am_lightning/recipes/fault_tolerance.py"
 _SETTINGS = "am_lightning/recipes/settings.py"
-_FOREACH = "am_lightning/optim/kernels/foreach.py"
+_PACKS = "am_lightning/optim/kernels/packs.py"
 
 _OPTIMIZER = "torch.optim.Optimizer"
 _MODULE = "torch.distributed.fsdp.FullyShardedDataParallel"
@@ -126,9 +126,10 @@ TORCH = [
             "write the HParams row into the run's own event file", needs=("tensorboard",)),
     Private("torch", "_foreach_norm", ("am_lightning/recipes/loss_guard.py",),
             "look for gradients that are not finite"),
-    Private("torch", "_foreach_copy_", (_FOREACH, "am_lightning/optim/scalars.py"), "write many tensors in one launch"),
-    *(Private("torch", f"_foreach_{name}", (_FOREACH,), "compute on many tensors in one launch")
-      for name in ("add", "add_", "div", "div_", "lerp", "mul", "mul_", "neg", "sqrt", "sub")),
+    Private("torch", "_foreach_norm", ("am_lightning/optim/squares.py",), "norms of many tensors in one launch"),
+    Private("torch", "_foreach_mul_", ("am_lightning/optim/kernels/pieces.py",), "scale many tensors in one launch"),
+    Private("torch", "_foreach_copy_", (_PACKS, "am_lightning/optim/scalars.py"), "write many tensors in one launch"),
+    Private("torch", "_foreach_zero_", (_PACKS,), "clear many tensors in one launch"),
 ]  # fmt: skip
 
 _LOOP = "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop"

@@ -1,168 +1,154 @@
-"""The two passes with torch._foreach_*, for accelerators: no host sync, no Python branch on a tensor.
+"""The two passes for accelerators: no host sync, no Python branch on a tensor, and no launch for each tensor.
 
 Rows are taken in buckets of bounded size, large ones in parts, so that the temporaries are at most a few buckets (of
-64 MiB in float32), not a few models or a few embeddings.
+64 MiB in float32), not a few models or a few embeddings. ``packs`` has why a bucket is copied into one matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from am_lightning.optim.kernels.pieces import Numbers, Piece, Scalar, flat, is_flat
-from am_lightning.optim.kernels.rounding import is_stochastic, seed_of, stochastic
+from am_lightning.optim.kernels.packs import Bucket, Plan, in_parts, key_of, plan_of
+from am_lightning.optim.kernels.pieces import Numbers, Piece
+from am_lightning.optim.kernels.rounding import is_stochastic, seeds_of, stochastic_at
+from am_lightning.optim.kernels.transfer import Constants, moved
 
-_BUCKET_ELEMENTS = 16 << 20
-
-
-def sums(pieces: Sequence[Piece], numbers: Numbers, accumulate: torch.dtype) -> list[Tensor]:
-    """Pass 1, which only reads: ``[2]`` with N and D for each piece."""
-    parts: list[Tensor] = []
-    for bucket in _buckets(_in_parts(pieces)):
-        parts += _sums(bucket, numbers.on(bucket[0].x.device), accumulate)
-    if len(parts) == len(pieces):
-        return parts
-    ends = iter(parts)
-    return [torch.stack([next(ends) for _ in range(_count(piece))]).sum(0) for piece in pieces]
+_READ = ("gap", "root", "floor")
+_WRITTEN = ("omega", "lr", "shrink", "root", "floor")
 
 
-def update(pieces: Sequence[Piece], numbers: Numbers, keep: Sequence[Tensor]) -> None:
-    """Pass 2, which writes d, v and x where ``keep`` (a 0-dim bool for each piece) is True."""
-    keep = [kept for piece, kept in zip(pieces, keep, strict=True) for _ in range(_count(piece))]
-    done = 0
-    for bucket in _buckets(_in_parts(pieces)):
-        _update(bucket, numbers.on(bucket[0].x.device), keep[done : done + len(bucket)])
-        done += len(bucket)
+class ForeachPasses:
+    """Both passes of one step over the pieces of this tier, which may be on several devices."""
+
+    def __init__(self, pieces: Sequence[Piece], constants: Constants) -> None:
+        self._pieces = pieces
+        owned = in_parts(pieces)
+        self._parts = [part for _, part in owned]
+        device = pieces[0].x.device
+        self._plan: Plan = constants.made(key_of(pieces), device, lambda: plan_of(pieces, owned))
+
+    def sums(self, numbers: Numbers, accumulate: torch.dtype) -> Tensor:
+        """Pass 1, which only reads: ``[pieces, 2]``, N and D of each.
+
+        Sums are in the compute dtype inside a block, of at most 64 Ki elements, and in ``accumulate`` across blocks.
+        """
+        device = self._pieces[0].x.device
+        tables = _Tables(numbers, _READ)
+        partial = [torch.empty(2, 0, dtype=accumulate, device=device)]
+        for bucket in self._plan.buckets:
+            parts = [self._parts[i] for i in bucket.members]
+            partial.append(moved(_sums(bucket, parts, tables), device, accumulate))
+        return self._plan.over_blocks(torch.cat(partial, 1))
+
+    def update(self, numbers: Numbers, counts: Tensor) -> None:
+        """Pass 2, which writes d, v and x of the rows where ``counts`` (``[rows]`` bool) is True."""
+        tables = _Tables(numbers, _WRITTEN)
+        kept = {p.x.device: moved(counts, p.x.device) for p in {q.x.device: q for q in self._parts}.values()}
+        for bucket in self._plan.buckets:
+            parts = [self._parts[i] for i in bucket.members]
+            _update(bucket, parts, tables, kept[parts[0].x.device].index_select(0, bucket.rows)[:, None])
 
 
-def _sums(bucket: Sequence[Piece], n: dict[str, Sequence[Scalar]], accumulate: torch.dtype) -> list[Tensor]:
-    o = bucket[0].options
-    x, g, d = _operands(bucket)
-    diff = list(torch._foreach_sub(d, g))
-    if bucket[0].v is None:
-        weighted = list(torch._foreach_div(diff, 1 + o.lambd))
-        slope = _copies(d)
+class _Tables:
+    """The numbers of all rows, ``[rows, names]``, once for each device and dtype."""
+
+    def __init__(self, numbers: Numbers, names: Sequence[str]) -> None:
+        self.numbers = numbers
+        self._names = [name for name in names if name in numbers.columns]
+        self._made: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def of(self, bucket: Bucket, piece: Piece) -> dict[str, Tensor]:
+        """``[blocks, 1]`` each, in the compute dtype."""
+        device, dtype = piece.x.device, piece.compute_dtype
+        if (device, dtype) not in self._made:
+            table = torch.stack([self.numbers.columns[name] for name in self._names], 1)
+            self._made[device, dtype] = moved(table, device, dtype)
+        chosen = self._made[device, dtype].index_select(0, bucket.rows)
+        return {name: column[:, None] for name, column in zip(self._names, chosen.unbind(1), strict=True)}
+
+
+def _sums(bucket: Bucket, parts: Sequence[Piece], tables: _Tables) -> Tensor:
+    """``[2, blocks]``: N = sum (d - (1 + k) g) (d / P + mu x),  D = sum (d - g)^2 / (P q),  q = 1 + lambda P."""
+    o, n = parts[0].options, tables.of(bucket, parts[0])
+    dtype = parts[0].compute_dtype
+    g, d = _gradient(bucket, parts), bucket.pack([p.d for p in parts]).to(dtype)
+    diff = torch.sub(d, g)
+    if parts[0].v is None:
+        weighted = torch.div(diff, 1 + o.lambd)
+        slope = d.clone() if o.mu else d
     else:
-        _, metric = _metric(bucket, g, n)
-        weighted = list(torch._foreach_mul(metric, o.lambd))
-        torch._foreach_add_(weighted, 1.0)
-        torch._foreach_mul_(weighted, metric)  # P q
-        weighted = list(torch._foreach_div(diff, weighted))
-        slope = list(torch._foreach_div(d, metric))
-    torch._foreach_mul_(weighted, diff)
-    dens = [t.sum(dtype=accumulate) for t in weighted]
+        v = bucket.pack([p.v for p in parts if p.v is not None]).to(dtype)
+        metric = _metric(v.lerp_(g * g, 1 - o.beta2), n)
+        del v
+        weighted = torch.addcmul(metric, metric, metric, value=o.lambd)  # P q
+        weighted = torch.div(diff, weighted, out=weighted)
+        slope = torch.div(d, metric, out=metric)
+    den = bucket.block_sums(weighted.mul_(diff))
+    del weighted
     if o.mu:
-        torch._foreach_add_(slope, x, alpha=o.mu)
-    torch._foreach_copy_(weighted, g)
-    torch._foreach_mul_(weighted, _pick(n["gap"], bucket))
-    ahead = torch._foreach_sub(d, weighted)  # d - (1 + k) g
-    torch._foreach_mul_(ahead, slope)
-    return [torch.stack([t.sum(dtype=accumulate), den]) for t, den in zip(ahead, dens, strict=True)]
+        slope.add_(bucket.pack([p.x for p in parts]).to(dtype), alpha=o.mu)
+    ahead = torch.addcmul(d, g, n["gap"], value=-1, out=diff)  # d - (1 + k) g
+    return torch.stack([bucket.block_sums(ahead.mul_(slope)), den])
 
 
-def _update(bucket: Sequence[Piece], n: dict[str, Sequence[Scalar]], keep: Sequence[Tensor]) -> None:
-    o = bucket[0].options
-    x, g, d = _operands(bucket)
-    move = torch._foreach_sub(g, d)
-    torch._foreach_mul_(move, _pick(n["omega"], bucket))
-    if bucket[0].v is None:
-        metric = None
-        torch._foreach_div_(move, 1 + o.lambd)
-    else:
-        v, metric = _metric(bucket, g, n)
-        q = list(torch._foreach_mul(metric, o.lambd))
-        torch._foreach_add_(q, 1.0)
-        torch._foreach_div_(move, q)
-        _write([p.v for p in bucket if p.v is not None], v, keep)
-    torch._foreach_add_(move, d)  # d'
-    _write([p.d for p in bucket], [_rounded(p, new, n) for p, new in zip(bucket, move, strict=True)], keep)
-    if metric is not None:
-        torch._foreach_div_(move, metric)
-    torch._foreach_mul_(move, _pick(n["lr"], bucket))
-    new_x = torch._foreach_mul(x, _pick(n["shrink"], bucket)) if o.mu else x
-    _write([p.x for p in bucket], torch._foreach_sub(new_x, move), keep)
+def _update(bucket: Bucket, parts: Sequence[Piece], tables: _Tables, keep: Tensor) -> None:
+    """v', then d' = d + omega (g - d) / q, then x' = (1 - mu eta) x - eta d' / P."""
+    o, n = parts[0].options, tables.of(bucket, parts[0])
+    dtype = parts[0].compute_dtype
+    g, d = _gradient(bucket, parts), bucket.pack([p.d for p in parts])
+    metric, second = None, [p.v for p in parts if p.v is not None]
+    if second:
+        v = bucket.pack(second)
+        new_v = torch.lerp(v.to(dtype), g * g, 1 - o.beta2)
+        _write(bucket, second, v, new_v, keep)
+        del v
+        metric = _metric(new_v, n)
+        del new_v
+    work = d.to(dtype)
+    move = g.sub_(work).mul_(n["omega"])
+    move = move.div_(1 + o.lambd) if metric is None else move.div_(metric.mul(o.lambd).add_(1.0))
+    move.add_(work)  # d'
+    del work
+    _write(bucket, [p.d for p in parts], d, _rounded(bucket, parts[0], move, tables), keep)
+    del d
+    move = (move if metric is None else move.div_(metric)).mul_(n["lr"])
+    x = bucket.pack([p.x for p in parts])
+    new_x = x.to(dtype)
+    if o.mu:
+        new_x = torch.mul(new_x, n["shrink"])
+    _write(bucket, [p.x for p in parts], x, torch.sub(new_x, move, out=move), keep)
 
 
-def _operands(bucket: Sequence[Piece]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """x, g (ascent and coupled decay folded in), d in the compute dtype; no copy where nothing changes."""
-    o, dtype = bucket[0].options, bucket[0].compute_dtype
-    x, d = [p.x.to(dtype) for p in bucket], [p.d.to(dtype) for p in bucket]
-    g = [p.g.to(dtype) for p in bucket]
+def _gradient(bucket: Bucket, parts: Sequence[Piece]) -> Tensor:
+    """g in the compute dtype, ascent and coupled decay folded in; a copy."""
+    o, dtype = parts[0].options, parts[0].compute_dtype
+    g = bucket.pack([p.g for p in parts]).to(dtype)
     if o.maximize:
-        g = list(torch._foreach_neg(g))
+        g.neg_()
     if o.l2:
-        g = list(torch._foreach_add(g, x, alpha=o.l2))
-    return x, g, d
+        g.add_(bucket.pack([p.x for p in parts]).to(dtype), alpha=o.l2)
+    return g
 
 
-def _metric(
-    bucket: Sequence[Piece], g: list[Tensor], n: dict[str, Sequence[Scalar]]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """v' and P = c_t (sqrt(v' / (1 - beta2^t)) + eps), both new."""
-    v = [p.v.to(p.compute_dtype) for p in bucket if p.v is not None]
-    new_v = torch._foreach_lerp(v, torch._foreach_mul(g, g), 1 - bucket[0].options.beta2)
-    metric = torch._foreach_sqrt(new_v)
-    torch._foreach_mul_(metric, _pick(n["root"], bucket))
-    torch._foreach_add_(metric, _pick(n["floor"], bucket))
-    return list(new_v), list(metric)
+def _metric(v: Tensor, n: dict[str, Tensor]) -> Tensor:
+    """P = c_t (sqrt(v' / (1 - beta2^t)) + eps), in the memory of v'."""
+    return v.sqrt_().mul_(n["root"]).add_(n["floor"])
 
 
-def _write(old: list[Tensor], new: Sequence[Tensor], keep: Sequence[Tensor]) -> None:
-    """old = new where kept. torch.where, not a product: NaN * 0 is NaN, and what is not kept must stay to the bit."""
-    for target, source, kept in zip(old, new, keep, strict=True):
-        torch.where(kept, source.to(target.dtype), target, out=target)
+def _write(bucket: Bucket, targets: Sequence[Tensor], old: Tensor, new: Tensor, keep: Tensor) -> None:
+    """New where kept, in the dtype of the targets; ``old`` is what they hold and is overwritten.
+
+    torch.where, not a product: NaN * 0 is NaN, and what is not kept must stay to the bit.
+    """
+    bucket.unpack(torch.where(keep, new.to(old.dtype), old, out=old), targets)
 
 
-def _pick(column: Sequence[Scalar], bucket: Sequence[Piece]) -> list[Tensor]:
-    return [column[p.row] for p in bucket]  # type: ignore[misc]
-
-
-def _rounded(piece: Piece, new: Tensor, n: dict[str, Sequence[Scalar]]) -> Tensor:
+def _rounded(bucket: Bucket, like: Piece, new: Tensor, tables: _Tables) -> Tensor:
     """d' as it is stored, where that takes more than a cast."""
-    if not is_stochastic(piece):
+    if not is_stochastic(like):
         return new
-    return stochastic(new, seed_of(n["step"][piece.row], piece.row), piece.first)  # type: ignore[arg-type]
-
-
-def _copies(tensors: list[Tensor]) -> list[Tensor]:
-    copies = [torch.empty_like(t) for t in tensors]
-    torch._foreach_copy_(copies, tensors)
-    return copies
-
-
-def _buckets(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
-    """Neighbours with equal options, device and dtypes, at most 16 Mi elements together."""
-    for _, same in groupby(pieces, key=lambda p: (p.options, p.x.device, [t.dtype for t in p.tensors()])):
-        bucket: list[Piece] = []
-        elements = 0
-        for piece in same:
-            if bucket and elements + piece.x.numel() > _BUCKET_ELEMENTS:
-                yield bucket
-                bucket, elements = [], 0
-            bucket.append(piece)
-            elements += piece.x.numel()
-        yield bucket
-
-
-def _count(piece: Piece) -> int:
-    """How many parts a piece is taken in. One whose elements do not lie close together is taken whole."""
-    if piece.x.numel() <= _BUCKET_ELEMENTS or not is_flat(piece.tensors()):
-        return 1
-    return -(-piece.x.numel() // _BUCKET_ELEMENTS)
-
-
-def _in_parts(pieces: Sequence[Piece]) -> list[Piece]:
-    """Pieces of at most a bucket each."""
-    result = []
-    for piece in pieces:
-        if _count(piece) == 1:
-            result.append(piece)
-            continue
-        columns = zip(*(torch.split(flat(tensor), _BUCKET_ELEMENTS) for tensor in piece.tensors()), strict=True)
-        for i, (x, g, d, *v) in enumerate(columns):
-            first = i * _BUCKET_ELEMENTS
-            result.append(Piece(piece.row, x, g, d, v[0] if v else None, piece.options, first))
-    return result
+    steps = moved(tables.numbers.columns["step"], new.device, torch.int64).index_select(0, bucket.rows)
+    return stochastic_at(new, seeds_of(steps, bucket.rows)[:, None], bucket.starts)

@@ -12,7 +12,7 @@ from torch import Tensor
 from am_lightning.optim.kernels import blocked, compiled, cpu_loop, foreach, reference, triton_pair
 from am_lightning.optim.kernels.blocked import Scratch
 from am_lightning.optim.kernels.fused import COMPILED, LOOP, TRITON, fused_tier
-from am_lightning.optim.kernels.pieces import Numbers, Piece, is_addressable, is_flat
+from am_lightning.optim.kernels.pieces import Numbers, Piece, is_addressable, is_flat, scale_
 from am_lightning.optim.kernels.transfer import Constants, moved
 
 REFERENCE, BLOCKED, FOREACH = "reference", "blocked", "foreach"
@@ -119,9 +119,9 @@ class Passes:
         return torch.zeros(rows, 2, dtype=accumulate, device=device) if out is None else out
 
     def _scale_in_memory(self) -> None:
-        while self._unscaled:
-            gradient = self._unscaled.pop().g
-            gradient.mul_(moved(cast(Tensor, self._scale), gradient.device))
+        if self._unscaled:
+            scale_([piece.g for piece in self._unscaled], cast(Tensor, self._scale))
+            self._unscaled = []
 
     def update(self, numbers: Numbers, counts: Tensor) -> None:
         """Pass 2: write the rows where ``counts`` (``[rows]`` bool) is True.
@@ -137,22 +137,21 @@ class EagerPasses:
 
     def __init__(self, name: str, device_type: str, pieces: Sequence[Piece], scratch: Scratch) -> None:
         self._name, self._pieces, self._scratch = name, pieces, scratch
-        self._waits = name != FOREACH and device_type == "cpu"  # for the numbers, which are there
+        self._waits = device_type == "cpu"  # for the numbers, which are there
 
     def sums(self, numbers: Numbers, accumulate: torch.dtype) -> Tensor:
         """Pass 1: ``[pieces, 2]``."""
         if self._name == BLOCKED:
             return torch.stack(blocked.sums(self._pieces, numbers, accumulate, self._scratch))
-        module = foreach if self._name == FOREACH else reference
         return torch.stack(
-            [pair.to(self._pieces[0].x.device) for pair in module.sums(self._pieces, numbers, accumulate)]
+            [pair.to(self._pieces[0].x.device) for pair in reference.sums(self._pieces, numbers, accumulate)]
         )
 
     def update(self, numbers: Numbers, counts: Tensor) -> None:
         """Pass 2 of the rows where ``counts`` (``[rows]`` bool) is True."""
         if not self._waits:
             kept = [moved(counts[p.row], p.x.device) for p in self._pieces]
-            (foreach if self._name == FOREACH else reference).update(self._pieces, numbers, kept)
+            reference.update(self._pieces, numbers, kept)
             return
         host = counts.tolist()
         pieces = [p for p in self._pieces if host[p.row]]
@@ -169,6 +168,8 @@ def _launch(name: str, device_type: str, pieces: Sequence[Piece], workspace: Wor
         return cpu_loop.LoopPasses(pieces)
     if name == COMPILED:
         return compiled.CompiledPasses(pieces)
+    if name == FOREACH:
+        return foreach.ForeachPasses(pieces, workspace.constants)
     return EagerPasses(name, device_type, pieces, workspace.scratch)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -101,3 +101,21 @@ def is_flat(tensors: Sequence[Tensor]) -> bool:
 def flat(tensor: Tensor) -> Tensor:
     """``[numel]`` view in the order of the storage, for a dense tensor."""
     return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply in place by a 0-dim number: one list for each device and dtype, and the number in that dtype.
+
+    A number of another dtype would cost a launch for each tensor.
+    """
+    for members in alike(tensors):
+        same = [tensors[i] for i in members]
+        torch._foreach_mul_(same, moved(factor, same[0].device, same[0].dtype))
+
+
+def alike(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Indices by device, dtype and whether the elements lie close together, which a list's single launch needs."""
+    kinds: dict[Hashable, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.device, tensor.dtype, tensor.is_contiguous()), []).append(i)
+    return list(kinds.values())

@@ -32,6 +32,11 @@ def seed_of(step: Tensor, row: int) -> Tensor:
     return mix((step.to(torch.int64) + _ROW * (row + 1)) & _MASK)
 
 
+def seeds_of(steps: Tensor, rows: Tensor) -> Tensor:
+    """``seed_of`` for vectors of int64."""
+    return mix((steps + _ROW * (rows + 1)) & _MASK)
+
+
 def stochastic(y: Tensor, seed: Tensor, first: int = 0) -> Tensor:
     """float32 ``y`` as bfloat16; inf and nan stay.
 
@@ -40,7 +45,31 @@ def stochastic(y: Tensor, seed: Tensor, first: int = 0) -> Tensor:
         first: index of ``y``'s first element in the row's piece, elements counted in the order of ``y``'s shape.
     """
     index = torch.arange(first, first + y.numel(), dtype=torch.int64, device=y.device).view(y.shape)
-    noise = (mix((index & _MASK) ^ seed) >> 16).to(torch.int32)
+    return _with_noise(y, (mix((index & _MASK) ^ seed) >> 16).to(torch.int32))
+
+
+def stochastic_at(y: Tensor, seeds: Tensor, starts: Tensor) -> Tensor:
+    """float32 ``y``, ``[blocks, elements]``, as ``stochastic`` rounds it, with temporaries of 4 bytes an element.
+
+    Args:
+        seeds: ``[blocks, 1]``, ``seed_of`` the row of each block.
+        starts: ``[blocks]``, index of each block's first element in the row's piece.
+    """
+    noise = _word(starts)[:, None] + torch.arange(y.shape[1], dtype=torch.int32, device=y.device)
+    noise.bitwise_xor_(_word(seeds))
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32)), (16, 1)):  # ``mix``, in words that wrap
+        noise.bitwise_xor_((noise >> shift).bitwise_and_((1 << 32 - shift) - 1)).mul_(factor)
+    return _with_noise(y, (noise >> 16).bitwise_and_(0xFFFF))
+
+
+def _word(values: Tensor) -> Tensor:
+    """The lower 32 bits of int64, as int32."""
+    low = values & _MASK
+    return (low - ((low >> 31) << 32)).to(torch.int32)
+
+
+def _with_noise(y: Tensor, noise: Tensor) -> Tensor:
+    """The upper half of ``y``'s bits after noise was added to the lower."""
     bits = y.contiguous().view(torch.int32)
     noise = torch.where((bits & 0x7F800000) == 0x7F800000, 0, noise)
     upper = (bits + noise) & -0x10000

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,11 +28,11 @@ def is_capturing(device: torch.device) -> bool:
 
 
 class Constants:
-    """Small vectors that stay on a device: the last ones used, and for good all that a CUDA graph reads."""
+    """Vectors and plans made of them that stay on a device: the last used, and for good what a CUDA graph reads."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[Hashable, Tensor] = OrderedDict()
-        self._captured: dict[Hashable, Tensor] = {}
+        self._kept: OrderedDict[Hashable, Any] = OrderedDict()
+        self._captured: dict[Hashable, Any] = {}
 
     def vector(self, values: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
         """``[len(values)]`` on the device; read-only, for others get the same tensor.
@@ -39,19 +40,30 @@ class Constants:
         Raises:
             RuntimeError: a CUDA graph is being captured, and these values have not been asked for before.
         """
-        key, capturing = (values, device, dtype), is_capturing(device)
-        vector = self._captured.get(key, self._kept.get(key))
-        if vector is None:
+        vector: Tensor = self.made(
+            (values, device, dtype), device, lambda: upload(torch.tensor(values, dtype=dtype), device)
+        )
+        return vector
+
+    def made(self, key: Hashable, device: torch.device, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives, kept under ``key``; read-only.
+
+        Raises:
+            RuntimeError: as ``vector``.
+        """
+        capturing = is_capturing(device)
+        made = self._captured.get(key, self._kept.get(key))
+        if made is None:
             if capturing:
                 raise RuntimeError(
                     "a CUDA graph is being captured, and the gradients in it have never stepped together: make a step "
                     "with the same gradients before the capture, as torch's warm-up does"
                 )
-            vector = upload(torch.tensor(values, dtype=dtype), device)
+            made = make()
         if capturing:
-            self._captured[key] = vector
-        self._kept[key] = vector
+            self._captured[key] = made
+        self._kept[key] = made
         self._kept.move_to_end(key)
         while len(self._kept) > _KEPT_VECTORS:
             self._kept.popitem(last=False)
-        return vector
+        return made
