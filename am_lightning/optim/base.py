@@ -14,7 +14,7 @@ from am_lightning.optim.closed_form import Decision, Sums, decide, gap_factor
 from am_lightning.optim.kernels import Numbers, Options, Passes, Piece
 from am_lightning.optim.kernels.fused import agreed_on_cpu, words_of
 from am_lightning.optim.kernels.passes import Choice
-from am_lightning.optim.kernels.transfer import moved
+from am_lightning.optim.kernels.transfer import is_capturing, moved
 from am_lightning.optim.persistence import PersistentOptimizer
 from am_lightning.optim.scalars import sums_live_on
 from am_lightning.sharding import Layout, Row, gradient_of, piece_of
@@ -205,6 +205,9 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
         check = getattr(self, "_accelerator_graph_capture_health_check", None) or self._cuda_graph_capture_health_check
         if all("capturable" in group for group in self.param_groups):
             check()
+        if self._layout is None:  # making it takes copies, and collectives between ranks
+            for param in (param for group in self.param_groups for param in group["params"]):
+                _refuse_in_capture(param)
 
     def _pieces(self, layout: Layout) -> list[Piece]:
         """The rows that have a gradient here. All are checked before the first state is made."""
@@ -262,8 +265,11 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
                 self._row_state(row, self.param_groups[row.group_index])
 
     def _row_state(self, row: Row, group: dict[str, Any]) -> dict[str, Any]:
+        known = self.state.get(row.param, {})  # an engine may have left an empty dict
+        if self.moments[0] not in known or not (row.partitioned or "prev_lr" in known):
+            _refuse_in_capture(row.param)
         state = self.state[row.param]
-        if self.moments[0] not in state:  # an engine may have left an empty dict
+        if self.moments[0] not in state:
             row_state.create(state, row.param, self.moments, adaptive=not row.partitioned, direction=self.exp_avg_dtype)
         elif not row.partitioned:
             param, cap = row.param, group[self.cap_key]
@@ -324,4 +330,13 @@ def _check_gradient(param: Tensor, name: str, who: str) -> None:
     if grad.is_complex() or param.is_complex():
         raise RuntimeError(
             f"{who} does not support complex parameters: parameter {name!r} is {param.dtype}; use view_as_real"
+        )
+
+
+def _refuse_in_capture(param: Tensor) -> None:
+    """The zeros of a state that is made in a CUDA graph's capture are recorded, and filled at replays only."""
+    if is_capturing(param.device):
+        raise RuntimeError(
+            f"a CUDA graph is being captured, and a parameter of shape {tuple(param.shape)} in it has no optimizer "
+            "state that a step has used: make a step with the same gradients before the capture, as torch's warm-up does"
         )
