@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.forkserver import COLD_VARIABLE, VARIABLE, ForkServer
-from tests.gates import GATES, kept
+from tests.gates import GATES, asks_for_gpu, kept
 
 SERVER = pytest.StashKey[ForkServer]()
 
@@ -32,6 +32,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput") and not asks_for_gpu(config.args, config.invocation_params.dir):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything starts a process, or CUDA
     if hasattr(config, "workerinput") or config.option.collectonly or VARIABLE in os.environ:
         return  # a worker of xdist has the variables of the session that started it
     server = config.stash[SERVER] = ForkServer()

@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
 GATES = ("fast", "full", "ci", "nightly")
+
+GPU_TESTS = Path(__file__).resolve().parent / "gpu"
+
+
+def asks_for_gpu(paths: Sequence[str], folder: Path) -> bool:
+    """Whether pytest was given tests/gpu and nothing else: all others start programs that would take the GPU.
+
+    Args:
+        paths: pytest's arguments, with or without ``::`` and a test's name.
+        folder: what they are relative to.
+    """
+    places = [(folder / path.partition("::")[0]).resolve() for path in paths]
+    return bool(places) and all(place.is_relative_to(GPU_TESTS) for place in places)
 
 
 def kept(items: list[pytest.Item], gate: str) -> list[pytest.Item]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,9 +13,9 @@ from torch.optim.optimizer import ParamsT
 from am_lightning.optim import state as row_state
 from am_lightning.optim.closed_form import Decision, Sums, decide, gap_factor
 from am_lightning.optim.kernels import Numbers, Options, Passes, Piece
-from am_lightning.optim.kernels.fused import agreed_on_cpu, words_of
+from am_lightning.optim.kernels import fused as fused_kernels
 from am_lightning.optim.kernels.passes import Choice
-from am_lightning.optim.kernels.transfer import moved
+from am_lightning.optim.kernels.transfer import is_capturing, moved
 from am_lightning.optim.persistence import PersistentOptimizer
 from am_lightning.optim.scalars import sums_live_on
 from am_lightning.sharding import Layout, Row, gradient_of, piece_of
@@ -188,7 +189,7 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
         )
 
     def _kernels_in_words(self) -> str:
-        parts = [f"{words_of(tier)} for {count}" for tier, count in self._tiers.items()]
+        parts = [f"{fused_kernels.words_of(tier)} for {count}" for tier, count in self._tiers.items()]
         return f"; kernels: {', '.join(parts)}" if parts else ""
 
     def _is_again(self, layout: Layout) -> bool:
@@ -210,6 +211,9 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
         check = getattr(self, "_accelerator_graph_capture_health_check", None) or self._cuda_graph_capture_health_check
         if all("capturable" in group for group in self.param_groups):
             check()
+        if self._layout is None:  # making it takes copies, and collectives between ranks
+            for param in (param for group in self.param_groups for param in group["params"]):
+                _refuse_in_capture(param)
 
     def _pieces(self, layout: Layout) -> list[Piece]:
         """The rows that have a gradient here. All are checked before the first state is made."""
@@ -234,19 +238,36 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
         self._agree_on_kernels(layout)
 
     def _agree_on_kernels(self, layout: Layout) -> None:
-        """Collective where ranks share tensors on the CPU: all of them take the same fused kernels."""
-        groups = self.param_groups
-        if not any(groups[row.group_index].get("fused") and row.param.device.type == "cpu" for row in layout.rows):
+        """Collective where ranks share fused tensors on CPUs or GPUs: all of them take the same kernels."""
+        fused = [row for row in layout.rows if self.param_groups[row.group_index].get("fused")]
+        devices = {row.param.device for row in fused if row.param.device.type in fused_kernels.TRITON_DEVICES}
+        if not layout.reductions or not layout.rows:
             return
-        if layout.reductions:
-            nothing = torch.zeros(len(layout.rows), 1, dtype=torch.float64)
+        device, _ = sums_live_on([row.param for row in layout.rows])
+        nothing = torch.zeros(len(layout.rows), 1, dtype=row_state.widest_dtype(device), device=device)
 
-            def summed(votes: Tensor) -> Tensor:
-                total = layout.all_reduce(nothing, votes)[1]
-                assert total is not None
-                return total
+        def summed(votes: Tensor) -> Tensor:
+            total = layout.all_reduce(nothing, votes.to(nothing))[1]
+            assert total is not None
+            return total
 
-            self._workspace.agreed_on_cpu = agreed_on_cpu(summed)
+        # A converted optimizer may have fallen back on some ranks only, which vote too.
+        if (devices or self.fused_dropped is not None) and not fused_kernels.agree_on_gpu(
+            summed, devices, bool(self.fused_dropped)
+        ):
+            self._drop_fused(fused)
+            return
+        if any(row.param.device.type == "cpu" for row in fused):
+            self._workspace.agreed_on_cpu = fused_kernels.agreed_on_cpu(summed)
+
+    def _drop_fused(self, rows: list[Row]) -> None:
+        if rows:
+            warnings.warn(
+                "fused=True becomes fused=None, as on another rank, whose fused kernels cannot be built", stacklevel=2
+            )
+        for group in (*self.param_groups, self.defaults):
+            if group.get("fused"):
+                group["fused"] = None
 
     def _check_direction(self, rows: list[Row]) -> None:
         """Refuse a direction of its own dtype where an engine packs the states of many tensors into one."""
@@ -267,8 +288,11 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
                 self._row_state(row, self.param_groups[row.group_index])
 
     def _row_state(self, row: Row, group: dict[str, Any]) -> dict[str, Any]:
+        known = self.state.get(row.param, {})  # an engine may have left an empty dict
+        if self.moments[0] not in known or not (row.partitioned or "prev_lr" in known):
+            _refuse_in_capture(row.param)
         state = self.state[row.param]
-        if self.moments[0] not in state:  # an engine may have left an empty dict
+        if self.moments[0] not in state:
             row_state.create(state, row.param, self.moments, adaptive=not row.partitioned, direction=self.exp_avg_dtype)
         elif not row.partitioned:
             param, cap = row.param, group[self.cap_key]
@@ -329,4 +353,13 @@ def _check_gradient(param: Tensor, name: str, who: str) -> None:
     if grad.is_complex() or param.is_complex():
         raise RuntimeError(
             f"{who} does not support complex parameters: parameter {name!r} is {param.dtype}; use view_as_real"
+        )
+
+
+def _refuse_in_capture(param: Tensor) -> None:
+    """The zeros of a state that is made in a CUDA graph's capture are recorded, and filled at replays only."""
+    if is_capturing(param.device):
+        raise RuntimeError(
+            f"a CUDA graph is being captured, and a parameter of shape {tuple(param.shape)} in it has no optimizer "
+            "state that a step has used: make a step with the same gradients before it, as torch's warm-up does"
         )

@@ -38,13 +38,14 @@ def convert_adamw(
     """
     _refuse(optimizer)
     replaced_step = optimizer.__dict__.pop("step", None)
-    _drop_fused_where_it_cannot_run(optimizer)
+    dropped = _drop_fused_where_it_cannot_run(optimizer)
     optimizer.__dict__.pop("_step_supports_amp_scaling", None)  # GradScaler must unscale before step(), not inside it
     own = optimizer.defaults["betas"][0]
     caps = [_cap(_beta1(group, own), lambd, beta1_max) for group in optimizer.param_groups]
     optimizer.__class__ = AMAdamW  # type: ignore[assignment]
     converted: AMAdamW = optimizer  # type: ignore[assignment]
     converted._configure(scope=scope, nonfinite="skip")
+    converted.fused_dropped = dropped
     converted._remember_given()
     for group, cap in zip(converted.param_groups, caps, strict=True):
         _convert_options(group, lambd, cap)
@@ -56,7 +57,8 @@ def convert_adamw(
     return converted
 
 
-def _drop_fused_where_it_cannot_run(optimizer: torch.optim.AdamW) -> None:
+def _drop_fused_where_it_cannot_run(optimizer: torch.optim.AdamW) -> bool | None:
+    """Whether ``fused=True`` was taken away; None where no group has it. The ranks agree at their first step."""
     fused = [group for group in optimizer.param_groups if group.get("fused")]
     try:
         for device in {param.device for group in fused for param in group["params"]}:
@@ -65,6 +67,8 @@ def _drop_fused_where_it_cannot_run(optimizer: torch.optim.AdamW) -> None:
         warnings.warn(f"AdamW(fused=True) becomes AMAdamW with fused=None: {error}", stacklevel=3)
         for group in (*fused, optimizer.defaults):
             group["fused"] = None
+        return True
+    return False if fused else None
 
 
 def _refuse(optimizer: Any) -> None:

@@ -33,6 +33,7 @@ class PersistentOptimizer(PlacedOptimizer):
 
     nonfinite: str
     exp_avg_dtype: torch.dtype | None = None  # of the direction d; None: the parameter's
+    fused_dropped: bool | None = None  # convert_adamw found fused=True, and could not keep it here; None: found none
 
     def _configure(self, *, scope: str, nonfinite: str, replica_group: Any = None) -> None:
         check_choice("scope", scope, SCOPES)

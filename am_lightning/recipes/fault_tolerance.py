@@ -196,7 +196,7 @@ class FaultTolerance(L.Callback):
     def _agree(self, trainer: L.Trainer) -> signal.Signals | None:
         mine = max((SIGNALS.index(signal.Signals(n)) + 1 for n in self._received), default=0)
         if trainer.world_size > 1:
-            flag = torch.tensor(mine, dtype=torch.int32, device=trainer.strategy.root_device)
+            flag = torch.full((), mine, dtype=torch.int32, device=trainer.strategy.root_device)
             mine = int(trainer.strategy.reduce(flag, reduce_op="max"))
         return SIGNALS[mine - 1] if mine else None
 

@@ -110,7 +110,7 @@ class LossGuard(L.Callback):
             self._look(trainer)
 
     def _was_dropped(self, trainer: L.Trainer) -> Tensor:
-        dropped = self._micro[0].new_tensor(float(self._dropped))
+        dropped = torch.full_like(self._micro[0], float(self._dropped))  # filled there: no copy that waits
         for optimizer in ours(trainer.optimizers):
             dropped = torch.maximum(dropped, optimizer.last_step_skipped.to(dropped))
         return dropped

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from am_lightning.optim.kernels.compiler import find_compiler, load_library
-from am_lightning.optim.kernels.triton_pair import require_triton
+from am_lightning.optim.kernels.transfer import is_capturing
+from am_lightning.optim.kernels.triton_pair import require_launch, require_triton
 
 TRITON, LOOP, COMPILED = "Triton", "C++ loop", "torch.compile"
 TRITON_DEVICES = {"cuda"}  # ROCm's name too
@@ -26,7 +27,7 @@ def fused_tier(device: torch.device) -> str:
         RuntimeError: what they need is not installed; the text says what to install.
     """
     if device.type in TRITON_DEVICES:
-        require_triton()
+        _require_gpu(device)
         return TRITON
     if device.type == "cpu":
         return _on_cpu(os.environ.get(SWITCH))
@@ -69,19 +70,57 @@ def agreed_on_cpu(summed: Callable[[Tensor], Tensor]) -> str:
 
 
 def require_fused(device: torch.device) -> None:
-    """Raise where ``fused=True`` cannot work on a device; nothing is built yet.
+    """Raise where ``fused=True`` cannot work on a device. On a GPU one element is stepped, elsewhere nothing is built.
 
     Raises:
         RuntimeError: the text says what to install.
     """
     if device.type in TRITON_DEVICES:
-        require_triton()
+        _require_gpu(device)
     elif device.type == "cpu":
         _check_switch(os.environ.get(SWITCH))
         if find_compiler() is None and not _inductor_has_compiler():
             raise _no_compiler("$CXX, c++, g++ and clang++ cannot be run")
     elif device.type != "meta":  # where a model waits for its real device: step() will see that one
         _check_device(device)
+
+
+def _require_gpu(device: torch.device) -> None:
+    if is_capturing(device):  # nothing may be built or waited for; the tables refuse what has not stepped before
+        require_triton()
+    else:
+        require_launch(device)
+
+
+def agree_on_gpu(summed: Callable[[Tensor], Tensor], devices: set[torch.device], dropped: bool) -> bool:
+    """Collective. Whether ``fused=True`` stays on for the GPUs of all ranks.
+
+    Args:
+        summed: the sum of a vector over the ranks.
+        devices: those of this rank's fused parameters that have Triton kernels.
+        dropped: this rank has fallen back to ``fused=None`` (``convert_adamw``).
+
+    Returns:
+        False where a rank has fallen back: all are to do so.
+
+    Raises:
+        RuntimeError: the kernels of some rank cannot be built or launched; on every rank alike.
+    """
+    reason = ""
+    try:
+        for device in sorted(devices, key=str):
+            require_fused(device)
+    except Exception as error:  # whatever it is, the other ranks are waiting for this one's vote
+        reason = str(error) or type(error).__name__
+    votes = torch.tensor([float(bool(reason)), float(dropped)], dtype=torch.float64)
+    failed, fallen = (int(n) for n in summed(votes).tolist())
+    if failed:
+        raise RuntimeError(
+            reason
+            or f"fused=True: {failed} of the other ranks cannot build or launch Triton kernels (their own errors say "
+            "what is missing there): install it on all nodes, or use fused=None"
+        )
+    return not fallen
 
 
 def _check_device(device: torch.device) -> None:
