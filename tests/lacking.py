@@ -24,8 +24,13 @@ LACKS = {
     "T5Tokenizer requires the SentencePiece library": "T5Tokenizer of this transformers needs sentencepiece",
     "this Trainer knows no optimizer factories": "this Trainer knows no optimizer factories",
 }
-# Packages that a framework asks for in words of its own, or a program at the start.
-OPTIONAL = re.compile(r"(?:No module named|Requirement|the recipes need|the data need|deepspeed needs) '?([A-Za-z_]+)")
+# Packages that a stack may lack. Any other that cannot be found is a failure: a wrong name in an import, for one.
+PACKAGES = {
+    *("datasets", "deepspeed", "expecttest", "hatchling", "jsonargparse", "kubeflow_trainer_api", "linkcheck"),
+    *("mkdocs", "pyarrow", "rich", "schedulefree", "scipy", "sentencepiece", "sklearn", "triton"),
+}
+# How imports, frameworks and our programs name what they miss.
+MISSING = re.compile(r"(?:No module named|Requirement|the recipes need|the data need|deepspeed needs) '?([A-Za-z_]+)")
 
 
 def lacking(error: str) -> str | None:
@@ -33,7 +38,8 @@ def lacking(error: str) -> str | None:
     for words, reason in LACKS.items():
         if words in error:
             return reason
-    missing = [name for name in map(str.lower, OPTIONAL.findall(error)) if find_spec(name) is None]
+    named = PACKAGES.intersection(map(str.lower, MISSING.findall(error)))
+    missing = sorted(name for name in named if find_spec(name) is None)
     return f"{missing[0]} is not installed" if missing else None
 
 

@@ -90,9 +90,13 @@ class Job:
             self.connection.sendall(content)
 
     def kill(self, number: int) -> None:
-        if self.pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                (os.killpg if self.leads and number == signal.SIGKILL else os.kill)(self.pid, number)
+        if self.pid is None:
+            return
+        if self.leads and number == signal.SIGKILL:
+            with contextlib.suppress(ProcessLookupError):  # the new process may not lead its group yet
+                os.killpg(self.pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
 
 def preload() -> None:
