@@ -100,6 +100,8 @@ def optimizer_over(example: Example, params: list[Tensor]) -> Any:
 
 
 def whole(param: Tensor) -> Tensor:
+    if isinstance(param, DTensor) and not param.numel():  # torch 2.6 cannot gather some of these
+        return torch.empty(param.shape, dtype=param.dtype)
     return (param.full_tensor() if isinstance(param, DTensor) else param).detach()
 
 
