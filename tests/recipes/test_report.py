@@ -213,6 +213,16 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path, corpus_folder: Path) -
     assert [step for step, _ in found.validation_points] == [6, 8]  # the first life's validation at 5 is taken back
 
 
+def test_lives_that_began_in_one_second_are_in_order(tmp_path: Path) -> None:
+    """A process's tenth event file is called 9, its eleventh 10, which comes first in a sorted list of names."""
+    for number, (first, value) in ((9, (1, 3.0)), (10, (2, 2.0))):
+        life = write_run(tmp_path / str(number), {"train/loss": dict.fromkeys(range(first, 4), value)})
+        [file] = (life / "logs").glob("events*")
+        file.rename(tmp_path / f"events.out.tfevents.1700000000.host.1.{number}")
+    (tmp_path / "events.out.tfevents.1700000000.host.1.11").touch()  # opened, nothing written
+    assert read_curves(tmp_path)["train/loss"].values.tolist() == [3.0, 2.0, 2.0]
+
+
 def test_a_run_that_is_still_going(tmp_path: Path) -> None:
     config = {"trainer": {"max_steps": 100}, "data": {"batch_size": 4, "seq_len": 8}}
     scalars = {"train/loss": dict.fromkeys(range(50), 3.0), "val/loss": {24: 3.5}}

@@ -54,14 +54,13 @@ def read_files(files: Iterable[Path], *, first_step: int = 0) -> dict[str, Curve
     its own first step (of its longest curve), so that every step is there once and the later life counts.
 
     Args:
-        files: event files; a file's name holds the second it was opened, which orders them.
+        files: event files; the time of a file's first event orders them. Names hold whole seconds, and the number that
+            ends them counts on from 9 to 10.
         first_step: what the writer calls its first step. Lightning counts from 0; here a point at n is after n steps.
     """
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every resume
     points: dict[str, dict[int, float]] = {}
-    for file in sorted(files, key=lambda path: (path.name, str(path))):
-        events = EventAccumulator(str(file), size_guidance={"scalars": 0, "histograms": 1, "tensors": 1, "images": 1})
-        events.Reload()
+    for events in sorted(map(_loaded, files), key=_opened):
         newer = {tag: {e.step: float(e.value) for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
         if not newer:
             continue
@@ -72,6 +71,18 @@ def read_files(files: Iterable[Path], *, first_step: int = 0) -> dict[str, Curve
             first = min([start, *own])
             points[tag] = {step: value for step, value in points.get(tag, {}).items() if step < first} | own
     return {tag: _curve(found, 1 - first_step) for tag, found in points.items() if found}
+
+
+def _loaded(file: Path) -> EventAccumulator:
+    events = EventAccumulator(str(file), size_guidance={"scalars": 0, "histograms": 1, "tensors": 1, "images": 1})
+    return events.Reload()
+
+
+def _opened(events: EventAccumulator) -> tuple[float, str]:
+    try:
+        return events.FirstEventTimestamp(), events.path
+    except ValueError:  # nothing has been written yet
+        return 0.0, events.path
 
 
 def _curve(points: dict[int, float], shift: int) -> Curve:
