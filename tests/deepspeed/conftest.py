@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import operator_build
 from tests.lacking import pytest_runtest_makereport  # noqa: F401
 from tests.ports import free_port
 from tests.python import COLD
@@ -36,9 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def compiled() -> None:
     """Build the operator once, in one process: minutes on a busy machine, and a build that is killed leaves a lock on
     which every later start would wait without a word."""
-    folder = Path(sys.prefix) / "torch_extensions"
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)  # not the user's: another environment's build may hold its lock
-    for lock in folder.glob("deepspeed_shm_comm/lock"):
+    os.environ.update(operator_build.variables())
+    for lock in operator_build.FOLDER.glob("deepspeed_shm_comm/lock"):
         if time.time() - lock.stat().st_mtime > 900:
             lock.unlink()
     port = free_port()

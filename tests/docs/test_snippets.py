@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
 
+from tests.operator_build import variables
 from tests.ports import free_port
 
 from .programs import ROOT, run_python
@@ -96,8 +94,6 @@ def test_a_block_runs(page: str, number: int, tmp_path: Path) -> None:
     for there, here in ON_A_CPU.items():
         block = block.replace(there, here)
     (tmp_path / "block.py").write_text(f"{BEFORE[page][number]}\n{block}")
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
-    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    alone["TORCH_EXTENSIONS_DIR"] = str(Path(sys.prefix) / "torch_extensions")  # DeepSpeed's operator, built once
-    alone["PATH"] = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "OMP_NUM_THREADS": "1"}
+    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | variables()
     run_python(tmp_path, ["block.py"], **alone)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
-import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests import operator_build
 from tests.huggingface.events import scalars_in
 from tests.ports import free_port
 from tests.python import PYTHON
@@ -94,9 +93,7 @@ def _environment(door: Door) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
         "TOKENIZERS_PARALLELISM": "false",
-        "DS_ACCELERATOR": "cpu",
-        "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
-        "PATH": f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}",  # ninja is beside python
+        **operator_build.variables(),
         **door.variables,
     }
 

@@ -10,13 +10,13 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from am_lightning.recipes.network import LlamaShape
 from am_lightning.recipes.plan.layout import Layout
 from am_lightning.recipes.plan.memory import memory_of
 from am_lightning.recipes.plan.traffic import traffic_of
+from tests import operator_build
 from tests.recipes.plan_runs import ZERO_BUCKET
 from tests.sharding.pool import Pool, pools
 
@@ -120,6 +120,6 @@ def main(wanted: list[str], start: Callable[[int], Pool]) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    os.environ.update(operator_build.variables())
     with pools() as started:
         main(sys.argv[1:], started)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +11,7 @@ import pytest
 from am_lightning.recipes.errors import RecipeError
 from am_lightning.recipes.network import LlamaShape
 from am_lightning.recipes.parallel import check_tensor_parallel
+from tests import operator_build
 from tests.recipes.parallel_runs import STEPS, fit
 from tests.sharding.pool import Pool, RankError, pools
 
@@ -23,7 +22,8 @@ FIT = "tests.recipes.parallel_runs:fit"
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Callable[[int], Pool]]:
     with pytest.MonkeyPatch.context() as patch, pools() as start:
-        patch.setenv("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))  # for DeepSpeed's operator
+        for name, value in operator_build.variables().items():
+            patch.setenv(name, value)
         yield start
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from statistics import median
 
 import pytest
 
+from tests import operator_build
 from tests.recipes.plan_cases import CASES, Case, outcome_of
 from tests.sharding.pool import Pool, pools
 
@@ -29,7 +28,8 @@ TESTED = (
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Callable[[int], Pool]]:
     with pytest.MonkeyPatch.context() as patch, pools() as start:
-        patch.setenv("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))  # for DeepSpeed's operator
+        for name, value in operator_build.variables().items():
+            patch.setenv(name, value)
         yield start
 
 

@@ -1,0 +1,24 @@
+"""Where DeepSpeed's CPU operator is built, once for all tests.
+
+Every program that starts DeepSpeed has these variables: a ninja of another version would build it again, and a build
+that is killed leaves a lock on which every later start waits without a word.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+from pathlib import Path
+
+FOLDER = Path(sys.prefix) / "torch_extensions"  # not the user's: another environment's build may hold its lock
+
+
+def variables() -> dict[str, str]:
+    """What a program's environment needs besides the test's own."""
+    scripts = sysconfig.get_path("scripts")  # ninja is beside python
+    return {
+        "DS_ACCELERATOR": "cpu",
+        "TORCH_EXTENSIONS_DIR": str(FOLDER),
+        "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+    }
