@@ -6,11 +6,10 @@ import functools
 import os
 from typing import Any
 
-import torch
 from torch.optim.optimizer import Optimizer
 
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
-from am_lightning.optim.convert import convert_adamw
+from am_lightning.optim.convert import convert_adamw, has_coupled_decay, is_adam, what_to_return
 from am_lightning.optim.validation import SCOPES, check_choice, check_count, check_flag, check_number
 
 try:
@@ -33,8 +32,9 @@ __all__ = ["AdaptiveMemory", "attach"]
 class AdaptiveMemory(pl.Callback):
     """One line: ``Trainer(callbacks=[AdaptiveMemory()])`` trains with adaptive memory and logs the momentum curves.
 
-    Every ``torch.optim.AdamW`` that ``configure_optimizers`` returns is converted in place, so schedulers, manual
-    optimization and the user's references go on working. A module that returns AMAdamW or AMSGD itself is only logged.
+    Every ``torch.optim.AdamW`` that ``configure_optimizers`` returns, and every Adam without coupled weight decay, is
+    converted in place, so schedulers, manual optimization and the user's references go on working. A module that
+    returns AMAdamW or AMSGD itself is only logged.
     One device, DDP, FSDPStrategy, ModelParallelStrategy (FSDP2, tensor parallel, both) and DeepSpeedStrategy (ZeRO 0 to
     3) give the same beta_t: the callback tells the optimizer where its parameters are. Clipping by norm
     (``Trainer(gradient_clip_val=...)``, ``self.clip_gradients``) becomes ``am_lightning.clip_grad_norm_``, right
@@ -84,7 +84,7 @@ class AdaptiveMemory(pl.Callback):
         self.log_every_n_steps = log_every_n_steps
         self.max_consecutive_skips = max_consecutive_skips
         self._replaced: list[Replaced] = []  # for the time of a fit
-        self._converted: list[AdaptiveMemoryOptimizer] = []
+        self._converted: list[tuple[AdaptiveMemoryOptimizer, str]] = []  # and what it was
         self._curves: list[Curves] = []
         self._skipped_before: list[int] = []  # of each optimizer, from a checkpoint that this fit resumes
         self._skipped_at_end: list[int] = []  # of each optimizer, when the last fit ended
@@ -135,19 +135,28 @@ class AdaptiveMemory(pl.Callback):
 
     def _convert(self, optimizers: list[Optimizer]) -> None:
         ready = [o for o in optimizers if isinstance(o, AdaptiveMemoryOptimizer)]
-        plain = [o for o in optimizers if isinstance(o, torch.optim.AdamW)]
+        plain = [o for o in optimizers if is_adam(o)]
         if not ready and not plain:
             found = ", ".join(type(o).__name__ for o in optimizers) or "no optimizer"
+            cures = "".join(f" {cure}." for cure in dict.fromkeys(map(what_to_return, optimizers)))
             raise MisconfigurationException(
-                f"AdaptiveMemory found nothing to convert: configure_optimizers returned {found}. "
-                "Return torch.optim.AdamW, AMAdamW or AMSGD, or remove the callback."
+                f"AdaptiveMemory found nothing to convert: configure_optimizers returned {found}.{cures} "
+                "Return torch.optim.AdamW, Adam without weight decay, AMAdamW or AMSGD, or remove the callback."
             )
+        for other in optimizers:
+            if other not in plain and other not in ready:
+                rank_zero_info(f"AdaptiveMemory leaves {type(other).__name__} as it is: {what_to_return(other)}")
+            elif other in plain and has_coupled_decay(other) and len(ready) + len(plain) > 1:
+                rank_zero_warn(
+                    "AdaptiveMemory leaves Adam with (coupled) weight decay as it is: AdamW would be converted"
+                )
+                plain.remove(other)
         self._converted = []
         for optimizer in plain:
+            name = type(optimizer).__name__
             try:
-                self._converted.append(
-                    convert_adamw(optimizer, lambd=self.lambd, beta1_max=self.beta1_max, scope=self.scope)
-                )
+                made = convert_adamw(optimizer, lambd=self.lambd, beta1_max=self.beta1_max, scope=self.scope)
+                self._converted.append((made, name))
             except ValueError as error:
                 raise MisconfigurationException(f"AdaptiveMemory cannot convert this optimizer: {error}") from error
         if ready and not plain and (self.lambd, self.beta1_max, self.scope) != (0.1, None, "tensor"):
@@ -167,10 +176,10 @@ class AdaptiveMemory(pl.Callback):
             prefix = f"am-{len(self._curves)}" if self._curves else "am"
             self._curves.append(Curves(optimizer, prefix, per_layer=self.per_layer, histogram=self.histogram))
         self._count_from_checkpoint()
-        for optimizer in self._converted:
+        for optimizer, name in self._converted:
             caps = sorted({group["beta1_max"] for group in optimizer.param_groups})
             rank_zero_info(
-                f"AdaptiveMemory: AdamW is now AMAdamW (scope {self.scope}, lambda {self.lambd:g}, "
+                f"AdaptiveMemory: {name} is now AMAdamW (scope {self.scope}, lambda {self.lambd:g}, "
                 f"cap of beta_t {', '.join(f'{cap:g}' for cap in caps)})"
             )
         self._converted = []

@@ -1,4 +1,4 @@
-"""Turn a torch.optim.AdamW into AMAdamW in place: schedulers and the user's own references stay valid."""
+"""Turn a torch.optim.AdamW or Adam into AMAdamW in place: schedulers and the user's own references stay valid."""
 
 from __future__ import annotations
 
@@ -19,13 +19,30 @@ def default_cap(beta1: float, lambd: float) -> float:
     return max(0.0, beta1 - (1 - beta1) * lambd)
 
 
+def is_adam(optimizer: Any) -> bool:
+    """A torch.optim.AdamW or Adam, or of a class made from one; ``convert_adamw`` says which it takes."""
+    return isinstance(optimizer, torch.optim.AdamW | torch.optim.Adam)
+
+
+def has_coupled_decay(optimizer: Any) -> bool:
+    """An Adam that adds weight decay to the gradient, which AMAdamW has no form of."""
+    decoupled = isinstance(optimizer, torch.optim.AdamW)
+    groups = [group for group in optimizer.param_groups if not group.get("decoupled_weight_decay", decoupled)]
+    return any(group["weight_decay"] != 0 for group in groups)
+
+
 def convert_adamw(
-    optimizer: torch.optim.AdamW, *, lambd: float = 0.1, beta1_max: float | None = None, scope: str = "tensor"
+    optimizer: torch.optim.AdamW | torch.optim.Adam,
+    *,
+    lambd: float = 0.1,
+    beta1_max: float | None = None,
+    scope: str = "tensor",
 ) -> AMAdamW:
     """Make ``optimizer`` an AMAdamW; the same object is returned.
 
     Args:
-        optimizer: exactly a torch.optim.AdamW that has made no step.
+        optimizer: exactly a torch.optim.AdamW that has made no step, or such a torch.optim.Adam without weight decay
+            or with ``decoupled_weight_decay``, which is the same.
         lambd: memory regularisation lambda.
         beta1_max: cap of beta_t for all groups; None: ``default_cap`` of each group's own beta1.
         scope: "tensor", "group" or "global".
@@ -34,7 +51,8 @@ def convert_adamw(
     where its kernels lack a compiler or Triton.
 
     Raises:
-        ValueError: amsgrad, differentiable, a subclass of AdamW, a replaced ``step``, or state already present.
+        ValueError: amsgrad, differentiable, coupled weight decay, a subclass, a replaced ``step``, or state already
+            present.
     """
     _refuse(optimizer)
     replaced_step = optimizer.__dict__.pop("step", None)
@@ -57,14 +75,14 @@ def convert_adamw(
     return converted
 
 
-def _drop_fused_where_it_cannot_run(optimizer: torch.optim.AdamW) -> bool | None:
+def _drop_fused_where_it_cannot_run(optimizer: Any) -> bool | None:
     """Whether ``fused=True`` was taken away; None where no group has it. The ranks agree at their first step."""
     fused = [group for group in optimizer.param_groups if group.get("fused")]
     try:
         for device in {param.device for group in fused for param in group["params"]}:
             require_fused(device)
     except RuntimeError as error:
-        warnings.warn(f"AdamW(fused=True) becomes AMAdamW with fused=None: {error}", stacklevel=3)
+        warnings.warn(f"{type(optimizer).__name__}(fused=True) becomes AMAdamW with fused=None: {error}", stacklevel=3)
         for group in (*fused, optimizer.defaults):
             group["fused"] = None
         return True
@@ -73,28 +91,46 @@ def _drop_fused_where_it_cannot_run(optimizer: torch.optim.AdamW) -> bool | None
 
 def _refuse(optimizer: Any) -> None:
     name = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
-    if type(optimizer) is not torch.optim.AdamW:
+    kind = type(optimizer).__name__
+    if type(optimizer) not in (torch.optim.AdamW, torch.optim.Adam):
         raise ValueError(
-            f"{name} is not exactly torch.optim.AdamW, so what its step() adds would be lost: "
+            f"{name} is not exactly torch.optim.AdamW or Adam, so what its step() adds would be lost: "
             "return torch.optim.AdamW, or am_lightning.AMAdamW itself"
         )
     cures = {
-        "amsgrad": "adaptive memory has no amsgrad form: build AdamW with amsgrad=False",
-        "differentiable": "AMAdamW.step() cannot be differentiated through: build AdamW with differentiable=False",
+        "amsgrad": f"adaptive memory has no amsgrad form: build {kind} with amsgrad=False",
+        "differentiable": f"AMAdamW.step() cannot be differentiated through: build {kind} with differentiable=False",
     }
     for key, cure in cures.items():
         if any(group.get(key) for group in optimizer.param_groups):
-            raise ValueError(f"AdamW with {key}=True cannot be converted: {cure}")
+            raise ValueError(f"{kind} with {key}=True cannot be converted: {cure}")
+    if has_coupled_decay(optimizer):
+        raise ValueError(
+            "Adam adds weight decay to the gradient, which adaptive memory has no form of: return torch.optim.AdamW, "
+            "whose weight decay is decoupled, or Adam with weight_decay=0"
+        )
     if any(optimizer.state.values()):
         raise ValueError(
-            "this AdamW has state already (it has made steps, or a checkpoint was loaded into it), and converting it "
-            "would lose the running averages' bias correction: convert a fresh AdamW, then load its checkpoint"
+            f"this {kind} has state already (it has made steps, or a checkpoint was loaded into it), and converting it "
+            "would lose the running averages' bias correction: convert a fresh one, then load its checkpoint"
         )
     step = optimizer.__dict__.get("step")
     if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):
         raise ValueError(
-            "AdamW.step was replaced on this instance, and the replacement would be lost: remove it, then convert"
+            f"{kind}.step was replaced on this instance, and the replacement would be lost: remove it, then convert"
         )
+
+
+def what_to_return(optimizer: Any) -> str:
+    """For a message: the optimizer of ours, or of torch, in place of one that cannot be converted."""
+    name, library = type(optimizer).__name__, type(optimizer).__module__.partition(".")[0]
+    if "adam" in name.lower() and library != "torch":
+        return (
+            f"in place of {library}'s {name} return torch.optim.AdamW, with fused=True for one kernel over all tensors"
+        )
+    if isinstance(optimizer, torch.optim.SGD):
+        return "for SGD with adaptive memory return am_lightning.am_sgd(self, lr) or AMSGD"
+    return f"{name} has a momentum rule of its own, which adaptive memory does not replace"
 
 
 def _cap(beta1: Any, lambd: float, beta1_max: float | None) -> float:

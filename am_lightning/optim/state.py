@@ -111,6 +111,14 @@ def check_loadable(
     """
     if any(group.get("amsgrad") for group in state_dict["param_groups"]):
         raise ValueError(f"loaded state dict is of AdamW with amsgrad=True, which {who} has no form of: start anew")
+    if any(group.get("weight_decay") and _is_coupled(group) for group in state_dict["param_groups"]) and not any(
+        "decoupled_weight_decay" in group
+        for group in param_groups  # AMSGD has both
+    ):
+        raise ValueError(
+            f"loaded state dict is of Adam with weight_decay that is coupled, and {who}'s is decoupled: start anew, or "
+            "set decoupled_weight_decay=True in its groups to go on as AdamW would"
+        )
     params = [p for group in param_groups for p in group["params"]]
     ids = [i for group in state_dict["param_groups"] for i in group["params"]]
     if len(ids) != len(params):
@@ -148,6 +156,10 @@ def _check_moments(name: str, state: dict[str, Any], param: Tensor, moments: tup
 def _placement(tensor: Any) -> tuple[Any, ...] | None:
     """What two DTensors must share for their local pieces to hold the same elements; None for a plain tensor."""
     return (tuple(tensor.placements), tensor.device_mesh.mesh.tolist()) if is_dtensor(tensor) else None
+
+
+def _is_coupled(group: dict[str, Any]) -> bool:
+    return not group.get("decoupled_weight_decay", True)  # AdamW of older releases has no such key
 
 
 def _placed(tensor: Any) -> str:

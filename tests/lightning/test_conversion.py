@@ -105,6 +105,12 @@ class Custom(torch.optim.AdamW):
     pass
 
 
+class FusedAdam(torch.optim.SGD):
+    """As apex and others have it: no torch.optim.Adam."""
+
+    __module__ = "some_library.optimizers"
+
+
 def stepped(net):
     optimizer = torch.optim.AdamW(net.parameters())
     step(net, optimizer, 0)
@@ -116,7 +122,12 @@ REFUSED = {
     "differentiable=False": lambda net: torch.optim.AdamW(net.parameters(), differentiable=True, foreach=False),
     "not exactly torch.optim.AdamW": lambda net: Custom(net.parameters()),
     "has state already": stepped,
-    "nothing to convert": lambda net: torch.optim.SGD(net.parameters(), lr=0.1),
+    "nothing to convert": lambda net: torch.optim.NAdam(net.parameters()),
+    "return am_lightning.am_sgd": lambda net: torch.optim.SGD(net.parameters(), lr=0.1),
+    "in place of some_library's FusedAdam return": lambda net: FusedAdam(net.parameters()),
+    "adds weight decay to the gradient.*return torch.optim.AdamW": lambda net: torch.optim.Adam(
+        net.parameters(), weight_decay=0.1
+    ),
 }
 
 
@@ -129,6 +140,80 @@ def test_what_cannot_be_converted_is_refused_with_the_cure(cure: str) -> None:
     trainer = pl.Trainer(**quiet(max_steps=1, callbacks=[AdaptiveMemory()]))
     with pytest.raises(MisconfigurationException, match=cure):
         trainer.fit(Module())
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "decoupled_weight_decay": True}])
+def test_adam_is_converted_as_the_adamw_that_it_is(options) -> None:
+    if (
+        "decoupled_weight_decay" in options
+        and "decoupled_weight_decay" not in torch.optim.Adam([torch.ones(1)]).defaults
+    ):
+        pytest.skip("Adam of this torch has no decoupled weight decay")
+
+    class Module(Regression):
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.net.parameters(), lr=0.05, betas=(0.9, 0.95), **options)
+
+    module = Module()
+    trainer = pl.Trainer(**quiet(max_steps=5, callbacks=[AdaptiveMemory()]))
+    trainer.fit(module)
+    assert type(trainer.optimizers[0]) is AMAdamW
+
+    class Twin(Regression):
+        def configure_optimizers(self):
+            decay = options.get("weight_decay", 0.0)
+            return AMAdamW(self.net.parameters(), lr=0.05, betas=(0.89, 0.95), weight_decay=decay)
+
+    twin = Twin()
+    pl.Trainer(**quiet(max_steps=5)).fit(twin)
+    for ours, theirs in zip(module.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_beside_adamw_others_stay_and_are_named(caplog) -> None:
+    class Module(Regression):
+        automatic_optimization = False
+
+        def configure_optimizers(self):
+            weights = list(self.net.parameters())
+            self.made = [
+                torch.optim.AdamW(weights[:1]),
+                torch.optim.SGD(weights[1:2], lr=0.1),
+                torch.optim.Adam(weights[2:], weight_decay=0.1),
+            ]
+            return self.made
+
+        def training_step(self, batch, index):
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, index))
+            for optimizer in self.optimizers():
+                optimizer.step()
+
+    module = Module()
+    with pytest.warns(UserWarning, match="leaves Adam with .coupled. weight decay"), caplog.at_level("INFO"):
+        pl.Trainer(**quiet(max_steps=3, callbacks=[AdaptiveMemory()])).fit(module)
+    assert [type(optimizer) for optimizer in module.made] == [AMAdamW, torch.optim.SGD, torch.optim.Adam]
+
+
+def test_a_checkpoint_of_adam_is_that_of_the_adamw_that_it_is() -> None:
+    saved = {}
+    for kind, decay in ((torch.optim.Adam, 0.0), (torch.optim.AdamW, 0.0), (torch.optim.Adam, 0.1)):
+        net = make_net()
+        optimizer = kind(net.parameters(), weight_decay=decay)
+        step(net, optimizer, 0)
+        saved[kind.__name__, decay] = optimizer.state_dict()
+    after = []
+    for key in (("Adam", 0.0), ("AdamW", 0.0)):
+        net = make_net()
+        optimizer = AMAdamW(net.parameters(), weight_decay=0.0)
+        optimizer.load_state_dict(saved[key])
+        step(net, optimizer, 1)
+        after.append([p.detach() for p in net.parameters()])
+    assert all(map(torch.equal, *after))
+    if "decoupled_weight_decay" in saved["Adam", 0.1]["param_groups"][0]:  # from torch 2.7 on
+        with pytest.raises(ValueError, match="of Adam with weight_decay that is coupled"):
+            AMAdamW(make_net().parameters()).load_state_dict(saved["Adam", 0.1])
 
 
 def test_every_form_of_configure_optimizers_is_read() -> None:
