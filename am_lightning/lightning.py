@@ -138,9 +138,10 @@ class AdaptiveMemory(pl.Callback):
         plain = [o for o in optimizers if is_adam(o)]
         if not ready and not plain:
             found = ", ".join(type(o).__name__ for o in optimizers) or "no optimizer"
-            cures = "".join(f" {cure}." for cure in dict.fromkeys(map(what_to_return, optimizers)))
+            if optimizers:
+                found += f" ({'; '.join(dict.fromkeys(map(what_to_return, optimizers)))})"
             raise MisconfigurationException(
-                f"AdaptiveMemory found nothing to convert: configure_optimizers returned {found}.{cures} "
+                f"AdaptiveMemory found nothing to convert: configure_optimizers returned {found}. "
                 "Return torch.optim.AdamW, Adam without weight decay, AMAdamW or AMSGD, or remove the callback."
             )
         for other in optimizers:

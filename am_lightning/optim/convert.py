@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -19,7 +19,7 @@ def default_cap(beta1: float, lambd: float) -> float:
     return max(0.0, beta1 - (1 - beta1) * lambd)
 
 
-def is_adam(optimizer: Any) -> bool:
+def is_adam(optimizer: Any) -> TypeGuard[torch.optim.AdamW | torch.optim.Adam]:
     """A torch.optim.AdamW or Adam, or of a class made from one; ``convert_adamw`` says which it takes."""
     return isinstance(optimizer, torch.optim.AdamW | torch.optim.Adam)
 
