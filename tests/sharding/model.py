@@ -15,6 +15,7 @@ from am_lightning import AMSGD, AMAdamW
 from am_lightning.optim import base
 
 WIDTH, HIDDEN, OUT, BATCH, TOKENS = 6, 8, 3, 8, 4
+CPU = torch.device("cpu")
 
 
 class Block(nn.Module):
@@ -118,6 +119,7 @@ def train(
     dtype: torch.dtype,
     *,
     share: tuple[int, int] = (0, 1),
+    device: torch.device = CPU,
     rate: float = 0.1,
     before_step: Callable[[int], None] | None = None,
     counts: list[dict[str, int]] | None = None,
@@ -133,7 +135,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = lr_of(step, rate)
         x, y = batch_of(step, dtype)
-        x, y = x.chunk(share[1])[share[0]], y.chunk(share[1])[share[0]]
+        x, y = (part.chunk(share[1])[share[0]].to(device) for part in (x, y))
         optimizer.zero_grad()
         F.mse_loss(model(x), y).backward()
         if before_step is not None:
