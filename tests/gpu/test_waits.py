@@ -14,7 +14,7 @@ import torch
 
 from am_lightning import AMSGD, AMAdamW, clip_grad_norm_
 from am_lightning.optim import squares
-from tests.device import ACCELERATOR, DEVICE, ON_GPU
+from tests.device import DEVICE, ON_GPU
 from tests.gpu.steps import DTYPES, KERNELS, give, make, no_sync, only_cuda, words_of
 from tests.optim.harness import SCOPES, params_of
 from tests.optim.launches import FREE
@@ -113,7 +113,6 @@ def test_the_callback_waits_at_its_log_interval_only(precision: str) -> None:
     try:
         trainer = pl.Trainer(
             **quiet(
-                accelerator=ACCELERATOR,
                 precision=precision,
                 max_steps=10,
                 gradient_clip_val=0.5,
