@@ -28,7 +28,7 @@ DTYPES = {
     "float64": [torch.float64],
     "mixed": [torch.float32, torch.bfloat16, torch.float16, torch.float32, torch.float64],
 }
-only_cuda = pytest.mark.skipif(not ON_GPU, reason="a CPU has no graphs, streams and events of CUDA")
+only_cuda = pytest.mark.skipif(not ON_GPU, reason="a CPU has no CUDA graphs and no waits for a device")
 
 
 def words_of(kernel: str) -> str:
@@ -76,6 +76,25 @@ def give(optimizer: torch.optim.Optimizer, step: int) -> None:
         room = torch.empty(p.numel() + offset, dtype=p.dtype, device=p.device)
         noise = torch.randn(p.shape, generator=generator, device=p.device)
         p.grad = room[int(offset) :].view(p.shape).copy_(noise.add_(p.detach(), alpha=0.5))
+
+
+def delay() -> None:
+    """The device falls behind the host, by a few milliseconds."""
+    if ON_GPU:
+        torch.cuda._sleep(5_000_000)
+
+
+@contextmanager
+def side_stream() -> Iterator[None]:
+    """A stream of its own, after all that came before; what comes later waits for it."""
+    if not ON_GPU:
+        yield
+        return
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        yield
+    torch.cuda.current_stream().wait_stream(side)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from am_lightning import AMAdamW, clip_grad_norm_
 from tests.device import DEVICE, ON_GPU
-from tests.gpu.steps import KERNELS, give, make, only_cuda
+from tests.gpu.steps import KERNELS, give, make, only_cuda, side_stream
 from tests.optim.harness import SCOPES, assert_bitwise, assert_close, make_oracle, params_of, snapshot, to_numpy
 from tests.sharding.model import batch_of, make_net
 
@@ -31,16 +31,9 @@ def captured(action: Callable[[], Any]) -> Callable[[], Any]:
 
 def warm_up(action: Callable[[int], Any]) -> None:
     """As torch's documentation does it: three times, on a stream of its own."""
-    if not ON_GPU:
+    with side_stream():
         for step in range(3):
             action(step)
-        return
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for step in range(3):
-            action(step)
-    torch.cuda.current_stream().wait_stream(side)
 
 
 class Run:

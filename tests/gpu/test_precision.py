@@ -121,7 +121,7 @@ def test_the_trainer(precision: str) -> None:
     assert 0 < float(optimizer.report()[-1]) < 100  # the norm before clipping
 
 
-@pytest.mark.parametrize("scale", [2.0**16, 2.0**40])
+@pytest.mark.parametrize("scale", [2.0**10, 2.0**40])
 def test_the_trainer_in_16_mixed(scale: float) -> None:
     """With a scale far too high the first steps overflow: nothing is written, and they are not counted."""
     from lightning.pytorch.plugins.precision import MixedPrecision
@@ -131,7 +131,7 @@ def test_the_trainer_in_16_mixed(scale: float) -> None:
     (optimizer,) = trainer.optimizers
     (made,) = {float(state["step"]) for state in optimizer.state.values()}
     assert trainer.global_step == 10
-    assert made == 10 if scale == 2.0**16 else 0 < made < 10, made
+    assert made == 10 if scale == 2.0**10 else 0 < made < 10, made
     assert module.losses[-1] < module.losses[0]
     norm = float(optimizer.report()[-1])
     assert 0 < norm < 100 and all(bool(p.isfinite().all()) for p in module.parameters())
