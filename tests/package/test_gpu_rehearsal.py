@@ -19,11 +19,9 @@ FILES = sorted(path.name for path in GPU_TESTS.glob("test_*.py"))
 
 def rehearse(*arguments: str) -> str:
     """What pytest said at its end, all passed or skipped."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith("AM_TESTS_")}
     command = [COLD, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    done = subprocess.run(
-        command, cwd=ROOT, env=env | {DEVICE_VARIABLE: "cpu"}, capture_output=True, text=True, timeout=1500
-    )
+    env = os.environ | {DEVICE_VARIABLE: "cpu"}  # with this session's fork server
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     return done.stdout.splitlines()[-1]
 
