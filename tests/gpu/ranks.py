@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -31,9 +33,14 @@ def fsdp2_offload(dtype: torch.dtype) -> Placed:
 LAYOUTS["fsdp2_offload"] = (fsdp2_offload, (1,))
 
 
-def compare(**arguments: Any) -> dict[str, Any]:
-    """Beside one process on the CPU."""
-    return steps.compare(**arguments)
+def compare(*, unseen: bool = False, **arguments: Any) -> dict[str, Any]:
+    """Beside one process on the CPU; ``unseen``: as where kernels decide and nobody collects beta_t before clipping."""
+    dtype = getattr(torch, arguments["dtype"])
+    steps.reference(arguments["kind"], arguments["scope"], dtype, "flat" in arguments["layout"])  # is kept
+    with pytest.MonkeyPatch.context() as patch:
+        if unseen:
+            patch.setattr(steps, "raw_betas", lambda scope: nullcontext([]))
+        return steps.compare(**arguments)
 
 
 def reduced_on_the_accelerator() -> dict[str, Any]:

@@ -51,31 +51,31 @@ def placed(values: torch.Tensor, offset: int) -> torch.Tensor:
     return room[offset:].view(values.shape).copy_(values)
 
 
-def make_params(dtypes: Sequence[torch.dtype], *, shapes: Any = SHAPES, seed: int = 0) -> list[tuple[str, Any]]:
-    """Every other one starts off alignment."""
+def make_params(
+    dtypes: Sequence[torch.dtype], *, shapes: Any = SHAPES, seed: int = 0, offset: int = 1
+) -> list[tuple[str, Any]]:
+    """Every other one starts so many elements off alignment."""
     generator = torch.Generator().manual_seed(seed)
-    return [
-        (f"w{i}", torch.nn.Parameter(placed(torch.randn(s, generator=generator).to(dtypes[i % len(dtypes)]), i % 2)))
-        for i, s in enumerate(shapes)
-    ]
+    values = [torch.randn(s, generator=generator).to(dtypes[i % len(dtypes)]) for i, s in enumerate(shapes)]
+    return [(f"w{i}", torch.nn.Parameter(placed(t, i % 2 * offset))) for i, t in enumerate(values)]
 
 
 def make(kernel: str, dtypes: Sequence[torch.dtype] = (torch.float32,), **options: Any) -> AMAdamW:
     """Two groups, with and without decay."""
-    params = make_params(dtypes, shapes=options.pop("shapes", SHAPES))
+    params = make_params(dtypes, shapes=options.pop("shapes", SHAPES), offset=options.pop("offset", 1))
     half = len(params) // 2
     groups = [{"params": params[:half]}, {"params": params[half:], "weight_decay": 0.0}]
     return AMAdamW(groups, **({"lr": 0.05} | KERNELS[kernel] | options))
 
 
-def give(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """New gradients at new addresses, some of them off alignment; nothing waits for the device."""
+def give(optimizer: torch.optim.Optimizer, step: int, offset: int = 1) -> None:
+    """New gradients at new addresses, every third so many elements off alignment; nothing waits for the device."""
     generator = torch.Generator(DEVICE.type).manual_seed(step)
     for i, p in enumerate(params_of(optimizer)):
-        offset = (i + step) % 3 == 0
-        room = torch.empty(p.numel() + offset, dtype=p.dtype, device=p.device)
+        start = offset if (i + step) % 3 == 0 else 0
+        room = torch.empty(p.numel() + start, dtype=p.dtype, device=p.device)
         noise = torch.randn(p.shape, generator=generator, device=p.device)
-        p.grad = room[int(offset) :].view(p.shape).copy_(noise.add_(p.detach(), alpha=0.5))
+        p.grad = room[start:].view(p.shape).copy_(noise.add_(p.detach(), alpha=0.5))
 
 
 def delay() -> None:

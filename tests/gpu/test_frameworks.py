@@ -76,14 +76,15 @@ def test_a_compiled_net_in_the_trainer() -> None:
 # ---------------------------------------------------------------------- Accelerate
 @pytest.mark.parametrize("name", KINDS)
 def test_accelerate(alone: Pool, name: str) -> None:
-    """beta_t before it is clipped, and both norms."""
+    """beta_t, before it is clipped where that is seen, and both norms."""
     (found,) = alone.run(f"{WORKER}layout", **KINDS[name])
     single = found["alone"]
     assert single["share"] > 0.2
-    for row, theirs in zip(found["raw"], single["raw"], strict=True):
+    key = "raw" if found["raw"] else "seen"  # as tests.sharding.model.beside
+    for row, theirs in zip(found[key], single[key], strict=True):
         for given, beta in row.items():
             expected = theirs[given.removeprefix("mine.")]
-            assert beta == pytest.approx(expected, rel=1e-4, abs=1e-5, nan_ok=True), given
+            assert beta == pytest.approx(expected, rel=1e-3, abs=1e-4, nan_ok=True), given
     for norm, theirs in found["norms"]:
         assert norm == pytest.approx(theirs, rel=1e-5)
 

@@ -160,9 +160,9 @@ def launches_of(names: Counter[str]) -> int:
     return sum(count for name, count in names.items() if name.startswith(DEVICE_SIDE))
 
 
-# At most: launches of a step with clipping, and operators that the host calls for them. tests/optim/test_launches.py
-# counts fewer on a CPU; on a device some operators are more than one launch.
-LIMITS = {"default": (500, 350), "triton": (200, 200), "foreach": (500, 350)}
+# At most: what runs on the device in a step with clipping, and operators that the host calls for it. On a CPU fewer are
+# counted (tests/optim/test_launches.py, test_triton_steps.py); on a device some operators are more than one launch.
+LIMITS = {"default": (500, 350), "triton": (40, 100) if ON_GPU else (0, 200), "foreach": (500, 350)}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -170,25 +170,27 @@ LIMITS = {"default": (500, 350), "triton": (200, 200), "foreach": (500, 350)}
 def test_launches_of_a_step(
     kernel: str, dtype: str, record_property: Callable[[str, object], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """300 tensors with clipping; the counts go into the report."""
+    """300 aligned tensors, half of them decayed, with clipping; the counts go into the report."""
     monkeypatch.setattr(squares, "_in_blocks", lambda device: False)  # in a rehearsal too
     shapes = [(8 + i % 5, 6) if i % 3 else (7 + i % 4,) for i in range(TENSORS)]
-    optimizer = make(kernel, DTYPES[dtype], shapes=shapes, weight_decay=0.1)
+    optimizer = make(kernel, DTYPES[dtype], shapes=shapes, weight_decay=0.1, offset=0)
 
     def step() -> None:
         clip_grad_norm_(optimizer, 1.0, in_step=True)
         optimizer.step()
 
     for i in range(4):
-        give(optimizer, i)
+        give(optimizer, i, offset=0)
         step()
-    give(optimizer, 4)
+    give(optimizer, 4, offset=0)
     names, operators = profiled(step)
     launches = launches_of(names)
     record_property(f"launches {kernel} {dtype}", launches)
     record_property(f"host operations {kernel} {dtype}", operators)
     most_launches, most_operators = LIMITS["triton" if words_of(kernel) == "Triton" else kernel]
     if ON_GPU:
+        if not names:
+            pytest.skip("the profiler sees nothing of CUDA here")
         waits = {name: count for name, count in names.items() if name in WAITS}
         assert waits.get("cudaDeviceSynchronize", 0) <= 3, waits  # this test's own, and the profiler's
         assert waits.keys() <= {"cudaDeviceSynchronize"}, waits

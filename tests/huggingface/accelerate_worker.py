@@ -130,6 +130,7 @@ def alone(scope: str, *, clip: bool, flat: bool, kind: str = "adamw") -> dict[st
     names = optimizer.parameter_names()
     return {
         "raw": [dict(zip(names, row, strict=True)) for row in raw],
+        "seen": seen,
         "share": interior_share(seen, kind),
         "names": names,
     }

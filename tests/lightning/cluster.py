@@ -29,7 +29,7 @@ from am_lightning import AdaptiveMemory, AMAdamW, am_adamw
 from tests.device import BACKEND, ON_GPU
 from tests.lightning.model import quiet
 from tests.sharding.layouts import shard, tensor_parallel
-from tests.sharding.model import RATES, Block, batch_of, is_plain_decay, lr_of, make_net, raw_betas
+from tests.sharding.model import RATES, Block, batch_of, beside, is_plain_decay, lr_of, make_net, raw_betas
 from tests.sharding.steps import whole_weights
 
 STEPS = 8
@@ -360,11 +360,12 @@ def fit(placed: str, dtype: torch.dtype = torch.float64, **how: Any) -> dict[str
 def compared(optimizer: Any, module: Sharded, watch: Watch, raw: Any, single: dict[str, Any]) -> dict[str, Any]:
     """The last ``len(raw)`` steps of a run and of the run of one process."""
     names = [name.removeprefix("net.") for name in optimizer.parameter_names()]
+    seen = [{name.removeprefix("net."): beta for name, beta in step.items()} for step in module.seen]
     errors = [
-        abs(ours - theirs[name]) / (abs(theirs[name]) + 0.1)
-        for row, theirs in zip(raw, single["raw"][-len(raw) :], strict=True)
-        for name, ours in zip(names, row, strict=True)
-        if ours == ours or theirs[name] == theirs[name]
+        abs(beta - theirs[name]) / (abs(theirs[name]) + 0.1)
+        for ours, theirs in beside(raw, names, seen, single | {"raw": single["raw"][-len(raw) :]})
+        for name, beta in ours.items()
+        if beta == beta or theirs[name] == theirs[name]
     ]
     off = [float((watch.weights[n] - w).abs().max() / w.abs().max()) for n, w in single["weights"].items()]
     betas = [beta for step in module.seen[-len(raw) :][1:] for beta in step.values()]

@@ -20,7 +20,17 @@ from am_lightning.names import strip_wrappers
 from am_lightning.sharding.dtensor import local
 from tests.device import DEVICE
 from tests.sharding.layouts import LAYOUTS
-from tests.sharding.model import RATES, batch_of, groups_of, interior_share, make_net, make_optimizer, raw_betas, train
+from tests.sharding.model import (
+    RATES,
+    batch_of,
+    beside,
+    groups_of,
+    interior_share,
+    make_net,
+    make_optimizer,
+    raw_betas,
+    train,
+)
 from tests.sharding.steps import optimizer_of, raw_error, whole_weights
 
 DTYPE = torch.float64
@@ -70,7 +80,7 @@ def reference(kind: str, scope: str, flat: bool) -> dict[str, Any]:
     by_name = [dict(zip(optimizer.parameter_names(), row, strict=True)) for row in raw]
     weights = {name: param.detach() for name, param in net.named_parameters()}
     share = interior_share(seen, kind)
-    return {"norms": norms, "gradients": gradients, "raw": by_name, "weights": weights, "share": share}
+    return {"norms": norms, "gradients": gradients, "raw": by_name, "seen": seen, "weights": weights, "share": share}
 
 
 def compare(layout: str, kind: str, scope: str) -> dict[str, Any]:
@@ -92,11 +102,11 @@ def compare(layout: str, kind: str, scope: str) -> dict[str, Any]:
     options = {"share": placed.share, "device": DEVICE, "rate": rate_of(kind, scope), "counts": steps}
     with raw_betas(scope) as raw:
         before_step = clipper(norms, gradients, model, clip)
-        train(model, optimizer, range(len(LIMITS)), DTYPE, before_step=before_step, **options)
+        seen = train(model, optimizer, range(len(LIMITS)), DTYPE, before_step=before_step, **options)
     single = reference(kind, scope, "flat" in layout)
-    names, weights = optimizer.parameter_names(), whole_weights(model)
+    weights = whole_weights(model)
     steps_of_both = list(zip(gradients, single["gradients"], strict=True))
-    rows = [(dict(zip(names, row, strict=True)), theirs) for row, theirs in zip(raw, single["raw"], strict=True)]
+    rows = beside(raw, optimizer.parameter_names(), seen, single)
     return {
         "norm": max(raw_error(n, s) for n, s in zip(norms, single["norms"], strict=True)),
         "gradients": max((relative(ours[n], theirs[n]) for ours, theirs in steps_of_both for n in ours), default=0.0),

@@ -112,6 +112,19 @@ def raw_betas(scope: str) -> Iterator[list[list[float]]]:
         base.decide = original
 
 
+Betas = list[dict[str, float]]  # of each step, by name
+
+
+def beside(raw: list[list[float]], names: list[str], seen: Betas, single: dict[str, Betas]) -> list[Any]:
+    """beta_t of each step beside that of one process: before it is clipped, where ``raw_betas`` has collected it.
+
+    Triton kernels decide on a GPU, unseen; then what they came to is compared, clipped.
+    """
+    if not raw:
+        return list(zip(seen, single["seen"], strict=True))
+    return list(zip([dict(zip(names, row, strict=True)) for row in raw], single["raw"], strict=True))
+
+
 def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -123,7 +136,7 @@ def train(
     rate: float = 0.1,
     before_step: Callable[[int], None] | None = None,
     counts: list[dict[str, int]] | None = None,
-) -> list[dict[str, float]]:
+) -> Betas:
     """Train on this rank's share (index, of how many) of each global batch.
 
     Returns:

@@ -15,7 +15,7 @@ from am_lightning.names import strip_wrappers
 from am_lightning.sharding.dtensor import local
 from tests.device import DEVICE
 from tests.sharding.layouts import LAYOUTS, Placed
-from tests.sharding.model import RATES, groups_of, interior_share, make_net, make_optimizer, raw_betas, train
+from tests.sharding.model import RATES, beside, groups_of, interior_share, make_net, make_optimizer, raw_betas, train
 
 STEPS = 8
 
@@ -79,17 +79,13 @@ def compare(layout: str, kind: str, scope: str, dtype: str, **options: Any) -> d
     with raw_betas(scope) as raw:
         seen = train(placed.model, optimizer, range(STEPS), precision, **where, rate=rate, counts=counts)
     single = reference(kind, scope, precision, "flat" in layout)
-    names = optimizer.parameter_names()
-    errors = [
-        raw_error(ours, theirs[name])
-        for row, theirs in zip(raw, single["raw"], strict=True)
-        for name, ours in zip(names, row, strict=True)
-    ]
+    rows = beside(raw, optimizer.parameter_names(), seen, single)
+    errors = [raw_error(beta, theirs[name]) for ours, theirs in rows for name, beta in ours.items()]
     weights = whole_weights(placed.model)
     off = [float((weights[n] - w).abs().max() / w.abs().max()) for n, w in single["weights"].items()]
     return {
         "raw": max(errors),
-        "compared": sum(not math.isnan(ours) for row in raw for ours in row),
+        "compared": sum(not math.isnan(beta) for ours, _ in rows for beta in ours.values()),
         "weights": max(off),
         "bits": [{n: b.hex() for n, b in step.items()} for step in seen],
         "weight_bits": {n: w.flatten().tolist() for n, w in weights.items()},
