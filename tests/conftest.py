@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.forkserver import COLD_VARIABLE, VARIABLE, ForkServer
-from tests.gates import GATES, asks_for_gpu, kept
+from tests.gates import GATES, kept, let_see_gpu
 
 SERVER = pytest.StashKey[ForkServer]()
 
@@ -32,10 +32,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput") and not asks_for_gpu(config.args, config.invocation_params.dir):
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything starts a process, or CUDA
-    if hasattr(config, "workerinput") or config.option.collectonly or VARIABLE in os.environ:
+    if hasattr(config, "workerinput"):
         return  # a worker of xdist has the variables of the session that started it
+    if let_see_gpu(config.args, config.invocation_params.dir):
+        return  # a process that has looked for a GPU cannot be forked into one that uses it
+    if config.option.collectonly or VARIABLE in os.environ:
+        return
     server = config.stash[SERVER] = ForkServer()
     os.environ |= {VARIABLE: str(server.python), COLD_VARIABLE: sys.executable}
 

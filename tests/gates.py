@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 GATES = ("fast", "full", "ci", "nightly")
 
 GPU_TESTS = Path(__file__).resolve().parent / "gpu"
+DEVICE_VARIABLE = "AM_GPU_TESTS_DEVICE"  # "cpu": tests/gpu is rehearsed there
 
 
 def asks_for_gpu(paths: Sequence[str], folder: Path) -> bool:
@@ -22,6 +24,18 @@ def asks_for_gpu(paths: Sequence[str], folder: Path) -> bool:
     """
     places = [(folder / path.partition("::")[0]).resolve() for path in paths]
     return bool(places) and all(place.is_relative_to(GPU_TESTS) for place in places)
+
+
+def let_see_gpu(paths: Sequence[str], folder: Path) -> bool:
+    """Show the GPU to tests/gpu alone, and hide it in a rehearsal; before anything starts a process, or CUDA.
+
+    Returns:
+        Whether it is shown.
+    """
+    shown = asks_for_gpu(paths, folder) and os.environ.setdefault(DEVICE_VARIABLE, "cuda") != "cpu"
+    if not shown:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    return shown
 
 
 def kept(items: list[pytest.Item], gate: str) -> list[pytest.Item]:

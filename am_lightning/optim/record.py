@@ -36,7 +36,7 @@ class StepRecord:
         if decision.bad.numel():
             first_bad = decision.bad.to(torch.int64).argmax()
             if positions is not None:
-                first_bad = positions[first_bad]
+                first_bad = positions.index_select(0, first_bad.reshape(1)).reshape(())  # positions[...] would wait
             bad_row.copy_(torch.where(decision.skipped & ~before, first_bad, bad_row))
         self.skipped.copy_(now)
 

@@ -9,7 +9,9 @@ from contextlib import nullcontext
 from typing import Any
 from unittest.mock import Mock, patch
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+from tests.device import DEVICE
+
+os.environ.setdefault("DS_ACCELERATOR", DEVICE.type)
 os.environ["PATH"] = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"  # ninja is beside python
 os.environ.setdefault("LOCAL_RANK", os.environ.get("RANK", "0"))
 
@@ -114,7 +116,7 @@ def train(engine: Any, optimizer: torch.optim.Optimizer, scope: str, steps: rang
         schedule(optimizer, step, scope)
         for micro in range(accumulate):
             x, y = batch_of(step, micro, dist.get_rank(), dist.get_world_size())
-            loss = (engine(x.to(dtype)).float() - y.float()).square().mean()
+            loss = (engine(x.to(engine.device, dtype)).float() - y.to(engine.device).float()).square().mean()
             engine.backward(loss)
             engine.step()
 
@@ -124,7 +126,7 @@ def whole_weights(engine: Any, stage: int, dtype: str) -> dict[str, Tensor]:
     for name, param in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([param], enabled=stage == 3):
             exact = stage == 0 or dtype == "float32"
-            found[name] = (param if exact else safe_get_full_fp32_param(param)).detach().double().clone()
+            found[name] = (param if exact else safe_get_full_fp32_param(param)).detach().double().cpu().clone()
     return found
 
 
@@ -201,11 +203,11 @@ def compare_in_16_bit(stage: int, scope: str = "tensor", dtype: str = "bfloat16"
         schedule(optimizer, step, scope)
         schedule(reference, step, scope)
         x, y = batch_of(step, 0, dist.get_rank(), dist.get_world_size())
-        loss = (engine(x.to(half)).float() - y.float()).square().mean()
+        loss = (engine(x.to(engine.device, half)).float() - y.to(engine.device).float()).square().mean()
         engine.backward(loss)
         scale = engine.optimizer.loss_scale if dtype == "float16" else 1.0
         for (_, given), param in zip(engine.module.named_parameters(), single.parameters(), strict=True):
-            param.grad = safe_get_full_grad(given).double().reshape(param.shape) / scale
+            param.grad = safe_get_full_grad(given).double().cpu().reshape(param.shape) / scale
         engine.step()
         if engine.skipped_steps > dropped:
             dropped = engine.skipped_steps
@@ -227,6 +229,8 @@ def compare_in_16_bit(stage: int, scope: str = "tensor", dtype: str = "bfloat16"
 
 def allow_float16() -> None:
     """DeepSpeed's CPU accelerator says that it has none; torch has."""
+    if DEVICE.type != "cpu":
+        return
     accelerator = get_accelerator()
     accelerator.is_fp16_supported = lambda: True
     accelerator.supported_dtypes = lambda: [torch.float32, torch.bfloat16, torch.float16]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from am_lightning import AMAdamW, clip_grad_norm_
 from am_lightning.huggingface import attach
+from tests.device import ON_GPU
 from tests.huggingface.launch import finish
 from tests.huggingface.sharded import force, let_fsdp1_run_on_cpu, plugin_of
 from tests.lacking import unless_lacking
@@ -38,6 +40,8 @@ FLOAT = torch.float32
 
 def accelerator_of(kind: str, **options: Any) -> Accelerator:
     """A fresh one."""
+    if ON_GPU:
+        return on_gpu(kind, **options)
     AcceleratorState._reset_state()
     GradientState._reset_state()
     PartialState(cpu=True).distributed_type = DistributedType.MULTI_CPU
@@ -49,6 +53,17 @@ def accelerator_of(kind: str, **options: Any) -> Accelerator:
     elif kind == "fsdp1_flat":  # what a plugin has that is built in code
         force(accelerator, plugin_of(1, "Block"))
     return accelerator
+
+
+def on_gpu(kind: str, **options: Any) -> Accelerator:
+    """As after a launch, where Accelerate does what it is forced to on the CPU."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    os.environ["LOCAL_RANK"] = "0"
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # a plugin before this one has set it
+    versions: dict[str, dict[str, Any]] = {"fsdp1": {"use_orig_params": True}, "fsdp1_flat": {}, "fsdp2": {}}
+    plugin = plugin_of(int(kind[4]), "Block", **versions[kind]) if kind in versions else None
+    return Accelerator(fsdp_plugin=plugin, **options)
 
 
 def params_of(model: torch.nn.Module, kind: str) -> Any:
@@ -79,7 +94,7 @@ def train(
     for step in steps:
         for group in optimizer.param_groups:
             group["lr"] = lr_of(step, rate)
-        x, y = batch_of(step, FLOAT)
+        x, y = (whole.to(accelerator.device) for whole in batch_of(step, FLOAT))
         for part_x, part_y in zip(x.chunk(parts), y.chunk(parts), strict=True):
             with accelerator.accumulate(model):
                 loss = F.mse_loss(model(part_x.chunk(world)[rank]), part_y.chunk(world)[rank])
@@ -115,6 +130,7 @@ def alone(scope: str, *, clip: bool, flat: bool, kind: str = "adamw") -> dict[st
     names = optimizer.parameter_names()
     return {
         "raw": [dict(zip(names, row, strict=True)) for row in raw],
+        "seen": seen,
         "share": interior_share(seen, kind),
         "names": names,
     }

@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 
 from am_lightning import AMAdamW
 from am_lightning.huggingface import AdaptiveMemoryCallback, AMAdamWFactory
+from tests.device import ON_GPU
 from tests.huggingface.launch import finish
 from tests.huggingface.sharded import force, let_fsdp1_run_on_cpu, plugin_of
 from tests.lacking import unless_lacking
@@ -84,7 +85,7 @@ def make_trainer(folder: Path, *, batch: int, watch: Watch | None = None, **opti
         "weight_decay": 0.1,
         "adam_beta2": 0.95,
         "lr_scheduler_type": "constant",
-        "use_cpu": True,
+        "use_cpu": not ON_GPU,
         "disable_tqdm": True,
         "dataloader_num_workers": 0,
         **options.pop("arguments", {}),

@@ -26,9 +26,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from am_lightning import AdaptiveMemory, AMAdamW, am_adamw
+from tests.device import BACKEND, ON_GPU
 from tests.lightning.model import quiet
 from tests.sharding.layouts import shard, tensor_parallel
-from tests.sharding.model import RATES, Block, batch_of, is_plain_decay, lr_of, make_net, raw_betas
+from tests.sharding.model import RATES, Block, batch_of, beside, is_plain_decay, lr_of, make_net, raw_betas
 from tests.sharding.steps import whole_weights
 
 STEPS = 8
@@ -83,13 +84,14 @@ class Wide(FSDPPrecision):
 
 
 def strategy_of(name: str, world: int) -> Any:
-    if name == "ddp":
-        return DDPStrategy(process_group_backend="gloo", timeout=LONGEST) if world > 1 else "auto"
+    if name.startswith("ddp"):
+        alone = world == 1 and name == "ddp"
+        return "auto" if alone else DDPStrategy(process_group_backend=BACKEND, timeout=LONGEST)
     if name.startswith("fsdp1"):
         kind = "full" if name.endswith("_full") else "sharded"
         flat = {"use_orig_params": False} if "flat" in name else {}
         policy = {} if name == "fsdp1_inside" else {"auto_wrap_policy": {Block}}
-        return CPUFSDP(**policy, state_dict_type=kind, timeout=LONGEST, **flat)
+        return (FSDPStrategy if ON_GPU else CPUFSDP)(**policy, state_dict_type=kind, timeout=LONGEST, **flat)
     tp = 2 if "tp" in name else 1
     return ModelParallelStrategy(
         data_parallel_size=world // tp,
@@ -150,7 +152,7 @@ class Sharded(pl.LightningModule):
         step = self.trainer.global_step  # not the loader's: a resumed Trainer starts its loader anew
         x, y = batch_of(step * self.pieces + batch_idx % self.pieces, self.dtype_)
         index, of = self.share()
-        x, y = x.chunk(of)[index], y.chunk(of)[index]
+        x, y = (part.chunk(of)[index].to(self.device) for part in (x, y))
         dtype = next(self.net.parameters()).dtype
         loss = F.mse_loss(self.net(x.to(dtype)), y.to(dtype))
         if step in self.bad and self.trainer.global_rank == 1:
@@ -358,11 +360,12 @@ def fit(placed: str, dtype: torch.dtype = torch.float64, **how: Any) -> dict[str
 def compared(optimizer: Any, module: Sharded, watch: Watch, raw: Any, single: dict[str, Any]) -> dict[str, Any]:
     """The last ``len(raw)`` steps of a run and of the run of one process."""
     names = [name.removeprefix("net.") for name in optimizer.parameter_names()]
+    seen = [{name.removeprefix("net."): beta for name, beta in step.items()} for step in module.seen]
     errors = [
-        abs(ours - theirs[name]) / (abs(theirs[name]) + 0.1)
-        for row, theirs in zip(raw, single["raw"][-len(raw) :], strict=True)
-        for name, ours in zip(names, row, strict=True)
-        if ours == ours or theirs[name] == theirs[name]
+        abs(beta - theirs[name]) / (abs(theirs[name]) + 0.1)
+        for ours, theirs in beside(raw, names, seen, single | {"raw": single["raw"][-len(raw) :]})
+        for name, beta in ours.items()
+        if beta == beta or theirs[name] == theirs[name]
     ]
     off = [float((watch.weights[n] - w).abs().max() / w.abs().max()) for n, w in single["weights"].items()]
     betas = [beta for step in module.seen[-len(raw) :][1:] for beta in step.values()]

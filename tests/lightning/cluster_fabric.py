@@ -17,6 +17,7 @@ from lightning.fabric.strategies import DDPStrategy, FSDPStrategy, ModelParallel
 
 from am_lightning import AMAdamW, clip_grad_norm_
 from am_lightning.lightning import attach
+from tests.device import ACCELERATOR, BACKEND, ON_GPU
 from tests.lightning.cluster import LONGEST, Memory, on_cpu
 from tests.sharding.layouts import shard
 from tests.sharding.model import RATES, Block, batch_of, lr_of, make_net
@@ -33,9 +34,9 @@ class CPUFSDP(FSDPStrategy):
 
 def strategy_of(placed: str, world: int) -> Any:
     if placed == "ddp":
-        return DDPStrategy(process_group_backend="gloo", timeout=LONGEST)
+        return DDPStrategy(process_group_backend=BACKEND, timeout=LONGEST)
     if placed == "fsdp1":
-        return CPUFSDP(auto_wrap_policy={Block}, timeout=LONGEST)
+        return (FSDPStrategy if ON_GPU else CPUFSDP)(auto_wrap_policy={Block}, timeout=LONGEST)
     return ModelParallelStrategy(
         lambda module, mesh: shard(module, mesh=mesh["data_parallel"]),
         data_parallel_size=world,
@@ -64,7 +65,7 @@ def fit(placed: str, folder: str) -> dict[str, Any]:
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
     memory = Memory()
     fabric = Fabric(
-        accelerator="cpu",
+        accelerator=ACCELERATOR,
         devices=world,
         strategy=strategy_of(placed, world),
         plugins=[LightningEnvironment()],
@@ -100,7 +101,8 @@ def loop(fabric: Fabric, model: Any, optimizer: Any) -> tuple[list[dict[str, flo
         for step in range(STEPS):
             for group in optimizer.param_groups:
                 group["lr"] = RATES["adamw"]["tensor"] * lr_of(step, 1.0)
-            x, y = (t.chunk(fabric.world_size)[fabric.global_rank] for t in batch_of(step, torch.float32))
+            parts = (t.chunk(fabric.world_size)[fabric.global_rank] for t in batch_of(step, torch.float32))
+            x, y = (part.to(fabric.device) for part in parts)
             optimizer.zero_grad()
             fabric.backward(F.mse_loss(model(x), y))
             clip_grad_norm_(optimizer, CLIP)

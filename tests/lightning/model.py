@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from tests.device import ACCELERATOR
+
 BATCH = 16
 
 
@@ -69,9 +71,9 @@ class Regression(pl.LightningModule):
 
 
 def quiet(**options):
-    """Trainer arguments of a small run on the CPU."""
+    """Trainer arguments of a small run."""
     return {
-        "accelerator": "cpu",
+        "accelerator": ACCELERATOR,
         "devices": 1,
         "logger": False,
         "enable_checkpointing": False,

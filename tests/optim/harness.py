@@ -162,8 +162,8 @@ class Bowl:
 
 
 def as_grads(arrays: list[np.ndarray], params: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Torch gradients of the parameters' dtypes, contiguous whatever the parameter's strides are."""
-    return [torch.tensor(a, dtype=p.dtype) for a, p in zip(arrays, params, strict=True)]
+    """Torch gradients of the parameters' dtypes on their devices, contiguous whatever the parameter's strides are."""
+    return [torch.tensor(a, dtype=p.dtype, device=p.device) for a, p in zip(arrays, params, strict=True)]
 
 
 def run_bowl(
@@ -180,10 +180,12 @@ def run_bowl(
         twin.step(grads)
 
 
-def named_params(shapes: list[tuple[int, ...]], dtype: torch.dtype, seed: int = 0) -> list[tuple[str, torch.Tensor]]:
+def named_params(
+    shapes: list[tuple[int, ...]], dtype: torch.dtype, seed: int = 0, device: torch.device | str = "cpu"
+) -> list[tuple[str, torch.Tensor]]:
     gen = torch.Generator().manual_seed(seed)
     return [
-        (f"w{i}", torch.nn.Parameter(torch.randn(s, generator=gen, dtype=torch.float64).to(dtype)))
+        (f"w{i}", torch.nn.Parameter(torch.randn(s, generator=gen, dtype=torch.float64).to(device, dtype)))
         for i, s in enumerate(shapes)
     ]
 

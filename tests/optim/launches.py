@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Operators that make a view, or memory that nothing is written to.
-_FREE = {
+FREE = {
     "alias", "as_strided", "detach", "diagonal", "empty", "empty_like", "empty_strided", "expand", "lift_fresh",
     "narrow", "new_empty", "new_empty_strided", "permute", "promote_types", "reshape", "select", "slice", "split",
     "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "_reshape_alias", "_unsafe_view",
@@ -30,7 +30,7 @@ class Launches(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         name = func.overloadpacket.__name__
-        count = _of_lists(name, args) if name.startswith("_foreach_") else int(name not in _FREE)
+        count = _of_lists(name, args) if name.startswith("_foreach_") else int(name not in FREE)
         if name == "_to_copy" and result is args[0]:
             count = 0
         self.total += count

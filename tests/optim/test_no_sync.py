@@ -9,6 +9,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from am_lightning.optim.closed_form import Decision
+from am_lightning.optim.record import StepRecord
 from tests.optim.harness import SCOPES, build, named_params
 
 SHAPES = [(6, 4), (9,), (), (0,), (300,)]
@@ -119,6 +121,17 @@ def test_the_exact_gap_reads_nothing() -> None:
         loss = torch.tensor(1.0 / step)
         with RefuseMethods(), RefuseDispatch():
             optimizer.step(lambda loss=loss: loss)
+
+
+def test_what_a_bad_step_of_partitions_leaves_reads_nothing() -> None:
+    """DeepSpeed's rows are some of all tensors; the first bad one is looked up among all."""
+    record, bad = StepRecord(), torch.tensor([False, False, True])
+    decision = Decision(torch.zeros(3), ~bad, torch.tensor(True), bad)
+    positions = torch.tensor([4, 1, 7])
+    with RefuseMethods(), RefuseDispatch():
+        record.observe(decision, positions)
+        numbers = record.numbers(torch.zeros(3))
+    assert numbers[:3].tolist() == [1, 1, 7]
 
 
 def test_the_guard_guards() -> None:

@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
     [
         (["tests/gpu"], True),
         (["tests/gpu/"], True),
-        (["tests/gpu/test_fused.py::test_equal_to_the_plain_kernels"], True),
-        ([str(ROOT / "tests" / "gpu"), "tests/gpu/test_fused.py"], True),
+        (["tests/gpu/test_kernels.py::test_many_chunks"], True),
+        ([str(ROOT / "tests" / "gpu"), "tests/gpu/test_kernels.py"], True),
         (["tests"], False),
         (["tests/gpu", "tests/optim"], False),
         (["tests/gpu_like"], False),

@@ -82,10 +82,12 @@ class Outcome:
         return self.memory / max(self.peaks) - 1, self.traffic / max(self.sent) - 1
 
 
-def outcome_of(case: Case, pool: Pool, timeout: float = 240) -> Outcome:
+def outcome_of(
+    case: Case, pool: Pool, timeout: float = 240, *, shape: LlamaShape = SHAPE, scratch: int | None = SCRATCH
+) -> Outcome:
     """Plan a case, and run it on a pool of its ranks."""
-    memory = memory_of(SHAPE, case.layout, checkpointing=case.checkpointing, scratch=SCRATCH, zero_bucket=ZERO_BUCKET)
-    traffic = traffic_of(SHAPE, case.layout, checkpointing=case.checkpointing, backend="gloo")
+    memory = memory_of(shape, case.layout, checkpointing=case.checkpointing, scratch=scratch, zero_bucket=ZERO_BUCKET)
+    traffic = traffic_of(shape, case.layout, checkpointing=case.checkpointing, backend="gloo")
     with tempfile.TemporaryDirectory() as folder:
         seen: list[dict[str, Any]] = pool.run(
             "tests.recipes.plan_runs:measure",
@@ -95,7 +97,7 @@ def outcome_of(case: Case, pool: Pool, timeout: float = 240) -> Outcome:
             rows=case.rows,
             accumulate=case.accumulate,
             precision=case.precision,
-            shape={**vars(SHAPE), "activation_checkpointing": case.checkpointing},
+            shape={**vars(shape), "activation_checkpointing": case.checkpointing},
         )
     return Outcome(
         memory.total(memory.peak), [rank["peak"] for rank in seen], traffic.total, [rank["sent"] for rank in seen]

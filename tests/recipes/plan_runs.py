@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from am_lightning import AdaptiveMemory, AMAdamW
 from am_lightning.recipes.llama import LlamaPretraining
+from tests.device import ON_GPU
 from tests.lightning.model import quiet
 from tests.recipes.parallel_runs import strategy_of
 from tests.recipes.wire import bytes_sent
@@ -56,14 +58,15 @@ class WholeSteps(L.Callback):
 def measure(
     folder: str, name: str, rows: int, accumulate: int, precision: str, shape: dict[str, Any]
 ) -> dict[str, int]:
-    """Train STEPS steps; ``peak``: bytes that torch's CPU allocator had given out at most since before the model was
+    """Train STEPS steps; ``peak``: bytes that torch's allocator had given out at most since before the model was
     made; ``sent``: bytes of the last step."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     os.environ["LOCAL_RANK"] = str(dist.get_rank())  # as after a launch: Lightning starts no processes of its own
     gc.collect()
     steps = WholeSteps()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+
+    def fit() -> None:
         module = Rows(rows, **{"optimizer": partial(AMAdamW, lr=1e-3), **shape})
         trainer = L.Trainer(
             **quiet(
@@ -77,12 +80,10 @@ def measure(
             )
         )
         trainer.fit(module)
-    del module, trainer
+
     trace = Path(folder, f"{name}-{dist.get_rank()}.json")
-    profiler.export_chrome_trace(str(trace))
-    events = json.loads(trace.read_text())["traceEvents"]
-    trace.unlink()
-    return {"peak": _peak(events), "sent": steps.sent[-1] - steps.sent[-2]}
+    peak = _peak_on_gpu(fit) if ON_GPU else _peak_on_cpu(fit, trace)
+    return {"peak": peak, "sent": steps.sent[-1] - steps.sent[-2]}
 
 
 def _strategy(name: str) -> Any:
@@ -94,6 +95,23 @@ def _strategy(name: str) -> Any:
     del config["zero_optimization"]["sub_group_size"]  # so small that every tensor is cut up
     config["zero_optimization"] |= {"reduce_bucket_size": ZERO_BUCKET, "allgather_bucket_size": ZERO_BUCKET}
     return OnCPU(config=config)
+
+
+def _peak_on_gpu(action: Callable[[], None]) -> int:
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    action()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _peak_on_cpu(action: Callable[[], None], trace: Path) -> int:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        action()
+    profiler.export_chrome_trace(str(trace))
+    events = json.loads(trace.read_text())["traceEvents"]
+    trace.unlink()
+    return _peak(events)
 
 
 def _peak(events: list[dict[str, Any]]) -> int:

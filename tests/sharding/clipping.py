@@ -18,8 +18,19 @@ from torch.distributed.tensor.debug import CommDebugMode
 from am_lightning import clip_grad_norm_
 from am_lightning.names import strip_wrappers
 from am_lightning.sharding.dtensor import local
+from tests.device import DEVICE
 from tests.sharding.layouts import LAYOUTS
-from tests.sharding.model import RATES, batch_of, groups_of, interior_share, make_net, make_optimizer, raw_betas, train
+from tests.sharding.model import (
+    RATES,
+    batch_of,
+    beside,
+    groups_of,
+    interior_share,
+    make_net,
+    make_optimizer,
+    raw_betas,
+    train,
+)
 from tests.sharding.steps import optimizer_of, raw_error, whole_weights
 
 DTYPE = torch.float64
@@ -36,15 +47,15 @@ def whole_gradients(model: nn.Module) -> dict[str, Tensor]:
     """Name -> full gradient, on every rank; nothing for flat parameters. Collective."""
     if not isinstance(model, FSDP):
         grads = {strip_wrappers(n): p.grad for n, p in model.named_parameters()}
-        return {n: g.full_tensor() if isinstance(g, DTensor) else g.clone() for n, g in grads.items()}
+        return {n: (g.full_tensor() if isinstance(g, DTensor) else g.clone()).cpu() for n, g in grads.items()}
     if any(hasattr(p, "_fqns") for p in model.parameters()):
         return {}
     with FSDP.summon_full_params(model, with_grads=True):
-        return {strip_wrappers(n): p.grad.clone() for n, p in model.named_parameters()}
+        return {strip_wrappers(n): p.grad.clone().cpu() for n, p in model.named_parameters()}
 
 
 def bits(model: nn.Module) -> list[bytes]:
-    return [local(p.grad).numpy().tobytes() for p in model.parameters() if p.grad is not None]
+    return [local(p.grad).cpu().numpy().tobytes() for p in model.parameters() if p.grad is not None]
 
 
 def clipper(
@@ -69,7 +80,7 @@ def reference(kind: str, scope: str, flat: bool) -> dict[str, Any]:
     by_name = [dict(zip(optimizer.parameter_names(), row, strict=True)) for row in raw]
     weights = {name: param.detach() for name, param in net.named_parameters()}
     share = interior_share(seen, kind)
-    return {"norms": norms, "gradients": gradients, "raw": by_name, "weights": weights, "share": share}
+    return {"norms": norms, "gradients": gradients, "raw": by_name, "seen": seen, "weights": weights, "share": share}
 
 
 def compare(layout: str, kind: str, scope: str) -> dict[str, Any]:
@@ -88,14 +99,14 @@ def compare(layout: str, kind: str, scope: str) -> dict[str, Any]:
         unlike.append(bits(model) != before)
         return norm
 
-    options = {"share": placed.share, "rate": rate_of(kind, scope), "counts": steps}
+    options = {"share": placed.share, "device": DEVICE, "rate": rate_of(kind, scope), "counts": steps}
     with raw_betas(scope) as raw:
         before_step = clipper(norms, gradients, model, clip)
-        train(model, optimizer, range(len(LIMITS)), DTYPE, before_step=before_step, **options)
+        seen = train(model, optimizer, range(len(LIMITS)), DTYPE, before_step=before_step, **options)
     single = reference(kind, scope, "flat" in layout)
-    names, weights = optimizer.parameter_names(), whole_weights(model)
+    weights = whole_weights(model)
     steps_of_both = list(zip(gradients, single["gradients"], strict=True))
-    rows = [(dict(zip(names, row, strict=True)), theirs) for row, theirs in zip(raw, single["raw"], strict=True)]
+    rows = beside(raw, optimizer.parameter_names(), seen, single)
     return {
         "norm": max(raw_error(n, s) for n, s in zip(norms, single["norms"], strict=True)),
         "gradients": max((relative(ours[n], theirs[n]) for ours, theirs in steps_of_both for n in ours), default=0.0),
@@ -121,7 +132,7 @@ def refused(layout: str, cure: bool) -> dict[str, Any]:
     placed = LAYOUTS[layout][0](DTYPE)
     placed.options, groups = {}, placed.options
     optimizer = optimizer_of(placed, "adamw", "tensor")
-    x, y = (part.chunk(placed.share[1])[placed.share[0]] for part in batch_of(0, DTYPE))
+    x, y = (part.chunk(placed.share[1])[placed.share[0]].to(DEVICE) for part in batch_of(0, DTYPE))
     torch.nn.functional.mse_loss(placed.model(x), y).backward()
     before, text = bits(placed.model), None
     try:

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from am_lightning.optim.kernels import fused
 from am_lightning.sharding.dtensor import local
+from tests.device import DEVICE
 from tests.sharding.layouts import LAYOUTS, Placed
 from tests.sharding.model import RATES, train
 from tests.sharding.steps import optimizer_of
@@ -31,7 +32,7 @@ def bits(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[float]
 
 
 def go(placed: Placed, optimizer: Any, steps: range, scope: str = "tensor") -> None:
-    train(placed.model, optimizer, steps, DTYPE, share=placed.share, rate=RATES["adamw"][scope])
+    train(placed.model, optimizer, steps, DTYPE, share=placed.share, device=DEVICE, rate=RATES["adamw"][scope])
 
 
 def start(layout: str, **options: Any) -> tuple[Placed, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,9 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.sharding.model import Block, Net, make_net
+from tests.device import DEVICE, ON_GPU
+from tests.sharding import model
+from tests.sharding.model import Block, Net
 
 
 @dataclass
@@ -39,9 +42,13 @@ class Placed:
     scopes: tuple[str, ...] = ("tensor", "global")
 
 
+def make_net(dtype: torch.dtype) -> Net:
+    return model.make_net(dtype).to(DEVICE)
+
+
 @functools.cache
 def mesh(*shape: int, names: tuple[str, ...] = ("dp", "tp", "x")) -> DeviceMesh:
-    return init_device_mesh("cpu", shape, mesh_dim_names=names[: len(shape)])
+    return init_device_mesh(DEVICE.type, shape, mesh_dim_names=names[: len(shape)])
 
 
 def spread(full: torch.Tensor, over: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
@@ -106,7 +113,8 @@ def average_gradient(param: torch.Tensor) -> None:
 
 
 def hsdp(dtype: torch.dtype) -> Placed:
-    return Placed(shard(make_net(dtype), mesh=mesh(2, 2, names=("replicate", "shard"))), everyone())
+    side = math.isqrt(dist.get_world_size())
+    return Placed(shard(make_net(dtype), mesh=mesh(side, side, names=("replicate", "shard"))), everyone())
 
 
 def tp(dtype: torch.dtype) -> Placed:
@@ -209,7 +217,7 @@ def fsdp1(
             auto_wrap_policy=ModuleWrapPolicy({Block}),
             sharding_strategy=ShardingStrategy[strategy],
             use_orig_params=original,
-            device_id=torch.device("cpu"),
+            device_id=torch.accelerator.current_device_index() if ON_GPU else DEVICE,
             **options,
         )
         scopes = ("tensor", "global") if original else ("global",)

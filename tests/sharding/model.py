@@ -15,6 +15,7 @@ from am_lightning import AMSGD, AMAdamW
 from am_lightning.optim import base
 
 WIDTH, HIDDEN, OUT, BATCH, TOKENS = 6, 8, 3, 8, 4
+CPU = torch.device("cpu")
 
 
 class Block(nn.Module):
@@ -111,6 +112,19 @@ def raw_betas(scope: str) -> Iterator[list[list[float]]]:
         base.decide = original
 
 
+Betas = list[dict[str, float]]  # of each step, by name
+
+
+def beside(raw: list[list[float]], names: list[str], seen: Betas, single: dict[str, Betas]) -> list[Any]:
+    """beta_t of each step beside that of one process: before it is clipped, where ``raw_betas`` has collected it.
+
+    Triton kernels decide on a GPU, unseen; then what they came to is compared, clipped.
+    """
+    if not raw:
+        return list(zip(seen, single["seen"], strict=True))
+    return list(zip([dict(zip(names, row, strict=True)) for row in raw], single["raw"], strict=True))
+
+
 def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -118,10 +132,11 @@ def train(
     dtype: torch.dtype,
     *,
     share: tuple[int, int] = (0, 1),
+    device: torch.device = CPU,
     rate: float = 0.1,
     before_step: Callable[[int], None] | None = None,
     counts: list[dict[str, int]] | None = None,
-) -> list[dict[str, float]]:
+) -> Betas:
     """Train on this rank's share (index, of how many) of each global batch.
 
     Returns:
@@ -133,7 +148,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = lr_of(step, rate)
         x, y = batch_of(step, dtype)
-        x, y = x.chunk(share[1])[share[0]], y.chunk(share[1])[share[0]]
+        x, y = (part.chunk(share[1])[share[0]].to(device) for part in (x, y))
         optimizer.zero_grad()
         F.mse_loss(model(x), y).backward()
         if before_step is not None:

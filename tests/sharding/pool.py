@@ -1,4 +1,4 @@
-"""Processes of one gloo group that stay up and run functions by name: a test costs milliseconds, not a launch."""
+"""Processes of one group that stay up and run functions by name: a test costs milliseconds, not a launch."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from tests.python import PYTHON
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 300
 KEY = "AM_TESTS_POOL_KEY"
+BACKEND = "AM_TESTS_POOL_BACKEND"
 
 
 class RankError(Exception):
@@ -42,8 +43,8 @@ class HangError(Exception):
 class Pool:
     """``world`` ranks. A hang or a death kills all of them; the next run starts new ones."""
 
-    def __init__(self, world: int) -> None:
-        self.world = world
+    def __init__(self, world: int, backend: str = "gloo") -> None:
+        self.world, self.backend = world, backend
         self._ranks: list[subprocess.Popen[bytes]] = []
         self._pipes: list[Connection] = []
 
@@ -94,7 +95,7 @@ class Pool:
         self.stop()
         variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(self.world)}
         # Tensors in an answer are fetched from the rank that made them, by whoever knows its key.
-        variables |= {"PYTHONPATH": str(ROOT), KEY: bytes(current_process().authkey).hex()}
+        variables |= {"PYTHONPATH": str(ROOT), KEY: bytes(current_process().authkey).hex(), BACKEND: self.backend}
         with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
             listener.bind(address := f"{folder}/ranks")
             listener.listen(self.world)
@@ -140,7 +141,7 @@ def serve(address: str) -> None:
     port = pipe.recv()
     if rank:
         store = dist.TCPStore("127.0.0.1", port, world, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    dist.init_process_group(os.environ[BACKEND], store=store, rank=rank, world_size=world)
     while True:
         try:
             function, arguments = pipe.recv()

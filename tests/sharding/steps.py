@@ -13,8 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from am_lightning.names import strip_wrappers
 from am_lightning.sharding.dtensor import local
+from tests.device import DEVICE
 from tests.sharding.layouts import LAYOUTS, Placed
-from tests.sharding.model import RATES, groups_of, interior_share, make_net, make_optimizer, raw_betas, train
+from tests.sharding.model import RATES, beside, groups_of, interior_share, make_net, make_optimizer, raw_betas, train
 
 STEPS = 8
 
@@ -30,12 +31,12 @@ def optimizer_of(placed: Placed, kind: str, scope: str, **options: Any) -> torch
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> full tensor, on every rank. Collective."""
+    """Name -> full tensor on the CPU, on every rank. Collective."""
     if isinstance(model, FSDP):
         with FSDP.summon_full_params(model):
-            return {strip_wrappers(n): p.detach().clone() for n, p in model.named_parameters()}
+            return {strip_wrappers(n): p.detach().clone().cpu() for n, p in model.named_parameters()}
     found = {strip_wrappers(n): p.detach() for n, p in model.named_parameters()}
-    return {n: p.full_tensor() if isinstance(p, DTensor) else p.clone() for n, p in found.items()}
+    return {n: (p.full_tensor() if isinstance(p, DTensor) else p.clone()).cpu() for n, p in found.items()}
 
 
 def alone(kind: str, scope: str, dtype: torch.dtype, flat: bool, steps: int = STEPS) -> dict[str, Any]:
@@ -74,20 +75,17 @@ def compare(layout: str, kind: str, scope: str, dtype: str, **options: Any) -> d
     placed = LAYOUTS[layout][0](precision)
     optimizer = optimizer_of(placed, kind, scope, **options)
     rate, counts = RATES[kind][scope], []
+    where: dict[str, Any] = {"share": placed.share, "device": DEVICE}
     with raw_betas(scope) as raw:
-        seen = train(placed.model, optimizer, range(STEPS), precision, share=placed.share, rate=rate, counts=counts)
+        seen = train(placed.model, optimizer, range(STEPS), precision, **where, rate=rate, counts=counts)
     single = reference(kind, scope, precision, "flat" in layout)
-    names = optimizer.parameter_names()
-    errors = [
-        raw_error(ours, theirs[name])
-        for row, theirs in zip(raw, single["raw"], strict=True)
-        for name, ours in zip(names, row, strict=True)
-    ]
+    rows = beside(raw, optimizer.parameter_names(), seen, single)
+    errors = [raw_error(beta, theirs[name]) for ours, theirs in rows for name, beta in ours.items()]
     weights = whole_weights(placed.model)
     off = [float((weights[n] - w).abs().max() / w.abs().max()) for n, w in single["weights"].items()]
     return {
         "raw": max(errors),
-        "compared": sum(not math.isnan(ours) for row in raw for ours in row),
+        "compared": sum(not math.isnan(beta) for ours, _ in rows for beta in ours.values()),
         "weights": max(off),
         "bits": [{n: b.hex() for n, b in step.items()} for step in seen],
         "weight_bits": {n: w.flatten().tolist() for n, w in weights.items()},
