@@ -140,7 +140,7 @@ class LlamaPretraining(L.LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         self._batch_tokens = batch.numel()
         loss = self._loss(batch)
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss)  # prog_bar=True would take it to the host after every batch
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
