@@ -29,7 +29,7 @@ from am_lightning.recipes.program import command_line
 from am_lightning.recipes.settings import Settings, read_settings
 from am_lightning.recipes.state_folders import StateFolders
 from am_lightning.recipes.stop import StopSignal
-from am_lightning.recipes.together import leave_together
+from am_lightning.recipes.together import Agreement, leave_together
 
 PRECISIONS = {"32-true": "no", "bf16-mixed": "bf16", "16-mixed": "fp16"}
 
@@ -67,12 +67,14 @@ def train(settings: Settings) -> None:
         accelerator.print(f"going on from {loaded}" if loaded else "no checkpoint yet: starting from step 0")
 
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    ranks |= {"pin_memory": accelerator.device.type == "cuda"}
     batches = data.train_loader(steps=settings.steps, accumulate=settings.accumulate, first_step=progress.step, **ranks)
+    agreement = Agreement(accelerator.device, accelerator.num_processes)
     bar = tqdm(total=settings.steps, initial=progress.step, disable=not settings.progress_bar, unit="step")
     step_loss = torch.zeros((), device=accelerator.device)
     model.train()
     for batch in batches:
-        batch = batch.to(accelerator.device)
+        batch = batch.to(accelerator.device, non_blocking=True)
         with accelerator.accumulate(model):
             loss = token_loss(model(input_ids=batch).logits, batch)
             step_loss += loss.detach() / settings.accumulate
@@ -96,7 +98,7 @@ def train(settings: Settings) -> None:
         step_loss.zero_()
         if is_due(step, settings.validate_every):
             validate(accelerator, model, data.val_loader(rows=data.val_rows, **ranks), "val/", step)
-        stopped = anyone_stopped(accelerator, stop)
+        stopped = agreement.ask(1 if stop.received else 0) > 0  # on GPUs the answer is that of the step before
         if stopped or last or is_due(step, settings.save_every):
             checkpoints.save(step)
         if stopped and not last:
@@ -138,13 +140,6 @@ def make_model(accelerator: Accelerator, settings: Settings) -> tuple[nn.Module,
 
 def is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def anyone_stopped(accelerator: Accelerator, stop: StopSignal) -> bool:
-    """Whether a process got a signal; all of them ask after every step."""
-    if stop.received:
-        accelerator.set_trigger()
-    return accelerator.check_trigger()
 
 
 def make_accelerator(settings: Settings) -> Accelerator:
@@ -194,9 +189,9 @@ def validate(accelerator: Accelerator, model: nn.Module, batches: Any, tag: str,
     model.eval()
     total = torch.zeros(2, device=accelerator.device)
     for batch in batches:
-        batch = batch.to(accelerator.device)
+        batch = batch.to(accelerator.device, non_blocking=True)
         loss = token_loss(model(input_ids=batch).logits, batch)
-        total += torch.stack([loss * len(batch), torch.tensor(float(len(batch)), device=total.device)])
+        total += torch.stack([loss * len(batch), torch.full_like(loss, len(batch))])
     model.train()
     total = accelerator.reduce(total)
     loss = total[0] / total[1]

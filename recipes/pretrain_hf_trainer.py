@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.tensorboard import SummaryWriter
@@ -30,7 +29,7 @@ from am_lightning.recipes.network import build_llama, token_loss
 from am_lightning.recipes.program import command_line
 from am_lightning.recipes.settings import Settings, read_settings
 from am_lightning.recipes.stop import StopSignal
-from am_lightning.recipes.together import leave_together
+from am_lightning.recipes.together import Agreement, leave_together
 
 CURVES = {"loss": "train/loss", "learning_rate": "lr", "grad_norm": "grad_norm", "eval_loss": "val/loss"}
 DATA_FILE = "data.pt"  # in each checkpoint: which data it was trained on
@@ -67,6 +66,7 @@ class RecipeTrainer(Trainer):
             world_size=args.world_size,
             accumulate=self.settings.accumulate,
             first_step=lambda: self.state.global_step,
+            pin_memory=args.device.type == "cuda",
         )
         loader.collate_fn = as_inputs
         return loader
@@ -77,6 +77,11 @@ class RecipeTrainer(Trainer):
         loader = data.val_loader(rank=args.process_index, world_size=args.world_size, rows=rows)
         loader.collate_fn = as_inputs
         return loader
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **options: Any) -> Tensor:
+        """The rows are in pinned memory, so that the host need not wait for their copy."""
+        rows = inputs["input_ids"].to(self.args.device, non_blocking=True)
+        return super().training_step(model, dict.fromkeys(inputs, rows), *args, **options)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **options: Any
@@ -142,16 +147,14 @@ class DataOfCheckpoint(TrainerCallback):
 
 
 class StopAtStep(TrainerCallback):
-    """After a signal to any process: save at the end of the step, then stop."""
+    """After a signal to any process: save at the end of the step (on several GPUs of the one after), then stop."""
 
-    def __init__(self, stop: StopSignal, accelerator: Accelerator) -> None:
-        self.stop, self.accelerator = stop, accelerator
+    def __init__(self, stop: StopSignal, args: TrainingArguments) -> None:
+        self.stop, self.agreement = stop, Agreement(args.device, args.world_size)
         self.stopped = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.stop.received:
-            self.accelerator.set_trigger()
-        if self.accelerator.check_trigger():
+        if self.agreement.ask(1 if self.stop.received else 0):
             self.stopped = control.should_save = control.should_training_stop = True
 
 
@@ -172,7 +175,7 @@ def train(settings: Settings) -> None:
     if is_adaptive(settings):
         callbacks.append(AdaptiveMemoryCallback())
     trainer = RecipeTrainer(settings, model=model, args=args, callbacks=callbacks)
-    stopping = StopAtStep(stop, trainer.accelerator)
+    stopping = StopAtStep(stop, args)
     trainer.add_callback(stopping)
     if trainer.is_world_process_zero():
         settings.save(settings.root / "logs" / "config.yaml")

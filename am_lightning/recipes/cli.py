@@ -131,7 +131,9 @@ class PretrainCLI(LightningCLI):
         callbacks = [*(config.callbacks or []), self.clock, Board(), LossDividedOnce()]
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             # The same bar everywhere: Lightning's default depends on whether rich is installed.
-            callbacks.append(BARS[self.config_init[self.subcommand].progress_bar]())
+            # Redrawn where the Trainer logs and so waits for the device, too.
+            every = max(1, config.log_every_n_steps or 1) * config.accumulate_grad_batches
+            callbacks.append(BARS[self.config_init[self.subcommand].progress_bar](refresh_rate=every))
         trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         FaultTolerance.prepare(trainer)
         return trainer

@@ -26,6 +26,7 @@ from am_lightning.fitting import Replaced
 from am_lightning.recipes.checkpoints import LAST, RunCheckpoint
 from am_lightning.recipes.early_signals import SAME_INTERRUPT_S, kept_signals
 from am_lightning.recipes.errors import require
+from am_lightning.recipes.together import Agreement
 
 # Where ranks received different ones the later in this list wins: a requeue is not undone by the SIGTERM that the
 # scheduler sends next.
@@ -44,18 +45,20 @@ class FaultTolerance(L.Callback):
 
     A handler only notes the signal. At the end of a step the ranks agree by one all-reduce of an integer, whichever of
     them was signalled; so no collective is torn apart, and what the checkpoint holds is what an unbroken run held
-    there. Then all ranks save, and leave `fit` with ``Stopped``: status 130 after SIGINT, 143 after SIGTERM, 138 after
-    SIGUSR1 (128 + the signal's number, the shell's convention). After SIGUSR1 in a SLURM job rank 0 runs `scontrol
-    requeue` before anyone leaves. A second SIGINT more than 1 s, or SIGTERM more than 5 s, after the first ends the
-    process at once. Before training starts and after it has ended, in `validate` too, there is nothing to save: the
-    process ends at once, after `scontrol requeue` where that is asked for.
+    there. Several ranks on accelerators know the answer at the end of the next step, so that the host never waits for
+    the device (at once in the last step, and where the Trainer logs). Then all ranks save, and leave `fit` with
+    ``Stopped``: status 130 after SIGINT, 143 after SIGTERM, 138 after SIGUSR1 (128 + the signal's number, the shell's
+    convention). After SIGUSR1 in a SLURM job rank 0 runs `scontrol requeue` before anyone leaves. A second SIGINT more
+    than 1 s, or SIGTERM more than 5 s, after the first ends the process at once. Before training starts and after it
+    has ended, in `validate` too, there is nothing to save: the process ends at once, after `scontrol requeue` where
+    that is asked for.
 
     It takes the place of Lightning's own handlers (SIGTERM: a collective inside the handler; SIGUSR1 under SLURM: a
     checkpoint inside the handler, in the middle of a step) and of its broadcast before every batch.
 
     Args:
-        check_every_n_steps: optimizer steps between two agreements. Each costs an all-reduce of 4 bytes and waits for
-            the device; raise it where steps take less than about 10 ms. One process agrees with itself at no cost.
+        check_every_n_steps: optimizer steps between two agreements. Each costs an all-reduce of 4 bytes; raise it where
+            steps take less than about 10 ms. One process agrees with itself at no cost.
         requeue: run `scontrol requeue` after SIGUSR1 in a SLURM batch job.
         hang_timeout_s: seconds that a collective may wait for another rank; then the run ends with an error. None: the
             strategy's own (30 minutes). Above what a checkpoint, and the preparation of the data, take.
@@ -83,6 +86,7 @@ class FaultTolerance(L.Callback):
         self.hang_timeout_s, self.flight_recorder = hang_timeout_s, flight_recorder
         self._received: dict[int, float] = {}  # signal -> time.monotonic() of its first arrival
         self._agreed: signal.Signals | None = None
+        self._agreement: Agreement | None = None
         self._training = False
         self._last_step = 0
         self._trainer: L.Trainer | None = None
@@ -178,6 +182,9 @@ class FaultTolerance(L.Callback):
 
     # ------------------------------------------------------------------ agreeing and saving
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The first question makes the group's connections, which a step need not wait for then."""
+        self._agreement = Agreement(trainer.strategy.root_device, trainer.world_size)
+        self._agreement.ask(0, now=True)
         self._last_step = trainer.global_step
         self._training = True
 
@@ -188,17 +195,19 @@ class FaultTolerance(L.Callback):
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
-        if self._agreed is None and trainer.global_step % self.check_every_n_steps == 0:
+        if self._agreed is None:
             self._agreed = self._agree(trainer)
             if self._agreed is not None:
                 self._save(trainer)
 
     def _agree(self, trainer: L.Trainer) -> signal.Signals | None:
+        assert self._agreement is not None
         mine = max((SIGNALS.index(signal.Signals(n)) + 1 for n in self._received), default=0)
-        if trainer.world_size > 1:
-            flag = torch.full((), mine, dtype=torch.int32, device=trainer.strategy.root_device)
-            mine = int(trainer.strategy.reduce(flag, reduce_op="max"))
-        return SIGNALS[mine - 1] if mine else None
+        step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        due = step % self.check_every_n_steps == 0
+        waits_anyway = bool(every and step % every == 0) or step == trainer.max_steps or trainer.is_last_batch
+        found = self._agreement.ask(mine if due else None, now=waits_anyway)
+        return SIGNALS[found - 1] if found else None
 
     def _save(self, trainer: L.Trainer) -> None:
         callback = trainer.checkpoint_callback
@@ -281,12 +290,16 @@ class FaultTolerance(L.Callback):
 
 
 def _record_collectives(folder: Path) -> None:
-    """Names as in torch 2.13; read when a process group starts."""
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    """Read when a process group starts. torch 2.6 and 2.7 know the old names alone, of which newer ones warn."""
+    size, file = "TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE"
+    old = {size: "TORCH_NCCL_TRACE_BUFFER_SIZE", file: "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"}
+    values = {size: "2000", file: str(folder / "rank_")}  # the rank's number follows
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    if not {"TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"} & os.environ.keys():
-        folder.mkdir(parents=True, exist_ok=True)
-        os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(folder / "rank_")  # the rank's number follows
+    folder.mkdir(parents=True, exist_ok=True)
+    recent = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
+    for name, value in values.items():
+        if not {name, old[name]} & os.environ.keys():
+            os.environ[name if recent else old[name]] = value
 
 
 def _die(number: int) -> None:

@@ -21,7 +21,7 @@ from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.convert import convert_adamw
 from am_lightning.recipes.errors import RecipeError, require
 from am_lightning.recipes.network import LlamaShape, build_llama, checkpoint_activations, flops_per_token, token_loss
-from am_lightning.recipes.parallel import build_partitioned, loss_context, shard_llama, tensor_ways
+from am_lightning.recipes.parallel import loss_context, shard_llama, tensor_ways
 from am_lightning.recipes.schedule import check_schedule, make_schedule
 
 OptimizerCallable = Callable[[Iterable[Any]], torch.optim.Optimizer]
@@ -108,7 +108,7 @@ class LlamaPretraining(L.LightningModule):
         if self.model is not None:
             return
         if self.device_mesh is None:
-            model = build_partitioned(self.shape)
+            model = build_llama(self.shape)
         else:
             with torch.device("meta"):
                 model = build_llama(self.shape)
@@ -140,7 +140,7 @@ class LlamaPretraining(L.LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         self._batch_tokens = batch.numel()
         loss = self._loss(batch)
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss)  # prog_bar=True would take it to the host after every batch
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:

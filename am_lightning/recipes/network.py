@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from typing import Any
 
 import torch.nn.functional as F
@@ -10,6 +11,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from am_lightning.recipes.errors import require
+from am_lightning.recipes.initial_weights import draw_matrices
+
+_UNMASKED = "sdpa_unmasked"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +74,7 @@ class LlamaShape:
 
 
 def build_llama(shape: LlamaShape) -> LlamaForCausalLM:
-    """transformers' Llama of this shape with its initial weights, on the current default device (meta, too).
+    """transformers' Llama of this shape, on the current default device; its weights are draw_matrices', unless on meta.
 
     Attention is torch's scaled_dot_product_attention, causal; there is no key-value cache.
     """
@@ -85,9 +89,26 @@ def build_llama(shape: LlamaShape) -> LlamaForCausalLM:
         "rope_theta": shape.rope_theta,
         "tie_word_embeddings": shape.tie_word_embeddings,
         "use_cache": False,
-        "attn_implementation": "sdpa",
+        "attn_implementation": _attention(),
     }
-    return LlamaForCausalLM(LlamaConfig(**options))
+    model = LlamaForCausalLM(LlamaConfig(**options))
+    if not model.lm_head.weight.is_meta:
+        draw_matrices(model)
+    return model
+
+
+def _attention() -> str:
+    """transformers' sdpa under a name of its own: for a name that has no masks, transformers (from 4.53 on) makes none.
+
+    Under "sdpa" every forward pass looks whether positions start anew within a row, and waits for the device to know.
+    """
+    if importlib.util.find_spec("transformers.masking_utils") is None:
+        return "sdpa"
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
+    return _UNMASKED
 
 
 def checkpoint_activations(model: LlamaForCausalLM) -> None:

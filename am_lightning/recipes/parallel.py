@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -21,7 +21,8 @@ from torch.distributed.tensor.parallel import (
 from transformers import LlamaForCausalLM
 
 from am_lightning.recipes.errors import RecipeError
-from am_lightning.recipes.network import LlamaShape, build_llama
+from am_lightning.recipes.initial_weights import draw_matrices
+from am_lightning.recipes.network import LlamaShape
 
 DATA, TENSOR = "data_parallel", "tensor_parallel"  # dimensions of the mesh, as ModelParallelStrategy names them
 
@@ -55,11 +56,8 @@ def check_tensor_parallel(shape: LlamaShape, ways: int) -> None:
 
 
 def shard_llama(model: LlamaForCausalLM, shape: LlamaShape, mesh: DeviceMesh, precision: str) -> None:
-    """split_llama, then give the model its initial weights, a tensor at a time.
-
-    The weights are those that one process draws from the same random state of torch on the same kind of device,
-    however many ranks share them: each rank draws every tensor whole and keeps its piece.
-    """
+    """split_llama, then give the model its initial weights, those of build_llama in one process; each rank holds its
+    own pieces alone."""
     split_llama(model, shape, mesh, precision)
     device = torch.device(mesh.device_type)
     if device.type != "cpu":
@@ -68,7 +66,7 @@ def shard_llama(model: LlamaForCausalLM, shape: LlamaShape, mesh: DeviceMesh, pr
     for param in model.parameters():
         if param.ndim == 1:
             nn.init.ones_(param)
-    draw_matrices(model, device)
+    draw_matrices(model)
     with device:  # its buffers are functions of the configuration, which the meta device lost
         model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
 
@@ -99,23 +97,6 @@ def split_llama(model: LlamaForCausalLM, shape: LlamaShape, mesh: DeviceMesh, pr
     fully_shard(model, mesh=mesh[DATA], mp_policy=policy)
 
 
-def build_partitioned(shape: LlamaShape) -> LlamaForCausalLM:
-    """build_llama where DeepSpeed's stage 3 may be partitioning what is built (deepspeed.zero.Init).
-
-    transformers would then draw its weights into what is left of a tensor, nothing: they are drawn here.
-    """
-    state = torch.get_rng_state()
-    on_accelerator = torch.accelerator.is_available() and torch.cuda.is_available()
-    device_state = torch.cuda.get_rng_state() if on_accelerator else None
-    model = build_llama(shape)
-    if any(hasattr(param, "ds_id") for param in model.parameters()):
-        torch.set_rng_state(state)
-        if device_state is not None:
-            torch.cuda.set_rng_state(device_state)
-        draw_matrices(model, torch.get_default_device())
-    return model
-
-
 def loss_context(mesh: DeviceMesh | None) -> AbstractContextManager[None]:
     """Around the loss and its backward: logits split over the vocabulary stay split (torch's loss_parallel)."""
     context: AbstractContextManager[None] = loss_parallel() if tensor_ways(mesh) > 1 else nullcontext()
@@ -125,26 +106,6 @@ def loss_context(mesh: DeviceMesh | None) -> AbstractContextManager[None]:
 def tensor_ways(mesh: DeviceMesh | None) -> int:
     """Ranks that share a layer; 1 without a mesh."""
     return 1 if mesh is None else mesh[TENSOR].size()
-
-
-@torch.no_grad()
-def draw_matrices(model: LlamaForCausalLM, device: torch.device) -> None:
-    """The initial matrices of transformers' Llama, N(0, initializer_range), as its constructor draws them, into a model
-    that is split.
-
-    torch's layers draw their own default first, which transformers then draws over: those numbers are drawn here, too,
-    so that the random state goes the same way.
-    """
-    for part in (model.model, model.lm_head):
-        layers = [m for m in part.modules() if isinstance(m, nn.Linear | nn.Embedding)]
-        for layer in layers:
-            whole = torch.empty(_shape_of(layer.weight), device=device, dtype=layer.weight.dtype)
-            _ = whole.normal_() if isinstance(layer, nn.Embedding) else whole.uniform_()
-        for layer in layers:
-            if part is model.lm_head and layer.weight is model.model.embed_tokens.weight:
-                continue
-            whole = torch.empty(_shape_of(layer.weight), device=device, dtype=layer.weight.dtype)
-            _write(layer.weight, whole.normal_(0.0, model.config.initializer_range))
 
 
 def _split_layers(model: LlamaForCausalLM, mesh: DeviceMesh) -> None:
@@ -174,35 +135,3 @@ def _split_layers(model: LlamaForCausalLM, mesh: DeviceMesh) -> None:
         "lm_head": ColwiseParallel(input_layouts=tokens_split, output_layouts=Shard(-1), use_local_output=False),
     }
     parallelize_module(model, mesh, plan)
-
-
-def _shape_of(param: Tensor) -> torch.Size:
-    shape: torch.Size = getattr(param, "ds_shape", param.shape)  # DeepSpeed's, of a partitioned one
-    return shape
-
-
-def _write(param: Tensor, whole: Tensor) -> None:
-    """Give every rank its piece of a whole tensor."""
-    if hasattr(param, "ds_id"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
-            if param.numel():
-                param.copy_(whole)
-    elif isinstance(param, DTensor):
-        param.to_local().copy_(_piece(whole, param))
-    else:
-        param.copy_(whole)
-
-
-def _piece(whole: Tensor, param: DTensor) -> Tensor:
-    """This rank's piece of a tensor that is split by tensor parallel first, by FSDP2 after."""
-    coordinate = param.device_mesh.get_coordinate()
-    assert coordinate is not None
-    for dimension in reversed(range(param.device_mesh.ndim)):
-        split: int | None = getattr(param.placements[dimension], "dim", None)  # of Shard, and FSDP2's strided one
-        if split is not None:
-            chunks = whole.chunk(param.device_mesh.size(dimension), split)
-            index = coordinate[dimension]
-            whole = chunks[index] if index < len(chunks) else whole.narrow(split, 0, 0)
-    return whole

@@ -12,7 +12,7 @@ from am_lightning.readings import Readings
 from am_lightning.recipes.monitors import TrainingMonitor
 
 PROGRESS_EVERY = 10  # batches between two updates
-_SHORT = {"train/loss": "loss", "val/loss": "val"}
+_SHORT = {"val/loss": "val"}
 
 Metrics = dict[str, int | str | float | dict[str, float]]
 
@@ -21,9 +21,10 @@ class _RunMetrics(ProgressBar):
     """What stands behind the bar. It is read from the device when the bar is drawn anew, where the loss is read too."""
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Metrics:
-        shown: Metrics = {
-            _SHORT.get(name, name): value for name, value in super().get_metrics(trainer, pl_module).items()
-        }
+        loss = trainer.callback_metrics.get("train/loss")  # where it stays a tensor until now
+        shown: Metrics = {} if loss is None else {"loss": float(loss)}
+        for name, value in super().get_metrics(trainer, pl_module).items():
+            shown[_SHORT.get(name, name)] = value
         shown.pop("v_num", None)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, TrainingMonitor) and (rate := callback.tokens_per_second(trainer)):
@@ -58,4 +59,4 @@ class RichRunProgressBar(_RunMetrics, RichProgressBar):
         return self._shown
 
 
-BARS: dict[str, type[ProgressBar]] = {"tqdm": RunProgressBar, "rich": RichRunProgressBar}
+BARS: dict[str, type[RunProgressBar] | type[RichRunProgressBar]] = {"tqdm": RunProgressBar, "rich": RichRunProgressBar}

@@ -66,7 +66,13 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # more than one only helps where
 # torchrun (torch 2.13) cannot take in a new machine for a lost one while its workers share the agents' store.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 # NCCL's flight recorder: when a collective hangs, every rank writes what it waited for; torchfrtrace reads the files.
-export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
 export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
-export TORCH_FR_DUMP_TEMP_FILE="${TORCH_FR_DUMP_TEMP_FILE:-$RUN_DIR/flight_recorder/rank_}"
+if "$PYTHON" -c 'from importlib.metadata import version as v
+raise SystemExit(list(map(int, v("torch").split(".")[:2])) >= [2, 9])' 2>/dev/null; then  # they know the old names alone
+    export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}"
+    export TORCH_NCCL_DEBUG_INFO_TEMP_FILE="${TORCH_NCCL_DEBUG_INFO_TEMP_FILE:-$RUN_DIR/flight_recorder/rank_}"
+else
+    export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
+    export TORCH_FR_DUMP_TEMP_FILE="${TORCH_FR_DUMP_TEMP_FILE:-$RUN_DIR/flight_recorder/rank_}"
+fi
 mkdir -p "$RUN_DIR/flight_recorder" || fail "cannot make RUN_DIR $RUN_DIR"

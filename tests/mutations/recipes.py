@@ -263,8 +263,8 @@ MUTATIONS = [
     Mutation(
         "ranks agree on a signal at every step, whatever the interval",
         _SIGNALS,
-        "if self._agreed is None and trainer.global_step % self.check_every_n_steps == 0:",
-        "if self._agreed is None:",
+        "due = step % self.check_every_n_steps == 0",
+        "due = True",
         (f"{_STOPPED}::test_a_signal_is_agreed_on_every_few_steps",),
     ),
     Mutation(

@@ -54,7 +54,8 @@ def test_the_loss_is_transformers_own() -> None:
 
 def test_the_head_is_not_tied_and_attention_is_sdpa() -> None:
     config = build().model.config
-    assert (config.tie_word_embeddings, config.use_cache, config._attn_implementation) == (False, False, "sdpa")
+    assert (config.tie_word_embeddings, config.use_cache) == (False, False)
+    assert config._attn_implementation.startswith("sdpa")
 
 
 def test_norms_and_the_embedding_do_not_decay() -> None:

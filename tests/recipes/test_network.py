@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from am_lightning.recipes.errors import RecipeError
@@ -85,6 +87,38 @@ def test_checkpointed_activations_give_the_same_gradients() -> None:
         kept.append(sum(saved))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert kept[1] < kept[0] / 2
+
+
+def test_attention_is_transformers_own_without_its_look_at_the_positions() -> None:
+    """Bit for bit, and without a value that goes to the host."""
+    model, tokens = build_llama(SMALL).train(), torch.randint(64, (2, 16))
+    found = []
+    for name in (model.config._attn_implementation, "sdpa"):
+        model.config._attn_implementation = name
+        model.zero_grad()
+        with Reads() as reads:
+            loss = token_loss(model(input_ids=tokens).logits, tokens)
+            loss.backward()
+        assert name == "sdpa" or not reads.seen
+        found.append([loss.detach(), *(param.grad for param in model.parameters())])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+    changed = tokens.clone()
+    changed[:, 9:] = 0
+    before, after = model(input_ids=tokens).logits, model(input_ids=changed).logits
+    torch.testing.assert_close(before[:, :9], after[:, :9])  # causal
+
+
+class Reads(TorchDispatchMode):
+    """What takes a value to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal"):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(

@@ -2,36 +2,63 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 from am_lightning import AMAdamW
 from am_lightning.recipes.fault_tolerance import FaultTolerance
 from am_lightning.recipes.loss_guard import LossGuard
+from am_lightning.recipes.together import Agreement
+from tests.python import PYTHON
+from tests.sharding.pool import Pool, pools
 
-READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "nonzero")
-UPLOADS = ("new_tensor", "tensor", "as_tensor")
+from .commands import RECIPES, arguments
+from .waits import Waits
+
+# The bar is also drawn where its batches are as many as the run's steps: two micro-batches a step, so within a log.
+STEPS, EVERY = 16, 4
+
+PROGRAM = """
+import importlib, json, sys
+from tests.recipes.waits import Waits
+
+sys.path.insert(0, sys.argv[2])
+program = importlib.import_module(sys.argv[1])
+with Waits() as waits:
+    program.main(sys.argv[3:])
+print("\\n" + json.dumps([waits.after(step) for step in range(17)]))
+"""
 
 
-class Waits(TorchFunctionMode):
-    """Counts what makes the host wait where tensors are on a GPU: reads, and copies from pageable memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reads: list[str] = []
-        self.uploads: list[str] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in READS:
-            self.reads.append(name)
-        if name in UPLOADS:
-            self.uploads.append(name)
-        return func(*args, **(kwargs or {}))
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["pretrain", "pretrain_accelerate", "pretrain_hf_trainer"])
+def test_a_program_waits_where_it_logs_only(program: str, tmp_path: Path, corpus_folder: Path) -> None:
+    """With all callbacks, the progress bar, clipping and accumulation; the first step makes what later ones use."""
+    pytest.importorskip("jsonargparse")
+    intervals = ("trainer.log_every_n_steps", "loss_guard.check_every_n_steps")
+    options = [word for name in intervals for word in (f"--{name}", str(EVERY))]
+    options += ["--checkpoint.every_n_train_steps", "100", "--trainer.val_check_interval", "1000"]
+    options += ["--trainer.accumulate_grad_batches", "2", "--trainer.enable_progress_bar", "true"]
+    command = [PYTHON, "-c", PROGRAM, program, str(RECIPES), *arguments(tmp_path, corpus_folder, STEPS, *options)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    waited = json.loads(done.stdout.splitlines()[-1])
+    for step in (2, 5, 6, 9, 10, 13, 14):
+        assert not waited[step], waited[step]
+    for step in (EVERY, 2 * EVERY):
+        assert waited[step]
+        early = [wait for wait in waited[step - 1] if "callbacks/lr_monitor.py" not in wait]  # it logs as a step begins
+        assert not early, early
 
 
 @pytest.fixture
@@ -53,23 +80,64 @@ def end_step(callback: Any, trainer: Any) -> Waits:
 
 
 def test_the_detector_sees() -> None:
+    device, host = torch.device("cpu"), torch.zeros(2)
+    value = torch.ones(2, device=device)
+    rows = torch.ones(2)
     with Waits() as waits:
-        value = torch.tensor(1.0, device="cpu")
-        bool(value), float(value), value.item(), value.new_tensor(2.0)
-    assert len(waits.reads) == 3 and len(waits.uploads) == 2
+        bool(value[0]), float(value[0]), value[0].item()
+        value.tolist(), value.cpu(), value.numpy()
+        value[value > 0], value.nonzero()
+        value.new_tensor(2.0), torch.tensor(2.0, device=device)
+        rows = torch.arange(2)
+        rows.to(device)
+    seen = [what for _, what, _ in waits.seen]
+    reads = ["_local_scalar_dense"] * 3 + ["tolist", "cpu", "numpy", "index", "nonzero"]
+    assert seen == [*reads, "new_tensor", "tensor", "to"]
+    with Waits() as waits:
+        host = torch.arange(2)
+        moved = host.to(device, non_blocking=True)
+        moved.to(device), value.to(torch.float64), torch.full_like(value, 2.0), value[0] + 1.0
+    assert not waits.seen
 
 
 def test_the_loss_guard_waits_when_it_looks_only(trainer: Any) -> None:
     guard = LossGuard(check_every_n_steps=3)
     for look in (False, False, True, False):
-        waits = end_step(guard, trainer)
-        assert bool(waits.reads) is look
-        assert not waits.uploads
+        assert bool(end_step(guard, trainer).seen) is look
 
 
-def test_fault_tolerance_waits_when_ranks_agree_only(trainer: Any) -> None:
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Pool]:
+    with pools() as start:
+        yield start(2)
+
+
+def agree_later(says: list[list[int | None]], now: list[int]) -> list[int]:
+    """On a rank of two: what it hears, as on an accelerator."""
+    mine = says[torch.distributed.get_rank()]
+    agreement = Agreement(torch.device("cpu"), 2, later=True)
+    return [agreement.ask(say, now=question in now) for question, say in enumerate(mine)]
+
+
+def test_ranks_hear_one_question_later_or_at_once(pair: Pool) -> None:
+    says = [[0, 0, 1, None, None, 0, 0, 2], [0, 3, 0, None, None, 0, 0, 0]]
+    for heard in pair.run("tests.recipes.test_waits:agree_later", says=says, now=[7]):
+        assert heard == [0, 0, 3, 1, 0, 0, 0, 2]
+
+
+def test_fault_tolerance_asks_at_its_interval(trainer: Any) -> None:
+    """And at once where the Trainer logs, in the last step, and in an epoch's last batch."""
     callback = FaultTolerance(check_every_n_steps=2)
-    for agree in (False, True, False, True):
-        waits = end_step(callback, trainer)
-        assert bool(waits.reads) is agree
-        assert not waits.uploads
+    asked: list[tuple[int, int | None, bool]] = []
+    callback._agreement = SimpleNamespace(
+        ask=lambda mine, now: asked.append((trainer.global_step, mine, now)) or 0,
+    )
+    trainer.log_every_n_steps, trainer.max_steps, trainer.is_last_batch = 4, 6, False
+    for _ in range(6):
+        end_step(callback, trainer)
+    assert asked == [(1, None, False), (2, 0, False), (3, None, False), (4, 0, True), (5, None, False), (6, 0, True)]
+
+
+def test_alone_one_hears_oneself_at_once_and_for_nothing() -> None:
+    agreement = Agreement(torch.device("meta"), 1)
+    assert [agreement.ask(say) for say in (0, 2, None)] == [0, 2, 0]

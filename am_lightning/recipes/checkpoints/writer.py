@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning_utilities.core.apply_func import apply_to_collection
+from torch.distributed.checkpoint import staging
 from torch.distributed.checkpoint.api import CheckpointException
 
 from am_lightning.recipes.checkpoints.atomic import require_space, tensor_bytes
@@ -48,6 +49,7 @@ class CheckpointWriter:
         self._pool: ThreadPoolExecutor | None = None
         self._pending: list[Future[Any]] = []
         self._group: dist.ProcessGroup | None = None
+        self._stager: Any = None
         if asynchronous and isinstance(trainer.strategy, DeepSpeedStrategy):
             raise RecipeError(
                 "checkpoint.asynchronous is True; allowed: false with DeepSpeedStrategy, whose engine saves"
@@ -69,8 +71,7 @@ class CheckpointWriter:
             elif self.folders:
                 self._begin_folder(checkpoint, path)
             elif self.trainer.is_global_zero:
-                copied = apply_to_collection(checkpoint, torch.Tensor, _copy)
-                self._pending = [self._background(self._write_file, copied, path)]
+                self._pending = [self._background(self._write_file, _on_host(checkpoint), path)]
         if not self.asynchronous:
             with self._together(path):
                 if self.trainer.is_global_zero:
@@ -102,7 +103,6 @@ class CheckpointWriter:
                 self._part(path).mkdir(parents=True)
 
     def _begin_folder(self, checkpoint: dict[str, Any], path: Path) -> None:
-        from torch.distributed.checkpoint.staging import BlockingAsyncStager
         from torch.distributed.checkpoint.state_dict_saver import async_save
 
         part = self._part(path)
@@ -113,9 +113,8 @@ class CheckpointWriter:
             torch.save(checkpoint, part / _METADATA)
         if self._group is None and self.trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")  # its own: the steps' collectives go on meanwhile
-        # async_save's own stager does not know FSDP1's ShardedTensor.
-        stager = BlockingAsyncStager() if isinstance(self.trainer.strategy, FSDPStrategy) else None
-        written: Any = async_save(state, checkpoint_id=part, process_group=self._group, async_stager=stager)
+        self._stager = self._stager or _stager(self.trainer)  # kept: it writes into the same pinned memory again
+        written: Any = async_save(state, checkpoint_id=part, process_group=self._group, async_stager=self._stager)
         self._pending = [written]
         if self.trainer.is_global_zero:
             self._pending.append(self._background(self._finish_after, written, path))
@@ -206,5 +205,29 @@ def _gathered(trainer: L.Trainer, value: Any) -> list[Any]:
     return values
 
 
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True)
+def _on_host(state: Any) -> Any:
+    """A copy in the host's memory; from GPUs into pinned memory, with one wait for each and not for each tensor."""
+    devices: set[torch.device] = set()
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        pinned = tensor.device.type == "cuda"
+        if pinned:
+            devices.add(tensor.device)
+        host = torch.empty_like(tensor, device="cpu", pin_memory=pinned, requires_grad=False)
+        return host.copy_(tensor.detach(), non_blocking=pinned)
+
+    copied = apply_to_collection(state, torch.Tensor, copy)
+    for device in devices:
+        torch.cuda.synchronize(device)
+    return copied
+
+
+def _stager(trainer: L.Trainer) -> Any:
+    """What copies shards to the host; None: async_save's own, which copies tensor by tensor from pageable memory."""
+    if isinstance(trainer.strategy, FSDPStrategy):  # newer ones do not know its ShardedTensor
+        return staging.BlockingAsyncStager()
+    if trainer.strategy.root_device.type != "cuda" or not hasattr(staging, "DefaultStager"):  # from torch 2.9 on
+        return None
+    pinned = {"use_pinned_memory": True, "use_non_blocking_copy": True}
+    options = staging.StagingOptions(**pinned, use_shared_memory=False, use_async_staging=False)
+    return staging.DefaultStager(options)

@@ -160,6 +160,7 @@ class StreamLoader(DataLoader[Any]):
         num_workers: loader processes: none, or one for each reader.
         first_step: called when iteration begins; steps that are done already.
         resume: gives the positions behind a step.
+        pin_memory: as DataLoader's.
     """
 
     def __init__(
@@ -170,9 +171,17 @@ class StreamLoader(DataLoader[Any]):
         num_workers: int,
         first_step: Callable[[], int],
         resume: Callable[[int], list[Position]],
+        pin_memory: bool = False,
     ) -> None:
         self.numbers = _Numbers(steps * accumulate)
-        super().__init__(batches, batch_size=None, sampler=self.numbers, num_workers=num_workers, collate_fn=_unchanged)
+        super().__init__(
+            batches,
+            batch_size=None,
+            sampler=self.numbers,
+            num_workers=num_workers,
+            collate_fn=_unchanged,
+            pin_memory=pin_memory,
+        )
         self.batches, self.accumulate, self.first_step, self.resume = batches, accumulate, first_step, resume
         # Behind the last two steps that were handed out: whoever saves may have taken the last one or not.
         self.positions: dict[int, list[Position]] = {}

@@ -137,6 +137,7 @@ class TextData(L.LightningDataModule):
         world_size: int = 1,
         accumulate: int = 1,
         first_step: int | Callable[[], int] = 0,
+        pin_memory: bool = False,
     ) -> DataLoader[torch.Tensor]:
         """Batches of one process: int64 (batch_size / accumulate / world_size, seq_len).
 
@@ -146,13 +147,14 @@ class TextData(L.LightningDataModule):
             accumulate: micro-batches in a step.
             first_step: steps that are done already; a function is called when iteration begins. A stream needs its
                 `load_state_dict`, too.
+            pin_memory: batches in pinned memory, from which a GPU copies without the host's waiting.
 
         Raises:
             RecipeError: `batch_size` is not divisible by world_size * accumulate, or the text is too short.
         """
         done = first_step if callable(first_step) else lambda: first_step
         if self._streams:
-            return self._stream_loader(steps, rank, world_size, accumulate, done)
+            return self._stream_loader(steps, rank, world_size, accumulate, done, pin_memory)
         rows = TokenRows(self._opened().train, self.seq_len)
         order = StepOrder(
             len(rows),
@@ -165,10 +167,16 @@ class TextData(L.LightningDataModule):
             first_step=done,
         )
         return ResumableLoader(
-            rows, batch_sampler=order, num_workers=self.num_workers, persistent_workers=self.num_workers > 0
+            rows,
+            batch_sampler=order,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=pin_memory,
         )
 
-    def val_loader(self, *, rank: int = 0, world_size: int = 1, rows: int | None = None) -> DataLoader[torch.Tensor]:
+    def val_loader(
+        self, *, rank: int = 0, world_size: int = 1, rows: int | None = None, pin_memory: bool = False
+    ) -> DataLoader[torch.Tensor]:
         """This process's share of `rows` held-out rows (`val_rows` where None), evenly spaced over the held-out text.
 
         Every rank has equally many, as collectives need; `scored_rows` then says how many all have together.
@@ -185,7 +193,7 @@ class TextData(L.LightningDataModule):
             )
         self.scored_rows = share * world_size
         mine = range(rank, self.scored_rows, world_size)
-        return DataLoader(Subset(held_out, list(mine)), batch_size=self.val_batch_size)
+        return DataLoader(Subset(held_out, list(mine)), batch_size=self.val_batch_size, pin_memory=pin_memory)
 
     def folder(self) -> Path:
         """Where `prepare` puts the shards."""
@@ -232,13 +240,14 @@ class TextData(L.LightningDataModule):
             world_size=world_size,
             accumulate=trainer.accumulate_grad_batches,
             first_step=lambda: trainer.global_step,
+            pin_memory=_pins(trainer),
         )
 
     def val_dataloader(self) -> DataLoader[torch.Tensor]:
         trainer = self._trainer()
         rank, world_size = _share(trainer)
         rows = self.val_rows if trainer.state.fn == "fit" else self.final_val_rows
-        return self.val_loader(rank=rank, world_size=world_size, rows=rows)
+        return self.val_loader(rank=rank, world_size=world_size, rows=rows, pin_memory=_pins(trainer))
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must have in common with this one, and in a stream where every process is.
@@ -285,7 +294,13 @@ class TextData(L.LightningDataModule):
         return max(self.val_rows, self.final_val_rows) if self._streams else None
 
     def _stream_loader(
-        self, steps: int, rank: int, world_size: int, accumulate: int, first_step: Callable[[], int]
+        self,
+        steps: int,
+        rank: int,
+        world_size: int,
+        accumulate: int,
+        first_step: Callable[[], int],
+        pin_memory: bool,
     ) -> DataLoader[torch.Tensor]:
         pipeline = self.pipeline()
         template = Reader(
@@ -300,6 +315,7 @@ class TextData(L.LightningDataModule):
             self.num_workers,
             first_step,
             lambda step: self._stream.at(step, rank, world_size, accumulate, len(readers)),
+            pin_memory=pin_memory,
         )
         self._stream.follow(loader, rank, world_size, accumulate)
         return loader
@@ -313,6 +329,10 @@ class TextData(L.LightningDataModule):
         if self._shards is None:
             raise RuntimeError("TextData is not open: call prepare() on one process of the machine, then open()")
         return self._shards
+
+
+def _pins(trainer: L.Trainer) -> bool:
+    return trainer.strategy.root_device.type == "cuda"
 
 
 def _share(trainer: L.Trainer) -> tuple[int, int]:
