@@ -16,6 +16,7 @@ from am_lightning.optim.kernels import Numbers, Options, Passes, Piece
 from am_lightning.optim.kernels import fused as fused_kernels
 from am_lightning.optim.kernels.passes import Choice
 from am_lightning.optim.kernels.transfer import is_capturing, moved
+from am_lightning.optim.kernels.triton_check import Kind
 from am_lightning.optim.persistence import PersistentOptimizer
 from am_lightning.optim.scalars import sums_live_on
 from am_lightning.sharding import Layout, Row, gradient_of, piece_of
@@ -190,7 +191,8 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
 
     def _kernels_in_words(self) -> str:
         parts = [f"{fused_kernels.words_of(tier)} for {count}" for tier, count in self._tiers.items()]
-        return f"; kernels: {', '.join(parts)}" if parts else ""
+        why = self._workspace.why_not_triton
+        return f"; kernels: {', '.join(parts)}{f' (no Triton: {why})' if why else ''}" if parts else ""
 
     def _is_again(self, layout: Layout) -> bool:
         """An engine calls step() several times in one training step, and this is not the first of them."""
@@ -211,9 +213,12 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
         check = getattr(self, "_accelerator_graph_capture_health_check", None) or self._cuda_graph_capture_health_check
         if all("capturable" in group for group in self.param_groups):
             check()
-        if self._layout is None:  # making it takes copies, and collectives between ranks
-            for param in (param for group in self.param_groups for param in group["params"]):
-                _refuse_in_capture(param)
+        if self._layout is None:
+            self._check_time()
+
+    def _check_time(self) -> None:
+        for param in self._parameters():  # a layout takes copies, collectives, and kernels that are built and tried
+            _refuse_in_capture(param)
 
     def _pieces(self, layout: Layout) -> list[Piece]:
         """The rows that have a gradient here. All are checked before the first state is made."""
@@ -238,27 +243,42 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
         self._agree_on_kernels(layout)
 
     def _agree_on_kernels(self, layout: Layout) -> None:
-        """Collective where ranks share fused tensors on CPUs or GPUs: all of them take the same kernels."""
+        """Collective where ranks share tensors that fused kernels may take: all of them take the same kernels."""
         fused = [row for row in layout.rows if self.param_groups[row.group_index].get("fused")]
-        devices = {row.param.device for row in fused if row.param.device.type in fused_kernels.TRITON_DEVICES}
-        if not layout.reductions or not layout.rows:
-            return
-        device, _ = sums_live_on([row.param for row in layout.rows])
-        nothing = torch.zeros(len(layout.rows), 1, dtype=row_state.widest_dtype(device), device=device)
 
         def summed(votes: Tensor) -> Tensor:
+            device, dtype = sums_live_on([row.param for row in layout.rows])
+            nothing = torch.zeros(len(layout.rows), 1, dtype=dtype, device=device)
             total = layout.all_reduce(nothing, votes.to(nothing))[1]
             assert total is not None
             return total
 
+        asked, default = self._kinds_on_gpu(layout.rows)
         # A converted optimizer may have fallen back on some ranks only, which vote too.
-        if (devices or self.fused_dropped is not None) and not fused_kernels.agree_on_gpu(
-            summed, devices, bool(self.fused_dropped)
-        ):
-            self._drop_fused(fused)
-            return
-        if any(row.param.device.type == "cpu" for row in fused):
+        if asked or default or self.fused_dropped is not None:
+            agreed = fused_kernels.agree_on_gpu(
+                summed if layout.reductions else None, asked, default, bool(self.fused_dropped)
+            )
+            self._workspace.take_default(agreed.why_not)
+            if not agreed.fused:
+                self._drop_fused(fused)
+                return
+        if layout.reductions and any(row.param.device.type == "cpu" for row in fused):
             self._workspace.agreed_on_cpu = fused_kernels.agreed_on_cpu(summed)
+
+    def _kinds_on_gpu(self, rows: list[Row]) -> tuple[set[Kind], set[Kind]]:
+        """Of parameters that Triton may serve: with ``fused=True``, and with neither ``fused`` nor ``foreach`` set."""
+        asked: set[Kind] = set()
+        default: set[Kind] = set()
+        for row in rows:
+            group, param = self.param_groups[row.group_index], row.param
+            if "fused" in group and param.device.type in fused_kernels.TRITON_DEVICES:
+                kind = Kind(param.device, param.dtype, row_state.direction_dtype(param, self.exp_avg_dtype))
+                if group["fused"]:
+                    asked.add(kind)
+                elif Choice(group["foreach"], group["fused"]).by_default:
+                    default.add(kind)
+        return asked, default
 
     def _drop_fused(self, rows: list[Row]) -> None:
         if rows:

@@ -26,8 +26,8 @@ def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float, *, in_s
     Args:
         optimizer: AMAdamW or AMSGD, or what Lightning, Fabric or Accelerate made of it.
         max_norm: a number >= 0; ``inf`` only computes the norm.
-        in_step: leave the gradients as they are, and let the next ``step()`` multiply them. ``fused=True`` on CUDA and
-            ROCm then does so in registers, which saves reading and writing them once; other kernels multiply them in
+        in_step: leave the gradients as they are, and let the next ``step()`` multiply them. Triton's kernels (CUDA,
+            ROCm) then do so in registers, which saves reading and writing them once; other kernels multiply them in
             place. ``zero_grad()`` takes it back, so a step that a GradScaler leaves out does no harm. Whoever captures
             the step in a CUDA graph must capture this call as well.
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from am_lightning import AMAdamW
-from am_lightning.optim.kernels import Options, Piece, fused, triton_pair, triton_tables
+from am_lightning.optim.kernels import Options, Piece, fused, triton_check, triton_pair, triton_tables
 from tests.optim.test_no_sync import step_unread
 from tests.sharding.pool import Pool
 
@@ -47,6 +47,14 @@ def test_runs_repeat_to_the_bit(interpreter: Pool, exp_avg_dtype: str | None) ->
     check(interpreter, "again_and_resumed", exp_avg_dtype=exp_avg_dtype)
 
 
+def test_the_default_is_triton_where_its_numbers_are_right(interpreter: Pool) -> None:
+    check(interpreter, "default_where_it_agrees")
+
+
+def test_the_check_of_the_first_step_sees_small_errors(interpreter: Pool) -> None:
+    check(interpreter, "no_default_where_it_differs")
+
+
 def test_low_precision_direction(interpreter: Pool) -> None:
     check(interpreter, "low_precision_direction")
 
@@ -72,7 +80,8 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("sums_kernel", "reduce_kernel", "update_kernel")
     module = SimpleNamespace(tl=SimpleNamespace(float32=0, float64=0, bfloat16=0), **{name: Idle() for name in names})
     monkeypatch.setattr(triton_pair, "require_triton", lambda: module)
-    monkeypatch.setattr(fused, "require_triton", lambda: module)
+    monkeypatch.setattr(triton_check, "why_not", lambda kind: "")
+    monkeypatch.setattr(fused, "why_not", lambda kind: "")
     monkeypatch.setattr(fused, "TRITON_DEVICES", {"cpu"})
 
 
