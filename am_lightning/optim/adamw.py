@@ -125,6 +125,9 @@ class AMAdamW(AdaptiveMemoryOptimizer):
         beta2, lambd, decay = group["betas"][1], group["lambd"], group["weight_decay"]
         return Options(float(beta2), float(lambd), float(decay), 0.0, group["maximize"])
 
+    def _row_options(self, group: dict[str, Any]) -> list[float | Tensor]:
+        return [group[self.cap_key], group["lr"], group["weight_decay"], group["betas"][1], group["eps"]]
+
     def state_dict(self) -> dict[str, Any]:
         """As in torch.optim; the saved groups have all options of AdamW's, which some loaders ask for."""
         saved = super().state_dict()

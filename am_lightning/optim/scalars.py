@@ -61,6 +61,8 @@ class StateScalars:
         self._params = [row.param for row in rows]
         self._device, self._dtype = sums_live_on(self._params)
         self._last: Tensor | None = None
+        plain = all(p.device == self._device and p.dtype != torch.float64 for p in self._params)
+        self.device_of_float32 = self._device if self._params and plain else None  # where all states are, in float32
         self._distinct = len({id(param) for param in self._params}) == len(self._params)
         self._packed: Packed | None = None
 
@@ -83,6 +85,18 @@ class StateScalars:
         for key, column in new.items():
             values = column.unbind()
             torch._foreach_copy_([self._state[self._params[i]][key] for i in known], [values[i] for i in known])
+
+    def table(self) -> Tensor:
+        """``[4, rows]`` float32: the states themselves where they are one tensor, else a copy, which ``take`` keeps."""
+        self._packed = self._pack()
+        if self._packed is not None:
+            return self._packed.table
+        return torch.stack([self._stack(key, default) for key, default in DEFAULTS.items()]).to(torch.float32)
+
+    def take(self, table: Tensor, counts: Tensor) -> None:
+        """Keep what a kernel has made of ``table``; ``counts`` as in ``write``."""
+        if self._packed is None:
+            self.write(dict(zip(DEFAULTS, table.to(self._dtype).unbind(), strict=True)), counts)
 
     def betas(self) -> Tensor:
         betas = self._stack("beta", DEFAULTS["beta"])

@@ -152,7 +152,7 @@ MUTATIONS = [
     Mutation(
         "zero_grad keeps the clipping that the next step was to do",
         _BASE,
-        "self._workspace.gradient_scale = None\n        super().zero_grad",
+        "self._workspace.gradient_clip = None\n        super().zero_grad",
         "super().zero_grad",
         ("tests/optim/test_clip.py::test_zero_grad_takes_clipping_in_the_step_back",),
     ),

@@ -13,7 +13,7 @@ from torch import Tensor
 from am_lightning import AMAdamW, clip_grad_norm_
 from am_lightning.optim import base
 from am_lightning.optim.convert import convert_adamw
-from am_lightning.optim.kernels import fused, triton_check, triton_pair
+from am_lightning.optim.kernels import fused, triton_check, triton_pair, triton_rows
 from am_lightning.optim.kernels.passes import Choice, tiers
 
 CPU = torch.device("cpu")
@@ -44,15 +44,19 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> Kernel
     )
     for user in (triton_pair, triton_check):
         monkeypatch.setattr(user, "require_triton", lambda: module)
+    rows = SimpleNamespace(coefficients_kernel=kernel, decide_kernel=kernel)
+    monkeypatch.setattr(triton_rows, "_kernels", lambda: rows)
     monkeypatch.setattr(fused, "TRITON_DEVICES", {"cpu"})
     return kernel
 
 
 @pytest.fixture(autouse=True)
 def looked_at_anew() -> Iterator[None]:
-    triton_check.why_not.cache_clear()
+    for cached in (triton_check.why_not, triton_check._error_of_rows):
+        cached.cache_clear()
     yield
-    triton_check.why_not.cache_clear()
+    for cached in (triton_check.why_not, triton_check._error_of_rows):
+        cached.cache_clear()
 
 
 @pytest.fixture
@@ -95,9 +99,10 @@ def test_wrong_numbers_are_an_error(idle: Kernel) -> None:
 
 def test_a_small_step_is_made_once(working: Kernel) -> None:
     AMAdamW(params(), fused=True)
-    assert working.launches == 3
+    made = working.launches
+    assert made > 0
     AMAdamW(params(), fused=True)
-    assert working.launches == 3
+    assert working.launches == made
 
 
 def test_nothing_is_launched_in_a_capture(working: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:

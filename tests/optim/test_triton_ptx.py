@@ -18,8 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from am_lightning.optim.kernels import Numbers, Options, Piece, triton_pair
-from am_lightning.optim.kernels.pieces import SUM_BLOCK
+from am_lightning.optim.kernels import Numbers, Options, Piece, triton_pair, triton_row_kernels, triton_rows
+from am_lightning.optim.kernels.pieces import SUM_BLOCK, Clip
 from am_lightning.optim.kernels.triton_tables import BLOCK, BLOCKS, Tables
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
@@ -156,6 +156,25 @@ def test_the_second_stage(kernels: SimpleNamespace) -> None:
     launch(ALL_F32)
     ptx = kernels.reduce_kernel.compile(nvidia(80)).asm["ptx"]
     assert "add.f64" in ptx.replace(".rn", "") and not re.search(r"\b(atom|red)\.", ptx)
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_the_rows_own_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, scope: str) -> None:
+    """Built for NVIDIA and AMD; no atomics, nothing spilled."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    names = ("coefficients_kernel", "decide_kernel")
+    recorders = SimpleNamespace(**{name: Recorder(getattr(triton_row_kernels, name)) for name in names})
+    monkeypatch.setattr(triton_rows, "_kernels", lambda: recorders)
+    rows, record = triton_rows.RowKernels([20, 30], scope, torch.device("cpu")), torch.zeros(4, dtype=torch.int64)
+    clip = Clip(torch.ones((), dtype=F64), 1.0)
+    found = rows.coefficients(torch.zeros(4, 50), [[0.9, 0.1, 0.0, 0.99, 1e-8]] * 2, torch.ones(50, dtype=F64), clip)
+    packed, skipped = torch.zeros(50, 4, dtype=F64), torch.zeros((), dtype=torch.bool)
+    rows.decide(packed, found.columns, torch.zeros(4, 50), record, skipped, skip=True)
+    for recorder in (recorders.coefficients_kernel, recorders.decide_kernel):
+        compiled = recorder.compile(nvidia(90))
+        assert not re.search(r"\b(atom|red)\.", compiled.asm["ptx"])
+        assert stack_bytes(compiled, tmp_path) == 0
+        assert "atomic" not in recorder.compile(GPUTarget("hip", "gfx942", 64)).asm["amdgcn"]
 
 
 def test_a_chunk_is_no_longer_than_a_block_of_sums() -> None:

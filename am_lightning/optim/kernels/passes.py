@@ -12,7 +12,7 @@ from torch import Tensor
 from am_lightning.optim.kernels import blocked, compiled, cpu_loop, foreach, fused, reference, triton_pair
 from am_lightning.optim.kernels.blocked import Scratch
 from am_lightning.optim.kernels.fused import COMPILED, LOOP, TRITON, fused_tier
-from am_lightning.optim.kernels.pieces import Numbers, Piece, is_addressable, is_flat, scale_
+from am_lightning.optim.kernels.pieces import Clip, Numbers, Piece, is_addressable, is_flat, scale_
 from am_lightning.optim.kernels.transfer import Constants, moved
 
 REFERENCE, BLOCKED, FOREACH = "reference", "blocked", "foreach"
@@ -40,7 +40,14 @@ class Workspace:
         self.triton_by_default = False  # it works on all ranks
         self.why_not_triton = ""  # the reason where it does not
         self.constants = Constants()
-        self.gradient_scale: Tensor | None = None  # 0-dim, what the next step multiplies its gradients by
+        self.gradient_clip: Clip | None = None  # of the next step
+        self.gradient_factor: Tensor | None = None  # 0-dim, its factor where a kernel of this step gives it
+
+    def taken_factor(self) -> Tensor | None:
+        """0-dim, what this step multiplies its gradients by; no step after it does."""
+        clip, factor = self.gradient_clip, self.gradient_factor
+        self.gradient_clip = self.gradient_factor = None
+        return clip.factor() if clip is not None and factor is None else factor
 
     def take_default(self, why_not_triton: str) -> None:
         """What the ranks have agreed on; one of several layouts for which Triton does not work decides for all."""
@@ -95,7 +102,7 @@ class Passes:
 
     def __init__(self, pieces: Sequence[Piece], choices: Sequence[Choice], workspace: Workspace) -> None:
         self._workspace = workspace
-        self._scale, workspace.gradient_scale = workspace.gradient_scale, None
+        self._scale = workspace.taken_factor()
         chosen: dict[tuple[torch.device, Choice], tuple[str, str]] = {}
         by_tier: dict[tuple[str, str], list[Piece]] = {}
         for piece, choice in zip(pieces, choices, strict=True):

@@ -10,10 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from am_lightning.optim.closed_form import Sums, bias_correction, decide, gap_factor
 from am_lightning.optim.kernels import reference
-from am_lightning.optim.kernels.pieces import Numbers, Options, Piece
+from am_lightning.optim.kernels.pieces import Clip, Numbers, Options, Piece
 from am_lightning.optim.kernels.triton_pair import DTYPES, Tables, TritonPasses, require_triton
+from am_lightning.optim.kernels.triton_rows import RowKernels
+from am_lightning.optim.validation import SCOPES
 
+_F64 = torch.float64
 _SIZES = (1, 1000, 8192 + 333)  # one element, a masked block, a full chunk and the beginning of another
 _NUMBERS = {"gap": 1.9, "root": 0.8, "floor": 1e-8, "lr": 0.01, "shrink": 0.999, "omega": 0.4, "step": 3.0}
 
@@ -71,11 +75,11 @@ def _difference(kind: Kind) -> str:
     host[1] = False  # a row that is not to be written
     counts = host.to(kind.device)
     passes = TritonPasses(pieces, Tables())
-    sums = passes.sums(numbers, torch.float64)
+    sums = passes.sums(numbers, _F64)
     passes.update(numbers, counts)
-    expected = torch.stack(reference.sums(plain, numbers, torch.float64))
+    expected = torch.stack(reference.sums(plain, numbers, _F64))
     reference.update(plain, numbers, list(counts.unbind()))
-    found = {"the sums": _largest_error([sums], [expected], 1e-4)}
+    found = {"the sums": _largest_error([sums], [expected], 1e-4), "beta_t": (_error_of_rows(kind.device), 1e-6)}
     for name in ("d", "v", "x"):
         ours, theirs = ([getattr(piece, name) for piece in each] for each in (pieces, plain))
         found[name] = _largest_error(ours, theirs, 1e-5 + 2 * torch.finfo(ours[0].dtype).eps)
@@ -85,11 +89,39 @@ def _difference(kind: Kind) -> str:
     return f"on {kind.device} those for {kind.dtype} differ from the plain kernels ({', '.join(wrong)}): report it"
 
 
+@functools.cache
+def _error_of_rows(device: torch.device) -> float:
+    """Of the kernels that decide, beside ``closed_form``: two groups, one of three rows in its first step."""
+    sizes, options = [2, 1], [[0.9, 0.01, 0.1, 0.99, 1e-8], [0.8, 0.02, 0.05, 0.999, 1e-6]]
+    cap, lr, mu, beta2, eps = torch.tensor([[a, a, b] for a, b in zip(*options, strict=True)], dtype=_F64).unbind()
+    states = torch.tensor([[4.0, 0.0, 9.0], [0.5, 1.0, 0.3], [0.7, -1.0, 0.6], [0.02, 0.0, 0.01]])
+    sums = torch.tensor([[0.04, 0.1], [0.3, 0.4], [0.1, 0.2]], dtype=_F64)
+    step, beta_prod, _, prev_lr = states.double()
+    c = bias_correction(cap, beta_prod)
+    gap, root = 1 + gap_factor(lr, prev_lr, mu), c / (1 - beta2 ** (step + 1)).sqrt()
+    ours, theirs = [], []
+    for scope in SCOPES:
+        kernels, table = RowKernels(sizes, scope, device), states.to(device, copy=True)
+        clip = Clip(torch.tensor(2.0, dtype=_F64, device=device), 0.5)
+        found = kernels.coefficients(table, options, torch.ones(3, dtype=_F64, device=device), clip)
+        packed = torch.cat([sums.to(device), found.tail], 1)
+        record = torch.zeros(4, dtype=torch.int64, device=device)
+        omega, _ = kernels.decide(packed, found.columns, table, record, record.new_zeros(()).bool(), skip=True)
+        beta = decide(
+            Sums.unpack(packed.cpu()), cap=cap, lr=lr, scope=scope, sizes=sizes, first_takes_cap=True, nonfinite="skip"
+        ).beta
+        ours += [found.columns, omega, table, found.factor]
+        theirs += [torch.stack([cap, lr, gap, root, c * eps, 1 - mu * lr, step]), 1 - beta]
+        theirs += [torch.stack([step + 1, beta_prod * beta, beta, lr]), clip.factor()]
+    pairs = zip(ours, theirs, strict=True)
+    return float(torch.stack([(a.cpu() - b.cpu()).abs().max() for a, b in pairs if a is not None]).max())
+
+
 def _pieces(kind: Kind) -> list[Piece]:
     """Without a random generator, whose state is the user's; all with one sign of d and g, so that no sum cancels."""
     result = []
     for row, size in enumerate(_SIZES):
-        wave = torch.arange(size, dtype=torch.float64).mul(0.7).sin()
+        wave = torch.arange(size, dtype=_F64).mul(0.7).sin()
         g, d, v, x = 1.5 + 0.4 * wave, 1.2 - 0.3 * wave, 1.0 + 0.5 * wave, 2.0 + wave
         dtypes = (kind.dtype, kind.direction, kind.dtype, kind.dtype)
         g, d, v, x = (t.to(kind.device, dtype) for t, dtype in zip((g, d, v, x), dtypes, strict=True))

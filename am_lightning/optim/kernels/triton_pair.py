@@ -13,13 +13,13 @@ from am_lightning.optim.kernels.pieces import Numbers, Piece, is_addressable, is
 from am_lightning.optim.kernels.transfer import moved
 from am_lightning.optim.kernels.triton_tables import BLOCK, BLOCKS, Kind, Tables
 
-__all__ = ["DTYPES", "Tables", "TritonPasses", "require_triton", "supports"]
+__all__ = ["DTYPES", "LAUNCH_OPTIONS", "Tables", "TritonPasses", "current", "require_triton", "supports"]
 
 DTYPES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _REDUCE_BLOCK = 256
 # The default of fusing a product and a sum differs between versions of Triton.
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-_LAUNCH = {"BLOCK": BLOCK, "BLOCKS": BLOCKS, **_OPTIONS}
+LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+_LAUNCH = {"BLOCK": BLOCK, "BLOCKS": BLOCKS, **LAUNCH_OPTIONS}
 
 
 def require_triton() -> Any:
@@ -67,22 +67,23 @@ class TritonPasses:
             accumulate: dtype of the result; the kernels sum in float64.
         """
         parts: dict[torch.device, Tensor] = {}
+        alone = len({group.kind.device for group, _, _ in self._groups}) == 1  # then every slot is written
         for group, addresses, options in self._groups:
             kind, device = group.kind, group.kind.device
             if device not in parts:
-                parts[device] = torch.zeros(len(self._pieces), 2, dtype=torch.float64, device=device)
-            if not group.chunk_count:
-                continue
+                new = torch.empty if alone else torch.zeros
+                parts[device] = new(len(self._pieces), 2, dtype=torch.float64, device=device)
             partial = torch.empty(group.chunk_count, 2, dtype=torch.float64, device=device)
             columns = [_on(numbers.columns[name], device) for name in ("gap", "root", "floor")]
-            with _current(device):
-                self._kernels.sums_kernel[(group.chunk_count,)](
-                    addresses, group.chunks, group.tensors, options, *columns,
-                    _on(self._gradient_scale, device), partial,
-                    **self._constants(kind), DECAYS=kind.decays, **_LAUNCH,
-                )  # fmt: skip
+            with current(device):
+                if group.chunk_count:
+                    self._kernels.sums_kernel[(group.chunk_count,)](
+                        addresses, group.chunks, group.tensors, options, *columns,
+                        _on(self._gradient_scale, device), partial,
+                        **self._constants(kind), DECAYS=kind.decays, **_LAUNCH,
+                    )  # fmt: skip
                 self._kernels.reduce_kernel[(group.size,)](
-                    partial, group.first_chunk, group.tensors, parts[device], BLOCK=_REDUCE_BLOCK, **_OPTIONS
+                    partial, group.first_chunk, group.tensors, parts[device], BLOCK=_REDUCE_BLOCK, **LAUNCH_OPTIONS
                 )
         total, *others = (moved(part, self._device) for part in parts.values())
         for other in others:
@@ -103,7 +104,7 @@ class TritonPasses:
             names = ("root", "floor", "lr", "shrink", "omega")
             columns = [_on(numbers.columns[name], device) for name in names]
             steps = _on(numbers.columns["step"], device) if kind.stochastic else None
-            with _current(device):
+            with current(device):
                 self._kernels.update_kernel[(group.chunk_count,)](
                     addresses, group.chunks, group.tensors, options, *columns,
                     _on(counts.view(torch.uint8), device), steps, _on(self._gradient_scale, device),
@@ -121,6 +122,6 @@ def _on(tensor: Any, device: torch.device) -> Any:
     return None if tensor is None else moved(tensor, device).contiguous()
 
 
-def _current(device: torch.device) -> Any:
+def current(device: torch.device) -> Any:
     """Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
