@@ -54,6 +54,10 @@ def test_sizes(interpreter: Pool, offset: int) -> None:
     check(interpreter, "both_passes", sizes=SIZES[:-6] if offset else SIZES, dtypes=[F32] * 4, offset=offset)
 
 
+def test_gradients_alone_at_odd_places(interpreter: Pool) -> None:
+    check(interpreter, "both_passes", sizes=FEW, dtypes=[F32] * 4, offset=1, of="g")
+
+
 @pytest.mark.parametrize(
     "dtypes",
     [[BF16] * 4, [F16] * 4, [F64] * 4, [BF16, F32, F32, BF16], [F32, F32, F32, BF16], [BF16, BF16, BF16, F32]],
