@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
+from itertools import chain
+from operator import itemgetter
 from typing import Any, Protocol
 
 import torch
@@ -80,11 +82,12 @@ class StateScalars:
         last = torch.full_like(new["beta"], row_state.NO_BETA) if self._last is None else self._last
         self._last = torch.where(counts, new["beta"], last)
         known = [i for i, param in enumerate(self._params) if self._state.get(param)]
-        if not known:
-            return
-        for key, column in new.items():
-            values = column.unbind()
-            torch._foreach_copy_([self._state[self._params[i]][key] for i in known], [values[i] for i in known])
+        table = torch.stack([new[key] for key in DEFAULTS])
+        for device, members in _by_device([self._params[i] for i in known]).items():
+            here = [known[i] for i in members]
+            for key, column in zip(DEFAULTS, moved(table, device), strict=True):  # one copy, not one for each number
+                values = column.unbind()
+                torch._foreach_copy_([self._state[self._params[i]][key] for i in here], [values[i] for i in here])
 
     def table(self) -> Tensor:
         """``[4, rows]`` float32: the states themselves where they are one tensor, else a copy, which ``take`` keeps."""
@@ -124,9 +127,12 @@ class StateScalars:
         values = [self._state[p].get(key, missing) if p in self._state else missing for p in self._params]
         if not values:
             return missing.new_empty(0)
-        if any(value.device != self._device for value in values):
-            values = [moved(value, self._device) for value in values]
-        return torch.stack(values).to(self._dtype)
+        groups = _by_device(values)
+        if len(groups) == 1:
+            return moved(torch.stack(values), self._device, self._dtype)
+        stacks = [moved(torch.stack([values[i] for i in at]), self._device, self._dtype) for at in groups.values()]
+        columns, places = torch.cat(stacks).unbind(), chain.from_iterable(groups.values())
+        return torch.stack([column for _, column in sorted(zip(places, columns, strict=True), key=itemgetter(0))])
 
 
 class TableScalars:
@@ -159,6 +165,14 @@ class TableScalars:
         """Name -> the four numbers, as floats. Waits for the device."""
         table = torch.stack(list(self._columns.values()), 1).tolist()
         return {row.name: numbers for row, numbers in zip(self.rows, table, strict=True)}
+
+
+def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
+    """Device -> indices."""
+    groups: dict[torch.device, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        groups.setdefault(tensor.device, []).append(i)
+    return groups
 
 
 def _nan_before_first(betas: Tensor) -> Tensor:

@@ -378,8 +378,8 @@ MUTATIONS = [
     Mutation(
         "stochastic rounding makes a number of some NaN",
         "am_lightning/optim/kernels/rounding.py",
-        "noise = torch.where((bits & 0x7F800000) == 0x7F800000, 0, noise)",
-        "noise = torch.where(bits == 0, 0, noise)",
+        "torch.where((bits & 0x7F800000) == 0x7F800000, y, rounded)",
+        "torch.where(bits == 0, y, rounded)",
         (f"{_LOW}::test_nan_stays_nan_whatever_its_bits",),
     ),
 ]
