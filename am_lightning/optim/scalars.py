@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from am_lightning.optim import state as row_state
-from am_lightning.optim.kernels.transfer import moved
+from am_lightning.optim.kernels.transfer import is_capturing, moved
 from am_lightning.sharding import Row
 
 DEFAULTS = {"step": 0.0, "beta_prod": 1.0, "beta": row_state.NO_BETA, "prev_lr": 0.0}
@@ -114,6 +114,8 @@ class StateScalars:
             return None
         if self._packed is not None and self._packed.holds(states):
             return self._packed
+        if is_capturing(self._device):  # packing would be recorded, and undo every replay's step at the next
+            return None
         values = [state.get(key) for state in states for key in DEFAULTS]
         kinds = {(v.dtype, v.device, v.dim()) if isinstance(v, Tensor) else None for v in values}
         return Packed(states) if len(kinds) == 1 and next(iter(kinds)) in self._packable else None
