@@ -47,10 +47,12 @@ class AMAdamW(AdaptiveMemoryOptimizer):
         lambd: memory regularisation lambda.
         scope: one beta_t for every "tensor", "group", or "global" for the model.
         maximize: ascend.
-        foreach: None picks the eager kernels for the device, True torch._foreach_*, False plain formulas.
+        foreach: None picks the kernels for the device, True torch._foreach_*, False plain formulas.
         capturable: safe to capture in a CUDA graph (with a tensor lr).
         fused: True runs each pass as one kernel over all tensors: Triton on CUDA and ROCm, on the CPU a C++ loop that
-            is built at the first step, torch.compile elsewhere. ``describe`` says which.
+            is built at the first step, torch.compile elsewhere. None (with foreach None) does so on CUDA and ROCm where
+            the kernels build, launch and agree with the plain ones on all ranks, looked at in the first step; elsewhere
+            the eager kernels. False: eager kernels. ``describe`` says which, and why not Triton.
         nonfinite: "skip" drops a step in which a sum is not finite, "propagate" does what AdamW does.
         replica_group: process group of ranks that hold the same parameters (DDP); the AdaptiveMemory callback sets it.
         exp_avg_dtype: torch.bfloat16 keeps ``exp_avg`` of float32 parameters in half the memory, rounded stochastically
@@ -122,6 +124,9 @@ class AMAdamW(AdaptiveMemoryOptimizer):
     def _options(self, group: dict[str, Any]) -> Options:
         beta2, lambd, decay = group["betas"][1], group["lambd"], group["weight_decay"]
         return Options(float(beta2), float(lambd), float(decay), 0.0, group["maximize"])
+
+    def _row_options(self, group: dict[str, Any]) -> list[float | Tensor]:
+        return [group[self.cap_key], group["lr"], group["weight_decay"], group["betas"][1], group["eps"]]
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch.optim; the saved groups have all options of AdamW's, which some loaders ask for."""

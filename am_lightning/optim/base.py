@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -12,15 +11,25 @@ from torch.optim.optimizer import ParamsT
 
 from am_lightning.optim import state as row_state
 from am_lightning.optim.closed_form import Decision, Sums, decide, gap_factor
+from am_lightning.optim.kernel_choice import agree_on_kernels, choice_of, drop_fused, row_kernels
 from am_lightning.optim.kernels import Numbers, Options, Passes, Piece
 from am_lightning.optim.kernels import fused as fused_kernels
-from am_lightning.optim.kernels.passes import Choice
+from am_lightning.optim.kernels.pieces import Clip
 from am_lightning.optim.kernels.transfer import is_capturing, moved
+from am_lightning.optim.kernels.triton_rows import Coefficients, RowKernels
 from am_lightning.optim.persistence import PersistentOptimizer
-from am_lightning.optim.scalars import sums_live_on
+from am_lightning.optim.scalars import StateScalars, sums_live_on
 from am_lightning.sharding import Layout, Row, gradient_of, piece_of
 from am_lightning.sharding.callers import inside_deepspeed_warm_up, inside_state_creation
 from am_lightning.sharding.fsdp1 import is_managed
+
+
+class InKernels(NamedTuple):
+    """What a step needs whose rows' numbers are kernels' work."""
+
+    kernels: RowKernels
+    coefficients: Coefficients
+    table: Tensor  # [4, rows], the states
 
 
 class Local(NamedTuple):
@@ -30,6 +39,7 @@ class Local(NamedTuple):
     scalars: dict[str, Tensor]
     numbers: Numbers
     passes: Passes
+    in_kernels: InKernels | None
 
 
 class AdaptiveMemoryOptimizer(PersistentOptimizer):
@@ -43,6 +53,10 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
 
     # ------------------------------------------------------------------ what a subclass says
     def _options(self, group: dict[str, Any]) -> Options:
+        raise NotImplementedError
+
+    def _row_options(self, group: dict[str, Any]) -> list[float | Tensor]:
+        """cap, lr, mu, beta2, eps, where the metric is AdamW's."""
         raise NotImplementedError
 
     def _metric_numbers(self, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -95,12 +109,12 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
         """Keep the global gradient norm for ``report``."""
         self._record.grad_norm = norm.detach()
 
-    def scale_gradients_in_step(self, factor: Tensor) -> None:
-        """The next ``step`` multiplies its gradients by ``factor`` (0-dim); ``zero_grad`` takes this back.
+    def clip_gradients_in_step(self, norm: Tensor, max_norm: float) -> None:
+        """The next ``step`` clips its gradients, whose ``norm`` (0-dim) is known; ``zero_grad`` takes this back.
 
         Triton kernels multiply in registers and leave the gradients as they are, others multiply in place.
         """
-        self._workspace.gradient_scale = factor
+        self._workspace.gradient_clip = Clip(norm, max_norm)
 
     def spread(self, values: Tensor, here: tuple[int, ...], rows: int) -> Tensor:
         """``[here]`` -> ``[rows]``: each number at its row, zero elsewhere."""
@@ -109,7 +123,7 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all optimized parameters, as in torch.optim."""
-        self._workspace.gradient_scale = None
+        self._workspace.gradient_clip = None
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
@@ -144,6 +158,9 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
         if self.pre_pass is None:
             packed = self.packed_sums(layout, local)
             packed, shared = layout.all_reduce(packed, self._shared_sums(local.pieces, layout, loss, packed))
+            if local.in_kernels is not None:
+                self._finish_in_kernels(packed, local)
+                return loss
             sums = Sums.unpack(packed)
             gap, gradients = self._known_gap(shared, local.scalars), self._gradients(shared)
             decision = self.decide(
@@ -161,19 +178,50 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
     def prepare(self, layout: Layout) -> Local:
         """Read-only but for states that do not exist yet."""
         pieces = self._pieces(layout)
-        scalars = self._scalars(*sums_live_on([row.param for row in layout.rows]))
-        choices = [Choice(group["foreach"], group.get("fused")) for group in self.param_groups]
+        in_kernels = self._prepare_in_kernels(pieces, layout)
+        if in_kernels is None:
+            scalars = self._scalars(*sums_live_on([row.param for row in layout.rows]))
+            numbers = Numbers(self._numbers(scalars))
+        else:
+            scalars, numbers = {}, in_kernels.coefficients.numbers
+        choices = [choice_of(group) for group in self.param_groups]
         passes = Passes(pieces, [choices[layout.rows[p.row].group_index] for p in pieces], self._workspace)
         self._tiers = passes.tiers
-        return Local(pieces, scalars, Numbers(self._numbers(scalars)), passes)
+        return Local(pieces, scalars, numbers, passes, in_kernels)
 
     def packed_sums(self, layout: Layout, local: Local) -> Tensor:
         """Pass 1 over this rank's pieces, read-only: ``[rows, 4]``, N, D, present, first."""
         device, dtype = sums_live_on([row.param for row in layout.rows])
+        sums = local.passes.sums(local.numbers, len(layout.rows), device, dtype)
+        if local.in_kernels is not None:
+            return torch.cat([sums, local.in_kernels.coefficients.tail], 1)
         present = self._present_rows(local.pieces, layout, device, dtype)
         first = present * (local.scalars["step"] == 0)
-        sums = local.passes.sums(local.numbers, len(layout.rows), device, dtype)
         return torch.cat([sums, present[:, None], first[:, None]], 1)
+
+    def _prepare_in_kernels(self, pieces: list[Piece], layout: Layout) -> InKernels | None:
+        """The rows' numbers by two kernels, where their tensors go to Triton and the metric is AdamW's."""
+        if self.pre_pass is not None or len(self.moments) < 2:
+            return None
+        store = self._store()
+        kernels = row_kernels(layout, self.param_groups, self.scope, store, self._workspace)
+        if kernels is None or not isinstance(store, StateScalars):
+            return None
+        table, workspace = store.table(), self._workspace
+        present = self._present_rows(pieces, layout, table.device, torch.float64)
+        options = [self._row_options(group) for group in self.param_groups]
+        found = kernels.coefficients(table, options, present, workspace.gradient_clip)
+        workspace.gradient_factor = found.factor
+        return InKernels(kernels, found, table)
+
+    def _finish_in_kernels(self, packed: Tensor, local: Local) -> None:
+        """From the reduced sums to the end of the step."""
+        kernels, found, table = cast(InKernels, local.in_kernels)
+        record = self._record.buffers(packed.device)
+        omega, counts = kernels.decide(packed, found.columns, table, *record, skip=self.nonfinite == "skip")
+        local.numbers.add("omega", omega)
+        local.passes.update(local.numbers, counts)
+        cast(StateScalars, self._store()).take(table, counts)
 
     def decide(self, sums: Sums, scalars: dict[str, Tensor], sizes: list[int], **more: Any) -> Decision:
         """beta_t of rows whose reduced sums are known; ``sizes`` says how many rows each group has."""
@@ -190,7 +238,8 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
 
     def _kernels_in_words(self) -> str:
         parts = [f"{fused_kernels.words_of(tier)} for {count}" for tier, count in self._tiers.items()]
-        return f"; kernels: {', '.join(parts)}" if parts else ""
+        why = self._workspace.why_not_triton
+        return f"; kernels: {', '.join(parts)}{f' (no Triton: {why})' if why else ''}" if parts else ""
 
     def _is_again(self, layout: Layout) -> bool:
         """An engine calls step() several times in one training step, and this is not the first of them."""
@@ -211,9 +260,12 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
         check = getattr(self, "_accelerator_graph_capture_health_check", None) or self._cuda_graph_capture_health_check
         if all("capturable" in group for group in self.param_groups):
             check()
-        if self._layout is None:  # making it takes copies, and collectives between ranks
-            for param in (param for group in self.param_groups for param in group["params"]):
-                _refuse_in_capture(param)
+        if self._layout is None:
+            self._check_time()
+
+    def _check_time(self) -> None:
+        for param in self._parameters():  # a layout takes copies, collectives, and kernels that are built and tried
+            _refuse_in_capture(param)
 
     def _pieces(self, layout: Layout) -> list[Piece]:
         """The rows that have a gradient here. All are checked before the first state is made."""
@@ -238,36 +290,9 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
         self._agree_on_kernels(layout)
 
     def _agree_on_kernels(self, layout: Layout) -> None:
-        """Collective where ranks share fused tensors on CPUs or GPUs: all of them take the same kernels."""
-        fused = [row for row in layout.rows if self.param_groups[row.group_index].get("fused")]
-        devices = {row.param.device for row in fused if row.param.device.type in fused_kernels.TRITON_DEVICES}
-        if not layout.reductions or not layout.rows:
-            return
-        device, _ = sums_live_on([row.param for row in layout.rows])
-        nothing = torch.zeros(len(layout.rows), 1, dtype=row_state.widest_dtype(device), device=device)
-
-        def summed(votes: Tensor) -> Tensor:
-            total = layout.all_reduce(nothing, votes.to(nothing))[1]
-            assert total is not None
-            return total
-
-        # A converted optimizer may have fallen back on some ranks only, which vote too.
-        if (devices or self.fused_dropped is not None) and not fused_kernels.agree_on_gpu(
-            summed, devices, bool(self.fused_dropped)
-        ):
-            self._drop_fused(fused)
-            return
-        if any(row.param.device.type == "cpu" for row in fused):
-            self._workspace.agreed_on_cpu = fused_kernels.agreed_on_cpu(summed)
-
-    def _drop_fused(self, rows: list[Row]) -> None:
-        if rows:
-            warnings.warn(
-                "fused=True becomes fused=None, as on another rank, whose fused kernels cannot be built", stacklevel=2
-            )
-        for group in (*self.param_groups, self.defaults):
-            if group.get("fused"):
-                group["fused"] = None
+        groups, dropped = [*self.param_groups, self.defaults], self.fused_dropped
+        if not agree_on_kernels(layout, self.param_groups, self._workspace, dropped, self.exp_avg_dtype):
+            drop_fused(groups)
 
     def _check_direction(self, rows: list[Row]) -> None:
         """Refuse a direction of its own dtype where an engine packs the states of many tensors into one."""

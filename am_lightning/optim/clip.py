@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
-from am_lightning.optim.kernels.pieces import scale_
+from am_lightning.optim.kernels.pieces import Clip, scale_
 from am_lightning.optim.scalars import sums_live_on
-from am_lightning.optim.squares import square_sums
+from am_lightning.optim.squares import square_sums, total_norm
 from am_lightning.optim.wrapped import innermost
 from am_lightning.sharding import Layout, gradient_of, settled_gradient
 
@@ -26,8 +26,8 @@ def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float, *, in_s
     Args:
         optimizer: AMAdamW or AMSGD, or what Lightning, Fabric or Accelerate made of it.
         max_norm: a number >= 0; ``inf`` only computes the norm.
-        in_step: leave the gradients as they are, and let the next ``step()`` multiply them. ``fused=True`` on CUDA and
-            ROCm then does so in registers, which saves reading and writing them once; other kernels multiply them in
+        in_step: leave the gradients as they are, and let the next ``step()`` multiply them. Triton's kernels (CUDA,
+            ROCm) then do so in registers, which saves reading and writing them once; other kernels multiply them in
             place. ``zero_grad()`` takes it back, so a step that a GradScaler leaves out does no harm. Whoever captures
             the step in a CUDA graph must capture this call as well.
 
@@ -60,16 +60,19 @@ def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float, *, in_s
     device, dtype = sums_live_on([row.param for row in layout.rows])
     here = [i for i, row in enumerate(layout.rows) if row.param.grad is not None]
     gradients = [gradient_of(layout.rows[i]) for i in here]
-    found = square_sums(gradients, torch.empty((), dtype=dtype, device=device))
-    if len(here) < len(layout.rows):
-        found = optimizer.spread(found, tuple(here), len(layout.rows))
-    squares, _ = layout.all_reduce(found[:, None])
-    norm = layout.pool(squares.sum().reshape(1)).reshape(()).sqrt()
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    if in_step:
-        optimizer.scale_gradients_in_step(scale)
+    like = torch.empty((), dtype=dtype, device=device)
+    if layout.reductions or layout.pipeline_group is not None:
+        found = square_sums(gradients, like)
+        if len(here) < len(layout.rows):
+            found = optimizer.spread(found, tuple(here), len(layout.rows))
+        squares, _ = layout.all_reduce(found[:, None])
+        norm = layout.pool(squares.sum().reshape(1)).reshape(()).sqrt()
     else:
-        scale_(gradients, scale)
+        norm = total_norm(gradients, like)
+    if in_step:
+        optimizer.clip_gradients_in_step(norm, max_norm)
+    else:
+        scale_(gradients, Clip(norm, max_norm).factor())
     optimizer.remember_grad_norm(norm)
     return norm
 

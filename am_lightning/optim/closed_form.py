@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # A ratio of learning rates beyond this leaves beta_t at a clamp anyway, and would overflow float32 inside the sums.
-_LARGEST_GAP = 1e18
+LARGEST_GAP = 1e18
 
 
 class Sums(NamedTuple):
@@ -49,7 +49,7 @@ class Decision(NamedTuple):
 def gap_factor(lr: Tensor, prev_lr: Tensor, decay: Tensor) -> Tensor:
     """k = (1 + mu eta_t) eta_{t-1} / eta_t, and 0 where eta_t = 0 (the loss gap is dropped)."""
     safe = torch.where(lr > 0, lr, 1.0)
-    return torch.where(lr > 0, (1 + decay * lr) * prev_lr / safe, 0.0).clamp(max=_LARGEST_GAP)
+    return torch.where(lr > 0, (1 + decay * lr) * prev_lr / safe, 0.0).clamp(max=LARGEST_GAP)
 
 
 def bias_correction(cap: Tensor, beta_prod: Tensor) -> Tensor:

@@ -47,8 +47,8 @@ def convert_adamw(
         beta1_max: cap of beta_t for all groups; None: ``default_cap`` of each group's own beta1.
         scope: "tensor", "group" or "global".
 
-    foreach, fused, capturable, maximize, lr, eps and weight decay are carried over. fused becomes None, with a warning,
-    where its kernels lack a compiler or Triton.
+    foreach, fused, capturable, maximize, lr, eps and weight decay are carried over. fused=True becomes None, with a
+    warning, where its kernels lack a compiler or Triton. With neither set a GPU's kernels are AMAdamW's: Triton's.
 
     Raises:
         ValueError: amsgrad, differentiable, coupled weight decay, a subclass, a replaced ``step``, or state already

@@ -205,6 +205,7 @@ class PlacedOptimizer(Optimizer):
         ids = self._ids()
         layout = self._layouts.get(ids)
         if layout is None:
+            self._check_time()
             self._check_engine()
             rows, sizes = self._lay_out()
             replicas = self._replica_group
@@ -223,6 +224,9 @@ class PlacedOptimizer(Optimizer):
             self._layouts[ids] = layout
         self._layout = layout
         return layout
+
+    def _check_time(self) -> None:
+        """Refuse to make a layout now."""
 
     def _check_engine(self) -> None:
         """Under DeepSpeed: every parameter is a given one, a copy of one in its place, or a partition of known kind.

@@ -23,10 +23,8 @@ class StepRecord:
             positions: ``[rows]``, where the decision's rows are among all tensors; None: they are all of them.
             again: one more call of a training step that an engine makes in several; it is skipped if any of them is.
         """
-        device = decision.skipped.device
-        if self.skipped.device != device:
-            self.skipped, self._counts = self.skipped.to(device), self._counts.to(device)
-        total, run, bad_row, run_before = self._counts.unbind()
+        counts, _ = self.buffers(decision.skipped.device)
+        total, run, bad_row, run_before = counts.unbind()
         before = self.skipped & again
         if not again:
             run_before.copy_(run)
@@ -39,6 +37,12 @@ class StepRecord:
                 first_bad = positions.index_select(0, first_bad.reshape(1)).reshape(())  # positions[...] would wait
             bad_row.copy_(torch.where(decision.skipped & ~before, first_bad, bad_row))
         self.skipped.copy_(now)
+
+    def buffers(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``[4]`` counts and the 0-dim flag, for a kernel that writes them as ``observe`` does."""
+        if self.skipped.device != device:
+            self.skipped, self._counts = self.skipped.to(device), self._counts.to(device)
+        return self._counts, self.skipped
 
     def numbers(self, like: Tensor) -> Tensor:
         """``[4]``: skipped steps in all, in a row until now, index of the first bad row, gradient norm or nan."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
+from itertools import chain
+from operator import itemgetter
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from am_lightning.optim import state as row_state
-from am_lightning.optim.kernels.transfer import moved
+from am_lightning.optim.kernels.transfer import is_capturing, moved
 from am_lightning.sharding import Row
 
 DEFAULTS = {"step": 0.0, "beta_prod": 1.0, "beta": row_state.NO_BETA, "prev_lr": 0.0}
@@ -61,6 +63,8 @@ class StateScalars:
         self._params = [row.param for row in rows]
         self._device, self._dtype = sums_live_on(self._params)
         self._last: Tensor | None = None
+        plain = all(p.device == self._device and p.dtype != torch.float64 for p in self._params)
+        self.device_of_float32 = self._device if self._params and plain else None  # where all states are, in float32
         self._distinct = len({id(param) for param in self._params}) == len(self._params)
         self._packed: Packed | None = None
 
@@ -78,11 +82,24 @@ class StateScalars:
         last = torch.full_like(new["beta"], row_state.NO_BETA) if self._last is None else self._last
         self._last = torch.where(counts, new["beta"], last)
         known = [i for i, param in enumerate(self._params) if self._state.get(param)]
-        if not known:
-            return
-        for key, column in new.items():
-            values = column.unbind()
-            torch._foreach_copy_([self._state[self._params[i]][key] for i in known], [values[i] for i in known])
+        table = torch.stack([new[key] for key in DEFAULTS])
+        for device, members in _by_device([self._params[i] for i in known]).items():
+            here = [known[i] for i in members]
+            for key, column in zip(DEFAULTS, moved(table, device), strict=True):  # one copy, not one for each number
+                values = column.unbind()
+                torch._foreach_copy_([self._state[self._params[i]][key] for i in here], [values[i] for i in here])
+
+    def table(self) -> Tensor:
+        """``[4, rows]`` float32: the states themselves where they are one tensor, else a copy, which ``take`` keeps."""
+        self._packed = self._pack()
+        if self._packed is not None:
+            return self._packed.table
+        return torch.stack([self._stack(key, default) for key, default in DEFAULTS.items()]).to(torch.float32)
+
+    def take(self, table: Tensor, counts: Tensor) -> None:
+        """Keep what a kernel has made of ``table``; ``counts`` as in ``write``."""
+        if self._packed is None:
+            self.write(dict(zip(DEFAULTS, table.to(self._dtype).unbind(), strict=True)), counts)
 
     def betas(self) -> Tensor:
         betas = self._stack("beta", DEFAULTS["beta"])
@@ -97,6 +114,8 @@ class StateScalars:
             return None
         if self._packed is not None and self._packed.holds(states):
             return self._packed
+        if is_capturing(self._device):  # packing would be recorded, and undo every replay's step at the next
+            return None
         values = [state.get(key) for state in states for key in DEFAULTS]
         kinds = {(v.dtype, v.device, v.dim()) if isinstance(v, Tensor) else None for v in values}
         return Packed(states) if len(kinds) == 1 and next(iter(kinds)) in self._packable else None
@@ -110,9 +129,12 @@ class StateScalars:
         values = [self._state[p].get(key, missing) if p in self._state else missing for p in self._params]
         if not values:
             return missing.new_empty(0)
-        if any(value.device != self._device for value in values):
-            values = [moved(value, self._device) for value in values]
-        return torch.stack(values).to(self._dtype)
+        groups = _by_device(values)
+        if len(groups) == 1:
+            return moved(torch.stack(values), self._device, self._dtype)
+        stacks = [moved(torch.stack([values[i] for i in at]), self._device, self._dtype) for at in groups.values()]
+        columns, places = torch.cat(stacks).unbind(), chain.from_iterable(groups.values())
+        return torch.stack([column for _, column in sorted(zip(places, columns, strict=True), key=itemgetter(0))])
 
 
 class TableScalars:
@@ -145,6 +167,14 @@ class TableScalars:
         """Name -> the four numbers, as floats. Waits for the device."""
         table = torch.stack(list(self._columns.values()), 1).tolist()
         return {row.name: numbers for row, numbers in zip(self.rows, table, strict=True)}
+
+
+def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
+    """Device -> indices."""
+    groups: dict[torch.device, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        groups.setdefault(tensor.device, []).append(i)
+    return groups
 
 
 def _nan_before_first(betas: Tensor) -> Tensor:

@@ -16,6 +16,15 @@ def square_sum(tensor: Tensor, like: Tensor) -> Tensor:
     return square_sums([tensor], like)[0]
 
 
+@torch.no_grad()
+def total_norm(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
+    """0-dim 2-norm of all tensors together, in the dtype and on the device of ``like``."""
+    if tensors and len(alike(tensors)) == 1 and not _in_blocks(tensors[0].device):
+        return moved(torch.linalg.vector_norm(_norms(tensors), dtype=like.dtype), like.device)
+    return square_sums(tensors, like).sum().sqrt()
+
+
+@torch.no_grad()
 def square_sums(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
     """``[tensors]``: the sum of squares of each, in the dtype and on the device of ``like``.
 
@@ -27,12 +36,11 @@ def square_sums(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
     found: list[Tensor] = []
     order: list[int] = []
     for members in alike(tensors):
-        same = [tensors[i].detach() for i in members]
+        same = [tensors[i] for i in members]
         if _in_blocks(same[0].device):
             squares = torch.stack([_by_blocks(tensor, like) for tensor in same])
         else:
-            norms = torch._foreach_norm(same, 2, dtype=torch.promote_types(same[0].dtype, torch.float32))
-            squares = moved(torch.stack(norms), like.device, like.dtype).square()
+            squares = moved(_norms(same), like.device, like.dtype).square()
         found.append(squares)
         order += members
     if order == list(range(len(tensors))):
@@ -40,6 +48,12 @@ def square_sums(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
     columns = torch.cat(found).unbind()
     place = {member: at for at, member in enumerate(order)}
     return torch.stack([columns[place[i]] for i in range(len(tensors))])
+
+
+def _norms(tensors: Sequence[Tensor]) -> Tensor:
+    """``[tensors]``, of one device and dtype; in float32 at least."""
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=dtype))
 
 
 def _in_blocks(device: torch.device) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,8 +26,15 @@ def scalar_dtype(param: Tensor) -> torch.dtype:
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:
-    """float64, or float32 on a device that has no float64."""
+    """float64, or float32 on a device that has no float64: MPS, and some of Intel's GPUs."""
+    if device.type == "xpu":
+        return torch.float64 if _xpu_has_float64(device) else torch.float32
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+@functools.cache
+def _xpu_has_float64(device: torch.device) -> bool:
+    return bool(getattr(torch.xpu.get_device_properties(device), "has_fp64", True))
 
 
 def as_stored(values: Tensor, params: list[Tensor]) -> Tensor:

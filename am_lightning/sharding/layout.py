@@ -278,7 +278,10 @@ def gradient_of(row: Row) -> Tensor:
 
 
 def summed(vector: Tensor, group: Any) -> Tensor:
-    """All-reduce on a device that the group's backend serves: offloaded parameters live on a CPU beside NCCL."""
+    """All-reduce on a device that the group's backend serves: offloaded parameters live on a CPU beside NCCL.
+
+    ``vector`` is the caller's to lose: where it is on that device already, it is overwritten.
+    """
     there = vector.to(served_device(group, vector.device))
     dist.all_reduce(there, group=group)
     return there.to(vector.device)

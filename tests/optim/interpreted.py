@@ -46,9 +46,16 @@ class Case:
     """Rows in the middle of a run, as pieces for the kernels and as slots of the oracle."""
 
     def __init__(
-        self, sizes: list[int], dtypes: tuple[torch.dtype, ...], *, seed: int = 0, offset: int = 0, **options: Any
+        self,
+        sizes: list[int],
+        dtypes: tuple[torch.dtype, ...],
+        *,
+        seed: int = 0,
+        offset: int = 0,
+        of: str = "gdvx",
+        **options: Any,
     ) -> None:
-        """``dtypes`` of g, d, v, x; ``offset``: elements by which each tensor starts after an aligned address."""
+        """``dtypes`` of g, d, v, x; ``offset``: elements by which those ``of`` start after an aligned address."""
         self.options = OPTIONS | options
         generator = torch.Generator().manual_seed(seed)
         o = self.options
@@ -57,7 +64,8 @@ class Case:
         for row, size in enumerate(sizes):
             noise = [torch.randn(size, generator=generator, dtype=torch.float64) for _ in range(4)]
             values = [noise[0], 0.5 * noise[1], noise[2].square() + 0.01, noise[3]]
-            g, d, v, x = (_placed(t, dtype, offset) for t, dtype in zip(values, dtypes, strict=True))
+            starts = [offset if name in of else 0 for name in "gdvx"]
+            g, d, v, x = (_placed(t, dtype, at) for t, dtype, at in zip(values, dtypes, starts, strict=True))
             self.pieces.append(Piece(row, x, g, d, v, kernel_options))
         self.oracle = OracleAdamW([{**o, "params": [to_numpy(p.x) for p in self.pieces]}])
         for i, (slot, piece) in enumerate(zip(self.oracle.slots, self.pieces, strict=True)):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from am_lightning import AMAdamW, clip_grad_norm_
-from am_lightning.optim.kernels import fused
+from am_lightning.optim.kernels import fused, triton_check, triton_kernels
 from tests.optim.harness import (
     Bowl,
     assert_bitwise,
@@ -122,6 +122,53 @@ def again_and_resumed(exp_avg_dtype: str | None) -> None:
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     _train(second, 2, start=2)
     assert_bitwise(snapshot(runs[0]), snapshot(second))
+
+
+KINDS = [
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.float64, torch.float64),
+]
+
+
+def default_where_it_agrees() -> None:
+    """The check of the first step finds the kernels right for every dtype, and then the default is fused=True."""
+    for dtypes in KINDS:
+        assert triton_check.why_not(triton_check.Kind(torch.device("cpu"), *dtypes)) == "", dtypes
+    pair = [make(two_groups(), fused=fused) for fused in (None, True)]
+    for optimizer in pair:
+        _train(optimizer, 2)
+        assert f"{TRITON} for 5" in optimizer.describe(), optimizer.describe()
+    assert_bitwise(snapshot(pair[0]), snapshot(pair[1]))
+
+
+class Spoiled:
+    """A kernel of which one vector of numbers is off by a thousandth."""
+
+    def __init__(self, kernel: Any, place: int) -> None:
+        self._kernel, self._place = kernel, place
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            changed = [a * 1.001 if i == self._place else a for i, a in enumerate(args)]
+            self._kernel[grid](*changed, **kwargs)
+
+        return launch
+
+
+def no_default_where_it_differs() -> None:
+    """Each number that a kernel reads, and a row that must not be written."""
+    for name, places in (("sums_kernel", (4, 5)), ("update_kernel", (4, 6, 7, 8))):
+        kernel = getattr(triton_kernels, name)
+        for place in places:
+            setattr(triton_kernels, name, Spoiled(kernel, place))
+            try:
+                reason = triton_check._difference(triton_check.Kind(torch.device("cpu")))
+            finally:
+                setattr(triton_kernels, name, kernel)
+            assert "differ from the plain kernels" in reason, (name, place)
 
 
 def low_precision_direction() -> None:

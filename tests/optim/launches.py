@@ -13,7 +13,7 @@ FREE = {
     "alias", "as_strided", "detach", "diagonal", "empty", "empty_like", "empty_strided", "expand", "lift_fresh",
     "narrow", "new_empty", "new_empty_strided", "permute", "promote_types", "reshape", "select", "slice", "split",
     "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "_reshape_alias", "_unsafe_view",
-    "_local_scalar_dense",
+    "_local_scalar_dense", "_record_function_enter_new", "_record_function_exit",
 }  # fmt: skip
 _TENSORS_OF_A_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36}  # by the number of lists: depth_to_max_tensors in torch
 
@@ -42,9 +42,10 @@ def _of_lists(name: str, args: tuple[Any, ...]) -> int:
     lists = [arg for arg in args if isinstance(arg, (list, tuple)) and arg and all(isinstance(t, Tensor) for t in arg)]
     if not is_multi_tensor(lists, [arg for arg in args if isinstance(arg, Tensor)]):
         return len(lists[0])
+    if name == "_foreach_norm":  # one list, and a launch that adds what the chunks have given
+        return -(-len(lists[0]) // _TENSORS_OF_A_LAUNCH[1]) + 1
     depth = len(lists) + (not name.endswith("_"))
-    launches = -(-len(lists[0]) // _TENSORS_OF_A_LAUNCH[depth])
-    return launches + (name == "_foreach_norm")  # and one that adds what the chunks have given
+    return -(-len(lists[0]) // _TENSORS_OF_A_LAUNCH[depth])
 
 
 def is_multi_tensor(lists: list[Any], numbers: list[Tensor]) -> bool:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from am_lightning import AMSGD, AMAdamW
-from am_lightning.optim import base
+from am_lightning.optim import base, scalars
 from am_lightning.optim.state import SCALARS
 from tests.optim.harness import assert_bitwise, snapshot
 
@@ -79,3 +79,22 @@ def test_states_that_adamw_wrote_are_not_completed_in_a_capture(capture: Any) ->
         step(optimizer, 1)
     context.__exit__(None, None, None)
     assert not state.keys() & set(SCALARS)
+
+
+@KINDS
+def test_states_that_were_loaded_are_not_put_into_one_tensor_in_a_capture(
+    kind: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every replay would begin with the loaded numbers: the step in it reads and writes the tensors that are there."""
+    optimizer, expected = make(kind), make(kind)
+    for each in (optimizer, expected):
+        step(each, 0)
+        each.load_state_dict(each.state_dict())
+    loaded = [state["beta_prod"] for state in optimizer.state.values()]
+    with monkeypatch.context() as patch:
+        patch.setattr(scalars, "is_capturing", lambda device: True)
+        step(optimizer, 1)
+    step(expected, 1)
+    assert all(a is b for a, b in zip(loaded, (s["beta_prod"] for s in optimizer.state.values()), strict=True))
+    assert all(a is not b for a, b in zip(loaded, (s["beta_prod"] for s in expected.state.values()), strict=True))
+    assert_bitwise(snapshot(optimizer), snapshot(expected))

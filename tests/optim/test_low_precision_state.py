@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from am_lightning import AMAdamW, am_adamw
-from am_lightning.optim.kernels import packs
+from am_lightning.optim.kernels import packs, rounding
 from am_lightning.optim.kernels.fused import SWITCH
 from am_lightning.optim.kernels.rounding import seed_of, seeds_of, stochastic, stochastic_at
 from tests.optim.harness import Bowl, Twin, assert_bitwise, make_oracle, named_params, run_bowl, snapshot
@@ -168,11 +168,21 @@ def test_what_is_not_finite_stays(tier: str) -> None:
 
 def test_nan_stays_nan_whatever_its_bits() -> None:
     """Noise that carries out of a mantissa full of ones would make a zero of it. CUDA's own NaN has these bits."""
-    nan = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000], dtype=torch.int32).view(torch.float32)
+    nan = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001, -0x7FFFFF], dtype=torch.int32).view(torch.float32)
+    assert bool(nan.isnan().all())
     for t in range(20):
-        assert bool(stochastic(nan, seed_of(torch.tensor(float(t)), 0)).isnan().all())
+        seed = seed_of(torch.tensor(float(t)), 0)
+        assert bool(stochastic(nan, seed).isnan().all())
+        assert bool(stochastic_at(nan[None], seed.reshape(1, 1), torch.zeros(1, dtype=torch.int64)).isnan().all())
     infinite = torch.tensor([float("inf"), -float("inf")])
     assert torch.equal(stochastic(infinite, seed_of(torch.tensor(1.0), 0)), infinite.to(torch.bfloat16))
+
+
+def test_a_large_tensor_is_rounded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounding, "_PART", 100)
+    y = torch.randn(31, 17, generator=torch.Generator().manual_seed(0)).t()
+    seed = seed_of(torch.tensor(7.0), 2)
+    assert torch.equal(rounding.stochastic_in_parts(y, seed), stochastic(y, seed))
 
 
 def test_small_changes_are_not_lost() -> None:

@@ -18,8 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from am_lightning.optim.kernels import Numbers, Options, Piece, triton_pair
-from am_lightning.optim.kernels.pieces import SUM_BLOCK
+from am_lightning.optim.kernels import Numbers, Options, Piece, triton_pair, triton_row_kernels, triton_rows
+from am_lightning.optim.kernels.pieces import SUM_BLOCK, Clip
 from am_lightning.optim.kernels.triton_tables import BLOCK, BLOCKS, Tables
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
@@ -85,9 +85,10 @@ def nvidia(capability: int) -> GPUTarget:
     return GPUTarget("cuda", capability, 32)
 
 
-def launch(dtypes: tuple[torch.dtype, ...], *, offset: int = 0) -> None:
-    """A step of one tensor; dtypes of g, d, v, x."""
-    g, d, v, x = (torch.ones(40, dtype=dtype)[offset:] for dtype in dtypes)
+def launch(dtypes: tuple[torch.dtype, ...], *, offset: int = 0, of: str = "gdvx") -> None:
+    """A step of one tensor; dtypes of g, d, v, x, of which those ``of`` begin ``offset`` elements later."""
+    starts = [offset if name in of else 0 for name in "gdvx"]
+    g, d, v, x = (torch.ones(41, dtype=dtype)[at : at + 40] for dtype, at in zip(dtypes, starts, strict=True))
     names = ("gap", "root", "floor", "lr", "shrink", "omega", "step")
     numbers = Numbers({name: torch.ones(1, dtype=torch.float64) for name in names})
     passes = triton_pair.TritonPasses([Piece(0, x, g, d, v, Options(0.999, 0.1, 0.01, 0.0, False))], Tables())
@@ -140,6 +141,17 @@ def test_addresses_that_are_not_aligned_are_not_taken_for_aligned(kernels: Simpl
         assert accesses(ptx, "ld")[0] == accesses(ptx, "st")[0] == 0
 
 
+@pytest.mark.parametrize("of", ["g", "x", "gx", "v"])
+def test_a_tensor_at_an_odd_place_costs_its_own_access_alone(kernels: SimpleNamespace, of: str) -> None:
+    """Gradients of FSDP2 and DDP are views at any place. d and v go together, which bounds the kinds."""
+    launch(ALL_F32, offset=1, of=of)
+    wide = wide_accesses(F32)
+    aligned = {"g": "dvx", "x": "gdv", "gx": "dv", "v": "gx"}[of]
+    for kernel, word, read in ((kernels.sums_kernel, "ld", "gdvx"), (kernels.update_kernel, "st", "dvx")):
+        ptx = kernel.compile(nvidia(90)).asm["ptx"]
+        assert accesses(ptx, word)[0] == wide * sum(name in aligned for name in read)
+
+
 @pytest.mark.nightly("machine code")
 def test_rocm(kernels: SimpleNamespace) -> None:
     """The same for an MI300: 16 bytes at a time, nothing spilled."""
@@ -151,11 +163,33 @@ def test_rocm(kernels: SimpleNamespace) -> None:
         assert re.findall(r"\.vgpr_spill_count:\s*(\d+)", code) == ["0"] and "atomic" not in code
 
 
-def test_the_second_stage(kernels: SimpleNamespace) -> None:
-    """float64 additions, no atomics."""
+def test_the_second_stage(kernels: SimpleNamespace, tmp_path: Path) -> None:
+    """float64 additions, no atomics, nothing spilled; an embedding of Llama-8B in few turns of one program."""
     launch(ALL_F32)
-    ptx = kernels.reduce_kernel.compile(nvidia(80)).asm["ptx"]
+    assert -(-128_256 * 4096 // (BLOCK * BLOCKS)) / kernels.reduce_kernel.kwargs["BLOCK"] <= 32
+    compiled = kernels.reduce_kernel.compile(nvidia(80))
+    assert stack_bytes(compiled, tmp_path) == 0
+    ptx = compiled.asm["ptx"]
     assert "add.f64" in ptx.replace(".rn", "") and not re.search(r"\b(atom|red)\.", ptx)
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_the_rows_own_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, scope: str) -> None:
+    """Built for NVIDIA and AMD; no atomics, nothing spilled."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    names = ("coefficients_kernel", "decide_kernel")
+    recorders = SimpleNamespace(**{name: Recorder(getattr(triton_row_kernels, name)) for name in names})
+    monkeypatch.setattr(triton_rows, "_kernels", lambda: recorders)
+    rows, record = triton_rows.RowKernels([20, 30], scope, torch.device("cpu")), torch.zeros(4, dtype=torch.int64)
+    clip = Clip(torch.ones((), dtype=F64), 1.0)
+    found = rows.coefficients(torch.zeros(4, 50), [[0.9, 0.1, 0.0, 0.99, 1e-8]] * 2, torch.ones(50, dtype=F64), clip)
+    packed, skipped = torch.zeros(50, 4, dtype=F64), torch.zeros((), dtype=torch.bool)
+    rows.decide(packed, found.columns, torch.zeros(4, 50), record, skipped, skip=True)
+    for recorder in (recorders.coefficients_kernel, recorders.decide_kernel):
+        compiled = recorder.compile(nvidia(90))
+        assert not re.search(r"\b(atom|red)\.", compiled.asm["ptx"])
+        assert stack_bytes(compiled, tmp_path) == 0
+        assert "atomic" not in recorder.compile(GPUTarget("hip", "gfx942", 64)).asm["amdgcn"]
 
 
 def test_a_chunk_is_no_longer_than_a_block_of_sums() -> None:

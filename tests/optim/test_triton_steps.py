@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from am_lightning import AMAdamW
-from am_lightning.optim.kernels import Options, Piece, fused, triton_pair, triton_tables
+from am_lightning import AMAdamW, clip_grad_norm_
+from am_lightning.optim import squares
+from am_lightning.optim.kernels import Options, Piece, fused, triton_check, triton_pair, triton_rows, triton_tables
+from tests.optim.launches import Launches
 from tests.optim.test_no_sync import step_unread
 from tests.sharding.pool import Pool
 
@@ -47,6 +49,14 @@ def test_runs_repeat_to_the_bit(interpreter: Pool, exp_avg_dtype: str | None) ->
     check(interpreter, "again_and_resumed", exp_avg_dtype=exp_avg_dtype)
 
 
+def test_the_default_is_triton_where_its_numbers_are_right(interpreter: Pool) -> None:
+    check(interpreter, "default_where_it_agrees")
+
+
+def test_the_check_of_the_first_step_sees_small_errors(interpreter: Pool) -> None:
+    check(interpreter, "no_default_where_it_differs")
+
+
 def test_low_precision_direction(interpreter: Pool) -> None:
     check(interpreter, "low_precision_direction")
 
@@ -60,25 +70,35 @@ def test_a_tensor_lr_is_read_on_the_device(interpreter: Pool) -> None:
 
 
 class Idle:
-    """Stands in for a kernel."""
+    """Stands in for kernels, and counts their launches."""
+
+    launches = 0
 
     def __getitem__(self, grid: Any) -> Any:
-        return lambda *args, **kwargs: None
+        def launch(*args: Any, **kwargs: Any) -> None:
+            self.launches += 1
+
+        return launch
 
 
 @pytest.fixture
-def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> Idle:
     """CPU tensors take the host's part of the Triton path; nothing is computed."""
+    idle = Idle()
     names = ("sums_kernel", "reduce_kernel", "update_kernel")
-    module = SimpleNamespace(tl=SimpleNamespace(float32=0, float64=0, bfloat16=0), **{name: Idle() for name in names})
+    module = SimpleNamespace(tl=SimpleNamespace(float32=0, float64=0, bfloat16=0), **dict.fromkeys(names, idle))
+    rows = SimpleNamespace(coefficients_kernel=idle, decide_kernel=idle)
+    monkeypatch.setattr(triton_rows, "_kernels", lambda: rows)
     monkeypatch.setattr(triton_pair, "require_triton", lambda: module)
-    monkeypatch.setattr(fused, "require_triton", lambda: module)
+    monkeypatch.setattr(triton_check, "why_not", lambda kind: "")
+    monkeypatch.setattr(fused, "why_not", lambda kind: "")
     monkeypatch.setattr(fused, "TRITON_DEVICES", {"cpu"})
+    return idle
 
 
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["float", "tensor"])
 @pytest.mark.parametrize("scope", ["tensor", "group", "global"])
-def test_the_host_reads_nothing(no_kernels: None, scope: str, lr: Any) -> None:
+def test_the_host_reads_nothing(no_kernels: Idle, scope: str, lr: Any) -> None:
     params = [torch.nn.Parameter(torch.ones(9, 3)) for _ in range(3)]
     params += [torch.nn.Parameter(torch.ones(5, dtype=torch.bfloat16))]
     groups = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.0}]
@@ -100,7 +120,7 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_of_more_tensors_is_not_more_operations(no_kernels: None) -> None:
+def test_a_step_of_more_tensors_is_not_more_operations(no_kernels: Idle) -> None:
     counts = []
     for size in (3, 90):
         params = [torch.nn.Parameter(torch.ones(9)) for _ in range(size)]
@@ -114,7 +134,30 @@ def test_a_step_of_more_tensors_is_not_more_operations(no_kernels: None) -> None
     assert counts[0] == counts[1]
 
 
-def test_gradients_live_until_the_step_is_done(no_kernels: None) -> None:
+@pytest.mark.parametrize("scope", ["tensor", "group", "global"])
+@pytest.mark.parametrize("clips", [False, True], ids=["plain", "clipped"])
+def test_a_step_of_300_tensors_is_few_launches(
+    no_kernels: Idle, clips: bool, scope: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By torch's rules for lists, and by the host's calls of operators, views and allocations among them."""
+    monkeypatch.setattr(squares, "_in_blocks", lambda device: False)
+    params = [torch.nn.Parameter(torch.ones(8 + i % 5, 6)) for i in range(300)]
+    optimizer = AMAdamW([{"params": params[:200]}, {"params": params[200:], "lr": 0.1}], scope=scope)
+    for _ in range(4):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        no_kernels.launches = 0
+        with Operations() as operations, Launches() as launches:
+            if clips:
+                clip_grad_norm_(optimizer, 1.0, in_step=True)
+            optimizer.step()
+    assert "Triton for 300" in optimizer.describe()
+    assert no_kernels.launches == 5
+    assert launches.total + no_kernels.launches <= (12 if clips else 6), launches.by_name
+    assert operations.count + no_kernels.launches <= 60
+
+
+def test_gradients_live_until_the_step_is_done(no_kernels: Idle) -> None:
     """The tables hold addresses only: a gradient that was copied for the step must not be freed before its kernels."""
     tensors = [torch.zeros(4) for _ in range(4)]
     watched = weakref.ref(tensors[1])
@@ -126,7 +169,7 @@ def test_gradients_live_until_the_step_is_done(no_kernels: None) -> None:
     assert watched() is None
 
 
-def test_what_is_kept_is_bounded(no_kernels: None) -> None:
+def test_what_is_kept_is_bounded(no_kernels: Idle) -> None:
     """A new set of gradients at every step, as with experts that are idle by turns."""
     tables = triton_pair.Tables()
     for row in range(100):
@@ -150,7 +193,7 @@ def test_a_captured_copy_is_apart_from_eager_ones(monkeypatch: pytest.MonkeyPatc
     assert following.follow([1, 2], captured) is eager
 
 
-def test_a_capture_before_any_step_is_refused(no_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capture_before_any_step_is_refused(no_kernels: Idle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_tables, "is_capturing", lambda device: True)
     piece = Piece(0, *(torch.zeros(4) for _ in range(4)), Options(0.9, 0.1, 0.0, 0.0, False))
     with pytest.raises(RuntimeError, match="1 tensors in it have never stepped together: make a step"):

@@ -43,6 +43,7 @@ ADAPTERS = {
     "am_lightning.hf_trainer": {"accelerate", "transformers"},
     "am_lightning.deepspeed": {"deepspeed"},
     "am_lightning.optim.kernels.triton_kernels": {"triton"},
+    "am_lightning.optim.kernels.triton_row_kernels": {"triton"},
 }
 
 

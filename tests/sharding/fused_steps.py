@@ -91,3 +91,16 @@ def other_kernels_here(what: dict[int, str], layout: str) -> dict[str, Any]:
         finally:
             fused._on_cpu.cache_clear()
     return {"bits": bits(placed.model, optimizer), "described": optimizer.describe()}
+
+
+def triton_on_some(reasons: dict[int, str], layout: str, **options: Any) -> dict[str, Any]:
+    """Two steps where the CPU passes for a GPU, and ranks have reasons why Triton does not work ("": it does)."""
+    placed, optimizer = start(layout, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "TRITON_DEVICES", {"cpu"})
+        patch.setattr(fused, "why_not", lambda kind: reasons[dist.get_rank()])
+        try:
+            go(placed, optimizer, range(2))
+        except RuntimeError as error:
+            return {"error": str(error), "state": len(optimizer.state)}
+    return {"bits": bits(placed.model, optimizer), "described": optimizer.describe()}

@@ -57,3 +57,17 @@ def test_a_rank_without_a_compiler_is_an_error_on_every_rank(pool: Callable[[int
     for rank in ranks:
         assert "apt-get install g++" in rank["error"] and rank["state"] == 0
     assert "other ranks" in ranks[0]["error"]
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_triton_is_the_default_on_all_ranks_or_none(pool: Callable[[int], Pool], layout: str) -> None:
+    ranks = pool(2).run(f"{STEPS}triton_on_some", reasons={0: "", 1: "no compiler"}, layout=layout)
+    assert "(no Triton: it does not work on 1 of the other ranks)" in ranks[0]["described"]
+    assert "(no Triton: no compiler)" in ranks[1]["described"]
+    assert layout != "ddp" or ranks[0]["bits"] == ranks[1]["bits"]
+
+
+def test_fused_without_triton_on_a_rank_is_an_error_on_every_rank(pool: Callable[[int], Pool]) -> None:
+    ranks = pool(2).run(f"{STEPS}triton_on_some", reasons={0: "", 1: "no compiler"}, layout="ddp", fused=True)
+    assert "does not work on 1 of the other ranks" in ranks[0]["error"] and "no compiler" in ranks[1]["error"]
+    assert all(rank["state"] == 0 for rank in ranks)

@@ -1,18 +1,20 @@
-"""Which kernels ``fused=True`` means on a device, and what must be installed for them."""
+"""Which kernels ``fused=True`` means on a device, what they need, and where ``fused=None`` means them, too."""
 
 from __future__ import annotations
 
 import functools
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from am_lightning.optim.kernels.compiler import find_compiler, load_library
 from am_lightning.optim.kernels.transfer import is_capturing
-from am_lightning.optim.kernels.triton_pair import require_launch, require_triton
+from am_lightning.optim.kernels.triton_check import Kind, require_launch, why_not
+from am_lightning.optim.kernels.triton_pair import require_triton
 
 TRITON, LOOP, COMPILED = "Triton", "C++ loop", "torch.compile"
 TRITON_DEVICES = {"cuda"}  # ROCm's name too
@@ -70,7 +72,7 @@ def agreed_on_cpu(summed: Callable[[Tensor], Tensor]) -> str:
 
 
 def require_fused(device: torch.device) -> None:
-    """Raise where ``fused=True`` cannot work on a device. On a GPU one element is stepped, elsewhere nothing is built.
+    """Raise where ``fused=True`` cannot work on a device. On a GPU a small step is made, elsewhere nothing is built.
 
     Raises:
         RuntimeError: the text says what to install.
@@ -89,38 +91,51 @@ def _require_gpu(device: torch.device) -> None:
     if is_capturing(device):  # nothing may be built or waited for; the tables refuse what has not stepped before
         require_triton()
     else:
-        require_launch(device)
+        require_launch(Kind(device))
 
 
-def agree_on_gpu(summed: Callable[[Tensor], Tensor], devices: set[torch.device], dropped: bool) -> bool:
-    """Collective. Whether ``fused=True`` stays on for the GPUs of all ranks.
+class OnGPU(NamedTuple):
+    """What the ranks have agreed on.
+
+    Attributes:
+        fused: ``fused=True`` stays on.
+        why_not: the reason why ``fused=None`` is not Triton; "" where it is.
+    """
+
+    fused: bool
+    why_not: str
+
+
+def agree_on_gpu(
+    summed: Callable[[Tensor], Tensor] | None, asked: Iterable[Kind], default: Iterable[Kind], dropped: bool
+) -> OnGPU:
+    """Collective. The kernels for parameters on GPUs, the same on every rank, so that copies stay equal.
 
     Args:
-        summed: the sum of a vector over the ranks.
-        devices: those of this rank's fused parameters that have Triton kernels.
-        dropped: this rank has fallen back to ``fused=None`` (``convert_adamw``).
-
-    Returns:
-        False where a rank has fallen back: all are to do so.
+        summed: the sum of a vector over the ranks; None: there is one.
+        asked: kinds of this rank's parameters with ``fused=True``.
+        default: kinds of those with ``fused=None``, ``foreach=None``: they go to Triton where it works on every rank.
+        dropped: this rank has fallen back from ``fused=True`` (``convert_adamw``): all are to do so.
 
     Raises:
-        RuntimeError: the kernels of some rank cannot be built or launched; on every rank alike.
+        RuntimeError: Triton does not work on some rank that asks for it; on every rank alike.
     """
-    reason = ""
-    try:
-        for device in sorted(devices, key=str):
-            require_fused(device)
-    except Exception as error:  # whatever it is, the other ranks are waiting for this one's vote
-        reason = str(error) or type(error).__name__
-    votes = torch.tensor([float(bool(reason)), float(dropped)], dtype=torch.float64)
-    failed, fallen = (int(n) for n in summed(votes).tolist())
+    missing, reason = (next(filter(None, map(_why_not, sorted(kinds, key=str))), "") for kinds in (asked, default))
+    votes = [int(bool(missing)), int(bool(reason)), int(dropped)]
+    if summed is not None:
+        votes = [int(n) for n in summed(torch.tensor(votes, dtype=torch.float64)).tolist()]
+    failed, without, fallen = votes
     if failed:
-        raise RuntimeError(
-            reason
-            or f"fused=True: {failed} of the other ranks cannot build or launch Triton kernels (their own errors say "
-            "what is missing there): install it on all nodes, or use fused=None"
-        )
-    return not fallen
+        others = f"it does not work on {failed} of the other ranks (their own errors say why): install it on all nodes"
+        raise RuntimeError(f"fused=True on a GPU needs Triton kernels, but {missing or others}, or use fused=None")
+    return OnGPU(not fallen, reason or (f"it does not work on {without} of the other ranks" if without else ""))
+
+
+def _why_not(kind: Kind) -> str:
+    try:
+        return why_not(kind)
+    except Exception as error:  # whatever it is, the other ranks are waiting for this one's vote
+        return str(error) or type(error).__name__
 
 
 def _check_device(device: torch.device) -> None:

@@ -9,10 +9,10 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from am_lightning.optim.kernels import blocked, compiled, cpu_loop, foreach, reference, triton_pair
+from am_lightning.optim.kernels import blocked, compiled, cpu_loop, foreach, fused, reference, triton_pair
 from am_lightning.optim.kernels.blocked import Scratch
 from am_lightning.optim.kernels.fused import COMPILED, LOOP, TRITON, fused_tier
-from am_lightning.optim.kernels.pieces import Numbers, Piece, is_addressable, is_flat, scale_
+from am_lightning.optim.kernels.pieces import Clip, Numbers, Piece, is_addressable, is_flat, scale_
 from am_lightning.optim.kernels.transfer import Constants, moved
 
 REFERENCE, BLOCKED, FOREACH = "reference", "blocked", "foreach"
@@ -24,6 +24,11 @@ class Choice(NamedTuple):
     foreach: bool | None
     fused: bool | None
 
+    @property
+    def by_default(self) -> bool:
+        """Neither is set."""
+        return self.foreach is None and self.fused is None
+
 
 class Workspace:
     """What kernels keep from step to step: buffers and tables, nothing that a checkpoint needs."""
@@ -32,8 +37,22 @@ class Workspace:
         self.scratch = Scratch()
         self.tables = triton_pair.Tables()
         self.agreed_on_cpu: str | None = None  # the fused kernels that all ranks have; None: chosen here alone
+        self.triton_by_default = False  # it works on all ranks
+        self.why_not_triton = ""  # the reason where it does not
         self.constants = Constants()
-        self.gradient_scale: Tensor | None = None  # 0-dim, what the next step multiplies its gradients by
+        self.gradient_clip: Clip | None = None  # of the next step
+        self.gradient_factor: Tensor | None = None  # 0-dim, its factor where a kernel of this step gives it
+
+    def taken_factor(self) -> Tensor | None:
+        """0-dim, what this step multiplies its gradients by; no step after it does."""
+        clip, factor = self.gradient_clip, self.gradient_factor
+        self.gradient_clip = self.gradient_factor = None
+        return clip.factor() if clip is not None and factor is None else factor
+
+    def take_default(self, why_not_triton: str) -> None:
+        """What the ranks have agreed on; one of several layouts for which Triton does not work decides for all."""
+        self.why_not_triton = self.why_not_triton or why_not_triton
+        self.triton_by_default = not self.why_not_triton
 
 
 _SUPPORTS: dict[str, Callable[[Piece], bool]] = {
@@ -44,21 +63,25 @@ _SUPPORTS: dict[str, Callable[[Piece], bool]] = {
     FOREACH: lambda piece: True,
     REFERENCE: lambda piece: True,
 }
+_FUSED = {TRITON, LOOP, COMPILED}
 
 
-def tiers(device: torch.device, choice: Choice, agreed_on_cpu: str | None = None) -> tuple[str, str]:
+def tiers(device: torch.device, choice: Choice, workspace: Workspace) -> tuple[str, str]:
     """The tier of a group on a device, and the one for rows that it does not support.
 
-    ``foreach=False`` is the reference, ``True`` torch._foreach_*; ``None`` the fastest eager tier for the device. The
-    blocked and the fused tiers walk the storage, so tensors whose strides differ go to the other.
+    ``foreach=False`` is the reference, ``True`` torch._foreach_*; ``None`` the fastest tier that needs no compiler, or
+    Triton where that works. The blocked and the fused tiers walk the storage, so tensors whose strides differ go to
+    the other.
 
     Raises:
         RuntimeError: ``fused`` is True and what its kernels need is not installed.
     """
     on_cpu = device.type == "cpu"
     if choice.fused:
-        tier = agreed_on_cpu if on_cpu and agreed_on_cpu else fused_tier(device)
-        return tier, REFERENCE if on_cpu else FOREACH
+        agreed = workspace.agreed_on_cpu
+        return agreed if on_cpu and agreed else fused_tier(device), REFERENCE if on_cpu else FOREACH
+    if choice.by_default and workspace.triton_by_default and device.type in fused.TRITON_DEVICES:
+        return TRITON, FOREACH
     if choice.foreach or (choice.foreach is None and not on_cpu):
         return FOREACH, FOREACH
     return BLOCKED if choice.foreach is None else REFERENCE, REFERENCE
@@ -79,17 +102,17 @@ class Passes:
 
     def __init__(self, pieces: Sequence[Piece], choices: Sequence[Choice], workspace: Workspace) -> None:
         self._workspace = workspace
-        self._scale, workspace.gradient_scale = workspace.gradient_scale, None
+        self._scale = workspace.taken_factor()
         chosen: dict[tuple[torch.device, Choice], tuple[str, str]] = {}
         by_tier: dict[tuple[str, str], list[Piece]] = {}
         for piece, choice in zip(pieces, choices, strict=True):
             device = piece.x.device
             if (device, choice) not in chosen:
-                chosen[device, choice] = tiers(device, choice, workspace.agreed_on_cpu)
+                chosen[device, choice] = tiers(device, choice, workspace)
             name, other = chosen[device, choice]
             supports = _SUPPORTS[name]
             if not supports(piece):
-                piece = _with_gradient_like_parameter(piece) if choice.fused else piece
+                piece = _with_gradient_like_parameter(piece) if name in _FUSED else piece
                 name = name if supports(piece) else other
                 if name == REFERENCE and choice.fused and not is_addressable(piece.tensors()):
                     name = BLOCKED if is_flat(piece.tensors()) else name

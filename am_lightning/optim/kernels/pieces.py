@@ -47,6 +47,17 @@ class Piece:
         return [t for t in (self.x, self.g, self.d, self.v) if t is not None]
 
 
+class Clip(NamedTuple):
+    """What the next step multiplies its gradients by: min(1, max_norm / (norm + 1e-6))."""
+
+    norm: Tensor  # 0-dim
+    max_norm: float
+
+    def factor(self) -> Tensor:
+        """0-dim."""
+        return (self.max_norm / (self.norm + 1e-6)).clamp(max=1.0)
+
+
 class Numbers:
     """Numbers that differ between rows and steps, handed to kernels as floats or as 0-dim tensors.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from am_lightning.optim.kernels.pieces import Numbers, Piece, Scalar
-from am_lightning.optim.kernels.rounding import is_stochastic, seed_of, stochastic
+from am_lightning.optim.kernels.rounding import is_stochastic, seed_of, stochastic_in_parts
 
 
 def sums(pieces: Sequence[Piece], numbers: Numbers, accumulate: torch.dtype) -> list[Tensor]:
@@ -43,7 +43,7 @@ def update(pieces: Sequence[Piece], numbers: Numbers, keep: Sequence[Tensor] | N
         d = d + n["omega"] * (g - d) / q
         x = n["shrink"] * x - n["lr"] * d / metric
         if is_stochastic(piece):
-            d = stochastic(d, seed_of(torch.as_tensor(n["step"]), piece.row))
+            d = stochastic_in_parts(d, seed_of(torch.as_tensor(n["step"]), piece.row))
         for old, new in ((piece.d, d), (piece.v, v), (piece.x, x)):
             if old is not None and new is not None:
                 new = new.to(old.dtype)

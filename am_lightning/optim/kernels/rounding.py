@@ -13,6 +13,7 @@ from am_lightning.optim.kernels.pieces import Piece
 
 _ROW = 0x9E3779B9
 _MASK = 0xFFFFFFFF
+_PART = 1 << 18  # elements, of some 250 bytes of temporaries each
 
 
 def is_stochastic(piece: Piece) -> bool:
@@ -48,6 +49,15 @@ def stochastic(y: Tensor, seed: Tensor, first: int = 0) -> Tensor:
     return _with_noise(y, (mix((index & _MASK) ^ seed) >> 16).to(torch.int32))
 
 
+def stochastic_in_parts(y: Tensor, seed: Tensor) -> Tensor:
+    """``stochastic`` of a tensor of any size, with temporaries of at most 64 MiB."""
+    out = torch.empty_like(y, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
+    parts = zip(torch.split(y.reshape(-1), _PART), torch.split(out.view(-1), _PART), strict=True)
+    for i, (part, target) in enumerate(parts):
+        target.copy_(stochastic(part, seed, i * _PART))
+    return out
+
+
 def stochastic_at(y: Tensor, seeds: Tensor, starts: Tensor) -> Tensor:
     """float32 ``y``, ``[blocks, elements]``, as ``stochastic`` rounds it, with temporaries of 4 bytes an element.
 
@@ -70,7 +80,7 @@ def _word(values: Tensor) -> Tensor:
 
 def _with_noise(y: Tensor, noise: Tensor) -> Tensor:
     """The upper half of ``y``'s bits after noise was added to the lower."""
-    bits = y.contiguous().view(torch.int32)
-    noise = torch.where((bits & 0x7F800000) == 0x7F800000, 0, noise)
-    upper = (bits + noise) & -0x10000
-    return upper.view(torch.float32).to(torch.bfloat16)
+    y = y.contiguous()
+    bits = y.view(torch.int32)
+    rounded = ((bits + noise) & -0x10000).view(torch.float32)
+    return torch.where((bits & 0x7F800000) == 0x7F800000, y, rounded).to(torch.bfloat16)

@@ -4,7 +4,8 @@
 A program works on one chunk of one tensor; a table says which. Three facts about a chunk come from memory, so that the
 compiler knows nothing of their alignment, and each of them alone would make every access scalar:
 
-- the pointer: ``multiple_of`` tells, where the host has checked that all pointers are multiples of 16 (``ALIGNED``);
+- the pointer: ``multiple_of`` tells, where the host has checked that it is a multiple of 16 (``ALIGNED_G`` of g,
+  ``ALIGNED_STATE`` of d and v, ``ALIGNED_X``), so that gradients at odd places cost their own access alone;
 - where the chunk starts: the table holds the chunk's index, and the start is that times a constant;
 - where it ends: full chunks are read and written without a mask, only a tensor's last chunk has one.
 
@@ -85,13 +86,14 @@ def _terms(g, d, v, x, beta2, rest, lambd, mu, root, floor, gap, DECAYS: tl.cons
 def sums_kernel(
     pointers, chunks, tensors, options, gap, root, floor, grad_scale, partial,
     G: tl.constexpr, D: tl.constexpr, V: tl.constexpr, X: tl.constexpr, COMPUTE: tl.constexpr,
-    ALIGNED: tl.constexpr, DECAYS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    ALIGNED_G: tl.constexpr, ALIGNED_STATE: tl.constexpr, ALIGNED_X: tl.constexpr,
+    DECAYS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Pass 1, first stage: N and D of one chunk. Lanes add up in the compute dtype, the lanes of a chunk in float64."""
     chunk = tl.program_id(0)
     t, start, n, row = _chunk(chunks, tensors, chunk, BLOCK * BLOCKS)
-    g, d = _operand(pointers, t, start, 0, G, ALIGNED), _operand(pointers, t, start, 1, D, ALIGNED)
-    v, x = _operand(pointers, t, start, 2, V, ALIGNED), _operand(pointers, t, start, 3, X, ALIGNED)
+    g, d = _operand(pointers, t, start, 0, G, ALIGNED_G), _operand(pointers, t, start, 1, D, ALIGNED_STATE)
+    v, x = _operand(pointers, t, start, 2, V, ALIGNED_STATE), _operand(pointers, t, start, 3, X, ALIGNED_X)
     beta2, rest, lambd, mu, sign = _options(options, t, COMPUTE)
     sign = _scaled(sign, grad_scale, COMPUTE)
     one_plus_k = _number(gap, row, COMPUTE)
@@ -182,14 +184,15 @@ def _round(value, index, seed, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
 def update_kernel(
     pointers, chunks, tensors, options, root, floor, lr, shrink, omega, counts, steps, grad_scale,
     G: tl.constexpr, D: tl.constexpr, V: tl.constexpr, X: tl.constexpr, COMPUTE: tl.constexpr,
-    ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    ALIGNED_G: tl.constexpr, ALIGNED_STATE: tl.constexpr, ALIGNED_X: tl.constexpr,
+    STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Pass 2, which writes d, v and x of one chunk, if its row counts: decided here, and then nothing is touched."""
     chunk = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: what pass 1 read last may still be in the cache
     t, start, n, row = _chunk(chunks, tensors, chunk, BLOCK * BLOCKS)
     if tl.load(counts + row) != 0:
-        g, d = _operand(pointers, t, start, 0, G, ALIGNED), _operand(pointers, t, start, 1, D, ALIGNED)
-        v, x = _operand(pointers, t, start, 2, V, ALIGNED), _operand(pointers, t, start, 3, X, ALIGNED)
+        g, d = _operand(pointers, t, start, 0, G, ALIGNED_G), _operand(pointers, t, start, 1, D, ALIGNED_STATE)
+        v, x = _operand(pointers, t, start, 2, V, ALIGNED_STATE), _operand(pointers, t, start, 3, X, ALIGNED_X)
         beta2, rest, lambd, _, sign = _options(options, t, COMPUTE)
         sign = _scaled(sign, grad_scale, COMPUTE)
         c_root, c_eps = _number(root, row, COMPUTE), _number(floor, row, COMPUTE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -10,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from am_lightning.optim.kernels.pieces import Numbers, Options, Piece, is_addressable, is_flat
+from am_lightning.optim.kernels.pieces import Numbers, Piece, is_addressable, is_flat
 from am_lightning.optim.kernels.transfer import moved
 from am_lightning.optim.kernels.triton_tables import BLOCK, BLOCKS, Kind, Tables
 
-__all__ = ["Tables", "TritonPasses", "require_launch", "require_triton", "supports"]
+__all__ = ["DTYPES", "LAUNCH_OPTIONS", "Tables", "TritonPasses", "current", "require_triton", "supports"]
 
-_DTYPES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_REDUCE_BLOCK = 256
+DTYPES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_REDUCE_BLOCK = 2048  # chunks that one program of the second stage takes at once: 32 turns for 537 M elements
 # The default of fusing a product and a sum differs between versions of Triton.
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-_LAUNCH = {"BLOCK": BLOCK, "BLOCKS": BLOCKS, **_OPTIONS}
+LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+_LAUNCH = {"BLOCK": BLOCK, "BLOCKS": BLOCKS, **LAUNCH_OPTIONS}
 
 
 def require_triton() -> Any:
@@ -33,43 +32,9 @@ def require_triton() -> Any:
         from am_lightning.optim.kernels import triton_kernels
     except ImportError as error:
         raise RuntimeError(
-            "fused=True on a GPU needs Triton, which cannot be imported "
-            f"({error}): pip install 'am-lightning[triton]', or '.[triton]' in a checkout, or use fused=None"
+            f"Triton cannot be imported ({error}): pip install 'am-lightning[triton]', or '.[triton]' in a checkout"
         ) from error
     return triton_kernels
-
-
-@functools.cache
-def require_launch(device: torch.device) -> None:
-    """Build the kernels for one float32 element on a device and launch them there, once in a process.
-
-    Raises:
-        RuntimeError: Triton cannot be imported, or what it builds and launches with is not there.
-    """
-    require_triton()
-    try:
-        launch_one_element(device)
-    except Exception as error:  # Triton raises whatever its compiler, the linker or the driver gave
-        reason = f"{type(error).__name__}: {error}".strip().replace("\n", " ")[-1000:]
-        raise RuntimeError(
-            f"fused=True on a GPU builds Triton kernels, which failed for one element on {device} ({reason}). Triton "
-            "needs a C compiler (gcc or clang, or the one that $CC names), Python's headers (Python.h) and the GPU "
-            "driver's library (libcuda.so.1), and a folder to write to (TRITON_CACHE_DIR). Install them (Debian, "
-            "Ubuntu: apt-get install gcc python3-dev; conda: conda install c-compiler), or use fused=None"
-        ) from error
-
-
-@torch.no_grad()
-def launch_one_element(device: torch.device) -> None:
-    """Both passes over one element, waited for."""
-    x, g, d, v = (torch.zeros(1, device=device) for _ in range(4))
-    passes = TritonPasses([Piece(0, x, g, d, v, Options(0.9, 0.1, 0.0, 0.0, False))], Tables())
-    names = ("gap", "root", "floor", "lr", "shrink", "omega", "step")
-    numbers = Numbers({name: torch.ones(1, dtype=torch.float64, device=device) for name in names})
-    passes.sums(numbers, torch.float64)
-    passes.update(numbers, torch.ones(1, dtype=torch.bool, device=device))
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def supports(piece: Piece) -> bool:
@@ -80,7 +45,7 @@ def supports(piece: Piece) -> bool:
     tensors = piece.tensors()
     dtypes = {tensor.dtype for tensor in tensors}
     plain = piece.v is not None and not piece.options.l2 and is_flat(tensors) and is_addressable(tensors)
-    return plain and dtypes <= _DTYPES.keys() and (torch.float64 not in dtypes or len(dtypes) == 1)
+    return plain and dtypes <= DTYPES.keys() and (torch.float64 not in dtypes or len(dtypes) == 1)
 
 
 class TritonPasses:
@@ -102,22 +67,23 @@ class TritonPasses:
             accumulate: dtype of the result; the kernels sum in float64.
         """
         parts: dict[torch.device, Tensor] = {}
+        alone = len({group.kind.device for group, _, _ in self._groups}) == 1  # then every slot is written
         for group, addresses, options in self._groups:
             kind, device = group.kind, group.kind.device
             if device not in parts:
-                parts[device] = torch.zeros(len(self._pieces), 2, dtype=torch.float64, device=device)
-            if not group.chunk_count:
-                continue
+                new = torch.empty if alone else torch.zeros
+                parts[device] = new(len(self._pieces), 2, dtype=torch.float64, device=device)
             partial = torch.empty(group.chunk_count, 2, dtype=torch.float64, device=device)
             columns = [_on(numbers.columns[name], device) for name in ("gap", "root", "floor")]
-            with _current(device):
-                self._kernels.sums_kernel[(group.chunk_count,)](
-                    addresses, group.chunks, group.tensors, options, *columns,
-                    _on(self._gradient_scale, device), partial,
-                    **self._constants(kind), DECAYS=kind.decays, **_LAUNCH,
-                )  # fmt: skip
+            with current(device):
+                if group.chunk_count:
+                    self._kernels.sums_kernel[(group.chunk_count,)](
+                        addresses, group.chunks, group.tensors, options, *columns,
+                        _on(self._gradient_scale, device), partial,
+                        **self._constants(kind), DECAYS=kind.decays, **_LAUNCH,
+                    )  # fmt: skip
                 self._kernels.reduce_kernel[(group.size,)](
-                    partial, group.first_chunk, group.tensors, parts[device], BLOCK=_REDUCE_BLOCK, **_OPTIONS
+                    partial, group.first_chunk, group.tensors, parts[device], BLOCK=_REDUCE_BLOCK, **LAUNCH_OPTIONS
                 )
         total, *others = (moved(part, self._device) for part in parts.values())
         for other in others:
@@ -138,7 +104,7 @@ class TritonPasses:
             names = ("root", "floor", "lr", "shrink", "omega")
             columns = [_on(numbers.columns[name], device) for name in names]
             steps = _on(numbers.columns["step"], device) if kind.stochastic else None
-            with _current(device):
+            with current(device):
                 self._kernels.update_kernel[(group.chunk_count,)](
                     addresses, group.chunks, group.tensors, options, *columns,
                     _on(counts.view(torch.uint8), device), steps, _on(self._gradient_scale, device),
@@ -147,8 +113,9 @@ class TritonPasses:
 
     def _constants(self, kind: Kind) -> dict[str, Any]:
         """What a kernel is compiled for."""
-        dtypes = [getattr(self._kernels.tl, _DTYPES[dtype]) for dtype in (*kind.dtypes, kind.compute_dtype)]
-        return dict(zip(("G", "D", "V", "X", "COMPUTE"), dtypes, strict=True)) | {"ALIGNED": kind.aligned}
+        dtypes = [getattr(self._kernels.tl, DTYPES[dtype]) for dtype in (*kind.dtypes, kind.compute_dtype)]
+        constants = dict(zip(("G", "D", "V", "X", "COMPUTE"), dtypes, strict=True))
+        return constants | dict(zip(("ALIGNED_G", "ALIGNED_STATE", "ALIGNED_X"), kind.aligned, strict=True))
 
 
 def _on(tensor: Any, device: torch.device) -> Any:
@@ -156,6 +123,6 @@ def _on(tensor: Any, device: torch.device) -> Any:
     return None if tensor is None else moved(tensor, device).contiguous()
 
 
-def _current(device: torch.device) -> Any:
+def current(device: torch.device) -> Any:
     """Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -27,7 +27,7 @@ class Kind(NamedTuple):
     device: torch.device
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype]  # of g, d, v, x
     decays: bool
-    aligned: bool
+    aligned: tuple[bool, bool, bool]  # of g, of d and v, of x: gradients may be views at any place, states are not
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -159,7 +159,8 @@ def _kind(piece: Piece) -> tuple[Kind, list[int]]:
     g, d, v, x = piece.g, piece.d, piece.v, piece.x
     assert v is not None  # triton_pair.supports() has seen to it
     addresses = [g.data_ptr(), d.data_ptr(), v.data_ptr(), x.data_ptr()]
-    aligned = all(address % _ALIGNMENT == 0 for address in addresses)
+    at_g, at_d, at_v, at_x = (address % _ALIGNMENT == 0 for address in addresses)
+    aligned = at_g, at_d and at_v, at_x
     return Kind(x.device, (g.dtype, d.dtype, v.dtype, x.dtype), piece.options.mu != 0, aligned), addresses
 
 

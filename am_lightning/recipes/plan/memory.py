@@ -50,7 +50,7 @@ def memory_of(
 
     Args:
         checkpointing: activation checkpointing is on.
-        scratch: bytes that the optimizer uses while it steps; None: what its foreach passes use on a GPU.
+        scratch: bytes that the optimizer uses while it steps; None: what foreach uses on a GPU without Triton.
         zero_bucket: DeepSpeed's reduce_bucket_size, in elements.
     """
     sizes = _Sizes(shape, layout)

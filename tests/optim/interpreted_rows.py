@@ -1,0 +1,171 @@
+"""What a process with TRITON_INTERPRET=1 runs: the kernels of the rows' own numbers beside ``closed_form``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from am_lightning import AMAdamW
+from am_lightning.optim import base
+from am_lightning.optim.closed_form import Sums, bias_correction, decide, gap_factor
+from am_lightning.optim.kernels.pieces import Clip
+from am_lightning.optim.kernels.triton_rows import RowKernels
+from am_lightning.optim.record import StepRecord
+from tests.optim import interpreted_steps
+from tests.optim.harness import assert_bitwise, params_of, snapshot
+
+CPU, F64 = torch.device("cpu"), torch.float64
+SIZES = [[1], [3, 2], [7, 0, 5], [600, 20]]  # the last is more than one block
+
+
+class Random:
+    """Rows in the middle of a run: absent ones, first steps, sums that are not finite, D = 0, eta = 0."""
+
+    def __init__(self, sizes: list[int], seed: int, *, bad: bool, phantom: bool) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        rows = sum(sizes)
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(shape, generator=generator, dtype=F64)
+
+        groups = uniform(len(sizes), 5)
+        groups[:, 2] *= 0.3
+        groups[:, 3] = 0.9 + 0.0999 * groups[:, 3]
+        groups[:, 4] *= 1e-6
+        groups[0, 1] = 0.0 if phantom or seed % 3 == 0 else groups[0, 1]
+        groups[0, 3] = 0.0 if seed % 4 == 1 else groups[0, 3]
+        self.options = groups.tolist()
+        cap, lr, mu, beta2, eps = torch.repeat_interleave(groups, torch.tensor(sizes), 0).unbind(1)
+        self.cap, self.lr, self.mu, self.beta2, self.eps = cap, lr, mu, beta2, eps
+        step = (uniform(rows) * (1 if phantom else 300)).floor()
+        self.table = torch.stack([step, uniform(rows), uniform(rows), uniform(rows) * 0.1]).to(torch.float32)
+        self.present = (uniform(rows) < 0.8).to(F64)
+        num, den = uniform(rows) - 0.3, uniform(rows)
+        den[uniform(rows) < 0.1] = 0.0
+        if phantom:
+            num, den = torch.zeros(rows, dtype=F64), torch.zeros(rows, dtype=F64)
+        if bad:
+            num[int(rows * 0.6)], den[rows // 2] = float("nan"), float("inf")
+        self.sums = torch.stack([num, den], 1) * self.present[:, None]
+
+    def numbers(self) -> dict[str, Tensor]:
+        step, beta_prod, _, prev_lr = self.table.to(F64)
+        c = bias_correction(self.cap, beta_prod)
+        return {
+            "cap": self.cap,
+            "lr": self.lr,
+            "gap": 1 + gap_factor(self.lr, prev_lr, self.mu),
+            "root": c / torch.sqrt(1 - self.beta2 ** (step + 1)),
+            "floor": c * self.eps,
+            "shrink": 1 - self.mu * self.lr,
+            "step": step,
+        }
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-14, equal_nan=True)
+
+
+def beside_closed_form(scope: str, nonfinite: str) -> None:
+    """Coefficients, beta_t, the rows that count, the states and the record, over cases one after the other."""
+    active = skips = 0
+    for sizes in SIZES:
+        kernels, record, ours = RowKernels(sizes, scope, CPU), StepRecord(), StepRecord()
+        for seed in range(8):
+            case = Random(sizes, seed, bad=seed % 4 == 3, phantom=seed == 5)
+            norm = torch.tensor(2.0 + seed, dtype=F64)
+            clip = Clip(norm, 4.5) if seed % 2 else None
+            found = kernels.coefficients(case.table, case.options, case.present, clip)
+            assert (found.factor is None) == (clip is None)
+            if clip is not None and found.factor is not None:
+                close(found.factor, clip.factor())
+            for name, expected in case.numbers().items():
+                close(found.numbers.columns[name], expected)
+            first = case.present * (case.table[0] == 0)
+            assert torch.equal(found.tail, torch.stack([case.present, first], 1))
+            packed = torch.cat([case.sums, found.tail], 1)
+            expected = decide(
+                Sums.unpack(packed), cap=case.cap, lr=case.lr, scope=scope, sizes=sizes,
+                first_takes_cap=True, nonfinite=nonfinite,
+            )  # fmt: skip
+            before = case.table.clone()
+            omega, counts = kernels.decide(
+                packed, found.columns, case.table, *ours.buffers(CPU), skip=nonfinite == "skip"
+            )
+            assert torch.equal(counts, expected.counts)
+            close(torch.where(counts, omega, 0.0), torch.where(counts, 1 - expected.beta, 0.0))
+            new = torch.stack([before[0] + 1, before[1] * expected.beta, expected.beta, case.lr]).to(torch.float32)
+            kept = torch.where(counts, new, before)
+            torch.testing.assert_close(case.table, kept, rtol=2e-7, atol=1e-9)
+            assert torch.equal(case.table[:, ~counts], before[:, ~counts])
+            record.observe(expected)
+            assert torch.equal(ours._counts, record._counts) and torch.equal(ours.skipped, record.skipped)
+            active, skips = active + int(counts.sum()), skips + int(expected.skipped)
+    assert active and (skips > 0) == (nonfinite == "skip")
+
+
+def one_norm_is_clipped() -> None:
+    """Above, below, infinite, zero and not a number."""
+    kernels, table = RowKernels([1], "tensor", CPU), torch.zeros(4, 1)
+    for norm, max_norm in ((4.0, 1.0), (0.5, 1.0), (3.0, float("inf")), (0.0, 0.0), (float("nan"), 1.0), (9.0, 0.1)):
+        clip = Clip(torch.tensor(norm, dtype=F64), max_norm)
+        found = kernels.coefficients(table, [[0.9, 0.1, 0.0, 0.99, 1e-8]], torch.ones(1, dtype=F64), clip)
+        assert found.factor is not None
+        torch.testing.assert_close(found.factor, clip.factor(), rtol=0, atol=0, equal_nan=True)
+
+
+def train(optimizer: AMAdamW, lr: Any) -> None:
+    """Five steps: a parameter whose first gradient comes late, one sum that is not finite, a rate of zero."""
+    for step in range(5):
+        generator = torch.Generator().manual_seed(step)
+        for i, p in enumerate(params_of(optimizer)):
+            grad = (torch.randn(p.shape, generator=generator) + 0.5 * p.detach().float()).to(p.dtype)
+            p.grad = None if i == 1 and step < 2 else grad
+        if step == 3:
+            params_of(optimizer)[0].grad.view(-1)[0] = float("nan")
+        rate = 0.0 if step == 2 else 0.05 / (1 + step)
+        for group in optimizer.param_groups:
+            if isinstance(lr, Tensor):
+                lr.fill_(rate)
+            else:
+                group["lr"] = rate
+        optimizer.step()
+
+
+def whole_steps(scope: str, nonfinite: str, tensor_lr: bool) -> None:
+    """The same run with and without these kernels, also while some states are missing; and its reports."""
+    options: dict[str, Any] = {"scope": scope, "nonfinite": nonfinite, "capturable": tensor_lr, "fused": True}
+    runs = []
+    for in_kernels in (True, False):
+        lr = torch.tensor(0.05) if tensor_lr else 0.05
+        optimizer = interpreted_steps.make(interpreted_steps.two_groups(), lr=lr, **options)
+        with pytest.MonkeyPatch.context() as patch:
+            if not in_kernels:
+                patch.setattr(base, "row_kernels", lambda *arguments: None)
+            train(optimizer, lr)
+        runs.append(optimizer)
+    ours, plain = runs
+    assert bool(ours.last_step_skipped) == bool(plain.last_step_skipped)
+    torch.testing.assert_close(ours.report(), plain.report(), rtol=1e-6, atol=1e-7, equal_nan=True)
+    for a, b in zip(snapshot(ours), snapshot(plain), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+def the_same_bits_with_and_without_missing_states() -> None:
+    """A rank may lack the state of a tensor of which it holds nothing: beta_t of the others must not differ for it."""
+    runs = []
+    for spare in (False, True):
+        groups = interpreted_steps.two_groups()
+        if spare:
+            groups.append({"params": [("spare", torch.nn.Parameter(torch.ones(3)))]})
+        optimizer = interpreted_steps.make(groups, lr=0.05, scope="global", fused=True)
+        for step in range(3):
+            for p in params_of(optimizer)[:5]:
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step)).to(p.dtype)
+            optimizer.step()
+        runs.append(optimizer)
+    kept = snapshot(runs[0])
+    assert_bitwise(kept, snapshot(runs[1])[: len(kept)])
