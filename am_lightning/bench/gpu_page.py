@@ -134,17 +134,21 @@ def _first_steps(facts: Answer | None) -> str:
 def _tests(files: Answers) -> list[str]:
     if not files:
         return [NOT_MEASURED]
-    rows, failed, skipped = [], [], Counter[str]()
+    rows, failed, skipped, measured = [], [], Counter[str](), []
     for name, each in files.items():
         result = each.get("result")
         counts = [str(len(result[key])) for key in ("passed", "failed", "skipped")] if result else ["-"] * 3
-        rows.append([name.removeprefix("right/"), *counts, "" if each["status"] == "done" else _cell(each["why"])])
+        short = "" if not result or result.get("whole", True) else "not to its end"
+        rows.append([name.removeprefix("right/"), *counts, short if each["status"] == "done" else _cell(each["why"])])
         for test in (result or {}).get("failed", []):
             alone = f" (alone: {test['alone']})" if "alone" in test else ""
             text = "\n".join(test["text"].strip().splitlines()[-FAILED_LINES:])
             failed.append(f"`{test['name']}`{alone}:\n\n```text\n{text}\n```")
+        measured += [[_cell(what), _cell(value)] for what, value in (result or {}).get("measured", {}).items()]
         skipped.update(_cell(test["why"]) for test in (result or {}).get("skipped", []))
     sections = [markdown(["tests/gpu", "passed", "failed", "skipped", "remarks"], rows)]
+    if measured:
+        sections.append(markdown(["measured by tests", ""], measured))
     if skipped:
         reasons = [f"{count} x {reason}" for reason, count in skipped.most_common(SKIPPED_SHOWN)]
         sections.append("Skipped: " + "; ".join(reasons) + ".")

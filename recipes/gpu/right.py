@@ -10,9 +10,10 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
-from part import ROOT, Context, FailedError, NotMeasuredError, Part
+from part import ROOT, Context, FailedError, NotMeasuredError, OutOfTimeError, Part
 
 TESTS = ROOT / "tests" / "gpu"
+FIRST = ("test_kernels", "test_precision", "test_waits", "test_capture", "test_strategies")  # the others after them
 ALONE = 8  # failed tests that are run again alone: an error on a GPU spoils what comes after it in the process
 TEXT = 3000  # letters of a failure that are kept
 WHOLE = (0, 1, 5)  # pytest's exit status: all passed, some failed, there are none
@@ -20,8 +21,9 @@ STOPPING = 12.0  # seconds that pytest has for its report when it is stopped
 
 
 def parts(tiny: bool) -> list[Part]:
-    names = [path.stem for path in sorted(TESTS.glob("test_*.py"))] or ["tests"]
-    return [Part(f"right/{name}", "right", 10, 75 if tiny else 270) for name in names]
+    names = {path.stem for path in TESTS.glob("test_*.py")} or {"tests"}
+    ordered = sorted(names, key=lambda name: (name not in FIRST, FIRST.index(name) if name in FIRST else 0, name))
+    return [Part(f"right/{name}", "right", 10, 60 if tiny else 270) for name in ordered]
 
 
 def run(name: str, context: Context) -> dict[str, Any]:
@@ -29,6 +31,7 @@ def run(name: str, context: Context) -> dict[str, Any]:
 
     Raises:
         FailedError: a test failed, or there was no time for all.
+        OutOfTimeError: there was none for the first.
         NotMeasuredError: there are no tests here, or no pytest.
     """
     file = TESTS / f"{name.removeprefix('right/')}.py"
@@ -39,22 +42,24 @@ def run(name: str, context: Context) -> dict[str, Any]:
             raise NotMeasuredError(f"{module} is not installed")
     report = context.work / "junit" / f"{file.stem}.xml"
     whole, output = _pytest([str(file)], report, context.left - 2 * STOPPING)
+    if not report.exists() and context.left < 3 * STOPPING:
+        raise OutOfTimeError
     if not report.exists():
         raise FailedError(f"pytest gave no report: {output[-TEXT:]}")
-    result = read_report(report)
+    result = {"whole": whole, **read_report(report)}
     for test in result["failed"][:ALONE]:
         if context.left > 4 * STOPPING and len(result["failed"]) > 1:
             again = report.with_suffix(".alone.xml")
-            _pytest([str(file), "-k", test["name"].split("[")[0]], again, context.left - 2 * STOPPING)
+            _pytest([f"{file}::{test['name']}"], again, context.left - 2 * STOPPING)
             found = read_report(again) if again.exists() else {"failed": [test]}
             test["alone"] = "failed" if test["name"] in [t["name"] for t in found["failed"]] else "passed"
     counts = {key: len(result[key]) for key in ("passed", "failed", "skipped")}
     if result["failed"]:
         raise FailedError(f"{counts['failed']} of {sum(counts.values())} tests failed: {_names(result)}", result)
-    if not whole:
-        raise FailedError(
-            f"no time for all tests: {counts['passed']} passed, {counts['skipped']} skipped so far", result
-        )
+    if not whole and not context.tiny:  # a rehearsal does not need them all
+        raise FailedError(f"pytest did not come to its end: {counts['passed']} tests passed so far", result)
+    if not whole and not counts["passed"]:
+        raise OutOfTimeError
     if not counts["passed"]:
         reasons = sorted({test["why"] for test in result["skipped"]})
         raise NotMeasuredError(f"all {counts['skipped']} tests were skipped: {'; '.join(reasons)}")
@@ -98,12 +103,14 @@ def _pytest(what: list[str], report: Path, seconds: float) -> tuple[bool, str]:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """Tests by outcome: names of those that passed, name and reason of skipped, name and text of failed ones."""
-    result: dict[str, Any] = {"passed": [], "failed": [], "skipped": [], "seconds": 0.0}
+    """Tests by outcome: names of those that passed, name and reason of skipped, name and text of failed ones; and what
+    tests have measured on the way (``record_property``)."""
+    result: dict[str, Any] = {"passed": [], "failed": [], "skipped": [], "measured": {}, "seconds": 0.0}
     for case in ElementTree.parse(path).iter("testcase"):
         if not (name := case.get("name")):  # the test in which pytest was stopped
             continue
         result["seconds"] += float(case.get("time", 0))
+        result["measured"] |= {each.get("name", ""): each.get("value") for each in case.iter("property")}
         wrong = [child for child in case if child.tag in ("failure", "error")]
         skipped = case.find("skipped")
         if wrong:

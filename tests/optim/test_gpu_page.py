@@ -55,7 +55,8 @@ def training_run(name: str, loss: float, kind: str = "am", **more: Any) -> dict[
 ANSWERS = [
     answer("facts", {"device": {"name": "NVIDIA H100", "GiB": 79.2}, "system": {"compilers": ["gcc"]},
                      "steps": {"AMAdamW fused, float32": {"seconds": 3.25, "words": "Triton for 4"}}}),
-    answer("right/test_fused", {"passed": ["test_a"], "skipped": [{"name": "test_c", "why": "needs | two GPUs"}],
+    answer("right/test_fused", {"passed": ["test_a"], "measured": {"launches default float32": "12"},
+                                "skipped": [{"name": "test_c", "why": "needs | two GPUs"}],
                                 "failed": [{"name": "test_b", "text": "E  assert 1 == 2", "alone": "passed"}]},
            "failed", "1 of 3 tests failed: test_b"),
     answer("fast/llama1b-float32", {"model": "llama1b", "dtype": "float32", "tensors": 147, "elements": 1_235_814_400,
@@ -93,6 +94,7 @@ def test_what_was_measured_stands_on_the_page(tmp_path: Path) -> None:
     assert cells(text, "AMAdamW fused, float32")[1:] == ["3.25", "Triton for 4"]
     assert "Failed: AMSGD: RuntimeError: no" in text, "a part's own file is newer than results.json"
     assert cells(text, "test_fused")[1:4] == ["1", "1", "1"] and "`test_b` (alone: passed)" in text
+    assert cells(text, "launches default float32")[1] == "12"
     assert "assert 1 == 2" in text and "1 x needs \\| two GPUs" in text
     assert cells(text, "AMAdamW default")[1:9] == ["1.625", "1.62", "1.50", "2000", "-", "12", "0", "60"]
     assert cells(text, "AMAdamW default")[9] == "1.438"

@@ -197,7 +197,7 @@ def test_a_part_without_an_answer_failed(tmp_path: Path, modules: dict[str, Modu
 
 TESTS = """
 import os, time, pytest
-def test_good(): pass
+def test_good(record_property): record_property('launches', 12)
 @pytest.mark.skip(reason="no GPU here")
 def test_absent(): pass
 def test_bad(): assert 1 == 2, "one is not two"
@@ -210,8 +210,10 @@ def test_reports_of_pytest(tmp_path: Path, modules: dict[str, ModuleType]) -> No
     right = modules["right"]
     file, report = tmp_path / "test_toy.py", tmp_path / "report.xml"
     file.write_text(TESTS.format(seconds=0))
-    whole, _ = right._pytest([str(file), "--rootdir", str(tmp_path), "-c", os.devnull], report, 60)
+    options = ["--rootdir", str(tmp_path), "-c", os.devnull, "-o", "junit_family=xunit1"]
+    whole, _ = right._pytest([str(file), *options], report, 60)
     found = right.read_report(report)
+    assert found["measured"] == {"launches": "12"}
     assert whole and found["passed"] == ["test_good", "test_long", "test_never"]
     assert found["skipped"] == [{"name": "test_absent", "why": "no GPU here"}]
     assert [test["name"] for test in found["failed"]] == ["test_bad"] and "one is not two" in found["failed"][0]["text"]
