@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -106,10 +107,15 @@ def _made(answers: Answers) -> str:
         "Machine": _in_brackets(system).strip(" ()"),
         "Date": _range(each["date"][:10] for each in run),
         "Versions": ", ".join(f"{name} {version}" for name, version in run[-1]["versions"].items()),
-        "Command": "; ".join(f"`{command}`" for command in dict.fromkeys(each["command"] for each in run)),
+        "Command": "; ".join(f"`{command}`" for command in dict.fromkeys(_command(each["command"]) for each in run)),
         "Code": _range(each["code"] for each in run) + " (of its files)",
     }
     return "\n".join(f"- {name}: {text}" for name, text in lines.items() if text)
+
+
+def _command(text: str) -> str:
+    """Without where things were."""
+    return re.sub(r" --(?:out|wheels)[ =]\S+", "", text)
 
 
 def _range(texts: Iterable[str]) -> str:
@@ -142,7 +148,7 @@ def _tests(files: Answers) -> list[str]:
         rows.append([name.removeprefix("right/"), *counts, short if each["status"] == "done" else _cell(each["why"])])
         for test in (result or {}).get("failed", []):
             alone = f" (alone: {test['alone']})" if "alone" in test else ""
-            text = "\n".join(test["text"].strip().splitlines()[-FAILED_LINES:])
+            text = _without_folders("\n".join(test["text"].strip().splitlines()[-FAILED_LINES:]))
             failed.append(f"`{test['name']}`{alone}:\n\n```text\n{text}\n```")
         measured += [[_cell(what), _cell(value)] for what, value in (result or {}).get("measured", {}).items()]
         skipped.update(_cell(test["why"]) for test in (result or {}).get("skipped", []))
@@ -251,9 +257,14 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def _without_folders(text: str) -> str:
+    """Absolute paths by their last name: they belong to the machine."""
+    return re.sub(r"(?<![\w./:~-])(?:/[\w.+-]+)+/(?=[\w.+-])", ".../", text)
+
+
 def _cell(text: object) -> str:
     """On one line, and without what ends a cell; a long one is cut."""
-    line = " ".join(str(text).split()).replace("|", "\\|")
+    line = _without_folders(" ".join(str(text).split())).replace("|", "\\|")
     return line if len(line) <= 300 else line[:297] + "..."
 
 

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -107,7 +108,9 @@ def run(name: str, context: Context) -> dict[str, Any]:
         raise FailedError(
             f"the run ended with {done.returncode}: {output.rpartition(chr(10))[2]}", {"log": output[-3000:]}
         )
-    return {"recipe": recipe, "run": vars(which), "text": text, "command": " ".join(words), **read_run(root)}
+    result = {"recipe": recipe, "run": vars(which), "text": text, **read_run(root)}
+    shutil.rmtree(root / "checkpoints", ignore_errors=True)  # up to 1.6 GB
+    return result
 
 
 def settings(recipe: str, which: Run, context: Context, root: Path, text: Path) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import pytest
 from am_lightning.bench.gpu_page import DEFAULT, HEAD, NOT_MEASURED, main, page
 
 pytest.importorskip("matplotlib")
-COMMAND = "recipes/gpu/check.sh --minutes 9"
+COMMAND = "recipes/gpu/check.sh --minutes 9 --out /some/place"
+FAILURE = "/some/place/test_fused.py:3: E  assert 1 == 2"
 VERSIONS = {"python": "3.12.0", "torch": "2.11.0"}
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,7 +58,7 @@ ANSWERS = [
                      "steps": {"AMAdamW fused, float32": {"seconds": 3.25, "words": "Triton for 4"}}}),
     answer("right/test_fused", {"passed": ["test_a"], "measured": {"launches default float32": "12"},
                                 "skipped": [{"name": "test_c", "why": "needs | two GPUs"}],
-                                "failed": [{"name": "test_b", "text": "E  assert 1 == 2", "alone": "passed"}]},
+                                "failed": [{"name": "test_b", "text": FAILURE, "alone": "passed"}]},
            "failed", "1 of 3 tests failed: test_b"),
     answer("fast/llama1b-float32", {"model": "llama1b", "dtype": "float32", "tensors": 147, "elements": 1_235_814_400,
                                     "0.1": {"rows": [step("AdamW fused", 1.0), step("AMAdamW default", 1.625)],
@@ -95,7 +96,7 @@ def test_what_was_measured_stands_on_the_page(tmp_path: Path) -> None:
     assert "Failed: AMSGD: RuntimeError: no" in text, "a part's own file is newer than results.json"
     assert cells(text, "test_fused")[1:4] == ["1", "1", "1"] and "`test_b` (alone: passed)" in text
     assert cells(text, "launches default float32")[1] == "12"
-    assert "assert 1 == 2" in text and "1 x needs \\| two GPUs" in text
+    assert ".../test_fused.py:3: E  assert 1 == 2" in text and "/some" not in text and "1 x needs \\| two GPUs" in text
     assert cells(text, "AMAdamW default")[1:9] == ["1.625", "1.62", "1.50", "2000", "-", "12", "0", "60"]
     assert cells(text, "AMAdamW default")[9] == "1.438"
     assert "schedule-free AdamW is left out: schedulefree is not installed." in text
