@@ -144,8 +144,7 @@ def _tests(files: Answers) -> list[str]:
     for name, each in files.items():
         result = each.get("result")
         counts = [str(len(result[key])) for key in ("passed", "failed", "skipped")] if result else ["-"] * 3
-        short = "" if not result or result.get("whole", True) else "not to its end"
-        rows.append([name.removeprefix("right/"), *counts, short if each["status"] == "done" else _cell(each["why"])])
+        rows.append([name.removeprefix("right/"), *counts, "" if each["status"] == "done" else _cell(each["why"])])
         for test in (result or {}).get("failed", []):
             alone = f" (alone: {test['alone']})" if "alone" in test else ""
             text = _without_folders("\n".join(test["text"].strip().splitlines()[-FAILED_LINES:]))

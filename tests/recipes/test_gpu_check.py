@@ -226,6 +226,9 @@ def test_a_file_of_tests_that_is_stopped_says_what_it_had(tmp_path: Path, module
     whole, _ = right._pytest([str(file), "--rootdir", str(tmp_path), "-c", os.devnull], report, 60)
     found = right.read_report(report)
     assert not whole and found["passed"] == ["test_good"] and len(found["failed"]) == 1
+    items = list(range(100))
+    right.pytest_collection_modifyitems(items)
+    assert items == [0, 33, 66]
     file.write_text("import time; time.sleep(60)")
     start = time.monotonic()
     assert not right._pytest([str(file), "--rootdir", str(tmp_path), "-c", os.devnull], report, 1)[0]
