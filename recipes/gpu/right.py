@@ -26,7 +26,7 @@ STOPPING = 12.0  # seconds that pytest has for its report when it is stopped
 def parts(tiny: bool) -> list[Part]:
     names = {path.stem for path in TESTS.glob("test_*.py")} or {"tests"}
     ordered = sorted(names, key=lambda name: (name not in FIRST, FIRST.index(name) if name in FIRST else 0, name))
-    return [Part(f"right/{name}", "right", 10, 120 if tiny else 270) for name in ordered]
+    return [Part(f"right/{name}", "right", 10, 180 if tiny else 270) for name in ordered]
 
 
 def run(name: str, context: Context) -> dict[str, Any]:
