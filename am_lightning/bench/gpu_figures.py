@@ -11,6 +11,7 @@ from am_lightning.recipes.report.events import Curve
 from am_lightning.recipes.report.series import smooth
 from am_lightning.recipes.studies.figures import COLOURS, INK, new_figure, save, style
 
+DRAWN = ("AM 0.89", "AM 0.89 warmup")  # whose beta_t is shown
 Results = dict[str, dict[str, Any]]
 
 
@@ -28,6 +29,7 @@ def draw_losses(page: Path, recipe: str, results: Results) -> str:
     figure, axes = new_figure(1, 1, width=8.0, height=4.4)
     panel = axes[0][0]
     names = sorted({result["run"]["name"] for result in results.values()})
+    lowest = min(result["run"]["lr"] for result in results.values())
     starts = []
     for result in results.values():
         run = result["run"]
@@ -37,7 +39,8 @@ def draw_losses(page: Path, recipe: str, results: Results) -> str:
         colour = COLOURS[names.index(run["name"]) % len(COLOURS)]
         label = f"{run['name']}, lr {run['lr']:g}" + (f", seed {run['seed']}" if run["seed"] else "")
         dashes = "-" if run["kind"] == "am" else "--"
-        panel.plot(mean.steps, mean.values, color=colour, linestyle=dashes, linewidth=1.3, label=label)
+        width = 1.6 if run["lr"] == lowest else 0.8
+        panel.plot(mean.steps, mean.values, color=colour, linestyle=dashes, linewidth=width, label=label)
     panel.set_ylim(top=max(starts))
     style(panel, xlabel="step", ylabel="training loss, nats per token, running mean")
     path = page.with_name(f"{page.stem}-losses-{recipe}.png")
@@ -46,11 +49,11 @@ def draw_losses(page: Path, recipe: str, results: Results) -> str:
 
 
 def draw_betas(page: Path, recipe: str, results: Results) -> list[tuple[str, str]]:
-    """Of the first runs with and without warmup: (run's name, the picture's file name); see `draw_losses`."""
+    """Of the first run of each of ``DRAWN``: (run's name, the picture's file name); see `draw_losses`."""
     drawn: dict[str, str] = {}
     for result in results.values():
         run, betas = result["run"], result.get("beta_t")
-        if betas is None or not run["name"].startswith("AM 0.89") or run["name"] in drawn:
+        if betas is None or run["name"] not in DRAWN or run["name"] in drawn:
             continue
         values = np.array([[np.nan if v is None else v for v in row] for row in betas["values"]], float)
         figure, axes = new_figure(1, 1, width=9.0, height=0.3 * len(betas["rows"]) + 1.2)
