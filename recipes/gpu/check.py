@@ -11,6 +11,7 @@ import site
 import subprocess
 import sys
 import time
+import venv
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -60,7 +61,8 @@ def main() -> int:
         except OSError:
             sys.exit(f"error: another check.sh is at work in {out}")
         known = _restore(out, options)
-        env = environment(out, options.device, install(options.wheels, out))
+        options.python = interpreter(options.wheels, out)
+        env = environment(out, options)
         names = [p.name for p in all_parts(options.tiny)]
         for each in chosen(options, known):
             ended = run_part(each, options, deadline, env, command)
@@ -133,41 +135,53 @@ def _keep(out: Path, names: list[str], rehearsal: bool) -> None:
     write_json(out / "results.json", {"planned": names, "rehearsal": rehearsal, "parts": _answers(out)})
 
 
-def install(wheels: Path | None, out: Path) -> Path:
-    """The folder with what is in ``wheels`` and not on this machine; nothing is asked of an index."""
-    target = out / "work" / "packages"
-    target.mkdir(parents=True, exist_ok=True)
-    if wheels is None:
-        return target
-    files = sorted(wheels.glob("*.whl"))
-    if not files:
+def interpreter(wheels: Path | None, out: Path) -> Path:
+    """One that sees what this one does, and also what is in ``wheels`` and not on this machine.
+
+    A virtual environment and not PYTHONPATH alone: programs that tests start have a PYTHONPATH of their own. Nothing is
+    asked of an index, and this interpreter's own folders are only read.
+    """
+    files = sorted(wheels.glob("*.whl")) if wheels else []
+    if wheels and not files:
         sys.exit(f"error: --wheels {wheels} holds no wheel: recipes/gpu/wheels.sh {wheels} collects them")
-    missing = [str(path) for path in files if not _is_installed(path, target)]
-    if not missing:
-        return target
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-input", "--no-index", "--no-deps"]
-    pip += ["--disable-pip-version-check", "--no-cache-dir", "--upgrade", "--target", str(target), *missing]
-    done = subprocess.run(pip, capture_output=True, text=True)
-    if "No module named pip" in done.stderr:  # these wheels are archives of modules and nothing else
-        for path in missing:
-            zipfile.ZipFile(path).extractall(target)
-    elif done.returncode:
-        sys.exit(f"error: pip cannot install {', '.join(missing)}:\n{done.stderr}")
-    return target
+    folder = out / "work" / "env"
+    packages = folder / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+    lacking = [path for path in files if not _is_there(path)]
+    if not lacking and not (packages / "shared.pth").exists():
+        return Path(sys.executable)
+    venv.EnvBuilder(system_site_packages=True, symlinks=True).create(folder)
+    shared = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (packages / "shared.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in shared))
+    _install([str(path) for path in lacking if not _is_there(path, [str(packages)])], packages)
+    return folder / "bin" / "python"
 
 
-def _is_installed(wheel: Path, target: Path) -> bool:
+def _is_there(wheel: Path, folders: list[str] | None = None) -> bool:
+    """Some version of it, on this machine, or this very one in ``folders``."""
     name, version = wheel.name.split("-")[:2]
-    if any(found.version == version for found in metadata.distributions(name=name, path=[str(target)])):
-        return True
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        metadata.version(name)
-        return True
-    return False
+    found = metadata.distributions(name=name, **({"path": folders} if folders else {}))
+    return any(folders is None or each.version == version for each in found)
 
 
-def environment(out: Path, device: str, packages: Path) -> dict[str, str]:
-    """Of the parts: their packages, every cache below ``out``, no network, and a home that can be written."""
+def _install(wheels: list[str], target: Path) -> None:
+    if not wheels:
+        return
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-input", "--no-index", "--no-deps"]
+    pip += ["--disable-pip-version-check", "--no-cache-dir", "--upgrade", "--target", str(target), *wheels]
+    done = subprocess.run(pip, capture_output=True, text=True)
+    if "No module named pip" in done.stderr:  # these wheels are archives of modules and programs and nothing else
+        for path in wheels:
+            zipfile.ZipFile(path).extractall(target)
+        for program in target.glob("*.data/scripts/*"):
+            program.chmod(0o755)
+            (target / "bin").mkdir(exist_ok=True)
+            program.replace(target / "bin" / program.name)
+    elif done.returncode:
+        sys.exit(f"error: pip cannot install {', '.join(wheels)}:\n{done.stderr}")
+
+
+def environment(out: Path, options: argparse.Namespace) -> dict[str, str]:
+    """Of the parts: every cache below ``out``, no network, and a home that can be written."""
     caches, home = out / "work" / "caches", out / "work" / "home"
     home.mkdir(parents=True, exist_ok=True)
     folders = {
@@ -187,9 +201,10 @@ def environment(out: Path, device: str, packages: Path) -> dict[str, str]:
     env = os.environ | {name: str(path) for name, path in folders.items()} | dict.fromkeys(offline, "1")
     sources = [str(ROOT)] if (ROOT / "am_lightning").is_dir() else []
     older = [env["PYTHONPATH"]] if env.get("PYTHONPATH") else []
-    env["PYTHONPATH"] = os.pathsep.join([*sources, str(packages), *older])
-    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), str(packages / "bin"), env.get("PATH", "")])
-    if device == "cpu":
+    env["PYTHONPATH"] = os.pathsep.join([*sources, *older])
+    programs = [options.python.parent, Path(sys.executable).parent, *out.glob("work/env/lib/*/site-packages/bin")]
+    env["PATH"] = os.pathsep.join([*map(str, programs), env.get("PATH", "")])
+    if options.device == "cpu":
         env |= {"CUDA_VISIBLE_DEVICES": "", "AM_GPU_TESTS_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
         env.setdefault("OMP_NUM_THREADS", "1")
     return env
@@ -204,7 +219,7 @@ def run_part(
         print(f"{each.name:32} not begun: {max(0.0, left):.0f} s are left, it may take {each.seconds:.0f}", flush=True)
         return None
     seconds, start = min(each.seconds, left), time.monotonic()
-    words = [sys.executable, __file__, "--run", each.name, "--seconds", str(max(1.0, seconds - GRACE))]
+    words = [str(options.python), __file__, "--run", each.name, "--seconds", str(max(1.0, seconds - GRACE))]
     words += ["--parent", str(os.getpid()), "--command", command, "--out", str(options.out), "--device", options.device]
     log = options.out / "work" / "logs" / f"{each.name.replace('/', '.')}.log"
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -80,7 +80,10 @@ def test_it_needs_no_network_no_cache_and_no_home(tmp_path: Path) -> None:
     facts = answers(out)["facts"]
     assert (facts["status"], facts["rehearsal"]) == ("done", True)
     assert facts["result"]["steps"].keys() >= {"AMAdamW fused, float32", "the callback in Lightning's Trainer"}
-    assert (out / "work" / "packages" / "am_extra.py").exists()
+    python = next((out / "work" / "env" / "bin").glob("python3"))
+    code = "import am_extra, torch; print(am_extra.__file__)"  # without a PYTHONPATH, as programs of tests start
+    found = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    assert found.stdout.startswith(str(out)), found.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"out", "wheels"}
     assert json.loads((out / "parts" / "facts.json").read_text()) == facts
 
@@ -174,7 +177,7 @@ def test_a_rehearsal_and_measurements_are_not_mixed(tmp_path: Path, modules: dic
 def test_a_part_without_an_answer_failed(tmp_path: Path, modules: dict[str, ModuleType]) -> None:
     """Killed by a signal, out of its own time, or out of the call's."""
     check, part = modules["check"], modules["part"]
-    options = check.argparse.Namespace(out=tmp_path, device="cpu", tiny=True)
+    options = check.argparse.Namespace(out=tmp_path, device="cpu", tiny=True, python=COLD)
     short, log = part.Part("short", "facts", 0, 1.0), tmp_path / "work" / "logs" / "short.log"
 
     def ended(words: list[str], seconds: float) -> int | None:
