@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from am_lightning.bench import reduce
-from am_lightning.bench.contenders import make_contenders, make_parameters
+from am_lightning.bench.contenders import make_contenders, make_others, make_parameters
 from am_lightning.bench.measure import measure
 from am_lightning.bench.models import LLAMAS, MODELS, forward_and_backward_seconds, row_of
 from am_lightning.bench.table import LEGEND, device_words, rows_of, text_of
@@ -36,6 +36,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scope", choices=["tensor", "group", "global"], default="tensor")
     parser.add_argument(
         "--only", nargs="+", metavar="TEXT", default=[], help="optimizers whose name has one of these, and AdamW fused"
+    )
+    parser.add_argument(
+        "--others", action="store_true", help="also RAdam, schedule-free AdamW, and AdamW and AMAdamW by their defaults"
     )
     parser.add_argument(
         "--tokens",
@@ -100,6 +103,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     training = None if options.model not in LLAMAS or not options.tokens else _training_seconds(options, dtype)
     params = make_parameters(MODELS[options.model](), dtype, device)
     contenders, missing = make_contenders(params, decay=options.weight_decay, scope=options.scope, device=device)
+    if options.others:
+        others, lacking = make_others(params, decay=options.weight_decay)
+        contenders, missing = [*contenders, *others], missing | lacking
     wanted = [c for c in contenders if not options.only or c.name == BASE or any(o in c.name for o in options.only)]
     measured, failed = measure(wanted, options.repeats, device, cpu_time=options.cpu_time)
     for name, reason in (missing | failed).items():

@@ -49,9 +49,9 @@ class Contender:
     def share_moments(self, moments: dict[Tensor, dict[str, Tensor]]) -> None:
         """Take the moments that others have already, where they are of its dtype; give its own where none have."""
         for param, state in self.optimizer.state.items():
-            known = moments.setdefault(param, {key: state[key] for key in MOMENTS})
+            known = moments.setdefault(param, {})
             for key in MOMENTS:
-                if known[key].dtype == state[key].dtype:
+                if key in state and known.setdefault(key, state[key]).dtype == state[key].dtype:
                     state[key] = known[key]
 
     def kernels(self) -> str:
@@ -136,6 +136,31 @@ def make_contenders(
         moved = bytes_of_amadamw(elements, size, decays=decay > 0, direction=direction)
         result.append(Contender(f"AMAdamW {kind}", f"AdamW {same}", ours, moved, switch))
     return result, missing
+
+
+def make_others(params: list[torch.nn.Parameter], *, decay: float) -> tuple[list[Contender], dict[str, str]]:
+    """What users have today, and the defaults: both AdamWs as they come, RAdam, schedule-free AdamW.
+
+    Returns:
+        The contenders, and why others are missing: name -> reason.
+    """
+    elements, size = sum(p.numel() for p in params), params[0].element_size()
+    plain = bytes_of_adamw(elements, size)
+    options: dict[str, Any] = {"lr": 1e-6, "weight_decay": decay}
+    ours = bytes_of_amadamw(elements, size, decays=decay > 0, direction=size)
+    radam = torch.optim.RAdam(params, **options, decoupled_weight_decay=True, foreach=True)
+    result = [
+        Contender("AdamW default", "AdamW default", torch.optim.AdamW(params, **options), plain),
+        Contender("AMAdamW default", "AdamW default", AMAdamW(params, **options), ours),
+        Contender("RAdam foreach", "AdamW foreach", radam, plain),
+    ]
+    try:
+        from schedulefree import AdamWScheduleFree
+    except ImportError:
+        return result, {"schedule-free AdamW": "schedulefree is not installed"}
+    free = AdamWScheduleFree(params, **options)
+    free.train()
+    return [*result, Contender("schedule-free AdamW", "AdamW foreach", free, plain)], {}  # reads p g z v, writes p z v
 
 
 READ = "(first pass: reads alone)"

@@ -36,6 +36,7 @@ class Llama:
 
 LLAMAS = {
     "llama60m": Llama(512, 1376, 8, 8, 8, 32000, False),  # 58 M parameters
+    "llama350m": Llama(1024, 2736, 16, 16, 24, 32000, False),  # 368 M; GaLore's shape
     "llama1b": Llama(2048, 8192, 32, 8, 16, 128256, True),  # 1.24 B; Llama 3.2 1B
 }
 
@@ -45,9 +46,15 @@ def many_tiny() -> list[Shape]:
     return [((64, 256, 512, 768)[i % 4],) for i in range(400)]
 
 
+def ten_thousand() -> list[Shape]:
+    """10,000 small tensors, as of adapters or experts: what grows with their number."""
+    return [((64, 32), (256,))[i % 2] for i in range(10_000)]
+
+
 MODELS: dict[str, Callable[[], list[Shape]]] = {
     **{name: llama.shapes for name, llama in LLAMAS.items()},
     "many-tiny": many_tiny,
+    "ten-thousand": ten_thousand,
 }
 
 

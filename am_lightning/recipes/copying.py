@@ -12,7 +12,7 @@ from am_lightning.recipes.errors import RecipeError
 from am_lightning.recipes.locate import find_config, recipe_files, recipes_folder
 
 # Of recipes/: those of the checkout alone, and what tools leave.
-_STAYS = {"configs", "quickstart.sh", "env.sh", "studies", "runs", "__pycache__"}
+_STAYS = {"configs", "quickstart.sh", "env.sh", "gpu", "studies", "runs", "__pycache__"}
 
 
 def add_parser(subparsers: Any) -> None:

@@ -26,6 +26,7 @@ _SCHEDULES = "tests/recipes/test_schedule.py"
 _GUARDED = "tests/recipes/test_loss_guard.py"
 _STOPPED = "tests/recipes/test_fault_tolerance.py"
 _PLAN = "tests/recipes/test_plan.py"
+_GPU = "tests/recipes/test_gpu_check.py"
 _MONITORS = "tests/recipes/test_monitors.py"
 
 MUTATIONS = [
@@ -344,5 +345,33 @@ MUTATIONS = [
         '        "model.num_heads": shape.num_heads,\n',
         "",
         ("tests/recipes/test_parallel.py::test_what_would_divide_is_said",),
+    ),
+    Mutation(
+        "the GPU check runs what is done again",
+        "recipes/gpu/check.py",
+        '(p for p in found if status[p.name] != "done")',
+        "(p for p in found)",
+        (f"{_GPU}::test_what_is_missing_comes_before_what_failed",),
+    ),
+    Mutation(
+        "a part of the GPU check outlives the call that started it",
+        "recipes/gpu/part.py",
+        "os.killpg(0, signal.SIGKILL)",
+        "pass",
+        (f"{_GPU}::test_a_cut_off_loses_one_part_and_the_next_call_goes_on",),
+    ),
+    Mutation(
+        "a test that was stopped passes for one that has passed",
+        "recipes/gpu/right.py",
+        'if not (name := case.get("name")):',
+        'if (name := case.get("name", "")) is None:',
+        (f"{_GPU}::test_a_file_of_tests_that_is_stopped_says_what_it_had",),
+    ),
+    Mutation(
+        "a rehearsal becomes docs/gpu.md",
+        "am_lightning/bench/gpu_page.py",
+        "if rehearsal and options.to",
+        "if not rehearsal and options.to",
+        ("tests/optim/test_gpu_page.py::test_a_rehearsal_is_marked_and_is_never_docs",),
     ),
 ]

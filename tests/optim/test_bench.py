@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -12,7 +13,15 @@ import torch
 
 from am_lightning.bench import models
 from am_lightning.bench.__main__ import parse, run
-from am_lightning.bench.contenders import Contender, bytes_of_adamw, bytes_of_amadamw, make_contenders, make_parameters
+from am_lightning.bench.contenders import (
+    Contender,
+    bytes_of_adamw,
+    bytes_of_amadamw,
+    make_contenders,
+    make_others,
+    make_parameters,
+)
+from am_lightning.bench.host import calls_of
 from am_lightning.bench.measure import measure
 from am_lightning.bench.table import rows_of, text_of
 from am_lightning.optim.kernels.fused import SWITCH
@@ -88,6 +97,47 @@ def test_extra_memory_is_what_a_step_takes() -> None:
     (seen,), failed = measure([Contender("AdamW fused", "AdamW fused", Hungry(), 1)], 1, CPU)  # type: ignore[arg-type]
     assert not failed and seen.extra_bytes is not None
     assert 60 * 2**20 < seen.extra_bytes < 80 * 2**20
+
+
+def test_others_step_on_the_same_moments() -> None:
+    params = make_parameters([(64, 3), (9,)], torch.float32, CPU)
+    others, missing = make_others(params, decay=0.1)
+    measured, failed = measure(others, 1, CPU)
+    assert not failed and {"AdamW default", "AMAdamW default", "RAdam foreach"} <= {m.contender.name for m in measured}
+    assert (missing == {}) == bool(find_spec("schedulefree"))
+    adamw, ours, radam = (m.contender.optimizer.state[params[0]] for m in measured[:3])
+    assert adamw["exp_avg"] is ours["exp_avg"] is radam["exp_avg"]
+    rows = {str(row["optimizer"]): row for row in rows_of(measured, None)}
+    assert rows["AMAdamW default"]["x same"] == pytest.approx(measured[1].seconds[0] / measured[0].seconds[0])
+
+
+def test_operations_of_the_host_are_counted_without_views() -> None:
+    numbers = torch.ones(4, 4)  # a norm calls others
+    counts = calls_of(lambda: numbers.view(16)[2:].add_(1).norm(), CPU)
+    assert counts == {"operations": 2, "launches": None, "copies": None, "waits": None}
+
+
+@pytest.mark.slow
+def test_a_training_step_is_what_a_recipe_does() -> None:
+    """Every optimizer takes the steps that are timed, and its numbers follow from each other."""
+    from am_lightning.bench.training import STEPS, Training
+    from am_lightning.recipes.network import LlamaShape, flops_per_token
+
+    shape = LlamaShape(32, 64, 2, 1, 64, 16)
+    training = Training(shape, CPU)
+    assert training.rows_that_fit(5) == 4 and not training.missing
+    before = {c.name: step_of(c) for c in training.contenders}
+    found = training.measure(4, 2)
+    assert all(step_of(c) - before[c.name] == 1 + 2 * STEPS for c in training.contenders)
+    for row in found["rows"]:
+        assert row["share"] == pytest.approx(max(0.0, 1 - found["forward and backward"] / row["s"]))
+        assert row["tokens/s"] * row["s"] == pytest.approx(4 * 16)
+        assert row["TFLOP/s"] * 1e12 == pytest.approx(row["tokens/s"] * flops_per_token(shape))
+    assert all(p.grad is None for p in training.model.parameters())
+
+
+def step_of(contender: Contender) -> int:
+    return int(next(iter(contender.optimizer.state.values()))["step"])
 
 
 @pytest.mark.slow

@@ -28,9 +28,10 @@ from am_lightning.recipes.studies.page import command_of
 from am_lightning.recipes.studies.pretraining.methods import Method, fix_momentum
 from am_lightning.recipes.studies.pretraining.methods import make_optimizer as make_adamw
 from am_lightning.recipes.studies.pretraining.report import report
-from am_lightning.recipes.studies.pretraining.results import count_spikes, mean_curve
+from am_lightning.recipes.studies.pretraining.results import mean_curve
 from am_lightning.recipes.studies.pretraining.run import Pretraining, run_config
 from am_lightning.recipes.studies.pretraining.stages import STAGES, Scale, configs
+from am_lightning.recipes.studies.spikes import count_spikes
 from am_lightning.recipes.studies.sweep import Sweep
 from am_lightning.recipes.studies.tables import markdown
 from am_lightning.recipes.studies.vision.images import load_images

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -23,10 +22,9 @@ from am_lightning.recipes.studies.pretraining.stages import (
     Scale,
     sweep_of,
 )
+from am_lightning.recipes.studies.spikes import SPIKE_FROM, count_spikes
 from am_lightning.recipes.studies.sweep import mean_and_sd
 from am_lightning.recipes.studies.tables import markdown
-
-SPIKE, SPIKE_WINDOW, SPIKE_FROM = 0.5, 20, 60  # nats above the mean of the steps before, and the first step counted
 
 
 def sweep_table(ledger: Ledger, scale: Scale) -> str:
@@ -82,15 +80,6 @@ def long_table(ledger: Ledger, scale: Scale) -> str:
     ]
     header = [f"steps x {LONG_FACTOR}", f"mean (sd) of {len(LONG_SEEDS)} seeds", *(f"{ours} minus it" for ours in mine)]
     return markdown(header, rows)
-
-
-def count_spikes(losses: Sequence[float | None]) -> int:
-    """Steps whose training loss is more than SPIKE above the mean of the SPIKE_WINDOW before; a divergence is one."""
-    values = np.array([math.inf if loss is None else loss for loss in losses])
-    return sum(
-        int(not values[step] <= values[step - SPIKE_WINDOW : step].mean() + SPIKE)
-        for step in range(SPIKE_FROM, len(values))
-    )
 
 
 def mean_curve(ledger: Ledger, configs: Iterable[Config], window: int) -> tuple[np.ndarray, np.ndarray]:
