@@ -61,7 +61,11 @@ class ForkServer:
         """End the server and what it started."""
         assert self._server.stdin is not None
         self._server.stdin.close()
-        self._server.wait(30)
+        try:
+            self._server.wait(30)
+        except subprocess.TimeoutExpired:  # it may still be importing, where a run was short and the machine busy
+            self._server.kill()
+            self._server.wait()
         self._folder.cleanup()
 
 
