@@ -66,8 +66,7 @@ def train(settings: Settings) -> None:
         loaded = checkpoints.load(settings.ckpt_path)
         accelerator.print(f"going on from {loaded}" if loaded else "no checkpoint yet: starting from step 0")
 
-    ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    ranks |= {"pin_memory": accelerator.device.type == "cuda"}
+    ranks = share_of(accelerator)
     batches = data.train_loader(steps=settings.steps, accumulate=settings.accumulate, first_step=progress.step, **ranks)
     agreement = Agreement(accelerator.device, accelerator.num_processes)
     bar = tqdm(total=settings.steps, initial=progress.step, disable=not settings.progress_bar, unit="step")
@@ -123,6 +122,12 @@ def open_data(accelerator: Accelerator, settings: Settings) -> TextData:
             settings.data.prepare()
     settings.data.open()
     return settings.data
+
+
+def share_of(accelerator: Accelerator) -> dict[str, Any]:
+    """Arguments of the loaders: whose rows they are; pinned, a GPU copies them without the host's waiting."""
+    pinned = accelerator.device.type == "cuda"
+    return {"rank": accelerator.process_index, "world_size": accelerator.num_processes, "pin_memory": pinned}
 
 
 def make_model(accelerator: Accelerator, settings: Settings) -> tuple[nn.Module, Optimizer, LRScheduler]:
