@@ -11,7 +11,6 @@ import site
 import subprocess
 import sys
 import time
-import venv
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -149,6 +148,8 @@ def interpreter(wheels: Path | None, out: Path) -> Path:
     lacking = [path for path in files if not _is_there(path)]
     if not lacking and not (packages / "shared.pth").exists():
         return Path(sys.executable)
+    import venv  # some distributions leave it out
+
     venv.EnvBuilder(system_site_packages=True, symlinks=True).create(folder)
     shared = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     (packages / "shared.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in shared))
@@ -185,12 +186,7 @@ def environment(out: Path, options: argparse.Namespace) -> dict[str, str]:
     caches, home = out / "work" / "caches", out / "work" / "home"
     home.mkdir(parents=True, exist_ok=True)
     folders = {
-        **{name: caches / name.lower() for name in ("TRITON_CACHE_DIR", "TRITON_HOME", "TORCHINDUCTOR_CACHE_DIR")},
-        **{
-            name: caches / name.lower()
-            for name in ("TORCH_EXTENSIONS_DIR", "MPLCONFIGDIR", "HF_HOME", "CUDA_CACHE_PATH")
-        },
-        **{name: caches / name.lower() for name in ("XDG_CACHE_HOME", "HYPOTHESIS_STORAGE_DIRECTORY")},
+        **{name: caches / name.lower() for name in CACHES},
         "HOME": home,
         "PYTHONUSERBASE": Path(site.getuserbase()),  # what the user has installed is found all the same
     }
