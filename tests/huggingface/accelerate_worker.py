@@ -42,6 +42,7 @@ def accelerator_of(kind: str, **options: Any) -> Accelerator:
     """A fresh one."""
     if ON_GPU:
         return on_gpu(kind, **options)
+    let_fsdp1_run_on_cpu()
     AcceleratorState._reset_state()
     GradientState._reset_state()
     PartialState(cpu=True).distributed_type = DistributedType.MULTI_CPU
@@ -230,7 +231,6 @@ def refusals() -> dict[str, tuple[str, str]]:
 def main(path: Path) -> None:
     job = json.loads(path.read_text())
     faulthandler.dump_traceback_later(job.get("deadline", 140), exit=True)
-    let_fsdp1_run_on_cpu()
     results: dict[str, Any] = {}
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")

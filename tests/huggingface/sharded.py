@@ -27,8 +27,9 @@ def force(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> N
     accelerator.state.fsdp_plugin = plugin
 
 
+@functools.cache
 def let_fsdp1_run_on_cpu() -> None:
-    """FSDP1 takes a CPU only where it is called "cpu"; Accelerate calls it "cpu:0"."""
+    """Once in a process. FSDP1 takes a CPU only where it is called "cpu"; Accelerate calls it "cpu:0"."""
     original = FSDP.__init__
 
     @functools.wraps(original)
