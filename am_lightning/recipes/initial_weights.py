@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 
+SCHEME = "by seed, name and block, on the CPU"  # another one gives a seed other weights
 BLOCK = 2**22  # elements with a generator of their own: a rank draws the blocks that it holds rows of
 
 

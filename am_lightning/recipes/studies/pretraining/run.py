@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from am_lightning import AMAdamW, clip_grad_norm_
 from am_lightning.factory import parameter_groups
 from am_lightning.recipes.data.text_data import TextData
+from am_lightning.recipes.initial_weights import SCHEME
 from am_lightning.recipes.locate import find_config
 from am_lightning.recipes.network import build_llama, token_loss
 from am_lightning.recipes.schedule import learning_rate_factor
@@ -52,9 +53,14 @@ def run_config(
 
 
 def setup_of(recipe: str) -> dict[str, str]:
-    """What runs depend on beside their configuration: the recipe's text, and Python, whose library may be the data."""
+    """What runs depend on beside their configuration: the recipe's text, how a seed becomes weights, and Python, whose
+    library may be the data."""
     text = find_config(recipe).read_text()
-    return {"recipe": hashlib.sha256(text.encode()).hexdigest()[:12], "Python": platform.python_version()}
+    return {
+        "recipe": hashlib.sha256(text.encode()).hexdigest()[:12],
+        "initial weights": SCHEME,
+        "Python": platform.python_version(),
+    }
 
 
 class Pretraining:
