@@ -59,6 +59,8 @@ def main() -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             sys.exit(f"error: another check.sh is at work in {out}")
+        for build in [*out.glob("work/env/torch_extensions/*/lock"), *out.glob("work/caches/*/*/lock")]:
+            build.unlink()  # of a build that was cut off, for which every later one would wait
         known = _restore(out, options)
         options.python = interpreter(options.wheels, out)
         env = environment(out, options)
