@@ -59,7 +59,8 @@ def test_every_end_is_that_of_a_started_one(code: str) -> None:
     forked, started = run(PYTHON, "-c", code), run(COLD, "-c", code)
     assert forked.returncode == started.returncode
     assert forked.stdout == started.stdout
-    assert forked.stderr == started.stderr
+    shown = f"    {code}\n"  # by Python 3.13, of a program that is no file, where it started itself
+    assert forked.stderr.replace(shown, "") == started.stderr.replace(shown, "")
 
 
 @BOTH
