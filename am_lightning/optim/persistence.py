@@ -69,7 +69,9 @@ class PersistentOptimizer(PlacedOptimizer):
             return self._betas_by_name()
         layout = self._layouts.get(self._ids())
         store = None if layout is None else self._stores.get(layout)
-        return (store or StateScalars(self.state, self._rows())).betas()
+        if store is None or not store.reads(self.state):
+            store = StateScalars(self.state, self._rows())
+        return store.betas()
 
     def _betas_by_name(self) -> Tensor:
         """Of every tensor that the groups were given, from the flat partitions that have stepped."""
@@ -86,14 +88,15 @@ class PersistentOptimizer(PlacedOptimizer):
         """The adaptive scalars of the current layout's rows."""
         layout = self._layout
         assert layout is not None  # step() has built it
-        if layout not in self._stores:
+        store = self._stores.get(layout)
+        if store is None or not store.reads(self.state):
             partitioned = any(row.partitioned for row in layout.rows)
-            self._stores[layout] = (
+            store = self._stores[layout] = (
                 TableScalars(self.state, layout.rows, self._take_tables(layout))
                 if partitioned
                 else StateScalars(self.state, layout.rows)
             )
-        return self._stores[layout]
+        return store
 
     def _take_tables(self, layout: Layout) -> dict[str, list[float]]:
         """What a checkpoint says of the layout's rows; where it has moments alone, AdamW's momentum is assumed."""

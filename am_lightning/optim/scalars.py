@@ -20,6 +20,9 @@ DEFAULTS = {"step": 0.0, "beta_prod": 1.0, "beta": row_state.NO_BETA, "prev_lr":
 class Scalars(Protocol):
     """The four numbers of every row of one layout, in :data:`DEFAULTS`' order."""
 
+    def reads(self, state: MutableMapping[Tensor, Any]) -> bool:
+        """Whether these are numbers of ``state``, the optimizer's now: somebody may have given it another."""
+
     def read(self) -> dict[str, Tensor]:
         """``[rows]`` each, on the device of the sums."""
 
@@ -67,6 +70,9 @@ class StateScalars:
         self.device_of_float32 = self._device if self._params and plain else None  # where all states are, in float32
         self._distinct = len({id(param) for param in self._params}) == len(self._params)
         self._packed: Packed | None = None
+
+    def reads(self, state: MutableMapping[Tensor, Any]) -> bool:
+        return self._state is state
 
     def read(self) -> dict[str, Tensor]:
         self._packed = self._pack()
@@ -149,6 +155,9 @@ class TableScalars:
         table = [saved.get(row.name, fresh) for row in rows]
         columns = torch.tensor(table, dtype=self._dtype, device=self._device).reshape(len(table), 4).unbind(1)
         self._columns = dict(zip(DEFAULTS, columns, strict=True))
+
+    def reads(self, state: MutableMapping[Tensor, Any]) -> bool:
+        return self._state is state
 
     def read(self) -> dict[str, Tensor]:
         return dict(self._columns)

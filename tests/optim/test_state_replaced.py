@@ -1,0 +1,109 @@
+"""``optimizer.state`` is its owner's: who gives it another dict, or empties it, starts the moments and beta_t anew."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import Optimizer
+
+from am_lightning import AMSGD, AMAdamW
+
+MADE: dict[str, Callable[[list[Any]], Optimizer]] = {
+    "default": lambda params: AMAdamW(params, lr=0.05),
+    "plain": lambda params: AMAdamW(params, lr=0.05, foreach=False),
+    "foreach": lambda params: AMAdamW(params, lr=0.05, foreach=True),
+    "sgd": lambda params: AMSGD(params, lr=0.05),
+    "AdamW": lambda params: torch.optim.AdamW(params, lr=0.05),
+}
+
+
+def new_dict(optimizer: Optimizer) -> None:
+    optimizer.state = defaultdict(dict)
+
+
+def through_setstate(optimizer: Optimizer) -> None:
+    optimizer.__setstate__({"state": defaultdict(dict)})
+
+
+def emptied(optimizer: Optimizer) -> None:
+    optimizer.state.clear()
+
+
+def copied(optimizer: Optimizer) -> None:
+    """Other tensors of the same values."""
+    optimizer.state = defaultdict(dict, {p: copy.deepcopy(state) for p, state in optimizer.state.items()})
+
+
+def saved_and_loaded(optimizer: Optimizer) -> None:
+    optimizer.load_state_dict(pickle.loads(pickle.dumps(optimizer.state_dict())))
+
+
+def one_parameter_emptied(optimizer: Optimizer) -> None:
+    """The second starts anew, as people do with neurons that are dead."""
+    optimizer.state[optimizer.param_groups[0]["params"][1]] = {}
+
+
+def run(
+    make: Callable[[list[Any]], Optimizer], steps: int, change: Callable[[Optimizer], None] | None, start: Any
+) -> Any:
+    """Weights after each step, and the optimizer; ``change`` comes before the third step."""
+    params = [torch.nn.Parameter(p.clone()) for p in start]
+    optimizer, seen = make(params), []
+    for step in range(steps):
+        if step == 3 and change is not None:
+            change(optimizer)
+        generator = torch.Generator().manual_seed(step if steps > 3 else step + 3)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator) + p.detach()
+        optimizer.step()
+        seen.append([p.detach().clone() for p in params])
+    return seen, optimizer
+
+
+def equal(ours: list[Any], theirs: list[Any]) -> bool:
+    return all(
+        torch.equal(a, b) for mine, other in zip(ours, theirs, strict=True) for a, b in zip(mine, other, strict=True)
+    )
+
+
+START = [torch.linspace(-1, 1, 12).reshape(3, 4), torch.linspace(0.5, 2, 5)]
+
+
+@pytest.mark.parametrize("kind", MADE)
+@pytest.mark.parametrize("reset", [new_dict, through_setstate, emptied])
+def test_after_a_reset_it_is_a_new_optimizer(kind: str, reset: Callable[[Optimizer], None]) -> None:
+    seen, optimizer = run(MADE[kind], 6, reset, START)
+    anew, fresh = run(MADE[kind], 3, None, seen[2])
+    assert equal(anew, seen[3:])
+    for ours, theirs in zip(optimizer.state.values(), fresh.state.values(), strict=True):
+        assert float(ours.get("step", 3)) == float(theirs.get("step", 3)) == 3
+    if kind != "AdamW":
+        assert [float(b) for b in optimizer.momentum().values()] == [float(b) for b in fresh.momentum().values()]
+
+
+@pytest.mark.parametrize("kind", MADE)
+@pytest.mark.parametrize("change", [copied, saved_and_loaded])
+def test_a_state_of_the_same_values_goes_on(kind: str, change: Callable[[Optimizer], None]) -> None:
+    seen, _ = run(MADE[kind], 6, change, START)
+    unbroken, _ = run(MADE[kind], 6, None, START)
+    assert equal(seen, unbroken)
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_one_parameter_starts_anew_and_the_other_goes_on(kind: str) -> None:
+    seen, optimizer = run(MADE[kind], 6, one_parameter_emptied, START)
+    if kind == "sgd":  # scope "global": the two share a beta_t
+        assert [float(s["step"]) for s in optimizer.state.values()] == [6, 3]
+        return
+    unbroken, _ = run(MADE[kind], 6, None, START)
+    anew, _ = run(MADE[kind], 3, None, seen[2])
+    assert torch.equal(seen[-1][0], unbroken[-1][0])
+    # another stream of gradients for it alone: its steps are those of a new optimizer
+    assert [float(s["step"]) for s in optimizer.state.values()] == [6, 3]
+    assert torch.equal(seen[-1][1], anew[-1][1])
