@@ -236,6 +236,8 @@ def lay_out_rows(
 ) -> tuple[list[Row], list[int]]:
     """Rows in the order of the groups, and how many each group has. Not collective.
 
+    A parameter that a group has twice (a tied weight; torch.optim warns of it) is one row, under its first name.
+
     Args:
         model: the FSDP1 module, whose handles know the process groups.
         known_names: ``id(parameter) -> name``.
@@ -250,7 +252,10 @@ def lay_out_rows(
     sizes: list[int] = []
     for g, group in enumerate(param_groups):
         before = len(rows)
+        named: dict[int, tuple[Any, str]] = {}
         for param, name in zip(group["params"], names[g], strict=True):
+            named.setdefault(id(param), (param, name))
+        for param, name in named.values():
             if partitions and id(param) in partitions:
                 for part in partitions[id(param)]:
                     rows.append(Row(param, g, part.name, part.home, span=part.span, partitioned=True))
