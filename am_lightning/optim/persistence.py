@@ -57,6 +57,22 @@ class PersistentOptimizer(PlacedOptimizer):
         """Validate a group's options (defaults filled in); returns those to normalise."""
         raise NotImplementedError
 
+    def _complete_groups(self, groups: list[dict[str, Any]]) -> None:
+        """Fill in options that are missing, from the optimizer's own."""
+        for group in groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+            for key, value in self._check_group(group).items():
+                group.setdefault(key, value)
+
+    def _complete_foreign_groups(self) -> None:
+        """Others may put groups in place: those of a checkpoint of AdamW, or dicts without ``add_param_group``."""
+        needed = {*self.defaults, self.cap_key}
+        foreign = [group for group in self.param_groups if not needed <= group.keys()]
+        if foreign:
+            self._complete_groups(foreign)
+            self._remember_given()
+
     def caps(self) -> list[float]:
         """The cap of beta_t of each parameter, in the order of ``parameter_names``."""
         if self.is_partitioned():
@@ -153,11 +169,7 @@ class PersistentOptimizer(PlacedOptimizer):
         self.defaults.pop("differentiable", None)  # torch.optim adds it
         if self._loading is not None:
             self._finish_loading(*self._loading)
-        for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
-            for key, value in self._check_group(group).items():
-                group.setdefault(key, value)
+        self._complete_groups(self.param_groups)
         if _NAMES in self.__dict__:  # after a copy or unpickling the parameters are others, their places are not
             self._known_names = names_by_id(zip(self.__dict__.pop(_NAMES), self._parameters(), strict=True))
 

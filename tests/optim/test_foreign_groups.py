@@ -1,0 +1,72 @@
+"""Groups that others put in place lack options of ours: a checkpoint of AdamW's, dicts that were appended."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from am_lightning import AMSGD, AMAdamW, clip_grad_norm_
+
+
+def params(count: int = 2) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(3, 4, generator=generator)) for _ in range(count)]
+
+
+def steps(optimizer: Any, given: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        for p in given:
+            p.grad = torch.randn(p.shape, generator=generator) + p.detach()
+        clip_grad_norm_(optimizer, 1.0)
+        optimizer.step()
+    return [p.detach() for p in given]
+
+
+def adamws(optimizer: Any, given: list[torch.nn.Parameter]) -> None:
+    """A callback restores the groups of AdamW, whose options are AdamW's."""
+    restored = torch.optim.AdamW(given, lr=0.05, betas=(0.8, 0.9)).param_groups
+    optimizer.param_groups = copy.copy(restored)
+
+
+def updated(optimizer: Any, given: list[torch.nn.Parameter]) -> None:
+    """New dicts with an option or two."""
+    optimizer.param_groups[:] = [{"params": given, "lr": 0.05, "betas": (0.8, 0.9), "weight_decay": 0.01}]
+
+
+def appended(optimizer: Any, given: list[torch.nn.Parameter]) -> None:
+    optimizer.param_groups[0]["params"] = given[:1]
+    optimizer.param_groups[0].update(lr=0.05, betas=(0.8, 0.9), beta1_max=0.8)
+    optimizer.param_groups.append({"params": given[1:], "lr": 0.05, "betas": (0.8, 0.9)})
+
+
+@pytest.mark.parametrize("change", [adamws, updated, appended])
+def test_what_is_missing_is_the_optimizers_own(change: Callable[..., None]) -> None:
+    given, twins = params(), params()
+    optimizer = AMAdamW(given)
+    change(optimizer, given)
+    ours = steps(optimizer, given)
+    theirs = steps(AMAdamW(twins, lr=0.05, betas=(0.8, 0.9)), twins)
+    assert all(map(torch.equal, ours, theirs))
+    assert all(group["beta1_max"] == 0.8 and group["lambd"] == 0.1 for group in optimizer.param_groups)
+    assert optimizer.state_dict()["param_groups"][-1]["eps"] == 1e-8
+    assert len(optimizer.momentum()) == 2
+
+
+def test_a_wrong_option_is_named() -> None:
+    given = params()
+    optimizer = AMAdamW(given)
+    optimizer.param_groups.append({"params": params(1), "lr": -1.0})
+    with pytest.raises(ValueError, match="learning rate"):
+        steps(optimizer, given)
+
+
+def test_of_sgd() -> None:
+    given, twins = params(), params()
+    optimizer = AMSGD(given)
+    optimizer.param_groups = [{"params": given, "lr": 0.05}]
+    assert all(map(torch.equal, steps(optimizer, given), steps(AMSGD(twins, lr=0.05), twins)))
