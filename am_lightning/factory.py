@@ -104,7 +104,10 @@ def parameter_groups(
         empty groups are left out.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"Invalid model: {type(model).__name__} (model must be a torch.nn.Module)")
+        raise TypeError(
+            f"Invalid model: {type(model).__name__} (model must be a torch.nn.Module, whose names and layers make "
+            "the groups; AMAdamW and AMSGD take parameters)"
+        )
     if not isinstance(decay_embeddings, bool):
         raise TypeError(f"Invalid decay_embeddings: {decay_embeddings!r} (decay_embeddings must be True or False)")
     trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]

@@ -29,7 +29,15 @@ from am_lightning.fitting import Replaced, allow_in_deepspeed, optimizers_in, ou
 __all__ = ["AdaptiveMemory", "attach"]
 
 
-class AdaptiveMemory(pl.Callback):
+class _CallbackType(type):
+    """The class itself in a Trainer's list, without brackets, is named where the Trainer first looks at it."""
+
+    @property
+    def state_key(cls) -> str:
+        raise AttributeError(f"{cls.__name__} is a class, and callbacks holds objects: write {cls.__name__}()")
+
+
+class AdaptiveMemory(pl.Callback, metaclass=_CallbackType):
     """One line: ``Trainer(callbacks=[AdaptiveMemory()])`` trains with adaptive memory and logs the momentum curves.
 
     Every ``torch.optim.AdamW`` that ``configure_optimizers`` returns, and every Adam without coupled weight decay, is

@@ -40,7 +40,10 @@ def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float, *, in_s
     """
     optimizer = innermost(optimizer)
     if not isinstance(optimizer, AdaptiveMemoryOptimizer):
-        raise TypeError(f"Invalid optimizer: {type(optimizer).__name__} (optimizer must be AMAdamW or AMSGD)")
+        raise TypeError(
+            f"Invalid optimizer: {type(optimizer).__name__} (optimizer must be AMAdamW or AMSGD, where torch's "
+            "clip_grad_norm_ takes parameters: clip_grad_norm_(optimizer, max_norm))"
+        )
     if isinstance(max_norm, bool) or not hasattr(max_norm, "__float__"):
         raise TypeError(
             f"Invalid max_norm: {max_norm!r} (max_norm must be a number >= 0, not {type(max_norm).__name__})"

@@ -230,6 +230,12 @@ def test_every_form_of_configure_optimizers_is_read() -> None:
     assert list(optimizers_in(None)) == []
 
 
+def test_the_class_without_brackets_is_named() -> None:
+    with pytest.raises(AttributeError, match=r"AdaptiveMemory is a class.*write AdaptiveMemory\(\)"):
+        pl.Trainer(**quiet(max_steps=1, callbacks=[AdaptiveMemory]))
+    assert AdaptiveMemory().state_key.startswith("AdaptiveMemory")
+
+
 def test_the_modules_own_method_comes_back() -> None:
     module = Regression(batches=2)
     trainer = pl.Trainer(**quiet(max_steps=2, callbacks=[AdaptiveMemory()]))

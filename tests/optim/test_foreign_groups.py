@@ -1,4 +1,4 @@
-"""Groups that others put in place lack options of ours: a checkpoint of AdamW's, dicts that were appended."""
+"""What others put in place of groups and parameters: groups of AdamW's checkpoint, appended dicts, a whole model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from am_lightning import AMSGD, AMAdamW, clip_grad_norm_
+from am_lightning import AMSGD, AMAdamW, am_adamw, am_sgd, clip_grad_norm_
 
 
 def params(count: int = 2) -> list[torch.nn.Parameter]:
@@ -70,3 +70,14 @@ def test_of_sgd() -> None:
     optimizer = AMSGD(given)
     optimizer.param_groups = [{"params": given, "lr": 0.05}]
     assert all(map(torch.equal, steps(optimizer, given), steps(AMSGD(twins, lr=0.05), twins)))
+
+
+def test_a_model_in_place_of_parameters_and_the_reverse() -> None:
+    model = torch.nn.Linear(2, 2)
+    for kind in (AMAdamW, AMSGD):
+        with pytest.raises(TypeError, match=r"Invalid params: Linear .*model.parameters\(\); am_lightning.am_adamw"):
+            kind(model)  # type: ignore[arg-type]
+        kind(torch.nn.ParameterList(params()))
+    for factory in (am_adamw, am_sgd):
+        with pytest.raises(TypeError, match=r"Invalid model: generator .*AMAdamW and AMSGD take parameters"):
+            factory(model.parameters())  # type: ignore[arg-type]
