@@ -10,6 +10,8 @@ import pytest
 
 from tests.python import PYTHON
 
+pytestmark = pytest.mark.slow
+
 SAVE, RESUME = "tests.deepspeed.checkpoints:save", "tests.deepspeed.checkpoints:resume"
 START_UP = 300
 OPTIONS = {"am_table", "am_options"}  # are in files only: a live group would go stale

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 DOORS = "tests.deepspeed.doors"
 START_UP = 300
 TAGS = {"am/beta/mean", "am/beta/min", "am/beta/max", "am/clamp/at_max", "am/clamp/at_zero", "am/skipped_steps"}

@@ -6,6 +6,8 @@ import re
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 START_UP = 300
 TEXTS = {
     "elastic": r"elastic_checkpoint: true of DeepSpeed .*'0\.weight'.*universal checkpoints",

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 RUNS = "tests.deepspeed.runs"
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 START_UP = 300  # seconds: the first start compiles

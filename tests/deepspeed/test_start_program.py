@@ -9,6 +9,8 @@ import pytest
 from tests.docs.programs import betas, run_program
 from tests.operator_build import variables
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.slow
 def test_the_program_trains_on_two_ranks(tmp_path: Path) -> None:

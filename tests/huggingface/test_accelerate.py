@@ -162,6 +162,7 @@ def test_two_optimizers_and_attaching_twice(accelerator, tmp_path) -> None:
     assert histograms_in(tmp_path / "run").keys() == {"am/beta", "am-1/beta"}
 
 
+@pytest.mark.slow
 def test_a_later_run_of_the_process_starts_with_am_again(accelerator) -> None:
     """As find_executable_batch_size does it: an earlier run's optimizer can be freed."""
     alive = []

@@ -79,6 +79,7 @@ def test_the_factory_takes_the_training_arguments(single) -> None:
         assert group["eps"] == 1e-8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", ["single", "double"])
 def test_a_resumed_run_is_bitwise_the_unbroken_one(world: str, request) -> None:
     folder, found = request.getfixturevalue(world)
@@ -117,6 +118,7 @@ def test_sharded_processes_have_the_beta_of_one(single, double, name: str) -> No
     check_curves(folder / name, results[0][name])
 
 
+@pytest.mark.slow
 def test_skipped_steps_are_counted_over_a_resume(tmp_path) -> None:
     """Steps 2 and 6 are dropped; the checkpoint is of step 5."""
     with pytest.warns(UserWarning, match=r"am: 1 step since the last report dropped.*transformer.wte.weight"):

@@ -38,6 +38,7 @@ FORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_command_line(form: str, tmp_path: Path) -> None:
     options, expected = FORMS[form]

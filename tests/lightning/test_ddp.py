@@ -26,6 +26,7 @@ def unbroken(request, tmp_path_factory):
     return folder, request.param, run(folder, "unbroken", scope=request.param)
 
 
+@pytest.mark.slow
 def test_ranks_with_other_thread_counts_end_bitwise_equal(unbroken) -> None:
     _, _, (first, second) = unbroken
     assert (first["threads"], second["threads"]) == (1, 2)
@@ -51,6 +52,7 @@ def test_one_all_reduce_a_step_is_the_optimizers_own(unbroken) -> None:
     assert [result["all_reduces"] for result in results] == [12, 12]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_bitwise_the_unbroken_one(unbroken) -> None:
     folder, scope, (first, second) = unbroken
     checkpoint = str(folder / "half.ckpt")

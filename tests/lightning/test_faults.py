@@ -43,6 +43,7 @@ def test_an_optimizer_that_has_made_no_step_is_not_described(pool: Ranks, placed
     assert {"am/summary/text_summary", "am-1/summary/text_summary", "custom_scalars__config__"} == set(tags)
 
 
+@pytest.mark.slow
 def test_lightnings_own_launcher(tmp_path: Path) -> None:
     results = [tmp_path / f"rank{rank}.pt" for rank in range(2)]
     ranks = run_module("tests.lightning.launched", tmp_path, results, threads=1, python=COLD)

@@ -143,6 +143,7 @@ def test_precisions(pool: Ranks, placed: str, world: int, precision: str) -> Non
     assert first["norms"][0] == pytest.approx(first["expected_norms"][0], rel=PRECISIONS[precision])
 
 
+@pytest.mark.slow
 def test_bf16_true_is_the_same_under_every_strategy(pool: Ranks) -> None:
     """The ranks' shares of a batch are the same, so gradients differ by the rounding of their averages alone."""
     how = {"dtype": torch.float32, "precision": "bf16-true"}

@@ -30,6 +30,7 @@ from tests.python import COLD
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_a_row_for_each_optimizer() -> None:
     command = [COLD, "-m", "am_lightning.bench", "--model", "many-tiny", "--repeats", "1", "--json"]
     command += ["--only", "eager", "foreach", "C++", "bfloat16", "--weight-decay", "0"]

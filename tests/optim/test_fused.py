@@ -261,6 +261,7 @@ def test_a_wrong_switch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         AMAdamW([torch.nn.Parameter(torch.ones(3))], fused=True)
 
 
+@pytest.mark.slow
 def test_a_damaged_library_is_built_anew(tmp_path: Path) -> None:
     program = "from am_lightning.optim.kernels.compiler import load_library as load; print(load().build)"
     env = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
@@ -333,6 +334,7 @@ def test_tensors_that_wrap_others_are_not_walked_by_address() -> None:
         torch.testing.assert_close(found.b, expected)
 
 
+@pytest.mark.slow
 def test_processes_that_build_at_once_and_a_killed_build(tmp_path: Path) -> None:
     """Nobody waits for anybody: leftovers of a killed build are in no one's way, a path may have spaces."""
     folder = tmp_path / "a folder" / "am_lightning"

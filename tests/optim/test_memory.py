@@ -58,6 +58,7 @@ print(extra(lambda: two_steps(optimizer), state), extra(optimizer.step), extra(l
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc/self/clear_refs")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])

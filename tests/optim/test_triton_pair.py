@@ -93,6 +93,7 @@ def test_gradients_are_scaled_in_registers(interpreter: Pool, dtype: str) -> Non
     check(interpreter, "scaled_gradients", dtype=dtype)
 
 
+@pytest.mark.slow
 def test_three_launches_for_any_number_of_tensors(interpreter: Pool) -> None:
     assert check(interpreter, "launches", count=60) == ["sums_kernel", "reduce_kernel", "update_kernel"]
 

@@ -15,6 +15,7 @@ def check(interpreter: Pool, name: str, **arguments: Any) -> None:
     interpreter.run(f"tests.optim.interpreted_rows:{name}", **arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
 @pytest.mark.parametrize("scope", ["tensor", "group", "global"])
 def test_beside_the_closed_form(interpreter: Pool, scope: str, nonfinite: str) -> None:

@@ -76,6 +76,7 @@ def test_scripts_stay_executable(wheel: Path) -> None:
     assert all(modes[f"am_lightning/recipes/files/{path}"] & 0o111 for path in scripts)
 
 
+@pytest.mark.slow
 def test_wheel_works_from_where_it_lies(wheel: Path, tmp_path: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"

@@ -113,6 +113,7 @@ def test_the_environment_of_a_test_makes_a_warm_start() -> None:
     assert run(PYTHON, "-c", WITHOUT_TORCH).stdout == "True\n"
 
 
+@pytest.mark.slow
 def test_ranks_that_torchrun_starts_are_forked(tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text(f"{WITHOUT_TORCH}; import os; assert os.environ['WORLD_SIZE'] == '2'")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "rank.py"]

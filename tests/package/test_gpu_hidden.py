@@ -31,6 +31,7 @@ def test_who_sees_it(paths: list[str], wanted: bool) -> None:
     assert asks_for_gpu(paths, ROOT) is wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "seen"), [("tests/gpu", "7"), ("tests/package/test_gpu_hidden.py", "")])
 def test_the_variable(path: str, seen: str, tmp_path: Path) -> None:
     report = "import os; pytest_collection_finish = lambda: print('seen', repr(os.environ['CUDA_VISIBLE_DEVICES']))"

@@ -46,6 +46,7 @@ def test_a_file(name: str) -> None:
     assert passed(said) or "skipped" in said
 
 
+@pytest.mark.slow
 def test_without_a_gpu_all_is_skipped_at_once() -> None:
     """No framework is imported for it."""
     env = {key: value for key, value in os.environ.items() if key != DEVICE_VARIABLE} | {"CUDA_VISIBLE_DEVICES": ""}

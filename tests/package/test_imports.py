@@ -56,6 +56,7 @@ def _modules_after(code: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
+@pytest.mark.slow
 def test_import_brings_torch_and_nothing_else() -> None:
     """The public optimizers and factories are used too: they stay as light as the import."""
     use = "import am_lightning as am; am.AMAdamW, am.AMSGD, am.am_adamw, am.am_sgd, am.clip_grad_norm_"
@@ -64,6 +65,7 @@ def test_import_brings_torch_and_nothing_else() -> None:
     assert "am_lightning" in added
 
 
+@pytest.mark.slow
 def test_every_module_imports_first() -> None:
     """Each module is a fit first import: no cycle that works only in one order."""
     code = (
@@ -84,6 +86,7 @@ def test_every_module_imports_first() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", NEEDS)
 def test_missing_extra_is_named(target: str) -> None:
     package, extra = NEEDS[target]
@@ -96,6 +99,7 @@ def test_missing_extra_is_named(target: str) -> None:
     assert f"pip install am-lightning[{extra}]" in last.replace("'", "").replace('"', "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["lightning", "matplotlib", "transformers"])
 def test_the_recipes_name_what_they_lack_in_one_line(package: str) -> None:
     code = BLOCK.format(blocked={package, "pytorch_lightning"} if package == "lightning" else {package})
@@ -105,11 +109,13 @@ def test_the_recipes_name_what_they_lack_in_one_line(package: str) -> None:
     assert line.startswith(f"error: the recipes need {package}") and "am-lightning[recipes]" in line
 
 
+@pytest.mark.slow
 def test_attach_works_without_transformers() -> None:
     done = _python(BLOCK.format(blocked={"transformers"}) + "from am_lightning.huggingface import attach")
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_everything_else_works_without_any_extra() -> None:
     code = BLOCK.format(blocked=HEAVY) + (
         "import torch, am_lightning as am\n"

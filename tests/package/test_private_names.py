@@ -55,6 +55,7 @@ def test_private_name_is_there(found: dict[str, str], row: Private) -> None:
 
 
 # ------------------------------------------------------------------ the table is complete
+@pytest.mark.slow
 def test_every_private_name_that_is_read_is_in_the_table() -> None:
     unlisted = [
         f"{read.file}:{read.line} reads {read.name}: {ADD}"
@@ -83,6 +84,7 @@ def test_every_row_is_whole() -> None:
         assert row.made_by is None or row.made_by in private_objects.MAKERS, row.key
 
 
+@pytest.mark.slow
 def test_private_names_shared_with_a_base_class_are_in_the_table() -> None:
     """A method of ours that overrides a private one, and an attribute that both set, carry the same name by intent."""
     unlisted = [f"{file}: {cls} shares {name} with its base class: {ADD}" for file, cls, name in _shared_names()]

@@ -24,6 +24,7 @@ def tree(folder: Path) -> dict[str, bool]:
     return {path.relative_to(folder).as_posix(): os.access(path, os.X_OK) for path in files}
 
 
+@pytest.mark.slow
 def test_list_shows_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -128,6 +129,7 @@ def test_validate_says_which_library_the_data_need(
     assert "needs the datasets library, which is not installed here: pip install" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
     """As `list | head -1` does."""
     command = [COLD, "-m", "am_lightning.recipes", "list"]

@@ -222,6 +222,7 @@ def test_reports_of_pytest(tmp_path: Path, modules: dict[str, ModuleType]) -> No
     assert [test["name"] for test in found["failed"]] == ["test_bad"] and "one is not two" in found["failed"][0]["text"]
 
 
+@pytest.mark.slow
 def test_a_file_of_tests_that_is_stopped_says_what_it_had(tmp_path: Path, modules: dict[str, ModuleType]) -> None:
     right = modules["right"]
     file, report = tmp_path / "test_toy.py", tmp_path / "report.xml"

@@ -81,6 +81,7 @@ def test_loss_and_norm_are_of_the_whole_step(tmp_path: Path, corpus_folder: Path
         assert two[tag].values == pytest.approx(alone[tag].values, rel=1e-4), tag
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bar", ["tqdm", "rich"])
 def test_the_bar_has_the_figures(
     tmp_path: Path, corpus_folder: Path, capfd: pytest.CaptureFixture[str], bar: str

@@ -243,6 +243,7 @@ def test_an_unknown_strategy_is_refused() -> None:
         make_layout(T5_60M, "horovod", batch_size=8, accumulate=1, precision="32-true", gpus=1, gpus_per_node=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_stage_in_deepspeeds_json_counts(planned: Callable[..., dict[str, Any]], stage: int) -> None:
     engine = Path(__file__).resolve().parents[2] / "recipes" / "configs" / "deepspeed" / f"zero{stage}.json"
@@ -251,6 +252,7 @@ def test_the_stage_in_deepspeeds_json_counts(planned: Callable[..., dict[str, An
     assert plan["layout"]["stage"] == stage
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "says"), [(None, "No such file"), ("{", "Expecting"), ("[]", "not a JSON object")])
 def test_a_wrong_json_of_deepspeed_is_named(tmp_path: Path, text: str | None, says: str) -> None:
     path = tmp_path / "engine.json"

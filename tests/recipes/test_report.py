@@ -99,6 +99,7 @@ def write_run(folder: Path, scalars: dict[str, dict[int, float]], config: dict[s
 
 
 # ------------------------------------------------------------------ the comparison itself
+@pytest.mark.slow
 def test_the_comparison_trains_adamw_on_the_same_data(compared: tuple[Path, str]) -> None:
     root, printed = compared
     table = [line for line in printed.splitlines() if line.strip().startswith(("AM-AdamW ", "AdamW 0."))]
@@ -200,6 +201,7 @@ def test_differences_are_exact() -> None:
 
 
 # ------------------------------------------------------------------ which runs, and in what state
+@pytest.mark.slow
 def test_a_resumed_run_has_each_step_once(tmp_path: Path, corpus_folder: Path) -> None:
     pretrain.main(arguments(tmp_path / "run", corpus_folder, 8))
     middle = tmp_path / "run" / "checkpoints" / "step-000004.ckpt"

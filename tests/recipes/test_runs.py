@@ -17,6 +17,8 @@ from am_lightning.recipes.report.events import read_curves
 
 from .commands import arguments, differences, load, run, training_state
 
+pytestmark = pytest.mark.slow
+
 
 def files(folder: Path) -> set[str]:
     return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}

@@ -89,6 +89,7 @@ def test_the_quickstart_trains_and_installs_once(checkout: Path, tmp_path: Path)
     assert installations(checkout) == 1
 
 
+@pytest.mark.slow
 def test_an_environment_is_made_once(checkout: Path) -> None:
     first = ensure(checkout)
     assert first.returncode == 0, first.stderr
@@ -108,6 +109,7 @@ def test_an_environment_is_made_once(checkout: Path) -> None:
     assert installations(checkout) == 3
 
 
+@pytest.mark.slow
 def test_no_network_is_needed_where_all_is_installed(checkout: Path) -> None:
     """The real requirements, whose build backend an isolated build would have to download."""
     extras = "lightning,recipes" if find_spec("jsonargparse") else ""
@@ -137,6 +139,7 @@ def test_what_is_missing_is_installed(checkout: Path) -> None:
         assert installations(checkout) == times
 
 
+@pytest.mark.slow
 def test_a_half_made_environment_is_made_again(checkout: Path) -> None:
     (checkout / ".venv" / "bin").mkdir(parents=True)
     (checkout / ".venv" / "bin" / "python").symlink_to("/nonexistent/python")
@@ -145,6 +148,7 @@ def test_a_half_made_environment_is_made_again(checkout: Path) -> None:
     assert installations(checkout) == 1
 
 
+@pytest.mark.slow
 def test_two_at_the_same_time_install_once(checkout: Path) -> None:
     both = ENSURE.format("").replace("$0", str(checkout))
     result = bash(f"({both}) & first=$!; ({both}) & second=$!; wait $first; wait $second", checkout.parent)
@@ -152,6 +156,7 @@ def test_two_at_the_same_time_install_once(checkout: Path) -> None:
     assert installations(checkout) == 1
 
 
+@pytest.mark.slow
 def test_a_failed_installation_is_said_and_tried_again(checkout: Path) -> None:
     backend = (checkout / "backend.py").read_text()
     (checkout / "backend.py").write_text("raise SystemExit('no backend today')")

@@ -174,6 +174,7 @@ def test_training_and_validation_do_not_meet(source: Path, tmp_path: Path) -> No
     assert sum(len(batch) for batch in data.val_loader(rows=8)) == 8
 
 
+@pytest.mark.slow
 def test_what_a_checkpoint_does_not_fit_is_refused(source: Path, tmp_path: Path) -> None:
     first = stream(source, tmp_path, num_workers=2)
     take(first, 3)

@@ -50,6 +50,7 @@ def square(config: Config) -> Result:
     return {"square": config["x"] ** 2}
 
 
+@pytest.mark.slow
 def test_a_ledger_goes_on_where_it_was(tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
     Ledger(path).run([{"x": 2}, {"x": 3}], square, workers=2)
@@ -61,6 +62,7 @@ def test_a_ledger_goes_on_where_it_was(tmp_path: Path) -> None:
     assert [ledger[{"x": x}]["square"] for x in (2, 3, 4)] == [4, 9, 16]
 
 
+@pytest.mark.slow
 def test_a_ledger_takes_no_runs_of_another_setup(tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
     Ledger(path, {"recipe": "a", "Python": "3.11"}).run([{"x": 2}], square)
@@ -214,6 +216,7 @@ def tiny_recipe(tmp_path: Path, corpus_folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_pretraining_run(tiny_recipe: Path, tmp_path: Path) -> None:
     runs = Pretraining(str(tmp_path / "data"))
 
@@ -305,6 +308,7 @@ def _run(program: str, *args: object) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_warmup_page_grows_with_the_stages(tmp_path: Path) -> None:
     """Made-up results, for the true ones take hours: every table and figure of every stage."""
     scale, ledger, seen = Scale(steps=80), Ledger(tmp_path / "warmup.jsonl"), ""

@@ -72,6 +72,7 @@ def test_a_bpe_merges_what_is_frequent(bpe: FastTokenizer) -> None:
     assert bpe.end_of_text == 0
 
 
+@pytest.mark.slow
 def test_training_gives_the_same_file_in_every_process(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from am_lightning.recipes.data.tokenizer import train_bpe;"

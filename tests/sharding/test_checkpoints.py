@@ -38,6 +38,7 @@ def saved(
     return save
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair[0]}to{pair[1]}")
 @pytest.mark.parametrize(("path", "kind", "scope"), CASES, ids=["-".join(case).replace(" ", "_") for case in CASES])
 def test_the_next_steps_are_those_of_an_unbroken_run(

@@ -41,6 +41,7 @@ def check_collectives(rank: dict[str, Any]) -> None:
     assert all(counts == sums for counts in rank["steps"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "world"), CASES)
 def test_as_torch_clips_in_one_process(pool: Callable[[int], Pool], layout: str, world: int) -> None:
     scope = "global" if layout.startswith("fsdp1_flat") else "tensor"

@@ -55,6 +55,7 @@ def run(
     return pool(world).run("tests.sharding.steps:compare", **arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "world"), CASES)
 def test_amadamw_is_that_of_one_process(pool: Callable[[int], Pool], layout: str, world: int) -> None:
     for scope in scopes_of(layout):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -83,6 +84,7 @@ def check(ranks: list[Any], example: Example) -> None:
         assert rank["collectives"] == int(spanned(example) > 1)
 
 
+@pytest.mark.slow
 def test_random_layouts_are_what_one_process_gets(pool: Callable[[int], Pool]) -> None:
     betas, interior = [], []
 
@@ -99,6 +101,7 @@ def test_random_layouts_are_what_one_process_gets(pool: Callable[[int], Pool]) -
     assert sum(interior) > 0.2 * sum(betas) > 20, "the clamps would hide wrong sums"
 
 
+@pytest.mark.slow
 def test_where_the_meshes_leave_ranks_out_all_refuse_scopes_beyond_a_tensor(pool: Callable[[int], Pool]) -> None:
     @settings(derandomize=True, max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
     @given(examples(part_of_the_world=True))
