@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import select
 import signal
 import socket
 import sys
@@ -73,12 +74,16 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # a signal's number must not stand inside the job
     for number in FORWARDED:
         if number not in ignored:
-            signal.signal(number, lambda caught, frame: server.send(bytes([caught])))
+            signal.signal(number, lambda caught, frame: None)  # its number goes to the server all the same, see below
     socket.send_fds(server, [b"j"], [0, 1, 2])
     server.sendall(len(content).to_bytes(8, "big") + content)
+    # A handler in Python would wait for recv() to return where the signal came just before it.
+    server.setblocking(False)
+    signal.set_wakeup_fd(server.fileno(), warn_on_full_buffer=False)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     answer = b""
     while len(answer) < 5:
+        select.select([server], [], [])
         answer += (more := server.recv(5 - len(answer)))
         if not more:
             sys.exit("the fork server has ended")
