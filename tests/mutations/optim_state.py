@@ -8,7 +8,6 @@ _STATE = "am_lightning/optim/state.py"
 _SCALARS = "am_lightning/optim/scalars.py"
 _PERSISTENCE = "am_lightning/optim/persistence.py"
 _CONVERT = "am_lightning/optim/convert.py"
-_CLIP = "am_lightning/optim/clip.py"
 _RECORD = "am_lightning/optim/record.py"
 _VALIDATION = "am_lightning/optim/validation.py"
 _FACTORY = "am_lightning/factory.py"
@@ -155,9 +154,9 @@ MUTATIONS = [
     ),
     Mutation(
         "small gradients are scaled up to the norm",
-        _CLIP,
-        "(max_norm / (norm + 1e-6)).clamp(max=1.0)",
-        "(max_norm / (norm + 1e-6)).clamp(max=1e6)",
+        "am_lightning/optim/kernels/pieces.py",
+        "(self.max_norm / (self.norm + 1e-6)).clamp(max=1.0)",
+        "(self.max_norm / (self.norm + 1e-6)).clamp(max=1e6)",
         ("tests/optim/test_clip.py::test_norm_and_scaled_gradients_are_torchs[1000.0-AMAdamW]",),
     ),
     Mutation(
