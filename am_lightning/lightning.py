@@ -6,10 +6,11 @@ import functools
 import os
 from typing import Any
 
+import torch
 from torch.optim.optimizer import Optimizer
 
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
-from am_lightning.optim.convert import convert_adamw, has_coupled_decay, is_adam, what_to_return
+from am_lightning.optim.convert import convert_adamw, is_adam, what_to_return
 from am_lightning.optim.validation import SCOPES, check_choice, check_count, check_flag, check_number
 
 try:
@@ -155,11 +156,6 @@ class AdaptiveMemory(pl.Callback, metaclass=_CallbackType):
         for other in optimizers:
             if other not in plain and other not in ready:
                 rank_zero_info(f"AdaptiveMemory leaves {type(other).__name__} as it is: {what_to_return(other)}")
-            elif other in plain and has_coupled_decay(other) and len(ready) + len(plain) > 1:
-                rank_zero_warn(
-                    "AdaptiveMemory leaves Adam with (coupled) weight decay as it is: AdamW would be converted"
-                )
-                plain.remove(other)
         self._converted = []
         for optimizer in plain:
             name = type(optimizer).__name__
@@ -167,7 +163,10 @@ class AdaptiveMemory(pl.Callback, metaclass=_CallbackType):
                 made = convert_adamw(optimizer, lambd=self.lambd, beta1_max=self.beta1_max, scope=self.scope)
                 self._converted.append((made, name))
             except ValueError as error:
-                raise MisconfigurationException(f"AdaptiveMemory cannot convert this optimizer: {error}") from error
+                others = ready or self._converted or optimizer is not plain[-1]
+                if isinstance(optimizer, torch.optim.AdamW) or not others:
+                    raise MisconfigurationException(f"AdaptiveMemory cannot convert this optimizer: {error}") from error
+                rank_zero_warn(f"AdaptiveMemory leaves {name} as it is beside the other optimizers: {error}")
         if ready and not plain and (self.lambd, self.beta1_max, self.scope) != (0.1, None, "tensor"):
             rank_zero_warn(
                 "AdaptiveMemory only logs here, for the module returns an adaptive memory optimizer itself: "

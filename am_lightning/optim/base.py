@@ -151,7 +151,7 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
         if not self.state and inside_state_creation():
             self._create_states()
             return None
-        self._complete_foreign_groups()
+        self._complete_foreign_groups()  # before anything reads an option
         self._check_capture()
         loss = None
         if closure is not None:

@@ -75,6 +75,7 @@ class PersistentOptimizer(PlacedOptimizer):
 
     def caps(self) -> list[float]:
         """The cap of beta_t of each parameter, in the order of ``parameter_names``."""
+        self._complete_foreign_groups()
         if self.is_partitioned():
             return [float(group[self.cap_key]) for group, params in self._given for _ in params]
         return [float(self.param_groups[row.group_index][self.cap_key]) for row in self._rows()]
@@ -171,7 +172,9 @@ class PersistentOptimizer(PlacedOptimizer):
             self._finish_loading(*self._loading)
         self._complete_groups(self.param_groups)
         if _NAMES in self.__dict__:  # after a copy or unpickling the parameters are others, their places are not
-            self._known_names = names_by_id(zip(self.__dict__.pop(_NAMES), self._parameters(), strict=True))
+            self._known_names = names_by_id(
+                zip(self.__dict__.pop(_NAMES), dict.fromkeys(self._parameters()), strict=True)
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a ``state_dict`` of this class, or one of its plain counterpart (AdamW for AMAdamW) in mid-run.

@@ -184,7 +184,9 @@ class PlacedOptimizer(Optimizer):
         return [param for group in self.param_groups for param in group["params"]]
 
     def _ids(self) -> tuple[int, ...]:
-        return tuple(id(param) for param in self._parameters())
+        """Of the parameters, and how many each group has: a layout is of both."""
+        groups = [group["params"] for group in self.param_groups]
+        return tuple(number for params in groups for number in (len(params), *map(id, params)))
 
     @property
     def layout(self) -> Layout | None:
@@ -202,6 +204,7 @@ class PlacedOptimizer(Optimizer):
 
     def current_layout(self) -> Layout:
         """Rows and reductions. Built (collectively) at the first step, and again when the parameters are others."""
+        self._complete_foreign_groups()
         ids = self._ids()
         layout = self._layouts.get(ids)
         if layout is None:
@@ -224,6 +227,9 @@ class PlacedOptimizer(Optimizer):
             self._layouts[ids] = layout
         self._layout = layout
         return layout
+
+    def _complete_foreign_groups(self) -> None:
+        """Fill in what groups lack that others put in place."""
 
     def _check_time(self) -> None:
         """Refuse to make a layout now."""

@@ -191,7 +191,10 @@ def test_beside_adamw_others_stay_and_are_named(caplog) -> None:
                 optimizer.step()
 
     module = Module()
-    with pytest.warns(UserWarning, match="leaves Adam with .coupled. weight decay"), caplog.at_level("INFO"):
+    with (
+        pytest.warns(UserWarning, match="leaves Adam as it is beside the other optimizers: Adam adds weight decay"),
+        caplog.at_level("INFO"),
+    ):
         pl.Trainer(**quiet(max_steps=3, callbacks=[AdaptiveMemory()])).fit(module)
     assert [type(optimizer) for optimizer in module.made] == [AMAdamW, torch.optim.SGD, torch.optim.Adam]
 

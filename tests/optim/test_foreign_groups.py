@@ -81,3 +81,22 @@ def test_a_model_in_place_of_parameters_and_the_reverse() -> None:
     for factory in (am_adamw, am_sgd):
         with pytest.raises(TypeError, match=r"Invalid model: generator .*AMAdamW and AMSGD take parameters"):
             factory(model.parameters())  # type: ignore[arg-type]
+
+
+def test_parameters_that_are_grouped_anew_have_the_options_of_their_group() -> None:
+    given = params(3)
+    optimizer = AMAdamW([{"params": given[:1], "lr": 0.1}, {"params": given[1:], "lr": 0.0}])
+    steps(optimizer, given)
+    before = [p.detach().clone() for p in given]
+    optimizer.param_groups = [{"params": given[:2], "lr": 0.1}, {"params": given[2:], "lr": 0.0}]
+    steps(optimizer, given)
+    assert [torch.equal(p, b) for p, b in zip(given, before, strict=True)] == [False, False, True]
+    optimizer.param_groups = [{"params": given, "lr": 0.1}]
+    steps(optimizer, given)
+    assert not torch.equal(given[2], before[2])
+
+
+def test_caps_are_known_before_the_first_step() -> None:
+    optimizer = AMAdamW(params())
+    optimizer.param_groups = [{"params": params(), "lr": 0.1, "betas": (0.8, 0.9)}]
+    assert optimizer.caps() == [0.8, 0.8]

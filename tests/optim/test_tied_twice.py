@@ -53,3 +53,9 @@ def test_given_twice_is_given_once(kind: str) -> None:
 def test_the_first_name_is_its_name() -> None:
     _, optimizer = trained("tensor", twice=True, named=True)
     assert list(optimizer.momentum()) == ["p0", "p1", "p2"]
+
+
+def test_a_copy_has_its_names() -> None:
+    _, optimizer = trained("tensor", twice=True)
+    optimizer.name_parameters((f"n{i}", p) for i, p in enumerate(optimizer.param_groups[0]["params"][:3]))
+    assert list(copy.deepcopy(optimizer).momentum()) == list(optimizer.momentum()) == ["n0", "n1", "n2"]

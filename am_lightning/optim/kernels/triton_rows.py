@@ -55,7 +55,10 @@ class RowKernels:
         """
         flat = [clip.max_norm if clip is not None else 0.0, *(value for group in options for value in group)]
         on_device = {i: value for i, value in enumerate(flat) if isinstance(value, Tensor)}
-        values = self._options.follow([0.0 if i in on_device else float(v) for i, v in enumerate(flat)], self._captured)
+        # -1 is no option's value: what is written over it below is never taken for a number of the host.
+        values = self._options.follow(
+            [-1.0 if i in on_device else float(v) for i, v in enumerate(flat)], self._captured
+        )
         for i, value in on_device.items():
             values[i : i + 1].copy_(value.detach().reshape(1), non_blocking=True)
         columns, tail = self._new(len(_NAMES), self._rows), self._new(self._rows, 2)
