@@ -48,9 +48,10 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], *, scope: str, nonfinite: str, replica_group: Any
     ) -> None:
-        if isinstance(params, torch.nn.Module) and not isinstance(params, torch.nn.ParameterList):
+        given: Any = params
+        if isinstance(given, torch.nn.Module) and not isinstance(given, torch.nn.ParameterList):
             raise TypeError(
-                f"Invalid params: {type(params).__name__} (params must be an iterable of parameters: "
+                f"Invalid params: {type(given).__name__} (params must be an iterable of parameters: "
                 "model.parameters(); am_lightning.am_adamw and am_sgd take a model)"
             )
         self._configure(scope=scope, nonfinite=nonfinite, replica_group=replica_group)
