@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -33,13 +33,17 @@ def calls_of(step: Callable[[], object], device: torch.device) -> dict[str, int 
         if cuda:
             torch.cuda.synchronize()
     events: list[Any] = list(profiler.events() or [])
-    operators = [e.name.removeprefix("aten::") for e in events if e.name.startswith("aten::") and not _is_inner(e)]
-    found: dict[str, int | None] = {"operations": sum(name not in _VIEWS for name in operators)}
+    found: dict[str, int | None] = {"operations": sum(name not in _VIEWS for name in outer_operators(events))}
     if not cuda:
         return found | dict.fromkeys(("launches", "copies", "waits"))
     ran = [e.name for e in events if e.device_type.name == "CUDA" and not e.name.startswith("Optimizer.")]
     copies = sum(name.startswith(("Memcpy", "Memset")) for name in ran)
     return found | {"launches": len(ran) - copies, "copies": copies, "waits": _waits(step)}
+
+
+def outer_operators(events: Iterable[Any]) -> list[str]:
+    """Names of torch's operators among a profiler's events that no other operator has called."""
+    return [e.name.removeprefix("aten::") for e in events if e.name.startswith("aten::") and not _is_inner(e)]
 
 
 def _is_inner(event: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ class InKernels(NamedTuple):
 
     kernels: RowKernels
     coefficients: Coefficients
-    table: Tensor  # [4, rows], the states
+    store: StateScalars
+    table: Tensor  # [4, rows], the store's states
 
 
 class Local(NamedTuple):
@@ -166,7 +167,7 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
             packed = self.packed_sums(layout, local)
             packed, shared = layout.all_reduce(packed, self._shared_sums(local.pieces, layout, loss, packed))
             if local.in_kernels is not None:
-                self._finish_in_kernels(packed, local)
+                self._finish_in_kernels(packed, local, local.in_kernels)
                 return loss
             sums = Sums.unpack(packed)
             gap, gradients = self._known_gap(shared, local.scalars), self._gradients(shared)
@@ -211,24 +212,26 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
         if self.pre_pass is not None or len(self.moments) < 2:
             return None
         store = self._store()
+        if not isinstance(store, StateScalars):
+            return None
         kernels = row_kernels(layout, self.param_groups, self.scope, store, self._workspace)
-        if kernels is None or not isinstance(store, StateScalars):
+        if kernels is None:
             return None
         table, workspace = store.table(), self._workspace
         present = self._present_rows(pieces, layout, table.device, torch.float64)
         options = [self._row_options(group) for group in self.param_groups]
         found = kernels.coefficients(table, options, present, workspace.gradient_clip)
         workspace.gradient_factor = found.factor
-        return InKernels(kernels, found, table)
+        return InKernels(kernels, found, store, table)
 
-    def _finish_in_kernels(self, packed: Tensor, local: Local) -> None:
+    def _finish_in_kernels(self, packed: Tensor, local: Local, rows: InKernels) -> None:
         """From the reduced sums to the end of the step."""
-        kernels, found, table = cast(InKernels, local.in_kernels)
+        kernels, found, store, table = rows
         record = self._record.buffers(packed.device)
         omega, counts = kernels.decide(packed, found.columns, table, *record, skip=self.nonfinite == "skip")
         local.numbers.add("omega", omega)
         local.passes.update(local.numbers, counts)
-        cast(StateScalars, self._store()).take(table, counts)
+        store.take(table, counts)
 
     def decide(self, sums: Sums, scalars: dict[str, Tensor], sizes: list[int], **more: Any) -> Decision:
         """beta_t of rows whose reduced sums are known; ``sizes`` says how many rows each group has."""

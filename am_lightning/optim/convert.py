@@ -11,7 +11,7 @@ import torch
 
 from am_lightning.optim.adamw import AMAdamW
 from am_lightning.optim.kernels.fused import require_fused
-from am_lightning.optim.state import FOREIGN_OPTIONS
+from am_lightning.optim.state import FOREIGN_OPTIONS, has_coupled_decay
 
 
 def default_cap(beta1: float, lambd: float) -> float:
@@ -22,13 +22,6 @@ def default_cap(beta1: float, lambd: float) -> float:
 def is_adam(optimizer: Any) -> TypeGuard[torch.optim.AdamW | torch.optim.Adam]:
     """A torch.optim.AdamW or Adam, or of a class made from one; ``convert_adamw`` says which it takes."""
     return isinstance(optimizer, torch.optim.AdamW | torch.optim.Adam)
-
-
-def has_coupled_decay(optimizer: Any) -> bool:
-    """An Adam that adds weight decay to the gradient, which AMAdamW has no form of."""
-    decoupled = isinstance(optimizer, torch.optim.AdamW)
-    groups = [group for group in optimizer.param_groups if not group.get("decoupled_weight_decay", decoupled)]
-    return any(group["weight_decay"] != 0 for group in groups)
 
 
 def convert_adamw(
@@ -104,7 +97,7 @@ def _refuse(optimizer: Any) -> None:
     for key, cure in cures.items():
         if any(group.get(key) for group in optimizer.param_groups):
             raise ValueError(f"{kind} with {key}=True cannot be converted: {cure}")
-    if has_coupled_decay(optimizer):
+    if has_coupled_decay(optimizer.param_groups, decoupled=type(optimizer) is torch.optim.AdamW):
         raise ValueError(
             "Adam adds weight decay to the gradient, which adaptive memory has no form of: return torch.optim.AdamW, "
             "whose weight decay is decoupled, or Adam with weight_decay=0"

@@ -13,7 +13,7 @@ from am_lightning.optim.kernels import fused
 from am_lightning.optim.kernels.passes import Choice, Workspace, tiers
 from am_lightning.optim.kernels.triton_check import Kind
 from am_lightning.optim.kernels.triton_rows import RowKernels
-from am_lightning.optim.scalars import Scalars, StateScalars, sums_live_on
+from am_lightning.optim.scalars import StateScalars, sums_live_on
 from am_lightning.optim.state import direction_dtype
 from am_lightning.sharding import Layout, Row
 
@@ -84,12 +84,14 @@ def drop_fused(groups: Groups) -> None:
             group["fused"] = None
 
 
-def row_kernels(layout: Layout, groups: Groups, scope: str, store: Scalars, workspace: Workspace) -> RowKernels | None:
+def row_kernels(
+    layout: Layout, groups: Groups, scope: str, store: StateScalars, workspace: Workspace
+) -> RowKernels | None:
     """The kernels of the rows' own numbers, where every row is on one GPU and goes to Triton.
 
     They round otherwise than torch's operators, so this looks at nothing that differs between ranks with copies.
     """
-    if not isinstance(store, StateScalars) or layout.pipeline_group is not None:
+    if layout.pipeline_group is not None:
         return None
     device = store.device_of_float32
     if device is None or device.type not in fused.TRITON_DEVICES:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +18,15 @@ NO_BETA = -1.0  # ``beta`` before the first step; not nan, for FSDP1 compares sc
 
 # Options of torch.optim.AdamW that an AMAdamW group does not have, and what they would be.
 FOREIGN_OPTIONS = {"amsgrad": False, "differentiable": False, "decoupled_weight_decay": True}
+
+
+def has_coupled_decay(groups: Iterable[dict[str, Any]], *, decoupled: bool = True) -> bool:
+    """Whether weight decay is added to the gradient, as by torch.optim.Adam, which AMAdamW has no form of.
+
+    Args:
+        decoupled: of groups that do not say, which are those of older releases.
+    """
+    return any(g.get("weight_decay") and not g.get("decoupled_weight_decay", decoupled) for g in groups)
 
 
 def scalar_dtype(param: Tensor) -> torch.dtype:
@@ -119,10 +128,8 @@ def check_loadable(
     """
     if any(group.get("amsgrad") for group in state_dict["param_groups"]):
         raise ValueError(f"loaded state dict is of AdamW with amsgrad=True, which {who} has no form of: start anew")
-    if any(group.get("weight_decay") and _is_coupled(group) for group in state_dict["param_groups"]) and not any(
-        "decoupled_weight_decay" in group
-        for group in param_groups  # AMSGD has both
-    ):
+    has_both = any("decoupled_weight_decay" in group for group in param_groups)  # AMSGD
+    if not has_both and has_coupled_decay(state_dict["param_groups"]):
         raise ValueError(
             f"loaded state dict is of Adam with weight_decay that is coupled, and {who}'s is decoupled: start anew, or "
             "set decoupled_weight_decay=True in its groups to go on as AdamW would"
@@ -164,10 +171,6 @@ def _check_moments(name: str, state: dict[str, Any], param: Tensor, moments: tup
 def _placement(tensor: Any) -> tuple[Any, ...] | None:
     """What two DTensors must share for their local pieces to hold the same elements; None for a plain tensor."""
     return (tuple(tensor.placements), tensor.device_mesh.mesh.tolist()) if is_dtensor(tensor) else None
-
-
-def _is_coupled(group: dict[str, Any]) -> bool:
-    return not group.get("decoupled_weight_decay", True)  # AdamW of older releases has no such key
 
 
 def _placed(tensor: Any) -> str:

@@ -15,6 +15,7 @@ from am_lightning.optim.kernels.compiler import find_compiler
 from tests.device import ON_GPU
 from tests.gpu.steps import words_of
 from tests.sharding.pool import Pool, RankError
+from tests.sharding.steps import assert_as_one_process
 
 RANKS, CLIPPING, FUSED = "tests.gpu.ranks:", "tests.sharding.clipping:", "tests.sharding.fused_steps:"
 ALONE = ("ddp", "fsdp2", "fsdp2_offload", "hsdp", "tp", "fsdp1_full", "fsdp1_no_shard", "fsdp1_flat")
@@ -26,17 +27,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 def scope_of(layout: str) -> str:
     return "global" if "flat" in layout else "tensor"
-
-
-def check(ranks: list[dict[str, Any]], dtype: str) -> None:
-    first = ranks[0]
-    assert first["share"] > 0.2, "the clamps would hide a wrong sum"
-    for rank in ranks:
-        assert rank["compared"] > 100
-        assert rank["raw"] <= LIMITS[dtype] and rank["weights"] <= LIMITS[dtype]
-        assert rank["bits"] == first["bits"], "beta_t differs between ranks"
-        assert rank["weight_bits"] == first["weight_bits"], "weights differ between ranks"
-        assert rank["names"] and not rank["missing"]
 
 
 def of_gloo(pool: Pool, layout: str, function: str, **arguments: Any) -> list[Any]:
@@ -53,7 +43,7 @@ def of_gloo(pool: Pool, layout: str, function: str, **arguments: Any) -> list[An
 @pytest.mark.parametrize("layout", ALONE)
 def test_one_rank(alone: Pool, layout: str, dtype: str) -> None:
     ranks = alone.run(f"{RANKS}compare", layout=layout, kind="adamw", scope=scope_of(layout), dtype=dtype)
-    check(ranks, dtype)
+    assert_as_one_process(ranks, LIMITS[dtype])
     kernels = words_of("default") if layout != "fsdp2_offload" else ""
     assert f"kernels: {kernels}" in ranks[0]["described"]
 
@@ -65,7 +55,7 @@ def test_one_rank_fused(alone: Pool, layout: str) -> None:
         pytest.skip("the loop for offloaded parameters needs a C++ compiler")
     arguments = {"kind": "adamw", "scope": "tensor", "dtype": "float32", "fused": True}
     ranks = alone.run(f"{RANKS}compare", layout=layout, unseen=True, **arguments)
-    check(ranks, "float32")
+    assert_as_one_process(ranks, LIMITS["float32"])
     kernels = words_of("triton") if layout != "fsdp2_offload" else "C++ loop"
     assert f"kernels: {kernels}" in ranks[0]["described"]
 
@@ -116,7 +106,7 @@ def test_a_distributed_checkpoint_resumes_to_the_bit(
 @pytest.mark.parametrize("layout", PAIR)
 def test_two_ranks_on_one_device(pair: Pool, layout: str, options: dict[str, bool]) -> None:
     arguments = {"kind": "adamw", "scope": "tensor", "dtype": "float32", **options}
-    check(of_gloo(pair, layout, f"{RANKS}compare", **arguments), "float32")
+    assert_as_one_process(of_gloo(pair, layout, f"{RANKS}compare", **arguments), LIMITS["float32"])
 
 
 @pytest.mark.parametrize("layout", PAIR)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from am_lightning import AMSGD, AMAdamW, clip_grad_norm_
+from am_lightning.bench.host import outer_operators
 from am_lightning.optim import squares
 from tests.device import DEVICE, ON_GPU
 from tests.gpu.steps import DTYPES, KERNELS, give, make, no_sync, only_cuda, words_of
@@ -143,17 +144,7 @@ def profiled(action: Callable[[], Any]) -> tuple[Counter[str], int]:
     for e in events:
         if e.device_type == DeviceType.CUDA and not e.name.startswith("Optimizer."):  # which is a range, no launch
             names[f"{DEVICE_SIDE}{e.name}"] += 1
-    outer = [e.name.removeprefix("aten::") for e in events if e.name.startswith("aten::") and not in_operator(e)]
-    return names, sum(name not in FREE for name in outer)
-
-
-def in_operator(event: Any) -> bool:
-    parent = event.cpu_parent
-    while parent is not None:
-        if parent.name.startswith("aten::"):
-            return True
-        parent = parent.cpu_parent
-    return False
+    return names, sum(name not in FREE for name in outer_operators(events))
 
 
 def launches_of(names: Counter[str]) -> int:

@@ -195,7 +195,7 @@ MUTATIONS = [
         _PIECES,
         "file.seek(self.start - 1)\n            position = self.start - 1 + len",
         "file.seek(self.start)\n            position = self.start + len",
-        ("tests/recipes/test_sources.py::test_a_line_is_in_one_piece_wherever_files_are_cut",),
+        ("tests/recipes/test_sources.py::test_a_line_is_in_one_piece_at_every_size",),
     ),
     Mutation(
         "a slice that begins where a file begins is read from the file before",

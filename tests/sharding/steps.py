@@ -64,6 +64,19 @@ def raw_error(ours: float, theirs: float) -> float:
     return abs(ours - theirs) / (abs(theirs) + 0.1)
 
 
+def assert_as_one_process(ranks: list[dict[str, Any]], limit: float) -> None:
+    """Of what ``compare`` gave on every rank."""
+    first = ranks[0]
+    assert first["share"] > 0.2, "the clamps would hide a wrong sum"
+    for rank in ranks:
+        assert rank["compared"] > 100
+        assert rank["raw"] <= limit, f"beta_t is off by {rank['raw']}"
+        assert rank["weights"] <= limit, f"weights are off by {rank['weights']}"
+        assert rank["bits"] == first["bits"], "beta_t differs between ranks"
+        assert rank["weight_bits"] == first["weight_bits"], "weights differ between ranks"
+        assert rank["names"] and not rank["missing"], "momentum() is to have the whole model on every rank"
+
+
 def compare(layout: str, kind: str, scope: str, dtype: str, **options: Any) -> dict[str, Any]:
     """One row of the table: largest relative error of raw beta_t, bits that all ranks must share, collectives.
 
