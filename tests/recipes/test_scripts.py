@@ -14,6 +14,7 @@ from tests.ports import free_port
 from tests.python import COLD
 
 ROOT = Path(__file__).resolve().parents[2]
+INSTALLATIONS = pytest.mark.nightly("installations")
 
 # As much of PEP 660 as an editable installation needs. It writes down every time it is used.
 BACKEND = """
@@ -89,6 +90,7 @@ def test_the_quickstart_trains_and_installs_once(checkout: Path, tmp_path: Path)
     assert installations(checkout) == 1
 
 
+@INSTALLATIONS
 @pytest.mark.slow
 def test_an_environment_is_made_once(checkout: Path) -> None:
     first = ensure(checkout)
@@ -139,6 +141,7 @@ def test_what_is_missing_is_installed(checkout: Path) -> None:
         assert installations(checkout) == times
 
 
+@INSTALLATIONS
 @pytest.mark.slow
 def test_a_half_made_environment_is_made_again(checkout: Path) -> None:
     (checkout / ".venv" / "bin").mkdir(parents=True)
@@ -148,6 +151,8 @@ def test_a_half_made_environment_is_made_again(checkout: Path) -> None:
     assert installations(checkout) == 1
 
 
+@INSTALLATIONS
+@pytest.mark.sample
 @pytest.mark.slow
 def test_two_at_the_same_time_install_once(checkout: Path) -> None:
     both = ENSURE.format("").replace("$0", str(checkout))
@@ -156,6 +161,7 @@ def test_two_at_the_same_time_install_once(checkout: Path) -> None:
     assert installations(checkout) == 1
 
 
+@INSTALLATIONS
 @pytest.mark.slow
 def test_a_failed_installation_is_said_and_tried_again(checkout: Path) -> None:
     backend = (checkout / "backend.py").read_text()

@@ -129,6 +129,7 @@ def test_a_killed_worker_is_an_error_and_costs_one_part(source: Path, whole: Pat
     assert content(tmp_path) == content(whole)
 
 
+@pytest.mark.nightly("workers without parents")
 @pytest.mark.slow
 @pytest.mark.parametrize("ctrl_c", [False, True])
 def test_no_worker_survives_its_parent(tmp_path: Path, ctrl_c: bool) -> None:

@@ -167,6 +167,7 @@ def living(group: int) -> list[str]:
     return found
 
 
+@pytest.mark.nightly("hangs")
 @pytest.mark.parametrize(("strategy", "rank"), [("ddp", 0), ("fsdp2", 1)])
 def test_a_rank_that_hangs_ends_the_job_with_an_error(tmp_path: Path, strategy: str, rank: int) -> None:
     """Under FSDP2 the others wait for it in a group of the device mesh, which has a timeout of its own."""

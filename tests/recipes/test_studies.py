@@ -283,6 +283,7 @@ def test_cifar_from_its_archive(cifar: Path) -> None:
         load_images("cifar100", cifar)
 
 
+@pytest.mark.nightly("tasks of images")
 @pytest.mark.slow
 @pytest.mark.parametrize("task", sorted((STUDIES / "vision").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_trial_of_each_task_of_images(task: Path, cifar: Path, tmp_path: Path) -> None:

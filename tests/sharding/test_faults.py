@@ -97,6 +97,7 @@ def answers(where: Path, world: int) -> list[dict | None]:
     return found
 
 
+@pytest.mark.nightly("killed ranks")
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "point"), [(2, "sums"), (4, "update")])
 def test_a_rank_that_is_killed_in_mid_step(pool: Callable[[int], Pool], tmp_path: Path, world: int, point: str) -> None:
