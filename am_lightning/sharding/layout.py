@@ -288,8 +288,17 @@ def summed(vector: Tensor, group: Any) -> Tensor:
     ``vector`` is the caller's to lose: where it is on that device already, it is overwritten.
     """
     there = vector.to(served_device(group, vector.device))
-    dist.all_reduce(there, group=group)
+    try:
+        dist.all_reduce(there, group=group)
+    except RuntimeError as error:  # gloo's timeout; NCCL's ends the process from a thread of its own
+        raise type(error)(f"{error}\n{_NOT_ALL_RANKS}") from error
     return there.to(vector.device)
+
+
+_NOT_ALL_RANKS = (
+    "This was the all-reduce of the optimizer's sums, which all ranks that share them must enter: did another rank "
+    "fail, or leave out this step()? A GradScaler that looks at one rank's gradients alone does: docs/troubleshooting.md"
+)
 
 
 def _counts_here(row: Row, ranks: frozenset[int], replica: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -192,3 +193,22 @@ def gradients_missing_on_one_rank(layout: str) -> dict[str, Any]:
         moved.append(not torch.equal(before, local(lost.detach())))
         counted.append(float(optimizer.state[lost]["step"]) - count)
     return {"bits": bits(seen), "moved": moved, "counted": counted}
+
+
+def step_left_out_by_one_rank() -> str:
+    """What rank 0 is told, whose sums rank 1 does not join: it skipped its step, as a local GradScaler may."""
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=1))
+    if dist.get_rank() > 1:
+        return ""
+    net = make_net(DTYPE)
+    optimizer = AMAdamW(net.named_parameters(), replica_group=group)
+    said = ""
+    for step in range(2):
+        for param in net.parameters():
+            param.grad = torch.ones_like(param)
+        if step == 0 or dist.get_rank() == 0:
+            try:
+                optimizer.step()
+            except RuntimeError as error:
+                said = str(error)
+    return said

@@ -81,6 +81,12 @@ def test_a_gradient_that_one_rank_lacks(pool: Callable[[int], Pool], layout: str
         assert rank["counted"] == [float(step != BAD + 1) for step in range(END)]
 
 
+def test_a_step_that_one_rank_leaves_out_is_said(pool: Callable[[int], Pool]) -> None:
+    said, *others = pool(4).run(f"{FAULTS}step_left_out_by_one_rank")
+    assert "Timed out" in said and "all ranks that share them must enter" in said and "GradScaler" in said
+    assert others == ["", "", ""]
+
+
 def launch(world: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     """torchrun of the drill, on a free port."""
     command = [PYTHON, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
