@@ -297,7 +297,7 @@ def summed(vector: Tensor, group: Any) -> Tensor:
 
 _NOT_ALL_RANKS = (
     "This was the all-reduce of the optimizer's sums, which all ranks that share them must enter: did another rank "
-    "fail, or leave out this step()? A GradScaler that looks at one rank's gradients alone does: docs/troubleshooting.md"
+    "fail, or leave out this step()? A GradScaler that looks at one rank's gradients only does: see Troubleshooting"
 )
 
 
