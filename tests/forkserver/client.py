@@ -72,9 +72,8 @@ def main() -> None:
     }
     content = json.dumps(job).encode()
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # a signal's number must not stand inside the job
-    for number in FORWARDED:
-        if number not in ignored:
-            signal.signal(number, lambda caught, frame: None)  # its number goes to the server all the same, see below
+    for number in FORWARDED:  # ignored ones, too: the program may set a handler of its own
+        signal.signal(number, lambda caught, frame: None)  # its number goes to the server all the same, see below
     socket.send_fds(server, [b"j"], [0, 1, 2])
     server.sendall(len(content).to_bytes(8, "big") + content)
     # A handler in Python would wait for recv() to return where the signal came just before it.

@@ -75,6 +75,20 @@ def test_signals_reach_the_program(python: str, number: signal.Signals) -> None:
 
 
 @BOTH
+@pytest.mark.parametrize("handled", [True, False])
+def test_a_signal_that_was_ignored_at_the_start(python: str, handled: bool) -> None:
+    """As in a shell's background: a handler of the program's own sees it, else it stays ignored."""
+    code = "import signal, sys, time\n"
+    code += "signal.signal(signal.SIGINT, lambda n, f: sys.exit(40))\n" if handled else ""
+    code += "print('ready', flush=True)\ntime.sleep(1)"
+    command = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", python, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == (40 if handled else 0)
+
+
+@BOTH
 def test_a_killed_group_takes_what_the_program_started(python: str, tmp_path: Path) -> None:
     fifo = tmp_path / "alive"
     os.mkfifo(fifo)
