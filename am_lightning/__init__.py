@@ -18,7 +18,9 @@ __all__ = ["AMSGD", "AMAdamW", "AdaptiveMemory", "am_adamw", "am_sgd", "clip_gra
 def __getattr__(name: str) -> Any:
     if name == "AdaptiveMemory":  # imports lightning: on first use only
         from am_lightning.lightning import AdaptiveMemory
+        from am_lightning.lightning_names import join
 
+        join()  # LightningCLI looks it up here when its own name is loaded, and asks whether it is a Callback
         return AdaptiveMemory
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

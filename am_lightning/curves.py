@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.loggers.logger import Logger
-from lightning.fabric.loggers.tensorboard import TensorBoardLogger
-
+from am_lightning.lightning_names import TensorBoardLogger
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.readings import Readings
+
+if TYPE_CHECKING:
+    from am_lightning.lightning_names import Logger
 
 
 class Curves(Readings):

@@ -9,16 +9,8 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import nn
 
-try:
-    from lightning.fabric import Fabric
-    from lightning.fabric.strategies.ddp import DDPStrategy
-    from lightning.fabric.strategies.deepspeed import DeepSpeedStrategy
-except ImportError as error:
-    raise ImportError(
-        "am_lightning.fabric needs lightning: pip install 'am-lightning[lightning]', or '.[lightning]' in a checkout"
-    ) from error
-
 from am_lightning.curves import Curves
+from am_lightning.lightning_names import Fabric, FabricDDPStrategy, FabricDeepSpeedStrategy
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.validation import check_count
 from am_lightning.optim.wrapped import adaptive
@@ -51,7 +43,7 @@ def attach(fabric: Fabric, model: nn.Module, optimizer: Any, *, log_every_n_step
         RuntimeError: DDP before ``fabric.launch()``.
     """
     if not isinstance(fabric, Fabric):
-        raise TypeError(f"Invalid fabric: {type(fabric).__name__} (must be a lightning.fabric.Fabric)")
+        raise TypeError(f"Invalid fabric: {type(fabric).__name__} (must be a Fabric of lightning or lightning_fabric)")
     if not isinstance(model, nn.Module):
         raise TypeError(f"Invalid model: {type(model).__name__} (must be the module that fabric.setup returned)")
     ours = adaptive(
@@ -62,7 +54,7 @@ def attach(fabric: Fabric, model: nn.Module, optimizer: Any, *, log_every_n_step
     if log_every_n_steps is not None:
         check_count("log_every_n_steps", log_every_n_steps)
     engine = None
-    if isinstance(fabric.strategy, DeepSpeedStrategy):
+    if isinstance(fabric.strategy, FabricDeepSpeedStrategy):
         from am_lightning.deepspeed import attach as attach_engine
 
         engine = getattr(model, "_forward_module", model)  # what Fabric's wrapper holds
@@ -95,7 +87,11 @@ def _check_model(model: nn.Module, optimizer: AdaptiveMemoryOptimizer) -> None:
 
 
 def _set_replicas(fabric: Fabric, optimizer: AdaptiveMemoryOptimizer) -> None:
-    if not isinstance(fabric.strategy, DDPStrategy) or fabric.world_size == 1 or optimizer.replica_group is not None:
+    if (
+        not isinstance(fabric.strategy, FabricDDPStrategy)
+        or fabric.world_size == 1
+        or optimizer.replica_group is not None
+    ):
         return
     if not torch.distributed.is_initialized():
         raise RuntimeError(

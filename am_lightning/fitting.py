@@ -7,14 +7,21 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.plugins.precision import FSDPPrecision, Precision
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.optim.optimizer import Optimizer
 
+import am_lightning.lightning_names as pl
+from am_lightning.lightning_names import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPPrecision,
+    FSDPStrategy,
+    MisconfigurationException,
+    ModelParallelStrategy,
+    Precision,
+    loaded,
+)
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.clip import clip_grad_norm_
 from am_lightning.optim.state import SCALARS
@@ -41,7 +48,7 @@ def replaced_in(trainer: pl.Trainer) -> list[Replaced]:
     """Make the trainer clip by our norm and load AdamW's distributed checkpoints, until each is undone."""
     plugin, strategy = trainer.precision_plugin, trainer.strategy
     replaced = []
-    lightnings_own = (Precision.clip_grad_by_norm, FSDPPrecision.clip_grad_by_norm)
+    lightnings_own = [kind.clip_grad_by_norm for kind in (*loaded(Precision), *loaded(FSDPPrecision))]
     if type(plugin).clip_grad_by_norm in lightnings_own and "clip_grad_by_norm" not in plugin.__dict__:
         replaced.append(Replaced(plugin, "clip_grad_by_norm", _ClipByNorm(plugin)))
     if isinstance(strategy, ModelParallelStrategy):
@@ -56,7 +63,7 @@ class _ClipByNorm:
     ``self.clip_gradients`` in manual optimization. Not a closure, so that the plugin can be pickled.
     """
 
-    def __init__(self, plugin: Precision) -> None:
+    def __init__(self, plugin: Any) -> None:
         self.plugin = plugin
 
     def __call__(self, optimizer: Optimizer, clip_val: float) -> None:

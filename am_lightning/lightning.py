@@ -9,23 +9,14 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer
 
-from am_lightning.optim.base import AdaptiveMemoryOptimizer
-from am_lightning.optim.convert import convert_adamw, is_adam, what_to_return
-from am_lightning.optim.validation import SCOPES, check_choice, check_count, check_flag, check_number
-
-try:
-    import lightning.pytorch as pl
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch.strategies import DeepSpeedStrategy
-    from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-except ImportError as error:
-    raise ImportError(
-        "am_lightning.lightning needs lightning: pip install 'am-lightning[lightning]', or '.[lightning]' in a checkout"
-    ) from error
-
+import am_lightning.lightning_names as pl
 from am_lightning.curves import Curves
 from am_lightning.fabric import attach
 from am_lightning.fitting import Replaced, allow_in_deepspeed, optimizers_in, ours, place, replaced_in
+from am_lightning.lightning_names import DeepSpeedStrategy, MisconfigurationException, rank_zero_info, rank_zero_warn
+from am_lightning.optim.base import AdaptiveMemoryOptimizer
+from am_lightning.optim.convert import convert_adamw, is_adam, what_to_return
+from am_lightning.optim.validation import SCOPES, check_choice, check_count, check_flag, check_number
 
 __all__ = ["AdaptiveMemory", "attach"]
 
@@ -220,7 +211,7 @@ class AdaptiveMemory(pl.Callback, metaclass=_CallbackType):
         self._look_at_skips(trainer, logs)
 
     def _every(self, trainer: pl.Trainer) -> int:
-        return int(self.log_every_n_steps or trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        return int(self.log_every_n_steps or trainer.log_every_n_steps)  # type: ignore[union-attr]
 
     def _log_is_due(self, trainer: pl.Trainer, batches: int) -> bool:
         """A log interval is over; it may have ended in a batch that made no step."""

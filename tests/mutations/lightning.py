@@ -8,6 +8,7 @@ _CALLBACK = "am_lightning/lightning.py"
 _FITTING = "am_lightning/fitting.py"
 _FABRIC = "am_lightning/fabric.py"
 _CURVES = "am_lightning/curves.py"
+_NAMES = "am_lightning/lightning_names.py"
 _READINGS = "am_lightning/readings.py"
 _STEP_LOG = "am_lightning/step_log.py"
 
@@ -16,6 +17,7 @@ _LIFECYCLE = "tests/lightning/test_lifecycle.py"
 _CONVERSION = "tests/lightning/test_conversion.py"
 _CLIPPING = "tests/lightning/test_clipping.py"
 _FABRIC_RUNS = "tests/lightning/test_fabric.py"
+_OLDER = "tests/lightning/test_older_name.py"
 
 MUTATIONS = [
     Mutation(
@@ -136,6 +138,41 @@ MUTATIONS = [
         "optimizer.replica_group = torch.distributed.group.WORLD",
         "optimizer.replica_group = None",
         ("tests/lightning/test_strategies.py::test_every_strategy_is_one_process[ddp-2-tensor]",),
+    ),
+    Mutation(
+        "classes of the older name are not known while the newer is loaded",
+        _NAMES,
+        "for module in self._modules)",
+        "for module in self._modules[:1])",
+        (f"{_OLDER}::test_a_trainer_of_the_older_name[beside the newer]",),
+    ),
+    Mutation(
+        "a name that the program does not use is imported",
+        _NAMES,
+        "if any(home in sys.modules for homes in _HOMES for home in homes):",
+        "if all(home in sys.modules for homes in _HOMES for home in homes):",
+        (f"{_OLDER}::test_a_name_is_imported_only_where_it_is_used[the older alone]",),
+    ),
+    Mutation(
+        "the callback is none of a name that was loaded after it",
+        _NAMES,
+        "if kinds and Callback.__bases__ != kinds:",
+        "if kinds and Callback.__bases__ == (_Base,):",
+        (f"{_OLDER}::test_a_name_is_imported_only_where_it_is_used[ours, then the older]",),
+    ),
+    Mutation(
+        "LightningCLI of the older name refuses the callback's class path",
+        "am_lightning/__init__.py",
+        "        join()  # LightningCLI",
+        "        # LightningCLI",
+        (f"{_OLDER}::test_a_name_is_imported_only_where_it_is_used",),
+    ),
+    Mutation(
+        "an error is that of one name, whichever the program has",
+        _NAMES,
+        "kinds[0] if len(kinds) == 1 else",
+        "kinds[0] if kinds else",
+        (f"{_OLDER}::test_a_name_is_imported_only_where_it_is_used[both, and an error]",),
     ),
     Mutation(
         "Fabric: a resumed run's curves begin at step 0",

@@ -1,7 +1,7 @@
 """The private names of torch, Lightning, Accelerate and DeepSpeed that this project reads, and why.
 
 Each may move or go in any release. ``test_private_names.py`` looks whether it is there, and that none is missing here.
-Transformers has none; ``pytorch_lightning`` is not imported.
+Transformers has none; ``pytorch_lightning`` has the code of ``lightning.pytorch``, so its names are not listed again.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ FLOORS = {
     "am_lightning.fitting": 4,
     "am_lightning.fabric": 4,
     "am_lightning.lightning": 4,
+    "am_lightning.lightning_names": 4,
     "am_lightning.huggingface": 4,
     "am_lightning.step_log": 4,
     "am_lightning.hf_trainer": 4,
@@ -35,10 +36,7 @@ FLOORS = {
 }
 CORE = 3  # this floor and those below import torch and the standard library only
 ADAPTERS = {
-    "am_lightning.curves": {"lightning", "tensorboard"},
-    "am_lightning.fitting": {"lightning"},
-    "am_lightning.fabric": {"lightning"},
-    "am_lightning.lightning": {"lightning"},
+    "am_lightning.lightning_names": {"lightning_utilities"},  # and whichever of the names is there
     "am_lightning.huggingface": {"accelerate"},
     "am_lightning.hf_trainer": {"accelerate", "transformers"},
     "am_lightning.deepspeed": {"deepspeed"},

@@ -25,9 +25,10 @@ NEEDS = {
     "am_lightning.huggingface:AMAdamWFactory": ("transformers", "transformers"),
 }
 IMPORTABLE = {module_name(path) for path in sources(PACKAGE)} - {"am_lightning.__main__"}
+OLDER = {"pytorch_lightning", "lightning_fabric"}  # what may stand in for lightning
 HEAVY = {
     "lightning",
-    "pytorch_lightning",
+    *OLDER,
     "torchmetrics",
     "tensorboard",
     "transformers",
@@ -91,7 +92,7 @@ def test_every_module_imports_first() -> None:
 def test_missing_extra_is_named(target: str) -> None:
     package, extra = NEEDS[target]
     module, name = target.split(":")
-    code = BLOCK.format(blocked={package, "pytorch_lightning"}) + f"from {module} import {name}"
+    code = BLOCK.format(blocked={package, *OLDER}) + f"from {module} import {name}"
     done = _python(code)
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
@@ -102,7 +103,7 @@ def test_missing_extra_is_named(target: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("package", ["lightning", "matplotlib", "transformers"])
 def test_the_recipes_name_what_they_lack_in_one_line(package: str) -> None:
-    code = BLOCK.format(blocked={package, "pytorch_lightning"} if package == "lightning" else {package})
+    code = BLOCK.format(blocked={package, *OLDER} if package == "lightning" else {package})
     done = _python(code + "import runpy; runpy.run_module('am_lightning.recipes', run_name='__main__')")
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()

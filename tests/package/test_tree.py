@@ -48,7 +48,7 @@ def test_scripts_run_as_they_are(script: str) -> None:
 def test_named_extras_exist() -> None:
     """Every `am-lightning[...]` in code and documents is an extra that pyproject.toml defines."""
     known = extras()
-    frameworks = {"lightning", "accelerate", "transformers", "deepspeed", "triton"}
+    frameworks = {"lightning", "pytorch-lightning", "accelerate", "transformers", "deepspeed", "triton"}
     assert known == {*frameworks, "recipes", "data", "studies", "docs", "dev"}
     for path, text in texts().items():
         for names in re.findall(r"am[-_]lightning\[([a-z,-]+)\]", text):
