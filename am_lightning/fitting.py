@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,72 +27,51 @@ from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.clip import clip_grad_norm_
 from am_lightning.optim.state import SCALARS
 from am_lightning.optim.wrapped import innermost
+from am_lightning.replaced import Replacements
 
 
-class Replaced:
-    """A method of one object, replaced on the instance until ``undo``."""
-
-    def __init__(self, owner: Any, name: str, replacement: Any) -> None:
-        self.owner, self.name, self.replacement = owner, name, replacement
-        self.own = owner.__dict__.get(name)  # what the instance itself had
-        setattr(owner, name, replacement)
-
-    def undo(self) -> None:
-        """Give the object its own method back, unless somebody else has replaced it since."""
-        if self.owner.__dict__.get(self.name) is self.replacement:
-            del self.owner.__dict__[self.name]
-            if self.own is not None:
-                setattr(self.owner, self.name, self.own)
-
-
-def replaced_in(trainer: pl.Trainer) -> list[Replaced]:
-    """Make the trainer clip by our norm and load AdamW's distributed checkpoints, until each is undone."""
+def replace_in(trainer: pl.Trainer, replacements: Replacements) -> None:
+    """Make the trainer clip by our norm and load AdamW's distributed checkpoints, until the replacements are undone."""
     plugin, strategy = trainer.precision_plugin, trainer.strategy
-    replaced = []
     lightnings_own = [kind.clip_grad_by_norm for kind in (*loaded(Precision), *loaded(FSDPPrecision))]
     if type(plugin).clip_grad_by_norm in lightnings_own and "clip_grad_by_norm" not in plugin.__dict__:
-        replaced.append(Replaced(plugin, "clip_grad_by_norm", _ClipByNorm(plugin)))
+        replacements.add(plugin, "clip_grad_by_norm", _clip_by_norm)
     if isinstance(strategy, ModelParallelStrategy):
-        replaced.append(Replaced(strategy, "load_checkpoint", _LoadCheckpoint(strategy)))
-    return replaced
+        replacements.add(strategy, "load_checkpoint", partial(_load_checkpoint, strategy))
 
 
-class _ClipByNorm:
+def _clip_by_norm(original: Callable[..., None], optimizer: Optimizer, clip_val: float) -> None:
     """``clip_grad_by_norm`` of a precision plugin: Lightning's raises for FSDP1, torch's for FSDP2 with TP.
 
     All of Lightning's ways to clip end there: gradient_clip_val, a module's own configure_gradient_clipping, and
-    ``self.clip_gradients`` in manual optimization. Not a closure, so that the plugin can be pickled.
+    ``self.clip_gradients`` in manual optimization.
     """
-
-    def __init__(self, plugin: Any) -> None:
-        self.plugin = plugin
-
-    def __call__(self, optimizer: Optimizer, clip_val: float) -> None:
-        inner = innermost(optimizer)
-        if isinstance(inner, AdaptiveMemoryOptimizer):
-            clip_grad_norm_(inner, clip_val)
-        else:
-            type(self.plugin).clip_grad_by_norm(self.plugin, optimizer, clip_val)
+    inner = innermost(optimizer)
+    if isinstance(inner, AdaptiveMemoryOptimizer):
+        clip_grad_norm_(inner, clip_val)
+    else:
+        original(optimizer, clip_val)
 
 
-class _LoadCheckpoint:
+def _load_checkpoint(
+    strategy: ModelParallelStrategy,
+    original: Callable[..., dict[str, Any]],
+    checkpoint_path: Any,
+    *args: Any,
+    **kw: Any,
+) -> dict[str, Any]:
     """``load_checkpoint`` of ModelParallelStrategy that also takes a distributed checkpoint of AdamW.
 
     torch.distributed.checkpoint loads what ``state_dict()`` shows, and refuses where the checkpoint lacks some of it.
     """
-
-    def __init__(self, strategy: ModelParallelStrategy) -> None:
-        self.strategy = strategy
-
-    def __call__(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        path = Path(self.strategy.broadcast(checkpoint_path))
-        with ExitStack() as stack:
-            if (path / ".metadata").is_file():
-                saved = set(FileSystemReader(path).read_metadata().state_dict_metadata)
-                for index, optimizer in enumerate(self.strategy.optimizers):
-                    if isinstance(optimizer, AdaptiveMemoryOptimizer):
-                        stack.enter_context(_showing_only(optimizer, saved, f"optimizer_{index}."))
-            return type(self.strategy).load_checkpoint(self.strategy, path, *args, **kwargs)
+    path = Path(strategy.broadcast(checkpoint_path))
+    with ExitStack() as stack:
+        if (path / ".metadata").is_file():
+            saved = set(FileSystemReader(path).read_metadata().state_dict_metadata)
+            for index, optimizer in enumerate(strategy.optimizers):
+                if isinstance(optimizer, AdaptiveMemoryOptimizer):
+                    stack.enter_context(_showing_only(optimizer, saved, f"optimizer_{index}."))
+        return original(path, *args, **kw)
 
 
 @contextmanager
@@ -150,15 +130,15 @@ def allow_in_deepspeed(strategy: DeepSpeedStrategy) -> None:
     config.setdefault("zero_force_ds_cpu_optimizer", False)
 
 
-def optimizers_in(result: Any) -> Iterator[Optimizer]:
-    """Every optimizer that ``configure_optimizers`` may return: one, a dict, a list or tuple of these, two lists."""
-    if isinstance(result, Optimizer):
-        yield result
-    elif isinstance(result, dict):
-        yield from optimizers_in(result.get("optimizer"))
-    elif isinstance(result, list | tuple):
-        for item in result:
-            yield from optimizers_in(item)
+def unwrapped(optimizers: list[Any]) -> list[Any]:
+    """Without LightningOptimizer, which ``module.optimizers()`` gives: one that was made before imitates AdamW."""
+    if not any(map(_is_lightnings, optimizers)):
+        return optimizers
+    return [o.optimizer if _is_lightnings(o) else o for o in optimizers]
+
+
+def _is_lightnings(optimizer: Any) -> bool:
+    return any(cls.__name__ == "LightningOptimizer" for cls in type(optimizer).__mro__)
 
 
 def ours(optimizers: list[Optimizer]) -> list[AdaptiveMemoryOptimizer]:

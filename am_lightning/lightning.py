@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch.optim.optimizer import Optimizer
 
 import am_lightning.lightning_names as pl
 from am_lightning.curves import Curves
 from am_lightning.fabric import attach
-from am_lightning.fitting import Replaced, allow_in_deepspeed, optimizers_in, ours, place, replaced_in
+from am_lightning.fitting import allow_in_deepspeed, ours, place, replace_in, unwrapped
 from am_lightning.lightning_names import DeepSpeedStrategy, MisconfigurationException, rank_zero_info, rank_zero_warn
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.convert import convert_adamw, is_adam, what_to_return
 from am_lightning.optim.validation import SCOPES, check_choice, check_count, check_flag, check_number
+from am_lightning.replaced import Replacements
 
 __all__ = ["AdaptiveMemory", "attach"]
 
@@ -83,8 +84,10 @@ class AdaptiveMemory(pl.Callback, metaclass=_CallbackType):
         self.per_layer, self.histogram = per_layer, histogram
         self.log_every_n_steps = log_every_n_steps
         self.max_consecutive_skips = max_consecutive_skips
-        self._replaced: list[Replaced] = []  # for the time of a fit
-        self._converted: list[tuple[AdaptiveMemoryOptimizer, str]] = []  # and what it was
+        self._replacements = Replacements()  # for the time of a fit
+        self._live: list[Any] = []  # the Trainer's optimizers, as the strategy was last given them
+        self._untold: list[tuple[AdaptiveMemoryOptimizer, str]] = []  # converted, and what it was
+        self._fitting = False
         self._curves: list[Curves] = []
         self._skipped_before: list[int] = []  # of each optimizer, from a checkpoint that this fit resumes
         self._skipped_at_end: list[int] = []  # of each optimizer, when the last fit ended
@@ -95,93 +98,133 @@ class AdaptiveMemory(pl.Callback, metaclass=_CallbackType):
 
     # ------------------------------------------------------------------ conversion
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Wrap ``configure_optimizers`` on the instance: it runs later, inside strategy.setup."""
-        self._undo()
+        """From now on optimizers are converted where the strategy gets them: when fit starts, and again in mid-run."""
+        self._leave()
         if stage != "fit":
             return
-        if isinstance(trainer.strategy, DeepSpeedStrategy):
-            allow_in_deepspeed(trainer.strategy)
+        strategy = trainer.strategy
+        self._replacements.add(strategy, "optimizers", partial(self._take, trainer))
+        if isinstance(strategy, DeepSpeedStrategy):
+            allow_in_deepspeed(strategy)
+            self._replacements.add(strategy, "_init_optimizers", partial(self._take_for_engine, trainer))
+        replace_in(trainer, self._replacements)
         self._curves, self._skipped_before = [], []
-        original = pl_module.configure_optimizers
 
-        @functools.wraps(original)
-        def configure_optimizers(*args: Any, **kwargs: Any) -> Any:
-            wrapped.undo()  # at once: the module can be pickled, and nothing is left where a fit fails
-            result = original(*args, **kwargs)
-            optimizers = list(optimizers_in(result))
-            self._convert(optimizers)
-            for optimizer in ours(optimizers):  # now: a LearningRateFinder makes steps before on_fit_start
-                place(optimizer, trainer, pl_module)
-            return result
-
-        wrapped = Replaced(pl_module, "configure_optimizers", configure_optimizers)
-        self._replaced = [wrapped, *replaced_in(trainer)]
-
-    def _undo(self) -> None:
-        """Give the module, the strategy and its precision plugin their own methods back."""
-        while self._replaced:
-            self._replaced.pop().undo()
+    def _leave(self) -> None:
+        """Give the strategy and its precision plugin their own methods back, and forget the optimizers."""
+        self._replacements.undo()
+        self._live, self._untold, self._fitting = [], [], False
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Lightning makes no teardown after an exception."""
-        self._undo()
+        self._leave()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave all as it was; keep the counts for a checkpoint that is saved after fit."""
-        self._undo()
+        self._leave()
         if stage == "fit":
             self._skipped_at_end = [curves.skipped_in_all() for curves in self._curves]
             self._curves = []
 
-    def _convert(self, optimizers: list[Optimizer]) -> None:
+    def _take(self, trainer: pl.Trainer, original: Callable[[list[Any]], None], optimizers: list[Any]) -> None:
+        """What assigning to ``strategy.optimizers`` does: before Lightning's wrappers imitate a class that changes."""
+        optimizers = unwrapped(optimizers)
+        if not isinstance(trainer.strategy, DeepSpeedStrategy) and optimizers:  # an engine has wrapped them by now
+            self._convert(trainer, optimizers)
+        original(optimizers)
+        self._live = list(optimizers)
+        if self._fitting:
+            self._follow(trainer)
+
+    def _take_for_engine(self, trainer: pl.Trainer, original: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+        """What DeepSpeed's engine is built around."""
+        optimizer, schedule = original()
+        self._convert(trainer, [optimizer])
+        return optimizer, schedule
+
+    def _convert(self, trainer: pl.Trainer, optimizers: list[Any]) -> None:
         ready = [o for o in optimizers if isinstance(o, AdaptiveMemoryOptimizer)]
         plain = [o for o in optimizers if is_adam(o)]
         if not ready and not plain:
+            optimizers = [o for o in optimizers if o.param_groups]  # Lightning's stand-in for None has no groups
             found = ", ".join(type(o).__name__ for o in optimizers) or "no optimizer"
             if optimizers:
                 found += f" ({'; '.join(dict.fromkeys(map(what_to_return, optimizers)))})"
             raise MisconfigurationException(
-                f"AdaptiveMemory found nothing to convert: configure_optimizers returned {found}. "
-                "Return torch.optim.AdamW, Adam without weight decay, AMAdamW or AMSGD, or remove the callback."
+                f"AdaptiveMemory found nothing to convert: the Trainer was given {found}. Return torch.optim.AdamW, "
+                "Adam without weight decay, AMAdamW or AMSGD from configure_optimizers, or remove the callback."
             )
-        for other in optimizers:
+        new = [o for o in optimizers if o not in self._live]
+        for other in new:
             if other not in plain and other not in ready:
                 rank_zero_info(f"AdaptiveMemory leaves {type(other).__name__} as it is: {what_to_return(other)}")
-        self._converted = []
-        for optimizer in plain:
-            name = type(optimizer).__name__
-            try:
-                made = convert_adamw(optimizer, lambd=self.lambd, beta1_max=self.beta1_max, scope=self.scope)
-                self._converted.append((made, name))
-            except ValueError as error:
-                others = ready or self._converted or optimizer is not plain[-1]
-                if isinstance(optimizer, torch.optim.AdamW) or not others:
-                    raise MisconfigurationException(f"AdaptiveMemory cannot convert this optimizer: {error}") from error
-                rank_zero_warn(f"AdaptiveMemory leaves {name} as it is beside the other optimizers: {error}")
-        if ready and not plain and (self.lambd, self.beta1_max, self.scope) != (0.1, None, "tensor"):
+        converted = self._convert_each([o for o in new if o in plain], ready)
+        own = [o for o in new if o in ready]
+        if own and not converted and (self.lambd, self.beta1_max, self.scope) != (0.1, None, "tensor"):
             rank_zero_warn(
                 "AdaptiveMemory only logs here, for the module returns an adaptive memory optimizer itself: "
                 "the callback's lambd, beta1_max and scope are not used."
             )
+        for optimizer in (*converted, *own):  # now: a LearningRateFinder makes steps before on_fit_start
+            place(optimizer, trainer, trainer.lightning_module)
+
+    def _convert_each(
+        self, plain: list[torch.optim.AdamW | torch.optim.Adam], ready: list[AdaptiveMemoryOptimizer]
+    ) -> list[AdaptiveMemoryOptimizer]:
+        converted: list[AdaptiveMemoryOptimizer] = []
+        for optimizer in plain:
+            name = type(optimizer).__name__
+            try:
+                made = convert_adamw(optimizer, lambd=self.lambd, beta1_max=self.beta1_max, scope=self.scope)
+            except ValueError as error:
+                others = ready or converted or optimizer is not plain[-1]
+                if isinstance(optimizer, torch.optim.AdamW) or not others:
+                    raise MisconfigurationException(f"AdaptiveMemory cannot convert this optimizer: {error}") from error
+                rank_zero_warn(f"AdaptiveMemory leaves {name} as it is beside the other optimizers: {error}")
+            else:
+                converted.append(made)
+                self._untold.append((made, name))
+        return converted
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The optimizers exist and are final: prepare the curves, and tell DeepSpeed's engine."""
+        """The optimizers exist: prepare the curves, and tell DeepSpeed's engine."""
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             from am_lightning.deepspeed import attach as attach_engine
 
             attach_engine(trainer.strategy.model)
-        self._curves = []
-        for optimizer in ours(trainer.optimizers):
-            prefix = f"am-{len(self._curves)}" if self._curves else "am"
-            self._curves.append(Curves(optimizer, prefix, per_layer=self.per_layer, histogram=self.histogram))
+        elif not trainer.optimizers:
+            self._convert(trainer, [])
+        self._curves, self._fitting = [], True
+        self._follow(trainer)
         self._count_from_checkpoint()
-        for optimizer, name in self._converted:
+
+    def _follow(self, trainer: pl.Trainer) -> None:
+        """Curves of the optimizers that are there now; a successor counts dropped steps on from its predecessor."""
+        before, self._curves = self._curves, []
+        for index, optimizer in enumerate(ours(trainer.optimizers)):
+            prefix = f"am-{index}" if index else "am"
+            curves = Curves(optimizer, prefix, per_layer=self.per_layer, histogram=self.histogram)
+            same = next((old for old in before if old.optimizer is optimizer), None)
+            if same is not None:
+                curves = same if same.prefix == prefix else curves
+                curves.skipped_before = same.skipped_before
+            elif index < len(before):
+                curves.skipped_before = before[index].skipped_in_all()
+            self._curves.append(curves)
+        self._next_look = self._steps + self.max_consecutive_skips
+        while self._untold:
+            optimizer, name = self._untold.pop(0)
             caps = sorted({group["beta1_max"] for group in optimizer.param_groups})
             rank_zero_info(
                 f"AdaptiveMemory: {name} is now AMAdamW (scope {self.scope}, lambda {self.lambd:g}, "
                 f"cap of beta_t {', '.join(f'{cap:g}' for cap in caps)})"
             )
-        self._converted = []
+
+    def _look_again(self, trainer: pl.Trainer) -> None:
+        """The list itself may have been changed, ``trainer.optimizers[0] = ...``, which the strategy is not told."""
+        now = trainer.optimizers
+        if len(now) != len(self._live) or any(a is not b for a, b in zip(now, self._live, strict=True)):
+            trainer.strategy.optimizers = now
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A resumed run is where its checkpoint was: count from there."""
@@ -190,10 +233,17 @@ class AdaptiveMemory(pl.Callback, metaclass=_CallbackType):
         self._intervals = trainer.fit_loop.epoch_loop._batches_that_stepped // (self._every(trainer) or 1)
 
     # ------------------------------------------------------------------ curves and skipped steps
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Before the step of an optimizer that took another's place."""
+        self._look_again(trainer)
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """At the log interval: one copy from the device, then scalars to every logger."""
+        self._look_again(trainer)
         if trainer.global_step == self._last_step:  # gradient accumulation: no step yet
             return
         self._last_step = trainer.global_step

@@ -155,6 +155,8 @@ class PersistentOptimizer(PlacedOptimizer):
         super().add_param_group(param_group)
         self.param_groups[-1].update(checked)
         self._remember_given()
+        if self._model is not None:  # a layer that was added to it in mid-run has a name
+            self.name_parameters(self._model.named_parameters())
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__() | {name: getattr(self, name) for name in self.plain_attributes}

@@ -22,11 +22,11 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from am_lightning.fitting import Replaced
 from am_lightning.recipes.checkpoints import LAST, RunCheckpoint
 from am_lightning.recipes.early_signals import SAME_INTERRUPT_S, kept_signals
 from am_lightning.recipes.errors import require
 from am_lightning.recipes.together import Agreement
+from am_lightning.replaced import Replacements
 
 # Where ranks received different ones the later in this list wins: a requeue is not undone by the SIGTERM that the
 # scheduler sends next.
@@ -92,7 +92,7 @@ class FaultTolerance(L.Callback):
         self._trainer: L.Trainer | None = None
         self._process = 0  # whose signals these are
         self._handlers: dict[int, Any] = {}  # what was there before ours
-        self._replaced: list[Replaced] = []
+        self._replacements = Replacements()
 
     @staticmethod
     def prepare(trainer: L.Trainer) -> None:
@@ -115,10 +115,9 @@ class FaultTolerance(L.Callback):
     # ------------------------------------------------------------------ handlers
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Take the signals; Lightning would take them later, just before it trains or validates."""
-        self._replaced = [
-            Replaced(trainer._signal_connector, "register_signal_handlers", _nothing),
-            Replaced(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", _nothing),
-        ]
+        self._replacements.undo()
+        self._replacements.add(trainer._signal_connector, "register_signal_handlers", _nothing)
+        self._replacements.add(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", _nothing)
         self._take_signals(trainer)
 
     def _take_signals(self, trainer: L.Trainer) -> None:
@@ -280,8 +279,7 @@ class FaultTolerance(L.Callback):
 
     def _restore(self) -> None:
         self._training = False
-        while self._replaced:
-            self._replaced.pop().undo()
+        self._replacements.undo()
         if self._agreed is None:  # a process that is leaving takes no second signal for a fresh one
             for number, handler in self._handlers.items():
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
@@ -307,7 +305,7 @@ def _die(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-def _nothing() -> None:
+def _nothing(original: Any) -> None:
     pass
 
 

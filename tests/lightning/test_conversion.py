@@ -9,7 +9,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.optim import lr_scheduler as schedulers
 
 from am_lightning import AdaptiveMemory, AMAdamW, am_adamw
-from am_lightning.fitting import optimizers_in
 from am_lightning.optim.convert import convert_adamw, default_cap
 from tests.lightning.model import Regression, batch_of, make_net, quiet
 
@@ -219,18 +218,46 @@ def test_a_checkpoint_of_adam_is_that_of_the_adamw_that_it_is() -> None:
             AMAdamW(make_net().parameters()).load_state_dict(saved["Adam", 0.1])
 
 
-def test_every_form_of_configure_optimizers_is_read() -> None:
-    a, b = (torch.optim.AdamW(make_net().parameters()) for _ in range(2))
-    scheduler = schedulers.ConstantLR(a)
-    forms = [
-        a,
-        {"optimizer": a, "lr_scheduler": scheduler},
-        [a, b],
-        ([a], [scheduler]),
-        [{"optimizer": a}, {"optimizer": b}],
-    ]
-    assert [list(optimizers_in(form)) for form in forms] == [[a], [a], [a, b], [a], [a, b]]
-    assert list(optimizers_in(None)) == []
+FORMS = {
+    "one": lambda a, b, schedule: a,
+    "dict": lambda a, b, schedule: {"optimizer": a, "lr_scheduler": schedule},
+    "list": lambda a, b, schedule: [a, b],
+    "tuple": lambda a, b, schedule: (a, b),
+    "two lists": lambda a, b, schedule: ([a, b], [schedule]),
+    "dicts": lambda a, b, schedule: [{"optimizer": a}, {"optimizer": b}],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_configure_optimizers_is_converted(form: str) -> None:
+    class Module(Regression):
+        automatic_optimization = False
+
+        def configure_optimizers(self):
+            self.made = [torch.optim.AdamW(part.parameters()) for part in (self.net[:3], self.net[3:])]
+            return FORMS[form](*self.made, schedulers.ConstantLR(self.made[0]))
+
+        def training_step(self, batch, batch_idx) -> None:
+            pass
+
+    module = Module(batches=1)
+    trainer = pl.Trainer(**quiet(max_epochs=1, callbacks=[AdaptiveMemory()]))
+    trainer.fit(module)
+    count = 1 if form in ("one", "dict") else 2
+    assert [type(optimizer) for optimizer in module.made] == [AMAdamW] * count + [torch.optim.AdamW] * (2 - count)
+    assert all(a is b for a, b in zip(trainer.optimizers, module.made, strict=False))
+
+
+def test_a_module_without_an_optimizer_is_refused() -> None:
+    class Module(Regression):
+        def configure_optimizers(self):
+            return None
+
+    with (
+        pytest.warns(UserWarning, match="will run with no optimizer"),
+        pytest.raises(MisconfigurationException, match="nothing to convert: the Trainer was given no optimizer"),
+    ):
+        pl.Trainer(**quiet(max_steps=1, callbacks=[AdaptiveMemory()])).fit(Module())
 
 
 def test_the_class_without_brackets_is_named() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -12,7 +11,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger
 
 from am_lightning import AdaptiveMemory, AMAdamW
-from am_lightning.fitting import Replaced
 from am_lightning.optim.convert import convert_adamw
 from tests.lightning.model import Regression, batch_of, make_net, quiet
 
@@ -47,33 +45,6 @@ def test_a_module_is_fitted_again_with_another_callback() -> None:
         trainer.fit(module)
         assert trainer.optimizers[0].param_groups[0]["beta1_max"] == pytest.approx(cap)
     assert trainer.optimizers[0].scope == "global"
-
-
-def test_the_module_can_be_pickled_inside_fit() -> None:
-    class Pickle(pl.Callback):
-        def on_train_start(self, trainer, pl_module) -> None:
-            pickle.dumps(pl_module.net)
-            assert "configure_optimizers" not in pl_module.__dict__
-
-    pl.Trainer(**quiet(max_steps=1, callbacks=[AdaptiveMemory(), Pickle()])).fit(Regression())
-
-
-def test_what_somebody_else_has_put_in_place_since_stays() -> None:
-    """A second callback may wrap what the first has replaced: the first one's undo leaves that alone."""
-
-    class Owner:
-        def method(self) -> str:
-            return "own"
-
-    owner = Owner()
-    first = Replaced(owner, "method", lambda: "first")
-    owner.method = lambda: "theirs"
-    first.undo()
-    assert owner.method() == "theirs"
-    second = Replaced(owner, "method", lambda: "second")
-    assert owner.method() == "second"
-    second.undo()
-    assert owner.method() == "theirs"
 
 
 class Sometimes(Regression):

@@ -6,6 +6,7 @@ from tests.mutations.mutation import Mutation
 
 _CALLBACK = "am_lightning/lightning.py"
 _FITTING = "am_lightning/fitting.py"
+_REPLACED = "am_lightning/replaced.py"
 _FABRIC = "am_lightning/fabric.py"
 _CURVES = "am_lightning/curves.py"
 _NAMES = "am_lightning/lightning_names.py"
@@ -15,6 +16,8 @@ _STEP_LOG = "am_lightning/step_log.py"
 _RUNS = "tests/lightning/test_callback.py"
 _LIFECYCLE = "tests/lightning/test_lifecycle.py"
 _CONVERSION = "tests/lightning/test_conversion.py"
+_LIVE = "tests/lightning/test_live_optimizers.py"
+_COPIES = "tests/lightning/test_copies.py"
 _CLIPPING = "tests/lightning/test_clipping.py"
 _FABRIC_RUNS = "tests/lightning/test_fabric.py"
 _OLDER = "tests/lightning/test_older_name.py"
@@ -91,16 +94,51 @@ MUTATIONS = [
         (f"{_LIFECYCLE}::test_skips_are_in_a_checkpoint_saved_after_fit_and_not_in_the_next_fit",),
     ),
     Mutation(
-        "the module keeps the wrapped configure_optimizers during fit",
+        "optimizers that are made again in mid-run are not converted",
         _CALLBACK,
-        "wrapped.undo()  # at once",
-        "wrapped.replacement  # at once",
-        (f"{_LIFECYCLE}::test_the_module_can_be_pickled_inside_fit",),
+        "if not isinstance(trainer.strategy, DeepSpeedStrategy) and optimizers:",
+        "if not isinstance(trainer.strategy, DeepSpeedStrategy) and optimizers and not self._fitting:",
+        (f"{_LIVE}::test_the_successor_is_converted_trained_and_shown[set_up_again-on_train_batch_start]",),
+    ),
+    Mutation(
+        "curves stay with an optimizer that is gone",
+        _CALLBACK,
+        "if self._fitting:\n            self._follow(trainer)",
+        "if self._fitting and not self._curves:\n            self._follow(trainer)",
+        (f"{_LIVE}::test_the_successor_is_converted_trained_and_shown[assigned-training_step]",),
+    ),
+    Mutation(
+        "an optimizer that is put into the Trainer's list is not seen",
+        _CALLBACK,
+        "trainer.strategy.optimizers = now",
+        "self._live = list(now)",
+        (f"{_LIVE}::test_the_successor_is_converted_trained_and_shown[put_into_the_list-on_train_batch_end]",),
+    ),
+    Mutation(
+        "an optimizer that takes another's place counts dropped steps from 0",
+        _CALLBACK,
+        "elif index < len(before):",
+        "elif index > len(before):",
+        (f"{_LIVE}::test_the_successor_is_converted_trained_and_shown[assigned-on_train_batch_start]",),
+    ),
+    Mutation(
+        "a layer that is added in mid-run has no name",
+        "am_lightning/optim/persistence.py",
+        "if self._model is not None:  # a layer",
+        "if self._model is None:  # a layer",
+        (f"{_LIVE}::test_a_layer_that_is_added_has_its_name",),
+    ),
+    Mutation(
+        "a method that is replaced for one object is so for its copies",
+        _REPLACED,
+        "if entry.owner is owner:",
+        "if isinstance(owner, type(entry.owner)):",
+        (f"{_COPIES}::test_replacements_are_of_one_object_and_leave_no_trace",),
     ),
     Mutation(
         "after an exception methods of the Trainer's parts stay replaced",
         _CALLBACK,
-        '"""Lightning makes no teardown after an exception."""\n        self._undo()',
+        '"""Lightning makes no teardown after an exception."""\n        self._leave()',
         '"""Lightning makes no teardown after an exception."""',
         (f"{_CLIPPING}::test_nothing_is_left_after_fit_or_an_exception",),
     ),
@@ -112,13 +150,6 @@ MUTATIONS = [
         (f"{_CONVERSION}::test_a_module_that_returns_amadamw_is_only_logged",),
     ),
     Mutation(
-        "optimizers in a second list are not converted",
-        _FITTING,
-        "elif isinstance(result, list | tuple):\n        for item in result:",
-        "elif isinstance(result, list | tuple):\n        for item in result[:1]:",
-        (f"{_CONVERSION}::test_every_form_of_configure_optimizers_is_read",),
-    ),
-    Mutation(
         "a plugin's own clipping is replaced",
         _FITTING,
         "if type(plugin).clip_grad_by_norm in lightnings_own and",
@@ -127,10 +158,10 @@ MUTATIONS = [
     ),
     Mutation(
         "undo takes away what somebody else has put in its place since",
-        _FITTING,
-        "if self.owner.__dict__.get(self.name) is self.replacement:",
-        "if self.name in self.owner.__dict__:",
-        (f"{_LIFECYCLE}::test_what_somebody_else_has_put_in_place_since_stays",),
+        _REPLACED,
+        "if cls.__dict__.get(name) is self._installed:",
+        "if name in cls.__dict__:",
+        (f"{_COPIES}::test_what_somebody_else_has_put_in_place_stays",),
     ),
     Mutation(
         "under DDP no replica group is set",

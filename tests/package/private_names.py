@@ -170,6 +170,8 @@ LIGHTNING = [
     Private(_CLI, "_dump_config", (_SETTINGS,), "have the settings as plain values"),
     Private(_CLI, "_set_seed", (_SETTINGS,), "override it: a program that only reads settings seeds nothing"),
     Private(_CLI, "_run_subcommand", (_SETTINGS,), "override it: a program that only reads settings runs nothing"),
+    Private(_STRATEGIES + "DeepSpeedStrategy", "_init_optimizers", ("am_lightning/lightning.py",),
+            "convert an optimizer before DeepSpeed's engine is built around it"),
     Private(_STRATEGIES + "ModelParallelStrategy", "_save_distributed_checkpoint", (_WRITER,),
             "know whether a checkpoint is a folder", "model_parallel_strategy"),
     Private(_STRATEGIES + "FSDPStrategy", "_state_dict_type", (_WRITER,),

@@ -16,6 +16,7 @@ from tests.package.tree import PACKAGE, RECIPES, module_name, sources
 # Longest prefix wins. A module may import from its own floor and from those below.
 FLOORS = {
     "am_lightning.names": 0,
+    "am_lightning.replaced": 0,
     "am_lightning.momentum": 1,
     "am_lightning.sharding": 1,
     "am_lightning.optim": 2,

@@ -12,13 +12,13 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from am_lightning.fitting import Replaced
 from am_lightning.recipes.checkpoints.atomic import replace_with_link
 from am_lightning.recipes.checkpoints.finding import LAST, by_age, check_readable, newest_whole
 from am_lightning.recipes.checkpoints.manifest import manifest_of, remove_manifest, write_manifest
 from am_lightning.recipes.checkpoints.position import restore_position
 from am_lightning.recipes.checkpoints.writer import CheckpointWriter
 from am_lightning.recipes.errors import RecipeError
+from am_lightning.replaced import Replacements
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -68,13 +68,13 @@ class RunCheckpoint(ModelCheckpoint):
         self.save_at_batch_end = False
         self._last_is_wanted = False  # ckpt_path="last"
         self._writer: CheckpointWriter | None = None
-        self._replaced: list[Replaced] = []
+        self._replacements = Replacements()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        self._undo()
         connector = trainer._checkpoint_connector
-        resume = functools.partial(self._resume, trainer, connector.resume_start)
-        self._replaced = [Replaced(connector, "resume_start", resume)]
+        self._replacements.add(connector, "resume_start", functools.partial(self._resume, trainer))
         if stage == "fit":
             self._writer = CheckpointWriter(trainer, self.asynchronous, self._publish)
             if trainer.is_global_zero:
@@ -169,8 +169,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _undo(self) -> None:
         self._writer = None
-        while self._replaced:
-            self._replaced.pop().undo()
+        self._replacements.undo()
 
 
 def _adopt(path: Path) -> None:
