@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
@@ -10,6 +12,7 @@ from torch import nn
 from am_lightning.factory import am_adamw
 from am_lightning.huggingface import place
 from am_lightning.optim.adamw import AMAdamW
+from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.convert import default_cap
 from am_lightning.optim.wrapped import adaptive
 from am_lightning.readings import Readings
@@ -75,13 +78,12 @@ class AdaptiveMemoryCallback(TrainerCallback):
             accelerate.distributed_type,
             accelerate.num_processes,
         )
-        rates = {float(group.get("initial_lr", group["lr"])) for group in ours.param_groups}
-        if args.learning_rate not in (*rates, TrainingArguments.learning_rate) and state.is_world_process_zero:
+        unused = list(_unused(args, ours))
+        if unused and state.is_world_process_zero:
             warnings.warn(
-                f"TrainingArguments.learning_rate={args.learning_rate} is not used: the optimizer was built with lr "
-                f"{', '.join(f'{rate:g}' for rate in sorted(rates))}. An optimizer class gets what is in "
-                "optimizer_cls_and_kwargs and nothing else: put 'lr' there, or use AMAdamWFactory, which takes the "
-                "TrainingArguments'",
+                f"{'; '.join(unused)}. A ready optimizer gets none of them, an optimizer class weight_decay and what "
+                "is in optimizer_cls_and_kwargs: put 'lr' and others there, or use AMAdamWFactory, which takes them "
+                "from the arguments",
                 stacklevel=2,
             )
         if self._readings is None or self._readings.optimizer is not ours:
@@ -122,6 +124,26 @@ class AdaptiveMemoryCallback(TrainerCallback):
         handler.callbacks.remove(self)
         handler.callbacks.insert(0, self)
         return True
+
+
+def _unused(args: TrainingArguments, optimizer: AdaptiveMemoryOptimizer) -> Iterator[str]:
+    """What was set in vain: not the default of the arguments' own class (SFTConfig has others), nor what is used."""
+    groups = optimizer.param_groups
+    used = {"learning_rate": ("lr", [group.get("initial_lr", group["lr"]) for group in groups])}
+    used["weight_decay"] = ("weight_decay", [group["weight_decay"] for group in groups])
+    if isinstance(optimizer, AMAdamW):
+        used["adam_beta1"] = ("beta1_max", [group["beta1_max"] for group in groups])
+        used["adam_beta2"] = ("beta2", [group["betas"][1] for group in groups])
+        used["adam_epsilon"] = ("eps", [group["eps"] for group in groups])
+    defaults = {field.name: field.default for field in fields(args)}
+    for name, (option, values) in used.items():
+        value, found = getattr(args, name), {float(value) for value in values}
+        wanted = {value}
+        if name == "adam_beta1":
+            wanted |= {default_cap(value, group["lambd"]) for group in groups}
+        if value != defaults[name] and not wanted & found:
+            built = ", ".join(f"{value:g}" for value in sorted(found))
+            yield f"{type(args).__name__}.{name}={value} is not used: the optimizer was built with {option} {built}"
 
 
 class AMAdamWFactory:

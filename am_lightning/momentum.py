@@ -12,22 +12,33 @@ from torch import Tensor
 _KINDS = (
     ("norm", r"norm|(^|\.)ln(_|\d|$)|(^|\.)bn\d*$"),
     ("attn.qkv", r"(^|\.)([qkv]|qkv|query|key|value|query_key_value|c_attn|in_proj|w[qkv]|wqkv|[qkv]_proj|qkv_proj)$"),
-    ("attn.out", r"(attn|attention)[^.]*(\.output)?\.(o|out|o_proj|out_proj|c_proj|proj|wo|dense)$"),
+    ("attn.out", r"(attn|attention)[^.]*(\.output)?\.(o|out|o_proj|out_proj|output_proj|c_proj|proj|wo|dense)$"),
     ("mlp", r"mlp|ffn|feed_?forward|(gate|up|down)_proj$|(^|\.)(fc\d*|linear\d+|w[123]|intermediate|experts?)(\.|$)"),
     ("mlp", r"\d\.output\.dense$"),
     ("embed", r"embed|(^|\.)wte$|(^|\.)wpe$"),
     ("head", r"(^|\.)(lm_head|head|classifier|output|score)$"),
 )
 _KIND_PATTERNS = [(kind, re.compile(pattern)) for kind, pattern in _KINDS]
+# What adapters (PEFT, litgpt, torchtune) and torch's parametrizations put into names, before and after what they adapt.
+# PEFT has some forty methods: each begins its parameters with a word and "_", and calls its first adapter "default".
+_INSIDE = re.compile(r"(?<=\.)(?:base_layer|original_module)\.")
+_BELOW = re.compile(r"\.(?:lora_\w+|modules_to_save|token_adapter|parametrizations|\w+_\w+(?=\.default\b))(?:\.|$)")
 _NUMBERED = re.compile(r"(?:.*?\.)??\d+(?=\.)")
 
 
 def kind_of(name: str) -> str:
-    """Layer group of a parameter: norm, attn.qkv, attn.out, mlp, embed, head, or other."""
-    module = (name.rpartition(".")[0] or name).lower()
+    """Layer group of a parameter, or what its adapter adapts: norm, attn.qkv, attn.out, mlp, embed, head, or other."""
+    module = _module_of(name).lower()
     if "in_proj_" in name:  # torch.nn.MultiheadAttention keeps it in the attention module itself
         return "attn.qkv"
     return next((kind for kind, pattern in _KIND_PATTERNS if pattern.search(module)), "other")
+
+
+def _module_of(name: str) -> str:
+    """The module that has the parameter, or that an adapter with the parameter adapts."""
+    name = _INSIDE.sub("", name)
+    below = _BELOW.search(name)
+    return name[: below.start()] if below else name.rpartition(".")[0] or name
 
 
 def layers_of(names: Sequence[str]) -> list[str]:
@@ -38,8 +49,9 @@ def layers_of(names: Sequence[str]) -> list[str]:
     """
     paths = []
     for name in names:
-        numbered = _NUMBERED.match(name)
-        paths.append(numbered.group(0) if numbered else name.rpartition(".")[0] or name)
+        module = _module_of(name)
+        numbered = _NUMBERED.match(f"{module}.")
+        paths.append(numbered.group(0) if numbered else module)
     short = {path: _last_words(path) for path in paths}
     unique = len(set(short.values())) == len(short)
     return [short[path] if unique else path for path in paths]

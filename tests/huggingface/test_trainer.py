@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from am_lightning import AMSGD, AMAdamW
 from am_lightning.huggingface import AdaptiveMemoryCallback, AMAdamWFactory
@@ -157,7 +159,13 @@ def test_optimizers_evaluation_and_a_callback_added_late(tmp_path) -> None:
         model=model,
         callbacks=[reporter],
         optimizers=(AMSGD(model.parameters(), lr=0.07), None),
-        arguments={"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no"},
+        arguments={
+            "max_steps": 4,
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            "save_strategy": "no",
+            "weight_decay": 0.0,
+        },
     )
     trainer.add_callback(AdaptiveMemoryCallback())
     with warnings.catch_warnings():
@@ -185,6 +193,47 @@ def test_a_learning_rate_that_is_not_used_is_warned_of(tmp_path) -> None:
     trainer = make_trainer(tmp_path, batch=4, optimizer_cls_and_kwargs=(AMAdamW, {}), arguments={"max_steps": 1})
     with pytest.warns(UserWarning, match=r"learning_rate=0.07 is not used: the optimizer was built with lr 0.001"):
         trainer.train()
+
+
+@dataclass
+class OwnArguments(TrainingArguments):
+    """As TRL's SFTConfig and DPOConfig: other defaults than TrainingArguments'."""
+
+    learning_rate: float = 2e-5
+    adam_beta2: float = 0.99
+
+
+CLASS = {"optimizer_cls_and_kwargs": (AMAdamW, {})}
+NOT_SET = {"learning_rate": 2e-5, "adam_beta2": 0.99}  # what the arguments' class has of itself
+# What is set, how the optimizer is built, and what the callback says is not used.
+SET: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
+    "nothing": ({}, CLASS, []),
+    "what TrainingArguments have of themselves": ({"learning_rate": 5e-5}, CLASS, ["learning_rate=5e-05"]),
+    "beta2 and eps": ({"adam_beta2": 0.95, "adam_epsilon": 1e-6}, CLASS, ["adam_beta2=0.95", "adam_epsilon=1e-06"]),
+    "beta1": ({"adam_beta1": 0.8}, CLASS, ["adam_beta1=0.8"]),
+    "beta1, from which the factory takes the cap": (
+        {"adam_beta1": 0.8, "adam_beta2": 0.95, "learning_rate": 0.07},
+        {"optimizer_cls_and_kwargs": (AMAdamWFactory, {})},
+        [],
+    ),
+    "weight decay, which the Trainer gives a class": ({"weight_decay": 0.3}, CLASS, []),
+    "weight decay beside an optimizer": ({"weight_decay": 0.3}, None, ["weight_decay=0.3"]),
+}
+
+
+@pytest.mark.parametrize("what", SET)
+def test_arguments_that_are_set_in_vain_are_warned_of(tmp_path: Path, what: str) -> None:
+    arguments, how, expected = SET[what]
+    model = make_model()
+    built = how or {"optimizers": (AMAdamW(model.parameters()), None)}
+    arguments = {**NOT_SET, "weight_decay": 0.0, "max_steps": 1, "report_to": "none", **arguments}
+    trainer = make_trainer(tmp_path, batch=4, model=model, args_class=OwnArguments, arguments=arguments, **built)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer.train()
+    said = [str(warning.message) for warning in told if "is not used" in str(warning.message)]
+    assert re.findall(r"OwnArguments\.(\S+) is not used", " ".join(said)) == expected
+    assert len(said) == bool(expected)
 
 
 def test_keywords_of_the_factory_win_over_the_training_arguments(tmp_path) -> None:

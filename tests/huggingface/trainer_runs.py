@@ -91,7 +91,7 @@ def make_trainer(folder: Path, *, batch: int, watch: Watch | None = None, **opti
         **options.pop("arguments", {}),
     }
     callbacks = options.pop("callbacks", [AdaptiveMemoryCallback(), watch or Watch()])
-    args = TrainingArguments(str(folder), **arguments)
+    args = options.pop("args_class", TrainingArguments)(str(folder), **arguments)
     model = options.pop("model", None) or make_model()
     trainer_class = options.pop("trainer_class", Trainer)
     return trainer_class(model, args, train_dataset=Tokens(), eval_dataset=Tokens(), callbacks=callbacks, **options)

@@ -23,6 +23,25 @@ KINDS = {
     "bert.encoder.layer.0.attention.output.LayerNorm.weight": "norm",
     "layers.0.feed_forward.w1.weight": "mlp",
     "conv1.weight": "other",
+    # PEFT: LoRA, DoRA, an embedding's, biases, whole modules, tokens, other methods, an adapter of another name
+    "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight": "attn.qkv",
+    "base_model.model.model.layers.0.self_attn.o_proj.lora_B.default.weight": "attn.out",
+    "base_model.model.model.layers.0.mlp.down_proj.lora_magnitude_vector.default.weight": "mlp",
+    "base_model.model.transformer.wte.lora_embedding_A.default": "embed",
+    "base_model.model.model.layers.0.self_attn.v_proj.base_layer.bias": "attn.qkv",
+    "base_model.model.lm_head.modules_to_save.default.weight": "head",
+    "base_model.model.lm_head.token_adapter.trainable_tokens_delta.default": "head",
+    "base_model.model.model.layers.0.self_attn.k_proj.ia3_l.default": "attn.qkv",
+    "base_model.model.model.layers.0.self_attn.o_proj.hada_w1_a.default": "attn.out",
+    "base_model.model.model.layers.0.self_attn.q_proj.oft_R.default.weight": "attn.qkv",
+    "model.layers.0.self_attn.q_proj.lora_A.policy.weight": "attn.qkv",
+    # litgpt, torchtune, torch.nn.utils.parametrizations
+    "transformer.h.0.attn.qkv.lora_A": "attn.qkv",
+    "layers.0.attn.q_proj.lora_b.weight": "attn.qkv",
+    "layers.0.attn.output_proj.lora_a.weight": "attn.out",
+    "layers.0.attn.q_proj.parametrizations.weight.original0": "attn.qkv",
+    "base_model.model.conv1.lora_A.default.weight": "other",
+    "model.heads.default.weight": "other",
 }
 
 
@@ -31,10 +50,25 @@ def test_layer_groups_of_common_models(name: str, kind: str) -> None:
     assert kind_of(name) == kind
 
 
+@pytest.mark.parametrize("wrapped", ["module._orig_mod.{}", "_orig_mod.module.{}", "_forward_module.module.{}"])
+def test_an_adapters_layer_group_under_wrappers(wrapped: str) -> None:
+    """DDP and torch.compile around a PEFT model, in either order, and DeepSpeed."""
+    name = "base_model.model.model.layers.0.self_attn._fsdp_wrapped_module.q_proj.lora_A.default.weight"
+    assert kind_of(strip_wrappers(wrapped.format(name))) == "attn.qkv"
+
+
 def test_layers_are_short_where_that_is_unambiguous() -> None:
     assert layers_of(["model.layers.3.mlp.up_proj.weight", "lm_head.weight", "0.1"]) == ["layers.3", "lm_head", "0"]
     two_stacks = ["encoder.layers.0.linear1.weight", "decoder.layers.0.linear1.weight"]
     assert layers_of(two_stacks) == ["encoder.layers.0", "decoder.layers.0"]
+
+
+def test_an_adapter_is_in_the_layer_of_what_it_adapts() -> None:
+    adapted = ["lm_head.modules_to_save.default", "model.layers.3.mlp.up_proj.lora_A.default", "proj.lora_A.0"]
+    adapted += ["lm_head.parametrizations.weight.0", "model.heads.default"]
+    names = [f"base_model.model.{name}.weight" for name in adapted]
+    assert layers_of(names[:3]) == ["lm_head", "layers.3", "proj"]
+    assert layers_of([names[3]]) == ["lm_head"] and layers_of([names[4]]) == ["default"]
 
 
 def test_scalars_leave_out_what_has_never_stepped() -> None:

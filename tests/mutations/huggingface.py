@@ -121,8 +121,22 @@ MUTATIONS = [
     Mutation(
         "Trainer: nobody is told that the learning rate of the arguments is not used",
         _TRAINER,
-        "if args.learning_rate not in (*rates, TrainingArguments.learning_rate) and",
-        "if args.learning_rate in rates and",
+        "not wanted & found:",
+        "wanted & found:",
         (f"{_RUNS}::test_a_learning_rate_that_is_not_used_is_warned_of",),
+    ),
+    Mutation(
+        "Trainer: a default of the arguments' own class passes for what the user has set",
+        _TRAINER,
+        "for field in fields(args)}",
+        "for field in fields(TrainingArguments)}",
+        (f"{_RUNS}::test_arguments_that_are_set_in_vain_are_warned_of",),
+    ),
+    Mutation(
+        "Trainer: the cap that was made of adam_beta1 passes for another number",
+        _TRAINER,
+        'if name == "adam_beta1":',
+        'if name == "beta1":',
+        (f"{_RUNS}::test_arguments_that_are_set_in_vain_are_warned_of",),
     ),
 ]

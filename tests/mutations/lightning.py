@@ -248,6 +248,13 @@ MUTATIONS = [
         (f"{_RUNS}::test_skipped_steps_are_counted_and_warned_about",),
     ),
     Mutation(
+        "adapters are in the layer group other",
+        "am_lightning/momentum.py",
+        "return name[: below.start()] if below else",
+        "return name[: below.end()] if below else",
+        ("tests/momentum/test_report.py::test_layer_groups_of_common_models",),
+    ),
+    Mutation(
         "the share of tensors at the cap takes in those just below it",
         "am_lightning/momentum.py",
         "at_max = known >= self.caps[seen] - 1e-6",
