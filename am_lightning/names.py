@@ -30,7 +30,7 @@ def group_names(param_groups: Sequence[dict[str, Any]], known: dict[int, str] | 
         given = group.get("param_names")
         names = []
         for i, param in enumerate(group["params"]):
-            name = given[i] if given is not None else known.get(id(param))
+            name = given[i] if given is not None and i < len(given) else known.get(id(param))
             name = f"{g}.{i}" if name is None else strip_wrappers(str(name))
             if name in taken:  # two models in one optimizer may use one name twice
                 name = f"{name}#{g}.{i}"

@@ -274,7 +274,7 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
             self._check_time()
 
     def _check_time(self) -> None:
-        for param in self._parameters():  # a layout takes copies, collectives, and kernels that are built and tried
+        for param in self._checked_parameters():  # a layout takes copies, collectives, kernels that are built and tried
             _refuse_in_capture(param)
 
     def _pieces(self, layout: Layout) -> list[Piece]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from typing import Any
 
@@ -11,15 +12,17 @@ from torch.optim.optimizer import Optimizer
 
 from am_lightning.names import names_by_id
 from am_lightning.optim import state as row_state
+from am_lightning.optim.groups import as_unread, check_groups, naming_group
 from am_lightning.optim.kernels.passes import Workspace
+from am_lightning.optim.loadable import Expected, check_loadable, check_mapping
 from am_lightning.optim.placement import PlacedOptimizer
 from am_lightning.optim.record import StepRecord
 from am_lightning.optim.scalars import Scalars, StateScalars, TableScalars
+from am_lightning.optim.state import OPTIONS, TABLE
 from am_lightning.optim.validation import NONFINITE, SCOPES, WHOLE_OPTIMIZER, check_choice
 from am_lightning.sharding import Layout
 from am_lightning.sharding.callers import called_by_zero_redundancy
 
-_TABLE, _OPTIONS = "am_table", "am_options"  # in saved groups: adaptive scalars by name, every group's options
 _NAMES = "_names_of_unnamed"  # in a pickle: what name_parameters() gave
 
 
@@ -50,6 +53,7 @@ class PersistentOptimizer(PlacedOptimizer):
         self._forget_placement()
         self._loading: tuple[dict[str, Any], list[dict[str, Any]]] | None = None
         self._workspace = Workspace()
+        self._seen: dict[int, list[Any]] = {}  # options of each group that the last step looked at
         self._tiers: dict[str, int] = {}  # kernels of the last step -> how many tensors
         self._record = StepRecord()
 
@@ -66,11 +70,29 @@ class PersistentOptimizer(PlacedOptimizer):
                 group.setdefault(key, value)
 
     def _complete_foreign_groups(self) -> None:
-        """Others may put groups in place: those of a checkpoint of AdamW, or dicts without ``add_param_group``."""
+        """Others may put groups in place: those of a checkpoint of AdamW, or dicts without ``add_param_group``.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: a group or an option is of the wrong kind; the text has its number.
+        """
+        check_groups(self.param_groups)
+        self._fill_foreign_groups()
+        for index, group in enumerate(self.param_groups):
+            options = [value for key, value in group.items() if key != "params"]
+            seen = self._seen.get(index, ())
+            if len(options) == len(seen) and all(map(operator.is_, options, seen)):
+                continue
+            with naming_group(index):
+                self._check_group(as_unread(group, self.cap_key))
+            self._seen[index] = options
+
+    def _fill_foreign_groups(self) -> None:
         needed = {*self.defaults, self.cap_key}
         foreign = [group for group in self.param_groups if not needed <= group.keys()]
+        for group in foreign:
+            with naming_group(next(i for i, other in enumerate(self.param_groups) if other is group)):
+                self._complete_groups([group])
         if foreign:
-            self._complete_groups(foreign)
             self._remember_given()
 
     def caps(self) -> list[float]:
@@ -163,6 +185,14 @@ class PersistentOptimizer(PlacedOptimizer):
         return state | {_NAMES: self.parameter_names()} if self._known_names else state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        before = dict(self.__dict__)
+        try:
+            self._take_state(state)
+        except BaseException:
+            self.__dict__.update(before)  # a load that fails has changed nothing
+            raise
+
+    def _take_state(self, state: dict[str, Any]) -> None:
         copied = "_record" not in self.__dict__  # or unpickled
         if copied:
             self._forget()
@@ -173,6 +203,10 @@ class PersistentOptimizer(PlacedOptimizer):
         if self._loading is not None:
             self._finish_loading(*self._loading)
         self._complete_groups(self.param_groups)
+        if self._loading is not None:
+            self._replace_groups(self._loading[1])
+            self._forget_tables()
+            self._read_tables()
         if _NAMES in self.__dict__:  # after a copy or unpickling the parameters are others, their places are not
             self._known_names = names_by_id(
                 zip(self.__dict__.pop(_NAMES), dict.fromkeys(self._parameters()), strict=True)
@@ -184,29 +218,29 @@ class PersistentOptimizer(PlacedOptimizer):
         The cap stays this optimizer's, as do options that the checkpoint lacks.
 
         Raises:
-            ValueError: it is the checkpoint of another optimizer or model; nothing has changed.
+            ValueError: it is no state dict, or that of another optimizer or model; the text names the parameter or the
+                group, and nothing has changed.
         """
 
         def remember(_: Optimizer, saved: dict[str, Any]) -> None:
-            who = type(self).__name__
-            row_state.check_loadable(saved, self.param_groups, self.moments, who, self._known_names)
-            live = [dict(group) for group in self.param_groups]
-            for saved_group, live_group in zip(saved["param_groups"], live, strict=False):  # torch.optim counts them
-                trial = dict(saved_group)
-                row_state.restore_options(trial, live_group, self.cap_key)
-                self._check_group(trial)
-            self._loading = saved, live
+            who, finite = type(self).__name__, self.nonfinite == "skip" and not self.is_partitioned()
+            self._complete_foreign_groups()
+            groups, names = self.param_groups, self._known_names
+            check_loadable(saved, Expected(who, groups, self.moments, names, self._check_saved_options, finite))
+            self._loading = saved, groups
 
+        check_mapping(state_dict)  # torch.optim copies it; the user's hooks may make a state dict of it
         last = self.register_load_state_dict_pre_hook(remember)  # sees what the user's own hooks made of it
-        groups = self.param_groups
         try:
             super().load_state_dict(state_dict)
-            self._replace_groups(groups)
-            self._forget_tables()
-            self._read_tables()
         finally:
             last.remove()
             self._loading = None
+
+    def _check_saved_options(self, saved: dict[str, Any], live: dict[str, Any]) -> None:
+        trial = dict(saved)
+        row_state.restore_options(trial, live, self.cap_key)
+        self._check_group(trial)
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch.optim. Where a parameter holds many tensors, the groups carry their adaptive scalars by name."""
@@ -218,7 +252,7 @@ class PersistentOptimizer(PlacedOptimizer):
         if tables:
             options = [{k: v for k, v in group.items() if k != "params"} for group in saved["param_groups"]]
             for group in saved["param_groups"]:
-                group |= {_TABLE: tables, _OPTIONS: options}
+                group |= {TABLE: tables, OPTIONS: options}
         return saved
 
     def _forget_tables(self) -> None:
@@ -228,10 +262,10 @@ class PersistentOptimizer(PlacedOptimizer):
     def _read_tables(self) -> None:
         """Take the adaptive scalars that a checkpoint, or an engine that loaded one, has put into the groups."""
         groups = [group for group, _ in self._references]
-        if not any(_TABLE in group or _OPTIONS in group for group in groups):
+        if not any(TABLE in group or OPTIONS in group for group in groups):
             return
-        tables = [group.pop(_TABLE, None) for group in groups]
-        options = [group.pop(_OPTIONS, None) for group in groups]
+        tables = [group.pop(TABLE, None) for group in groups]
+        options = [group.pop(OPTIONS, None) for group in groups]
         if any(tables):
             self._stores, self._tables = {}, dict(next(table for table in tables if table))
         saved: list[dict[str, Any]] = next((entry for entry in options if entry), [])
@@ -248,16 +282,15 @@ class PersistentOptimizer(PlacedOptimizer):
                 group["lr"] = own["lr"]
 
     def _finish_loading(self, saved: dict[str, Any], live: list[dict[str, Any]]) -> None:
+        """torch.optim has put the checkpoint's groups and states in place of the ``live`` ones."""
         partitioned = self.is_partitioned()
         for group, saved_group, live_group in zip(self.param_groups, saved["param_groups"], live, strict=True):
             row_state.restore_options(group, live_group, self.cap_key)
             cap = group[self.cap_key]
-            beta1 = float(saved_group["betas"][0]) if "betas" in saved_group else cap
+            beta1 = row_state.betas_of(saved_group)[0] if "betas" in saved_group and "betas" in group else cap
             for param, index in zip(group["params"], saved_group["params"], strict=True):
                 if saved["state"].get(index) and not partitioned:
                     state = self.state[param]
-                    row_state.restore_scalars(
-                        state, saved["state"][index], param, beta1=beta1, lr=saved_group["lr"], cap=cap
-                    )
+                    row_state.restore_scalars(state, saved["state"][index], param, beta1=beta1, lr=group["lr"], cap=cap)
                     direction, dtype = self.moments[0], row_state.direction_dtype(param, self.exp_avg_dtype)
                     state[direction] = state[direction].to(dtype)  # torch.optim has cast it to the parameter's

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from am_lightning.names import group_names, names_by_id
-from am_lightning.optim.validation import check_process_group
+from am_lightning.optim.validation import check_process_group, described
 from am_lightning.sharding import Layout, Row, lay_out_rows, zero
 from am_lightning.sharding.callers import (
     deepspeed_owner,
@@ -233,6 +233,23 @@ class PlacedOptimizer(Optimizer):
 
     def _check_time(self) -> None:
         """Refuse to make a layout now."""
+
+    def _checked_parameters(self) -> list[Tensor]:
+        """All parameters, looked at as ``add_param_group`` does: whoever changes groups by hand goes around it."""
+        holder: dict[int, int] = {}
+        for index, group in enumerate(self.param_groups):
+            for param in group["params"]:
+                if not isinstance(param, Tensor):
+                    raise TypeError(
+                        f"parameter group {index}: an optimizer can only optimize Tensors, but one of the params is "
+                        f"{described(param)}"
+                    )
+                if holder.setdefault(id(param), index) != index:
+                    raise ValueError(
+                        f"parameter groups {holder[id(param)]} and {index}: some parameters appear in more than one "
+                        "parameter group"
+                    )
+        return self._parameters()
 
     def _check_engine(self) -> None:
         """Under DeepSpeed: every parameter is a given one, a copy of one in its place, or a partition of known kind.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from numbers import Real
 from typing import Any
@@ -21,6 +22,7 @@ from am_lightning.optim.validation import (
     check_implementation,
     check_lr,
     check_number,
+    is_one_number,
 )
 from am_lightning.sharding import Layout, piece_of
 
@@ -109,6 +111,9 @@ class AMSGD(AdaptiveMemoryOptimizer):
         check_flag("decoupled_weight_decay", group["decoupled_weight_decay"])
         check_flag("maximize", group["maximize"])
         check_implementation(group)
+        before = group.get(_PREV_LOSS)
+        if not (before is None or is_one_number(before) or (isinstance(before, Real) and not math.isinf(before))):
+            raise TypeError(f"Invalid {_PREV_LOSS}: {before!r} ({_PREV_LOSS} must be the last loss, or None)")
         return {}
 
     def _options(self, group: dict[str, Any]) -> Options:

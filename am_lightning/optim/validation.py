@@ -25,6 +25,26 @@ WHOLE_OPTIMIZER = (
 _WORDS = {"lr": "learning rate", "eps": "epsilon value", "weight_decay": "weight_decay value"}
 
 
+def described(value: Any) -> str:
+    """``a dict``, ``None``, ``a torch.int64 tensor of shape (2,)``."""
+    if isinstance(value, Tensor):
+        layout = "" if value.layout is torch.strided else f"{value.layout} "
+        return f"a {layout}{value.dtype} tensor of shape {tuple(value.shape)}"
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def check_names(names: Any) -> None:
+    """A list of names. It may be shorter than the parameters: somebody may have added one by hand."""
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"Invalid param_names: {names!r} (param_names must be a list of names)")
+
+
+def is_one_number(value: Any) -> bool:
+    """A one-element real tensor that has a number."""
+    real = isinstance(value, Tensor) and value.layout is torch.strided and not (value.is_meta or value.is_complex())
+    return real and value.numel() == 1 and value.dtype != torch.bool
+
+
 def check_number(name: str, value: Any, *, upper: float | None = None, open_upper: bool = False) -> None:
     """Require a finite real number in ``[0, upper]``, or in ``[0, upper)`` with ``open_upper``."""
     allowed = "a finite number >= 0"
@@ -33,13 +53,13 @@ def check_number(name: str, value: Any, *, upper: float | None = None, open_uppe
     if isinstance(value, bool) or not isinstance(value, Real):
         got = type(value).__name__
         raise TypeError(f"Invalid {_WORDS.get(name, name)}: {value!r} ({name} must be {allowed}, not {got})")
-    number = _as_float(value)
+    number = as_float(value)
     too_big = upper is not None and (number >= upper if open_upper else number > upper)
     if not math.isfinite(number) or number < 0 or too_big:
         raise ValueError(f"Invalid {_WORDS.get(name, name)}: {value} ({name} must be {allowed})")
 
 
-def _as_float(value: Any) -> float:
+def as_float(value: Any) -> float:
     try:
         return float(value)
     except OverflowError:  # an int beyond float's range
@@ -68,7 +88,7 @@ def check_betas(betas: Any) -> tuple[float, float]:
         allowed = f"betas[{index}] must be a number with 0 <= beta < 1"
         if isinstance(beta, bool) or not isinstance(beta, Real):
             raise TypeError(f"Invalid beta parameter at index {index}: {beta!r} ({allowed}, not {type(beta).__name__})")
-        if not 0.0 <= _as_float(beta) < 1.0:  # also false for nan
+        if not 0.0 <= as_float(beta) < 1.0:  # also false for nan
             raise ValueError(f"Invalid beta parameter at index {index}: {beta} ({allowed})")
     return float(betas[0]), float(betas[1])
 

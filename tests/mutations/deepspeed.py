@@ -96,8 +96,8 @@ MUTATIONS = [
     Mutation(
         "adaptive scalars of flat partitions are not in the checkpoint",
         _PERSISTENCE,
-        "group |= {_TABLE: tables, _OPTIONS: options}",
-        "group |= {_OPTIONS: options}",
+        "group |= {TABLE: tables, OPTIONS: options}",
+        "group |= {OPTIONS: options}",
         (f"{_RESUMED}[2-tensor]",),
     ),
     Mutation(

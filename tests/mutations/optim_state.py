@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.mutations.mutation import Mutation
 
 _STATE = "am_lightning/optim/state.py"
+_LOADABLE = "am_lightning/optim/loadable.py"
 _SCALARS = "am_lightning/optim/scalars.py"
 _PERSISTENCE = "am_lightning/optim/persistence.py"
 _CONVERT = "am_lightning/optim/convert.py"
@@ -13,6 +14,7 @@ _VALIDATION = "am_lightning/optim/validation.py"
 _FACTORY = "am_lightning/factory.py"
 
 _LOADING = "tests/optim/test_loading.py"
+_MUTATED = "tests/optim/test_mutated.py"
 _ADAMW = "tests/optim/test_adamw_checkpoints.py"
 _RESUME = "tests/optim/test_resume.py"
 _LOW = "tests/optim/test_low_precision_state.py"
@@ -77,17 +79,66 @@ MUTATIONS = [
     ),
     Mutation(
         "a checkpoint with some of the adaptive scalars is taken",
-        _STATE,
+        _LOADABLE,
         "if missing and len(missing) < len(SCALARS):",
         "if missing and len(missing) > len(SCALARS):",
         (f"{_LOADING}::test_scalars_that_are_partly_missing_are_refused",),
     ),
     Mutation(
         "the moments of another shape are taken where the number of elements fits",
-        _STATE,
-        "if state[key].shape != param.shape:",
-        "if state[key].numel() != param.numel():",
+        _LOADABLE,
+        "if value.shape != param.shape:",
+        "if value.numel() != param.numel():",
         (f"{_LOADING}::test_moments_of_another_shape_are_refused_though_they_have_as_many_elements",),
+    ),
+    Mutation(
+        "moments that are not finite are loaded where no step could be made with them",
+        _LOADABLE,
+        "if expected.finite:",
+        "if not expected.finite:",
+        (f"{_MUTATED}::test_what_would_fail_or_poison_the_next_step_is_named",),
+    ),
+    Mutation(
+        "a number that is out of its range is loaded",
+        _LOADABLE,
+        "if number is None or not fits(number):",
+        "if number is None:",
+        (f"{_MUTATED}::test_what_would_fail_or_poison_the_next_step_is_named",),
+    ),
+    Mutation(
+        "states under other keys than the groups list are lost",
+        _LOADABLE,
+        "if unlisted and lacking:",
+        "if lacking and not unlisted:",
+        (f"{_MUTATED}::test_keys_that_became_strings_are_refused",),
+    ),
+    Mutation(
+        "one id in a checkpoint is two parameters",
+        _LOADABLE,
+        "if params[first] is not params[place]:",
+        "if params[first] is None:",
+        (f"{_MUTATED}::test_one_id_for_two_parameters_is_refused",),
+    ),
+    Mutation(
+        "a load that fails in the middle leaves the new state",
+        _PERSISTENCE,
+        "self.__dict__.update(before)",
+        "before.clear()",
+        (f"{_MUTATED}::test_a_load_that_fails_in_the_middle_changes_nothing",),
+    ),
+    Mutation(
+        "options that were changed by hand are not looked at",
+        _PERSISTENCE,
+        "self._check_group(as_unread(group, self.cap_key))",
+        "as_unread(group, self.cap_key)",
+        (f"{_MUTATED}::test_a_step_names_the_group_and_its_option_before_it_moves",),
+    ),
+    Mutation(
+        "a learning rate a hair below zero ends a run",
+        "am_lightning/optim/groups.py",
+        'view["lr"] = -view["lr"]',
+        "pass",
+        (f"{_MUTATED}::test_the_last_lr_of_a_schedule_may_be_below_zero",),
     ),
     Mutation(
         "the direction is loaded in the parameter's dtype",
@@ -183,7 +234,7 @@ MUTATIONS = [
     Mutation(
         "a beta of 1 is allowed",
         _VALIDATION,
-        "if not 0.0 <= _as_float(beta) < 1.0:",
+        "if not 0.0 <= as_float(beta) < 1.0:",
         "if not 0.0 <= _as_float(beta) <= 1.0:",
         ("tests/generic/test_errors.py::test_error_inputs",),
     ),

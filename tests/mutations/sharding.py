@@ -153,9 +153,9 @@ MUTATIONS = [
     ),
     Mutation(
         "a sharded state of another placement is loaded",
-        "am_lightning/optim/state.py",
-        "if _placement(state[key]) != _placement(param):",
-        "if (_placement(state[key]) is None) != (_placement(param) is None):",
+        "am_lightning/optim/loadable.py",
+        "if _placement(value) != _placement(param):",
+        "if (_placement(value) is None) != (_placement(param) is None):",
         (f"{_CHECKPOINTS}::test_a_state_of_another_placement_or_model_is_refused",),
     ),
     Mutation(

@@ -1,0 +1,60 @@
+"""Checks of the parameter groups of a live optimizer, which people change by hand between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+from am_lightning.optim.validation import check_names, check_number, described, is_one_number
+
+
+def check_groups(param_groups: Any) -> None:
+    """A list of dicts with parameters.
+
+    Raises:
+        TypeError, ValueError: naming the group that is not.
+    """
+    if not isinstance(param_groups, (list, tuple)):
+        raise TypeError(f"param_groups is {described(param_groups)}, not a list of dicts")
+    if not param_groups:
+        raise ValueError("param_groups is empty: the optimizer has no parameters")
+    for index, group in enumerate(param_groups):
+        if not isinstance(group, dict):
+            raise TypeError(f"parameter group {index} is {described(group)}, not a dict")
+        if "params" not in group:
+            raise ValueError(f"parameter group {index} has no 'params'")
+        params = group["params"]
+        if not isinstance(params, Collection) or isinstance(params, (Tensor, str, bytes)):
+            raise TypeError(f"parameter group {index} has {described(params)} as 'params', not a list of parameters")
+
+
+@contextmanager
+def naming_group(index: int) -> Iterator[None]:
+    """An error says which group it is about."""
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise type(error)(f"parameter group {index}: {error}") from error
+
+
+def as_unread(group: dict[str, Any], cap_key: str) -> dict[str, Any]:
+    """The options with 0 in place of what a step may not read or look at.
+
+    These are tensors, which the host would wait for; a negative learning rate, with which AdamW steps too; and
+    ``betas[0]`` of 1, up to which schedulers may cycle it: the cap has a key of its own.
+    """
+    view = {key: 0.0 if is_one_number(value) else value for key, value in group.items() if key != "params"}
+    if isinstance(view["lr"], Real) and view["lr"] < 0:
+        view["lr"] = -view["lr"]
+    check_number(cap_key, view[cap_key], upper=1)
+    betas = view.get("betas")
+    if isinstance(betas, (list, tuple)) and len(betas) == 2:
+        first, second = (0.0 if is_one_number(beta) else beta for beta in betas)
+        view["betas"] = (0.0 if first == 1 else first, second)
+    if view.get("param_names") is not None:
+        check_names(view["param_names"])
+    return view
