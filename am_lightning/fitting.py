@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -38,6 +39,9 @@ def replace_in(trainer: pl.Trainer, replacements: Replacements) -> None:
         replacements.add(plugin, "clip_grad_by_norm", _clip_by_norm)
     if isinstance(strategy, ModelParallelStrategy):
         replacements.add(strategy, "load_checkpoint", partial(_load_checkpoint, strategy))
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if getattr(callback, "log_momentum", False) and hasattr(callback, "_extract_momentum"):  # LearningRateMonitor
+            replacements.add(callback, "_extract_momentum", partial(_show_momentum, trainer, callback))
 
 
 def _clip_by_norm(original: Callable[..., None], optimizer: Optimizer, clip_val: float) -> None:
@@ -51,6 +55,29 @@ def _clip_by_norm(original: Callable[..., None], optimizer: Optimizer, clip_val:
         clip_grad_norm_(inner, clip_val)
     else:
         original(optimizer, clip_val)
+
+
+def _show_momentum(
+    trainer: pl.Trainer,
+    monitor: Any,
+    original: Callable[..., dict[str, float]],
+    param_group: dict[str, Any],
+    **more: Any,
+) -> dict[str, float]:
+    """LearningRateMonitor's ``...-momentum``: the mean beta_t of the group's tensors, nothing before the first step.
+
+    It reads ``betas[0]``, which is the cap, or a number of OneCycleLR's that is not used; of SGD "momentum".
+    """
+    shown = original(param_group, **more)
+    for optimizer in ours(trainer.optimizers):
+        if not any(group is param_group for group in optimizer.param_groups):
+            continue
+        betas = optimizer.report()[:-4].cpu()
+        own = [index for index, group in enumerate(optimizer.groups_of_parameters()) if group is param_group]
+        beta = float(betas[own].nanmean())
+        shown = {} if math.isnan(beta) else dict.fromkeys(shown, beta)
+        monitor.last_momentum_values.update(shown)
+    return shown
 
 
 def _load_checkpoint(

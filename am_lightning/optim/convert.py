@@ -132,14 +132,8 @@ def _cap(beta1: Any, lambd: float, beta1_max: float | None) -> float:
 
 def _beta1(group: dict[str, Any], own: Any) -> Any:
     """The user's beta1 of a group; ``own`` is the optimizer's, for a scheduler may have overwritten the group's."""
-    if "max_momentum" in group:  # OneCycleLR and CyclicLR write betas[0] as soon as they are built
-        warnings.warn(
-            "the learning rate scheduler cycles betas[0], which adaptive memory does not use: beta_t is computed, and "
-            "its cap stays in the group's 'beta1_max'. Pass cycle_momentum=False to the scheduler.",
-            stacklevel=2,
-        )
-        return own
-    return group["betas"][0]
+    cycled = "max_momentum" in group  # OneCycleLR and CyclicLR write betas[0] as soon as they are built
+    return own if cycled else group["betas"][0]
 
 
 def _convert_options(group: dict[str, Any], lambd: float, cap: float) -> None:

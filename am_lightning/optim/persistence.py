@@ -95,12 +95,16 @@ class PersistentOptimizer(PlacedOptimizer):
         if foreign:
             self._remember_given()
 
-    def caps(self) -> list[float]:
-        """The cap of beta_t of each parameter, in the order of ``parameter_names``."""
+    def groups_of_parameters(self) -> list[dict[str, Any]]:
+        """The group of each parameter, in the order of ``parameter_names``."""
         self._complete_foreign_groups()
         if self.is_partitioned():
-            return [float(group[self.cap_key]) for group, params in self._given for _ in params]
-        return [float(self.param_groups[row.group_index][self.cap_key]) for row in self._rows()]
+            return [group for group, params in self._given for _ in params]
+        return [self.param_groups[row.group_index] for row in self._rows()]
+
+    def caps(self) -> list[float]:
+        """The cap of beta_t of each parameter, in the order of ``parameter_names``."""
+        return [float(group[self.cap_key]) for group in self.groups_of_parameters()]
 
     def _betas(self) -> Tensor:
         """``[parameters]`` beta_t, nan where one has never stepped."""
@@ -162,6 +166,15 @@ class PersistentOptimizer(PlacedOptimizer):
                 self._tables.update(store.saved())
         self._stores, self._places = {}, {}
         super()._forget_layout()
+
+    def _check_scope(self, layout: Layout) -> None:
+        super()._check_scope(layout)
+        if any("max_momentum" in group for group in self.param_groups):
+            warnings.warn(
+                "the learning rate scheduler cycles betas[0], which adaptive memory does not use: beta_t is computed, "
+                f"and its cap stays in the group's {self.cap_key!r}. Pass cycle_momentum=False to the scheduler.",
+                stacklevel=7,  # whoever calls step(), past torch's decorators
+            )
 
     # ------------------------------------------------------------------ groups, pickle, state_dict
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -164,6 +164,20 @@ MUTATIONS = [
         (f"{_COPIES}::test_what_somebody_else_has_put_in_place_stays",),
     ),
     Mutation(
+        "LearningRateMonitor shows the cap as the momentum",
+        _FITTING,
+        "shown = {} if math.isnan(beta) else dict.fromkeys(shown, beta)",
+        "shown = {} if math.isnan(beta) else shown",
+        ("tests/lightning/test_momentum_tag.py::test_momentum_is_beta_of_the_group[Regression]",),
+    ),
+    Mutation(
+        "LearningRateMonitor shows one momentum for all groups",
+        _FITTING,
+        "own = [index for index, group in enumerate(optimizer.groups_of_parameters()) if group is param_group]",
+        "own = [index for index, group in enumerate(optimizer.groups_of_parameters()) if group]",
+        ("tests/lightning/test_momentum_tag.py::test_momentum_is_beta_of_the_group[Regression]",),
+    ),
+    Mutation(
         "under DDP no replica group is set",
         _FITTING,
         "optimizer.replica_group = torch.distributed.group.WORLD",

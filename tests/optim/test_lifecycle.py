@@ -84,9 +84,11 @@ def test_one_cycle_moves_betas_but_not_the_cap() -> None:
     scheduler = lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=12)
     assert optimizer.param_groups[0]["betas"][0] == 0.95
     twin, bowl = Twin(optimizer, oracle), Bowl.around(SHAPES, seed=3)
-    for _ in range(10):
-        bowl_step(twin, bowl)
-        scheduler.step()
+    with pytest.warns(UserWarning, match="cycles betas.0., which adaptive memory does not use") as told:
+        for _ in range(10):
+            bowl_step(twin, bowl)
+            scheduler.step()
+    assert len(told) == 1
     assert optimizer.param_groups[0]["beta1_max"] == 0.3
     assert max(twin.betas) <= 0.3 + 1e-15
     fresh = AMAdamW(named_params(SHAPES, torch.float64), betas=(0.3, 0.5))

@@ -154,6 +154,8 @@ LIGHTNING = [
             "find the FSDP module around a LightningModule", "lightning_module"),
     Private("lightning.fabric.wrappers._FabricModule", "_forward_module", ("am_lightning/fabric.py", _NAMES),
             "reach the DeepSpeed engine, and to strip it from the names of parameters", "fabric_module"),
+    Private("lightning.pytorch.callbacks.LearningRateMonitor", "_extract_momentum", ("am_lightning/fitting.py",),
+            "show beta_t where it would show the cap as the momentum"),
     Private(_CHECKPOINT, "_should_skip_saving_checkpoint", (_CALLBACK,), "save no step twice"),
     Private(_CHECKPOINT, "_save_topk_checkpoint", (_CALLBACK,), "save at the end of a run"),
     Private(_CHECKPOINT, "_monitor_candidates", (_CALLBACK,), "save at the end of a run"),
