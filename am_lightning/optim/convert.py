@@ -13,6 +13,10 @@ from am_lightning.optim.adamw import AMAdamW
 from am_lightning.optim.kernels.fused import require_fused
 from am_lightning.optim.state import FOREIGN_OPTIONS, has_coupled_decay
 
+# On a step() that a scheduler has wrapped to count it: torch's of today, and those written after torch's before 2.5
+_MARKS = ("_wrapped_by_lr_sched", "_with_counter")
+_METHODS = {"step", "state_dict", "load_state_dict", "add_param_group"}  # AMAdamW has its own
+
 
 def default_cap(beta1: float, lambd: float) -> float:
     """b - (1 - b) lambda, not below 0: the paper's 0.9 - 0.1 lambda = 0.89 for the usual b."""
@@ -64,7 +68,7 @@ def convert_adamw(
     del converted.defaults[AMAdamW.cap_key]  # a later group takes it from its betas
     converted._patch_step_function()
     if replaced_step is not None:
-        _let_scheduler_watch(converted)
+        _let_scheduler_watch(converted, [mark for mark in _MARKS if hasattr(replaced_step, mark)])
     return converted
 
 
@@ -107,11 +111,12 @@ def _refuse(optimizer: Any) -> None:
             f"this {kind} has state already (it has made steps, or a checkpoint was loaded into it), and converting it "
             "would lose the running averages' bias correction: convert a fresh one, then load its checkpoint"
         )
-    step = optimizer.__dict__.get("step")
-    if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):
-        raise ValueError(
-            f"{kind}.step was replaced on this instance, and the replacement would be lost: remove it, then convert"
-        )
+    for method in sorted(_METHODS & optimizer.__dict__.keys()):
+        if not any(hasattr(optimizer.__dict__[method], mark) for mark in _MARKS):
+            raise ValueError(
+                f"{kind}.{method} was replaced on this instance, and the replacement would be lost, or would lose what "
+                "AMAdamW does there: remove it, then convert"
+            )
 
 
 def what_to_return(optimizer: Any) -> str:
@@ -144,16 +149,19 @@ def _convert_options(group: dict[str, Any], lambd: float, cap: float) -> None:
     group["betas"] = (cap, float(group["betas"][1]))
 
 
-def _let_scheduler_watch(optimizer: AMAdamW) -> None:
+def _let_scheduler_watch(optimizer: AMAdamW, marks: list[str]) -> None:
     """Wrap the new step() as LRScheduler had wrapped the old one, to check the order of the two steps."""
     function, reference = AMAdamW.step, weakref.ref(optimizer)
 
     @functools.wraps(function)
     def step(*args: Any, **kwargs: Any) -> Any:
-        owner = reference()
-        assert owner is not None
-        owner._opt_called = True  # type: ignore[attr-defined]
+        owner: Any = reference()
+        if "_wrapped_by_lr_sched" in marks:
+            owner._opt_called = True
+        if "_with_counter" in marks:
+            owner._step_count += 1
         return function.__get__(owner, type(owner))(*args, **kwargs)
 
-    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    for mark in marks:
+        setattr(step, mark, True)
     optimizer.step = step  # type: ignore[method-assign]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import weakref
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -46,6 +50,73 @@ def twin_runs(schedule, **options):
         assert "beta_prod" in next(iter(optimizer.state.values()))
         weights.append([p.detach().clone() for p in net.parameters()])
     return weights
+
+
+class Counting:
+    """What a scheduler that was written after torch's of before 2.5 does to step(), and asks of it."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        reference, function = weakref.ref(optimizer), optimizer.step.__func__
+        self.optimizer = optimizer
+
+        @functools.wraps(function)
+        def wrapper(*args, **kwargs):
+            owner = reference()
+            owner._step_count += 1
+            return function.__get__(owner, type(owner))(*args, **kwargs)
+
+        wrapper._with_counter = True
+        optimizer.step = wrapper
+        optimizer._step_count = 0
+
+    def counted(self) -> int:
+        assert hasattr(self.optimizer.step, "_with_counter")  # else: "step() has been overridden"
+        return self.optimizer._step_count
+
+
+def test_a_scheduler_of_old_counts_on() -> None:
+    counts, weights = [], []
+    for kind in ("adamw", "converted", "built"):
+        net = make_net()
+        beta1 = 0.89 if kind == "built" else 0.9
+        optimizer = (AMAdamW if kind == "built" else torch.optim.AdamW)(net.parameters(), lr=0.05, betas=(beta1, 0.95))
+        scheduler = Counting(optimizer)
+        if kind == "converted":
+            convert_adamw(optimizer)
+        for index in range(3):
+            step(net, optimizer, index)
+        counts.append(scheduler.counted())
+        weights.append([p.detach() for p in net.parameters()])
+        assert type(optimizer) is (torch.optim.AdamW if kind == "adamw" else AMAdamW)
+    assert counts == [3, 3, 3]
+    assert all(map(torch.equal, weights[1], weights[2]))
+    assert not any(map(torch.equal, weights[0], weights[1]))
+
+
+def test_what_others_have_put_on_it_stays() -> None:
+    """Hooks, attributes and a scheduler's numbers in the groups; a copy has no more of it than AdamW's."""
+    net = make_net()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.05)
+    calls: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    optimizer.register_state_dict_post_hook(lambda _, saved: {**saved, "more": 1})
+    optimizer.note, scheduler = "theirs", Counting(optimizer)
+    optimizer.param_groups[0]["name"] = "all"
+    convert_adamw(optimizer)
+    step(net, optimizer, 0)
+    assert calls == ["before", "after"] and optimizer.note == "theirs" and scheduler.counted() == 1
+    assert optimizer.state_dict()["more"] == 1 and optimizer.param_groups[0]["name"] == "all"
+    assert "step" not in copy.deepcopy(optimizer).__dict__
+
+
+@pytest.mark.parametrize("method", ["step", "state_dict", "load_state_dict", "add_param_group"])
+def test_a_method_that_somebody_has_replaced_is_named(method: str) -> None:
+    optimizer = torch.optim.AdamW(make_net().parameters())
+    setattr(optimizer, method, getattr(optimizer, method))
+    with pytest.raises(ValueError, match=rf"AdamW\.{method} was replaced on this instance.*remove it"):
+        convert_adamw(optimizer)
+    assert type(optimizer) is torch.optim.AdamW and method in optimizer.__dict__
 
 
 @pytest.mark.filterwarnings("ignore:The epoch parameter in")  # SequentialLR of torch 2.6 warns of its own call

@@ -150,6 +150,20 @@ MUTATIONS = [
         (f"{_CONVERSION}::test_a_module_that_returns_amadamw_is_only_logged",),
     ),
     Mutation(
+        "a converted AdamW counts no steps for a scheduler written after an older torch's",
+        "am_lightning/optim/convert.py",
+        "owner._step_count += 1",
+        "owner._step_count += 0",
+        (f"{_CONVERSION}::test_a_scheduler_of_old_counts_on",),
+    ),
+    Mutation(
+        "a state_dict that somebody has put on an AdamW stays on the converted one",
+        "am_lightning/optim/convert.py",
+        "for method in sorted(_METHODS & optimizer.__dict__.keys()):",
+        'for method in sorted({"step"} & optimizer.__dict__.keys()):',
+        (f"{_CONVERSION}::test_a_method_that_somebody_has_replaced_is_named[state_dict]",),
+    ),
+    Mutation(
         "a plugin's own clipping is replaced",
         _FITTING,
         "if type(plugin).clip_grad_by_norm in lightnings_own and",
