@@ -16,21 +16,31 @@ from am_lightning.fitting import allow_in_deepspeed, ours, place, replace_in, un
 from am_lightning.lightning_names import DeepSpeedStrategy, MisconfigurationException, rank_zero_info, rank_zero_warn
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.convert import convert_adamw, is_adam, what_to_return
+from am_lightning.optim.cures import LAMBDA, with_cures
 from am_lightning.optim.validation import SCOPES, check_choice, check_count, check_flag, check_number
 from am_lightning.replaced import Replacements
 
 __all__ = ["AdaptiveMemory", "attach"]
 
+_OPTIMIZERS = "the optimizer's own: give it to torch.optim.AdamW in configure_optimizers"
+_CURES = {
+    **dict.fromkeys(("lr", "learning_rate", "weight_decay", "eps", "beta2", "fused", "foreach"), _OPTIMIZERS),
+    **dict.fromkeys(("beta1", "beta", "betas", "beta_max", "momentum", "cap"), "the cap of beta_t is beta1_max=..."),
+    **dict.fromkeys(LAMBDA, "write lambd=..."),
+    **dict.fromkeys(("every", "log_every", "log_interval"), "write log_every_n_steps=..."),
+}
 
-class _CallbackType(type):
+
+class _StateKey(property):
     """The class itself in a Trainer's list, without brackets, is named where the Trainer first looks at it."""
 
-    @property
-    def state_key(cls) -> str:
-        raise AttributeError(f"{cls.__name__} is a class, and callbacks holds objects: write {cls.__name__}()")
+    def __get__(self, callback: Any, cls: type | None = None) -> Any:
+        if callback is None and cls is not None:
+            raise AttributeError(f"{cls.__name__} is a class, and callbacks holds objects: write {cls.__name__}()")
+        return super().__get__(callback, cls)
 
 
-class AdaptiveMemory(pl.Callback, metaclass=_CallbackType):
+class AdaptiveMemory(pl.Callback):
     """One line: ``Trainer(callbacks=[AdaptiveMemory()])`` trains with adaptive memory and logs the momentum curves.
 
     Every ``torch.optim.AdamW`` that ``configure_optimizers`` returns, and every Adam without coupled weight decay, is
@@ -60,6 +70,7 @@ class AdaptiveMemory(pl.Callback, metaclass=_CallbackType):
             supported; the text has the cure.
     """
 
+    @with_cures(_CURES, "AdaptiveMemory(beta1_max=...), or lambd=...; it takes neither a module nor an optimizer")
     def __init__(
         self,
         *,
@@ -95,6 +106,11 @@ class AdaptiveMemory(pl.Callback, metaclass=_CallbackType):
         self._steps = 0  # in this fit
         self._next_look = 0  # at the count of skipped steps
         self._intervals = 0  # log intervals that are over
+
+    @_StateKey
+    def state_key(self) -> str:
+        """As of every callback."""
+        return super().state_key
 
     # ------------------------------------------------------------------ conversion
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

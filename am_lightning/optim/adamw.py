@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.closed_form import bias_correction
+from am_lightning.optim.cures import ADAMW, with_cures
 from am_lightning.optim.kernels import Options
 from am_lightning.optim.kernels.fused import require_fused
 from am_lightning.optim.state import FOREIGN_OPTIONS
@@ -71,6 +72,7 @@ class AMAdamW(AdaptiveMemoryOptimizer):
     first_takes_cap = True
     plain_attributes = ("scope", "nonfinite", "exp_avg_dtype")
 
+    @with_cures(ADAMW, "lambd=..., scope=... and what follows by name; AdamW's amsgrad does not exist here")
     def __init__(
         self,
         params: ParamsT,

@@ -8,13 +8,23 @@ import torch
 from torch import Tensor
 
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
+from am_lightning.optim.cures import with_cures
 from am_lightning.optim.kernels.pieces import Clip, scale_
 from am_lightning.optim.scalars import sums_live_on
 from am_lightning.optim.squares import square_sums, total_norm
 from am_lightning.optim.wrapped import innermost
 from am_lightning.sharding import Layout, gradient_of, settled_gradient
 
+_TORCHS = {
+    "norm_type": "it clips by the 2-norm: leave it out",
+    "error_if_nonfinite": "the step drops gradients that are not finite: leave it out",
+    "foreach": "the optimizer's kernels decide: leave it out",
+    "parameters": "give it the optimizer, clip_grad_norm_(optimizer, max_norm)",
+    "model": "give it the optimizer, clip_grad_norm_(optimizer, max_norm)",
+}
 
+
+@with_cures(_TORCHS, "clip_grad_norm_(optimizer, max_norm); it clips by the 2-norm, there is no norm_type")
 @torch.no_grad()
 def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float, *, in_step: bool = False) -> Tensor:
     """Scale the gradients of all of the optimizer's parameters so that their global 2-norm is at most ``max_norm``.

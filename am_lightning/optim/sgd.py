@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.closed_form import Decision, Sums
+from am_lightning.optim.cures import SGD, with_cures
 from am_lightning.optim.kernels import Options, Piece
 from am_lightning.optim.squares import square_sum
 from am_lightning.optim.validation import (
@@ -71,6 +72,7 @@ class AMSGD(AdaptiveMemoryOptimizer):
 
     loss_gap: str
 
+    @with_cures(SGD, "lambd=..., scope=... and what follows by name; SGD's dampening and nesterov do not exist here")
     def __init__(
         self,
         params: ParamsT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import functools
 import weakref
@@ -336,7 +337,65 @@ def test_a_module_without_an_optimizer_is_refused() -> None:
 def test_the_class_without_brackets_is_named() -> None:
     with pytest.raises(AttributeError, match=r"AdaptiveMemory is a class.*write AdaptiveMemory\(\)"):
         pl.Trainer(**quiet(max_steps=1, callbacks=[AdaptiveMemory]))
-    assert AdaptiveMemory().state_key.startswith("AdaptiveMemory")
+    assert AdaptiveMemory().state_key == "AdaptiveMemory"
+
+
+def test_the_callback_is_subclassed_with_classes_of_other_kinds() -> None:
+    """Abstract bases, generics and protocols have metaclasses; the callback has the usual one."""
+
+    class Registered(type):
+        pass
+
+    class Mine(AdaptiveMemory, abc.ABC):
+        @abc.abstractmethod
+        def name(self) -> str: ...
+
+    class Whole(Mine, metaclass=abc.ABCMeta):
+        def name(self) -> str:
+            return "whole"
+
+    class Theirs(metaclass=Registered):
+        pass
+
+    class Both(AdaptiveMemory, Theirs):
+        pass
+
+    class Named(AdaptiveMemory):
+        @property
+        def state_key(self) -> str:
+            return f"mine of {super().state_key}"
+
+    with pytest.raises(TypeError, match="abstract"):
+        Mine()
+    with pytest.raises(AttributeError, match=r"Both is a class.*write Both\(\)"):
+        pl.Trainer(**quiet(max_steps=1, callbacks=[Both]))
+    assert Whole().state_key.endswith(".Whole") and Named().state_key.startswith("mine of test_")
+    for kind in (Whole, Both, Named):
+        trainer = pl.Trainer(**quiet(max_steps=1, callbacks=[kind(beta1_max=0.5)]))
+        trainer.fit(Regression())
+        assert trainer.optimizers[0].param_groups[0]["beta1_max"] == 0.5
+
+
+SLIPS = {
+    "a number": (
+        lambda: AdaptiveMemory(0.8),
+        r"AdaptiveMemory does not take 0.8 as positional: write .*beta1_max=",
+    ),
+    "a module": (lambda: AdaptiveMemory(Regression()), "does not take a Regression as positional.*neither a module"),
+    "learning_rate": (lambda: AdaptiveMemory(learning_rate=0.1), "'learning_rate': the optimizer's own: give it to"),
+    "lr": (lambda: AdaptiveMemory(lr=0.1), "'lr': the optimizer's own: give it to torch.optim.AdamW"),
+    "betas": (lambda: AdaptiveMemory(betas=(0.9, 0.95)), "'betas': the cap of beta_t is beta1_max="),
+    "lambda": (lambda: AdaptiveMemory(lam=0.1), "'lam': write lambd="),
+    "interval": (lambda: AdaptiveMemory(log_every=5), "'log_every': write log_every_n_steps="),
+    "nearly right": (lambda: AdaptiveMemory(per_layers=True), "'per_layers': write per_layer="),
+}
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_a_slip_is_named_with_its_cure(slip: str) -> None:
+    call, text = SLIPS[slip]
+    with pytest.raises(TypeError, match=text):
+        call()
 
 
 def test_the_modules_own_method_comes_back() -> None:

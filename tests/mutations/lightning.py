@@ -164,6 +164,20 @@ MUTATIONS = [
         (f"{_CONVERSION}::test_a_method_that_somebody_has_replaced_is_named[state_dict]",),
     ),
     Mutation(
+        "the callback's class in a Trainer's list is not named",
+        _CALLBACK,
+        "if callback is None and cls is not None:",
+        "if callback is None and cls is AdaptiveMemory.__base__:",
+        (f"{_CONVERSION}::test_the_class_without_brackets_is_named",),
+    ),
+    Mutation(
+        "a positional argument of the callback is not named",
+        "am_lightning/optim/cures.py",
+        "if len(args) > taken or not kwargs.keys() <= set(known):",
+        "if not kwargs.keys() <= set(known):",
+        (f"{_CONVERSION}::test_a_slip_is_named_with_its_cure",),
+    ),
+    Mutation(
         "a plugin's own clipping is replaced",
         _FITTING,
         "if type(plugin).clip_grad_by_norm in lightnings_own and",
