@@ -54,7 +54,9 @@ class AMAdamW(AdaptiveMemoryOptimizer):
             is built at the first step, torch.compile elsewhere. None (with foreach None) does so on CUDA and ROCm where
             the kernels build, launch and agree with the plain ones on all ranks, looked at in the first step; elsewhere
             the eager kernels. False: eager kernels. ``describe`` says which, and why not Triton.
-        nonfinite: "skip" drops a step in which a sum is not finite, "propagate" does what AdamW does.
+        nonfinite: "skip" drops a step, on all ranks, in which a sum is not finite or ``exp_avg_sq`` would not be: a
+            gradient's square overflows float32 (float64 for float64 parameters), or what float16 can hold of it.
+            "propagate" does what AdamW does.
         replica_group: process group of ranks that hold the same parameters (DDP); the AdaptiveMemory callback sets it.
         exp_avg_dtype: torch.bfloat16 keeps ``exp_avg`` of float32 parameters in half the memory, rounded stochastically
             (reproducible: the noise is a hash of parameter, step and element). Not under FSDP1 and DeepSpeed.

@@ -216,8 +216,8 @@ MUTATIONS = [
     Mutation(
         "reference: D accumulates in the parameter's dtype",
         _REFERENCE,
-        "den = ((d - g) ** 2 / (metric * q)).sum(dtype=accumulate)",
-        "den = ((d - g) ** 2 / (metric * q)).to(piece.x.dtype).sum().to(accumulate)",
+        "den = ((d - g) * ((d - g) / (metric * q))).sum(dtype=accumulate)",
+        "den = ((d - g) * ((d - g) / (metric * q))).to(piece.x.dtype).sum().to(accumulate)",
         ("tests/optim/test_layouts.py::test_low_precision[adamw-tensor-dtype1-False]",),
     ),
     Mutation(
@@ -279,15 +279,15 @@ MUTATIONS = [
     Mutation(
         "blocked: pass 1 writes the second moment",
         _BLOCKED,
-        "_metric(c, piece, host, v_out=c.a)",
-        "_metric(c, piece, host, v_out=c.v)",
+        "torch.addcmul(c.v, c.g, c.g, value=rate, out=c.a)",
+        "c.a.copy_(torch.addcmul(c.v, c.g, c.g, value=rate, out=c.v))",
         (f"{_EVERY_STEP}[adamw-paper-tensor-None]",),
     ),
     Mutation(
         "blocked: beta2 is not under the root in the metric of pass 1",
         _BLOCKED,
-        "root *= math.sqrt(beta2)",
-        "root *= beta2",
+        "_metric(c, piece, host, c.a, math.sqrt(beta2))",
+        "_metric(c, piece, host, c.a, beta2)",
         (f"{_EVERY_STEP}[adamw-paper-tensor-None]",),
     ),
     Mutation(

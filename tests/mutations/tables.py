@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
-from tests.mutations import deepspeed, huggingface, lightning, optim, optim_state, recipes, sharding
+from tests.mutations import deepspeed, huggingface, lightning, optim, optim_guards, optim_state, recipes, sharding
 from tests.mutations.mutation import Mutation
 
 AREAS: dict[str, list[Mutation]] = {
-    "optim": [*optim.MUTATIONS, *optim_state.MUTATIONS],
+    "optim": [*optim.MUTATIONS, *optim_guards.MUTATIONS, *optim_state.MUTATIONS],
     "sharding": sharding.MUTATIONS,
     "lightning": lightning.MUTATIONS,
     "huggingface": huggingface.MUTATIONS,

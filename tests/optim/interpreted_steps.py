@@ -6,10 +6,12 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 from am_lightning import AMAdamW, clip_grad_norm_
 from am_lightning.optim.kernels import fused, triton_check, triton_kernels
+from tests.optim import huge
 from tests.optim.harness import (
     Bowl,
     assert_bitwise,
@@ -227,3 +229,16 @@ def _clip_and_step(optimizer: AMAdamW, step: int, *, in_step: bool) -> list[torc
 
     _train(optimizer, 1, start=step, edit=clip)
     return kept
+
+
+def huge_gradient(dtype: str, value: float, taken: bool) -> None:
+    """By the rule of the other kernels (test_huge_gradients.py), also where the gradient is scaled in registers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huge, "SHAPES", [(33, 3), (5,), (1100,)])
+        if taken:
+            huge.taken("adamw", dtype, value, fused=True)
+            return
+        huge.dropped("adamw", dtype, value, f"{TRITON} for 3", 2, fused=True)
+        if dtype == "float32":
+            huge.dropped("adamw", dtype, 1e30, f"{TRITON} for 3", clip=1e25, fused=True)
+            huge.dropped("adamw", dtype, 1e30, f"{TRITON} for 3", exp_avg_dtype=torch.bfloat16, fused=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from am_lightning.optim.kernels.pieces import SUM_BLOCK, Numbers, Piece, Scalar, flat
+from am_lightning.optim.kernels.pieces import SUM_BLOCK, Numbers, Piece, Scalar, flat, too_large
 from am_lightning.optim.kernels.rounding import is_stochastic, seed_of, stochastic
 
 _BUFFER_BYTES = 1 << 20  # 256 Ki float32 elements: the fastest of 32 Ki .. 1 Mi on a server CPU
@@ -29,7 +29,7 @@ class Scratch:
         key = (dtype, name)
         if key not in self._buffers or self._buffers[key].numel() < numel:
             self._release_other_dtypes(dtype)
-            self._buffers[key] = torch.empty(numel, dtype=dtype)
+            self._buffers[key] = torch.empty(numel, dtype=dtype, device="cpu")
         return self._buffers[key][:numel]
 
     def _release_other_dtypes(self, dtype: torch.dtype) -> None:
@@ -77,7 +77,7 @@ def update(pieces: Sequence[Piece], numbers: Numbers, scratch: Scratch) -> None:
 def _sums(piece: Piece, numbers: Numbers, accumulate: torch.dtype, scratch: Scratch) -> Tensor:
     host, o = numbers.on_host(), piece.options
     gap = float(host["gap"][piece.row])
-    partial = torch.zeros(2, _block_count(piece), dtype=piece.compute_dtype)
+    partial = torch.zeros(2, _block_count(piece), dtype=piece.compute_dtype, device=piece.x.device)
     nums, dens = (iter(line.unbind()) for line in partial)
     for c in _chunks(piece, scratch):
         torch.sub(c.d, c.g, out=c.b)
@@ -86,7 +86,8 @@ def _sums(piece: Piece, numbers: Numbers, accumulate: torch.dtype, scratch: Scra
             _dots(c.b, c.q, dens)
             slope = torch.add(c.d, c.x, alpha=o.mu, out=c.a) if o.mu else c.d
         else:
-            _metric(c, piece, host, v_out=c.a)
+            if not _metric_for_sums(c, piece, host):
+                return torch.full((2,), math.nan, dtype=accumulate, device=piece.x.device)
             torch.addcmul(c.a, c.a, c.a, value=o.lambd, out=c.q)  # P q
             torch.div(c.b, c.q, out=c.q)
             _dots(c.b, c.q, dens)
@@ -101,13 +102,14 @@ def _sums(piece: Piece, numbers: Numbers, accumulate: torch.dtype, scratch: Scra
 def _update(piece: Piece, numbers: Numbers, scratch: Scratch) -> None:
     host, o, i = numbers.on_host(), piece.options, piece.row
     omega, lr, shrink = float(host["omega"][i]), float(host["lr"][i]), float(host["shrink"][i])
-    seed = seed_of(torch.tensor(host["step"][i]), i) if is_stochastic(piece) else None
+    seed = seed_of(torch.tensor(host["step"][i], device=piece.x.device), i) if is_stochastic(piece) else None
     for c in _chunks(piece, scratch):
         torch.sub(c.g, c.d, out=c.b)
         if c.v is None:
             c.d.add_(c.b, alpha=omega / (1 + o.lambd))
         else:
-            _metric(c, piece, host, v_out=c.v)
+            _second_moment(c, piece, out=c.v)
+            _metric(c, piece, host, c.v)
             torch.add(_as_scalar(1.0, c.a), c.a, alpha=o.lambd, out=c.q)
             c.d.addcdiv_(c.b, c.q, value=omega)
         if shrink != 1:
@@ -119,24 +121,40 @@ def _update(piece: Piece, numbers: Numbers, scratch: Scratch) -> None:
         c.write_back(seed)
 
 
-def _metric(c: _Chunk, piece: Piece, host: dict[str, Sequence[Scalar]], v_out: Tensor) -> None:
-    """c.a = P = c_t (sqrt(v' / (1 - beta2^t)) + eps); ``v_out`` takes v' where it is c.v."""
+def _metric_for_sums(c: _Chunk, piece: Piece, host: dict[str, Sequence[Scalar]]) -> bool:
+    """c.a = P, and nothing is written; False where v' does not fit in its dtype."""
     assert c.v is not None
     beta2 = piece.options.beta2
+    if beta2 > 0.5:  # v' / beta2 is one operation, and beta2 goes under the root
+        rate = (1 - beta2) / beta2
+        torch.addcmul(c.v, c.g, c.g, value=rate, out=c.a)
+        # Below the first no g^2 overflows, below the second no v'; beyond either what is written decides.
+        if float(c.a.amax()) < min(rate * torch.finfo(c.a.dtype).max, too_large(c.stored["v"].dtype)):
+            _metric(c, piece, host, c.a, math.sqrt(beta2))
+            return True
+    _second_moment(c, piece, out=c.a)
+    fits = float(c.a.amax()) < too_large(c.stored["v"].dtype)
+    _metric(c, piece, host, c.a)
+    return fits
+
+
+def _second_moment(c: _Chunk, piece: Piece, out: Tensor) -> None:
+    """v' = v + (1 - beta2) (g^2 - v)."""
+    assert c.v is not None
+    torch.mul(c.g, c.g, out=c.a)
+    torch.lerp(c.v, c.a, 1 - piece.options.beta2, out=out)
+
+
+def _metric(c: _Chunk, piece: Piece, host: dict[str, Sequence[Scalar]], v: Tensor, scale: float = 1.0) -> None:
+    """c.a = P = c_t (sqrt(v' / (1 - beta2^t)) + eps), of v = v' / scale^2."""
     root, floor = float(host["root"][piece.row]), float(host["floor"][piece.row])
-    if v_out is c.a and beta2 > 0.5:  # only read: v' / beta2 is one operation, and beta2 goes under the root
-        torch.addcmul(c.v, c.g, c.g, value=(1 - beta2) / beta2, out=c.a)
-        root *= math.sqrt(beta2)
-    else:
-        torch.mul(c.g, c.g, out=c.a)
-        torch.lerp(c.v, c.a, 1 - beta2, out=v_out)
-    torch.sqrt(v_out, out=c.a)
-    torch.add(_as_scalar(floor, c.a), c.a, alpha=root, out=c.a)
+    torch.sqrt(v, out=c.a)
+    torch.add(_as_scalar(floor, c.a), c.a, alpha=root * scale, out=c.a)
 
 
 def _as_scalar(value: float, like: Tensor) -> Tensor:
     """0-dim, so that value + alpha * tensor is one operation."""
-    return torch.full((), value, dtype=like.dtype)
+    return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
 def _dots(left: Tensor, right: Tensor, out: Iterator[Tensor]) -> None:

@@ -13,13 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from am_lightning.optim.kernels.pieces import Numbers, Piece, flat, is_addressable, is_flat
+from am_lightning.optim.kernels.pieces import Numbers, Piece, flat, is_addressable, is_flat, too_large
 from am_lightning.optim.kernels.rounding import is_stochastic, seed_of, stochastic
 from am_lightning.optim.kernels.transfer import moved, upload
 
 _BLOCK = 1 << 14  # elements summed in the working precision; across blocks sums are float64
 _COLUMNS = ("gap", "root", "floor", "lr", "shrink", "omega")  # the first places of the vector
-_RATE, _LAMBD, _MU, _KEEP = 6, 7, 8, 9  # the others; the rate 1 - beta2 is formed in float64, and then rounded
+_RATE, _LAMBD, _MU, _TOO_LARGE, _KEEP = (
+    6,
+    7,
+    8,
+    9,
+    10,
+)  # the others; the rate 1 - beta2 is formed in float64, and then rounded
 
 
 def supports(piece: Piece) -> bool:
@@ -75,10 +81,11 @@ class CompiledPasses:
         columns = numbers.columns
         whole = torch.stack([columns.get(name, columns["gap"]) for name in _COLUMNS], 1)
         keep = torch.ones_like(whole[:, 0]) if counts is None else counts.to(whole.dtype)
-        host = [[0.0, 0.0, 0.0]] * len(whole)
+        host = [[0.0, 0.0, 0.0, 0.0]] * len(whole)
         for piece in self._pieces:
-            host[piece.row] = [1 - piece.options.beta2, piece.options.lambd, piece.options.mu]
-        options = upload(torch.tensor(host, dtype=whole.dtype), whole.device)
+            o, stored = piece.options, piece.x.dtype if piece.v is None else piece.v.dtype
+            host[piece.row] = [1 - o.beta2, o.lambd, o.mu, too_large(stored)]
+        options = upload(torch.tensor(host, dtype=whole.dtype, device="cpu"), whole.device)
         whole = torch.cat([whole, options, keep[:, None]], 1)
         there: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for piece in self._pieces:
@@ -130,12 +137,12 @@ def _many_graphs() -> AbstractContextManager[Any]:
 
 
 def _sums(x: Tensor, g: Tensor, d: Tensor, v: Tensor, h: Tensor, decays: bool, negate: bool) -> Tensor:
-    """``[blocks, 2]`` of N = sum (d - gap g) (d / P + mu x), D = sum (d - g)^2 / (P q)."""
+    """``[blocks, 2]`` of N = sum (d - gap g) (d / P + mu x), D = sum (d - g)^2 / (P q), nan where v' does not fit."""
     x, g, d = x.to(h.dtype), g.to(h.dtype), d.to(h.dtype)
     g = -g if negate else g
-    _, _, scale, inverse = _metric(g, v, h)
+    second, _, scale, inverse = _metric(g, v, h)
     diff = d - g
-    den = diff * diff * inverse
+    den = torch.where(second < h[_TOO_LARGE], diff * (diff * inverse), torch.nan)
     slope = d * (inverse * scale)
     slope = slope + h[_MU] * x if decays else slope
     num = (d - h[0] * g) * slope

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 namespace {
@@ -138,12 +139,19 @@ const C* negated(const C* g, int64_t n, C* scratch) {
 }
 
 // ---------------------------------------------------------------- the formulas, for one element
+// The smallest number that a kind rounds to inf.
+template <class C>
+C too_large_for(int64_t kind) {
+  if (kind == F16) return C(65520);
+  return kind == BF16 ? C(float_of(0x7f7f8000u)) : std::numeric_limits<C>::infinity();
+}
+
 template <class C>
 struct Constants {
-  C rate, root, base, lambd, mu, gap, omega, lr, shrink;
-  Constants(const Options& o, const Numbers& s)
+  C rate, root, base, lambd, mu, gap, omega, lr, shrink, too_large;
+  Constants(const Piece& p, const Options& o, const Numbers& s)
       : rate(C(1 - o.beta2)), root(C(s.root)), base(C(s.floor)), lambd(C(o.lambd)), mu(C(o.mu)), gap(C(s.gap)),
-        omega(C(s.omega)), lr(C(s.lr)), shrink(C(s.shrink)) {}
+        omega(C(s.omega)), lr(C(s.lr)), shrink(C(s.shrink)), too_large(too_large_for<C>(p.v_kind)) {}
 };
 
 template <class C>
@@ -163,7 +171,7 @@ inline void add_terms(C g, C d, C v, C x, const Constants<C>& k, C& num, C& den)
   C diff = d - g, slope = d * (m.M * m.q);
   if (decays) slope += k.mu * x;
   num += (d - k.gap * g) * slope;
-  den += diff * diff * m.M;
+  den += m.second < k.too_large ? diff * (diff * m.M) : std::numeric_limits<C>::quiet_NaN();  // v' does not fit
 }
 
 template <class C>
@@ -177,7 +185,7 @@ inline void advance(C g, C& d, C& v, C& x, const Constants<C>& k) {
 template <class C, Kind native>
 void block_sums(const Piece& piece, const Options& o, const Numbers& s, const Block& block, double* out) {
   alignas(64) C sg[TILE], sd[TILE], sv[TILE], sx[TILE];
-  const Constants<C> k(o, s);
+  const Constants<C> k(piece, o, s);
   double num = 0, den = 0;
   for (int64_t first = block.begin; first < block.end; first += TILE) {
     const int64_t n = std::min(TILE, block.end - first);
@@ -204,7 +212,7 @@ void block_sums(const Piece& piece, const Options& o, const Numbers& s, const Bl
 template <class C, Kind native>
 void block_update(const Piece& piece, const Options& o, const Numbers& s, const Block& block) {
   alignas(64) C sg[TILE], sd[TILE], sv[TILE], sx[TILE];
-  const Constants<C> k(o, s);
+  const Constants<C> k(piece, o, s);
   const bool stochastic = piece.d_kind == BF16 && piece.x_kind == F32;
   const uint32_t seed = mix(uint32_t(int64_t(s.step)) + 0x9e3779b9u * uint32_t(piece.row + 1));
   for (int64_t first = block.begin; first < block.end; first += TILE) {

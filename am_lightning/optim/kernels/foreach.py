@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from am_lightning.optim.kernels.packs import Bucket, Plan, in_parts, key_of, plan_of
-from am_lightning.optim.kernels.pieces import Numbers, Piece
+from am_lightning.optim.kernels.pieces import Numbers, Piece, too_large
 from am_lightning.optim.kernels.rounding import is_stochastic, seeds_of, stochastic_at
 from am_lightning.optim.kernels.transfer import Constants, moved
 
@@ -71,22 +71,29 @@ class _Tables:
 
 
 def _sums(bucket: Bucket, parts: Sequence[Piece], tables: _Tables) -> Tensor:
-    """``[2, blocks]``: N = sum (d - (1 + k) g) (d / P + mu x),  D = sum (d - g)^2 / (P q),  q = 1 + lambda P."""
+    """``[2, blocks]``: N = sum (d - (1 + k) g) (d / P + mu x),  D = sum (d - g)^2 / (P q),  q = 1 + lambda P.
+
+    D is nan where v' does not fit in its dtype.
+    """
     o, n = parts[0].options, tables.of(bucket, parts[0])
     dtype = parts[0].compute_dtype
     g, d = _gradient(bucket, parts), bucket.pack([p.d for p in parts]).to(dtype)
-    diff = torch.sub(d, g)
-    if parts[0].v is None:
+    diff, fits = torch.sub(d, g), None
+    second = [p.v for p in parts if p.v is not None]
+    if not second:
         weighted = torch.div(diff, 1 + o.lambd)
         slope = d.clone() if o.mu else d
     else:
-        v = bucket.pack([p.v for p in parts if p.v is not None]).to(dtype)
-        metric = _metric(v.lerp_(g * g, 1 - o.beta2), n)
+        v = bucket.pack(second).to(dtype)
+        fits = bucket.block_max(v.lerp_(g * g, 1 - o.beta2)) < too_large(second[0].dtype)
+        metric = _metric(v, n)
         del v
         weighted = torch.addcmul(metric, metric, metric, value=o.lambd)  # P q
         weighted = torch.div(diff, weighted, out=weighted)
         slope = torch.div(d, metric, out=metric)
     den = bucket.block_sums(weighted.mul_(diff))
+    if fits is not None:
+        den.masked_fill_(~fits, torch.nan)
     del weighted
     if o.mu:
         slope.add_(bucket.pack([p.x for p in parts]).to(dtype), alpha=o.mu)

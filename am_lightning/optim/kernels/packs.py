@@ -46,10 +46,17 @@ class Bucket:
 
     def block_sums(self, matrix: Tensor) -> Tensor:
         """``[blocks]`` in the matrix' dtype; overwrites what fills up the blocks."""
+        return self._filled_up(matrix).sum(1)
+
+    def block_max(self, matrix: Tensor) -> Tensor:
+        """``[blocks]``, of numbers >= 0; overwrites what fills up the blocks."""
+        return self._filled_up(matrix).amax(1)
+
+    def _filled_up(self, matrix: Tensor) -> Tensor:
         filling = [part for part in torch.split(matrix.view(-1), self.sizes)[1::2] if part.numel()]
         if filling:
             torch._foreach_zero_(filling)
-        return matrix.sum(1)
+        return matrix
 
     def _members_of(self, matrix: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
         parts = torch.split(matrix.view(-1), self.sizes)[::2]

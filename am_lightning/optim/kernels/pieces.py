@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
@@ -12,6 +13,7 @@ from torch import Tensor
 from am_lightning.optim.kernels.transfer import moved
 
 SUM_BLOCK = 1 << 16  # elements summed in the working precision; across blocks sums are float64
+_TOO_LARGE = {torch.float16: 65520.0, torch.bfloat16: 2.0**128 - 2.0**119}  # half a unit above the largest number
 
 Scalar: TypeAlias = "float | Tensor"  # a host number, or a 0-dim tensor where the host must not wait for the device
 
@@ -86,6 +88,11 @@ class Numbers:
         for name in self.columns.keys() - lists.keys():
             lists[name] = moved(self.columns[name], device).unbind()
         return lists
+
+
+def too_large(dtype: torch.dtype) -> float:
+    """The smallest number of a wider dtype that ``dtype`` rounds to inf."""
+    return _TOO_LARGE.get(dtype, math.inf)
 
 
 def is_addressable(tensors: Sequence[Tensor]) -> bool:

@@ -7,24 +7,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from am_lightning.optim.kernels.pieces import Numbers, Piece, Scalar
+from am_lightning.optim.kernels.pieces import Numbers, Piece, Scalar, too_large
 from am_lightning.optim.kernels.rounding import is_stochastic, seed_of, stochastic_in_parts
 
 
 def sums(pieces: Sequence[Piece], numbers: Numbers, accumulate: torch.dtype) -> list[Tensor]:
     """Pass 1, which only reads: ``[2]`` with N and D for each piece.
 
-    N = sum (d - (1 + k) g) (d / P + mu x),  D = sum (d - g)^2 / (P q),  q = 1 + lambda P.
+    N = sum (d - (1 + k) g) (d / P + mu x),  D = sum (d - g)^2 / (P q),  q = 1 + lambda P. D is nan where v' does not
+    fit in its dtype: finite gradients whose square overflows hide from the sums, for they are divided by P.
     """
     result = []
     for piece in pieces:
         n = _numbers(piece, numbers)
         g, d, x = _operands(piece)
-        _, metric = _metric(piece, g, n)
+        v, metric = _metric(piece, g, n)
         q = 1 + piece.options.lambd * metric
         slope = d / metric + piece.options.mu * x
         num = ((d - n["gap"] * g) * slope).sum(dtype=accumulate)
-        den = ((d - g) ** 2 / (metric * q)).sum(dtype=accumulate)
+        den = ((d - g) * ((d - g) / (metric * q))).sum(dtype=accumulate)
+        if v is not None and piece.v is not None:
+            den = torch.where((v < too_large(piece.v.dtype)).all(), den, torch.nan)
         result.append(torch.stack([num, den]))
     return result
 

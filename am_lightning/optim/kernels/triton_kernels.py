@@ -72,14 +72,15 @@ def _metric(g, v, beta2, rest, root, floor):
 
 
 @triton.jit
-def _terms(g, d, v, x, beta2, rest, lambd, mu, root, floor, gap, DECAYS: tl.constexpr):
-    """One element's (d - (1 + k) g) (d / P + mu x) and (d - g)^2 / (P q)."""
-    _, metric = _metric(g, v, beta2, rest, root, floor)
+def _terms(g, d, v, x, beta2, rest, lambd, mu, root, floor, gap, DECAYS: tl.constexpr, TOO_LARGE: tl.constexpr):
+    """One element's (d - (1 + k) g) (d / P + mu x) and (d - g)^2 / (P q), nan where v' does not fit in its dtype."""
+    second, metric = _metric(g, v, beta2, rest, root, floor)
     slope = d / metric
     if DECAYS:
         slope += mu * x
     difference = d - g
-    return (d - gap * g) * slope, difference * difference / (metric * (1 + lambd * metric))
+    den = difference * (difference / (metric * (1 + lambd * metric)))
+    return (d - gap * g) * slope, tl.where(second < TOO_LARGE, den, float("nan"))
 
 
 @triton.jit
@@ -87,7 +88,7 @@ def sums_kernel(
     pointers, chunks, tensors, options, gap, root, floor, grad_scale, partial,
     G: tl.constexpr, D: tl.constexpr, V: tl.constexpr, X: tl.constexpr, COMPUTE: tl.constexpr,
     ALIGNED_G: tl.constexpr, ALIGNED_STATE: tl.constexpr, ALIGNED_X: tl.constexpr,
-    DECAYS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    DECAYS: tl.constexpr, TOO_LARGE: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Pass 1, first stage: N and D of one chunk. Lanes add up in the compute dtype, the lanes of a chunk in float64."""
     chunk = tl.program_id(0)
@@ -108,7 +109,7 @@ def sums_kernel(
                 weights = tl.load(x + o).to(COMPUTE)
             a, b = _terms(
                 sign * tl.load(g + o).to(COMPUTE), tl.load(d + o).to(COMPUTE), tl.load(v + o).to(COMPUTE), weights,
-                beta2, rest, lambd, mu, c_root, c_eps, one_plus_k, DECAYS,
+                beta2, rest, lambd, mu, c_root, c_eps, one_plus_k, DECAYS, TOO_LARGE,
             )  # fmt: skip
             num += a
             den += b
@@ -121,7 +122,7 @@ def sums_kernel(
             a, b = _terms(
                 sign * tl.load(g + o, inside, 0.0).to(COMPUTE), tl.load(d + o, inside, 0.0).to(COMPUTE),
                 tl.load(v + o, inside, 0.0).to(COMPUTE), weights,
-                beta2, rest, lambd, mu, c_root, c_eps, one_plus_k, DECAYS,
+                beta2, rest, lambd, mu, c_root, c_eps, one_plus_k, DECAYS, TOO_LARGE,
             )  # fmt: skip
             num += tl.where(inside, a, 0.0)  # with eps = 0 the terms of what is not there are nan
             den += tl.where(inside, b, 0.0)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from am_lightning.optim.kernels.pieces import Numbers, Piece, is_addressable, is_flat
+from am_lightning.optim.kernels.pieces import Numbers, Piece, is_addressable, is_flat, too_large
 from am_lightning.optim.kernels.transfer import moved
 from am_lightning.optim.kernels.triton_tables import BLOCK, BLOCKS, Kind, Tables
 
@@ -80,7 +80,7 @@ class TritonPasses:
                     self._kernels.sums_kernel[(group.chunk_count,)](
                         addresses, group.chunks, group.tensors, options, *columns,
                         _on(self._gradient_scale, device), partial,
-                        **self._constants(kind), DECAYS=kind.decays, **_LAUNCH,
+                        **self._constants(kind), DECAYS=kind.decays, TOO_LARGE=too_large(kind.dtypes[2]), **_LAUNCH,
                     )  # fmt: skip
                 self._kernels.reduce_kernel[(group.size,)](
                     partial, group.first_chunk, group.tensors, parts[device], BLOCK=_REDUCE_BLOCK, **LAUNCH_OPTIONS
