@@ -39,7 +39,7 @@ def replace_in(trainer: pl.Trainer, replacements: Replacements) -> None:
         replacements.add(plugin, "clip_grad_by_norm", _clip_by_norm)
     if isinstance(strategy, ModelParallelStrategy):
         replacements.add(strategy, "load_checkpoint", partial(_load_checkpoint, strategy))
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in trainer.callbacks:  # type: ignore[union-attr]
         if getattr(callback, "log_momentum", False) and hasattr(callback, "_extract_momentum"):  # LearningRateMonitor
             replacements.add(callback, "_extract_momentum", partial(_show_momentum, trainer, callback))
 
