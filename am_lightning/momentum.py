@@ -73,7 +73,7 @@ class MomentumReport:
 
     def __init__(self, names: Sequence[str], caps: Sequence[float], prefix: str = "am") -> None:
         self.names = list(names)
-        self.caps = torch.tensor(list(caps), dtype=torch.float64)
+        self.caps = torch.tensor(list(caps), dtype=torch.float64, device="cpu")
         self.prefix = prefix
         self._kinds = _index([kind_of(name) for name in names])
         self._layers = _index(layers_of(names))

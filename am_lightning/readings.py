@@ -26,7 +26,7 @@ class Readings:
         self.skipped_before = 0
         self.skipped_in_a_row = 0
         self.first_bad = ""
-        self.betas = torch.empty(0)
+        self.betas = torch.empty(0, device="cpu")
         self._skipped = 0
         self._warned_of = 0
         self._grad_norm = math.nan

@@ -77,7 +77,7 @@ def forward_and_backward_seconds(model: str, tokens: int, dtype: torch.dtype, de
     with device:
         network: torch.nn.Module = build_llama(LlamaShape(seq_len=row, **vars(llama)))
         network.to(dtype)
-        ids = torch.randint(0, llama.vocab_size, (1, row))
+        ids = torch.randint(0, llama.vocab_size, (1, row), device=device)
     mixed = device.type != "cpu" and dtype == torch.float32
 
     def once() -> None:

@@ -55,7 +55,7 @@ def predicted_microseconds(ranks: int, size: int) -> float:
 def measured_microseconds(size: int, repeats: int, device: torch.device) -> tuple[float, float]:
     """Median and 90th percentile over ``repeats`` of the slowest rank's time for one all-reduce of ``size`` bytes."""
     vector = torch.zeros(size // BYTES, dtype=torch.float64, device=device)
-    times = torch.empty(repeats + 3)
+    times = torch.empty(repeats + 3, device="cpu")
     for repeat in range(repeats + 3):
         dist.barrier()
         start = time.perf_counter()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from am_lightning.optim.kernels import fused
 from am_lightning.optim.kernels.passes import Choice, Workspace, tiers
+from am_lightning.optim.kernels.transfer import is_fake
 from am_lightning.optim.kernels.triton_check import Kind
 from am_lightning.optim.kernels.triton_rows import RowKernels
 from am_lightning.optim.scalars import StateScalars, sums_live_on
@@ -45,6 +46,8 @@ def agree_on_kernels(
         assert total is not None
         return total
 
+    if is_fake():
+        return True
     asked, default = _kinds_on_gpu(layout.rows, groups, direction)
     # A converted optimizer may have fallen back on some ranks only, which vote too.
     if asked or default or dropped is not None:

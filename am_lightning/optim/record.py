@@ -12,9 +12,10 @@ class StepRecord:
     """Counts of skipped steps, the first row whose sums were not finite in the last of them, the last gradient norm."""
 
     def __init__(self) -> None:
-        self.skipped = torch.zeros((), dtype=torch.bool)  # the last step was
+        self.skipped = torch.zeros((), dtype=torch.bool, device="cpu")  # the last step was
         self.grad_norm: Tensor | None = None  # set by clip_grad_norm_
-        self._counts = torch.zeros(4, dtype=torch.int64)  # skipped in all, in a row, first bad row, in a row before
+        # Skipped in all, in a row, first bad row, in a row before
+        self._counts = torch.zeros(4, dtype=torch.int64, device="cpu")
 
     def observe(self, decision: Decision, positions: Tensor | None = None, *, again: bool = False) -> None:
         """Take in one step's decision. In place, so that a captured graph keeps its addresses.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -91,12 +91,23 @@ def create(
 def complete(state: dict[str, Any], param: Tensor, *, beta1: float, lr: float | Tensor, cap: float) -> None:
     """Give a state that AdamW wrote the adaptive scalars: its momentum decayed by ``beta1`` at each of its steps."""
     if "beta_prod" not in state:
+        # AdamW keeps it on the CPU, unless it is capturable or fused; older releases kept a number
+        state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=param.device)
         power = torch.pow(float(beta1), state["step"].to(widest_dtype(state["step"].device)))
         state["beta_prod"] = power.to(dtype=scalar_dtype(param), device=param.device)
     if "beta" not in state:
         state["beta"] = _scalar(cap, param)
     if "prev_lr" not in state:
         state["prev_lr"] = _scalar(lr, param)
+
+
+def follow(states: Mapping[Tensor, dict[str, Any]], params: Iterable[Tensor]) -> None:
+    """Take states to where their parameters are: somebody may have moved the model. The kernels read addresses."""
+    for param in params:
+        state = states.get(param, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.device != param.device:
+                state[key] = value.to(param.device)
 
 
 def _scalar(value: float | Tensor, param: Tensor) -> Tensor:
@@ -146,7 +157,7 @@ def restore_scalars(
     state: dict[str, Any], saved: dict[str, Any], param: Tensor, *, beta1: float, lr: float | Tensor, cap: float
 ) -> None:
     """Undo torch.optim's cast of every float state to the parameter's dtype, and complete an AdamW state."""
-    state["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).reshape(()).to(param.device, copy=True)
+    state["step"] = torch.as_tensor(saved["step"], dtype=torch.float32, device=param.device).reshape(()).clone()
     foreign = untouched(saved)
     for key in SCALARS:
         state.pop(key, None)

@@ -42,7 +42,7 @@ def _local_squares(grads: list[Tensor]) -> Tensor:
     alike: dict[object, list[Tensor]] = defaultdict(list)
     for grad in grads:
         alike[(grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else grad.device].append(grad)
-    total = torch.zeros(())
+    total = torch.zeros((), device="cpu")
     for group in alike.values():
         norm = torch.nn.utils.get_total_norm(group)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -86,7 +86,7 @@ class Agreement:
         if not self._later:
             self._answer = said
             return
-        pinned = torch.empty((), dtype=torch.int32, pin_memory=self._device.type == "cuda")
+        pinned = torch.empty((), dtype=torch.int32, device="cpu", pin_memory=self._device.type == "cuda")
         self._answer = pinned.copy_(said, non_blocking=True)
         self._copied = torch.get_device_module(self._device).Event()
         self._copied.record()

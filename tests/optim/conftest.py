@@ -1,4 +1,4 @@
-"""A process in which Triton interprets its kernels, as long as the test session."""
+"""A process in which Triton interprets its kernels, as long as the test session; a foreign default device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests import foreign_device
 from tests.sharding.pool import Pool
+
+foreign_device.install()  # before the test modules are imported
 
 
 @pytest.fixture(scope="session")

@@ -242,3 +242,23 @@ def huge_gradient(dtype: str, value: float, taken: bool) -> None:
         if dtype == "float32":
             huge.dropped("adamw", dtype, 1e30, f"{TRITON} for 3", clip=1e25, fused=True)
             huge.dropped("adamw", dtype, 1e30, f"{TRITON} for 3", exp_avg_dtype=torch.bfloat16, fused=True)
+
+
+def under_another_default_device() -> None:
+    """To the same bits, where the first step also tries the kernels."""
+    ends = []
+    for device in ("cpu", "meta"):
+        triton_check.why_not.cache_clear()
+        optimizer = make(two_groups(), scope="group", lr=0.05, fused=None)
+        for step in range(3):
+            _train(optimizer, 1, start=step)
+            params = params_of(optimizer)
+            for p in params:
+                p.grad = torch.full_like(p, 0.1 * step)
+            with torch.device(device):
+                clip_grad_norm_(optimizer, 1.0, in_step=True)
+                optimizer.step()
+                optimizer.report()
+        assert TRITON in optimizer.describe(), optimizer.describe()
+        ends.append(snapshot(optimizer))
+    assert_bitwise(*ends)

@@ -231,3 +231,20 @@ def test_nothing_is_tried_in_a_capture(working: Kernel, monkeypatch: pytest.Monk
         with pytest.raises(RuntimeError, match="a CUDA graph is being captured"):
             first()
     assert working.launches == 0
+
+
+def test_a_lack_of_memory_is_not_remembered(working: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step's check found no room: that optimizer does without, and the next one looks again."""
+    look, full = triton_check._difference, [True]
+
+    def crowded(kind: triton_check.Kind) -> str:
+        if full[0]:
+            raise torch.OutOfMemoryError("no room for the check")
+        return look(kind)
+
+    monkeypatch.setattr(triton_check, "_difference", crowded)
+    with pytest.raises(torch.OutOfMemoryError):
+        triton_check.why_not(KIND)
+    assert fused.agree_on_gpu(None, [], [KIND], dropped=False).why_not == "no room for the check"
+    full[0] = False
+    assert fused.agree_on_gpu(None, [], [KIND], dropped=False).why_not == ""

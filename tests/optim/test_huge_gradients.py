@@ -1,4 +1,4 @@
-"""A finite gradient whose square overflows: the step is dropped, by one rule for all kernels; nothing is poisoned."""
+"""A finite gradient whose square overflows: the step is dropped, by one rule for all kernels."""
 
 from __future__ import annotations
 

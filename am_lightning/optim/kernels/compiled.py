@@ -15,17 +15,11 @@ from torch import Tensor
 
 from am_lightning.optim.kernels.pieces import Numbers, Piece, flat, is_addressable, is_flat, too_large
 from am_lightning.optim.kernels.rounding import is_stochastic, seed_of, stochastic
-from am_lightning.optim.kernels.transfer import moved, upload
+from am_lightning.optim.kernels.transfer import moved, uploaded
 
 _BLOCK = 1 << 14  # elements summed in the working precision; across blocks sums are float64
 _COLUMNS = ("gap", "root", "floor", "lr", "shrink", "omega")  # the first places of the vector
-_RATE, _LAMBD, _MU, _TOO_LARGE, _KEEP = (
-    6,
-    7,
-    8,
-    9,
-    10,
-)  # the others; the rate 1 - beta2 is formed in float64, and then rounded
+_RATE, _LAMBD, _MU, _TOO_LARGE, _KEEP = range(6, 11)  # the rate 1 - beta2 is formed in float64, and then rounded
 
 
 def supports(piece: Piece) -> bool:
@@ -85,7 +79,7 @@ class CompiledPasses:
         for piece in self._pieces:
             o, stored = piece.options, piece.x.dtype if piece.v is None else piece.v.dtype
             host[piece.row] = [1 - o.beta2, o.lambd, o.mu, too_large(stored)]
-        options = upload(torch.tensor(host, dtype=whole.dtype, device="cpu"), whole.device)
+        options = uploaded(host, whole.device, whole.dtype)
         whole = torch.cat([whole, options, keep[:, None]], 1)
         there: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for piece in self._pieces:

@@ -46,7 +46,7 @@ class LoopPasses:
 
     def sums(self, numbers: Numbers, accumulate: torch.dtype) -> Tensor:
         """Pass 1, which only reads: ``[pieces, 2]``, N and D."""
-        out = torch.empty(self._count, 2, dtype=torch.float64)
+        out = torch.empty(self._count, 2, dtype=torch.float64, device="cpu")
         self._call(self._library.sums, numbers, out)
         return out.to(accumulate)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from am_lightning.optim.kernels.compiler import find_compiler, load_library
-from am_lightning.optim.kernels.transfer import is_capturing
+from am_lightning.optim.kernels.transfer import is_capturing, is_fake
 from am_lightning.optim.kernels.triton_check import Kind, require_launch, why_not
 from am_lightning.optim.kernels.triton_pair import require_triton
 
@@ -56,7 +56,7 @@ def agreed_on_cpu(summed: Callable[[Tensor], Tensor]) -> str:
         reason = str(error)
     build = load_library().build if mine == LOOP else 0
     votes = [mine == LOOP, mine == COMPILED, mine is None, build, build * build]
-    loops, compiled, none, total, squares = (int(n) for n in summed(torch.tensor(votes, dtype=torch.float64)).tolist())
+    loops, compiled, none, total, squares = (int(n) for n in summed(_on_host(votes)).tolist())
     if none:
         raise RuntimeError(reason or str(_no_compiler(f"{none} of the other ranks cannot build")))
     assert mine is not None
@@ -77,6 +77,8 @@ def require_fused(device: torch.device) -> None:
     Raises:
         RuntimeError: the text says what to install.
     """
+    if is_fake():
+        return
     if device.type in TRITON_DEVICES:
         _require_gpu(device)
     elif device.type == "cpu":
@@ -123,12 +125,16 @@ def agree_on_gpu(
     missing, reason = (next(filter(None, map(_why_not, sorted(kinds, key=str))), "") for kinds in (asked, default))
     votes = [int(bool(missing)), int(bool(reason)), int(dropped)]
     if summed is not None:
-        votes = [int(n) for n in summed(torch.tensor(votes, dtype=torch.float64)).tolist()]
+        votes = [int(n) for n in summed(_on_host(votes)).tolist()]
     failed, without, fallen = votes
     if failed:
         others = f"it does not work on {failed} of the other ranks (their own errors say why): install it on all nodes"
         raise RuntimeError(f"fused=True on a GPU needs Triton kernels, but {missing or others}, or use fused=None")
     return OnGPU(not fallen, reason or (f"it does not work on {without} of the other ranks" if without else ""))
+
+
+def _on_host(votes: list[int]) -> Tensor:
+    return torch.tensor(votes, dtype=torch.float64, device="cpu")
 
 
 def _why_not(kind: Kind) -> str:

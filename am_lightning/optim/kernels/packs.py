@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from am_lightning.optim.kernels.pieces import SUM_BLOCK, Piece, flat, is_flat
-from am_lightning.optim.kernels.transfer import upload
+from am_lightning.optim.kernels.transfer import upload, uploaded
 
 _BUCKET_ELEMENTS = 16 << 20
 _SMALLEST_BLOCK = 64
@@ -122,7 +122,7 @@ def plan_of(pieces: Sequence[Piece], parts: Sequence[tuple[int, Piece]]) -> Plan
             positions[owner] += range(total, total + count)
             total += count
         first = parts[members[0]][1]
-        vectors = (upload(torch.tensor(values), first.x.device) for values in (rows, starts))
+        vectors = (uploaded(values, first.x.device, torch.int64) for values in (rows, starts))
         buckets.append(Bucket(members, block, sizes, is_flat(first.tensors()), *vectors))
     return Plan(buckets, [upload(index, pieces[0].x.device) for index in _tree(positions, total)])
 
@@ -163,6 +163,6 @@ def _tree(positions: list[list[int]], total: int) -> list[Tensor]:
             above.append(list(range(len(groups), len(groups) + len(mine))))
             groups += mine
         width = max(max(map(len, groups)), 1)
-        levels.append(torch.tensor([group + [total] * (width - len(group)) for group in groups]))
+        levels.append(torch.tensor([group + [total] * (width - len(group)) for group in groups], device="cpu"))
         positions, total = above, len(groups)
     return levels

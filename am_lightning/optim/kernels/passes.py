@@ -13,7 +13,7 @@ from am_lightning.optim.kernels import blocked, compiled, cpu_loop, foreach, fus
 from am_lightning.optim.kernels.blocked import Scratch
 from am_lightning.optim.kernels.fused import COMPILED, LOOP, TRITON, fused_tier
 from am_lightning.optim.kernels.pieces import Clip, Numbers, Piece, is_addressable, is_flat, scale_
-from am_lightning.optim.kernels.transfer import Constants, moved
+from am_lightning.optim.kernels.transfer import Constants, is_fake, moved
 
 REFERENCE, BLOCKED, FOREACH = "reference", "blocked", "foreach"
 
@@ -77,6 +77,8 @@ def tiers(device: torch.device, choice: Choice, workspace: Workspace) -> tuple[s
         RuntimeError: ``fused`` is True and what its kernels need is not installed.
     """
     on_cpu = device.type == "cpu"
+    if is_fake():  # nothing to launch on, and no number for the host
+        return FOREACH, FOREACH
     if choice.fused:
         agreed = workspace.agreed_on_cpu
         return agreed if on_cpu and agreed else fused_tier(device), REFERENCE if on_cpu else FOREACH

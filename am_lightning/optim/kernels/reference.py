@@ -46,7 +46,7 @@ def update(pieces: Sequence[Piece], numbers: Numbers, keep: Sequence[Tensor] | N
         d = d + n["omega"] * (g - d) / q
         x = n["shrink"] * x - n["lr"] * d / metric
         if is_stochastic(piece):
-            d = stochastic_in_parts(d, seed_of(torch.as_tensor(n["step"]), piece.row))
+            d = stochastic_in_parts(d, seed_of(torch.as_tensor(n["step"], device=d.device), piece.row))
         for old, new in ((piece.d, d), (piece.v, v), (piece.x, x)):
             if old is not None and new is not None:
                 new = new.to(old.dtype)

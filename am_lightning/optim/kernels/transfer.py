@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +19,25 @@ def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None
 
 def upload(host: Tensor, device: torch.device) -> Tensor:
     """A copy of a host's tensor that nothing waits for: page-locked memory, which torch frees once it is read."""
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+    if device.type == "cuda" and not is_fake():
+        return host.pin_memory().to(device, non_blocking=True)
+    return host.to(device)
+
+
+def uploaded(values: Sequence[Any], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """``upload`` of the host's numbers, whatever the default device is."""
+    return upload(torch.tensor(values, dtype=dtype, device="cpu"), device)
 
 
 def is_capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured, in which the host may give the device nothing."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    ready = device.type == "cuda" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return bool(ready and torch.cuda.is_current_stream_capturing())
+
+
+def is_fake() -> bool:
+    """Whether a FakeTensorMode is active, in which every new tensor has a shape, and no number that can be read."""
+    return type(torch.empty(0, device="cpu")) is not Tensor
 
 
 class Constants:
@@ -40,9 +53,7 @@ class Constants:
         Raises:
             RuntimeError: a CUDA graph is being captured, and these values have not been asked for before.
         """
-        vector: Tensor = self.made(
-            (values, device, dtype), device, lambda: upload(torch.tensor(values, dtype=dtype), device)
-        )
+        vector: Tensor = self.made((values, device, dtype), device, lambda: uploaded(values, device, dtype))
         return vector
 
     def made(self, key: Hashable, device: torch.device, make: Callable[[], Any]) -> Any:

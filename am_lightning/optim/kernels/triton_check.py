@@ -45,6 +45,9 @@ def why_not(kind: Kind) -> str:
     """The reason why the kernels do not work, "" where they do. Looked at once in a process; waits for the device.
 
     Tensors of dtypes that no kernel takes go elsewhere, so nothing is looked at for them.
+
+    Raises:
+        torch.OutOfMemoryError: there was no room to look; the next call looks again.
     """
     if not {kind.dtype, kind.direction} <= DTYPES.keys():
         return ""
@@ -54,6 +57,8 @@ def why_not(kind: Kind) -> str:
         return str(error)
     try:
         return _difference(kind)
+    except torch.OutOfMemoryError:  # says nothing of the kernels, and what is raised is not kept
+        raise
     except Exception as error:  # Triton raises whatever its compiler, the linker or the driver gave
         said = f"{type(error).__name__}: {error}".strip().replace("\n", " ")[-1000:]
         return (
@@ -71,7 +76,7 @@ def _difference(kind: Kind) -> str:
     plain = copy.deepcopy(pieces)
     count = len(pieces)
     numbers = Numbers({k: torch.full((count,), v, device=kind.device).double() for k, v in _NUMBERS.items()})
-    host = torch.ones(count, dtype=torch.bool)
+    host = torch.ones(count, dtype=torch.bool, device="cpu")
     host[1] = False  # a row that is not to be written
     counts = host.to(kind.device)
     passes = TritonPasses(pieces, Tables())
@@ -93,9 +98,9 @@ def _difference(kind: Kind) -> str:
 def _error_of_rows(device: torch.device) -> float:
     """Of the kernels that decide, beside ``closed_form``: two groups, one of three rows in its first step."""
     sizes, options = [2, 1], [[0.9, 0.01, 0.1, 0.99, 1e-8], [0.8, 0.02, 0.05, 0.999, 1e-6]]
-    cap, lr, mu, beta2, eps = torch.tensor([[a, a, b] for a, b in zip(*options, strict=True)], dtype=_F64).unbind()
-    states = torch.tensor([[4.0, 0.0, 9.0], [0.5, 1.0, 0.3], [0.7, -1.0, 0.6], [0.02, 0.0, 0.01]])
-    sums = torch.tensor([[0.04, 0.1], [0.3, 0.4], [0.1, 0.2]], dtype=_F64)
+    cap, lr, mu, beta2, eps = _on_host([[a, a, b] for a, b in zip(*options, strict=True)]).unbind()
+    states = _on_host([[4.0, 0.0, 9.0], [0.5, 1.0, 0.3], [0.7, -1.0, 0.6], [0.02, 0.0, 0.01]]).float()
+    sums = _on_host([[0.04, 0.1], [0.3, 0.4], [0.1, 0.2]])
     step, beta_prod, _, prev_lr = states.double()
     c = bias_correction(cap, beta_prod)
     gap, root = 1 + gap_factor(lr, prev_lr, mu), c / (1 - beta2 ** (step + 1)).sqrt()
@@ -117,11 +122,15 @@ def _error_of_rows(device: torch.device) -> float:
     return float(torch.stack([(a.cpu() - b.cpu()).abs().max() for a, b in pairs if a is not None]).max())
 
 
+def _on_host(rows: list[list[float]]) -> Tensor:
+    return torch.tensor(rows, dtype=_F64, device="cpu")
+
+
 def _pieces(kind: Kind) -> list[Piece]:
     """Without a random generator, whose state is the user's; all with one sign of d and g, so that no sum cancels."""
     result = []
     for row, size in enumerate(_SIZES):
-        wave = torch.arange(size, dtype=_F64).mul(0.7).sin()
+        wave = torch.arange(size, dtype=_F64, device="cpu").mul(0.7).sin()
         g, d, v, x = 1.5 + 0.4 * wave, 1.2 - 0.3 * wave, 1.0 + 0.5 * wave, 2.0 + wave
         dtypes = (kind.dtype, kind.direction, kind.dtype, kind.dtype)
         g, d, v, x = (t.to(kind.device, dtype) for t, dtype in zip((g, d, v, x), dtypes, strict=True))

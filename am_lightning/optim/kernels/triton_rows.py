@@ -11,7 +11,7 @@ from torch import Tensor
 
 from am_lightning.optim.closed_form import LARGEST_GAP
 from am_lightning.optim.kernels.pieces import Clip, Numbers
-from am_lightning.optim.kernels.transfer import upload
+from am_lightning.optim.kernels.transfer import uploaded
 from am_lightning.optim.kernels.triton_pair import LAUNCH_OPTIONS, current
 from am_lightning.optim.kernels.triton_tables import Following
 
@@ -36,9 +36,7 @@ class RowKernels:
         owners = [group for group, size in enumerate(sizes) for _ in range(size)]
         ends = list(accumulate(sizes)) if scope == "group" else [self._rows]
         self._scopes, self._shared = len(ends), scope != "tensor"
-        self._group_of, self._bounds = (
-            upload(torch.tensor(values, dtype=torch.int32), device) for values in (owners, [0, *ends])
-        )
+        self._group_of, self._bounds = (uploaded(values, device, torch.int32) for values in (owners, [0, *ends]))
         self._options = Following(device, torch.float64)
         self._captured: list[Any] = []  # what CUDA graphs read
         self._kernels = _kernels()

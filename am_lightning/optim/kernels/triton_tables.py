@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from am_lightning.optim.kernels.pieces import Options, Piece
-from am_lightning.optim.kernels.transfer import is_capturing, upload
+from am_lightning.optim.kernels.transfer import is_capturing, upload, uploaded
 
 BLOCK, BLOCKS = 1024, 8  # elements that a program holds at once, and how often: a chunk is their product
 _ALIGNMENT = 16  # bytes of the widest load
@@ -65,19 +65,19 @@ class Following:
         if is_capturing(self._device):
             buffer = self._buffer(len(values)) if self._spare is None else self._spare
             self._spare = None
-            buffer.copy_(torch.tensor(values, dtype=self._dtype))
+            buffer.copy_(torch.tensor(values, dtype=self._dtype, device="cpu"))
             table = buffer.to(self._device, non_blocking=True)
             captured += [buffer, table]
             return table
         if self._device.type == "cuda" and self._spare is None:
             self._spare = self._buffer(len(values))  # older torch locks no memory during a capture
         if self._table is None or values != self._values:
-            self._table = upload(torch.tensor(values, dtype=self._dtype), self._device)
+            self._table = uploaded(values, self._device, self._dtype)
             self._values = values
         return self._table
 
     def _buffer(self, numel: int) -> Tensor:
-        return torch.empty(numel, dtype=self._dtype, pin_memory=True)
+        return torch.empty(numel, dtype=self._dtype, device="cpu", pin_memory=True)
 
 
 class Group:
@@ -93,15 +93,15 @@ class Group:
         self.kind = kind
         self.size = len(members)
         chunk = BLOCK * BLOCKS
-        count = torch.tensor([-(-member.numel // chunk) for member in members])
+        count = torch.tensor([-(-member.numel // chunk) for member in members], device="cpu")
         end = count.cumsum(0)
         owner = torch.repeat_interleave(count)
-        index = torch.arange(owner.numel()) - (end - count)[owner]
+        index = torch.arange(owner.numel(), device="cpu") - (end - count)[owner]
         integers = [(member.numel, member.row, member.slot) for member in members]
         self.chunk_count = owner.numel()
         self.chunks = upload(torch.stack([owner, index], 1).to(torch.int32), kind.device)
         self.first_chunk = upload(torch.cat([end.new_zeros(1), end]).to(torch.int32), kind.device)
-        self.tensors = upload(torch.tensor(integers, dtype=torch.int64), kind.device)
+        self.tensors = uploaded(integers, kind.device, torch.int64)
         self.addresses = Following(kind.device, torch.int64)
         self.options = Following(kind.device, torch.float64)
 

@@ -1,0 +1,154 @@
+"""A default device that is not the parameters': every path goes on to the same bits, as AdamW's do."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from am_lightning import AMSGD, AMAdamW, clip_grad_norm_
+from am_lightning.optim.convert import convert_adamw
+from am_lightning.optim.kernels import fused
+from am_lightning.readings import Readings
+from tests.optim.harness import assert_bitwise, named_params, params_of, snapshot
+from tests.sharding.pool import Pool
+
+SHAPES = [(6, 4), (), (70_001,), (0,)]
+KINDS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "AdamW": (torch.optim.AdamW, {}),
+    "blocked": (AMAdamW, {}),
+    "reference": (AMAdamW, {"foreach": False}),
+    "foreach": (AMAdamW, {"foreach": True}),
+    "cpp": (AMAdamW, {"fused": True}),
+    "compile": (AMAdamW, {"fused": True}),
+    "bfloat16": (AMAdamW, {"exp_avg_dtype": torch.bfloat16}),
+    "bfloat16 reference": (AMAdamW, {"exp_avg_dtype": torch.bfloat16, "foreach": False}),
+    "bfloat16 foreach": (AMAdamW, {"exp_avg_dtype": torch.bfloat16, "foreach": True}),
+    "group": (AMAdamW, {"scope": "group", "nonfinite": "propagate"}),
+    "sgd": (AMSGD, {"weight_decay": 0.1}),
+    "sgd exact": (AMSGD, {"loss_gap": "exact"}),
+}
+
+
+@contextmanager
+def set_as_default(device: str) -> Iterator[None]:
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+WAYS: dict[str, Callable[[str], Any]] = {"context": torch.device, "set_default_device": set_as_default}
+
+
+def train(kind: str, foreign: Callable[[], Any]) -> list[torch.Tensor]:
+    """All that an optimizer can be asked, under a default device that ``foreign`` sets; weights and states."""
+    cls, options = KINDS[kind]
+    ours = cls is not torch.optim.AdamW
+    params = named_params(SHAPES, torch.float32)
+    loss = torch.tensor(1.0) if kind == "sgd exact" else None
+    with foreign():
+        optimizer: Any = cls(params, lr=1e-2, **options)
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        for p in params_of(optimizer):
+            p.grad = torch.randn(p.shape, generator=generator)
+        with foreign():
+            if ours:
+                clip_grad_norm_(optimizer, 1.0, in_step=step > 1)
+            optimizer.step(None if loss is None else lambda: loss)
+            if step == 1:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            optimizer.zero_grad()
+            if ours:
+                _read(optimizer)
+    return snapshot(optimizer)
+
+
+def _read(optimizer: Any) -> None:
+    numbers = Readings(optimizer)
+    numbers.read()
+    assert numbers.scalars()["am/grad_norm"] > 0 and numbers.report.layers(numbers.betas)
+    assert all(beta.device.type == "cpu" for beta in optimizer.momentum().values())
+    assert not optimizer.last_step_skipped and "tensors" in optimizer.describe()
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow if k == "compile" else ()) for k in KINDS])
+def test_every_path(kind: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind in ("cpp", "compile"):
+        monkeypatch.setenv(fused.SWITCH, kind)
+    assert_bitwise(train(kind, lambda: WAYS[way]("meta")), train(kind, lambda: torch.device("cpu")))
+
+
+def test_in_triton(interpreter: Pool) -> None:
+    interpreter.run("tests.optim.interpreted_steps:under_another_default_device")
+
+
+def test_what_was_not_made_by_a_step() -> None:
+    """An optimizer that is copied, pickled, converted, or goes on from AdamW's checkpoint, before its first step."""
+
+    def run(device: str) -> list[torch.Tensor]:
+        params = named_params([(5, 3), (4,)], torch.float32)
+        for _, p in params:
+            p.grad = torch.ones_like(p)
+        torchs = torch.optim.AdamW(params, lr=1e-2)
+        with torch.device(device):
+            torchs.step()
+            ours = AMAdamW(params, lr=1e-2)
+            ours.load_state_dict(torchs.state_dict())
+            ours.step()
+            assert not any(beta.isnan() for beta in ours.momentum().values())
+            file = io.BytesIO()
+            torch.save(ours, file)
+            file.seek(0)
+            other = copy.deepcopy(torch.load(file, weights_only=False))
+            fresh: Any = convert_adamw(torch.optim.AdamW(params, lr=1e-2))
+            assert all(beta.isnan() for beta in fresh.momentum().values())
+            assert fresh.report().numel() == 2 + 4
+        for p in params_of(other):
+            p.grad = torch.full_like(p, 0.5)
+        other.step()
+        return snapshot(other)
+
+    assert_bitwise(run("meta"), run("cpu"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("kind", ["AdamW", "blocked", "reference", "foreach", "cpp"])
+def test_of_fake_tensors(kind: str, device: str) -> None:
+    """Memory and shapes of a step without numbers, as tools for planning a run make it."""
+    if device == "cuda" and not torch.backends.cuda.is_built():
+        pytest.skip("this torch has no CUDA")
+    cls, options = KINDS[kind]
+    with FakeTensorMode():
+        params = [torch.nn.Parameter(torch.ones(shape, device=device)) for shape in SHAPES]
+        optimizer: Any = cls(params, lr=1e-2, **options)
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            if cls is AMAdamW:
+                clip_grad_norm_(optimizer, 1.0)
+            optimizer.step()
+        for p in params:
+            state = optimizer.state[p]
+            assert isinstance(state["exp_avg_sq"], FakeTensor) and state["exp_avg_sq"].shape == p.shape
+            assert state["exp_avg_sq"].device.type == device
+        if cls is AMAdamW:
+            assert optimizer.report().shape == (len(params) + 4,)
+
+
+def test_a_model_that_is_meta() -> None:
+    for cls in (torch.optim.AdamW, AMAdamW):
+        p = torch.nn.Parameter(torch.ones(3, device="meta"))
+        p.grad = torch.ones_like(p)
+        optimizer = cls([p])
+        optimizer.step()
+        assert optimizer.state[p]["exp_avg_sq"].is_meta
