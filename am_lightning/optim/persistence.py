@@ -110,7 +110,7 @@ class PersistentOptimizer(PlacedOptimizer):
         """``[parameters]`` beta_t, nan where one has never stepped."""
         if self.is_partitioned():
             return self._betas_by_name()
-        layout = self._layouts.get(self._ids())
+        layout = self._layouts.get(self._key())
         store = None if layout is None else self._stores.get(layout)
         if store is None or not store.reads(self.state):
             store = StateScalars(self.state, self._rows())
@@ -122,7 +122,7 @@ class PersistentOptimizer(PlacedOptimizer):
         for store in self._stores.values():
             if isinstance(store, TableScalars):
                 found.update(zip((row.name for row in store.rows), store.betas().unbind(), strict=True))
-        unknown = next(iter(found.values()), torch.zeros(())) * float("nan")
+        unknown = next(iter(found.values()), torch.zeros((), device="cpu")) * float("nan")
         loaded = {name: numbers[2] for name, numbers in self._tables.items() if numbers[2] >= 0}
         names = self.parameter_names()
         return torch.stack([found.get(n, torch.full_like(unknown, loaded.get(n, float("nan")))) for n in names])
@@ -274,7 +274,7 @@ class PersistentOptimizer(PlacedOptimizer):
 
     def _read_tables(self) -> None:
         """Take the adaptive scalars that a checkpoint, or an engine that loaded one, has put into the groups."""
-        groups = [group for group, _ in self._references]
+        groups = [group for group, _ in self._given]
         if not any(TABLE in group or OPTIONS in group for group in groups):
             return
         tables = [group.pop(TABLE, None) for group in groups]

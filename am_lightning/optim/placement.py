@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable
-from typing import Any
+import gc
+import sys
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer
 
 from am_lightning.names import group_names, names_by_id
@@ -18,6 +20,23 @@ from am_lightning.sharding.callers import (
     inside_pipeline_engine,
     inside_zero_redundancy,
 )
+
+
+class Given(NamedTuple):
+    """What is kept of a parameter that a group was given: no reference, for it may be a whole model before sharding.
+
+    A weak one would do, but torch swaps no tensor that has one, as module.to() does under FSDP2.
+    """
+
+    key: int  # id
+    shape: Size | None  # None where it is not known yet
+
+    @classmethod
+    def of(cls, param: Tensor) -> Given:
+        return cls(id(param), None if is_lazy(param) else param.shape)
+
+
+Named = list[tuple[str, Given]]
 
 
 class PlacedOptimizer(Optimizer):
@@ -34,11 +53,12 @@ class PlacedOptimizer(Optimizer):
         self._pipeline_group: Any = None
         self._model: nn.Module | None = None
         self._known_names: dict[int, str] = {}
-        self._layouts: dict[tuple[int, ...], Layout] = {}
+        self._layouts: dict[Hashable, Layout] = {}
         self._layout: Layout | None = None  # of the step that runs, or of the last one
         self.pre_pass: Callable[[Layout], Any] | None = None  # DeepSpeed's: sums and decision for a layout
-        # Groups, and weakly the parameters that each was given: Accelerate's FSDP2 puts others in their place
-        self._references: list[tuple[dict[str, Any], list[weakref.ref[Any]]]] = []
+        # Groups and what each was given: Accelerate's FSDP2 puts other parameters in their place, and so does ZeRO
+        self._given: list[tuple[dict[str, Any], list[Given]]] = []
+        self._partitioned: dict[int, Tensor] = {}  # id -> given parameter of ZeRO's, which its engine keeps
 
     @property
     def replica_group(self) -> Any:
@@ -105,51 +125,69 @@ class PlacedOptimizer(Optimizer):
         return [row.name for row in self._rows()]
 
     # ------------------------------------------------------------------ what the groups were given
-    @property
-    def _given(self) -> list[tuple[dict[str, Any], list[Any]]]:
-        """Groups, and those of the parameters each was given that are alive."""
-        return [(group, [p for ref in refs if (p := ref()) is not None]) for group, refs in self._references]
-
     def _remember_given(self) -> None:
-        """Keep the parameters of groups that are new."""
-        known = {id(group) for group, _ in self._references}
+        """Keep what groups that are new were given."""
+        known = {id(group) for group, _ in self._given}
         for group in self.param_groups:
             if id(group) not in known:
-                self._references.append((group, [weakref.ref(param) for param in group["params"]]))
+                self._given.append((group, [Given.of(param) for param in group["params"]]))
 
     def _replace_groups(self, old: list[dict[str, Any]]) -> None:
         """torch.optim's load_state_dict has made new groups, in the order of the old ones."""
         new = {id(before): after for before, after in zip(old, self.param_groups, strict=True)}
-        self._references = [(new.get(id(group), group), refs) for group, refs in self._references]
+        self._given = [(new.get(id(group), group), given) for group, given in self._given]
 
     def _take_present_as_given(self) -> None:
         """Let go of parameters that others took the place of: they may be a whole model before it was sharded."""
         self._known_names |= self._names_by_place()
-        self._references = []
+        self._given = []
         self._remember_given()
 
     def given_groups(self) -> list[dict[str, Any]]:
         """Every parameter group that was given parameters, also while an engine shows only some of them."""
-        return [group for group, params in self._given if params]
+        return [group for group, given in self._given if given]
 
-    def _given_names(self) -> list[tuple[dict[str, Any], list[tuple[str, Any]]]]:
-        given = self._given
-        groups = [{**group, "params": params} for group, params in given]
-        named = zip(group_names(groups, self._known_names), given, strict=True)
-        return [(group, list(zip(names, params, strict=True))) for names, (group, params) in named]
+    def _given_names(self) -> list[tuple[dict[str, Any], Named]]:
+        groups = [{**group, "params": given} for group, given in self._given]
+        known = {id(one): self._known_names.get(one.key) for _, given in self._given for one in given}
+        names = group_names(groups, {key: name for key, name in known.items() if name is not None})
+        return [
+            (group, list(zip(of, given, strict=True))) for of, (group, given) in zip(names, self._given, strict=True)
+        ]
+
+    @staticmethod
+    def _with_parameters(given: list[tuple[dict[str, Any], Named]], known: dict[int, Tensor]) -> list[tuple[Any, Any]]:
+        """``(group, [(name, parameter)])`` of the parameters that are ``known``."""
+        return [(group, [(name, known[one.key]) for name, one in named if one.key in known]) for group, named in given]
 
     def is_partitioned(self) -> bool:
         """ZeRO keeps the given parameters, and has put flat partitions of its own in their place."""
-        given = {id(param) for _, params in self._given for param in params}
-        present = self._parameters()
-        if any(id(param) in given for param in present):
+        if "deepspeed" not in sys.modules:
             return False
-        return any(zero.is_partitioned(param) for _, params in self._given for param in params)
+        keys = self._given_keys()
+        if any(id(param) in keys for param in self._parameters()):
+            return False
+        if not self._partitioned:
+            found = self._alive()
+            self._partitioned = found if any(zero.is_partitioned(param) for param in found.values()) else {}
+        return bool(self._partitioned)
+
+    def _given_keys(self) -> set[int]:
+        return {one.key for _, given in self._given for one in given}
+
+    def _alive(self) -> dict[int, Tensor]:
+        """``id -> parameter`` of the given ones that somebody holds, as DeepSpeed's engine does."""
+        keys = self._given_keys()
+        for source in ((self._model.parameters() if self._model is not None else ()), gc.get_objects()):
+            found = {id(one): one for one in source if id(one) in keys and isinstance(one, Tensor)}
+            if len(found) == len(keys):
+                break
+        return found
 
     # ------------------------------------------------------------------ rows and layouts
     def _rows(self) -> list[Row]:
         """Known before the layout is built, without a collective."""
-        layout = self._layouts.get(self._ids())
+        layout = self._layouts.get(self._key())
         return self._lay_out()[0] if layout is None else layout.rows
 
     def _lay_out(self) -> tuple[list[Row], list[int]]:
@@ -159,7 +197,7 @@ class PlacedOptimizer(Optimizer):
 
     def _partitions(self) -> dict[int, list[zero.Part]]:
         """``id(flat) -> parts``."""
-        given = self._given_names()
+        given = self._with_parameters(self._given_names(), self._partitioned)
         everything = [entry for _, named in given for entry in named]
         found = {}
         for group in self.param_groups:
@@ -176,17 +214,23 @@ class PlacedOptimizer(Optimizer):
             if live is None or len(live["params"]) != len(named):
                 continue
             for param, (name, given) in zip(live["params"], named, strict=True):
-                if param is not given and param.shape == given.shape and self._known_names.get(id(given)):
+                if id(param) != given.key and param.shape == given.shape and self._known_names.get(given.key):
                     result[id(param)] = name
         return result
 
     def _parameters(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
 
-    def _ids(self) -> tuple[int, ...]:
-        """Of the parameters, and how many each group has: a layout is of both."""
+    def _key(self) -> Hashable:
+        """What a layout is of: the parameters, how many each group has, and their devices and dtypes.
+
+        A model may be moved or cast in place. DeepSpeed moves its partitions to and fro, which changes nothing.
+        """
         groups = [group["params"] for group in self.param_groups]
-        return tuple(number for params in groups for number in (len(params), *map(id, params)))
+        ids = tuple(number for params in groups for number in (len(params), *map(id, params)))
+        if self._partitioned:
+            return ids
+        return ids, tuple([(param.device, param.dtype) for params in groups for param in params])
 
     @property
     def layout(self) -> Layout | None:
@@ -203,10 +247,12 @@ class PlacedOptimizer(Optimizer):
         return ""
 
     def current_layout(self) -> Layout:
-        """Rows and reductions. Built (collectively) at the first step, and again when the parameters are others."""
+        """Rows and reductions. Built (collectively) at the first step, and again when the parameters are others.
+
+        Or the same ones elsewhere: a model that was moved or cast.
+        """
         self._complete_foreign_groups()
-        ids = self._ids()
-        layout = self._layouts.get(ids)
+        layout = self._layouts.get(self._key())
         if layout is None:
             self._check_time()
             self._check_engine()
@@ -224,7 +270,7 @@ class PlacedOptimizer(Optimizer):
                 others_hold_the_rest=inside_zero_redundancy(self),
             )
             self._check_scope(layout)
-            self._layouts[ids] = layout
+            self._layouts[self._key()] = layout
         self._layout = layout
         return layout
 
@@ -266,12 +312,13 @@ class PlacedOptimizer(Optimizer):
                 "adaptive memory does not support DeepSpeed's PipelineEngine, whose stages hold other tensors and tied "
                 "copies: use ZeRO, no PipelineModule"
             )
-        zero.check_supported(owner, [entry for _, named in given for entry in named])
+        held = self._with_parameters(given, self._alive())
+        zero.check_supported(owner, [entry for _, named in held for entry in named])
         if self.is_partitioned():
             return
         for group in self.param_groups:
             named = next((named for known, named in given if known is group), [])
-            shapes = [param.shape for _, param in named]
+            shapes = [one.shape for _, one in named]
             if [param.shape for param in group["params"]] != shapes:
                 raise ValueError(zero.cannot_map(named, "any stage", "neither _dp_group nor _z3_optimizer is on it"))
 
