@@ -19,6 +19,7 @@ from am_lightning.optim.kernels.transfer import is_capturing, moved
 from am_lightning.optim.kernels.triton_rows import Coefficients, RowKernels
 from am_lightning.optim.persistence import PersistentOptimizer
 from am_lightning.optim.scalars import StateScalars, sums_live_on
+from am_lightning.optim.uncompiled import uncompiled
 from am_lightning.sharding import Layout, Row, gradient_of, piece_of
 from am_lightning.sharding.callers import inside_deepspeed_warm_up, inside_state_creation
 from am_lightning.sharding.fsdp1 import is_managed
@@ -133,15 +134,13 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
         self._workspace.gradient_clip = None
         super().zero_grad(set_to_none)
 
+    @uncompiled  # torch.compile would cut it into many graphs, and make them again for other numbers
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Perform a single optimization step.
+        """Perform a single optimization step; where ``torch.compile`` meets it, it runs as it is.
 
         Args:
-            closure: reevaluates the model and returns the loss; called first.
-
-        Returns:
-            What ``closure`` returned, or None.
+            closure: reevaluates the model and returns the loss, which is returned; called first.
 
         Raises:
             RuntimeError: a gradient is sparse or complex; nothing has moved.
@@ -298,11 +297,11 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
         super()._check_scope(layout)
         self._check_direction(layout.rows)
         self._agree_on_kernels(layout)
+        row_state.follow(self.state, [row.param for row in layout.rows])
 
     def _agree_on_kernels(self, layout: Layout) -> None:
-        groups, dropped = [*self.param_groups, self.defaults], self.fused_dropped
-        if not agree_on_kernels(layout, self.param_groups, self._workspace, dropped, self.exp_avg_dtype):
-            drop_fused(groups)
+        if not agree_on_kernels(layout, self.param_groups, self._workspace, self.fused_dropped, self.exp_avg_dtype):
+            drop_fused([*self.param_groups, self.defaults])
 
     def _check_direction(self, rows: list[Row]) -> None:
         """Refuse a direction of its own dtype where an engine packs the states of many tensors into one."""

@@ -12,6 +12,7 @@ from am_lightning.optim.cures import with_cures
 from am_lightning.optim.kernels.pieces import Clip, scale_
 from am_lightning.optim.scalars import sums_live_on
 from am_lightning.optim.squares import square_sums, total_norm
+from am_lightning.optim.uncompiled import uncompiled
 from am_lightning.optim.wrapped import innermost
 from am_lightning.sharding import Layout, gradient_of, settled_gradient
 
@@ -24,6 +25,7 @@ _TORCHS = {
 }
 
 
+@uncompiled
 @with_cures(_TORCHS, "clip_grad_norm_(optimizer, max_norm); it clips by the 2-norm, there is no norm_type")
 @torch.no_grad()
 def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float, *, in_step: bool = False) -> Tensor:

@@ -6,6 +6,7 @@ from tests.mutations.mutation import Mutation
 
 _KERNELS = "am_lightning/optim/kernels"
 _HUGE = "tests/optim/test_huge_gradients.py"
+_MOVED = "tests/optim/test_moved.py"
 
 MUTATIONS = [
     Mutation(
@@ -42,5 +43,68 @@ MUTATIONS = [
         'tl.where(second < TOO_LARGE, den, float("nan"))',
         "den",
         (f"{_HUGE}::test_in_triton[float16]",),
+    ),
+    Mutation(
+        "C++ loop: the sums lie on the default device",
+        f"{_KERNELS}/cpu_loop.py",
+        'torch.empty(self._count, 2, dtype=torch.float64, device="cpu")',
+        "torch.empty(self._count, 2, dtype=torch.float64)",
+        ("tests/package/test_devices.py::test_every_new_tensor_has_a_device[am_lightning.optim.kernels.cpu_loop]",),
+    ),
+    Mutation(
+        "tables are made on the default device",
+        f"{_KERNELS}/transfer.py",
+        'torch.tensor(values, dtype=dtype, device="cpu")',
+        "torch.tensor(values, dtype=dtype)",
+        ("tests/optim/test_default_device.py::test_every_path[foreach-context]",),
+    ),
+    Mutation(
+        "the host reads numbers of fake tensors",
+        f"{_KERNELS}/passes.py",
+        "if is_fake():",
+        "if False:",
+        ("tests/optim/test_default_device.py::test_of_fake_tensors[blocked-cpu]",),
+    ),
+    Mutation(
+        "a lack of memory is remembered as kernels that do not work",
+        f"{_KERNELS}/triton_check.py",
+        "except torch.OutOfMemoryError:",
+        "except ZeroDivisionError:",
+        ("tests/optim/test_fused_launch.py::test_a_lack_of_memory_is_not_remembered",),
+    ),
+    Mutation(
+        "states stay where the model was",
+        "am_lightning/optim/state.py",
+        "if isinstance(value, Tensor) and value.device != param.device:",
+        "if value is None:",
+        (f"{_MOVED}::test_a_model_that_goes_to_another_device_after_a_step[AMAdamW]",),
+    ),
+    Mutation(
+        "a layout is kept when the model is moved",
+        "am_lightning/optim/placement.py",
+        "if self._partitioned:\n            return ids",
+        "if True:\n            return ids",
+        (f"{_MOVED}::test_a_model_that_goes_to_another_device_after_a_step[AMAdamW]",),
+    ),
+    Mutation(
+        "AdamW's step stays where it was",
+        "am_lightning/optim/state.py",
+        'state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=param.device)\n        power',
+        "power",
+        (f"{_MOVED}::test_the_step_of_a_state_goes_to_its_parameters_device",),
+    ),
+    Mutation(
+        "torch.compile cuts the step into graphs",
+        "am_lightning/optim/uncompiled.py",
+        "return disabled[0](*args, **kwargs)",
+        "return function(*args, **kwargs)",
+        ("tests/optim/test_compiled_step.py::test_few_graphs_and_none_anew[blocked-step]",),
+    ),
+    Mutation(
+        "what was given is held by weak references",
+        "am_lightning/optim/placement.py",
+        "return cls(id(param), None if is_lazy(param) else param.shape)",
+        "__import__('weakref').finalize(param, print)\n        return cls(id(param), param.shape)",
+        (f"{_MOVED}::test_nothing_of_ours_is_a_weak_reference_to_a_parameter[AMAdamW]",),
     ),
 ]
