@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from am_lightning.optim.validation import check_names, check_number, described, is_one_number
+from am_lightning.optim.validation import as_float, check_names, check_number, described, is_one_number
 
 
 def check_groups(param_groups: Any) -> None:
@@ -41,6 +43,18 @@ def naming_group(index: int) -> Iterator[None]:
         raise type(error)(f"parameter group {index}: {error}") from error
 
 
+def check_magnitudes(group: dict[str, Any]) -> None:
+    """Numbers that a kernel could not take, in the middle of a step.
+
+    Raises:
+        ValueError: one is beyond float32.
+    """
+    largest = torch.finfo(torch.float32).max
+    for key, value in group.items():
+        if isinstance(value, Real) and math.isfinite(number := as_float(value)) and abs(number) > largest:
+            raise ValueError(f"Invalid {key}: {value} ({key} must be a number within float32, at most {largest:g})")
+
+
 def as_unread(group: dict[str, Any], cap_key: str) -> dict[str, Any]:
     """The options with 0 in place of what a step may not read or look at.
 
@@ -50,6 +64,7 @@ def as_unread(group: dict[str, Any], cap_key: str) -> dict[str, Any]:
     view = {key: 0.0 if is_one_number(value) else value for key, value in group.items() if key != "params"}
     if isinstance(view["lr"], Real) and view["lr"] < 0:
         view["lr"] = -view["lr"]
+    check_magnitudes(view)
     check_number(cap_key, view[cap_key], upper=1)
     betas = view.get("betas")
     if isinstance(betas, (list, tuple)) and len(betas) == 2:

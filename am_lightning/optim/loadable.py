@@ -13,7 +13,7 @@ from torch import Tensor
 
 from am_lightning.names import group_names
 from am_lightning.optim.state import OPTIONS, SCALARS, TABLE, has_coupled_decay, untouched
-from am_lightning.optim.validation import as_float, check_names, described, is_one_number
+from am_lightning.optim.validation import as_float, check_flag, check_names, described, is_one_number
 from am_lightning.sharding.dtensor import is_dtensor, local
 
 _FAILURES = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
@@ -123,6 +123,8 @@ def _check_sizes(saved_groups: Any, groups: list[dict[str, Any]], who: str) -> N
 
 def _check_group(saved: dict[str, Any], group: dict[str, Any], expected: Expected) -> None:
     who = expected.who
+    for key in ("amsgrad", "capturable", "fused"):  # torch.optim reads the checkpoint's, which need not stay
+        check_flag(key, saved.get(key), optional=True)
     if saved.get("amsgrad"):
         raise ValueError(f"{_SUBJECT} is of AdamW with amsgrad=True, which {who} has no form of: start anew")
     if "decoupled_weight_decay" not in group and has_coupled_decay([saved]):  # AMSGD has both
@@ -213,10 +215,10 @@ def _check_moments(name: str, state: dict[str, Any], param: Tensor, expected: Ex
                 f"{_placed(param)}. {_cure(value, param)}"
             )
         if expected.finite:
-            _check_finite(f"{key!r} for parameter {name!r}", value, square=key in expected.moments[1:])
+            _check_finite(f"{key!r} for parameter {name!r}", value, param.dtype, square=key in expected.moments[1:])
 
 
-def _check_finite(what: str, value: Tensor, *, square: bool) -> None:
+def _check_finite(what: str, value: Tensor, dtype: torch.dtype, *, square: bool) -> None:
     """One pass. Those numbers would stay, and every step be dropped for them."""
     piece = local(value)
     if not piece.numel() or not piece.is_floating_point():
@@ -226,6 +228,9 @@ def _check_finite(what: str, value: Tensor, *, square: bool) -> None:
         raise ValueError(f"{_SUBJECT} has nan or inf in {what}, so every step would be dropped: load an older one")
     if square and low < 0:
         raise ValueError(f"{_SUBJECT} has {low:g} in {what}, which holds mean squares, so every step would be dropped")
+    largest, precision = max(-low, high), torch.float64 if dtype == torch.float64 else torch.float32
+    if not square and largest > math.sqrt(torch.finfo(precision).max):
+        raise ValueError(f"{_SUBJECT} has {largest:g} in {what}, whose square overflows: every step would be dropped")
 
 
 # Ranges of the numbers in a state. ``beta`` is -1 or nan where nothing was loaded into it.

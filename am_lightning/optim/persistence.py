@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer
 
 from am_lightning.names import names_by_id
 from am_lightning.optim import state as row_state
-from am_lightning.optim.groups import as_unread, check_groups, naming_group
+from am_lightning.optim.groups import as_unread, check_groups, check_magnitudes, naming_group
 from am_lightning.optim.kernels.passes import Workspace
 from am_lightning.optim.loadable import Expected, check_loadable, check_mapping
 from am_lightning.optim.placement import PlacedOptimizer
@@ -254,6 +254,7 @@ class PersistentOptimizer(PlacedOptimizer):
         trial = dict(saved)
         row_state.restore_options(trial, live, self.cap_key)
         self._check_group(trial)
+        check_magnitudes(trial)
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch.optim. Where a parameter holds many tensors, the groups carry their adaptive scalars by name."""

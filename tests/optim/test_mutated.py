@@ -80,6 +80,7 @@ def broken(**changes: Any) -> dict[str, Any]:
         ({"step": torch.tensor([1.0, 2.0])}, r"a torch.float32 tensor of shape \(2,\) as 'step'"),
         ({"exp_avg": 0.5}, "a float as 'exp_avg' for parameter '1.bias', not a tensor"),
         ({"exp_avg": torch.tensor([float("nan"), 0.0])}, "nan or inf in 'exp_avg' for parameter '1.bias'"),
+        ({"exp_avg": torch.tensor([1e30, 0.0])}, r"1e\+30 in 'exp_avg' for parameter '1.bias', whose square overflows"),
         ({"exp_avg_sq": torch.tensor([-1.0, 0.0])}, "-1 in 'exp_avg_sq' for parameter '1.bias'"),
         ({"beta_prod": 1.5}, r"'beta_prod' = 1.5 for parameter '1.bias' \(beta_prod must be a number in \[0, 1\]\)"),
         ({"prev_lr": float("inf")}, "'prev_lr' = inf for parameter '1.bias'"),
@@ -147,6 +148,7 @@ def test_a_load_that_fails_in_the_middle_changes_nothing(monkeypatch: pytest.Mon
     [
         ({"lr": "0.1"}, "parameter group 0: Invalid learning rate: '0.1'"),
         ({"lr": float("nan")}, "parameter group 0: Invalid learning rate: nan"),
+        ({"lr": 1e300}, r"parameter group 0: Invalid lr: 1e\+300 \(lr must be a number within float32"),
         ({"betas": (0.9, 1.5)}, "parameter group 0: Invalid beta parameter at index 1: 1.5"),
         ({"beta1_max": None}, "parameter group 0: Invalid beta1_max: None"),
         ({"params": torch.ones(2)}, r"parameter group 0 has a torch.float32 tensor of shape \(2,\) as 'params'"),
