@@ -14,7 +14,7 @@ from am_lightning.optim.validation import check_count
 from am_lightning.optim.wrapped import adaptive, innermost
 from am_lightning.readings import Readings
 from am_lightning.sharding.dtensor import is_dtensor
-from am_lightning.step_log import StepLog
+from am_lightning.step_log import StepLog, logs_of
 
 try:
     from accelerate import Accelerator, DistributedType
@@ -142,5 +142,4 @@ class _StepLog(StepLog):
 
 
 def _log_of(optimizer: Any) -> _StepLog | None:
-    owners = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_load_state_dict_post_hooks.values())
-    return next((owner for owner in owners if isinstance(owner, _StepLog)), None)
+    return next((log for log in logs_of(optimizer) if isinstance(log, _StepLog)), None)

@@ -49,6 +49,10 @@ class Readings:
         assert self._report is not None
         return self._report
 
+    def has_names(self) -> bool:
+        """Parameters are called otherwise than ``group.index``."""
+        return not all(name.replace(".", "").isdigit() for name in self.report.names)
+
     def scalars(self) -> dict[str, float]:
         """Tag -> value of what ``read`` found: ``<prefix>/beta/...``, ``/clamp/...``, ``/skipped_steps``,
         ``/grad_norm`` where ``clip_grad_norm_`` ran."""

@@ -9,6 +9,12 @@ from am_lightning.readings import Readings
 from am_lightning.sharding.callers import inside_state_creation
 
 
+def logs_of(optimizer: Any) -> list[StepLog]:
+    """Those that an optimizer owns."""
+    owners = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_load_state_dict_post_hooks.values())
+    return [owner for owner in owners if isinstance(owner, StepLog)]
+
+
 class StepLog(ABC):
     """A hook after every training step: counts the steps, and calls ``log`` on one process at the interval.
 
@@ -20,19 +26,27 @@ class StepLog(ABC):
     def __init__(self, readings: Readings, engine: Any = None) -> None:
         """``engine``: the DeepSpeedEngine that steps the optimizer, several times in a training step."""
         self.readings = readings
+        self._hooks = []
         if engine is None:
-            readings.optimizer.register_step_post_hook(self)
+            self._hooks.append(readings.optimizer.register_step_post_hook(self))
         else:
             from am_lightning.deepspeed import after_each_step
 
             after_each_step(engine, lambda: self(readings.optimizer, (), {}))
-        readings.optimizer.register_load_state_dict_post_hook(self._count_from_state)
+        self._hooks.append(readings.optimizer.register_load_state_dict_post_hook(self._count_from_state))
         self._count_from_state(readings.optimizer)
 
     def _count_from_state(self, optimizer: Any) -> None:
         """A resumed run is where its checkpoint was; dropped steps are not in its state."""
-        steps = [int(state["step"]) for state in optimizer.state.values() if "step" in state]
+        steps = [
+            int(state["step"]) for state in optimizer.state.values() if isinstance(state, dict) and "step" in state
+        ]
         self.steps = max(steps, default=0)
+
+    def remove(self) -> None:
+        """Take the hooks away: nothing is logged any more. Of a DeepSpeedEngine ``every = None`` does it."""
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def __call__(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if inside_state_creation():

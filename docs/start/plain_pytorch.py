@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from am_lightning import AMAdamW, clip_grad_norm_
+from am_lightning.loggers import attach
 
 
 class NextByte(torch.nn.Module):
@@ -31,6 +32,7 @@ if __name__ == "__main__":
     model = NextByte()
     optimizer = AMAdamW(model.named_parameters(), lr=3e-3, betas=(0.89, 0.999), weight_decay=0.1)
     writer = SummaryWriter("plain_logs")
+    attach(optimizer, writer, every=1)  # a longer run: 50, the default
     for step, rows in zip(range(100), DataLoader(rows_of_bytes(), 32, shuffle=True), strict=False):
         loss = model(rows)
         loss.backward()
@@ -38,5 +40,4 @@ if __name__ == "__main__":
         optimizer.step()
         optimizer.zero_grad()
         writer.add_scalar("train/loss", loss.item(), step)
-        writer.add_scalars("beta", {name: float(beta) for name, beta in optimizer.momentum().items()}, step)
     print("tensorboard --logdir plain_logs")

@@ -50,6 +50,11 @@ from am_lightning import am_adamw
 json.dump({"train_micro_batch_size_per_gpu": 2, "zero_allow_untested_optimizer": True}, open("ds_config.json", "w"))
 """
 SAVED = "torch.save({'optimizer': torch.optim.AdamW(model.parameters()).state_dict()}, 'adamw.pt')\n"
+WRITERS = (
+    "from types import SimpleNamespace\n"
+    "from torch.utils.tensorboard import SummaryWriter\nwriter = SummaryWriter('x')\n"
+    "wandb = SimpleNamespace(run=SimpleNamespace(log=lambda scalars, step: None))\n"
+)
 TEXTS = """\
 import pyarrow, pyarrow.parquet, os
 os.makedirs("my_texts")
@@ -67,7 +72,7 @@ BEFORE = {
     "docs/huggingface.md": [LLAMA, ACCELERATED, "", LLAMA, LLAMA],
     "docs/index.md": [LIGHTNING],
     "docs/lightning.md": [LIGHTNING + FULLY_SHARD, LOGGED],
-    "docs/migrating.md": [TORCH + "from am_lightning import AMAdamW\n" + SAVED],
+    "docs/migrating.md": [STEPPED + WRITERS, TORCH + "from am_lightning import AMAdamW\n" + SAVED],
     "docs/sharding.md": [LIGHTNING + "from am_lightning import AdaptiveMemory\n", TORCH + WRAPPED],
 }
 ON_A_CPU = {'strategy="fsdp"': 'strategy="ddp"', "devices=2": "devices=1"}

@@ -139,4 +139,25 @@ MUTATIONS = [
         'if name == "beta1":',
         (f"{_RUNS}::test_arguments_that_are_set_in_vain_are_warned_of",),
     ),
+    Mutation(
+        "every rank writes the curves of a loop of one's own",
+        "am_lightning/loggers.py",
+        "dist.get_rank() == 0",
+        "dist.get_rank() >= 0",
+        ("tests/loggers/test_attach.py::test_rank_0_writes",),
+    ),
+    Mutation(
+        "a removed log goes on writing",
+        "am_lightning/step_log.py",
+        "self._hooks.pop().remove()",
+        "self._hooks.pop()",
+        ("tests/loggers/test_attach.py::test_removed_it_writes_no_more_and_twice_is_once",),
+    ),
+    Mutation(
+        "attached twice, curves are written twice",
+        "am_lightning/loggers.py",
+        "and other.readings.prefix == prefix",
+        "and other.readings.prefix != prefix",
+        ("tests/loggers/test_attach.py::test_removed_it_writes_no_more_and_twice_is_once",),
+    ),
 ]

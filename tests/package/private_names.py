@@ -82,7 +82,7 @@ TORCH = [
             "refuse a step in a captured graph without capturable=True", until="2.11"),
     Private(_OPTIMIZER, "_patch_step_function", (_CONVERT,),
             "wrap step() of a converted AdamW in torch's hooks and profiling"),
-    Private(_OPTIMIZER, "_optimizer_load_state_dict_post_hooks", (_HUGGINGFACE,),
+    Private(_OPTIMIZER, "_optimizer_load_state_dict_post_hooks", ("am_lightning/step_log.py",),
             "find the log that attach() has put on this optimizer before", "optimizer"),
     Private("torch.optim.AdamW", "_step_supports_amp_scaling", (_CONVERT,),
             "take it away from a converted fused AdamW, so that GradScaler unscales before step()", "fused_adamw"),

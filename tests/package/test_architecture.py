@@ -29,6 +29,7 @@ FLOORS = {
     "am_lightning.lightning_names": 4,
     "am_lightning.huggingface": 4,
     "am_lightning.step_log": 4,
+    "am_lightning.loggers": 4,
     "am_lightning.hf_trainer": 4,
     "am_lightning.deepspeed": 4,
     "am_lightning.bench": 5,

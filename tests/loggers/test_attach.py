@@ -1,0 +1,223 @@
+"""attach(): what a loop of one's own writes, where, at which steps, and that nothing of it is in the way."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from am_lightning import AMSGD, AMAdamW, clip_grad_norm_
+from am_lightning.loggers import attach
+from tests.huggingface.events import histograms_in, scalars_in
+from tests.sharding.pool import Pool
+
+KINDS: dict[str, Any] = {
+    "adamw": lambda params: AMAdamW(params, lr=0.02),
+    "adamw, global": lambda params: AMAdamW(params, lr=0.02, scope="global"),
+    "sgd": lambda params: AMSGD(params, lr=0.02, scope="tensor"),
+}
+
+
+def model_and(kind: str = "adamw", *, named: bool = True) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "layers": nn.ModuleList(nn.Linear(4, 4) for _ in range(2))})
+    return model, KINDS[kind](model.named_parameters() if named else model.parameters())
+
+
+def train(
+    model: Any, optimizer: Any, steps: int, *, bad: int | None = None, clip: bool = False
+) -> list[dict[str, float]]:
+    """Returns beta_t after each step."""
+    seen = []
+    for number in range(steps):
+        optimizer.zero_grad()
+        hidden = model["embed"](torch.arange(5).roll(number))
+        for layer in model["layers"]:
+            hidden = layer(hidden).tanh()
+        (hidden - 0.3 * number).square().sum().backward()
+        if number == bad:
+            model["embed"].weight.grad[0] = math.nan
+        if clip:
+            clip_grad_norm_(optimizer, 1.0)
+        optimizer.step()
+        seen.append({name: float(beta) for name, beta in optimizer.momentum().items()})
+    return seen
+
+
+class Run:
+    """As wandb's: ``log(data, step)``."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, dict[str, float]] = {}
+
+    def log(self, data: dict[str, float], step: int | None = None) -> None:
+        assert step is not None
+        assert step not in self.rows
+        self.rows[step] = data
+
+
+class Metrics(Run):
+    """As Lightning's loggers and mlflow."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        Run.log(self, metrics, step)
+
+    def log(self, data: dict[str, float], step: int | None = None) -> None:
+        raise AssertionError("log_metrics is for this")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_summary_writer_has_all_curves(tmp_path: Path, kind: str) -> None:
+    model, optimizer = model_and(kind)
+    with SummaryWriter(str(tmp_path)) as writer:
+        attach(optimizer, writer, every=2)
+        seen = train(model, optimizer, 7, clip=True)
+    found = scalars_in(tmp_path)
+    assert {tuple(points) for points in found.values()} == {(2, 4, 6)}
+    for step in (2, 4, 6):
+        betas = seen[step - 1]
+        layer = [betas["layers.1.weight"], betas["layers.1.bias"]]
+        assert found["am/beta/mean"][step] == pytest.approx(sum(betas.values()) / 5, abs=1e-6)
+        assert found["am/beta/min"][step] == pytest.approx(min(betas.values()), abs=1e-6)
+        assert found["am/beta/layer/layers.1"][step] == pytest.approx(sum(layer) / 2, abs=1e-6)
+        assert found["am/beta/embed"][step] == pytest.approx(betas["embed.weight"], abs=1e-6)
+    assert {"am/clamp/at_max", "am/clamp/at_zero", "am/skipped_steps", "am/grad_norm"} <= set(found)
+    assert histograms_in(tmp_path) == {"am/beta": {2: 5, 4: 5, 6: 5}}
+
+
+def test_every_kind_of_writer_gets_the_same(tmp_path: Path) -> None:
+    model, optimizer = model_and()
+    run, metrics, rows = Run(), Metrics(), {}
+    attach(optimizer, run, every=2)
+    attach(optimizer, metrics, every=2)
+    attach(optimizer, lambda scalars, step: rows.update({step: scalars}), every=2)
+    train(model, optimizer, 4)
+    assert run.rows == metrics.rows == rows and list(rows) == [2, 4]
+    assert all(type(value) is float for row in rows.values() for value in row.values())
+
+
+def test_layers_have_curves_where_parameters_have_names() -> None:
+    model, optimizer = model_and(named=False)
+    run = Run()
+    attach(optimizer, run, every=1)
+    train(model, optimizer, 1)
+    optimizer.name_parameters(model.named_parameters())
+    train(model, optimizer, 1)
+    layers = [{tag for tag in row if tag.startswith("am/beta/layer/")} for row in run.rows.values()]
+    assert layers == [set(), {"am/beta/layer/embed", "am/beta/layer/layers.0", "am/beta/layer/layers.1"}]
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["attached, then loaded", "loaded, then attached"])
+def test_a_resumed_run_goes_on_where_it_was(before: bool) -> None:
+    model, optimizer = model_and()
+    train(model, optimizer, 5)
+    saved, (other, resumed), run = copy.deepcopy(optimizer.state_dict()), model_and(), Run()
+    if before:
+        attach(resumed, run, every=3)
+    resumed.load_state_dict(saved)
+    if not before:
+        attach(resumed, run, every=3)
+    train(other, resumed, 4)
+    assert list(run.rows) == [6, 9]
+
+
+def test_removed_it_writes_no_more_and_twice_is_once() -> None:
+    model, optimizer = model_and()
+    run = Run()
+    hooks = [len(optimizer._optimizer_step_post_hooks), len(optimizer._optimizer_load_state_dict_post_hooks)]
+    attach(optimizer, run, every=1)
+    handle = attach(optimizer, run, every=2)  # as in a notebook's cell that is run again
+    other = attach(optimizer, run, every=3, prefix="am-1")
+    train(model, optimizer, 3)
+    assert [sorted({tag.partition("/")[0] for tag in row}) for row in run.rows.values()] == [["am"], ["am-1"]]
+    handle.remove()
+    handle.remove()
+    other.remove()
+    train(model, optimizer, 3)
+    assert list(run.rows) == [2, 3]
+    assert hooks == [len(optimizer._optimizer_step_post_hooks), len(optimizer._optimizer_load_state_dict_post_hooks)]
+
+
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"]
+)
+def test_a_copy_writes_nothing_and_the_first_goes_on(clone: Any) -> None:
+    """Though what is written to cannot be pickled."""
+    model, optimizer = model_and()
+    rows: list[int] = []
+    attach(optimizer, lambda scalars, step: rows.append(step), every=1)
+    assert "step" not in vars(optimizer)
+    train(model, optimizer, 1)
+    train(*clone((model, optimizer)), 2)
+    assert rows == [1]
+    train(model, optimizer, 1)
+    assert rows == [1, 2]
+
+
+def test_the_steps_are_those_without() -> None:
+    runs = []
+    for logged in (False, True):
+        model, optimizer = model_and()
+        if logged:
+            attach(optimizer, Run(), every=1)
+        train(model, optimizer, 4)
+        runs.append([p.detach() for p in model.parameters()])
+    assert all(map(torch.equal, *runs))
+
+
+def test_dropped_steps_are_warned_of() -> None:
+    model, optimizer = model_and()
+    run = Run()
+    attach(optimizer, run, every=2)
+    with pytest.warns(UserWarning, match=r"am: 1 step since the last report dropped.*'embed.weight'") as caught:
+        train(model, optimizer, 4, bad=2)
+    assert [Path(warning.filename).name for warning in caught] == ["test_attach.py"]
+    assert [row["am/skipped_steps"] for row in run.rows.values()] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (
+            {"optimizer": torch.optim.AdamW([nn.Parameter(torch.ones(1))])},
+            TypeError,
+            "Invalid optimizer: AdamW .*build",
+        ),
+        ({"writer": None}, TypeError, "Invalid writer: None. writer must have add_scalar"),
+        ({"writer": SummaryWriter}, TypeError, r"the class SummaryWriter \(give an object of it\)"),
+        ({"writer": lambda scalars: None}, TypeError, "cannot be called with scalars and a step .*too many positional"),
+        ({"every": 0}, ValueError, "Invalid every: 0"),
+        ({"every": 1.5}, TypeError, "Invalid every: 1.5"),
+        ({"prefix": ""}, TypeError, "Invalid prefix: ''"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
+    _, optimizer = model_and()
+    with pytest.raises(error, match=words):
+        attach(**{"optimizer": optimizer, "writer": print, **arguments})
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def on_a_rank() -> list[int]:
+    """Run by every rank: the steps that it wrote. Rank 0 alone reads: a collective would wait for the others."""
+    model, optimizer = model_and()
+    optimizer.replica_group = torch.distributed.group.WORLD
+    run = Run()
+    attach(optimizer, run, every=1)
+    train(model, optimizer, 2)
+    return list(run.rows)
+
+
+def test_rank_0_writes() -> None:
+    pool = Pool(2)
+    try:
+        assert pool.run(f"{__name__}:on_a_rank") == [[1, 2], []]
+    finally:
+        pool.stop()
