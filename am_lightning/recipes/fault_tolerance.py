@@ -46,12 +46,12 @@ class FaultTolerance(L.Callback):
     A handler only notes the signal. At the end of a step the ranks agree by one all-reduce of an integer, whichever of
     them was signalled; so no collective is torn apart, and what the checkpoint holds is what an unbroken run held
     there. Several ranks on accelerators know the answer at the end of the next step, so that the host never waits for
-    the device (at once in the last step, and where the Trainer logs). Then all ranks save, and leave `fit` with
-    ``Stopped``: status 130 after SIGINT, 143 after SIGTERM, 138 after SIGUSR1 (128 + the signal's number, the shell's
-    convention). After SIGUSR1 in a SLURM job rank 0 runs `scontrol requeue` before anyone leaves. A second SIGINT more
-    than 1 s, or SIGTERM more than 5 s, after the first ends the process at once. Before training starts and after it
-    has ended, in `validate` too, there is nothing to save: the process ends at once, after `scontrol requeue` where
-    that is asked for.
+    the device (at once in the last step, before a validation, and where the Trainer logs). Then all ranks save, and
+    leave `fit` with ``Stopped``: status 130 after SIGINT, 143 after SIGTERM, 138 after SIGUSR1 (128 + the signal's
+    number, the shell's convention); so they do where training ends, for a signal that came since. After SIGUSR1 in a
+    SLURM job rank 0 runs `scontrol requeue` before anyone leaves. A second SIGINT more than 1 s, or SIGTERM more than
+    5 s, after the first ends the process at once. Before training starts and after it has ended, in `validate` too,
+    there is nothing to save: the process ends at once, after `scontrol requeue` where that is asked for.
 
     It takes the place of Lightning's own handlers (SIGTERM: a collective inside the handler; SIGUSR1 under SLURM: a
     checkpoint inside the handler, in the middle of a step) and of its broadcast before every batch.
@@ -200,18 +200,25 @@ class FaultTolerance(L.Callback):
                 self._save(trainer)
 
     def _agree(self, trainer: L.Trainer) -> signal.Signals | None:
-        assert self._agreement is not None
-        mine = max((SIGNALS.index(signal.Signals(n)) + 1 for n in self._received), default=0)
         step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         due = step % self.check_every_n_steps == 0
         waits_anyway = bool(every and step % every == 0) or step == trainer.max_steps or trainer.is_last_batch
-        found = self._agreement.ask(mine if due else None, now=waits_anyway)
+        return self._ask(asks=due, now=waits_anyway or _validation_is_near(trainer))
+
+    def _ask(self, *, asks: bool, now: bool) -> signal.Signals | None:
+        """Collective. ``asks``: say which signals came, too; else only hear what was said before."""
+        assert self._agreement is not None
+        mine = max((SIGNALS.index(signal.Signals(n)) + 1 for n in self._received), default=0)
+        found = self._agreement.ask(mine if asks else None, now=now)
         return SIGNALS[found - 1] if found else None
 
-    def _save(self, trainer: L.Trainer) -> None:
+    def _save(self, trainer: L.Trainer, *, at_end: bool = False) -> None:
         callback = trainer.checkpoint_callback
         if isinstance(callback, RunCheckpoint):
-            callback.save_at_batch_end = True  # its turn comes after all other callbacks'
+            if at_end:
+                callback.save_unless_saved(trainer)
+            else:
+                callback.save_at_batch_end = True  # its turn comes after all other callbacks'
         else:
             folder = getattr(callback, "dirpath", None) or trainer.default_root_dir
             trainer.save_checkpoint(Path(folder) / LAST)
@@ -227,6 +234,11 @@ class FaultTolerance(L.Callback):
         self._leave(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A last question: of the last step, where it was another than `max_steps`, and of the validation after it."""
+        if self._training and self._agreed is None:
+            self._agreed = self._ask(asks=True, now=True)
+            if self._agreed is not None:
+                self._save(trainer, at_end=True)
         self._leave(trainer)
         self._training = False
 
@@ -303,6 +315,16 @@ def _record_collectives(folder: Path) -> None:
 def _die(number: int) -> None:
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
+
+
+def _validation_is_near(trainer: L.Trainer) -> bool:
+    """It may begin before the next step ends. At an epoch's end the batch is the last one, which all ranks know."""
+    every = trainer.val_check_batch
+    if not every or math.isinf(every):
+        return False
+    loop = trainer.fit_loop
+    batches = loop.total_batch_idx if trainer.check_val_every_n_epoch is None else loop.batch_idx
+    return any((batches + 1 + more) % every == 0 for more in range(trainer.accumulate_grad_batches))
 
 
 def _nothing(original: Any) -> None:

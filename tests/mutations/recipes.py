@@ -30,6 +30,21 @@ _GPU = "tests/recipes/test_gpu_check.py"
 _MONITORS = "tests/recipes/test_monitors.py"
 
 MUTATIONS = [
+    # ------------------------------------------------------------------ signals
+    Mutation(
+        "a signal in a step that should_stop ends is not answered",
+        _SIGNALS,
+        "self._agreed = self._ask(asks=True, now=True)",
+        "self._agreed = None",
+        (f"{_STOPPED}::test_a_signal_after_the_last_step_is_obeyed",),
+    ),
+    Mutation(
+        "ranks learn of a signal just before a validation after it",
+        _SIGNALS,
+        "now=waits_anyway or _validation_is_near(trainer)",
+        "now=waits_anyway",
+        ("tests/recipes/test_waits.py::test_fault_tolerance_asks_at_its_interval",),
+    ),
     # ------------------------------------------------------------------ checkpoints
     Mutation(
         "a checkpoint's checksums are not compared",

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from am_lightning import AdaptiveMemory
+from am_lightning.recipes import fault_tolerance
 from am_lightning.recipes.checkpoints import AtomicCheckpointIO, RunCheckpoint
 from am_lightning.recipes.data.order import ResumableLoader
 from am_lightning.recipes.errors import RecipeError
 from am_lightning.recipes.fault_tolerance import FaultTolerance, Stopped
 from am_lightning.recipes.loss_guard import LossGuard
+from am_lightning.recipes.together import Agreement
 from tests.lightning.cluster import CPUFSDP
 
 ROWS, WIDTH = 512, 8
@@ -49,6 +52,9 @@ class Options:
     plain_adamw: bool = False
     guard: dict[str, Any] = field(default_factory=dict)
     fault_tolerance: dict[str, Any] = field(default_factory=dict)
+    stop_at: int | None = None  # the micro-batch in which should_stop is set
+    validate_every: int | None = None  # micro-batches; what happens there is the event "validation"
+    late_answers: bool = False  # as on accelerators, where a question is answered at the next one
     truncate: str | None = None  # a file below `root` that loses its second half before the run
 
     def ended(self, rank: int) -> list[str]:
@@ -97,6 +103,21 @@ class Small(L.LightningModule):
         loss = (self.layers(batch[0]) - batch[0].roll(1, dims=1)).square().mean()
         return loss * self.meet(str(batch_idx))
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.options.stop_at:
+            self.trainer.should_stop = True
+
+    def on_train_epoch_end(self) -> None:
+        self.meet("end")
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(TensorDataset(torch.zeros(1, WIDTH))) if self.options.validate_every else []
+
+    def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        if not self.trainer.sanity_checking:
+            Path(self.options.root, f"validated-{self.global_rank}").write_text(str(self.trainer.global_step))
+            self.meet("validation")
+
     def meet(self, moment: str) -> float:
         """What `events` says for this moment; a factor of the loss."""
         event = self.options.events.get(moment) if self.global_rank == self.options.event_rank else None
@@ -137,10 +158,14 @@ def trainer_for(options: Options) -> L.Trainer:
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
         use_distributed_sampler=False,
+        val_check_interval=options.validate_every,
+        check_val_every_n_epoch=None if options.validate_every else 1,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    if options.late_answers:
+        fault_tolerance.Agreement = partial(Agreement, later=True)  # type: ignore[misc]
     FaultTolerance.prepare(trainer)
     return trainer
 

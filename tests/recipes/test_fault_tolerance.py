@@ -76,6 +76,19 @@ def test_a_signal_in_the_last_step_is_obeyed_when_all_is_saved(tmp_path: Path) -
     assert run(Options(str(tmp_path), steps=4)) == "finished"
 
 
+@pytest.mark.parametrize(
+    ("moment", "more"), [("end", {}), ("end", {"stop_at": 3}), ("validation", {"validate_every": 4})]
+)
+def test_a_signal_after_the_last_step_is_obeyed(tmp_path: Path, moment: str, more: dict[str, int]) -> None:
+    """It ends the process as one in the last step does: the run may have stopped before max_steps."""
+    steps = 8 if "stop_at" in more else 4
+    options = Options(str(tmp_path), steps=steps, events={moment: "SIGTERM"}, **more)  # type: ignore[arg-type]
+    assert run(options) == "stopped 143"
+    assert load(last(tmp_path))["global_step"] == 4
+    assert run(Options(str(tmp_path), steps=8)) == "finished"
+    assert load(last(tmp_path))["global_step"] == 8
+
+
 def ends(tmp_path: Path, code: str, python: str = PYTHON, **variables: str) -> subprocess.CompletedProcess[str]:
     """A process of its own that runs `code` after these imports."""
     head = "import os, signal, sys, time\nfrom tests.recipes.small_run import *\noptions = Options(sys.argv[1])\n"

@@ -96,6 +96,35 @@ def test_stopped_broken_and_resumed_is_bitwise_unbroken(tmp_path: Path, strategy
     assert (roots["stopped"] / "checkpoints" / "step-000005.ckpt").exists()
 
 
+def test_answers_that_come_a_step_later_come_before_an_end_and_a_validation(tmp_path: Path) -> None:
+    """As on several GPUs. Signalled in the step that should_stop ends, and in one just before a validation."""
+    common: dict[str, Any] = {"strategy": "ddp", "event_rank": 1, "late_answers": True}
+    several = {
+        "inside": Options(str(tmp_path / "inside"), **common, events={"4": "SIGTERM"}),
+        "stopping": Options(str(tmp_path / "stopping"), **common, events={"4": "SIGTERM"}, stop_at=4),
+        "interval": Options(
+            str(tmp_path / "interval"),
+            **common,
+            events={"4": "SIGTERM"},
+            stop_at=4,
+            fault_tolerance={"check_every_n_steps": 3},
+        ),
+        "validating": Options(str(tmp_path / "validating"), **common, events={"4": "SIGTERM"}, validate_every=5),
+        "accumulating": Options(
+            str(tmp_path / "accumulating"), **common, events={"3": "SIGTERM"}, validate_every=5, accumulate=2
+        ),
+    }
+    for name in several:
+        (tmp_path / name).mkdir()
+    run_in_turn(list(several.values()))
+    found = {}
+    for name, options in several.items():
+        assert {tuple(options.ended(rank)) for rank in range(2)} == {("stopped 143",)}, name
+        assert not list(tmp_path.glob(f"{name}/validated-*")), name
+        found[name] = load(tmp_path / name / "checkpoints" / "last.ckpt")["global_step"]
+    assert found == {"inside": 6, "stopping": 5, "interval": 5, "validating": 5, "accumulating": 2}
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Room for one checkpoint and a half."""

@@ -126,16 +126,24 @@ def test_ranks_hear_one_question_later_or_at_once(pair: Pool) -> None:
 
 
 def test_fault_tolerance_asks_at_its_interval(trainer: Any) -> None:
-    """And at once where the Trainer logs, in the last step, and in an epoch's last batch."""
+    """And at once where the Trainer logs, in the last step, before a validation, and in an epoch's last batch."""
     callback = FaultTolerance(check_every_n_steps=2)
     asked: list[tuple[int, int | None, bool]] = []
     callback._agreement = SimpleNamespace(
         ask=lambda mine, now: asked.append((trainer.global_step, mine, now)) or 0,
     )
     trainer.log_every_n_steps, trainer.max_steps, trainer.is_last_batch = 4, 6, False
+    trainer.val_check_batch, trainer.check_val_every_n_epoch, trainer.accumulate_grad_batches = float("inf"), 1, 1
     for _ in range(6):
         end_step(callback, trainer)
     assert asked == [(1, None, False), (2, 0, False), (3, None, False), (4, 0, True), (5, None, False), (6, 0, True)]
+    asked.clear()
+    trainer.log_every_n_steps, trainer.max_steps, trainer.val_check_batch, trainer.global_step = 0, -1, 5, 0
+    trainer.check_val_every_n_epoch, trainer.accumulate_grad_batches = None, 2
+    for batch in (1, 3, 5, 7, 9):
+        trainer.fit_loop = SimpleNamespace(total_batch_idx=batch)
+        end_step(callback, trainer)
+    assert [now for _, _, now in asked] == [False, True, False, False, True]
 
 
 def test_alone_one_hears_oneself_at_once_and_for_nothing() -> None:

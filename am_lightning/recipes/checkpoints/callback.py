@@ -88,11 +88,11 @@ class RunCheckpoint(ModelCheckpoint):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self.save_at_batch_end:
             self.save_at_batch_end = False
-            self._save_unless_saved(trainer)
+            self.save_unless_saved(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The checkpoint after the very last step, where that is no multiple of the interval."""
-        self._save_unless_saved(trainer)
+        self.save_unless_saved(trainer)
         self.wait()
 
     def wait(self) -> None:
@@ -100,7 +100,8 @@ class RunCheckpoint(ModelCheckpoint):
         if self._writer is not None:
             self._writer.wait()
 
-    def _save_unless_saved(self, trainer: L.Trainer) -> None:
+    def save_unless_saved(self, trainer: L.Trainer) -> None:
+        """On all ranks, where a fit has ended or a batch ends."""
         if not self._should_skip_saving_checkpoint(trainer) and trainer.global_step > 0:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
