@@ -40,7 +40,8 @@ class AdaptiveMemoryCallback(TrainerCallback):
     ``replica_group`` is set, for FSDP1 its process groups. The callback moves itself ahead of the reporting ones.
 
     Raises:
-        TypeError: when training begins, the Trainer's optimizer is not AMAdamW or AMSGD; the text has the cure.
+        TypeError: when training begins, or when the Trainer was given another in mid-run, its optimizer is not AMAdamW
+            or AMSGD; the text has the cure.
         ValueError: then, a feature of DeepSpeed that is not supported.
     """
 
@@ -68,16 +69,8 @@ class AdaptiveMemoryCallback(TrainerCallback):
                 "trainer.pop_callback(AdaptiveMemoryCallback)) before trainer.train()",
                 stacklevel=2,
             )
-        accelerate = AcceleratorState()
         ours = adaptive(optimizer, _USE)
-        assert model is not None
-        trainer = caller(Trainer)  # DeepSpeed's engine is what it wraps the model in
-        place(
-            ours,
-            [model] if trainer is None else [model, trainer.model_wrapped],
-            accelerate.distributed_type,
-            accelerate.num_processes,
-        )
+        _place(ours, model, caller(Trainer))
         unused = list(_unused(args, ours))
         if unused and state.is_world_process_zero:
             warnings.warn(
@@ -103,6 +96,7 @@ class AdaptiveMemoryCallback(TrainerCallback):
         """Add the momentum to the training loss: to what reporting callbacks get next, and to what is kept already."""
         if self._readings is None or logs is None or "loss" not in logs:
             return
+        self._follow(caller(Trainer), kwargs.get("model"))
         self._readings.read()
         scalars = self._readings.scalars()
         logs.update(scalars)
@@ -112,6 +106,16 @@ class AdaptiveMemoryCallback(TrainerCallback):
             text = self._readings.skip_warning()
             if state.is_world_process_zero:
                 warnings.warn(text, stacklevel=2)
+
+    def _follow(self, trainer: Trainer | None, model: nn.Module | None) -> None:
+        """Read the optimizer that the Trainer has now; in mid-run it may have been given another."""
+        assert self._readings is not None
+        ours = self._readings.optimizer if trainer is None else adaptive(trainer.optimizer, _USE)
+        if ours is not self._readings.optimizer:
+            skipped = self._readings.skipped_in_all()
+            _place(ours, model, trainer)
+            self._readings = Readings(ours)
+            self._readings.skipped_before = skipped
 
     def _go_first(self) -> bool:
         """Move to the head of the Trainer's callbacks; False where they cannot be found.
@@ -124,6 +128,14 @@ class AdaptiveMemoryCallback(TrainerCallback):
         handler.callbacks.remove(self)
         handler.callbacks.insert(0, self)
         return True
+
+
+def _place(optimizer: AdaptiveMemoryOptimizer, model: nn.Module | None, trainer: Trainer | None) -> None:
+    """Tell ``optimizer`` where its parameters are; DeepSpeed's engine is what the Trainer wraps the model in."""
+    assert model is not None
+    accelerate = AcceleratorState()
+    models = [model] if trainer is None else [model, trainer.model_wrapped]
+    place(optimizer, models, accelerate.distributed_type, accelerate.num_processes)
 
 
 def _unused(args: TrainingArguments, optimizer: AdaptiveMemoryOptimizer) -> Iterator[str]:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from am_lightning import AMSGD, AMAdamW
 from am_lightning.huggingface import AdaptiveMemoryCallback, AMAdamWFactory
+from am_lightning.optim.wrapped import innermost
 from tests.huggingface.events import scalars_in
 from tests.huggingface.launch import launch
 from tests.huggingface.trainer_runs import FORMS, LOG, SAVE, STEPS, Watch, make_model, make_trainer, run
@@ -180,6 +182,46 @@ def test_optimizers_evaluation_and_a_callback_added_late(tmp_path) -> None:
         trainer.state.log_history
     )
     json.dumps(trainer.state.log_history)
+
+
+class Replace(TrainerCallback):
+    """Gives the Trainer another optimizer after a step."""
+
+    def __init__(self, kind: type, after: int) -> None:
+        self.kind, self.after = kind, after
+        self.seen: list[float] = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        if state.global_step == self.after:
+            self.trainer.optimizer = self.kind(model.parameters(), lr=0.05)
+        elif self.kind is AMAdamW:
+            betas = innermost(self.trainer.optimizer).momentum().values()
+            self.seen.append(float(torch.stack(list(betas)).mean()))
+
+
+@pytest.mark.parametrize("kind", [AMAdamW, torch.optim.AdamW])
+def test_an_optimizer_given_in_mid_run_is_read_or_refused(tmp_path, kind: type) -> None:
+    """The Trainer trains on with it, AdamW too; its handler of callbacks goes on giving the old one."""
+    replace = Replace(kind, after=3)
+    trainer = make_trainer(
+        tmp_path,
+        batch=4,
+        callbacks=[AdaptiveMemoryCallback(), replace],
+        optimizer_cls_and_kwargs=FORMS["class"],
+        arguments={"max_steps": 6, "logging_steps": 1, "save_strategy": "no"},
+    )
+    replace.trainer = trainer
+    if kind is torch.optim.AdamW:
+        with pytest.raises(TypeError, match=r"AdamW .*optimizer must be AMAdamW or AMSGD: pass Trainer"):
+            trainer.train()
+        return
+    trainer.train()
+    last = trainer.optimizer
+    assert {float(state["step"]) for state in last.state.values()} == {3}
+    assert set(last.momentum()) == {name for name, _ in make_model().named_parameters()}
+    logged = {r["step"]: r["am/beta/mean"] for r in trainer.state.log_history if "am/beta/mean" in r}
+    assert [logged[step] for step in (1, 2, 4, 5, 6)] == pytest.approx(replace.seen, rel=1e-6)
+    assert 3 not in logged  # it had made no step yet
 
 
 def test_the_default_optimizer_is_refused_with_the_cure(tmp_path) -> None:

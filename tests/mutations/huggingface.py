@@ -13,6 +13,13 @@ _RUNS = "tests/huggingface/test_trainer.py"
 
 MUTATIONS = [
     Mutation(
+        "HF Trainer: the callback reads an optimizer that another has taken the place of",
+        _TRAINER,
+        "if ours is not self._readings.optimizer:\n            skipped",
+        "if ours is None:\n            skipped",
+        ("tests/huggingface/test_trainer.py::test_an_optimizer_given_in_mid_run_is_read_or_refused[AMAdamW]",),
+    ),
+    Mutation(
         "Accelerate: a second attach logs a second time",
         _ATTACH,
         "    if log is None:\n",
