@@ -43,9 +43,9 @@ class _StateKey(property):
 class AdaptiveMemory(pl.Callback):
     """One line: ``Trainer(callbacks=[AdaptiveMemory()])`` trains with adaptive memory and logs the momentum curves.
 
-    Every ``torch.optim.AdamW`` that ``configure_optimizers`` returns, and every Adam without coupled weight decay, is
-    converted in place, so schedulers, manual optimization and the user's references go on working. A module that
-    returns AMAdamW or AMSGD itself is only logged.
+    Every ``torch.optim.AdamW`` that ``configure_optimizers`` returns or the Trainer is given in mid-run, and every Adam
+    without coupled weight decay, is converted in place, so schedulers, manual optimization and the user's references go
+    on working. A module that returns AMAdamW or AMSGD itself is only logged.
     One device, DDP, FSDPStrategy, ModelParallelStrategy (FSDP2, tensor parallel, both) and DeepSpeedStrategy (ZeRO 0 to
     3) give the same beta_t: the callback tells the optimizer where its parameters are. Clipping by norm
     (``Trainer(gradient_clip_val=...)``, ``self.clip_gradients``) becomes ``am_lightning.clip_grad_norm_``, right
@@ -125,6 +125,13 @@ class AdaptiveMemory(pl.Callback):
             self._replacements.add(strategy, "_init_optimizers", partial(self._take_for_engine, trainer))
         replace_in(trainer, self._replacements)
         self._curves, self._skipped_before = [], []
+
+    def on_after_setup(self, **_: Any) -> None:
+        """Fabric's: ``Fabric(callbacks=[AdaptiveMemory()])`` would convert nothing, for the loop is the user's."""
+        raise TypeError(
+            "AdaptiveMemory is a callback of Lightning's Trainer, and does nothing in Fabric: build am_adamw(model, "
+            "lr=...) before fabric.setup, and call am_lightning.lightning.attach(fabric, model, optimizer) after it"
+        )
 
     def _leave(self) -> None:
         """Give the strategy and its precision plugin their own methods back, and forget the optimizers."""

@@ -12,7 +12,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from am_lightning import AMAdamW, am_adamw, am_sgd, clip_grad_norm_
+from am_lightning import AdaptiveMemory, AMAdamW, am_adamw, am_sgd, clip_grad_norm_
 from am_lightning.lightning import attach
 from tests.lightning.cluster_fabric import CLIP, EVERY, STEPS, alone
 from tests.lightning.model import batch_of, interior_share, make_net
@@ -162,3 +162,11 @@ def test_no_warning_where_nothing_is_wrong(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", module="lightning")
         steps(fabric, model, [optimizer], range(3))
+
+
+def test_the_trainers_callback_in_fabric_is_named() -> None:
+    """Fabric calls its callbacks' methods and nothing else, so AdamW would stay what it is in silence."""
+    net = make_net()
+    fabric = Fabric(accelerator="cpu", callbacks=[AdaptiveMemory()])
+    with pytest.raises(TypeError, match=r"callback of Lightning's Trainer.*attach\(fabric, model, optimizer\)"):
+        fabric.setup(net, torch.optim.AdamW(net.parameters()))

@@ -207,3 +207,21 @@ def test_a_layer_that_is_added_has_its_name() -> None:
     pl.Trainer(**quiet(max_steps=STEPS, callbacks=[AdaptiveMemory()])).fit(module)
     assert {"more.weight", "more.bias"} == set(module.seen[-1]) - set(module.seen[0])
     assert all(beta >= 0 for beta in module.seen[-1].values())
+
+
+def test_folds_in_one_trainer(tmp_path: Path) -> None:
+    """Each fit makes its optimizer again; the curves go on in the same logger with those of the live one."""
+    logger = CSVLogger(tmp_path)
+    trainer = pl.Trainer(**quiet(max_epochs=1, log_every_n_steps=1, callbacks=[AdaptiveMemory()], logger=logger))
+    seen, made = [], []
+    for fold in range(3):
+        module = Regression(batches=3)
+        trainer.fit_loop.max_epochs = fold + 1
+        trainer.fit(module)
+        seen += module.seen
+        made.append(trainer.optimizers[0])
+    assert [type(optimizer) for optimizer in made] == [AMAdamW] * 3 and len(set(map(id, made))) == 3
+    logged = rows(Path(logger.log_dir))
+    assert sorted(logged) == list(range(9)) and len(seen) == 9
+    for step, row in logged.items():
+        assert row["am/beta/mean"] == pytest.approx(sum(seen[step].values()) / 8, abs=1e-6)

@@ -255,6 +255,13 @@ MUTATIONS = [
         (f"{_FABRIC_RUNS}::test_a_resumed_run_counts_from_its_checkpoint",),
     ),
     Mutation(
+        "Fabric: the Trainer's callback does nothing there, in silence",
+        _CALLBACK,
+        "def on_after_setup(self, **_: Any) -> None:",
+        "def _on_after_setup(self, **_: Any) -> None:",
+        (f"{_FABRIC_RUNS}::test_the_trainers_callback_in_fabric_is_named",),
+    ),
+    Mutation(
         "Fabric: the second optimizer writes under the first one's tags",
         _FABRIC,
         "return next(name for name in names if name not in taken)",
