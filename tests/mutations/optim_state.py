@@ -192,8 +192,8 @@ MUTATIONS = [
     Mutation(
         "the cap is what a cycling scheduler has written into betas[0]",
         _CONVERT,
-        "        return own\n",
-        '        return group["betas"][0]\n',
+        '    return own if cycled else group["betas"][0]\n',
+        '    return group["betas"][0]\n',
         ("tests/lightning/test_conversion.py::test_a_cycling_scheduler_does_not_set_the_cap",),
     ),
     Mutation(
