@@ -32,6 +32,7 @@ FLOORS = {
     "am_lightning.loggers": 4,
     "am_lightning.hf_trainer": 4,
     "am_lightning.deepspeed": 4,
+    "am_lightning.clients": 4,
     "am_lightning.bench": 5,
     "am_lightning.recipes": 5,
     "am_lightning": 5,
@@ -42,6 +43,8 @@ ADAPTERS = {
     "am_lightning.huggingface": {"accelerate"},
     "am_lightning.hf_trainer": {"accelerate", "transformers"},
     "am_lightning.deepspeed": {"deepspeed"},
+    "am_lightning.clients.timm": {"timm"},
+    "am_lightning.clients.torchtitan": {"torchtitan"},
     "am_lightning.optim.kernels.triton_kernels": {"triton"},
     "am_lightning.optim.kernels.triton_row_kernels": {"triton"},
 }

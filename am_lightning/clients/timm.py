@@ -1,0 +1,56 @@
+"""timm: importing this registers the optimizers ``amadamw`` and ``amsgd``; as a program it starts timm's ``train.py``.
+
+torchrun --nproc_per_node=4 -m am_lightning.clients.timm train.py --opt amadamw --opt-betas 0.89 0.999 ...
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from typing import Any
+
+import torch.distributed as dist
+
+try:
+    from timm.optim import OptimInfo
+    from timm.optim._optim_factory import default_registry
+except ImportError as error:
+    raise ImportError(f"am_lightning.clients.timm needs timm 1.0 or later: pip install timm ({error})") from error
+
+from am_lightning.optim import AMSGD, AMAdamW
+
+
+def amadamw(params: Any, **options: Any) -> AMAdamW:
+    """AMAdamW; under DDP, which timm starts before it makes its optimizer, with ``replica_group``."""
+    return AMAdamW(params, **_replicas(), **options)
+
+
+def amsgd(params: Any, momentum: float = 0.9, **options: Any) -> AMSGD:
+    """AMSGD with timm's ``--momentum`` as its cap."""
+    return AMSGD(params, beta_max=momentum, **_replicas(), **options)
+
+
+def _replicas() -> dict[str, Any]:
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return {"replica_group": dist.group.WORLD} if several else {}
+
+
+for _info in (
+    OptimInfo("amadamw", amadamw, "AdamW whose beta1 is computed at every step, up to a cap", has_betas=True),
+    OptimInfo("amsgd", amsgd, "SGD whose momentum is computed at every step", has_eps=False, has_momentum=True),
+):
+    default_registry.register(_info)
+
+
+def main() -> None:
+    """Run the script that is the first argument, with the rest as its own."""
+    if len(sys.argv) < 2:
+        sys.exit("usage: python -m am_lightning.clients.timm train.py [its arguments]")
+    del sys.argv[0]
+    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
