@@ -230,7 +230,11 @@ class PlacedOptimizer(Optimizer):
         ids = tuple(number for params in groups for number in (len(params), *map(id, params)))
         if self._partitioned:
             return ids
-        return ids, tuple([(param.device, param.dtype) for params in groups for param in params])
+        try:
+            return ids, tuple([(param.device, param.dtype) for params in groups for param in params])
+        except AttributeError:
+            self._checked_parameters()  # one is no tensor: says which
+            raise
 
     @property
     def layout(self) -> Layout | None:

@@ -130,7 +130,7 @@ def test_one_step_in_a_list_is_a_step() -> None:
 def test_a_load_that_fails_in_the_middle_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """As for lack of memory, when torch.optim has put the new states in place already."""
     model, optimizer = trained()
-    saved, before = broken(), copy.deepcopy(optimizer.state_dict())
+    saved, before = broken(step=torch.tensor(5.0)), copy.deepcopy(optimizer.state_dict())
 
     def fail(*_: Any) -> None:
         raise MemoryError
