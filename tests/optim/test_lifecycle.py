@@ -55,6 +55,7 @@ def test_a_group_added_in_mid_run(kind: str, scope: str, foreach: bool | None) -
     assert [float(optimizer.state[p]["step"]) for p in twin.params] == [15.0] * 3 + [10.0] * 2
 
 
+@pytest.mark.filterwarnings("ignore:the learning rate scheduler cycles betas")
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_schedulers_are_followed_every_step(kind: str) -> None:
     makers: dict[str, Any] = {

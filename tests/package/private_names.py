@@ -195,3 +195,8 @@ ACCELERATE = [
     Private("accelerate.Accelerator", "_optimizers", (_HUGGINGFACE,), "refuse an optimizer that was not prepared",
             "accelerator"),
 ]  # fmt: skip
+
+TIMM = [
+    Private("timm.optim._optim_factory", "default_registry", ("am_lightning/clients/timm.py",),
+            "register amadamw and amsgd among timm's optimizers"),
+]  # fmt: skip

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.package.private_names import ACCELERATE, LIGHTNING, TORCH, Private
+from tests.package.private_names import ACCELERATE, LIGHTNING, TIMM, TORCH, Private
 
 THERE, ABSENT = "there", "not needed: "
 
@@ -199,7 +199,7 @@ def main() -> None:
 
     found = {}
     # Those that would look at a process group come before the first one is made.
-    for row in [*LIGHTNING, *ACCELERATE, *TORCH]:
+    for row in [*LIGHTNING, *ACCELERATE, *TORCH, *TIMM]:
         reason = why_not_looked_up(row)
         found[row.key] = ABSENT + reason if reason else problem_of(row) or THERE
     print(json.dumps(found))

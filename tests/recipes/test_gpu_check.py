@@ -226,7 +226,7 @@ def test_reports_of_pytest(tmp_path: Path, modules: dict[str, ModuleType]) -> No
 def test_a_file_of_tests_that_is_stopped_says_what_it_had(tmp_path: Path, modules: dict[str, ModuleType]) -> None:
     right = modules["right"]
     file, report = tmp_path / "test_toy.py", tmp_path / "report.xml"
-    file.write_text(TESTS.replace("time.sleep({seconds})", "os.kill(os.getpid(), 2)"))
+    file.write_text(TESTS.replace("time.sleep({seconds})", "raise KeyboardInterrupt"))
     whole, _ = right._pytest([str(file), "--rootdir", str(tmp_path), "-c", os.devnull], report, 60)
     found = right.read_report(report)
     assert not whole and found["passed"] == ["test_good"] and len(found["failed"]) == 1
