@@ -1,7 +1,7 @@
 """The two passes for accelerators: no host sync, no Python branch on a tensor, and no launch for each tensor.
 
 Rows are taken in buckets of bounded size, large ones in parts, so that the temporaries are at most a few buckets (of
-64 MiB in float32), not a few models or a few embeddings. ``packs`` has why a bucket is copied into one matrix.
+16 MiB in float32), not a few models or a few embeddings. ``packs`` has why a bucket is copied into one matrix.
 """
 
 from __future__ import annotations

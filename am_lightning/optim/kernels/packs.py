@@ -17,7 +17,7 @@ from torch import Tensor
 from am_lightning.optim.kernels.pieces import SUM_BLOCK, Piece, flat, is_flat
 from am_lightning.optim.kernels.transfer import upload, uploaded
 
-_BUCKET_ELEMENTS = 16 << 20
+_BUCKET_ELEMENTS = 4 << 20
 _SMALLEST_BLOCK = 64
 _BLOCKS_OF_A_TENSOR = 16  # on average, so that what fills up the last block is 3 % where tensors are not tiny
 _FAN_IN = 64  # numbers that one level of the sum over blocks takes together
@@ -89,7 +89,7 @@ def key_of(pieces: Sequence[Piece]) -> Hashable:
 
 
 def plan_of(pieces: Sequence[Piece], parts: Sequence[tuple[int, Piece]]) -> Plan:
-    """Parts of at most a bucket each, in buckets of at most 16 Mi elements.
+    """Parts of at most a bucket each, in buckets of at most 4 Mi elements.
 
     Args:
         parts: what ``in_parts`` made of the pieces.

@@ -13,7 +13,7 @@ from am_lightning.recipes.plan.layout import Layout
 
 GIB = 1 << 30
 RESERVE = 2 * GIB  # context, NCCL and fragmentation: a guess, stated where it is used
-_BUCKET = 16 << 20  # elements that the optimizer's foreach passes take at a time, with up to 8 float32 temporaries
+_BUCKET = 4 << 20  # elements that the optimizer's foreach passes take at a time, with up to 8 float32 temporaries
 _ZERO_BUCKET = 200_000_000  # elements; Lightning's reduce_bucket_size
 
 
