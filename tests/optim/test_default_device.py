@@ -43,6 +43,8 @@ def set_as_default(device: str) -> Iterator[None]:
         yield
     finally:
         torch.set_default_device(None)
+        if getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", ...) is None:
+            del torch._GLOBAL_DEVICE_CONTEXT.device_context  # torch 2.6 asks it for its device afterwards
 
 
 WAYS: dict[str, Callable[[str], Any]] = {"context": torch.device, "set_default_device": set_as_default}
@@ -135,6 +137,10 @@ def test_of_fake_tensors(kind: str, device: str) -> None:
         pytest.skip("this torch has no CUDA")
     cls, options = KINDS[kind]
     with FakeTensorMode():
+        try:
+            torch.ones(2, device=device)[:, None]
+        except RuntimeError:
+            pytest.skip("fake tensors of this torch ask for CUDA's driver")
         params = [
             torch.nn.Parameter(torch.ones(shape, device=device)) for shape in SHAPES[:3]
         ]  # torch 2.11 splits no empty one
