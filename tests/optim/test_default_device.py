@@ -96,6 +96,7 @@ def test_every_path(kind: str, way: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert_bitwise(found, train(kind, lambda: torch.device("cpu")))
 
 
+@pytest.mark.slow
 def test_in_triton(interpreter: Pool) -> None:
     interpreter.run("tests.optim.interpreted_steps:under_another_default_device")
 

@@ -92,6 +92,7 @@ def test_in_compiled_graphs(kernel: tuple[dict[str, Any], str]) -> None:
     huge.taken("adamw", "float32", huge.FITS[torch.float32], **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_in_triton(interpreter: Pool, dtype: str) -> None:
     for value, taken in ((huge.TOO_LARGE, False), (huge.FITS, True)):
