@@ -1,4 +1,4 @@
-"""Momentum curves where there is no callback: a loop of one's own, nanoGPT, torchtitan, and any writer."""
+"""Momentum curves where there is no callback: a loop of one's own, nanoGPT, and any writer."""
 
 from __future__ import annotations
 
@@ -36,13 +36,14 @@ def attach(optimizer: Any, writer: Any, every: int = 50, *, prefix: str = "am") 
         writer: with ``add_scalar(tag, value, step)`` (torch's SummaryWriter, which gets the histogram ``am/beta``,
             too), ``log_metrics(scalars, step=)``, ``log(scalars, step=)`` (a wandb run, or the module), or a callable
             that takes a dict of scalars and the step.
-        every: so many optimizer steps, of the optimizer's own count: a resumed run goes on where its checkpoint was.
+        every: so many calls of ``step()``, dropped ones too; a resumed run starts from the steps in its checkpoint.
         prefix: of the tags. Give a second optimizer "am-1".
 
     Tags are those of every framework here: ``am/beta/mean|min|max``, ``am/beta/<layer group>``,
     ``am/clamp/at_max|at_zero``, ``am/skipped_steps``, ``am/grad_norm`` where ``clip_grad_norm_`` ran, and
     ``am/beta/layer/<layer>`` where parameters have names (``AMAdamW(model.named_parameters())``, ``am_adamw(model)``,
-    ``optimizer.name_parameters``). It warns of steps that were dropped because a sum was not finite.
+    ``optimizer.name_parameters``). It warns of steps that were dropped because a sum, or what would have
+    been written, was not finite.
 
     Returns:
         A handle: ``remove()`` ends it, ``every`` may be changed. The same optimizer, writer and prefix again take the

@@ -55,15 +55,20 @@ def check_magnitudes(group: dict[str, Any]) -> None:
             raise ValueError(f"Invalid {key}: {value} ({key} must be a number within float32, at most {largest:g})")
 
 
+def with_any_lr(group: dict[str, Any]) -> dict[str, Any]:
+    """The options with |lr|: a schedule may go below 0, and AdamW steps, saves and loads then."""
+    lr = group.get("lr")
+    return {**group, "lr": -lr} if isinstance(lr, Real) and lr < 0 else group
+
+
 def as_unread(group: dict[str, Any], cap_key: str) -> dict[str, Any]:
     """The options with 0 in place of what a step may not read or look at.
 
     These are tensors, which the host would wait for; a negative learning rate, with which AdamW steps too; and
     ``betas[0]`` of 1, up to which schedulers may cycle it: the cap has a key of its own.
     """
-    view = {key: 0.0 if is_one_number(value) else value for key, value in group.items() if key != "params"}
-    if isinstance(view["lr"], Real) and view["lr"] < 0:
-        view["lr"] = -view["lr"]
+    options = ((key, value) for key, value in group.items() if key != "params")
+    view = with_any_lr({key: 0.0 if is_one_number(value) else value for key, value in options})
     check_magnitudes(view)
     check_number(cap_key, view[cap_key], upper=1)
     betas = view.get("betas")

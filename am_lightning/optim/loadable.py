@@ -238,7 +238,7 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "step": ("a finite number >= 0", lambda x: 0 <= x <= torch.finfo(torch.float32).max),
     "beta_prod": ("a number in [0, 1]", lambda x: 0 <= x <= 1),
     "beta": ("a number in [0, 1], or -1", lambda x: x != x or x == -1 or 0 <= x <= 1),
-    "prev_lr": ("a finite number >= 0", lambda x: 0 <= x <= torch.finfo(torch.float32).max),
+    "prev_lr": ("a finite number", lambda x: abs(x) <= torch.finfo(torch.float32).max),
 }
 
 

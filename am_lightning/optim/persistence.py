@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer
 
 from am_lightning.names import names_by_id
 from am_lightning.optim import state as row_state
-from am_lightning.optim.groups import as_unread, check_groups, check_magnitudes, naming_group
+from am_lightning.optim.groups import as_unread, check_groups, check_magnitudes, naming_group, with_any_lr
 from am_lightning.optim.kernels.passes import Workspace
 from am_lightning.optim.loadable import Expected, check_loadable, check_mapping
 from am_lightning.optim.placement import PlacedOptimizer
@@ -66,7 +66,7 @@ class PersistentOptimizer(PlacedOptimizer):
         for group in groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-            for key, value in self._check_group(group).items():
+            for key, value in self._check_group(with_any_lr(group)).items():
                 group.setdefault(key, value)
 
     def _complete_foreign_groups(self) -> None:
@@ -253,7 +253,7 @@ class PersistentOptimizer(PlacedOptimizer):
     def _check_saved_options(self, saved: dict[str, Any], live: dict[str, Any]) -> None:
         trial = dict(saved)
         row_state.restore_options(trial, live, self.cap_key)
-        self._check_group(trial)
+        self._check_group(with_any_lr(trial))
         check_magnitudes(trial)
 
     def state_dict(self) -> dict[str, Any]:

@@ -33,6 +33,14 @@ class Scalars(Protocol):
         """``[rows]``: beta_t of each row's last step, nan before its first."""
 
 
+def _started_anew(columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Whoever sets ``step`` to 0 resets the optimizer, as in AdamW: no step is in the product, none was before."""
+    fresh = columns["step"] == 0
+    columns["beta_prod"] = columns["beta_prod"].masked_fill(fresh, DEFAULTS["beta_prod"])
+    columns["prev_lr"] = columns["prev_lr"].masked_fill(fresh, DEFAULTS["prev_lr"])
+    return columns
+
+
 class Packed:
     """``[4, rows]``, of which the 0-dim states are views: reading and writing them all is one operation each.
 
@@ -40,8 +48,8 @@ class Packed:
     """
 
     def __init__(self, states: Sequence[dict[str, Any]]) -> None:
-        columns = [torch.stack([state[key] for state in states]) for key in DEFAULTS]
-        self.table = torch.stack(columns)
+        columns = {key: torch.stack([state[key] for state in states]) for key in DEFAULTS}
+        self.table = torch.stack(list(_started_anew(columns).values()))
         self._views = list(zip(*(line.unbind() for line in self.table), strict=True))
         for state, views in zip(states, self._views, strict=True):
             state.update(zip(DEFAULTS, views, strict=True))
@@ -78,8 +86,8 @@ class StateScalars:
         self._packed = self._pack()
         if self._packed is not None:
             columns = self._packed.table.to(self._dtype, copy=True)
-            return dict(zip(DEFAULTS, columns.unbind(), strict=True))
-        return {key: self._stack(key, default) for key, default in DEFAULTS.items()}
+            return _started_anew(dict(zip(DEFAULTS, columns.unbind(), strict=True)))
+        return _started_anew({key: self._stack(key, default) for key, default in DEFAULTS.items()})
 
     def write(self, new: dict[str, Tensor], counts: Tensor) -> None:
         if self._packed is not None:

@@ -134,10 +134,17 @@ MUTATIONS = [
         (f"{_MUTATED}::test_a_step_names_the_group_and_its_option_before_it_moves",),
     ),
     Mutation(
+        "an optimizer that is reset by hand keeps its product of betas",
+        "am_lightning/optim/scalars.py",
+        'columns["beta_prod"].masked_fill(fresh, DEFAULTS["beta_prod"])',
+        'columns["beta_prod"]',
+        ("tests/optim/test_state_replaced.py::test_a_reset_by_hand_is_a_fresh_start",),
+    ),
+    Mutation(
         "a learning rate a hair below zero ends a run",
         "am_lightning/optim/groups.py",
-        'view["lr"] = -view["lr"]',
-        "pass",
+        '{**group, "lr": -lr} if isinstance(lr, Real) and lr < 0 else group',
+        "group",
         (f"{_MUTATED}::test_the_last_lr_of_a_schedule_may_be_below_zero",),
     ),
     Mutation(
@@ -150,7 +157,7 @@ MUTATIONS = [
     Mutation(
         "a checkpoint's options are not checked before it is loaded",
         _PERSISTENCE,
-        "self._check_group(trial)",
+        "self._check_group(with_any_lr(trial))",
         "del trial",
         (f"{_LOADING}::test_what_does_not_load_changes_nothing",),
     ),

@@ -60,7 +60,7 @@ def test_what_is_missing_is_the_optimizers_own(change: Callable[..., None]) -> N
 def test_a_wrong_option_is_named() -> None:
     given = params()
     optimizer = AMAdamW(given)
-    optimizer.param_groups.append({"params": params(1), "lr": -1.0})
+    optimizer.param_groups.append({"params": params(1), "lr": float("nan")})
     with pytest.raises(ValueError, match="learning rate"):
         steps(optimizer, given)
 

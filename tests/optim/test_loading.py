@@ -94,7 +94,7 @@ def test_moments_of_another_shape_are_refused_though_they_have_as_many_elements(
 def test_what_does_not_load_changes_nothing(bad: str) -> None:
     saved = copy.deepcopy(stepped(amsgrad=bad == "amsgrad").state_dict())
     if bad == "lr":
-        saved["param_groups"][0]["lr"] = -1.0
+        saved["param_groups"][0]["lr"] = float("nan")
     if bad == "shape":
         saved["state"][0]["exp_avg"] = torch.zeros(4)
     optimizer = AMAdamW([param()])

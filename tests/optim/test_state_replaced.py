@@ -107,3 +107,44 @@ def test_one_parameter_starts_anew_and_the_other_goes_on(kind: str) -> None:
     # another stream of gradients for it alone: its steps are those of a new optimizer
     assert [float(s["step"]) for s in optimizer.state.values()] == [6, 3]
     assert torch.equal(seen[-1][1], anew[-1][1])
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("foreach", [None, True, False])
+def test_a_reset_by_hand_is_a_fresh_start(foreach: bool | None, in_place: bool) -> None:
+    """Step and moments put to 0, as people do with AdamW: the next steps are those of a new optimizer."""
+
+    def steps(optimizer: torch.optim.Optimizer, param: torch.Tensor, numbers: range) -> None:
+        for number in numbers:
+            param.grad = torch.sin(torch.arange(6.0) + 0.7 * number) + param.detach()
+            optimizer.step()
+
+    for kind, options in ((torch.optim.AdamW, {}), (AMAdamW, {"foreach": foreach})):
+        param = torch.nn.Parameter(torch.linspace(-1, 1, 6))
+        optimizer = kind([param], lr=0.05, **options)
+        steps(optimizer, param, range(20))
+        state = optimizer.state[param]
+        state["exp_avg"].zero_()
+        state["exp_avg_sq"].zero_()
+        if in_place:
+            state["step"].zero_()
+        else:
+            state["step"] = torch.tensor(0.0)
+        twin = torch.nn.Parameter(param.detach().clone())
+        steps(optimizer, param, range(20, 26))
+        steps(kind([twin], lr=0.05, **options), twin, range(20, 26))
+        assert torch.equal(param, twin), kind
+
+
+def test_a_negative_learning_rate_is_saved_and_loaded() -> None:
+    """A schedule may go a hair beyond its end; AdamW loads what it saved then."""
+    for kind in (torch.optim.AdamW, AMAdamW):
+        param = torch.nn.Parameter(torch.ones(3))
+        optimizer = kind([param], lr=0.1)
+        for lr in (0.1, -0.001):
+            optimizer.param_groups[0]["lr"] = lr
+            param.grad = torch.ones(3)
+            optimizer.step()
+        other = kind([torch.nn.Parameter(torch.ones(3))], lr=0.1)
+        other.load_state_dict(optimizer.state_dict())
+        assert other.param_groups[0]["lr"] == -0.001
