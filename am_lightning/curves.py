@@ -28,7 +28,7 @@ class Curves(Readings):
             layers = isinstance(logger, TensorBoardLogger) and self.per_layer
             logger.log_metrics(scalars | self.report.layers(self.betas) if layers else scalars, step=step)
             if isinstance(logger, TensorBoardLogger) and self.histogram:
-                seen = self.betas[~self.betas.isnan()]
+                seen = self.stepped()
                 if seen.numel():
                     logger.experiment.add_histogram(f"{self.prefix}/beta", seen, step)
 

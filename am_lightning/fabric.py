@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -14,6 +15,7 @@ from am_lightning.lightning_names import Fabric, FabricDDPStrategy, FabricDeepSp
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.validation import check_count
 from am_lightning.optim.wrapped import adaptive
+from am_lightning.readings import prefix_of
 from am_lightning.sharding.dtensor import is_dtensor
 from am_lightning.sharding.fsdp1 import is_managed, managed_parameters
 from am_lightning.step_log import StepLog
@@ -131,8 +133,7 @@ _LOGS: WeakKeyDictionary[Fabric, WeakSet[_StepLog]] = WeakKeyDictionary()  # tho
 
 def _free_prefix(others: WeakSet[_StepLog]) -> str:
     taken = {log.curves.prefix for log in others}
-    names = ["am", *(f"am-{index}" for index in range(1, len(taken) + 1))]
-    return next(name for name in names if name not in taken)
+    return next(name for name in map(prefix_of, itertools.count()) if name not in taken)
 
 
 def _log_of(fabric: Fabric, optimizer: Any) -> _StepLog | None:

@@ -12,7 +12,7 @@ from torch import nn
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.validation import check_count
 from am_lightning.optim.wrapped import adaptive, innermost
-from am_lightning.readings import Readings
+from am_lightning.readings import Readings, prefix_of
 from am_lightning.sharding.dtensor import is_dtensor
 from am_lightning.step_log import StepLog, logs_of
 
@@ -78,7 +78,7 @@ def attach(accelerator: Accelerator, optimizer: Any, *, log_every_n_steps: int |
     if log is None:
         others = sum(_log_of(other) is not None for other in prepared)
         engines = accelerator._models if accelerator.distributed_type == DistributedType.DEEPSPEED else []
-        log = _StepLog(Readings(ours, f"am-{others}" if others else "am"), engine_of(ours, engines))
+        log = _StepLog(Readings(ours, prefix_of(others)), engine_of(ours, engines))
     log.accelerator, log.every = accelerator, log_every_n_steps
     return log.readings
 
@@ -135,7 +135,7 @@ class _StepLog(StepLog):
         if readings.newly_skipped():
             warnings.warn(readings.skip_warning(), stacklevel=5)  # whoever calls the prepared step()
         accelerator.log(readings.scalars(), step=self.steps)
-        seen = readings.betas[~readings.betas.isnan()]
+        seen = readings.stepped()
         for tracker in accelerator.trackers:
             if tracker.name == "tensorboard" and seen.numel():
                 tracker.tracker.add_histogram(f"{readings.prefix}/beta", seen, self.steps)

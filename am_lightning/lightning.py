@@ -18,6 +18,7 @@ from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.convert import convert_adamw, is_adam, what_to_return
 from am_lightning.optim.cures import LAMBDA, with_cures
 from am_lightning.optim.validation import SCOPES, check_choice, check_count, check_flag, check_number
+from am_lightning.readings import prefix_of
 from am_lightning.replaced import Replacements
 
 __all__ = ["AdaptiveMemory", "attach"]
@@ -225,7 +226,7 @@ class AdaptiveMemory(pl.Callback):
         """Curves of the optimizers that are there now; a successor counts dropped steps on from its predecessor."""
         before, self._curves = self._curves, []
         for index, optimizer in enumerate(ours(trainer.optimizers)):
-            prefix = f"am-{index}" if index else "am"
+            prefix = prefix_of(index)
             curves = Curves(optimizer, prefix, per_layer=self.per_layer, histogram=self.histogram)
             same = next((old for old in before if old.optimizer is optimizer), None)
             if same is not None:

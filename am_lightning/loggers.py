@@ -7,11 +7,10 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import torch.distributed as dist
-
 from am_lightning.optim.validation import check_count
 from am_lightning.optim.wrapped import adaptive
 from am_lightning.readings import Readings
+from am_lightning.sharding.home import my_rank
 from am_lightning.step_log import StepLog, logs_of
 
 Write = Callable[[dict[str, float], int], Any]
@@ -77,7 +76,7 @@ class Log(StepLog):
         super().__init__(readings)
 
     def is_main(self) -> bool:
-        return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+        return my_rank() == 0
 
     def log(self) -> None:
         readings = self.readings
@@ -88,7 +87,7 @@ class Log(StepLog):
         if readings.has_names():
             scalars |= readings.report.layers(readings.betas)
         self._write(scalars, self.steps)
-        seen = readings.betas[~readings.betas.isnan()]
+        seen = readings.stepped()
         if hasattr(self.writer, "add_histogram") and seen.numel():
             self.writer.add_histogram(f"{readings.prefix}/beta", seen, self.steps)
 

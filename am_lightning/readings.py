@@ -11,6 +11,11 @@ from am_lightning.momentum import MomentumReport
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 
 
+def prefix_of(index: int) -> str:
+    """What the tags of the optimizer at ``index``, from 0, start with: am, am-1, am-2, ..."""
+    return f"am-{index}" if index else "am"
+
+
 class Readings:
     """beta_t and skipped steps of ``optimizer`` under tags that start with ``prefix``.
 
@@ -48,6 +53,10 @@ class Readings:
         """How the tensors are grouped; known after the first ``read``."""
         assert self._report is not None
         return self._report
+
+    def stepped(self) -> torch.Tensor:
+        """``[tensors that have stepped]`` beta_t."""
+        return self.betas[~self.betas.isnan()]
 
     def has_names(self) -> bool:
         """Parameters are called otherwise than ``group.index``."""

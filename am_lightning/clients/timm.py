@@ -19,6 +19,7 @@ except ImportError as error:
     raise ImportError(f"am_lightning.clients.timm needs timm 1.0 or later: pip install timm ({error})") from error
 
 from am_lightning.optim import AMSGD, AMAdamW
+from am_lightning.sharding.home import world_size
 
 
 def amadamw(params: Any, **options: Any) -> AMAdamW:
@@ -32,8 +33,7 @@ def amsgd(params: Any, momentum: float = 0.9, **options: Any) -> AMSGD:
 
 
 def _replicas() -> dict[str, Any]:
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return {"replica_group": dist.group.WORLD} if several else {}
+    return {"replica_group": dist.group.WORLD} if world_size() > 1 else {}
 
 
 for _info in (

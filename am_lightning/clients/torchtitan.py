@@ -22,7 +22,7 @@ except ImportError as error:
 
 from am_lightning.optim.adamw import AMAdamW
 from am_lightning.optim.convert import convert_adamw, is_adam
-from am_lightning.readings import Readings
+from am_lightning.readings import Readings, prefix_of
 
 Scope = Literal["tensor", "group", "global"]
 
@@ -70,7 +70,7 @@ class MomentumMetrics(MetricsProcessor):  # type: ignore[misc]
     def _momentum(self) -> dict[str, float]:
         if not hasattr(self, "_readings"):  # the optimizers come after __init__
             ours = [optimizer for optimizer in self.optimizers or () if isinstance(optimizer, AMAdamW)]
-            self._readings = [Readings(one, f"am-{index}" if index else "am") for index, one in enumerate(ours)]
+            self._readings = [Readings(one, prefix_of(index)) for index, one in enumerate(ours)]
         scalars: dict[str, float] = {}
         for readings in self._readings:
             readings.read()

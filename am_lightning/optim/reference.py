@@ -27,7 +27,7 @@ class _Reference(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         with torch.enable_grad():
             loss = None if closure is None else closure()
-        for members in list(self._scopes()):
+        for members in self._scopes():
             self._step_scope(members)
         return loss
 

@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from am_lightning.fitting import ours
-from am_lightning.readings import Readings
+from am_lightning.readings import Readings, prefix_of
 from am_lightning.recipes.monitors import TrainingMonitor
 from am_lightning.recipes.report.runs import parameters
 
@@ -69,7 +69,7 @@ class Board(Callback):
         if not any(isinstance(c, TrainingMonitor) and c.peak_flops for c in trainer.callbacks):  # type: ignore[attr-defined]
             del pages["throughput"][_MFU]
         for number, optimizer in enumerate(ours(trainer.optimizers)):
-            readings = Readings(optimizer, f"am-{number}" if number else "am")
+            readings = Readings(optimizer, prefix_of(number))
             readings.read()
             pages |= readings.report.custom_scalars()
         for board in _boards(trainer):

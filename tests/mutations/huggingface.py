@@ -29,8 +29,8 @@ MUTATIONS = [
     Mutation(
         "Accelerate: the second optimizer writes under the first one's tags",
         _ATTACH,
-        'f"am-{others}" if others else "am"',
-        '"am"',
+        "_StepLog(Readings(ours, prefix_of(others))",
+        "_StepLog(Readings(ours, prefix_of(0))",
         (f"{_ACCELERATE}::test_two_optimizers_and_attaching_twice",),
     ),
     Mutation(
@@ -149,8 +149,8 @@ MUTATIONS = [
     Mutation(
         "every rank writes the curves of a loop of one's own",
         "am_lightning/loggers.py",
-        "dist.get_rank() == 0",
-        "dist.get_rank() >= 0",
+        "my_rank() == 0",
+        "my_rank() >= 0",
         ("tests/loggers/test_attach.py::test_rank_0_writes",),
     ),
     Mutation(

@@ -264,8 +264,8 @@ MUTATIONS = [
     Mutation(
         "Fabric: the second optimizer writes under the first one's tags",
         _FABRIC,
-        "return next(name for name in names if name not in taken)",
-        "return names[0]",
+        "return next(name for name in map(prefix_of, itertools.count()) if name not in taken)",
+        "return prefix_of(0)",
         (f"{_FABRIC_RUNS}::test_two_optimizers_and_skipped_steps",),
     ),
     Mutation(
@@ -278,7 +278,7 @@ MUTATIONS = [
     Mutation(
         "tensors that have never stepped are in the histogram",
         _CURVES,
-        "seen = self.betas[~self.betas.isnan()]",
+        "seen = self.stepped()",
         "seen = self.betas.nan_to_num()",
         (f"{_RUNS}::test_layers_and_the_histogram_are_for_tensorboard_and_leave_out_what_never_stepped",),
     ),
