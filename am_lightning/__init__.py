@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from am_lightning.factory import am_adamw, am_sgd
 from am_lightning.optim import AMSGD, AMAdamW, clip_grad_norm_
+from am_lightning.optim.param_groups import am_adamw, am_sgd
 
 if TYPE_CHECKING:
     from am_lightning.lightning import AdaptiveMemory
@@ -18,7 +18,7 @@ __all__ = ["AMSGD", "AMAdamW", "AdaptiveMemory", "am_adamw", "am_sgd", "clip_gra
 def __getattr__(name: str) -> Any:
     if name == "AdaptiveMemory":  # imports lightning: on first use only
         from am_lightning.lightning import AdaptiveMemory
-        from am_lightning.lightning_names import join
+        from am_lightning.lightning.compat import join
 
         join()  # LightningCLI looks it up here when its own name is loaded, and asks whether it is a Callback
         return AdaptiveMemory

@@ -12,11 +12,11 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from am_lightning.recipes.errors import RecipeError
+from am_lightning.pretrain.runtime.errors import RecipeError
 
 if TYPE_CHECKING:
-    from am_lightning.recipes.data.shards import Index
-    from am_lightning.recipes.data.text_data import TextData
+    from am_lightning.pretrain.data.shards import Index
+    from am_lightning.pretrain.data.text_data import TextData
 
 # Keys of a recipe that are the data's, too.
 _LINKED = {"seq_len": "model", "vocab_size": "model"}
@@ -38,7 +38,7 @@ def prepare(args: list[str]) -> None:
     Raises:
         RecipeError: see TextData. SystemExit: an unknown key, a wrong type, or --help.
     """
-    from am_lightning.recipes.data.text_data import TextData
+    from am_lightning.pretrain.data.text_data import TextData
 
     options = _parser(TextData).parse_args(_with_sections(args))
     data = TextData(**options.data.as_dict())
@@ -84,7 +84,7 @@ def _with_sections(args: list[str]) -> list[str]:
 def _section(config: str) -> str:
     import yaml
 
-    from am_lightning.recipes.locate import find_config
+    from am_lightning.pretrain.runtime.locate import find_config
 
     path = find_config(config)
     try:

@@ -8,13 +8,13 @@ python pretrain.py validate --config laptop --ckpt_path last
 
 from __future__ import annotations
 
-from am_lightning.recipes.program import command_line
+from am_lightning.pretrain.runtime.main import command_line
 
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line `args` (sys.argv's where None)."""
     with command_line():
-        from am_lightning.recipes.cli import PretrainCLI
+        from am_lightning.pretrain.runtime.cli import PretrainCLI
 
         PretrainCLI(args)
 

@@ -22,14 +22,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from am_lightning import AMSGD, AMAdamW
 from am_lightning.huggingface import attach
-from am_lightning.recipes.data.text_data import TextData
-from am_lightning.recipes.errors import RecipeError, require
-from am_lightning.recipes.network import build_llama, token_loss
-from am_lightning.recipes.program import command_line
-from am_lightning.recipes.settings import Settings, read_settings
-from am_lightning.recipes.state_folders import StateFolders
-from am_lightning.recipes.stop import StopSignal
-from am_lightning.recipes.together import Agreement, leave_together
+from am_lightning.pretrain.checkpoints.accelerate import StateFolders
+from am_lightning.pretrain.data.text_data import TextData
+from am_lightning.pretrain.model.network import build_llama, token_loss
+from am_lightning.pretrain.runtime.collective_errors import Agreement, leave_together
+from am_lightning.pretrain.runtime.errors import RecipeError, require
+from am_lightning.pretrain.runtime.main import command_line
+from am_lightning.pretrain.runtime.run_config import Settings, read_settings
+from am_lightning.pretrain.runtime.signals import StopSignal
 
 PRECISIONS = {"32-true": "no", "bf16-mixed": "bf16", "16-mixed": "fp16"}
 

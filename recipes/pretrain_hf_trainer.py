@@ -23,13 +23,13 @@ from transformers.trainer_utils import set_seed
 
 from am_lightning import AMSGD, AMAdamW
 from am_lightning.huggingface import AdaptiveMemoryCallback
-from am_lightning.recipes.errors import RecipeError
-from am_lightning.recipes.files import replacing
-from am_lightning.recipes.network import build_llama, token_loss
-from am_lightning.recipes.program import command_line
-from am_lightning.recipes.settings import Settings, read_settings
-from am_lightning.recipes.stop import StopSignal
-from am_lightning.recipes.together import Agreement, leave_together
+from am_lightning.pretrain.model.network import build_llama, token_loss
+from am_lightning.pretrain.runtime.atomic_files import replacing
+from am_lightning.pretrain.runtime.collective_errors import Agreement, leave_together
+from am_lightning.pretrain.runtime.errors import RecipeError
+from am_lightning.pretrain.runtime.main import command_line
+from am_lightning.pretrain.runtime.run_config import Settings, read_settings
+from am_lightning.pretrain.runtime.signals import StopSignal
 
 CURVES = {"loss": "train/loss", "learning_rate": "lr", "grad_norm": "grad_norm", "eval_loss": "val/loss"}
 DATA_FILE = "data.pt"  # in each checkpoint: which data it was trained on

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from am_lightning.recipes.report.events import Curve
-from am_lightning.recipes.report.series import smooth
-from am_lightning.recipes.studies.figures import COLOURS, INK, new_figure, save, style
+from am_lightning.pretrain.commands.report.events import Curve
+from am_lightning.pretrain.commands.report.series import smooth
+from recipes.studies.figures import COLOURS, INK, new_figure, save, style
 
 DRAWN = ("AM 0.89", "AM 0.89 warmup")  # whose beta_t is shown
 Results = dict[str, dict[str, Any]]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from am_lightning.recipes.studies.tables import markdown
+from recipes.studies.tables import markdown
 
 Answer = dict[str, Any]
 Answers = dict[str, Answer]

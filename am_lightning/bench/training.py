@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from am_lightning.bench.contenders import Contender
 from am_lightning.bench.models import wait_for
-from am_lightning.factory import parameter_groups
 from am_lightning.optim import AMAdamW, clip_grad_norm_
-from am_lightning.recipes.network import LlamaShape, build_llama, flops_per_token, token_loss
+from am_lightning.optim.param_groups import parameter_groups
+from am_lightning.pretrain.model.network import LlamaShape, build_llama, flops_per_token, token_loss
 
 CLIP, WEIGHT_DECAY = 1.0, 0.1  # the recipes'
 STEPS = 5  # in a row without a wait: the host may run ahead, as in training

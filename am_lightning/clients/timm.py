@@ -18,8 +18,8 @@ try:
 except ImportError as error:
     raise ImportError(f"am_lightning.clients.timm needs timm 1.0 or later: pip install timm ({error})") from error
 
+from am_lightning.distributed.shard import world_size
 from am_lightning.optim import AMSGD, AMAdamW
-from am_lightning.sharding.home import world_size
 
 
 def amadamw(params: Any, **options: Any) -> AMAdamW:

@@ -20,9 +20,9 @@ except ImportError as error:
         f"am_lightning.clients.torchtitan needs torchtitan 0.3 or later: pip install torchtitan ({error})"
     ) from error
 
+from am_lightning.loggers.reader import Readings, prefix_of
 from am_lightning.optim.adamw import AMAdamW
 from am_lightning.optim.convert import convert_adamw, is_adam
-from am_lightning.readings import Readings, prefix_of
 
 Scope = Literal["tensor", "group", "global"]
 

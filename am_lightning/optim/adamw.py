@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from am_lightning.optim.argument_hints import ADAMW, with_cures
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.closed_form import bias_correction
-from am_lightning.optim.cures import ADAMW, with_cures
 from am_lightning.optim.kernels import Options
 from am_lightning.optim.kernels.fused import require_fused
 from am_lightning.optim.state import FOREIGN_OPTIONS

@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from am_lightning.distributed import Layout, Row, gradient_of, piece_of
+from am_lightning.distributed.call_stack import inside_deepspeed_warm_up, inside_state_creation
+from am_lightning.distributed.strategies.fsdp1 import is_managed
 from am_lightning.optim import state as row_state
 from am_lightning.optim.closed_form import Decision, Sums, decide, gap_factor
-from am_lightning.optim.kernel_choice import agree_on_kernels, choice_of, drop_fused, row_kernels
+from am_lightning.optim.compile_boundary import uncompiled
 from am_lightning.optim.kernels import Numbers, Options, Passes, Piece
 from am_lightning.optim.kernels import fused as fused_kernels
-from am_lightning.optim.kernels.pieces import Clip
+from am_lightning.optim.kernels.agreement import agree_on_kernels, choice_of, drop_fused, row_kernels
+from am_lightning.optim.kernels.inputs import Clip
 from am_lightning.optim.kernels.transfer import is_capturing, moved
-from am_lightning.optim.kernels.triton_rows import Coefficients, RowKernels
-from am_lightning.optim.persistence import PersistentOptimizer
+from am_lightning.optim.kernels.triton.row_launch import Coefficients, RowKernels
 from am_lightning.optim.scalars import StateScalars, sums_live_on
-from am_lightning.optim.uncompiled import uncompiled
-from am_lightning.sharding import Layout, Row, gradient_of, piece_of
-from am_lightning.sharding.callers import inside_deepspeed_warm_up, inside_state_creation
-from am_lightning.sharding.fsdp1 import is_managed
+from am_lightning.optim.state_store import PersistentOptimizer
 
 
 class InKernels(NamedTuple):

@@ -7,14 +7,14 @@ import math
 import torch
 from torch import Tensor
 
+from am_lightning.distributed import Layout, gradient_of, settled_gradient
+from am_lightning.optim.argument_hints import with_cures
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
-from am_lightning.optim.cures import with_cures
-from am_lightning.optim.kernels.pieces import Clip, scale_
+from am_lightning.optim.compile_boundary import uncompiled
+from am_lightning.optim.kernels.inputs import Clip, scale_
 from am_lightning.optim.scalars import sums_live_on
 from am_lightning.optim.squares import square_sums, total_norm
-from am_lightning.optim.uncompiled import uncompiled
-from am_lightning.optim.wrapped import innermost
-from am_lightning.sharding import Layout, gradient_of, settled_gradient
+from am_lightning.optim.unwrap import innermost
 
 _TORCHS = {
     "norm_type": "it clips by the 2-norm: leave it out",

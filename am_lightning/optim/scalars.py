@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from am_lightning.distributed import Row
 from am_lightning.optim import state as row_state
 from am_lightning.optim.kernels.transfer import is_capturing, moved
-from am_lightning.sharding import Row
 
 DEFAULTS = {"step": 0.0, "beta_prod": 1.0, "beta": row_state.NO_BETA, "prev_lr": 0.0}
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from am_lightning.distributed import Layout, piece_of
+from am_lightning.optim.argument_hints import SGD, with_cures
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.closed_form import Decision, Sums
-from am_lightning.optim.cures import SGD, with_cures
 from am_lightning.optim.kernels import Options, Piece
 from am_lightning.optim.squares import square_sum
 from am_lightning.optim.validation import (
@@ -25,7 +26,6 @@ from am_lightning.optim.validation import (
     check_number,
     is_one_number,
 )
-from am_lightning.sharding import Layout, piece_of
 
 _PREV_LOSS = "prev_loss"  # group option: f(x_{t-1}), a float in a state_dict, a device tensor in a live group
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from am_lightning.optim.kernels.pieces import SUM_BLOCK, alike
+from am_lightning.optim.kernels.inputs import SUM_BLOCK, alike
 from am_lightning.optim.kernels.transfer import moved
 
 

@@ -1,1 +1,1 @@
-"""Pretraining recipes: data, model, checkpoints and reports, which the programs in recipes/ are put together from."""
+"""``python -m am_lightning.recipes``, the command line; ``am_lightning.pretrain`` has what the recipes are made of."""

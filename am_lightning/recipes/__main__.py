@@ -7,15 +7,15 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from am_lightning.recipes.program import command_line
+from am_lightning.pretrain.runtime.main import command_line
 
 # Each has add_parser(subparsers), which sets the default `run`: arguments -> exit status.
 _COMMANDS = (
-    "am_lightning.recipes.listing",
-    "am_lightning.recipes.copying",
-    "am_lightning.recipes.validate",
-    "am_lightning.recipes.plan.command",
-    "am_lightning.recipes.report.command",
+    "am_lightning.pretrain.commands.list",
+    "am_lightning.pretrain.commands.copy",
+    "am_lightning.pretrain.commands.validate",
+    "am_lightning.pretrain.commands.plan.command",
+    "am_lightning.pretrain.commands.report.command",
 )
 
 
@@ -24,7 +24,7 @@ def main(args: Sequence[str] | None = None) -> int:
     args = sys.argv[1:] if args is None else list(args)
     with command_line():
         if args[:1] == ["fit"]:  # LightningCLI's own, with all its keys
-            from am_lightning.recipes.cli import PretrainCLI
+            from am_lightning.pretrain.runtime.cli import PretrainCLI
 
             PretrainCLI(args)
             return 0

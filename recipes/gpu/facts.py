@@ -172,7 +172,7 @@ def _callback(context: Context) -> str:
 
 def _llama(device: torch.device) -> str:
     """One forward and backward pass: transformers, its attention, autocast."""
-    from am_lightning.recipes.network import LlamaShape, build_llama, token_loss
+    from am_lightning.pretrain.model.network import LlamaShape, build_llama, token_loss
 
     with device:
         model = build_llama(LlamaShape(64, 128, 2, 2, 128, 32))

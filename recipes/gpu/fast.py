@@ -16,7 +16,7 @@ from am_lightning.bench.measure import measure
 from am_lightning.bench.models import MODELS, Llama
 from am_lightning.bench.table import rows_of
 from am_lightning.bench.training import Training
-from am_lightning.recipes.network import LlamaShape
+from am_lightning.pretrain.model.network import LlamaShape
 
 DECAYS = (0.1, 0.0)
 SLOW = ("AdamW single", "AMAdamW reference")  # nobody's way to step on a GPU

@@ -164,9 +164,9 @@ def settings(recipe: str, which: Run, context: Context, root: Path, text: Path) 
 
 def read_run(root: Path) -> dict[str, Any]:
     """Losses and beta_t of a finished run, from its event files."""
-    from am_lightning.recipes.report.runs import find_runs
-    from am_lightning.recipes.report.series import heatmap
-    from am_lightning.recipes.studies.spikes import count_spikes
+    from am_lightning.pretrain.commands.report.runs import find_runs
+    from am_lightning.pretrain.commands.report.series import heatmap
+    from am_lightning.pretrain.loss_spikes import count_spikes
 
     found = find_runs([str(root)])[0]
     if found.final_val_loss is None or found.train_loss is None:

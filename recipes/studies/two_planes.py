@@ -1,4 +1,4 @@
-"""Draw the two-plane model: python recipes/studies/two_planes.py PICTURE.png
+"""Draw the two-plane model: python -m recipes.studies.two_planes PICTURE.png
 
 A quadratic loss on a line, the gradient plane and the memory plane after a step that went well and one that went
 too far, the proximal model, and the momentum that it gives, computed by AMSGD itself.
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from am_lightning import AMSGD
-from am_lightning.recipes.studies.figures import COLOURS, new_figure, save, style
+from recipes.studies.figures import COLOURS, new_figure, save, style
 
 LR = 0.35
 CASES = {"the gradient agrees with the memory": (-3.0, -2.6), "the last step went too far": (-1.0, 0.9)}

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from am_lightning import AdaptiveMemory, am_adamw
 from am_lightning.huggingface import attach as attach_accelerator
 from am_lightning.lightning import attach as attach_fabric
-from am_lightning.optim.wrapped import innermost
+from am_lightning.optim.unwrap import innermost
 from tests.deepspeed.runs import CLIP, RATES, alone, batch_of, config_of, groups_of, make_net, schedule, whole_weights
 from tests.huggingface.events import histograms_in, scalars_in
 from tests.huggingface.trainer_runs import FORMS, Watch, make_trainer

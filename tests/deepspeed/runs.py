@@ -23,7 +23,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor, nn
 
 from am_lightning import AMAdamW
-from am_lightning.sharding import Layout, layout
+from am_lightning.distributed import Layout, layout
 from tests.sharding.model import interior_share
 
 deepspeed.utils.logger.setLevel(logging.ERROR)
@@ -167,7 +167,7 @@ def compare(
         attach_engine(engine)
     local = patch.object(Layout, "all_reduce", lambda self, packed, shared=None: (packed, shared))
     counter = Mock(wraps=layout.summed)  # every sum over ranks goes through it
-    counted = patch.multiple(layout, summed=counter), patch("am_lightning.deepspeed.summed", counter)
+    counted = patch.multiple(layout, summed=counter), patch("am_lightning.deepspeed.engine.summed", counter)
     with local if naive else nullcontext(), counted[0], counted[1]:
         seen = advance(engine, optimizer, scope, range(STEPS), accumulate)
     single = alone(scope, accumulate=accumulate)

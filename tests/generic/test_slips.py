@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from am_lightning import AMSGD, AMAdamW, am_adamw, am_sgd, clip_grad_norm_
-from am_lightning.optim.cures import ADAMW, SGD
+from am_lightning.optim.argument_hints import ADAMW, SGD
 
 
 def params() -> list[torch.nn.Parameter]:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 from am_lightning import AMAdamW, clip_grad_norm_
-from am_lightning.sharding.dtensor import local
-from am_lightning.sharding.layout import summed
+from am_lightning.distributed.layout import summed
+from am_lightning.distributed.strategies.dtensor import local
 from tests.device import DEVICE, ON_GPU
 from tests.gpu.steps import no_sync
 from tests.sharding import steps

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from am_lightning import AMSGD, AMAdamW
 from am_lightning.huggingface import AdaptiveMemoryCallback, AMAdamWFactory
-from am_lightning.optim.wrapped import innermost
+from am_lightning.optim.unwrap import innermost
 from tests.huggingface.events import scalars_in
 from tests.huggingface.launch import launch
 from tests.huggingface.trainer_runs import FORMS, LOG, SAVE, STEPS, Watch, make_model, make_trainer, run

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from am_lightning import AdaptiveMemory, AMAdamW
-from am_lightning.curves import Curves
+from am_lightning.lightning.loggers import Curves
 from tests.lightning.model import Regression, batch_of, interior_share, quiet
 
 

@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import Strategy
 
 from am_lightning import AdaptiveMemory, AMAdamW
-from am_lightning.replaced import Replacements
+from am_lightning.lightning.patched_methods import Replacements
 from tests.lightning.model import Regression, quiet
 
 HOOKS = ("setup", "on_fit_start", "on_train_start", "on_train_batch_start", "on_train_batch_end", "teardown")

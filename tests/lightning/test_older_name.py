@@ -104,7 +104,7 @@ IMPORTS = {
     "both, and an error": """
         import pytorch_lightning, lightning_fabric.utilities.exceptions as older
         import lightning.fabric.utilities.exceptions as newer
-        from am_lightning.lightning_names import MisconfigurationException
+        from am_lightning.lightning.compat import MisconfigurationException
         error = MisconfigurationException("text")
         assert isinstance(error, older.MisconfigurationException) and isinstance(error, newer.MisconfigurationException)
         assert (str(error), type(error).__name__) == ("text", "MisconfigurationException")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from am_lightning.momentum import MomentumReport, kind_of, layers_of
-from am_lightning.names import strip_wrappers
+from am_lightning.distributed.names import strip_wrappers
+from am_lightning.loggers.metrics import MomentumReport, kind_of, layers_of
 
 KINDS = {
     "model.embed_tokens.weight": "embed",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from tests.mutations.mutation import Mutation
 
-_ATTACH = "am_lightning/deepspeed.py"
-_ZERO = "am_lightning/sharding/zero.py"
+_ATTACH = "am_lightning/deepspeed/engine.py"
+_ZERO = "am_lightning/distributed/strategies/deepspeed_zero.py"
 _SCALARS = "am_lightning/optim/scalars.py"
-_PERSISTENCE = "am_lightning/optim/persistence.py"
+_PERSISTENCE = "am_lightning/optim/state_store.py"
 _BASE = "am_lightning/optim/base.py"
 
 _TENSOR = "tests/deepspeed/test_stages.py::test_each_tensor_has_its_own_beta"
@@ -53,7 +53,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a scope that spans several calls needs no attach",
-        "am_lightning/optim/placement.py",
+        "am_lightning/optim/param_layout.py",
         'if wanted & here or self.scope == "global":',
         'if wanted & here and self.scope == "tensor":',
         (f"{_REFUSED}[global_without_attach]",),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from tests.mutations.mutation import Mutation
 
-_ATTACH = "am_lightning/huggingface.py"
-_TRAINER = "am_lightning/hf_trainer.py"
-_STEP_LOG = "am_lightning/step_log.py"
+_ATTACH = "am_lightning/huggingface/accelerate.py"
+_TRAINER = "am_lightning/huggingface/trainer.py"
+_STEP_LOG = "am_lightning/loggers/step_logger.py"
 
 _ACCELERATE = "tests/huggingface/test_accelerate.py"
 _RUNS = "tests/huggingface/test_trainer.py"
@@ -148,21 +148,21 @@ MUTATIONS = [
     ),
     Mutation(
         "every rank writes the curves of a loop of one's own",
-        "am_lightning/loggers.py",
+        "am_lightning/loggers/attach.py",
         "my_rank() == 0",
         "my_rank() >= 0",
         ("tests/loggers/test_attach.py::test_rank_0_writes",),
     ),
     Mutation(
         "a removed log goes on writing",
-        "am_lightning/step_log.py",
+        "am_lightning/loggers/step_logger.py",
         "self._hooks.pop().remove()",
         "self._hooks.pop()",
         ("tests/loggers/test_attach.py::test_removed_it_writes_no_more_and_twice_is_once",),
     ),
     Mutation(
         "attached twice, curves are written twice",
-        "am_lightning/loggers.py",
+        "am_lightning/loggers/attach.py",
         "and other.readings.prefix == prefix",
         "and other.readings.prefix != prefix",
         ("tests/loggers/test_attach.py::test_removed_it_writes_no_more_and_twice_is_once",),

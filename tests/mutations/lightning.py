@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from tests.mutations.mutation import Mutation
 
-_CALLBACK = "am_lightning/lightning.py"
-_FITTING = "am_lightning/fitting.py"
-_REPLACED = "am_lightning/replaced.py"
-_FABRIC = "am_lightning/fabric.py"
-_CURVES = "am_lightning/curves.py"
-_NAMES = "am_lightning/lightning_names.py"
-_READINGS = "am_lightning/readings.py"
-_STEP_LOG = "am_lightning/step_log.py"
+_CALLBACK = "am_lightning/lightning/callback.py"
+_FITTING = "am_lightning/lightning/trainer_patches.py"
+_REPLACED = "am_lightning/lightning/patched_methods.py"
+_FABRIC = "am_lightning/lightning/fabric.py"
+_CURVES = "am_lightning/lightning/loggers.py"
+_NAMES = "am_lightning/lightning/compat.py"
+_READINGS = "am_lightning/loggers/reader.py"
+_STEP_LOG = "am_lightning/loggers/step_logger.py"
 
 _RUNS = "tests/lightning/test_callback.py"
 _LIFECYCLE = "tests/lightning/test_lifecycle.py"
@@ -123,7 +123,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a layer that is added in mid-run has no name",
-        "am_lightning/optim/persistence.py",
+        "am_lightning/optim/state_store.py",
         "if self._model is not None:  # a layer",
         "if self._model is None:  # a layer",
         (f"{_LIVE}::test_a_layer_that_is_added_has_its_name",),
@@ -172,7 +172,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a positional argument of the callback is not named",
-        "am_lightning/optim/cures.py",
+        "am_lightning/optim/argument_hints.py",
         "if len(args) > taken or not kwargs.keys() <= set(known):",
         "if not kwargs.keys() <= set(known):",
         (f"{_CONVERSION}::test_a_slip_is_named_with_its_cure",),
@@ -298,14 +298,14 @@ MUTATIONS = [
     ),
     Mutation(
         "adapters are in the layer group other",
-        "am_lightning/momentum.py",
+        "am_lightning/loggers/metrics.py",
         "return name[: below.start()] if below else",
         "return name[: below.end()] if below else",
         ("tests/momentum/test_report.py::test_layer_groups_of_common_models",),
     ),
     Mutation(
         "the share of tensors at the cap takes in those just below it",
-        "am_lightning/momentum.py",
+        "am_lightning/loggers/metrics.py",
         "at_max = known >= self.caps[seen] - 1e-6",
         "at_max = known >= self.caps[seen] - 1e-1",
         (f"{_RUNS}::test_curves_in_tensorboard_and_csv_are_the_momentum",),

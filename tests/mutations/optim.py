@@ -7,13 +7,13 @@ from tests.mutations.mutation import Mutation
 _BASE = "am_lightning/optim/base.py"
 _CLOSED_FORM = "am_lightning/optim/closed_form.py"
 _ADAMW, _SGD = "am_lightning/optim/adamw.py", "am_lightning/optim/sgd.py"
-_REFERENCE = "am_lightning/optim/kernels/reference.py"
+_REFERENCE = "am_lightning/optim/kernels/single_tensor.py"
 _FOREACH = "am_lightning/optim/kernels/foreach.py"
-_PACKS = "am_lightning/optim/kernels/packs.py"
-_BLOCKED = "am_lightning/optim/kernels/blocked.py"
-_LOOP = "am_lightning/optim/kernels/cpu_loop.cpp"
-_TABLES = "am_lightning/optim/kernels/triton_tables.py"
-_PASSES = "am_lightning/optim/kernels/passes.py"
+_PACKS = "am_lightning/optim/kernels/buckets.py"
+_BLOCKED = "am_lightning/optim/kernels/cpu/chunked.py"
+_LOOP = "am_lightning/optim/kernels/cpu/kernels.cpp"
+_TABLES = "am_lightning/optim/kernels/triton/tables.py"
+_PASSES = "am_lightning/optim/kernels/plan.py"
 
 _EVERY_STEP = "tests/optim/test_every_step.py::test_float64"
 _NONFINITE = "tests/optim/test_nonfinite.py"
@@ -271,7 +271,7 @@ MUTATIONS = [
     ),
     Mutation(
         "gradients are scaled by a number of another dtype, one launch a tensor",
-        "am_lightning/optim/kernels/pieces.py",
+        "am_lightning/optim/kernels/inputs.py",
         "moved(factor, same[0].device, same[0].dtype)",
         "moved(factor, same[0].device)",
         ("tests/optim/test_launches.py::test_clipping_takes_a_handful[float32]",),
@@ -384,7 +384,7 @@ MUTATIONS = [
     ),
     Mutation(
         "Triton is the default where its numbers are wrong",
-        "am_lightning/optim/kernels/triton_check.py",
+        "am_lightning/optim/kernels/triton/check.py",
         "if not error <= limit]",
         "if error < 0]",
         ("tests/optim/test_fused_launch.py::test_where_triton_gives_wrong_numbers_the_default_is_another",),
@@ -398,21 +398,21 @@ MUTATIONS = [
     ),
     Mutation(
         "ranks do not vote on the default",
-        "am_lightning/optim/kernel_choice.py",
+        "am_lightning/optim/kernels/agreement.py",
         "summed if layout.reductions else None, asked",
         "None, asked",
         ("tests/sharding/test_fused.py::test_triton_is_the_default_on_all_ranks_or_none[ddp]",),
     ),
     Mutation(
         "rows' kernels: a first step enters the sums of its scope",
-        "am_lightning/optim/kernels/triton_row_kernels.py",
+        "am_lightning/optim/kernels/triton/row_kernels.py",
         "enters = present & (first == 0) & (bad == 0)\n                nums",
         "enters = present & (bad == 0)\n                nums",
         ("tests/optim/test_triton_rows.py::test_beside_the_closed_form[global-skip]",),
     ),
     Mutation(
         "rows' kernels: a dropped step is counted",
-        "am_lightning/optim/kernels/triton_row_kernels.py",
+        "am_lightning/optim/kernels/triton/row_kernels.py",
         "active = present & (skip == 0) &",
         "active = present &",
         ("tests/optim/test_triton_rows.py::test_beside_the_closed_form[tensor-skip]",),

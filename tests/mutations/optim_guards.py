@@ -11,14 +11,14 @@ _MOVED = "tests/optim/test_moved.py"
 MUTATIONS = [
     Mutation(
         "reference: a second moment that overflows hides from the sums",
-        f"{_KERNELS}/reference.py",
+        f"{_KERNELS}/single_tensor.py",
         "(v < too_large(piece.v.dtype)).all()",
         "(v >= 0).all()",
         (f"{_HUGE}::test_far_beyond[-2e+19-reference]", f"{_HUGE}::test_the_step_is_dropped[0-float16-reference]"),
     ),
     Mutation(
         "blocked: a gradient whose square overflows is taken where v' / beta2 is finite",
-        f"{_KERNELS}/blocked.py",
+        f"{_KERNELS}/cpu/chunked.py",
         "min(rate * torch.finfo(c.a.dtype).max, too_large(",
         "min(torch.finfo(c.a.dtype).max, too_large(",
         (f"{_HUGE}::test_the_step_is_dropped[0-float32-blocked]",),
@@ -32,24 +32,24 @@ MUTATIONS = [
     ),
     Mutation(
         "C++ loop: the second moment may overflow float16",
-        f"{_KERNELS}/cpu_loop.cpp",
+        f"{_KERNELS}/cpu/kernels.cpp",
         "if (kind == F16) return C(65520);",
         "if (kind == F16) return C(1e30);",
         (f"{_HUGE}::test_the_step_is_dropped[0-float16-cpp]",),
     ),
     Mutation(
         "Triton: the second moment may overflow its dtype",
-        f"{_KERNELS}/triton_kernels.py",
+        f"{_KERNELS}/triton/kernels.py",
         'tl.where(second < TOO_LARGE, den, float("nan"))',
         "den",
         (f"{_HUGE}::test_in_triton[float16]",),
     ),
     Mutation(
         "C++ loop: the sums lie on the default device",
-        f"{_KERNELS}/cpu_loop.py",
+        f"{_KERNELS}/cpu/cpp.py",
         'torch.empty(self._count, 2, dtype=torch.float64, device="cpu")',
         "torch.empty(self._count, 2, dtype=torch.float64)",
-        ("tests/package/test_devices.py::test_every_new_tensor_has_a_device[am_lightning.optim.kernels.cpu_loop]",),
+        ("tests/package/test_devices.py::test_every_new_tensor_has_a_device[am_lightning.optim.kernels.cpu.cpp]",),
     ),
     Mutation(
         "tables are made on the default device",
@@ -60,14 +60,14 @@ MUTATIONS = [
     ),
     Mutation(
         "the host reads numbers of fake tensors",
-        f"{_KERNELS}/passes.py",
+        f"{_KERNELS}/plan.py",
         "if is_fake():",
         "if False:",
         ("tests/optim/test_default_device.py::test_of_fake_tensors[blocked-cpu]",),
     ),
     Mutation(
         "a lack of memory is remembered as kernels that do not work",
-        f"{_KERNELS}/triton_check.py",
+        f"{_KERNELS}/triton/check.py",
         "except torch.OutOfMemoryError:",
         "except ZeroDivisionError:",
         ("tests/optim/test_fused_launch.py::test_a_lack_of_memory_is_not_remembered",),
@@ -81,7 +81,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a layout is kept when the model is moved",
-        "am_lightning/optim/placement.py",
+        "am_lightning/optim/param_layout.py",
         "if self._partitioned:\n            return ids",
         "if True:\n            return ids",
         (f"{_MOVED}::test_a_model_that_goes_to_another_device_after_a_step[AMAdamW]",),
@@ -95,14 +95,14 @@ MUTATIONS = [
     ),
     Mutation(
         "torch.compile cuts the step into graphs",
-        "am_lightning/optim/uncompiled.py",
+        "am_lightning/optim/compile_boundary.py",
         "return disabled[0](*args, **kwargs)",
         "return function(*args, **kwargs)",
         ("tests/optim/test_compiled_step.py::test_few_graphs_and_none_anew[blocked-step]",),
     ),
     Mutation(
         "what was given is held by weak references",
-        "am_lightning/optim/placement.py",
+        "am_lightning/optim/param_layout.py",
         "return cls(id(param), None if is_lazy(param) else param.shape)",
         "__import__('weakref').finalize(param, print)\n        return cls(id(param), param.shape)",
         (f"{_MOVED}::test_nothing_of_ours_is_a_weak_reference_to_a_parameter[AMAdamW]",),

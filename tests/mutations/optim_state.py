@@ -5,13 +5,13 @@ from __future__ import annotations
 from tests.mutations.mutation import Mutation
 
 _STATE = "am_lightning/optim/state.py"
-_LOADABLE = "am_lightning/optim/loadable.py"
+_LOADABLE = "am_lightning/optim/state_dict_checks.py"
 _SCALARS = "am_lightning/optim/scalars.py"
-_PERSISTENCE = "am_lightning/optim/persistence.py"
+_PERSISTENCE = "am_lightning/optim/state_store.py"
 _CONVERT = "am_lightning/optim/convert.py"
-_RECORD = "am_lightning/optim/record.py"
+_RECORD = "am_lightning/optim/step_stats.py"
 _VALIDATION = "am_lightning/optim/validation.py"
-_FACTORY = "am_lightning/factory.py"
+_FACTORY = "am_lightning/optim/param_groups.py"
 
 _LOADING = "tests/optim/test_loading.py"
 _MUTATED = "tests/optim/test_mutated.py"
@@ -142,7 +142,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a learning rate a hair below zero ends a run",
-        "am_lightning/optim/groups.py",
+        "am_lightning/optim/group_checks.py",
         '{**group, "lr": -lr} if isinstance(lr, Real) and lr < 0 else group',
         "group",
         (f"{_MUTATED}::test_the_last_lr_of_a_schedule_may_be_below_zero",),
@@ -212,7 +212,7 @@ MUTATIONS = [
     ),
     Mutation(
         "small gradients are scaled up to the norm",
-        "am_lightning/optim/kernels/pieces.py",
+        "am_lightning/optim/kernels/inputs.py",
         "(self.max_norm / (self.norm + 1e-6)).clamp(max=1.0)",
         "(self.max_norm / (self.norm + 1e-6)).clamp(max=1e6)",
         ("tests/optim/test_clip.py::test_norm_and_scaled_gradients_are_torchs[1000.0-AMAdamW]",),
@@ -268,7 +268,7 @@ MUTATIONS = [
     ),
     Mutation(
         "names keep the prefix of torch.compile",
-        "am_lightning/names.py",
+        "am_lightning/distributed/names.py",
         "_checkpoint_wrapped_module|_orig_mod|",
         "_checkpoint_wrapped_module|",
         (f"{_LIFECYCLE}::test_wrapper_prefixes_are_stripped",),

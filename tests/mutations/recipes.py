@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.mutations.mutation import Mutation
 
-_PACKAGE = "am_lightning/recipes"
+_PACKAGE = "am_lightning/pretrain"
 _MANIFEST = f"{_PACKAGE}/checkpoints/manifest.py"
 _ATOMIC = f"{_PACKAGE}/checkpoints/atomic.py"
 _CALLBACK = f"{_PACKAGE}/checkpoints/callback.py"
@@ -14,10 +14,10 @@ _PERMUTATION = f"{_PACKAGE}/data/permutation.py"
 _STREAM = f"{_PACKAGE}/data/stream.py"
 _SHARDS = f"{_PACKAGE}/data/shards.py"
 _PIECES = f"{_PACKAGE}/data/pieces.py"
-_SCHEDULE = f"{_PACKAGE}/schedule.py"
-_GUARD = f"{_PACKAGE}/loss_guard.py"
-_SIGNALS = f"{_PACKAGE}/fault_tolerance.py"
-_MEMORY = f"{_PACKAGE}/plan/memory.py"
+_SCHEDULE = f"{_PACKAGE}/model/schedule.py"
+_GUARD = f"{_PACKAGE}/callbacks/loss_guard.py"
+_SIGNALS = f"{_PACKAGE}/callbacks/fault_tolerance.py"
+_MEMORY = f"{_PACKAGE}/commands/plan/memory.py"
 
 _CHECKPOINTS = "tests/recipes/test_checkpoints.py"
 _ORDERS = "tests/recipes/test_order.py"
@@ -76,7 +76,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a file gets its name before it is on the disk",
-        f"{_PACKAGE}/files.py",
+        f"{_PACKAGE}/runtime/atomic_files.py",
         "            os.fsync(file.fileno())\n        os.replace(part, path)",
         "        os.replace(part, path)",
         (f"{_CHECKPOINTS}::test_a_file_is_on_the_disk_before_it_has_its_name",),
@@ -132,7 +132,7 @@ MUTATIONS = [
     ),
     Mutation(
         "what a killed run has left of a step folder stays",
-        f"{_PACKAGE}/state_folders.py",
+        f"{_PACKAGE}/checkpoints/accelerate.py",
         'self.folder.glob(".step-*")',
         'self.folder.glob(".part-*")',
         ("tests/recipes/test_state_folders.py",),
@@ -313,7 +313,7 @@ MUTATIONS = [
     ),
     Mutation(
         "an early signal is obeyed twice",
-        f"{_PACKAGE}/early_signals.py",
+        f"{_PACKAGE}/runtime/early_signals.py",
         "    _kept.clear()\n",
         "",
         (f"{_STOPPED}::test_an_early_signal_is_kept_for_the_programs_without_lightning",),
@@ -321,7 +321,7 @@ MUTATIONS = [
     # ------------------------------------------------------------------ plan, monitors, models
     Mutation(
         "plan: a ring's all-reduce sends its payload once",
-        f"{_PACKAGE}/plan/traffic.py",
+        f"{_PACKAGE}/commands/plan/traffic.py",
         "return 2 * payload * (n - 1) // n",
         "return payload * (n - 1) // n",
         (f"{_PLAN}::test_traffic_by_hand", f"{_PLAN}::test_the_60m_by_hand"),
@@ -342,21 +342,21 @@ MUTATIONS = [
     ),
     Mutation(
         "the logged loss is that of the last micro-batch",
-        f"{_PACKAGE}/monitors.py",
+        f"{_PACKAGE}/callbacks/throughput.py",
         "self._loss = loss if self._loss is None else self._loss + loss",
         "self._loss = loss",
         (f"{_MONITORS}::test_loss_and_norm_are_of_the_whole_step",),
     ),
     Mutation(
         "the gradient norm adds norms, not their squares",
-        f"{_PACKAGE}/gradient_norm.py",
+        f"{_PACKAGE}/callbacks/gradient_norm.py",
         "norm.float().square()",
         "norm.float()",
         (f"{_MONITORS}::test_every_optimizer_has_a_gradient_norm",),
     ),
     Mutation(
         "a tensor parallel size that does not divide the heads is taken",
-        f"{_PACKAGE}/parallel.py",
+        f"{_PACKAGE}/model/parallelize.py",
         '        "model.num_heads": shape.num_heads,\n',
         "",
         ("tests/recipes/test_parallel.py::test_what_would_divide_is_said",),

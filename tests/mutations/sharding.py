@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from tests.mutations.mutation import Mutation
 
-_LAYOUT = "am_lightning/sharding/layout.py"
-_DTENSOR = "am_lightning/sharding/dtensor.py"
-_FSDP1 = "am_lightning/sharding/fsdp1.py"
-_AGREEMENT = "am_lightning/sharding/agreement.py"
-_PLACEMENT = "am_lightning/optim/placement.py"
+_LAYOUT = "am_lightning/distributed/layout.py"
+_DTENSOR = "am_lightning/distributed/strategies/dtensor.py"
+_FSDP1 = "am_lightning/distributed/strategies/fsdp1.py"
+_AGREEMENT = "am_lightning/distributed/consistency.py"
+_PLACEMENT = "am_lightning/optim/param_layout.py"
 
 _ONE_PROCESS = "tests/sharding/test_layouts.py::test_amadamw_is_that_of_one_process"
 _SKIPS = "tests/sharding/test_faults.py::test_a_bad_gradient_on_one_rank_is_a_step_that_all_skip"
@@ -153,7 +153,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a sharded state of another placement is loaded",
-        "am_lightning/optim/loadable.py",
+        "am_lightning/optim/state_dict_checks.py",
         "if _placement(value) != _placement(param):",
         "if (_placement(value) is None) != (_placement(param) is None):",
         (f"{_CHECKPOINTS}::test_a_state_of_another_placement_or_model_is_refused",),

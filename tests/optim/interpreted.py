@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
-from am_lightning.optim.kernels import Numbers, Options, Piece, triton_kernels
-from am_lightning.optim.kernels.triton_pair import Tables, TritonPasses
+from am_lightning.optim.kernels import Numbers, Options, Piece
+from am_lightning.optim.kernels.triton import kernels as triton_kernels
+from am_lightning.optim.kernels.triton.launch import Tables, TritonPasses
 from tests.optim.harness import to_numpy
 from tests.optim.oracle import OracleAdamW
 

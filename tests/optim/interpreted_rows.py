@@ -11,9 +11,9 @@ from torch import Tensor
 from am_lightning import AMAdamW
 from am_lightning.optim import base
 from am_lightning.optim.closed_form import Sums, bias_correction, decide, gap_factor
-from am_lightning.optim.kernels.pieces import Clip
-from am_lightning.optim.kernels.triton_rows import RowKernels
-from am_lightning.optim.record import StepRecord
+from am_lightning.optim.kernels.inputs import Clip
+from am_lightning.optim.kernels.triton.row_launch import RowKernels
+from am_lightning.optim.step_stats import StepRecord
 from tests.optim import interpreted_steps
 from tests.optim.harness import assert_bitwise, params_of, snapshot
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from am_lightning import AMAdamW, clip_grad_norm_
-from am_lightning.optim.kernels import fused, triton_check, triton_kernels
+from am_lightning.optim.kernels import fused
+from am_lightning.optim.kernels.triton import check as triton_check
+from am_lightning.optim.kernels.triton import kernels as triton_kernels
 from tests.optim import huge
 from tests.optim.harness import (
     Bowl,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from am_lightning.optim.kernels import packs
+from am_lightning.optim.kernels import buckets as packs
 from tests.optim.harness import assert_bitwise, build, named_params, params_of, snapshot
 
 SHAPES = [(5000,), (7,), (30, 30), (), (0,), (1001,), (64, 31)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from am_lightning.optim.kernels import compiler
+from am_lightning.optim.kernels.cpu import build as compiler
 
 
 @pytest.fixture(autouse=True)

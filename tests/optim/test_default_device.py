@@ -13,9 +13,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from am_lightning import AMSGD, AMAdamW, clip_grad_norm_
+from am_lightning.loggers.reader import Readings
 from am_lightning.optim.convert import convert_adamw
 from am_lightning.optim.kernels import fused
-from am_lightning.readings import Readings
 from tests.optim.harness import assert_bitwise, named_params, params_of, snapshot
 from tests.sharding.pool import Pool
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from am_lightning import AMSGD, AMAdamW, clip_grad_norm_
-from am_lightning.readings import Readings
+from am_lightning.loggers.reader import Readings
 
 
 @pytest.mark.parametrize("scope", ["tensor", "group", "global"])

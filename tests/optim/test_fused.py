@@ -16,7 +16,8 @@ from torch._dynamo.utils import counters
 from torch.testing._internal.two_tensor import TwoTensor
 
 from am_lightning import AMAdamW
-from am_lightning.optim.kernels import compiler, fused
+from am_lightning.optim.kernels import fused
+from am_lightning.optim.kernels.cpu import build as compiler
 from tests.optim.harness import (
     SCOPES,
     Bowl,
@@ -263,7 +264,7 @@ def test_a_wrong_switch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_a_damaged_library_is_built_anew(tmp_path: Path) -> None:
-    program = "from am_lightning.optim.kernels.compiler import load_library as load; print(load().build)"
+    program = "from am_lightning.optim.kernels.cpu.build import load_library as load; print(load().build)"
     env = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
 
     def build_it() -> str:
@@ -340,7 +341,7 @@ def test_processes_that_build_at_once_and_a_killed_build(tmp_path: Path) -> None
     folder = tmp_path / "a folder" / "am_lightning"
     folder.mkdir(parents=True)
     (folder / "building_killed.so").write_bytes(b"\x7fELF half of a libr")
-    program = "from am_lightning.optim.kernels.compiler import load_library as load; print(load().words)"
+    program = "from am_lightning.optim.kernels.cpu.build import load_library as load; print(load().words)"
     env = os.environ | {"TORCH_EXTENSIONS_DIR": str(folder.parent), "OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen([COLD, "-c", program], env=env, cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True)

@@ -13,8 +13,11 @@ from torch import Tensor
 from am_lightning import AMAdamW, clip_grad_norm_
 from am_lightning.optim import base
 from am_lightning.optim.convert import convert_adamw
-from am_lightning.optim.kernels import fused, triton_check, triton_pair, triton_rows
-from am_lightning.optim.kernels.passes import Choice, tiers
+from am_lightning.optim.kernels import fused
+from am_lightning.optim.kernels.plan import Choice, tiers
+from am_lightning.optim.kernels.triton import check as triton_check
+from am_lightning.optim.kernels.triton import launch as triton_pair
+from am_lightning.optim.kernels.triton import row_launch as triton_rows
 
 CPU = torch.device("cpu")
 KIND = triton_check.Kind(CPU)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from am_lightning import AMAdamW, am_adamw
-from am_lightning.optim.kernels import packs, rounding
+from am_lightning.optim.kernels import buckets as packs
+from am_lightning.optim.kernels import rounding
 from am_lightning.optim.kernels.fused import SWITCH
 from am_lightning.optim.kernels.rounding import seed_of, seeds_of, stochastic, stochastic_at
 from tests.optim.harness import Bowl, Twin, assert_bitwise, make_oracle, named_params, run_bowl, snapshot

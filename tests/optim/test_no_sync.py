@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from am_lightning.optim.closed_form import Decision
-from am_lightning.optim.record import StepRecord
+from am_lightning.optim.step_stats import StepRecord
 from tests.optim.harness import SCOPES, build, named_params
 
 SHAPES = [(6, 4), (9,), (), (0,), (300,)]

@@ -10,7 +10,7 @@ import torch
 
 from am_lightning.optim import kernels
 from am_lightning.optim.kernels import Options, Piece
-from am_lightning.optim.kernels.triton_pair import require_triton, supports
+from am_lightning.optim.kernels.triton.launch import require_triton, supports
 from tests.sharding.pool import Pool
 
 pytest.importorskip("triton")
@@ -122,7 +122,7 @@ def test_what_is_left_to_other_tiers() -> None:
 
 def test_without_triton_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "am_lightning.optim.kernels.triton_kernels", raising=False)
+    monkeypatch.delitem(sys.modules, "am_lightning.optim.kernels.triton.kernels", raising=False)
     monkeypatch.delattr(kernels, "triton_kernels", raising=False)
     with pytest.raises(RuntimeError, match=r"Triton cannot be imported .* pip install 'am-lightning\[triton\]'"):
         require_triton()

@@ -18,9 +18,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from am_lightning.optim.kernels import Numbers, Options, Piece, triton_pair, triton_row_kernels, triton_rows
-from am_lightning.optim.kernels.pieces import SUM_BLOCK, Clip
-from am_lightning.optim.kernels.triton_tables import BLOCK, BLOCKS, Tables
+from am_lightning.optim.kernels import Numbers, Options, Piece
+from am_lightning.optim.kernels.inputs import SUM_BLOCK, Clip
+from am_lightning.optim.kernels.triton import launch as triton_pair
+from am_lightning.optim.kernels.triton import row_kernels as triton_row_kernels
+from am_lightning.optim.kernels.triton import row_launch as triton_rows
+from am_lightning.optim.kernels.triton.tables import BLOCK, BLOCKS, Tables
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 ALL_F32, ALL_BF16 = (F32,) * 4, (BF16,) * 4

@@ -12,7 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from am_lightning import AMAdamW, clip_grad_norm_
 from am_lightning.optim import squares
-from am_lightning.optim.kernels import Options, Piece, fused, triton_check, triton_pair, triton_rows, triton_tables
+from am_lightning.optim.kernels import Options, Piece, fused
+from am_lightning.optim.kernels.triton import check as triton_check
+from am_lightning.optim.kernels.triton import launch as triton_pair
+from am_lightning.optim.kernels.triton import row_launch as triton_rows
+from am_lightning.optim.kernels.triton import tables as triton_tables
 from tests.optim.launches import Launches
 from tests.optim.test_no_sync import step_unread
 from tests.sharding.pool import Pool

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from tests.package.private_names import Private
 
-_ZERO = "am_lightning/sharding/zero.py"
-_ENGINE = "am_lightning/deepspeed.py"
-_WEIGHTS = "am_lightning/recipes/initial_weights.py"
+_ZERO = "am_lightning/distributed/strategies/deepspeed_zero.py"
+_GROUPS = "am_lightning/optim/param_groups.py"
+_ENGINE = "am_lightning/deepspeed/engine.py"
+_WEIGHTS = "am_lightning/pretrain/model/initial_weights.py"
 _STAGE_1 = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
 _STAGE_3 = "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3"
 _PARAM_1, _PARAM_3 = f"{_STAGE_1}.parameter", f"{_STAGE_3}.parameter"
@@ -43,9 +44,9 @@ DEEPSPEED = [
     Private(_PARAM_3, "_z3_optimizer", (_ZERO,), "reach the optimizer that holds a parameter's partition"),
     Private(_PARAM_3, "ds_numel", (_ZERO,), "know a tensor's size, for padding follows its last element"),
     Private(_PARAM_3, "partition_numel", (_ZERO,), "know the size of this rank's piece"),
-    Private(_PARAM_3, "ds_shape", ("am_lightning/factory.py", _WEIGHTS), "know the shape of what is cut in pieces"),
+    Private(_PARAM_3, "ds_shape", (_GROUPS, _WEIGHTS), "know the shape of what is cut in pieces"),
     Private(_PARAM_3, "ds_id", (_WEIGHTS,), "know a parameter that ZeRO-3 has cut"),
-    Private("deepspeed.DeepSpeedEngine", "data_parallel_group", ("am_lightning/sharding/callers.py",),
+    Private("deepspeed.DeepSpeedEngine", "data_parallel_group", ("am_lightning/distributed/call_stack.py",),
             "know the ranks whose gradients are averaged"),
 ]  # fmt: skip
 

@@ -57,16 +57,19 @@ class Private:
 
 
 _CONVERT = "am_lightning/optim/convert.py"
-_FSDP1 = "am_lightning/sharding/fsdp1.py"
-_DTENSOR = "am_lightning/sharding/dtensor.py"
-_FACTORY = "am_lightning/factory.py"
-_NAMES = "am_lightning/names.py"
-_HUGGINGFACE = "am_lightning/huggingface.py"
-_CALLBACK = "am_lightning/recipes/checkpoints/callback.py"
-_WRITER = "am_lightning/recipes/checkpoints/writer.py"
-_FAULTS = "am_lightning/recipes/fault_tolerance.py"
-_SETTINGS = "am_lightning/recipes/settings.py"
-_PACKS = "am_lightning/optim/kernels/packs.py"
+_FSDP1 = "am_lightning/distributed/strategies/fsdp1.py"
+_DTENSOR = "am_lightning/distributed/strategies/dtensor.py"
+_FACTORY = "am_lightning/optim/param_groups.py"
+_NAMES = "am_lightning/distributed/names.py"
+_HUGGINGFACE = "am_lightning/huggingface/accelerate.py"
+_CALLBACK = "am_lightning/pretrain/checkpoints/callback.py"
+_WRITER = "am_lightning/pretrain/checkpoints/writer.py"
+_FAULTS = "am_lightning/pretrain/callbacks/fault_tolerance.py"
+_SETTINGS = "am_lightning/pretrain/runtime/run_config.py"
+_BOARD = "am_lightning/pretrain/callbacks/tensorboard.py"
+_GUARD = "am_lightning/pretrain/callbacks/loss_guard.py"
+_PATCHES = "am_lightning/lightning/trainer_patches.py"
+_PACKS = "am_lightning/optim/kernels/buckets.py"
 
 _OPTIMIZER = "torch.optim.Optimizer"
 _MODULE = "torch.distributed.fsdp.FullyShardedDataParallel"
@@ -82,7 +85,7 @@ TORCH = [
             "refuse a step in a captured graph without capturable=True", until="2.11"),
     Private(_OPTIMIZER, "_patch_step_function", (_CONVERT,),
             "wrap step() of a converted AdamW in torch's hooks and profiling"),
-    Private(_OPTIMIZER, "_optimizer_load_state_dict_post_hooks", ("am_lightning/step_log.py",),
+    Private(_OPTIMIZER, "_optimizer_load_state_dict_post_hooks", ("am_lightning/loggers/step_logger.py",),
             "find the log that attach() has put on this optimizer before", "optimizer"),
     Private("torch.optim.AdamW", "_step_supports_amp_scaling", (_CONVERT,),
             "take it away from a converted fused AdamW, so that GradScaler unscales before step()", "fused_adamw"),
@@ -95,7 +98,7 @@ TORCH = [
     Private("torch.optim.lr_scheduler.LRScheduler", "_step_count", (_CONVERT,),
             "count steps for such a scheduler", until="2.5"),
     Private("torch.distributed.checkpoint.state_dict", "_init_optim_state.__code__",
-            ("am_lightning/sharding/callers.py",),
+            ("am_lightning/distributed/call_stack.py",),
             "know the step at lr 0 that only makes a state, of which nothing may be left"),
     Private(_MESH + ".DeviceMesh", "_flatten", (_DTENSOR,), "have one process group for a mesh of several dimensions"),
     Private(_MESH + ".DeviceMesh", "_get_root_mesh", (_DTENSOR,),
@@ -126,11 +129,11 @@ TORCH = [
             "raise the number of graphs of one function"),
     Private("torch._inductor.cpp_builder", "get_cpp_compiler", ("am_lightning/optim/kernels/fused.py",),
             "know whether torch.compile can build for the CPU"),
-    Private("torch.utils.tensorboard.SummaryWriter", "_get_file_writer", ("am_lightning/recipes/board.py",),
+    Private("torch.utils.tensorboard.SummaryWriter", "_get_file_writer", (_BOARD,),
             "write the HParams row into the run's own event file", needs=("tensorboard",)),
-    Private("torch", "_foreach_norm", ("am_lightning/optim/squares.py", "am_lightning/recipes/loss_guard.py"),
+    Private("torch", "_foreach_norm", ("am_lightning/optim/squares.py", _GUARD),
             "norms of many tensors in one launch"),
-    Private("torch", "_foreach_mul_", ("am_lightning/optim/kernels/pieces.py",), "scale many tensors in one launch"),
+    Private("torch", "_foreach_mul_", ("am_lightning/optim/kernels/inputs.py",), "scale many tensors in one launch"),
     Private("torch", "_foreach_copy_", (_PACKS, "am_lightning/optim/scalars.py"), "write many tensors in one launch"),
     Private("torch", "_foreach_zero_", (_PACKS,), "clear many tensors in one launch"),
 ]  # fmt: skip
@@ -142,9 +145,9 @@ _CLI = "lightning.pytorch.cli.LightningCLI"
 _STRATEGIES = "lightning.pytorch.strategies."
 
 LIGHTNING = [
-    Private(_LOOP, "_batches_that_stepped", ("am_lightning/lightning.py",),
+    Private(_LOOP, "_batches_that_stepped", ("am_lightning/lightning/callback.py",),
             "log on the axis of the Trainer's own metrics", "epoch_loop"),
-    Private(_LOOP, "_is_training_done", ("am_lightning/recipes/progress.py",),
+    Private(_LOOP, "_is_training_done", ("am_lightning/pretrain/callbacks/progress.py",),
             "draw the bar after the last batch", "epoch_loop"),
     Private(_LOOP, "_broadcast_sigterm_tensor", (_FAULTS,),
             "replace Lightning's agreement on a signal by our own", "epoch_loop"),
@@ -156,9 +159,9 @@ LIGHTNING = [
             "keep our own handlers of signals", "trainer"),
     Private("lightning.pytorch.LightningModule", "_trainer", (_FACTORY,),
             "find the FSDP module around a LightningModule", "lightning_module"),
-    Private("lightning.fabric.wrappers._FabricModule", "_forward_module", ("am_lightning/fabric.py", _NAMES),
+    Private("lightning.fabric.wrappers._FabricModule", "_forward_module", ("am_lightning/lightning/fabric.py", _NAMES),
             "reach the DeepSpeed engine, and to strip it from the names of parameters", "fabric_module"),
-    Private("lightning.pytorch.callbacks.LearningRateMonitor", "_extract_momentum", ("am_lightning/fitting.py",),
+    Private("lightning.pytorch.callbacks.LearningRateMonitor", "_extract_momentum", (_PATCHES,),
             "show beta_t where it would show the cap as the momentum"),
     Private(_CHECKPOINT, "_should_skip_saving_checkpoint", (_CALLBACK,), "save no step twice"),
     Private(_CHECKPOINT, "_save_topk_checkpoint", (_CALLBACK,), "save at the end of a run"),
@@ -171,12 +174,12 @@ LIGHTNING = [
             "model_checkpoint"),
     Private(_CHECKPOINT, "_last_checkpoint_saved", (_CALLBACK,), "set it, as Lightning's own saving does",
             "model_checkpoint"),
-    Private(_CLI, "_parse_ckpt_path", ("am_lightning/recipes/cli.py",),
+    Private(_CLI, "_parse_ckpt_path", ("am_lightning/pretrain/runtime/cli.py",),
             "override it: the command line wins over a checkpoint's hyperparameters"),
     Private(_CLI, "_dump_config", (_SETTINGS,), "have the settings as plain values"),
     Private(_CLI, "_set_seed", (_SETTINGS,), "override it: a program that only reads settings seeds nothing"),
     Private(_CLI, "_run_subcommand", (_SETTINGS,), "override it: a program that only reads settings runs nothing"),
-    Private(_STRATEGIES + "DeepSpeedStrategy", "_init_optimizers", ("am_lightning/lightning.py",),
+    Private(_STRATEGIES + "DeepSpeedStrategy", "_init_optimizers", ("am_lightning/lightning/callback.py",),
             "convert an optimizer before DeepSpeed's engine is built around it"),
     Private(_STRATEGIES + "ModelParallelStrategy", "_save_distributed_checkpoint", (_WRITER,),
             "know whether a checkpoint is a folder", "model_parallel_strategy"),

@@ -15,38 +15,28 @@ from tests.package.tree import PACKAGE, RECIPES, module_name, sources
 
 # Longest prefix wins. A module may import from its own floor and from those below.
 FLOORS = {
-    "am_lightning.names": 0,
-    "am_lightning.replaced": 0,
-    "am_lightning.momentum": 1,
-    "am_lightning.sharding": 1,
+    "am_lightning.distributed": 1,
     "am_lightning.optim": 2,
-    "am_lightning.factory": 3,
-    "am_lightning.readings": 3,
-    "am_lightning.curves": 4,
-    "am_lightning.fitting": 4,
-    "am_lightning.fabric": 4,
+    "am_lightning.loggers": 3,
     "am_lightning.lightning": 4,
-    "am_lightning.lightning_names": 4,
     "am_lightning.huggingface": 4,
-    "am_lightning.step_log": 4,
-    "am_lightning.loggers": 4,
-    "am_lightning.hf_trainer": 4,
     "am_lightning.deepspeed": 4,
     "am_lightning.clients": 4,
     "am_lightning.bench": 5,
+    "am_lightning.pretrain": 5,
     "am_lightning.recipes": 5,
     "am_lightning": 5,
 }
 CORE = 3  # this floor and those below import torch and the standard library only
 ADAPTERS = {
-    "am_lightning.lightning_names": {"lightning_utilities"},  # and whichever of the names is there
-    "am_lightning.huggingface": {"accelerate"},
-    "am_lightning.hf_trainer": {"accelerate", "transformers"},
-    "am_lightning.deepspeed": {"deepspeed"},
+    "am_lightning.lightning.compat": {"lightning_utilities"},  # and whichever of the names is there
+    "am_lightning.huggingface.accelerate": {"accelerate"},
+    "am_lightning.huggingface.trainer": {"accelerate", "transformers"},
+    "am_lightning.deepspeed.engine": {"deepspeed"},
     "am_lightning.clients.timm": {"timm"},
     "am_lightning.clients.torchtitan": {"torchtitan"},
-    "am_lightning.optim.kernels.triton_kernels": {"triton"},
-    "am_lightning.optim.kernels.triton_row_kernels": {"triton"},
+    "am_lightning.optim.kernels.triton.kernels": {"triton"},
+    "am_lightning.optim.kernels.triton.row_kernels": {"triton"},
 }
 
 

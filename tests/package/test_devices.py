@@ -32,7 +32,7 @@ def _homeless(path: Path) -> list[int]:
 
 
 # A recipe is a program of its own, which sets no default device.
-LIBRARY = [path for path in sources(PACKAGE) if not module_name(path).startswith("am_lightning.recipes")]
+LIBRARY = [path for path in sources(PACKAGE) if not module_name(path).startswith("am_lightning.pretrain")]
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=module_name)

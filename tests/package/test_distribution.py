@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.package.tree import PACKAGE, RECIPES, ROOT, extras, files, version
+from tests.package.tree import PACKAGE, RECIPES, ROOT, STUDIES, extras, files, version
 from tests.python import COLD
 
 
@@ -44,10 +44,12 @@ def _metadata(wheel: Path) -> Message:
 
 
 def test_wheel_is_the_package_with_the_recipes_and_nothing_else(wheel: Path) -> None:
-    """No cache, nothing a run left: what git knows of the package, and recipes/ where locate.py looks for it."""
+    """No cache, nothing a run left: what git knows; recipes/ (without studies/) where locate.py looks."""
     package = {str(path.relative_to(ROOT)) for path in files() if PACKAGE in path.parents}
     package |= {
-        f"am_lightning/recipes/files/{path.relative_to(RECIPES)}" for path in files() if RECIPES in path.parents
+        f"am_lightning/recipes/files/{path.relative_to(RECIPES)}"
+        for path in files()
+        if RECIPES in path.parents and STUDIES not in path.parents
     }
     info = f"am_lightning-{version()}.dist-info"
     assert "am_lightning/py.typed" in package

@@ -19,7 +19,7 @@ NEEDS = {
     "am_lightning:AdaptiveMemory": ("lightning", "lightning"),
     "am_lightning.lightning:AdaptiveMemory": ("lightning", "lightning"),
     "am_lightning.lightning:attach": ("lightning", "lightning"),
-    "am_lightning.fabric:attach": ("lightning", "lightning"),
+    "am_lightning.lightning.fabric:attach": ("lightning", "lightning"),
     "am_lightning.huggingface:attach": ("accelerate", "accelerate"),
     "am_lightning.huggingface:AdaptiveMemoryCallback": ("transformers", "transformers"),
     "am_lightning.huggingface:AMAdamWFactory": ("transformers", "transformers"),

@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "am_lightning"
 RECIPES = ROOT / "recipes"
+STUDIES = RECIPES / "studies"  # not in the wheel
 
 _LEFT_BY_TOOLS = {"__pycache__", "build", "dist", "runs", "lightning_logs", "node_modules"}
 

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
 import pretrain_accelerate
 from accelerate import Accelerator
 
-from am_lightning.recipes.settings import Settings
+from am_lightning.pretrain.runtime.run_config import Settings
 from tests.huggingface.sharded import force, plugin_of
 from tests.recipes.leaving import leave
 

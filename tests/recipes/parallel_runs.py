@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from am_lightning import AdaptiveMemory, AMAdamW
-from am_lightning.names import strip_wrappers
-from am_lightning.optim.wrapped import innermost
-from am_lightning.recipes.llama import LlamaPretraining
+from am_lightning.distributed.names import strip_wrappers
+from am_lightning.optim.unwrap import innermost
+from am_lightning.pretrain.model.lightning_module import LlamaPretraining
 from tests.lightning.cluster import CPUFSDP, Memory, on_cpu
 from tests.lightning.model import quiet
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from am_lightning.recipes.data.pieces import Document
+from am_lightning.pretrain.data.pieces import Document
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from am_lightning.recipes.network import LlamaShape
-from am_lightning.recipes.plan.layout import Layout
-from am_lightning.recipes.plan.memory import memory_of
-from am_lightning.recipes.plan.traffic import traffic_of
+from am_lightning.pretrain.commands.plan.layout import Layout
+from am_lightning.pretrain.commands.plan.memory import memory_of
+from am_lightning.pretrain.commands.plan.traffic import traffic_of
+from am_lightning.pretrain.model.network import LlamaShape
 from tests import operator_build
 from tests.recipes.plan_runs import ZERO_BUCKET
 from tests.sharding.pool import Pool, pools

@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
 from am_lightning import AdaptiveMemory, AMAdamW
-from am_lightning.recipes.llama import LlamaPretraining
+from am_lightning.pretrain.model.lightning_module import LlamaPretraining
 from tests.device import ON_GPU
 from tests.lightning.model import quiet
 from tests.recipes.parallel_runs import strategy_of

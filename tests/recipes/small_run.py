@@ -23,13 +23,13 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from am_lightning import AdaptiveMemory
-from am_lightning.recipes import fault_tolerance
-from am_lightning.recipes.checkpoints import AtomicCheckpointIO, RunCheckpoint
-from am_lightning.recipes.data.order import ResumableLoader
-from am_lightning.recipes.errors import RecipeError
-from am_lightning.recipes.fault_tolerance import FaultTolerance, Stopped
-from am_lightning.recipes.loss_guard import LossGuard
-from am_lightning.recipes.together import Agreement
+from am_lightning.pretrain.callbacks import fault_tolerance
+from am_lightning.pretrain.callbacks.fault_tolerance import FaultTolerance, Stopped
+from am_lightning.pretrain.callbacks.loss_guard import LossGuard
+from am_lightning.pretrain.checkpoints import AtomicCheckpointIO, RunCheckpoint
+from am_lightning.pretrain.data.order import ResumableLoader
+from am_lightning.pretrain.runtime.collective_errors import Agreement
+from am_lightning.pretrain.runtime.errors import RecipeError
 from tests.lightning.cluster import CPUFSDP
 
 ROWS, WIDTH = 512, 8

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
-from am_lightning.recipes.errors import RecipeError
-from am_lightning.recipes.state_folders import StateFolders
+from am_lightning.pretrain.checkpoints.accelerate import StateFolders
+from am_lightning.pretrain.runtime.errors import RecipeError
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from am_lightning.recipes.checkpoints import (
+from am_lightning.pretrain.checkpoints import (
     AtomicCheckpointIO,
     RunCheckpoint,
     check_readable,
@@ -25,10 +25,10 @@ from am_lightning.recipes.checkpoints import (
     replace_with_link,
     saved_step,
 )
-from am_lightning.recipes.checkpoints.manifest import manifest_of, write_manifest
-from am_lightning.recipes.checkpoints.writer import CheckpointWriter
-from am_lightning.recipes.errors import RecipeError
-from am_lightning.recipes.files import replacing
+from am_lightning.pretrain.checkpoints.manifest import manifest_of, write_manifest
+from am_lightning.pretrain.checkpoints.writer import CheckpointWriter
+from am_lightning.pretrain.runtime.atomic_files import replacing
+from am_lightning.pretrain.runtime.errors import RecipeError
 
 from .small_run import Options, run
 

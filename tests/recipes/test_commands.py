@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from am_lightning.pretrain.runtime.locate import recipe_files
 from am_lightning.recipes.__main__ import main
-from am_lightning.recipes.locate import recipe_files
 from tests.python import COLD
 
 from .commands import RECIPES, arguments
@@ -124,7 +124,7 @@ def test_validate_says_which_library_the_data_need(
     command = ["validate", "60m", "--trainer.default_root_dir", str(tmp_path)]
     assert main(command) == 0
     assert "datasets library" not in capsys.readouterr().out
-    monkeypatch.setattr("am_lightning.recipes.validate.find_spec", lambda name: None)
+    monkeypatch.setattr("am_lightning.pretrain.commands.validate.find_spec", lambda name: None)
     assert main(command) == 0
     assert "needs the datasets library, which is not installed here: pip install" in capsys.readouterr().out
 

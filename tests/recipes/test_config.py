@@ -15,11 +15,11 @@ import lightning as L
 import pytest
 import yaml
 
+from am_lightning.pretrain.commands.plan.command import make_plan, read_options
+from am_lightning.pretrain.commands.plan.table import duration_text
+from am_lightning.pretrain.model.network import count_parameters
+from am_lightning.pretrain.runtime.run_config import Settings, _Parser, read_settings
 from am_lightning.recipes.__main__ import make_parser
-from am_lightning.recipes.network import count_parameters
-from am_lightning.recipes.plan.command import make_plan, read_options
-from am_lightning.recipes.plan.table import duration_text
-from am_lightning.recipes.settings import Settings, _Parser, read_settings
 from tests.recipes.test_network import FAMILY
 
 CONFIGS = {path.stem: path for path in sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))}

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from am_lightning import AMAdamW
-from am_lightning.recipes.checkpoints import AtomicCheckpointIO, RunCheckpoint
-from am_lightning.recipes.data.text_data import TextData
-from am_lightning.recipes.errors import RecipeError
-from am_lightning.recipes.llama import LlamaPretraining
+from am_lightning.pretrain.checkpoints import AtomicCheckpointIO, RunCheckpoint
+from am_lightning.pretrain.data.text_data import TextData
+from am_lightning.pretrain.model.lightning_module import LlamaPretraining
+from am_lightning.pretrain.runtime.errors import RecipeError
 
 from .commands import differences
 

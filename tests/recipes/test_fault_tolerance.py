@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from am_lightning.recipes.early_signals import keep_signals
-from am_lightning.recipes.errors import RecipeError
-from am_lightning.recipes.fault_tolerance import SIGNALS, FaultTolerance, Stopped
-from am_lightning.recipes.stop import StopSignal
+from am_lightning.pretrain.callbacks.fault_tolerance import SIGNALS, FaultTolerance, Stopped
+from am_lightning.pretrain.runtime.early_signals import keep_signals
+from am_lightning.pretrain.runtime.errors import RecipeError
+from am_lightning.pretrain.runtime.signals import StopSignal
 from tests.python import COLD, PYTHON
 
 from .commands import differences, load, training_state
@@ -125,7 +125,7 @@ def test_a_sigterm_that_follows_at_once_is_the_same_one(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_second_sigterm_ends_the_process_at_once(tmp_path: Path) -> None:
     code = """
-import am_lightning.recipes.fault_tolerance as module
+import am_lightning.pretrain.callbacks.fault_tolerance as module
 from tests.recipes.test_fault_tolerance import Twice
 
 module.SAME_SIGNAL_S = 0.001
@@ -234,7 +234,7 @@ def test_outside_training_a_signal_ends_the_process_at_once(
 ) -> None:
     """Preparing the data may take longer than a scheduler waits, and nothing is lost. When the program has just
     started, and where no Trainer runs, as soon as there is somebody to handle it."""
-    code = f"from am_lightning.recipes.program import command_line{OUTSIDE}"
+    code = f"from am_lightning.pretrain.runtime.main import command_line{OUTSIDE}"
     python = COLD if where == "start" else PYTHON  # its first moments are those of a cold start
     result = ends(tmp_path / "run", code, python, **job.variables, WHERE=where, NUMBER=number)
     assert result.returncode == -getattr(signal, number), result.stderr

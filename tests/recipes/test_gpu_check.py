@@ -242,7 +242,7 @@ def test_a_file_of_tests_that_is_stopped_says_what_it_had(tmp_path: Path, module
 def test_training_runs_are_what_they_are_called(tmp_path: Path, modules: dict[str, ModuleType]) -> None:
     """By the recipes' own parser."""
     pytest.importorskip("jsonargparse")
-    from am_lightning.recipes.settings import read_settings
+    from am_lightning.pretrain.runtime.run_config import read_settings
 
     worth, part = modules["worth"], modules["part"]
     context = part.Context(tmp_path, "cuda", False, 0.0)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from am_lightning.recipes.report.events import read_curves
+from am_lightning.pretrain.commands.report.events import read_curves
 from tests.python import PYTHON
 
 from .commands import PRETRAIN, arguments, differences, load, run, training_state

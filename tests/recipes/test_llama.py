@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from am_lightning import AMAdamW
-from am_lightning.recipes.errors import RecipeError
-from am_lightning.recipes.llama import LlamaPretraining
-from am_lightning.recipes.network import token_loss
+from am_lightning.pretrain.model.lightning_module import LlamaPretraining
+from am_lightning.pretrain.model.network import token_loss
+from am_lightning.pretrain.runtime.errors import RecipeError
 
 TINY: dict[str, Any] = {
     "hidden_size": 32,

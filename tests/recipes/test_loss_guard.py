@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from am_lightning.recipes.errors import RecipeError
-from am_lightning.recipes.loss_guard import LossGuard
+from am_lightning.pretrain.callbacks.loss_guard import LossGuard
+from am_lightning.pretrain.runtime.errors import RecipeError
 
 from .commands import load
 from .small_run import Options, run

@@ -13,8 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from am_lightning.recipes.monitors import TrainingMonitor, perplexity
-from am_lightning.recipes.report.events import PATTERN, Curve, read_curves
+from am_lightning.pretrain.callbacks.throughput import TrainingMonitor, perplexity
+from am_lightning.pretrain.commands.report.events import PATTERN, Curve, read_curves
 
 from .commands import arguments, run
 

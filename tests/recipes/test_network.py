@@ -10,8 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from am_lightning.recipes.errors import RecipeError
-from am_lightning.recipes.network import (
+from am_lightning.pretrain.model.network import (
     LlamaShape,
     build_llama,
     checkpoint_activations,
@@ -20,6 +19,7 @@ from am_lightning.recipes.network import (
     flops_per_token,
     token_loss,
 )
+from am_lightning.pretrain.runtime.errors import RecipeError
 
 T5, LLAMA3 = 32100, 128256
 FAMILY = {

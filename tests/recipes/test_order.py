@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from am_lightning.recipes.data import permutation
-from am_lightning.recipes.data.order import StepOrder, TokenRows
-from am_lightning.recipes.data.permutation import feistel, sample_rows
-from am_lightning.recipes.errors import RecipeError
+from am_lightning.pretrain.data import permutation
+from am_lightning.pretrain.data.order import StepOrder, TokenRows
+from am_lightning.pretrain.data.permutation import feistel, sample_rows
+from am_lightning.pretrain.runtime.errors import RecipeError
 
 sizes = st.integers(1, 60)
 LARGE = [1756041, 109326, 2195177, 2616609]

@@ -9,11 +9,11 @@ import pytest
 from matplotlib.image import imread
 from torch.utils.tensorboard import SummaryWriter
 
-from am_lightning.recipes.errors import RecipeError
-from am_lightning.recipes.report.events import Curve, read_curves
-from am_lightning.recipes.report.plot import draw, look
-from am_lightning.recipes.report.runs import RunData
-from am_lightning.recipes.report.series import extremes, heatmap, in_order, smooth, thin
+from am_lightning.pretrain.commands.report.events import Curve, read_curves
+from am_lightning.pretrain.commands.report.plot import draw, look
+from am_lightning.pretrain.commands.report.runs import RunData
+from am_lightning.pretrain.commands.report.series import extremes, heatmap, in_order, smooth, thin
+from am_lightning.pretrain.runtime.errors import RecipeError
 
 
 @pytest.fixture

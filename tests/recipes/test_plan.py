@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
+from am_lightning.pretrain.commands.plan.layout import Layout, make_layout
+from am_lightning.pretrain.commands.plan.memory import RESERVE, memory_of
+from am_lightning.pretrain.commands.plan.traffic import traffic_of
+from am_lightning.pretrain.model.network import LlamaShape, flops_per_token
+from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.recipes.__main__ import main
-from am_lightning.recipes.errors import RecipeError
-from am_lightning.recipes.network import LlamaShape, flops_per_token
-from am_lightning.recipes.plan.layout import Layout, make_layout
-from am_lightning.recipes.plan.memory import RESERVE, memory_of
-from am_lightning.recipes.plan.traffic import traffic_of
 from tests.python import PYTHON
 from tests.recipes.test_network import FAMILY
 
@@ -91,9 +91,9 @@ import sys
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from am_lightning.recipes.network import build_llama
-from am_lightning.recipes.parallel import split_llama
-from am_lightning.recipes.plan.memory import memory_of
+from am_lightning.pretrain.model.network import build_llama
+from am_lightning.pretrain.model.parallelize import split_llama
+from am_lightning.pretrain.commands.plan.memory import memory_of
 from tests.recipes.test_network import FAMILY
 from tests.recipes.test_plan import layout
 

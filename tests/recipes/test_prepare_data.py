@@ -10,8 +10,8 @@ import pretrain
 import pytest
 import yaml
 
-from am_lightning.recipes.data.shards import read_index
-from am_lightning.recipes.data.text_data import TextData
+from am_lightning.pretrain.data.shards import read_index
+from am_lightning.pretrain.data.text_data import TextData
 
 from .commands import arguments
 from .test_tokenizers import t5_folder  # noqa: F401  (a fixture)

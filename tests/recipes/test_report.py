@@ -20,11 +20,11 @@ import yaml
 from matplotlib.image import imread
 from torch.utils.tensorboard import SummaryWriter
 
+from am_lightning.pretrain.commands.report.differences import ABSENT, differences
+from am_lightning.pretrain.commands.report.events import read_curves
+from am_lightning.pretrain.commands.report.runs import find_runs
+from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.recipes.__main__ import main
-from am_lightning.recipes.errors import RecipeError
-from am_lightning.recipes.report.differences import ABSENT, differences
-from am_lightning.recipes.report.events import read_curves
-from am_lightning.recipes.report.runs import find_runs
 from tests.ports import free_port
 from tests.python import COLD
 

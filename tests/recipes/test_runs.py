@@ -12,8 +12,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from am_lightning.recipes.llama import LlamaPretraining
-from am_lightning.recipes.report.events import read_curves
+from am_lightning.pretrain.commands.report.events import read_curves
+from am_lightning.pretrain.model.lightning_module import LlamaPretraining
 
 from .commands import arguments, differences, load, run, training_state
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from am_lightning.recipes.errors import RecipeError
-from am_lightning.recipes.schedule import KINDS, learning_rate_factor, make_schedule
+from am_lightning.pretrain.model.schedule import KINDS, learning_rate_factor, make_schedule
+from am_lightning.pretrain.runtime.errors import RecipeError
 
 
 @given(

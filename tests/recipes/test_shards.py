@@ -17,13 +17,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from am_lightning.recipes.data import prepare, shards
-from am_lightning.recipes.data.prepare import check_shards, is_complete, source_parts, write_part, write_shards
-from am_lightning.recipes.data.processes import run_all
-from am_lightning.recipes.data.shards import SIDES, Shard, ShardedTokens, open_shards, read_index
-from am_lightning.recipes.data.sources import find_source
-from am_lightning.recipes.data.tokenizer import ByteTokenizer
-from am_lightning.recipes.errors import RecipeError
+from am_lightning.pretrain.data import prepare, shards
+from am_lightning.pretrain.data.prepare import check_shards, is_complete, source_parts, write_part, write_shards
+from am_lightning.pretrain.data.processes import run_all
+from am_lightning.pretrain.data.shards import SIDES, Shard, ShardedTokens, open_shards, read_index
+from am_lightning.pretrain.data.sources import find_source
+from am_lightning.pretrain.data.tokenizer import ByteTokenizer
+from am_lightning.pretrain.runtime.errors import RecipeError
 from tests.python import COLD, PYTHON
 
 from .writer import PARTS, make_source
@@ -135,7 +135,7 @@ def test_a_killed_worker_is_an_error_and_costs_one_part(source: Path, whole: Pat
 def test_no_worker_survives_its_parent(tmp_path: Path, ctrl_c: bool) -> None:
     """Killed, or by Ctrl-C in a terminal, which reaches the workers, too: they do not go on with what is left."""
     code = (
-        "import os; from am_lightning.recipes.data.processes import run_all; from tests.recipes.writer import sleep;"
+        "import os; from am_lightning.pretrain.data.processes import run_all; from tests.recipes.writer import sleep;"
         "run_all(sleep, range(6), 2, 'sleeping')"
     )
     env = {**os.environ, "SLEEPERS": str(tmp_path)}

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from am_lightning.recipes.data.pieces import Document
-from am_lightning.recipes.data.sources import FileSource, Source, find_source, group
-from am_lightning.recipes.errors import RecipeError
+from am_lightning.pretrain.data.pieces import Document
+from am_lightning.pretrain.data.sources import FileSource, Source, find_source, group
+from am_lightning.pretrain.runtime.errors import RecipeError
 from tests.examples import examples
 
 pa = pytest.importorskip("pyarrow")

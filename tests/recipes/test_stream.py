@@ -14,11 +14,11 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from am_lightning.recipes.data.prepare import Part
-from am_lightning.recipes.data.stream import Position, Reader
-from am_lightning.recipes.data.text_data import TextData
-from am_lightning.recipes.data.tokenizer import ByteTokenizer
-from am_lightning.recipes.errors import RecipeError
+from am_lightning.pretrain.data.prepare import Part
+from am_lightning.pretrain.data.stream import Position, Reader
+from am_lightning.pretrain.data.text_data import TextData
+from am_lightning.pretrain.data.tokenizer import ByteTokenizer
+from am_lightning.pretrain.runtime.errors import RecipeError
 
 from .pieces import Texts
 

@@ -19,26 +19,26 @@ stats = pytest.importorskip("scipy.stats")  # the studies import scipy and sciki
 pytest.importorskip("sklearn")
 
 from am_lightning import AMAdamW
-from am_lightning.recipes.errors import RecipeError
-from am_lightning.recipes.studies.convex.methods import METHODS, descend, make_optimizer
-from am_lightning.recipes.studies.convex.problems import LOGISTIC, logistic
-from am_lightning.recipes.studies.intervals import interval, paired
-from am_lightning.recipes.studies.ledger import Config, Ledger, Result
-from am_lightning.recipes.studies.page import command_of
-from am_lightning.recipes.studies.pretraining.methods import Method, fix_momentum
-from am_lightning.recipes.studies.pretraining.methods import make_optimizer as make_adamw
-from am_lightning.recipes.studies.pretraining.report import report
-from am_lightning.recipes.studies.pretraining.results import mean_curve
-from am_lightning.recipes.studies.pretraining.run import Pretraining, run_config
-from am_lightning.recipes.studies.pretraining.stages import STAGES, Scale, configs
-from am_lightning.recipes.studies.spikes import count_spikes
-from am_lightning.recipes.studies.sweep import Sweep
-from am_lightning.recipes.studies.tables import markdown
-from am_lightning.recipes.studies.vision.images import load_images
-from am_lightning.recipes.studies.vision.networks import NETWORKS
-from am_lightning.recipes.studies.vision.stages import report as vision_report
-from am_lightning.recipes.studies.vision.stages import sweep_of
-from am_lightning.recipes.studies.vision.task import read_task
+from am_lightning.pretrain.loss_spikes import count_spikes
+from am_lightning.pretrain.runtime.errors import RecipeError
+from recipes.studies.convex.methods import METHODS, descend, make_optimizer
+from recipes.studies.convex.problems import LOGISTIC, logistic
+from recipes.studies.intervals import interval, paired
+from recipes.studies.ledger import Config, Ledger, Result
+from recipes.studies.page import command_of
+from recipes.studies.pretraining.methods import Method, fix_momentum
+from recipes.studies.pretraining.methods import make_optimizer as make_adamw
+from recipes.studies.pretraining.report import report
+from recipes.studies.pretraining.results import mean_curve
+from recipes.studies.pretraining.run import Pretraining, run_config
+from recipes.studies.pretraining.stages import STAGES, Scale, configs
+from recipes.studies.sweep import Sweep
+from recipes.studies.tables import markdown
+from recipes.studies.vision.images import load_images
+from recipes.studies.vision.networks import NETWORKS
+from recipes.studies.vision.stages import report as vision_report
+from recipes.studies.vision.stages import sweep_of
+from recipes.studies.vision.task import read_task
 from tests.python import PYTHON
 
 from .commands import RECIPES
@@ -77,8 +77,8 @@ def test_a_page_says_the_command_that_makes_it() -> None:
     for name, value in (("--steps", 400), ("--micro-batch-size", None), ("--out", "x"), ("--device", "cpu")):
         parser.add_argument(name, default=value)
     options = parser.parse_args(["--out", "y", "--micro-batch-size", "8", "--steps", "800"])
-    assert command_of("warmup.py", parser, options) == (
-        "python recipes/studies/warmup.py --steps 800 --micro-batch-size 8"
+    assert command_of("pretraining", parser, options) == (
+        "python -m recipes.studies.pretraining --steps 800 --micro-batch-size 8"
     )
 
 
@@ -323,14 +323,14 @@ def test_the_warmup_page_grows_with_the_stages(tmp_path: Path) -> None:
                 result |= {"names": names, "betas": generator.uniform(0.5, 0.89, (config["steps"], 3)).tolist()}
             if config not in ledger:
                 ledger.add(config, result)
-        page = report(ledger, scale, tmp_path, "python recipes/studies/warmup.py --steps 80")
+        page = report(ledger, scale, tmp_path, "python -m recipes.studies.pretraining --steps 80")
         assert len(page) > len(seen) and page.startswith("# Warmup")
         seen = page
     assert seen == (tmp_path / "warmup.md").read_text()
     assert seen.count("\n## ") == 10
     pictures = set(re.findall(r"\]\((.*?)\)", seen))
     assert pictures == {path.name for path in tmp_path.glob("*.png")} and len(pictures) == 3
-    assert "`python recipes/studies/warmup.py --steps 80`: " in seen and f"torch {torch.__version__[:4]}" in seen
+    assert "`python -m recipes.studies.pretraining --steps 80`: " in seen and f"torch {torch.__version__[:4]}" in seen
 
 
 def test_the_page_of_images(tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ def test_the_page_of_images(tmp_path: Path) -> None:
             if config not in sweep.ledger:
                 sweep.ledger.add(config, {"test_error": 5 + off - ours})
     task = read_task(STUDIES / "vision" / "digits-resnet8.yaml")
-    page = vision_report(sweep, task, tmp_path, "python recipes/studies/vision.py")
+    page = vision_report(sweep, task, tmp_path, "python -m recipes.studies.vision")
     assert page == (tmp_path / "vision.md").read_text()
     assert (tmp_path / "vision-learning-rates.png").exists()
     assert "| AdamW 0.9     | -1.000 ± 0.000 (n=5) | -1.000 ± 0.000 (n=5)" in page

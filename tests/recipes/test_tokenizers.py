@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast, T5Tokenizer
 
-from am_lightning.recipes.data import tokenizer as module
-from am_lightning.recipes.data.text_data import TextData
-from am_lightning.recipes.data.tokenizer import (
+from am_lightning.pretrain.data import tokenizer as module
+from am_lightning.pretrain.data.text_data import TextData
+from am_lightning.pretrain.data.tokenizer import (
     ByteTokenizer,
     FastTokenizer,
     check_vocabulary,
@@ -26,7 +26,7 @@ from am_lightning.recipes.data.tokenizer import (
     token_dtype,
     train_bpe,
 )
-from am_lightning.recipes.errors import RecipeError
+from am_lightning.pretrain.runtime.errors import RecipeError
 from tests.python import PYTHON
 
 SENTENCES = [b"the memory of a step", b"momentum is the memory of many steps", "żółć 日本語 🙂".encode(), b""]
@@ -75,7 +75,7 @@ def test_a_bpe_merges_what_is_frequent(bpe: FastTokenizer) -> None:
 @pytest.mark.slow
 def test_training_gives_the_same_file_in_every_process(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from am_lightning.recipes.data.tokenizer import train_bpe;"
+        "import sys; from pathlib import Path; from am_lightning.pretrain.data.tokenizer import train_bpe;"
         f"train_bpe(300, {SENTENCES!r} * 20, Path(sys.argv[1]))"
     )
     for threads in ("1", "2"):

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from am_lightning import AMAdamW
-from am_lightning.recipes.fault_tolerance import FaultTolerance
-from am_lightning.recipes.loss_guard import LossGuard
-from am_lightning.recipes.together import Agreement
+from am_lightning.pretrain.callbacks.fault_tolerance import FaultTolerance
+from am_lightning.pretrain.callbacks.loss_guard import LossGuard
+from am_lightning.pretrain.runtime.collective_errors import Agreement
 from tests.python import PYTHON
 from tests.sharding.pool import Pool, pools
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from am_lightning.recipes.data.text_data import TextData
+from am_lightning.pretrain.data.text_data import TextData
 
 from .commands import arguments, run
 from .row_log import read_rows

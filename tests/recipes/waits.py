@@ -21,7 +21,7 @@ COPIES = ("cpu", "numpy", "tolist")
 UPLOADS = ("new_tensor", "tensor", "as_tensor")  # pageable memory is read before they return
 MAKERS = ("tensor", "as_tensor", "from_numpy", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint")
 
-HOST_ONLY = ("torch/utils/data/", "am_lightning/recipes/data/")  # rows before they are moved
+HOST_ONLY = ("torch/utils/data/", "am_lightning/pretrain/data/")  # rows before they are moved
 MOVES = "lightning/fabric/utilities/apply_func.py"  # a batch: blocking for the CPU alone
 
 

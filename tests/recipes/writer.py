@@ -15,11 +15,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from am_lightning.recipes.data import prepare
-from am_lightning.recipes.data.prepare import write_shards
-from am_lightning.recipes.data.sources import find_source
-from am_lightning.recipes.data.tokenizer import ByteTokenizer
-from am_lightning.recipes.errors import RecipeError
+from am_lightning.pretrain.data import prepare
+from am_lightning.pretrain.data.prepare import write_shards
+from am_lightning.pretrain.data.sources import find_source
+from am_lightning.pretrain.data.tokenizer import ByteTokenizer
+from am_lightning.pretrain.runtime.errors import RecipeError
 
 PARTS = 5  # of make_source, with shard_mb 1
 

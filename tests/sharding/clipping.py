@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from am_lightning import clip_grad_norm_
-from am_lightning.names import strip_wrappers
-from am_lightning.sharding.dtensor import local
+from am_lightning.distributed.names import strip_wrappers
+from am_lightning.distributed.strategies.dtensor import local
 from tests.device import DEVICE
 from tests.sharding.layouts import LAYOUTS
 from tests.sharding.model import (

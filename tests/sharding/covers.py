@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from am_lightning.sharding.dtensor import mesh_groups, span_of_root
+from am_lightning.distributed.strategies.dtensor import mesh_groups, span_of_root
 
 
 def cover() -> dict[str, object]:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from am_lightning import AMAdamW
-from am_lightning.names import strip_wrappers
-from am_lightning.sharding.dtensor import local
+from am_lightning.distributed.names import strip_wrappers
+from am_lightning.distributed.strategies.dtensor import local
 from tests.sharding.layouts import LAYOUTS
 from tests.sharding.model import RATES, Net, batch_of, groups_of, make_net, make_optimizer, train
 from tests.sharding.steps import optimizer_of, whole_weights

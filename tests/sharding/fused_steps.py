@@ -12,8 +12,8 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
+from am_lightning.distributed.strategies.dtensor import local
 from am_lightning.optim.kernels import fused
-from am_lightning.sharding.dtensor import local
 from tests.device import DEVICE
 from tests.sharding.layouts import LAYOUTS, Placed
 from tests.sharding.model import RATES, train

@@ -10,8 +10,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from am_lightning import clip_grad_norm_
+from am_lightning.distributed.strategies.dtensor import local
 from am_lightning.optim.kernels import fused
-from am_lightning.sharding.dtensor import local
 from tests.device import DEVICE
 from tests.sharding.fault_steps import held, spoil
 from tests.sharding.layouts import LAYOUTS, Placed

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from am_lightning import clip_grad_norm_
-from am_lightning.sharding.dtensor import local
+from am_lightning.distributed.strategies.dtensor import local
 from tests.device import DEVICE
 from tests.sharding.fault_steps import bits, held
 from tests.sharding.layouts import LAYOUTS

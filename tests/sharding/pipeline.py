@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 from am_lightning import clip_grad_norm_
-from am_lightning.sharding.dtensor import local
+from am_lightning.distributed.strategies.dtensor import local
 from tests.sharding.layouts import mesh, spread
 from tests.sharding.model import (
     RATES,

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP  # noqa: N81
 from torch.distributed.tensor import DTensor, Partial, Placement, Shard
 
 from am_lightning import AMSGD, AMAdamW
-from am_lightning.sharding.dtensor import local
+from am_lightning.distributed.strategies.dtensor import local
 from tests.sharding.layouts import LAYOUTS, mesh, tensor_parallel
 from tests.sharding.model import make_net
 from tests.sharding.steps import optimizer_of

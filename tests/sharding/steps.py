@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP  # noqa: N817
 from torch.distributed.tensor import DTensor
 
-from am_lightning.names import strip_wrappers
-from am_lightning.sharding.dtensor import local
+from am_lightning.distributed.names import strip_wrappers
+from am_lightning.distributed.strategies.dtensor import local
 from tests.device import DEVICE
 from tests.sharding.layouts import LAYOUTS, Placed
 from tests.sharding.model import RATES, beside, groups_of, interior_share, make_net, make_optimizer, raw_betas, train

@@ -13,7 +13,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from am_lightning import AMSGD, AMAdamW, clip_grad_norm_
-from am_lightning.names import strip_wrappers
+from am_lightning.distributed.names import strip_wrappers
 from tests.sharding.layouts import everyone
 from tests.sharding.model import RATES, groups_of, make_net, raw_betas, train
 from tests.sharding.steps import STEPS, raw_error, reference

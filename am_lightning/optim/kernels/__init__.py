@@ -6,7 +6,7 @@ default on CUDA and ROCm), for ``fused=True`` ``cpu_loop`` (C++ on the CPU) and 
 Pass 1 reads and returns N and D of every row; pass 2 writes. All give the same result up to rounding.
 """
 
-from am_lightning.optim.kernels.passes import Passes
-from am_lightning.optim.kernels.pieces import Numbers, Options, Piece
+from am_lightning.optim.kernels.inputs import Numbers, Options, Piece
+from am_lightning.optim.kernels.plan import Passes
 
 __all__ = ["Numbers", "Options", "Passes", "Piece"]

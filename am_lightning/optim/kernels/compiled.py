@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from am_lightning.optim.kernels.pieces import Numbers, Piece, flat, is_addressable, is_flat, too_large
+from am_lightning.optim.kernels.inputs import Numbers, Piece, flat, is_addressable, is_flat, too_large
 from am_lightning.optim.kernels.rounding import is_stochastic, seed_of, stochastic
 from am_lightning.optim.kernels.transfer import moved, uploaded
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from am_lightning.optim.kernels.packs import Bucket, Plan, in_parts, key_of, plan_of
-from am_lightning.optim.kernels.pieces import Numbers, Piece, too_large
+from am_lightning.optim.kernels.buckets import Bucket, Plan, in_parts, key_of, plan_of
+from am_lightning.optim.kernels.inputs import Numbers, Piece, too_large
 from am_lightning.optim.kernels.rounding import is_stochastic, seeds_of, stochastic_at
 from am_lightning.optim.kernels.transfer import Constants, moved
 

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from am_lightning.optim.kernels.compiler import find_compiler, load_library
+from am_lightning.optim.kernels.cpu.build import find_compiler, load_library
 from am_lightning.optim.kernels.transfer import is_capturing, is_fake
-from am_lightning.optim.kernels.triton_check import Kind, require_launch, why_not
-from am_lightning.optim.kernels.triton_pair import require_triton
+from am_lightning.optim.kernels.triton.check import Kind, require_launch, why_not
+from am_lightning.optim.kernels.triton.launch import require_triton
 
 TRITON, LOOP, COMPILED = "Triton", "C++ loop", "torch.compile"
 TRITON_DEVICES = {"cuda"}  # ROCm's name too

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from am_lightning.optim.kernels.pieces import Piece
+from am_lightning.optim.kernels.inputs import Piece
 
 _ROW = 0x9E3779B9
 _MASK = 0xFFFFFFFF

@@ -1,0 +1,249 @@
+"""DeepSpeed: what only the engine knows. ``attach(engine)`` after ``deepspeed.initialize``.
+
+ZeRO calls the optimizer's ``step()`` once for every parameter group or sub-group. ``scope="tensor"`` needs no more than
+that; a scope that spans several calls needs all sums before the first of them, which the pre-pass here takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from am_lightning.distributed import Layout
+from am_lightning.distributed.layout import summed
+from am_lightning.distributed.strategies.deepspeed_zero import check_supported
+from am_lightning.optim.base import AdaptiveMemoryOptimizer
+from am_lightning.optim.closed_form import Decision, Sums
+from am_lightning.optim.unwrap import innermost
+
+try:
+    import deepspeed
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+except ImportError as error:
+    raise ImportError(
+        "am_lightning.deepspeed needs DeepSpeed: pip install 'am-lightning[deepspeed]', or '.[deepspeed]' in a checkout"
+    ) from error
+
+_CHECKED_STEPS = 2  # training steps whose predicted gradients are compared with what the engine then hands over
+
+
+def attach(engine: Any) -> AdaptiveMemoryOptimizer:
+    """Tell the adaptive memory optimizer inside ``engine`` its parameters' names and all groups' sums.
+
+    Needed for ``scope="global"`` (and ``"group"`` where ZeRO-3 splits a group); otherwise it only gives names. Call it
+    on every rank, after ``deepspeed.initialize`` and before the first step. The ``AdaptiveMemory`` callback and
+    ``am_lightning.huggingface.attach`` do so.
+
+    Args:
+        engine: what ``deepspeed.initialize`` returns first.
+
+    Returns:
+        The optimizer that was given to ``deepspeed.initialize``.
+
+    Raises:
+        TypeError: ``engine`` is no DeepSpeedEngine, or has no AMAdamW or AMSGD inside.
+        ValueError: a feature of the engine that is not supported; the text has the cure.
+    """
+    if not isinstance(engine, DeepSpeedEngine):
+        raise TypeError(
+            f"Invalid engine: {type(engine).__name__} (engine must be what deepspeed.initialize returns first)"
+        )
+    if isinstance(engine, PipelineEngine):
+        raise ValueError(
+            "adaptive memory does not support DeepSpeed's PipelineEngine: use ZeRO without a PipelineModule"
+        )
+    optimizer = find_optimizer(engine)
+    named = list(engine.module.named_parameters())
+    check_supported(engine.optimizer, named)
+    if not any("param_names" in group for group in optimizer.param_groups):
+        optimizer.name_parameters(named)
+    owner = engine.optimizer
+    in_parts = hasattr(owner, "fp32_partitioned_groups_flat") or hasattr(owner, "single_partition_of_fp32_groups")
+    if optimizer.pre_pass is None and optimizer.scope != "tensor" and in_parts and hasattr(owner, "averaged_gradients"):
+        optimizer.pre_pass = PrePass(optimizer, owner)
+    return optimizer
+
+
+def find_optimizer(engine: Any) -> AdaptiveMemoryOptimizer:
+    """The optimizer inside the engine's own.
+
+    Raises:
+        TypeError: there is none of ours.
+    """
+    inner = innermost(engine.optimizer)
+    if not isinstance(inner, AdaptiveMemoryOptimizer):
+        raise TypeError(
+            f"Invalid engine: its optimizer is {type(inner).__name__} (pass optimizer=am_adamw(model, ...) to "
+            "deepspeed.initialize, and remove 'optimizer' from the DeepSpeed configuration)"
+        )
+    return inner
+
+
+def after_each_step(engine: Any, call: Callable[[], None]) -> None:
+    """Call ``call`` after every training step of ``engine`` in which the optimizer was stepped, however often.
+
+    A step that DeepSpeed drops for an overflow does not step the optimizer.
+    """
+    optimizer, owner = find_optimizer(engine), engine.optimizer
+    if owner is optimizer:
+        optimizer.register_step_post_hook(lambda *_: call())
+        return
+    stepped = False
+
+    def note(*_: Any) -> None:
+        nonlocal stepped
+        stepped = True
+
+    optimizer.register_step_post_hook(note)
+    original = owner.step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal stepped
+        stepped = False
+        result = original(*args, **kwargs)
+        if stepped:
+            call()
+        return result
+
+    owner.step = step
+
+
+class PrePass:
+    """In the first ``step()`` call of a training step: the sums of all partitions, one all-reduce, one decision.
+
+    Gradients of partitions whose turn has not come are read where the engine keeps them, unscaled and clipped as it
+    will do; ``unscale_and_clip_grads`` is wrapped to learn the gradient norm. What is read of DeepSpeed stands in
+    ``tests/package/private_deepspeed.py``.
+    """
+
+    def __init__(self, optimizer: AdaptiveMemoryOptimizer, owner: Any) -> None:
+        self._optimizer, self._owner = optimizer, owner
+        self._stage_3 = hasattr(owner, "fp32_partitioned_groups_flat")
+        self._flats = owner.fp32_partitioned_groups_flat if self._stage_3 else owner.single_partition_of_fp32_groups
+        self._group_of = [owner.sub_group_to_group_id[k] if self._stage_3 else k for k in range(len(self._flats))]
+        self._norm: Any = None
+        self._layouts: list[Layout] = []
+        self._slices: list[slice] = []
+        self._sums: Sums | None = None
+        self._decision: Decision | None = None
+        self._predicted: list[Tensor] = []
+        self._steps = 0
+        original = owner.unscale_and_clip_grads
+
+        def unscale_and_clip_grads(gradients: Any, total_norm: Any) -> Any:
+            self._norm = total_norm
+            return original(gradients, total_norm)
+
+        owner.unscale_and_clip_grads = unscale_and_clip_grads
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        """All parameter groups, in the engine's order; the dicts are others after a checkpoint was loaded."""
+        return self._optimizer.given_groups()
+
+    def __call__(self, layout: Layout) -> tuple[Sums, Decision]:
+        """The sums and the decision for the rows of ``layout``, which is that of one call of ``step()``."""
+        flat = layout.rows[0].param
+        turn = next(k for k, other in enumerate(self._flats) if other is flat)
+        if turn == 0:
+            self._take_all()
+        self._check(turn)
+        assert self._sums is not None and self._decision is not None
+        rows, decision = self._slices[turn], self._decision
+        sums = Sums(*(column[rows] for column in self._sums))
+        return sums, Decision(decision.beta[rows], decision.counts[rows], decision.skipped, decision.bad[rows])
+
+    def _take_all(self) -> None:
+        """Pass 1 over every partition, one after the other: no more than one pending gradient is in memory."""
+        self._steps += 1
+        found, sizes = [], [0] * len(self._groups)
+        self._layouts, self._slices, self._predicted, start = [], [], [], 0
+        for k in range(len(self._flats)):
+            with self._as_call(k):
+                layout = self._optimizer.current_layout()
+                local = self._optimizer.prepare(layout)
+                packed = self._optimizer.packed_sums(layout, local)
+                self._predicted.append(self._flats[k].grad.sum())
+            found.append((packed, local.scalars))
+            self._layouts.append(layout)
+            self._slices.append(slice(start, start + len(layout.rows)))
+            start += len(layout.rows)
+            sizes[self._group_of[k]] += len(layout.rows)
+        if len({reduction.ranks for layout in self._layouts for reduction in layout.reductions}) > 1:
+            raise ValueError(
+                f"scope={self._optimizer.scope!r} cannot be formed: the partitions lie on different sets of ranks. Use "
+                "scope='tensor'"
+            )
+        self._sums = Sums.unpack(self._over_ranks(torch.cat([packed for packed, _ in found])))
+        scalars = {key: torch.cat([scalars[key] for _, scalars in found]) for key in ("cap", "lr")}
+        self._decision = self._optimizer.decide(self._sums, scalars, sizes)
+        with self._as_call(0):
+            self._optimizer.current_layout()
+
+    def _over_ranks(self, vector: Tensor) -> Tensor:
+        """Partitions are disjoint, so every rank's numbers count."""
+        for reduction in self._layouts[0].reductions:
+            for group in reduction.groups:
+                vector = summed(vector, group)
+        return vector
+
+    @contextmanager
+    def _as_call(self, k: int) -> Iterator[None]:
+        """The optimizer as the engine will call it for partition ``k``, with the gradient that it will have."""
+        optimizer, flat, group = self._optimizer, self._flats[k], self._groups[self._group_of[k]]
+        groups, gradient = optimizer.param_groups, flat.grad
+        params = [entry["params"] for entry in self._groups]
+        optimizer.param_groups = self._groups if self._stage_3 else [group]
+        if self._stage_3:
+            for entry in self._groups:
+                entry["params"] = []
+        group["params"] = [flat]
+        if k > 0:
+            flat.grad = self._pending(k)
+        try:
+            yield
+        finally:
+            for entry, kept in zip(self._groups, params, strict=True):
+                entry["params"] = kept
+            optimizer.param_groups = groups
+            flat.grad = gradient
+
+    def _pending(self, k: int) -> Tensor:
+        """The gradient that partition ``k`` will be stepped with."""
+        owner, flat = self._owner, self._flats[k]
+        offloaded = owner.offload_optimizer if self._stage_3 else owner.cpu_offload
+        if offloaded:
+            gradient = flat.grad.to(flat.dtype)
+        else:
+            parts = owner.averaged_gradients[k]
+            whole = getattr(parts, "flat_partition", None)
+            gradient = whole.reshape(-1) if whole is not None else torch.cat([part.reshape(-1) for part in parts])
+            gradient = torch.nn.functional.pad(gradient.to(flat.dtype), (0, flat.numel() - gradient.numel()))
+        pending: Tensor = gradient / self._scale()
+        return pending
+
+    def _scale(self) -> Any:
+        """By what the engine divides: its loss scale, and its clipping."""
+        scale = self._owner.loss_scale
+        if self._owner.clip_grad > 0:
+            scale = torch.clamp(((self._norm / scale) + 1e-6) / self._owner.clip_grad, min=1.0) * scale
+        return scale
+
+    def _check(self, turn: int) -> None:
+        """In the first steps, on all ranks alike: the engine hands over the gradients that were predicted."""
+        if self._steps > _CHECKED_STEPS:
+            return
+        handed = self._flats[turn].grad.sum()
+        off = ((handed - self._predicted[turn]).abs() > 1e-4 * handed.abs() + 1e-5).double().reshape(1)
+        if bool(self._over_ranks(off) > 0):
+            name = self._layouts[turn].rows[0].name
+            raise RuntimeError(
+                f"the gradient of {name!r} is not the one that DeepSpeed {deepspeed.__version__} was expected to step "
+                f"with, so scope={self._optimizer.scope!r} would be wrong: use scope='tensor', or a DeepSpeed version "
+                "that am-lightning[deepspeed] names"
+            )

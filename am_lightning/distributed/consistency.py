@@ -1,0 +1,113 @@
+"""Once, at the first step: do the ranks that will sum together hold the same rows, and do the pieces add up?"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from am_lightning.distributed.shard import Groups, Row, my_rank, ranks_of, served_device, shown
+from am_lightning.distributed.strategies.dtensor import local
+
+_PRIME = 2**61 - 1  # checksums are modulo this: they fit int64
+
+
+def check_agreement(rows: Sequence[Row], held: Sequence[int], groups: Groups) -> None:
+    """Collective over ``groups``: one gather of three integers; more only to name what is wrong.
+
+    Args:
+        rows: those of one reduction.
+        held: elements of this rank's counted pieces.
+
+    Raises:
+        ValueError: other tensors on other ranks, or pieces that do not add up; on every rank alike.
+    """
+    device = local(rows[0].param).device
+    digests = [_number((row.name, row.home.numel, row.group_index)) for row in rows]
+    names = _number(digests)
+    known = [i for i, row in enumerate(rows) if row.home.numel is not None]
+    weights = [1 + _number(i) for i in known]
+    mine = sum(held[i] * w for i, w in zip(known, weights, strict=True)) % _PRIME
+    expected = sum((rows[i].home.numel or 0) * w for i, w in zip(known, weights, strict=True)) % _PRIME
+    total, alike = mine, True
+    for group in groups:
+        found = _gathered(torch.tensor([names, total, int(alike)], device=device), group).tolist()
+        total = sum(entry[1] for entry in found) % _PRIME
+        alike = all(entry[0] == names and entry[2] for entry in found)
+    if not alike:
+        _raise_for_rows(rows, digests, groups, device)
+    if total != expected:
+        _raise_for_pieces(rows, held, groups, device)
+
+
+def check_stages(words: str, group: object, device: torch.device) -> None:
+    """Collective over a pipeline's ``group``: is what ``words`` says the same on all stages?
+
+    Raises:
+        ValueError: it is not; on every rank of the group.
+    """
+    found = _gathered(torch.tensor([_number(words)], device=device), group)
+    if bool((found != found[0]).any()):
+        raise ValueError(
+            f"the pipeline's stages do not fit together: rank {my_rank()} has {words}, others have not. Build every "
+            "stage's optimizer with the same scope and number of parameter groups, empty where a stage has nothing"
+        )
+
+
+def _raise_for_rows(rows: Sequence[Row], digests: list[int], groups: Groups, device: torch.device) -> None:
+    """Name the first row that differs, or the first that some ranks lack."""
+    length = torch.tensor([len(rows)], device=device)
+    for group in groups:
+        length = _gathered(length, group).amin(0)
+    low = high = torch.tensor(digests[: int(length)], dtype=torch.int64, device=device)
+    for group in groups:
+        low, high = _gathered(low, group).amin(0), _gathered(high, group).amax(0)
+    differing = [*(low != high).nonzero().flatten().tolist(), int(length)]
+    place, count = differing[0], len(rows)
+    if place < count:
+        here = f"tensor {place} of {count} is {_shown_row(rows[place])}, unlike on others"
+    else:
+        here = f"there are {count} tensors, fewer than on others"
+    raise ValueError(
+        f"ranks {_shown_ranks(groups)} do not hold the same model: on rank {my_rank()} {here}. Build the optimizer "
+        "from the same parameters in the same order and groups on all of them, and give replica_group only ranks that "
+        "hold copies of one model"
+    )
+
+
+def _shown_ranks(groups: Groups) -> str:
+    return shown(frozenset[int]().union(*(ranks_of(group) for group in groups)))
+
+
+def _shown_row(row: Row) -> str:
+    size = "" if row.home.numel is None else f" with {row.home.numel} elements"
+    return f"{row.name!r}{size} in group {row.group_index}"
+
+
+def _raise_for_pieces(rows: Sequence[Row], held: Sequence[int], groups: Groups, device: torch.device) -> None:
+    totals = torch.tensor(held, device=device)
+    for group in groups:
+        totals = _gathered(totals, group).sum(0)
+    for row, found in zip(rows, totals.tolist(), strict=True):
+        if row.home.numel not in (None, found):
+            raise ValueError(
+                f"parameter {row.name!r}, placed as {row.home.words}, has {row.home.numel} elements, but the pieces on "
+                f"ranks {_shown_ranks(groups)} have {found}: sums over it would be wrong. Shard the model before the "
+                "optimizer is built, and leave its shards alone afterwards"
+            )
+
+
+def _gathered(vector: Tensor, group: object) -> Tensor:
+    """``[ranks, n]``: every rank's vector."""
+    there = vector.to(served_device(group, vector.device))
+    parts = [torch.empty_like(there) for _ in range(dist.get_world_size(group))]  # type: ignore[arg-type]
+    dist.all_gather(parts, there, group=group)
+    return torch.stack(parts).to(vector.device)
+
+
+def _number(value: object) -> int:
+    """56 bits that are the same on every rank."""
+    return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:7], "big")

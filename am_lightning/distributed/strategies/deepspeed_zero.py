@@ -1,0 +1,145 @@
+"""DeepSpeed ZeRO: finds the logical tensors again in the flat partitions that the engine gives to the optimizer.
+
+No engine handle is needed: the parameters that the optimizer was given lead there, by attributes of DeepSpeed which
+``tests/package/private_deepspeed.py`` lists. ``_dp_group`` marks a parameter of stage 1, stage 2 and BF16_Optimizer,
+``_z3_optimizer`` one of stage 3.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from am_lightning.distributed.shard import Home, ranks_of
+
+Named = Sequence[tuple[str, Any]]  # (name, parameter that the optimizer was given)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A logical tensor in a flat partition: where its elements lie there, and its home among the ranks."""
+
+    name: str
+    home: Home
+    span: slice
+
+
+def is_partitioned(param: Any) -> bool:
+    """True for a parameter that ZeRO keeps in a flat partition."""
+    return hasattr(param, "_z3_optimizer") or hasattr(param, "_dp_group")
+
+
+def check_supported(owner: Any, given: Named) -> None:
+    """Refuse engines whose sums would be wrong, or whose checkpoints could not be resumed.
+
+    Args:
+        owner: DeepSpeed's optimizer.
+        given: (name, parameter) of what the optimizer was given.
+
+    Raises:
+        ValueError: naming a parameter, the feature and the cure; on every rank alike, for all have one configuration.
+    """
+    refused = [
+        ("swap_optimizer", "NVMe offload of the optimizer", "offload to the CPU: offload_optimizer.device: cpu"),
+        ("elastic_checkpoint", "elastic_checkpoint: true", "set it to false, and use universal checkpoints"),
+        ("zenflow", "ZenFlow", "remove zenflow from zero_optimization"),
+        ("torch_autocast_gradscaler", "torch_autocast in float16", "use bf16, or DeepSpeed's own fp16"),
+    ]
+    for attribute, what, cure in refused:
+        if getattr(owner, attribute, None):
+            raise ValueError(_refused(given, what, cure))
+    for name, param in given:
+        if getattr(param, "allreduce", True) is False:  # how DeepSpeed marks an expert
+            raise ValueError(
+                _refused([(name, param)], "mixture-of-experts layers", "use FSDP2, with experts as DTensors")
+            )
+        if getattr(param, "model_parallel", False) or getattr(param, "tensor_model_parallel", False):
+            raise ValueError(_refused([(name, param)], "tensor parallelism", "use ZeRO alone, or FSDP2 with DTensors"))
+
+
+def _refused(given: Named, what: str, cure: str) -> str:
+    name = given[0][0] if given else "(none)"
+    return (
+        f"adaptive memory does not support {what} of DeepSpeed {_version()} (first parameter: {name!r}): beta_t, or "
+        f"its checkpoint, would be wrong. Cure: {cure}"
+    )
+
+
+def parts_of(flat: Any, group: Named, everything: Named) -> list[Part]:
+    """The logical tensors in ``flat``, the same list on every rank, with empty spans for what is elsewhere.
+
+    Args:
+        flat: this rank's partition, as the engine put it into a parameter group.
+        group: what that group was given.
+        everything: what all groups were given.
+
+    Raises:
+        ValueError: they cannot be found; naming a parameter, the stage and the DeepSpeed version.
+    """
+    engine = next((param._z3_optimizer for _, param in everything if hasattr(param, "_z3_optimizer")), None)
+    if engine is not None:
+        return _parts_of_stage_3(engine, flat, everything)
+    held = [(name, param) for name, param in group if hasattr(param, "_dp_group")]
+    if held:
+        return _parts_of_stages_1_and_2(flat, held)
+    raise ValueError(cannot_map(group, "any stage", "neither _dp_group nor _z3_optimizer is on its parameters"))
+
+
+def _parts_of_stage_3(engine: Any, flat: Any, everything: Named) -> list[Part]:
+    place = next((k for k, other in enumerate(engine.fp32_partitioned_groups_flat) if other is flat), None)
+    if place is None:
+        raise ValueError(cannot_map(everything, "stage 3", "fp32_partitioned_groups_flat does not hold its partition"))
+    names = {id(param): name for name, param in everything}
+    group = engine.sub_group_process_groups[place]
+    rank, parts, start = dist.get_rank(group), [], 0
+    for param in engine.fp16_groups[place]:
+        if id(param) not in names:
+            raise ValueError(cannot_map(everything, "stage 3", "fp16_groups holds a parameter it was never given"))
+        size = param.partition_numel()
+        real = max(0, min(size, param.ds_numel - rank * size))  # what follows is padding: uninitialised memory
+        parts.append(Part(names[id(param)], _home(group, param.ds_numel, "ZeRO stage 3"), slice(start, start + real)))
+        start += size
+    return parts
+
+
+def _parts_of_stages_1_and_2(flat: Any, held: Named) -> list[Part]:
+    """Every parameter is a view of one flat buffer, of which ``flat`` is the copy of this rank's slice.
+
+    ``_hp_mapping`` would say it too, but wrongly where ``round_robin_gradients`` reorders the buffer.
+    """
+    name, first = held[0]
+    storages = {param.data.untyped_storage().data_ptr() for _, param in held}
+    if len(storages) != 1 or 0 in storages:
+        raise ValueError(cannot_map(held, "stage 1 or 2", "its parameters are not views of one flat buffer"))
+    group = first._dp_group
+    begin = dist.get_rank(group) * flat.numel()
+    parts = []
+    for name, param in held:
+        offset = param.data.storage_offset() - begin
+        low, high = max(offset, 0), min(offset + param.numel(), flat.numel())
+        span = slice(low, high) if high > low else slice(0, 0)
+        parts.append(Part(name, _home(group, param.numel(), "ZeRO stage 1 or 2"), span))
+    return parts
+
+
+def _home(group: Any, numel: int, words: str) -> Home:
+    return Home(ranks_of(group), True, lambda: (group,), numel, words)
+
+
+def cannot_map(named: Named, stage: str, why: str) -> str:
+    """The text of a refusal: parameter, DeepSpeed's version, stage, reason and cure."""
+    version = _version()
+    name = named[0][0] if named else "(none)"
+    return (
+        f"the flat partition that holds parameter {name!r} (DeepSpeed {version}, {stage}) cannot be mapped to the "
+        f"tensors in it: {why}. beta_t needs sums over whole tensors; use a DeepSpeed version that "
+        "am-lightning[deepspeed] names, without wrappers around its optimizer"
+    )
+
+
+def _version() -> str:
+    return str(getattr(sys.modules.get("deepspeed"), "__version__", "(not imported)"))

@@ -1,0 +1,122 @@
+"""DTensor: FSDP2, HSDP, tensor parallel and any mix of them, on whatever meshes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from am_lightning.distributed.shard import Groups, Home, my_rank
+
+
+def is_dtensor(tensor: object) -> bool:
+    """True for a DTensor. Does not import it: without the import there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Any) -> Tensor:
+    """This rank's elements of any tensor: a view for a DTensor, the tensor itself otherwise."""
+    if not is_dtensor(tensor):
+        return tensor  # type: ignore[no-any-return]
+    with torch.no_grad():
+        piece = tensor.to_local()
+    wait = getattr(piece, "wait", None)  # an AsyncCollectiveTensor
+    return piece if wait is None else wait()  # type: ignore[no-any-return]
+
+
+def settled_gradient(param: Tensor) -> Tensor:
+    """``param.grad`` placed like ``param``. Tensor parallel leaves gradients of replicated norms as Partial sums.
+
+    Collective over the mesh dimensions whose placement differs.
+    """
+    grad = param.grad
+    assert grad is not None
+    if is_dtensor(param) and is_dtensor(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
+        return grad.redistribute(placements=param.placements)  # type: ignore[attr-defined, no-any-return]
+    return grad
+
+
+def home_of(param: Any, name: str) -> Home:
+    """Where a DTensor lives.
+
+    Raises:
+        ValueError: a placement that neither splits nor copies, or a mesh that this rank is no part of.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    splits = (Shard, _StridedShard)  # the second is not in every release a subclass of the first
+    mesh, placements = param.device_mesh, tuple(param.placements)
+    for placement in placements:
+        if not isinstance(placement, (*splits, Replicate)):
+            raise ValueError(
+                f"parameter {name!r} is a DTensor placed as {placements}: {placement} holds a part of each element, so "
+                "sums over elements cannot be formed. Redistribute it to Shard or Replicate before the optimizer is "
+                "built"
+            )
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        raise ValueError(
+            f"parameter {name!r} is a DTensor on a mesh of ranks {mesh.mesh.flatten().tolist()}, of which rank "
+            f"{my_rank()} is none. Give each rank's optimizer only parameters of meshes that the rank is in"
+        )
+    copies = zip(coordinate, placements, strict=True)
+    counted = all(c == 0 or isinstance(p, splits) for c, p in copies)
+    return Home(
+        frozenset(mesh.mesh.flatten().tolist()),
+        counted,
+        lambda: mesh_groups(mesh),
+        param.numel(),
+        f"({', '.join(str(p) for p in placements)}) on {_mesh_words(mesh)}",
+        mesh,
+    )
+
+
+def mesh_groups(mesh: Any) -> Groups:
+    """A group of all ranks of ``mesh``: its own where it has one dimension, else the flattened mesh's.
+
+    Flattening makes process groups, once for a mesh: every rank of the world reaches it together, at the first step.
+    """
+    return (mesh.get_group() if mesh.ndim == 1 else mesh._flatten().get_group(),)
+
+
+def span_of_root(meshes: Sequence[Any]) -> tuple[frozenset[int], Any] | None:
+    """Ranks and mesh that cover all of ``meshes``, as whole dimensions of the root mesh they were cut from.
+
+    None where the root has no such slice: several roots, or dimensions that were made by splitting one.
+    """
+    root = _root_of(meshes[0])
+    grid, names = root.mesh, root.mesh_dim_names
+    if names is None or any(_root_of(mesh) != root for mesh in meshes[1:]):
+        return None
+    dims: set[int] = set()
+    for mesh in meshes:
+        ranks = mesh.mesh.flatten().tolist()
+        where = torch.stack([(grid == rank).nonzero()[0] for rank in ranks])
+        varies = [d for d in range(grid.ndim) if len(set(where[:, d].tolist())) > 1]
+        size = 1
+        for d in varies:
+            size *= grid.shape[d]
+        if size != len(ranks):
+            return None
+        dims.update(varies)
+    cover = root[tuple(names[d] for d in sorted(dims))]
+    return frozenset(cover.mesh.flatten().tolist()), cover
+
+
+def _root_of(mesh: Any) -> Any:
+    """The mesh that ``mesh`` was cut from, or itself: its own method knows since torch 2.10, a table did before."""
+    if hasattr(mesh, "_get_root_mesh"):
+        return mesh._get_root_mesh()
+    table = import_module("torch.distributed.device_mesh")._mesh_resources
+    return table.get_root_mesh(mesh)
+
+
+def _mesh_words(mesh: Any) -> str:
+    names = mesh.mesh_dim_names or [f"dim {d}" for d in range(mesh.ndim)]
+    return f"mesh ({', '.join(f'{n}={s}' for n, s in zip(names, mesh.mesh.shape, strict=True))})"

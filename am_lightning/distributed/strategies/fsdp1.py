@@ -1,0 +1,105 @@
+"""FullyShardedDataParallel (FSDP1): what its handles know and its parameters do not show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from am_lightning.distributed.names import strip_wrappers
+from am_lightning.distributed.shard import Home, my_rank, ranks_of, world_size
+
+
+@dataclass(frozen=True, eq=False)
+class Managed:
+    """A parameter that an FSDP module manages: one logical tensor, or a flat one of several.
+
+    Attributes:
+        home: where its elements live; numel is None here.
+        parts: (name, elements of the whole tensor, where they lie in this rank's shard or None: the whole parameter).
+    """
+
+    home: Home
+    parts: list[tuple[str | None, int | None, slice | None]]
+
+
+def is_managed(param: Tensor) -> bool:
+    """True for FSDP1's flat parameters and for the original ones it shows with ``use_orig_params=True``."""
+    return bool(getattr(param, "_fsdp_flattened", False))
+
+
+def is_flat_parameter(param: Tensor) -> bool:
+    """True for what the optimizer gets with ``use_orig_params=False``."""
+    return is_managed(param) and hasattr(param, "_fqns")
+
+
+def managed_parameters(model: nn.Module | None) -> dict[int, Managed]:
+    """``id(parameter) -> Managed`` of all FSDP modules in ``model``.
+
+    Raises:
+        ValueError: FSDP1 over tensor-parallel parameters, whose other dimension FSDP1 hides.
+    """
+    if model is None or not any(is_managed(p) for p in model.parameters()):
+        return {}
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    result: dict[int, Managed] = {}
+    for path, module in model.named_modules():
+        handle = module._handle if isinstance(module, FullyShardedDataParallel) else None
+        if handle is None:
+            continue
+        flat = handle.flat_param
+        prefix = strip_wrappers(f"{path}.") if path else ""
+        _refuse_tensor_parallel(flat, prefix)
+        home = _home(module, handle)
+        if flat._params is None:
+            result[id(flat)] = Managed(home, list(_parts(flat, prefix)))
+            continue
+        for param, numel in zip(flat._params, flat._numels, strict=True):
+            result[id(param)] = Managed(home, [(None, numel, None)])
+    return result
+
+
+def without_model(param: Any) -> Managed:
+    """What can be said without the model: sums over all ranks. Copies under HYBRID_SHARD cancel in N / D."""
+    if is_flat_parameter(param):
+        _refuse_tensor_parallel(param, "")
+    home = Home(frozenset(range(world_size())), True, tuple, None, "FSDP1, groups not known")
+    parts = list(_parts(param, "")) if is_flat_parameter(param) else [(None, None, None)]
+    return Managed(home, [(name, None, span) for name, _, span in parts])
+
+
+def _home(module: Any, handle: Any) -> Home:
+    shard = handle.process_group
+    copies = module._inter_node_pg if "HYBRID" in module.sharding_strategy.name else None
+    words = f"FSDP1 {module.sharding_strategy.name}"
+    if not handle.uses_sharded_strategy:  # NO_SHARD: every rank of the group holds all
+        return Home(ranks_of(shard), dist.get_rank(shard) == 0, lambda: (shard,), None, words)
+    if copies is None or dist.get_world_size(copies) == 1:
+        return Home(ranks_of(shard), True, lambda: (shard,), None, words)
+    product = ranks_of(shard) | ranks_of(copies)
+    if len(ranks_of(shard)) * len(ranks_of(copies)) == world_size():
+        product = frozenset(range(world_size()))
+    return Home(product, dist.get_rank(copies) == 0, lambda: (shard, copies), None, words)
+
+
+def _parts(flat: Any, prefix: str) -> Iterator[tuple[str | None, int | None, slice | None]]:
+    """Logical tensors of a FlatParameter and where they lie in this rank's shard; padding is in none of them."""
+    for fqn, numel, info in zip(flat._fqns, flat._numels, flat._shard_param_infos, strict=True):
+        span = slice(0, 0)
+        if info.in_shard:
+            span = slice(info.offset_in_shard, info.offset_in_shard + info.numel_in_shard)
+        yield prefix + strip_wrappers(fqn), numel, span
+
+
+def _refuse_tensor_parallel(flat: Any, prefix: str) -> None:
+    for fqn, extension in zip(flat._fqns, flat._param_extensions or (), strict=False):
+        if extension is not None:
+            raise ValueError(
+                f"parameter {prefix + fqn!r} is split by tensor parallel and again by FSDP1 (rank {my_rank()}), which "
+                "hides the first split from the optimizer. Use FSDP2 (torch.distributed.fsdp.fully_shard; in Lightning "
+                "ModelParallelStrategy), which is supported together with tensor parallel"
+            )

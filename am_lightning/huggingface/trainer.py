@@ -1,0 +1,198 @@
+"""transformers' Trainer: the callback that logs the momentum, and AM-AdamW in the Trainer's factory form."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+
+from am_lightning.distributed.call_stack import caller
+from am_lightning.huggingface.accelerate import place
+from am_lightning.loggers.reader import Readings
+from am_lightning.optim.adamw import AMAdamW
+from am_lightning.optim.base import AdaptiveMemoryOptimizer
+from am_lightning.optim.convert import default_cap
+from am_lightning.optim.param_groups import am_adamw
+from am_lightning.optim.unwrap import adaptive
+
+try:
+    from accelerate.state import AcceleratorState
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_callback import CallbackHandler
+except ImportError as error:
+    raise ImportError(
+        "AdaptiveMemoryCallback and AMAdamWFactory need transformers: "
+        "pip install 'am-lightning[transformers]', or '.[transformers]' in a checkout"
+    ) from error
+
+_USE = "pass Trainer(optimizer_cls_and_kwargs=(AMAdamW, {'lr': ...})), or optimizers=(AMAdamW(...), None)"
+
+
+class AdaptiveMemoryCallback(TrainerCallback):
+    """``Trainer(callbacks=[AdaptiveMemoryCallback()])``: the momentum goes where the Trainer's loss goes.
+
+    Each time the Trainer logs the training loss, ``am/beta/mean|min|max``, ``am/beta/<layer group>``,
+    ``am/clamp/at_max|at_zero`` and ``am/skipped_steps`` are added to what it logs, so to ``state.log_history`` and to
+    every reporting callback (whose tags begin with ``train/``, as all of the Trainer's). Under DDP the optimizer's
+    ``replica_group`` is set, for FSDP1 its process groups. The callback moves itself ahead of the reporting ones.
+
+    Raises:
+        TypeError: when training begins, or when the Trainer was given another in mid-run, its optimizer is not AMAdamW
+            or AMSGD; the text has the cure.
+        ValueError: then, a feature of DeepSpeed that is not supported.
+    """
+
+    def __init__(self) -> None:
+        self._readings: Readings | None = None
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Go ahead of the reporting callbacks."""
+        self._go_first()
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """The optimizer is prepared, and a checkpoint is loaded."""
+        if not self._go_first() and state.is_world_process_zero:
+            warnings.warn(
+                "AdaptiveMemoryCallback cannot find the Trainer's CallbackHandler, so reporting callbacks may come "
+                "before it and miss am/*: call trainer.callback_handler.callbacks.insert(0, "
+                "trainer.pop_callback(AdaptiveMemoryCallback)) before trainer.train()",
+                stacklevel=2,
+            )
+        ours = adaptive(optimizer, _USE)
+        _place(ours, model, caller(Trainer))
+        unused = list(_unused(args, ours))
+        if unused and state.is_world_process_zero:
+            warnings.warn(
+                f"{'; '.join(unused)}. A ready optimizer gets none of them, an optimizer class weight_decay and what "
+                "is in optimizer_cls_and_kwargs: put 'lr' and others there, or use AMAdamWFactory, which takes them "
+                "from the arguments",
+                stacklevel=2,
+            )
+        if self._readings is None or self._readings.optimizer is not ours:
+            self._readings = Readings(ours)
+        logged = [record["am/skipped_steps"] for record in state.log_history if "am/skipped_steps" in record]
+        before = int(logged[-1]) if logged else 0
+        self._readings.skipped_before += before - self._readings.skipped_in_all()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the momentum to the training loss: to what reporting callbacks get next, and to what is kept already."""
+        if self._readings is None or logs is None or "loss" not in logs:
+            return
+        self._follow(caller(Trainer), kwargs.get("model"))
+        self._readings.read()
+        scalars = self._readings.scalars()
+        logs.update(scalars)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(scalars)
+        if self._readings.newly_skipped():
+            text = self._readings.skip_warning()
+            if state.is_world_process_zero:
+                warnings.warn(text, stacklevel=2)
+
+    def _follow(self, trainer: Trainer | None, model: nn.Module | None) -> None:
+        """Read the optimizer that the Trainer has now; in mid-run it may have been given another."""
+        assert self._readings is not None
+        ours = self._readings.optimizer if trainer is None else adaptive(trainer.optimizer, _USE)
+        if ours is not self._readings.optimizer:
+            skipped = self._readings.skipped_in_all()
+            _place(ours, model, trainer)
+            self._readings = Readings(ours)
+            self._readings.skipped_before = skipped
+
+    def _go_first(self) -> bool:
+        """Move to the head of the Trainer's callbacks; False where they cannot be found.
+
+        The handler is iterating over the list: those that were before have been called, those after will be.
+        """
+        handler = caller(CallbackHandler)
+        if handler is None or self not in handler.callbacks:
+            return False
+        handler.callbacks.remove(self)
+        handler.callbacks.insert(0, self)
+        return True
+
+
+def _place(optimizer: AdaptiveMemoryOptimizer, model: nn.Module | None, trainer: Trainer | None) -> None:
+    """Tell ``optimizer`` where its parameters are; DeepSpeed's engine is what the Trainer wraps the model in."""
+    assert model is not None
+    accelerate = AcceleratorState()
+    models = [model] if trainer is None else [model, trainer.model_wrapped]
+    place(optimizer, models, accelerate.distributed_type, accelerate.num_processes)
+
+
+def _unused(args: TrainingArguments, optimizer: AdaptiveMemoryOptimizer) -> Iterator[str]:
+    """What was set in vain: not the default of the arguments' own class (SFTConfig has others), nor what is used."""
+    groups = optimizer.param_groups
+    used = {"learning_rate": ("lr", [group.get("initial_lr", group["lr"]) for group in groups])}
+    used["weight_decay"] = ("weight_decay", [group["weight_decay"] for group in groups])
+    if isinstance(optimizer, AMAdamW):
+        used["adam_beta1"] = ("beta1_max", [group["beta1_max"] for group in groups])
+        used["adam_beta2"] = ("beta2", [group["betas"][1] for group in groups])
+        used["adam_epsilon"] = ("eps", [group["eps"] for group in groups])
+    defaults = {field.name: field.default for field in fields(args)}
+    for name, (option, values) in used.items():
+        value, found = getattr(args, name), {float(value) for value in values}
+        wanted = {value}
+        if name == "adam_beta1":
+            wanted |= {default_cap(value, group["lambd"]) for group in groups}
+        if value != defaults[name] and not wanted & found:
+            built = ", ".join(f"{value:g}" for value in sorted(found))
+            yield f"{type(args).__name__}.{name}={value} is not used: the optimizer was built with {option} {built}"
+
+
+class AMAdamWFactory:
+    """``Trainer(optimizer_cls_and_kwargs=(AMAdamWFactory, {...}))``: ``am_adamw`` for the Trainer's model.
+
+    Keywords are those of ``am_adamw``. Where they are not given, ``lr``, ``weight_decay``, ``betas`` and ``eps``
+    are the TrainingArguments' ``learning_rate``, ``weight_decay``, ``adam_beta1`` b (the cap is b - (1 - b) lambd,
+    0.9 -> 0.89), ``adam_beta2`` and ``adam_epsilon``. Needs transformers 5.2.
+
+    Raises:
+        TypeError: the Trainer is older, and takes it for an optimizer class.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        if arguments or options:
+            raise TypeError(
+                "AMAdamWFactory was called like an optimizer class: this Trainer knows no optimizer factories, which "
+                "came with transformers 5.2. Use optimizer_cls_and_kwargs=(AMAdamW, {'lr': ...}) with it"
+            )
+
+    def __call__(self, model: nn.Module, **options: Any) -> AMAdamW:
+        """Build the optimizer; the Trainer calls it.
+
+        Raises:
+            ValueError, TypeError: as ``am_adamw``; and where no Trainer calls it and ``lr`` is not given.
+        """
+        trainer = caller(Trainer)
+        if trainer is not None:
+            args = trainer.args
+            cap = default_cap(args.adam_beta1, options.get("lambd", 0.1))
+            own = {
+                "lr": args.learning_rate,
+                "weight_decay": args.weight_decay,
+                "betas": (cap, args.adam_beta2),
+                "eps": args.adam_epsilon,
+            }
+            options = {**own, **options}
+        elif "lr" not in options:
+            raise TypeError("AMAdamWFactory is called by no Trainer, whose learning_rate it could take: give it lr")
+        return am_adamw(model, **options)

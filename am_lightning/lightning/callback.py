@@ -1,0 +1,335 @@
+"""Lightning: the AdaptiveMemory callback turns a module's AdamW into AMAdamW and shows its momentum; Fabric: attach."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+import am_lightning.lightning.compat as pl
+from am_lightning.lightning.compat import DeepSpeedStrategy, MisconfigurationException, rank_zero_info, rank_zero_warn
+from am_lightning.lightning.fabric import attach
+from am_lightning.lightning.loggers import Curves
+from am_lightning.lightning.patched_methods import Replacements
+from am_lightning.lightning.trainer_patches import allow_in_deepspeed, ours, place, replace_in, unwrapped
+from am_lightning.loggers.reader import prefix_of
+from am_lightning.optim.argument_hints import LAMBDA, with_cures
+from am_lightning.optim.base import AdaptiveMemoryOptimizer
+from am_lightning.optim.convert import convert_adamw, is_adam, what_to_return
+from am_lightning.optim.validation import SCOPES, check_choice, check_count, check_flag, check_number
+
+__all__ = ["AdaptiveMemory", "attach"]
+
+_OPTIMIZERS = "the optimizer's own: give it to torch.optim.AdamW in configure_optimizers"
+_CURES = {
+    **dict.fromkeys(("lr", "learning_rate", "weight_decay", "eps", "beta2", "fused", "foreach"), _OPTIMIZERS),
+    **dict.fromkeys(("beta1", "beta", "betas", "beta_max", "momentum", "cap"), "the cap of beta_t is beta1_max=..."),
+    **dict.fromkeys(LAMBDA, "write lambd=..."),
+    **dict.fromkeys(("every", "log_every", "log_interval"), "write log_every_n_steps=..."),
+}
+
+
+class _StateKey(property):
+    """The class itself in a Trainer's list, without brackets, is named where the Trainer first looks at it."""
+
+    def __get__(self, callback: Any, cls: type | None = None) -> Any:
+        if callback is None and cls is not None:
+            raise AttributeError(f"{cls.__name__} is a class, and callbacks holds objects: write {cls.__name__}()")
+        return super().__get__(callback, cls)
+
+
+class AdaptiveMemory(pl.Callback):
+    """One line: ``Trainer(callbacks=[AdaptiveMemory()])`` trains with adaptive memory and logs the momentum curves.
+
+    Every ``torch.optim.AdamW`` that ``configure_optimizers`` returns or the Trainer is given in mid-run, and every Adam
+    without coupled weight decay, is converted in place, so schedulers, manual optimization and the user's references go
+    on working. A module that returns AMAdamW or AMSGD itself is only logged.
+    One device, DDP, FSDPStrategy, ModelParallelStrategy (FSDP2, tensor parallel, both) and DeepSpeedStrategy (ZeRO 0 to
+    3) give the same beta_t: the callback tells the optimizer where its parameters are. Clipping by norm
+    (``Trainer(gradient_clip_val=...)``, ``self.clip_gradients``) becomes ``am_lightning.clip_grad_norm_``, right
+    under all of them; DeepSpeed's engine clips by itself.
+
+    Args:
+        lambd: memory regularisation lambda.
+        beta1_max: cap of beta_t; None: b - (1 - b) lambd, not below 0, where b is the AdamW's own beta1 (0.9 -> 0.89).
+        scope: one beta_t for every "tensor", "group", or "global" for the model.
+        per_layer: with a TensorBoardLogger, one curve for each layer.
+        histogram: with a TensorBoardLogger, the histogram of beta_t over the tensors.
+        log_every_n_steps: log interval; None: the Trainer's.
+        max_consecutive_skips: so many steps in a row dropped for a non-finite sum end the run, after a checkpoint.
+
+    Logs ``am/beta/mean|min|max``, ``am/beta/<layer group>``, ``am/clamp/at_max|at_zero`` (shares of tensors),
+    ``am/skipped_steps`` and, where gradients are clipped by norm, ``am/grad_norm`` (before clipping) to every logger;
+    with a second optimizer also ``am-1/...``.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
+        MisconfigurationException: when fit starts, an optimizer that cannot be converted, or a strategy that is not
+            supported; the text has the cure.
+    """
+
+    @with_cures(_CURES, "AdaptiveMemory(beta1_max=...), or lambd=...; it takes neither a module nor an optimizer")
+    def __init__(
+        self,
+        *,
+        lambd: float = 0.1,
+        beta1_max: float | None = None,
+        scope: str = "tensor",
+        per_layer: bool = True,
+        histogram: bool = True,
+        log_every_n_steps: int | None = None,
+        max_consecutive_skips: int = 100,
+    ) -> None:
+        check_number("lambd", lambd)
+        if beta1_max is not None:
+            check_number("beta1_max", beta1_max, upper=1, open_upper=True)
+        check_choice("scope", scope, SCOPES)
+        check_flag("per_layer", per_layer)
+        check_flag("histogram", histogram)
+        if log_every_n_steps is not None:
+            check_count("log_every_n_steps", log_every_n_steps)
+        check_count("max_consecutive_skips", max_consecutive_skips)
+        self.lambd, self.beta1_max, self.scope = lambd, beta1_max, scope
+        self.per_layer, self.histogram = per_layer, histogram
+        self.log_every_n_steps = log_every_n_steps
+        self.max_consecutive_skips = max_consecutive_skips
+        self._replacements = Replacements()  # for the time of a fit
+        self._live: list[Any] = []  # the Trainer's optimizers, as the strategy was last given them
+        self._untold: list[tuple[AdaptiveMemoryOptimizer, str]] = []  # converted, and what it was
+        self._fitting = False
+        self._curves: list[Curves] = []
+        self._skipped_before: list[int] = []  # of each optimizer, from a checkpoint that this fit resumes
+        self._skipped_at_end: list[int] = []  # of each optimizer, when the last fit ended
+        self._last_step = 0
+        self._steps = 0  # in this fit
+        self._next_look = 0  # at the count of skipped steps
+        self._intervals = 0  # log intervals that are over
+
+    @_StateKey
+    def state_key(self) -> str:
+        """As of every callback."""
+        return super().state_key
+
+    # ------------------------------------------------------------------ conversion
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """From now on optimizers are converted where the strategy gets them: when fit starts, and again in mid-run."""
+        self._leave()
+        if stage != "fit":
+            return
+        strategy = trainer.strategy
+        self._replacements.add(strategy, "optimizers", partial(self._take, trainer))
+        if isinstance(strategy, DeepSpeedStrategy):
+            allow_in_deepspeed(strategy)
+            self._replacements.add(strategy, "_init_optimizers", partial(self._take_for_engine, trainer))
+        replace_in(trainer, self._replacements)
+        self._curves, self._skipped_before = [], []
+
+    def on_after_setup(self, **_: Any) -> None:
+        """Fabric's: ``Fabric(callbacks=[AdaptiveMemory()])`` would convert nothing, for the loop is the user's."""
+        raise TypeError(
+            "AdaptiveMemory is a callback of Lightning's Trainer, and does nothing in Fabric: build am_adamw(model, "
+            "lr=...) before fabric.setup, and call am_lightning.lightning.attach(fabric, model, optimizer) after it"
+        )
+
+    def _leave(self) -> None:
+        """Give the strategy and its precision plugin their own methods back, and forget the optimizers."""
+        self._replacements.undo()
+        self._live, self._untold, self._fitting = [], [], False
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Lightning makes no teardown after an exception."""
+        self._leave()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave all as it was; keep the counts for a checkpoint that is saved after fit."""
+        self._leave()
+        if stage == "fit":
+            self._skipped_at_end = [curves.skipped_in_all() for curves in self._curves]
+            self._curves = []
+
+    def _take(self, trainer: pl.Trainer, original: Callable[[list[Any]], None], optimizers: list[Any]) -> None:
+        """What assigning to ``strategy.optimizers`` does: before Lightning's wrappers imitate a class that changes."""
+        optimizers = unwrapped(optimizers)
+        if not isinstance(trainer.strategy, DeepSpeedStrategy) and optimizers:  # an engine has wrapped them by now
+            self._convert(trainer, optimizers)
+        original(optimizers)
+        self._live = list(optimizers)
+        if self._fitting:
+            self._follow(trainer)
+
+    def _take_for_engine(self, trainer: pl.Trainer, original: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+        """What DeepSpeed's engine is built around."""
+        optimizer, schedule = original()
+        self._convert(trainer, [optimizer])
+        return optimizer, schedule
+
+    def _convert(self, trainer: pl.Trainer, optimizers: list[Any]) -> None:
+        ready = [o for o in optimizers if isinstance(o, AdaptiveMemoryOptimizer)]
+        plain = [o for o in optimizers if is_adam(o)]
+        if not ready and not plain:
+            optimizers = [o for o in optimizers if o.param_groups]  # Lightning's stand-in for None has no groups
+            found = ", ".join(type(o).__name__ for o in optimizers) or "no optimizer"
+            if optimizers:
+                found += f" ({'; '.join(dict.fromkeys(map(what_to_return, optimizers)))})"
+            raise MisconfigurationException(
+                f"AdaptiveMemory found nothing to convert: the Trainer was given {found}. Return torch.optim.AdamW, "
+                "Adam without weight decay, AMAdamW or AMSGD from configure_optimizers, or remove the callback."
+            )
+        new = [o for o in optimizers if o not in self._live]
+        for other in new:
+            if other not in plain and other not in ready:
+                rank_zero_info(f"AdaptiveMemory leaves {type(other).__name__} as it is: {what_to_return(other)}")
+        converted = self._convert_each([o for o in new if o in plain], ready)
+        own = [o for o in new if o in ready]
+        if own and not converted and (self.lambd, self.beta1_max, self.scope) != (0.1, None, "tensor"):
+            rank_zero_warn(
+                "AdaptiveMemory only logs here, for the module returns an adaptive memory optimizer itself: "
+                "the callback's lambd, beta1_max and scope are not used."
+            )
+        for optimizer in (*converted, *own):  # now: a LearningRateFinder makes steps before on_fit_start
+            place(optimizer, trainer, trainer.lightning_module)
+
+    def _convert_each(
+        self, plain: list[torch.optim.AdamW | torch.optim.Adam], ready: list[AdaptiveMemoryOptimizer]
+    ) -> list[AdaptiveMemoryOptimizer]:
+        converted: list[AdaptiveMemoryOptimizer] = []
+        for optimizer in plain:
+            name = type(optimizer).__name__
+            try:
+                made = convert_adamw(optimizer, lambd=self.lambd, beta1_max=self.beta1_max, scope=self.scope)
+            except ValueError as error:
+                others = ready or converted or optimizer is not plain[-1]
+                if isinstance(optimizer, torch.optim.AdamW) or not others:
+                    raise MisconfigurationException(f"AdaptiveMemory cannot convert this optimizer: {error}") from error
+                rank_zero_warn(f"AdaptiveMemory leaves {name} as it is beside the other optimizers: {error}")
+            else:
+                converted.append(made)
+                self._untold.append((made, name))
+        return converted
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The optimizers exist: prepare the curves, and tell DeepSpeed's engine."""
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            from am_lightning.deepspeed import attach as attach_engine
+
+            attach_engine(trainer.strategy.model)
+        elif not trainer.optimizers:
+            self._convert(trainer, [])
+        self._curves, self._fitting = [], True
+        self._follow(trainer)
+        self._count_from_checkpoint()
+
+    def _follow(self, trainer: pl.Trainer) -> None:
+        """Curves of the optimizers that are there now; a successor counts dropped steps on from its predecessor."""
+        before, self._curves = self._curves, []
+        for index, optimizer in enumerate(ours(trainer.optimizers)):
+            prefix = prefix_of(index)
+            curves = Curves(optimizer, prefix, per_layer=self.per_layer, histogram=self.histogram)
+            same = next((old for old in before if old.optimizer is optimizer), None)
+            if same is not None:
+                curves = same if same.prefix == prefix else curves
+                curves.skipped_before = same.skipped_before
+            elif index < len(before):
+                curves.skipped_before = before[index].skipped_in_all()
+            self._curves.append(curves)
+        self._next_look = self._steps + self.max_consecutive_skips
+        while self._untold:
+            optimizer, name = self._untold.pop(0)
+            caps = sorted({group["beta1_max"] for group in optimizer.param_groups})
+            rank_zero_info(
+                f"AdaptiveMemory: {name} is now AMAdamW (scope {self.scope}, lambda {self.lambd:g}, "
+                f"cap of beta_t {', '.join(f'{cap:g}' for cap in caps)})"
+            )
+
+    def _look_again(self, trainer: pl.Trainer) -> None:
+        """The list itself may have been changed, ``trainer.optimizers[0] = ...``, which the strategy is not told."""
+        now = trainer.optimizers
+        if len(now) != len(self._live) or any(a is not b for a, b in zip(now, self._live, strict=True)):
+            trainer.strategy.optimizers = now
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A resumed run is where its checkpoint was: count from there."""
+        self._last_step = trainer.global_step
+        self._steps, self._next_look = 0, self.max_consecutive_skips
+        self._intervals = trainer.fit_loop.epoch_loop._batches_that_stepped // (self._every(trainer) or 1)
+
+    # ------------------------------------------------------------------ curves and skipped steps
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Before the step of an optimizer that took another's place."""
+        self._look_again(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """At the log interval: one copy from the device, then scalars to every logger."""
+        self._look_again(trainer)
+        if trainer.global_step == self._last_step:  # gradient accumulation: no step yet
+            return
+        self._last_step = trainer.global_step
+        self._steps += 1
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the axis of the Trainer's own metrics
+        logs = self._log_is_due(trainer, step + 1)
+        if not logs and self._steps < self._next_look:
+            return
+        for curves in self._curves:
+            curves.read()
+            if logs and trainer.is_global_zero:
+                curves.log(trainer.loggers, step)
+        if logs and trainer.is_global_zero:
+            Curves.arrange(self._curves, trainer.loggers, trainer.strategy)
+        self._look_at_skips(trainer, logs)
+
+    def _every(self, trainer: pl.Trainer) -> int:
+        return int(self.log_every_n_steps or trainer.log_every_n_steps)  # type: ignore[union-attr]
+
+    def _log_is_due(self, trainer: pl.Trainer, batches: int) -> bool:
+        """A log interval is over; it may have ended in a batch that made no step."""
+        every = self._every(trainer)
+        if not every:
+            return False
+        over = batches // every > self._intervals
+        self._intervals = batches // every
+        return over or trainer.should_stop
+
+    def _look_at_skips(self, trainer: pl.Trainer, logs: bool) -> None:
+        for curves in self._curves:
+            if logs and curves.newly_skipped():
+                rank_zero_warn(curves.skip_warning())
+            if curves.skipped_in_a_row >= self.max_consecutive_skips:
+                self._give_up(trainer, curves)
+        in_a_row = max((curves.skipped_in_a_row for curves in self._curves), default=0)
+        self._next_look = self._steps + self.max_consecutive_skips - in_a_row  # not before that can it be too many
+
+    def _give_up(self, trainer: pl.Trainer, curves: Curves) -> None:
+        """All ranks together, for all have the same counts: write a checkpoint of the last good weights, then raise."""
+        checkpoint = trainer.checkpoint_callback
+        folder = getattr(checkpoint, "dirpath", None) or trainer.default_root_dir
+        path = os.path.join(folder, f"am-nonfinite-step={trainer.global_step}.ckpt")
+        trainer.save_checkpoint(path)
+        raise RuntimeError(
+            f"{curves.skipped_in_a_row} steps in a row were dropped because a sum over gradients was not finite; "
+            f"the first bad parameter is {curves.first_bad!r}. The weights are those of the last good step, saved in "
+            f"{path}. Look at that layer's inputs and loss terms, lower the learning rate or clip gradients, and "
+            f"resume; max_consecutive_skips is {self.max_consecutive_skips}."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Skipped steps so far, so that the curve goes on after a resume."""
+        now = [curves.skipped_in_all() for curves in self._curves]
+        return {"skipped_steps": now or self._skipped_at_end}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave: before on_fit_start, or after it under FSDP and model parallel."""
+        self._skipped_before = list(state_dict.get("skipped_steps", []))
+        self._count_from_checkpoint()
+
+    def _count_from_checkpoint(self) -> None:
+        for curves, skipped in zip(self._curves, self._skipped_before, strict=False):
+            curves.skipped_before += skipped - curves.skipped_in_all()
+        if self._curves:
+            self._skipped_before = []

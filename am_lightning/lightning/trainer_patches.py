@@ -1,0 +1,174 @@
+"""What AdaptiveMemory does to a Trainer's optimizers and, for the time of a fit, to its strategy and precision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.optim.optimizer import Optimizer
+
+import am_lightning.lightning.compat as pl
+from am_lightning.lightning.compat import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPPrecision,
+    FSDPStrategy,
+    MisconfigurationException,
+    ModelParallelStrategy,
+    Precision,
+    loaded,
+)
+from am_lightning.lightning.patched_methods import Replacements
+from am_lightning.optim.base import AdaptiveMemoryOptimizer
+from am_lightning.optim.clip import clip_grad_norm_
+from am_lightning.optim.state import SCALARS
+from am_lightning.optim.unwrap import innermost
+
+
+def replace_in(trainer: pl.Trainer, replacements: Replacements) -> None:
+    """Make the trainer clip by our norm and load AdamW's distributed checkpoints, until the replacements are undone."""
+    plugin, strategy = trainer.precision_plugin, trainer.strategy
+    lightnings_own = [kind.clip_grad_by_norm for kind in (*loaded(Precision), *loaded(FSDPPrecision))]
+    if type(plugin).clip_grad_by_norm in lightnings_own and "clip_grad_by_norm" not in plugin.__dict__:
+        replacements.add(plugin, "clip_grad_by_norm", _clip_by_norm)
+    if isinstance(strategy, ModelParallelStrategy):
+        replacements.add(strategy, "load_checkpoint", partial(_load_checkpoint, strategy))
+    for callback in trainer.callbacks:  # type: ignore[union-attr]
+        if getattr(callback, "log_momentum", False) and hasattr(callback, "_extract_momentum"):  # LearningRateMonitor
+            replacements.add(callback, "_extract_momentum", partial(_show_momentum, trainer, callback))
+
+
+def _clip_by_norm(original: Callable[..., None], optimizer: Optimizer, clip_val: float) -> None:
+    """``clip_grad_by_norm`` of a precision plugin: Lightning's raises for FSDP1, torch's for FSDP2 with TP.
+
+    All of Lightning's ways to clip end there: gradient_clip_val, a module's own configure_gradient_clipping, and
+    ``self.clip_gradients`` in manual optimization.
+    """
+    inner = innermost(optimizer)
+    if isinstance(inner, AdaptiveMemoryOptimizer):
+        clip_grad_norm_(inner, clip_val)
+    else:
+        original(optimizer, clip_val)
+
+
+def _show_momentum(
+    trainer: pl.Trainer,
+    monitor: Any,
+    original: Callable[..., dict[str, float]],
+    param_group: dict[str, Any],
+    **more: Any,
+) -> dict[str, float]:
+    """LearningRateMonitor's ``...-momentum``: the mean beta_t of the group's tensors, nothing before the first step.
+
+    It reads ``betas[0]``, which is the cap, or a number of OneCycleLR's that is not used; of SGD "momentum".
+    """
+    shown = original(param_group, **more)
+    for optimizer in ours(trainer.optimizers):
+        if not any(group is param_group for group in optimizer.param_groups):
+            continue
+        betas = optimizer.report()[:-4].cpu()
+        own = [index for index, group in enumerate(optimizer.groups_of_parameters()) if group is param_group]
+        beta = float(betas[own].nanmean())
+        shown = {} if math.isnan(beta) else dict.fromkeys(shown, beta)
+        monitor.last_momentum_values.update(shown)
+    return shown
+
+
+def _load_checkpoint(
+    strategy: ModelParallelStrategy,
+    original: Callable[..., dict[str, Any]],
+    checkpoint_path: Any,
+    *args: Any,
+    **kw: Any,
+) -> dict[str, Any]:
+    """``load_checkpoint`` of ModelParallelStrategy that also takes a distributed checkpoint of AdamW.
+
+    torch.distributed.checkpoint loads what ``state_dict()`` shows, and refuses where the checkpoint lacks some of it.
+    """
+    path = Path(strategy.broadcast(checkpoint_path))
+    with ExitStack() as stack:
+        if (path / ".metadata").is_file():
+            saved = set(FileSystemReader(path).read_metadata().state_dict_metadata)
+            for index, optimizer in enumerate(strategy.optimizers):
+                if isinstance(optimizer, AdaptiveMemoryOptimizer):
+                    stack.enter_context(_showing_only(optimizer, saved, f"optimizer_{index}."))
+        return original(path, *args, **kw)
+
+
+@contextmanager
+def _showing_only(optimizer: AdaptiveMemoryOptimizer, saved: set[str], prefix: str) -> Iterator[None]:
+    """``state_dict()`` leaves out options and adaptive scalars that are not in ``saved``: loading fills them in."""
+    states = [key for key in saved if key.startswith(f"{prefix}state.")]
+    if any(key.endswith(".max_exp_avg_sq") for key in states):
+        raise ValueError("the checkpoint is of AdamW with amsgrad=True, which AMAdamW has no form of: start anew")
+    missing = {scalar for scalar in SCALARS if not any(key.endswith(f".{scalar}") for key in states)}
+
+    def only(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "state": {
+                index: {key: value for key, value in state.items() if key not in missing}
+                for index, state in state_dict["state"].items()
+            },
+            "param_groups": [
+                {key: v for key, v in group.items() if key == "params" or f"{prefix}param_groups.{g}.{key}" in saved}
+                for g, group in enumerate(state_dict["param_groups"])
+            ],
+        }
+
+    handle = optimizer.register_state_dict_post_hook(only)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def place(optimizer: AdaptiveMemoryOptimizer, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Give ``optimizer`` the module's names, FSDP1's process groups, and DDP's replicas."""
+    strategy = trainer.strategy
+    model = strategy.model if isinstance(strategy, FSDPStrategy) else pl_module
+    assert model is not None
+    optimizer.bind_model(model)
+    ddp = isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)  # which is one, by class
+    if ddp and trainer.world_size > 1 and optimizer.replica_group is None:
+        optimizer.replica_group = torch.distributed.group.WORLD
+
+
+def allow_in_deepspeed(strategy: DeepSpeedStrategy) -> None:
+    """Set what DeepSpeed asks for where an optimizer is not one of its own.
+
+    Raises:
+        MisconfigurationException: the configuration names an optimizer, which would be built in place of ours.
+    """
+    config = strategy.config
+    assert isinstance(config, dict)
+    if "optimizer" in config:
+        raise MisconfigurationException(
+            f"the DeepSpeed configuration names an optimizer ({config['optimizer'].get('type')!r}), which adaptive "
+            "memory cannot turn into its own: remove 'optimizer' from it, and return torch.optim.AdamW or AMAdamW from "
+            "configure_optimizers"
+        )
+    config.setdefault("zero_allow_untested_optimizer", True)
+    config.setdefault("zero_force_ds_cpu_optimizer", False)
+
+
+def unwrapped(optimizers: list[Any]) -> list[Any]:
+    """Without LightningOptimizer, which ``module.optimizers()`` gives: one that was made before imitates AdamW."""
+    if not any(map(_is_lightnings, optimizers)):
+        return optimizers
+    return [o.optimizer if _is_lightnings(o) else o for o in optimizers]
+
+
+def _is_lightnings(optimizer: Any) -> bool:
+    return any(cls.__name__ == "LightningOptimizer" for cls in type(optimizer).__mro__)
+
+
+def ours(optimizers: list[Optimizer]) -> list[AdaptiveMemoryOptimizer]:
+    """The adaptive memory optimizers, unwrapped."""
+    inner = [innermost(optimizer) for optimizer in optimizers]
+    return [optimizer for optimizer in inner if isinstance(optimizer, AdaptiveMemoryOptimizer)]

@@ -1,0 +1,124 @@
+"""Momentum curves where there is no callback: a loop of one's own, nanoGPT, and any writer."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from am_lightning.distributed.shard import my_rank
+from am_lightning.loggers.reader import Readings
+from am_lightning.loggers.step_logger import StepLog, logs_of
+from am_lightning.optim.unwrap import adaptive
+from am_lightning.optim.validation import check_count
+
+Write = Callable[[dict[str, float], int], Any]
+_WRITERS = (
+    "writer must have add_scalar (SummaryWriter), log_metrics (a Lightning logger, mlflow) or log (a wandb run), or be "
+    "called with a dict of scalars and the step: attach(optimizer, lambda scalars, step: print(step, scalars))"
+)
+
+
+def attach(optimizer: Any, writer: Any, every: int = 50, *, prefix: str = "am") -> Log:
+    """Write the momentum of ``optimizer`` to ``writer`` every so many of its steps.
+
+    It is a step hook of the optimizer and nothing else: nothing is patched, and a step between two writes costs one
+    call. A write copies one vector from the device. Where torch.distributed is initialised rank 0 writes; reading takes
+    no collective, so the other ranks do nothing (call it on all of them, or on rank 0 alone). It writes
+    of the tensors in its own optimizer, which under pipeline parallel are those of its stage. A copy or a pickle of
+    the optimizer has no hooks: attach anew.
+
+    Args:
+        optimizer: AMAdamW or AMSGD, or what a framework made of it. Of one in a DeepSpeed engine, the first of several
+            ``step()`` calls of a training step is written: use ``am_lightning.huggingface`` or Lightning there.
+        writer: with ``add_scalar(tag, value, step)`` (torch's SummaryWriter, which gets the histogram ``am/beta``,
+            too), ``log_metrics(scalars, step=)``, ``log(scalars, step=)`` (a wandb run, or the module), or a callable
+            that takes a dict of scalars and the step.
+        every: so many calls of ``step()``, dropped ones too; a resumed run starts from the steps in its checkpoint.
+        prefix: of the tags. Give a second optimizer "am-1".
+
+    Tags are those of every framework here: ``am/beta/mean|min|max``, ``am/beta/<layer group>``,
+    ``am/clamp/at_max|at_zero``, ``am/skipped_steps``, ``am/grad_norm`` where ``clip_grad_norm_`` ran, and
+    ``am/beta/layer/<layer>`` where parameters have names (``AMAdamW(model.named_parameters())``, ``am_adamw(model)``,
+    ``optimizer.name_parameters``). It warns of steps that were dropped because a sum, or what would have
+    been written, was not finite.
+
+    Returns:
+        A handle: ``remove()`` ends it, ``every`` may be changed. The same optimizer, writer and prefix again take the
+        place of what was there.
+
+    Raises:
+        TypeError: an argument is of the wrong type, such as a torch.optim.AdamW; the text has the cure.
+        ValueError: ``every`` is below 1.
+    """
+    ours = adaptive(optimizer, "build am_lightning.am_adamw(model, lr=...), or AMAdamW(...), in place of it")
+    check_count("every", every)
+    if not isinstance(prefix, str) or not prefix:
+        raise TypeError(f"Invalid prefix: {prefix!r} (prefix must be a text such as 'am')")
+    write = _write_of(writer)
+    for other in logs_of(ours):
+        if isinstance(other, Log) and other.writer is writer and other.readings.prefix == prefix:
+            other.remove()
+    return Log(Readings(ours, prefix), writer, write, every)
+
+
+class Log(StepLog):
+    """What :func:`attach` returns.
+
+    Attributes:
+        every: steps between two writes; None pauses it.
+        readings: what was read last.
+    """
+
+    def __init__(self, readings: Readings, writer: Any, write: Write, every: int) -> None:
+        self.every, self.writer, self._write = every, writer, write
+        super().__init__(readings)
+
+    def is_main(self) -> bool:
+        return my_rank() == 0
+
+    def log(self) -> None:
+        readings = self.readings
+        readings.read()
+        if readings.newly_skipped():
+            warnings.warn(readings.skip_warning(), stacklevel=5)  # whoever calls step()
+        scalars = readings.scalars()
+        if readings.has_names():
+            scalars |= readings.report.layers(readings.betas)
+        self._write(scalars, self.steps)
+        seen = readings.stepped()
+        if hasattr(self.writer, "add_histogram") and seen.numel():
+            self.writer.add_histogram(f"{readings.prefix}/beta", seen, self.steps)
+
+
+def _write_of(writer: Any) -> Write:
+    """Scalars and a step into whatever ``writer`` is.
+
+    Raises:
+        TypeError: it cannot be written to.
+    """
+    if isinstance(writer, type):
+        raise TypeError(f"Invalid writer: the class {writer.__name__} (give an object of it). {_WRITERS}")
+    if callable(getattr(writer, "add_scalar", None)):
+
+        def add(scalars: dict[str, float], step: int) -> None:
+            for tag, value in scalars.items():
+                writer.add_scalar(tag, value, step)
+
+        return add
+    for name in ("log_metrics", "log"):
+        method = getattr(writer, name, None)
+        if callable(method):
+            return lambda scalars, step: method(scalars, step=step)
+    if not callable(writer):
+        raise TypeError(f"Invalid writer: {writer!r}. {_WRITERS}")
+    try:
+        inspect.signature(writer).bind({}, 0)
+    except TypeError as error:
+        raise TypeError(
+            f"Invalid writer: {writer!r} cannot be called with scalars and a step ({error}). {_WRITERS}"
+        ) from error
+    except ValueError:
+        pass  # a builtin that does not say what it takes
+    return writer  # type: ignore[no-any-return]

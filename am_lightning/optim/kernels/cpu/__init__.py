@@ -1,0 +1,1 @@
+"""The CPU's kernels: chunked with torch's operators, and one C++ loop."""

@@ -1,0 +1,1 @@
+"""Triton's kernels, for CUDA and ROCm."""

@@ -1,0 +1,128 @@
+"""The two passes as Triton kernels, for CUDA and ROCm: three launches for all tensors of one kind, and no waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from am_lightning.optim.kernels.inputs import Numbers, Piece, is_addressable, is_flat, too_large
+from am_lightning.optim.kernels.transfer import moved
+from am_lightning.optim.kernels.triton.tables import BLOCK, BLOCKS, Kind, Tables
+
+__all__ = ["DTYPES", "LAUNCH_OPTIONS", "Tables", "TritonPasses", "current", "require_triton", "supports"]
+
+DTYPES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_REDUCE_BLOCK = 2048  # chunks that one program of the second stage takes at once: 32 turns for 537 M elements
+# The default of fusing a product and a sum differs between versions of Triton.
+LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+_LAUNCH = {"BLOCK": BLOCK, "BLOCKS": BLOCKS, **LAUNCH_OPTIONS}
+
+
+def require_triton() -> Any:
+    """The module of kernels.
+
+    Raises:
+        RuntimeError: Triton is not installed, or does not work here.
+    """
+    try:
+        from am_lightning.optim.kernels.triton import kernels as triton_kernels
+    except ImportError as error:
+        raise RuntimeError(
+            f"Triton cannot be imported ({error}): pip install 'am-lightning[triton]', or '.[triton]' in a checkout"
+        ) from error
+    return triton_kernels
+
+
+def supports(piece: Piece) -> bool:
+    """Whether these kernels can do a row; others go through another tier.
+
+    They walk the storage, have a second moment, no coupled decay, and compute in float64 where all four tensors are.
+    """
+    tensors = piece.tensors()
+    dtypes = {tensor.dtype for tensor in tensors}
+    plain = piece.v is not None and not piece.options.l2 and is_flat(tensors) and is_addressable(tensors)
+    return plain and dtypes <= DTYPES.keys() and (torch.float64 not in dtypes or len(dtypes) == 1)
+
+
+class TritonPasses:
+    """Both passes of one step over pieces that ``supports`` has accepted, on one device or several."""
+
+    def __init__(self, pieces: Sequence[Piece], tables: Tables, gradient_scale: Tensor | None = None) -> None:
+        """``gradient_scale``: 0-dim; gradients are multiplied by it in registers."""
+        self._gradient_scale = gradient_scale
+        self._pieces = pieces  # the tables hold addresses, and some gradients are copies that nobody else holds
+        self._device = pieces[0].x.device
+        self._groups = tables.prepare(pieces)
+        self._kernels = require_triton()
+
+    def sums(self, numbers: Numbers, accumulate: torch.dtype) -> Tensor:
+        """Pass 1, which only reads: ``[pieces, 2]``, N and D, on the device of the first piece.
+
+        Args:
+            numbers: ``gap``, ``root`` and ``floor`` are read on the device.
+            accumulate: dtype of the result; the kernels sum in float64.
+        """
+        parts: dict[torch.device, Tensor] = {}
+        alone = len({group.kind.device for group, _, _ in self._groups}) == 1  # then every slot is written
+        for group, addresses, options in self._groups:
+            kind, device = group.kind, group.kind.device
+            if device not in parts:
+                new = torch.empty if alone else torch.zeros
+                parts[device] = new(len(self._pieces), 2, dtype=torch.float64, device=device)
+            partial = torch.empty(group.chunk_count, 2, dtype=torch.float64, device=device)
+            columns = [_on(numbers.columns[name], device) for name in ("gap", "root", "floor")]
+            with current(device):
+                if group.chunk_count:
+                    self._kernels.sums_kernel[(group.chunk_count,)](
+                        addresses, group.chunks, group.tensors, options, *columns,
+                        _on(self._gradient_scale, device), partial,
+                        **self._constants(kind), DECAYS=kind.decays, TOO_LARGE=too_large(kind.dtypes[2]), **_LAUNCH,
+                    )  # fmt: skip
+                self._kernels.reduce_kernel[(group.size,)](
+                    partial, group.first_chunk, group.tensors, parts[device], BLOCK=_REDUCE_BLOCK, **LAUNCH_OPTIONS
+                )
+        total, *others = (moved(part, self._device) for part in parts.values())
+        for other in others:
+            total = total + other  # every slot is filled on one device
+        return total.to(accumulate)
+
+    def update(self, numbers: Numbers, counts: Tensor) -> None:
+        """Pass 2, which writes d, v and x of the rows where ``counts`` (``[rows]`` bool, on the device) is True.
+
+        Args:
+            numbers: ``root``, ``floor``, ``lr``, ``shrink``, ``omega`` are read on the device, and ``step`` (the steps
+                that a row has made) where d is rounded stochastically.
+        """
+        for group, addresses, options in self._groups:
+            kind, device = group.kind, group.kind.device
+            if not group.chunk_count:
+                continue
+            names = ("root", "floor", "lr", "shrink", "omega")
+            columns = [_on(numbers.columns[name], device) for name in names]
+            steps = _on(numbers.columns["step"], device) if kind.stochastic else None
+            with current(device):
+                self._kernels.update_kernel[(group.chunk_count,)](
+                    addresses, group.chunks, group.tensors, options, *columns,
+                    _on(counts.view(torch.uint8), device), steps, _on(self._gradient_scale, device),
+                    **self._constants(kind), STOCHASTIC=kind.stochastic, **_LAUNCH,
+                )  # fmt: skip
+
+    def _constants(self, kind: Kind) -> dict[str, Any]:
+        """What a kernel is compiled for."""
+        dtypes = [getattr(self._kernels.tl, DTYPES[dtype]) for dtype in (*kind.dtypes, kind.compute_dtype)]
+        constants = dict(zip(("G", "D", "V", "X", "COMPUTE"), dtypes, strict=True))
+        return constants | dict(zip(("ALIGNED_G", "ALIGNED_STATE", "ALIGNED_X"), kind.aligned, strict=True))
+
+
+def _on(tensor: Any, device: torch.device) -> Any:
+    """On the device of the kernel, one number after the other."""
+    return None if tensor is None else moved(tensor, device).contiguous()
+
+
+def current(device: torch.device) -> Any:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

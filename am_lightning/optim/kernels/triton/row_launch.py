@@ -1,0 +1,103 @@
+"""What a step does with one number for each row as two launches, where torch's operators are about a hundred."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from am_lightning.optim.closed_form import LARGEST_GAP
+from am_lightning.optim.kernels.inputs import Clip, Numbers
+from am_lightning.optim.kernels.transfer import uploaded
+from am_lightning.optim.kernels.triton.launch import LAUNCH_OPTIONS, current
+from am_lightning.optim.kernels.triton.tables import Following
+
+_NAMES = ("cap", "lr", "gap", "root", "floor", "shrink", "step")
+_BLOCK = 512
+
+
+class Coefficients(NamedTuple):
+    """What is known before the sums."""
+
+    columns: Tensor  # [7, rows]
+    numbers: Numbers  # the same by name
+    tail: Tensor  # [rows, 2]: whether there is a gradient here, and whether it is the row's first
+    factor: Tensor | None  # 0-dim, of clipping
+
+
+class RowKernels:
+    """The tables of one layout, kept from step to step."""
+
+    def __init__(self, sizes: Sequence[int], scope: str, device: torch.device) -> None:
+        self._rows, self._device = sum(sizes), device
+        owners = [group for group, size in enumerate(sizes) for _ in range(size)]
+        ends = list(accumulate(sizes)) if scope == "group" else [self._rows]
+        self._scopes, self._shared = len(ends), scope != "tensor"
+        self._group_of, self._bounds = (uploaded(values, device, torch.int32) for values in (owners, [0, *ends]))
+        self._options = Following(device, torch.float64)
+        self._captured: list[Any] = []  # what CUDA graphs read
+        self._kernels = _kernels()
+
+    def coefficients(
+        self, table: Tensor, options: Sequence[Sequence[Any]], present: Tensor, clip: Clip | None
+    ) -> Coefficients:
+        """Before the sums.
+
+        Args:
+            table: ``[4, rows]`` float32, the rows' states.
+            options: cap, lr, mu, beta2, eps of each group; lr may be a one-element tensor.
+            present: ``[rows]`` float64.
+        """
+        flat = [clip.max_norm if clip is not None else 0.0, *(value for group in options for value in group)]
+        on_device = {i: value for i, value in enumerate(flat) if isinstance(value, Tensor)}
+        # -1 is no option's value: what is written over it below is never taken for a number of the host.
+        values = self._options.follow(
+            [-1.0 if i in on_device else float(v) for i, v in enumerate(flat)], self._captured
+        )
+        for i, value in on_device.items():
+            values[i : i + 1].copy_(value.detach().reshape(1), non_blocking=True)
+        columns, tail = self._new(len(_NAMES), self._rows), self._new(self._rows, 2)
+        factor = None if clip is None else self._new()
+        with current(self._device):
+            self._kernels.coefficients_kernel[(-(-self._rows // _BLOCK),)](
+                table, values, self._group_of, present, None if clip is None else clip.norm, columns, tail, factor,
+                self._rows, LARGEST_GAP=LARGEST_GAP, BLOCK=_BLOCK, **LAUNCH_OPTIONS,
+            )  # fmt: skip
+        return Coefficients(columns, Numbers(dict(zip(_NAMES, columns.unbind(), strict=True))), tail, factor)
+
+    def decide(
+        self, packed: Tensor, columns: Tensor, table: Tensor, record: Tensor, skipped: Tensor, *, skip: bool
+    ) -> tuple[Tensor, Tensor]:
+        """After the sums: writes the states in ``table`` and what the step record keeps.
+
+        Args:
+            packed: ``[rows, 4]`` float64, the reduced sums.
+            columns: of ``coefficients``.
+            record, skipped: of ``StepRecord``.
+            skip: a sum that is not finite drops the step; False: its rows take the cap.
+
+        Returns:
+            omega ``[rows]``, and ``[rows]`` bool: the rows that take part.
+        """
+        omega = self._new(self._rows)
+        counts = torch.empty(self._rows, dtype=torch.bool, device=self._device)
+        with current(self._device):
+            self._kernels.decide_kernel[(1,)](
+                packed, columns, table, self._bounds, omega, counts.view(torch.uint8), record,
+                skipped.view(torch.uint8), self._rows, self._scopes,
+                SHARED=self._shared, SKIP=skip, BLOCK=_BLOCK, **LAUNCH_OPTIONS,
+            )  # fmt: skip
+        return omega, counts
+
+    def _new(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float64, device=self._device)
+
+
+def _kernels() -> Any:
+    """Imported where ``require_triton`` has found Triton."""
+    from am_lightning.optim.kernels.triton import row_kernels as triton_row_kernels
+
+    return triton_row_kernels

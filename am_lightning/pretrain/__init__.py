@@ -1,0 +1,1 @@
+"""Pretraining: data, model, checkpoints and commands, which the programs in recipes/ are put together from."""

@@ -1,0 +1,62 @@
+"""Progress bars with loss, tokens per second and the mean of beta_t; the setting `progress_bar` chooses one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
+
+from am_lightning.lightning.trainer_patches import ours
+from am_lightning.loggers.reader import Readings
+from am_lightning.pretrain.callbacks.throughput import TrainingMonitor
+
+PROGRESS_EVERY = 10  # batches between two updates
+_SHORT = {"val/loss": "val"}
+
+Metrics = dict[str, int | str | float | dict[str, float]]
+
+
+class _RunMetrics(ProgressBar):
+    """What stands behind the bar. It is read from the device when the bar is drawn anew, where the loss is read too."""
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Metrics:
+        loss = trainer.callback_metrics.get("train/loss")  # where it stays a tensor until now
+        shown: Metrics = {} if loss is None else {"loss": float(loss)}
+        for name, value in super().get_metrics(trainer, pl_module).items():
+            shown[_SHORT.get(name, name)] = value
+        shown.pop("v_num", None)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, TrainingMonitor) and (rate := callback.tokens_per_second(trainer)):
+                shown["tok/s"] = f"{rate:,.0f}"
+        for optimizer in ours(trainer.optimizers)[:1]:
+            readings = Readings(optimizer)
+            readings.read()
+            if bool((~readings.betas.isnan()).any()):
+                shown["beta"] = f"{float(readings.betas.nanmean()):.3f}"
+        return shown
+
+
+class RunProgressBar(_RunMetrics, TQDMProgressBar):
+    """Lightning's TQDM bar with the run's figures; redrawn every `refresh_rate` batches."""
+
+    def __init__(self, refresh_rate: int = PROGRESS_EVERY, **options: Any) -> None:
+        super().__init__(refresh_rate=refresh_rate, **options)
+
+
+class RichRunProgressBar(_RunMetrics, RichProgressBar):
+    """Lightning's rich bar with the run's figures; redrawn every `refresh_rate` batches."""
+
+    def __init__(self, refresh_rate: int = PROGRESS_EVERY, **options: Any) -> None:
+        super().__init__(refresh_rate=refresh_rate, **options)
+        self._shown: Metrics = {}
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Metrics:
+        """Lightning's rich bar asks after every batch, however seldom it is drawn."""
+        batches = trainer.fit_loop.batch_idx + 1
+        if not self._shown or batches % self.refresh_rate == 0 or trainer.fit_loop.epoch_loop._is_training_done:
+            self._shown = super().get_metrics(trainer, pl_module)
+        return self._shown
+
+
+BARS: dict[str, type[RunProgressBar] | type[RichRunProgressBar]] = {"tqdm": RunProgressBar, "rich": RichRunProgressBar}

@@ -1,0 +1,118 @@
+"""What stands in TensorBoard besides curves: the configuration as text, a row on the HParams page, Custom Scalars."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import yaml
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from am_lightning.lightning.trainer_patches import ours
+from am_lightning.loggers.reader import Readings, prefix_of
+from am_lightning.pretrain.callbacks.throughput import TrainingMonitor
+from am_lightning.pretrain.commands.report.runs import parameters
+
+FINAL = ("final/val_loss", "final/val_perplexity")
+# The HParams page's result columns: curves, of which it shows the newest point.
+_RESULTS = (*FINAL, "val/loss", "train/loss", "throughput/tokens_per_second")
+_MFU = "model FLOPs utilization"
+_LAYOUT: dict[str, dict[str, list[object]]] = {
+    "training": {
+        "loss": ["Multiline", ["^(train|val)/loss$"]],
+        "perplexity": ["Multiline", ["^(train|val)/perplexity$"]],
+        "gradient norm, before clipping": ["Multiline", [".*grad_norm$"]],
+        "learning rate": ["Multiline", ["^lr-.*"]],
+        "steps skipped so far": ["Multiline", [".*skipped_steps$"]],
+    },
+    "throughput": {
+        "tokens per second, all processes": ["Multiline", ["^throughput/tokens_per_second$"]],
+        "TFLOP/s per device": ["Multiline", ["^throughput/tflops_per_device$"]],
+        _MFU: ["Multiline", ["^throughput/mfu$"]],
+    },
+}
+
+
+class RunConfig(SaveConfigCallback):
+    """LightningCLI's config.yaml beside the event file; the same as a text card and as a row on the HParams page."""
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        text = self.parser.dump(self.config, skip_none=False)
+        for board in _boards(trainer):
+            board.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()))
+            settings = main_settings(yaml.safe_load(text), trainer.world_size, str(trainer.precision))
+            experiment, start, _ = hparams(settings, dict.fromkeys(_RESULTS, 0.0))  # type: ignore[no-untyped-call]
+            # In the run's own file, and with no result yet: torch's add_hparams would make a second run of it.
+            writer = board._get_file_writer()  # type: ignore[no-untyped-call]
+            writer.add_summary(experiment)
+            writer.add_summary(start)
+
+
+class Board(Callback):
+    """Arranges TensorBoard's Custom Scalars page, and logs `final/val_loss` of the validation after the last step."""
+
+    def __init__(self) -> None:
+        self._arranged = False
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Once, after the first step: AdaptiveMemory has written its own layout by then, and the last one counts."""
+        if self._arranged or not trainer.is_global_zero or trainer.global_step == 0:
+            return
+        self._arranged = True
+        pages = {title: dict(charts) for title, charts in _LAYOUT.items()}
+        if not any(isinstance(c, TrainingMonitor) and c.peak_flops for c in trainer.callbacks):  # type: ignore[attr-defined]
+            del pages["throughput"][_MFU]
+        for number, optimizer in enumerate(ours(trainer.optimizers)):
+            readings = Readings(optimizer, prefix_of(number))
+            readings.read()
+            pages |= readings.report.custom_scalars()
+        for board in _boards(trainer):
+            board.add_custom_scalars(pages)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Of `trainer.validate`, which follows a fit; `validate` on the command line has no logger."""
+        if trainer.state.fn != "validate" or not trainer.is_global_zero:
+            return
+        for board in _boards(trainer):
+            for tag, name in zip(FINAL, ("val/loss", "val/perplexity"), strict=True):
+                board.add_scalar(tag, float(trainer.callback_metrics[name]), trainer.global_step)
+            board.flush()
+
+
+def main_settings(config: dict[str, Any], world_size: int, precision: str) -> dict[str, bool | int | float | str]:
+    """The settings that a comparison of runs asks for, from a resolved configuration of `fit`.
+
+    Few and short: the page shows them by name in the order of the alphabet, five at first.
+    """
+    model, data, trainer = config["model"], config["data"], config["trainer"]
+    optimizer = model["optimizer"]
+    arguments = optimizer.get("init_args") or {}
+    betas = arguments.get("betas") or (None, None)
+    found: dict[str, Any] = {
+        "optimizer": optimizer["class_path"].rpartition(".")[2],
+        **{key: arguments.get(key) for key in ("lr", "lambd", "scope")},
+        **dict(zip(("beta1", "beta2"), betas, strict=True)),
+        **{key: model.get(key) for key in ("weight_decay", "schedule", "warmup_fraction", "seq_len")},
+        "parameters": parameters(model),
+        **{key: data.get(key) for key in ("source", "batch_size")},
+        "max_steps": trainer.get("max_steps"),
+        "strategy": _name(trainer.get("strategy")),
+        "precision": precision,
+        "processes": world_size,
+        "seed": config.get("seed_everything"),
+    }
+    return {key: value for key, value in found.items() if isinstance(value, bool | int | float | str)}
+
+
+def _name(value: Any) -> str:
+    return str(value["class_path"]).rpartition(".")[2] if isinstance(value, dict) else str(value)
+
+
+def _boards(trainer: L.Trainer) -> list[SummaryWriter]:
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

@@ -1,0 +1,17 @@
+"""Checkpoints that survive a kill at any moment, and the way back to the newest whole one."""
+
+from am_lightning.pretrain.checkpoints.atomic import AtomicCheckpointIO, replace_with_link
+from am_lightning.pretrain.checkpoints.callback import RunCheckpoint
+from am_lightning.pretrain.checkpoints.finding import LAST, check_readable, newest_whole, saved_step
+from am_lightning.pretrain.checkpoints.position import restore_position
+
+__all__ = [
+    "LAST",
+    "AtomicCheckpointIO",
+    "RunCheckpoint",
+    "check_readable",
+    "newest_whole",
+    "replace_with_link",
+    "restore_position",
+    "saved_step",
+]

@@ -1,0 +1,101 @@
+"""Which checkpoint to go on from: the newest whole one, and errors that name it."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from am_lightning.pretrain.checkpoints.manifest import damage, manifest_of
+from am_lightning.pretrain.runtime.errors import RecipeError
+
+LAST = "last.ckpt"
+_METADATA = "meta.pt"  # Lightning's name for what is not sharded, in a folder of shards
+
+
+def newest_whole(folder: Path, verify: bool = True) -> Path | None:
+    """The newest whole checkpoint of a run, for ``--ckpt_path last``; None where the run has none yet.
+
+    `last.ckpt` where it is the newest. Broken ones are passed over with a warning that names them and the one chosen.
+
+    Args:
+        folder: the run's checkpoints.
+        verify: read them; without, the newest is given as it is.
+
+    Raises:
+        RecipeError: there are checkpoints, and all are broken.
+    """
+    broken: dict[Path, str] = {}
+    for path in by_age([*folder.glob("step-*.ckpt"), *folder.glob(LAST)]):
+        found = damage(path) if verify else None
+        if found is None:
+            for other, reason in broken.items():
+                rank_zero_warn(f"the checkpoint {other} is broken ({reason}): going on from {path}, the one before")
+            return path
+        broken[path] = found
+    if broken:
+        named = ", ".join(f"{path.name} ({reason})" for path, reason in broken.items())
+        raise RecipeError(f"no checkpoint in {folder} is whole: {named}. Start anew, without --ckpt_path.")
+    return None
+
+
+def by_age(paths: list[Path]) -> list[Path]:
+    """Newest first, each file once: last.ckpt stands for the one it links to. A broken link counts for nothing."""
+    known: list[tuple[int, bool, str, Path]] = []
+    for path in paths:
+        if path.exists():
+            entry = manifest_of(path) if path.is_dir() and manifest_of(path).exists() else path
+            known.append((entry.stat().st_mtime_ns, path.name == LAST, path.name, path))
+    unique: list[Path] = []
+    for *_, path in sorted(known, reverse=True):
+        if not any(path.samefile(other) for other in unique):
+            unique.append(path)
+    return unique
+
+
+def check_readable(path: Path, folder: Path | None = None) -> None:
+    """Read all of a checkpoint and compare its checksums: torch.load alone does not see a flipped bit.
+
+    Where it cannot be read, others are looked for in `folder`, by default its own.
+
+    Raises:
+        RecipeError: it is missing or broken; names an older one that is whole, if there is one.
+    """
+    if not path.exists():
+        raise RecipeError(f"--ckpt_path {path}: there is no such file. {_older(path, folder)}")
+    found = damage(path, ours=False)
+    if found:
+        raise RecipeError(f"the checkpoint {path} is broken ({found}). {_older(path, folder)}")
+
+
+def saved_step(path: Path) -> int:
+    """The number of optimizer steps that were done when `path` was written; reads little of the file.
+
+    Raises:
+        RecipeError: it is no checkpoint of this program.
+    """
+    folder = path.is_dir()
+    if folder and not (path / _METADATA).exists():  # DeepSpeed's
+        return step_in_name(path.resolve())
+    try:
+        file = path / _METADATA if folder else path
+        return int(torch.load(file, map_location="cpu", weights_only=True, mmap=not folder)["global_step"])
+    except (RuntimeError, OSError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise RecipeError(f"{path} is no checkpoint of this program ({error}). {_older(path)}") from error
+
+
+def step_in_name(path: Path) -> int:
+    """12 for step-000012.ckpt; 0 for another name."""
+    digits = path.stem.removeprefix("step-")
+    return int(digits) if digits.isdigit() else 0
+
+
+def _older(path: Path, folder: Path | None = None) -> str:
+    """What to do instead: the newest whole checkpoint in `folder`, by default the same."""
+    folder = folder or path.parent
+    for other in by_age([p for p in folder.glob("*.ckpt") if not (path.exists() and p.exists() and p.samefile(path))]):
+        if damage(other) is None:
+            return f"Go on from an older one: --ckpt_path {other}"
+    return f"There is no other whole checkpoint in {folder}: start anew, without --ckpt_path."

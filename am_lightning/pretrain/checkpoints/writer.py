@@ -1,0 +1,233 @@
+"""CheckpointWriter: one checkpoint of all ranks, a file or a folder, now or in the background, whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch.distributed.checkpoint import staging
+from torch.distributed.checkpoint.api import CheckpointException
+
+from am_lightning.pretrain.checkpoints.atomic import require_space, tensor_bytes
+from am_lightning.pretrain.checkpoints.manifest import CURE, sync_files, write_manifest
+from am_lightning.pretrain.runtime.atomic_files import DISK_FULL, disk_error, sync_folder, write_failure
+from am_lightning.pretrain.runtime.collective_errors import raising_together
+from am_lightning.pretrain.runtime.errors import RecipeError
+
+_METADATA = "meta.pt"  # what Lightning puts beside the shards, and looks for when it loads
+
+
+class CheckpointWriter:
+    """Writes checkpoints for a Trainer; every rank calls every method.
+
+    A folder (sharded checkpoints, DeepSpeed) is written as `.NAME.part` beside its place, flushed, given its manifest
+    and renamed. Whatever fails, on whichever rank, is raised on all, and what was there before is untouched.
+
+    Args:
+        trainer: its strategy decides between a file and a folder.
+        asynchronous: return as soon as the state is copied to the CPU's memory; at most one is under way.
+        published: called on rank 0 with every checkpoint that is whole and in its place.
+
+    Raises:
+        RecipeError: `asynchronous` with a strategy that cannot.
+    """
+
+    def __init__(self, trainer: L.Trainer, asynchronous: bool, published: Callable[[Path], None]) -> None:
+        self.trainer, self.asynchronous, self.published = trainer, asynchronous, published
+        self.folders = writes_folders(trainer)
+        self._pool: ThreadPoolExecutor | None = None
+        self._pending: list[Future[Any]] = []
+        self._group: dist.ProcessGroup | None = None
+        self._stager: Any = None
+        if asynchronous and isinstance(trainer.strategy, DeepSpeedStrategy):
+            raise RecipeError(
+                "checkpoint.asynchronous is True; allowed: false with DeepSpeedStrategy, whose engine saves"
+            )
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint to `path`, or begin to.
+
+        Raises:
+            RecipeError: on all ranks, where the disk of one refuses, now or in the one that was under way.
+        """
+        self.wait()
+        checkpoint = self.trainer._checkpoint_connector.dump_checkpoint(False)
+        with self._together(path):
+            self._make_room(path, checkpoint)
+        with self._together(path):
+            if not self.asynchronous:
+                self.trainer.strategy.save_checkpoint(checkpoint, str(self._part(path) if self.folders else path))
+            elif self.folders:
+                self._begin_folder(checkpoint, path)
+            elif self.trainer.is_global_zero:
+                self._pending = [self._background(self._write_file, _on_host(checkpoint), path)]
+        if not self.asynchronous:
+            with self._together(path):
+                if self.trainer.is_global_zero:
+                    self._finish(path)
+
+    def wait(self) -> None:
+        """Until nothing is under way any more.
+
+        Raises:
+            RecipeError: on all ranks, where what was under way has failed.
+        """
+        if self.asynchronous:
+            with self._together(None):
+                self._settle()
+
+    def close(self) -> None:
+        """After an exception, on this rank alone: end what is under way."""
+        with contextlib.suppress(Exception, CheckpointException):
+            self._settle()
+
+    # ------------------------------------------------------------------ steps
+    def _make_room(self, path: Path, checkpoint: dict[str, Any]) -> None:
+        needed = tensor_bytes(checkpoint) if self.folders or self.trainer.is_global_zero else 0
+        needed = sum(_gathered(self.trainer, needed))
+        if self.trainer.is_global_zero:
+            require_space(path, needed)
+            if self.folders:
+                shutil.rmtree(self._part(path), ignore_errors=True)  # of a killed process
+                self._part(path).mkdir(parents=True)
+
+    def _begin_folder(self, checkpoint: dict[str, Any], path: Path) -> None:
+        from torch.distributed.checkpoint.state_dict_saver import async_save
+
+        part = self._part(path)
+        state = {self._module_key(): checkpoint.pop("state_dict")}
+        for number, optimizer_state in enumerate(checkpoint.pop("optimizer_states", [])):
+            state[f"optimizer_{number}"] = optimizer_state
+        if self.trainer.is_global_zero:
+            torch.save(checkpoint, part / _METADATA)
+        if self._group is None and self.trainer.world_size > 1:
+            self._group = dist.new_group(backend="gloo")  # its own: the steps' collectives go on meanwhile
+        self._stager = self._stager or _stager(self.trainer)  # kept: it writes into the same pinned memory again
+        written: Any = async_save(state, checkpoint_id=part, process_group=self._group, async_stager=self._stager)
+        self._pending = [written]
+        if self.trainer.is_global_zero:
+            self._pending.append(self._background(self._finish_after, written, path))
+
+    def _module_key(self) -> str:
+        return "model" if isinstance(self.trainer.strategy, FSDPStrategy) else "state_dict"  # Lightning's words
+
+    def _write_file(self, checkpoint: dict[str, Any], path: Path) -> None:
+        self.trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)
+        self._finish(path)
+
+    def _finish_after(self, written: Future[Any], path: Path) -> None:
+        written.result()  # rank 0's is done when all ranks have written: it writes .metadata after that
+        self._finish(path)
+
+    def _finish(self, path: Path) -> None:
+        """On rank 0, when all is written."""
+        if self.folders:
+            part = self._part(path)
+            sync_files(part)
+            write_manifest(part)
+            if path.exists():  # the same step, saved again
+                old = path.with_name(f".{path.name}.old.part")
+                os.replace(path, old)
+                os.replace(part, path)
+                shutil.rmtree(old)
+            else:
+                os.replace(part, path)
+            sync_folder(path.parent)
+        self.published(path)
+
+    @staticmethod
+    def _part(path: Path) -> Path:
+        return path.with_name(f".{path.name}.part")
+
+    # ------------------------------------------------------------------ background and errors
+    def _background(self, function: Callable[..., None], *args: Any) -> Future[Any]:
+        self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        return self._pool.submit(function, *args)
+
+    def _settle(self) -> None:
+        pending, self._pending = self._pending, []
+        for future in pending:
+            future.result()
+
+    @contextlib.contextmanager
+    def _together(self, path: Path | None) -> Iterator[None]:
+        """Raise on all ranks, and leave no half of a folder behind."""
+        try:
+            with raising_together(partial(_gathered, self.trainer), partial(_refusal, path)):
+                yield
+        except RecipeError:
+            if self.trainer.is_global_zero and self.folders and path is not None:
+                shutil.rmtree(self._part(path), ignore_errors=True)
+            raise
+
+
+def writes_folders(trainer: L.Trainer) -> bool:
+    """Whether a checkpoint of this Trainer's strategy is a folder."""
+    strategy = trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy):
+        return bool(strategy._save_distributed_checkpoint)
+    if isinstance(strategy, FSDPStrategy):
+        return strategy._state_dict_type == "sharded"
+    return isinstance(strategy, DeepSpeedStrategy)
+
+
+def _refusal(path: Path | None, problem: BaseException) -> RecipeError | None:
+    """A refusing disk, however deep."""
+    for cause in [problem, *_causes(problem)]:
+        refused = disk_error(cause)
+        if refused is not None and (refused.errno in DISK_FULL or path is not None):
+            return write_failure(path or Path(refused.filename or ".").absolute(), refused, CURE)
+    return None
+
+
+def _causes(problem: BaseException) -> list[BaseException]:
+    """Of a CheckpointException, which has rank -> (exception, traceback)."""
+    return [wrapped[0] for wrapped in problem.failures.values()] if isinstance(problem, CheckpointException) else []
+
+
+def _gathered(trainer: L.Trainer, value: Any) -> list[Any]:
+    """One value from every rank."""
+    if trainer.world_size == 1 or not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _on_host(state: Any) -> Any:
+    """A copy in the host's memory; from GPUs into pinned memory, with one wait for each and not for each tensor."""
+    devices: set[torch.device] = set()
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        pinned = tensor.device.type == "cuda"
+        if pinned:
+            devices.add(tensor.device)
+        host = torch.empty_like(tensor, device="cpu", pin_memory=pinned, requires_grad=False)
+        return host.copy_(tensor.detach(), non_blocking=pinned)
+
+    copied = apply_to_collection(state, torch.Tensor, copy)
+    for device in devices:
+        torch.cuda.synchronize(device)
+    return copied
+
+
+def _stager(trainer: L.Trainer) -> Any:
+    """What copies shards to the host; None: async_save's own, which copies tensor by tensor from pageable memory."""
+    if isinstance(trainer.strategy, FSDPStrategy):  # newer ones do not know its ShardedTensor
+        return staging.BlockingAsyncStager()
+    if trainer.strategy.root_device.type != "cuda" or not hasattr(staging, "DefaultStager"):  # from torch 2.9 on
+        return None
+    pinned = {"use_pinned_memory": True, "use_non_blocking_copy": True}
+    options = staging.StagingOptions(**pinned, use_shared_memory=False, use_async_staging=False)
+    return staging.DefaultStager(options)

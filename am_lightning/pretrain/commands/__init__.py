@@ -1,0 +1,1 @@
+"""Subcommands of python -m am_lightning.recipes."""

@@ -1,0 +1,78 @@
+"""`--compare true`: AdamW from the same seed, on the same data, beside a finished AM run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from am_lightning.pretrain.commands.report.plot import draw
+from am_lightning.pretrain.commands.report.summary import RunResult
+
+# beta1 of the baselines. Both get the warmup that AdamW is usually given.
+BASELINES = (0.9, 0.8)
+WARMUP_FRACTION = 0.05
+
+
+class FinishedRun(Protocol):
+    """What running a configuration gives back (a PretrainCLI)."""
+
+    result: RunResult | None
+
+
+def compare(ours: RunResult, config: dict[str, Any], run: Callable[[dict[str, Any]], FinishedRun]) -> None:
+    """Train the baselines below `DIR/compare/`, print the table, draw `DIR/compare.png`.
+
+    Args:
+        ours: the run that is there already.
+        config: its resolved configuration of `fit`.
+        run: trains from a configuration, on every process.
+    """
+    results = {"AM-AdamW" if _is_am(config) else "this run": ours}
+    for beta1 in BASELINES:
+        baseline = run(baseline_config(config, beta1, ours.root / "compare" / f"adamw-{beta1}"))
+        assert baseline.result is not None
+        results[f"AdamW {beta1}, {WARMUP_FRACTION:.0%} warmup"] = baseline.result
+    _report(ours.root / "compare.png", results)
+
+
+def baseline_config(config: dict[str, Any], beta1: float, root: Path) -> dict[str, Any]:
+    """The same run with torch.optim.AdamW: only optimizer, warmup and folders differ."""
+    config = copy.deepcopy(config)
+    config.pop("config", None)
+    data, trainer = config["data"], config["trainer"]
+    options = config["model"]["optimizer"].get("init_args", {})
+    betas = options.get("betas") or (None, 0.95)
+    config["model"]["optimizer"] = {
+        "class_path": "torch.optim.AdamW",
+        "init_args": {"lr": options.get("lr", 1e-3), "betas": [beta1, betas[1]], "eps": options.get("eps", 1e-8)},
+    }
+    config["model"]["warmup_fraction"] = WARMUP_FRACTION
+    # The AdaptiveMemory callback would turn AdamW into AMAdamW.
+    callbacks = trainer.get("callbacks") or []
+    trainer["callbacks"] = [c for c in callbacks if not c["class_path"].endswith("AdaptiveMemory")]
+    data["cache_dir"] = data["cache_dir"] or str(Path(trainer["default_root_dir"], "data"))
+    trainer["default_root_dir"] = str(root)
+    config["checkpoint"]["dirpath"] = str(root / "checkpoints")
+    config["compare"] = False
+    return config
+
+
+def _is_am(config: dict[str, Any]) -> bool:
+    named = [config["model"]["optimizer"], *(config["trainer"].get("callbacks") or [])]
+    return any(entry["class_path"].split(".")[-1] in ("AMAdamW", "AdaptiveMemory") for entry in named)
+
+
+@rank_zero_only
+def _report(path: Path, results: dict[str, RunResult]) -> None:
+    width = max(map(len, results))
+    print(f"  {'':<{width}}  validation loss  perplexity")
+    for name, result in results.items():
+        print(f"  {name:<{width}}  {result.val_loss:>15.4f}  {result.perplexity:>10.2f}")
+    drawn = [run for name, result in results.items() if (run := result.drawn_as(name))]
+    if drawn:
+        draw(path, drawn)
+        print(f"\n  picture           {path}\n", flush=True)

@@ -1,0 +1,66 @@
+"""`cp`: an editable copy of a recipe with the programs that it runs with."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from am_lightning.pretrain.runtime.errors import RecipeError
+from am_lightning.pretrain.runtime.locate import find_config, recipe_files, recipes_folder
+
+# Of recipes/: those of the checkout alone, and what tools leave.
+_STAYS = {"configs", "quickstart.sh", "env.sh", "gpu", "studies", "runs", "__pycache__"}
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `cp`."""
+    parser = subparsers.add_parser("cp", help="copy a recipe and the programs it runs with, to edit them")
+    parser.add_argument("name", metavar="NAME", help="of the recipe; `list` shows them")
+    parser.add_argument("folder", metavar="DIR", type=Path, help="made where it is not there")
+    parser.add_argument("--force", action="store_true", help="overwrite files that differ")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    copy_recipe(args.name, args.folder, force=args.force)
+    print(f"copied {args.name} and its programs. To train:\n")
+    print(f"  cd {args.folder}\n  python pretrain.py fit --config {args.name}.yaml")
+    print(f"  CONFIG={args.name}.yaml launch/torchrun.sh    # several processes; sizes in launch/cluster.env\n")
+    return 0
+
+
+def copy_recipe(name: str, folder: Path, *, force: bool = False) -> None:
+    """Put `NAME.yaml`, the programs, `configs/` of launchers and engines and `launch/` into `folder`.
+
+    Raises:
+        RecipeError: there is no such recipe, or a file is there already and differs; then nothing is written.
+    """
+    if name not in recipe_files():
+        find_config(name)  # raises, with the names, unless it is a file
+        raise RecipeError(f"NAME is {name!r}, a file: cp copies recipes by name ({', '.join(recipe_files())})")
+    pairs = list(_pairs(name, folder))
+    differing = [target for source, target in pairs if target.exists() and not _same(source, target)]
+    if differing and not force:
+        shown = ", ".join(map(str, differing[:3])) + (", ..." if len(differing) > 3 else "")
+        raise RecipeError(f"{shown}: there already, and other than the recipe's. Use another DIR, or --force")
+    for source, target in pairs:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
+
+
+def _pairs(name: str, folder: Path) -> Iterator[tuple[Path, Path]]:
+    """Every file and its place in the copy."""
+    root = recipes_folder()
+    yield root / "configs" / f"{name}.yaml", folder / f"{name}.yaml"
+    for path in sorted(root.rglob("*")):
+        relative = path.relative_to(root)
+        engine = relative.parts[0] == "configs" and len(relative.parts) > 2
+        if path.is_file() and "__pycache__" not in relative.parts and (engine or relative.parts[0] not in _STAYS):
+            yield path, folder / relative
+
+
+def _same(left: Path, right: Path) -> bool:
+    return right.is_file() and left.read_bytes() == right.read_bytes()

@@ -1,0 +1,61 @@
+"""`list`: the recipes there are, one line each."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from am_lightning.pretrain.model.network import count_parameters
+from am_lightning.pretrain.runtime.locate import recipe_files
+from am_lightning.pretrain.runtime.run_config import Settings, read_settings
+
+_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `list`."""
+    parser = subparsers.add_parser("list", help="the recipes: parameters, tokens of training, strategy")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    recipes = {name: read_settings(["--config", str(path)]) for name, path in recipe_files().items()}
+    rows = [("NAME", "PARAMETERS", "TOKENS", "ROW", "STEPS", "STRATEGY", "")]
+    for name in sorted(recipes, key=lambda name: count_parameters(recipes[name].shape)):
+        rows.append((name, *_columns(recipes[name]), _headline(recipe_files()[name].read_text())))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        print("  ".join([*cells, row[-1]]).rstrip())
+    return 0
+
+
+def _columns(settings: Settings) -> tuple[str, str, str, str, str]:
+    shape = settings.shape
+    tokens = settings.steps * settings.data.batch_size * shape.seq_len
+    return (
+        short(count_parameters(shape)),
+        short(tokens),
+        str(shape.seq_len),
+        str(settings.steps),
+        strategy_name(settings.config["trainer"]["strategy"]),
+    )
+
+
+def short(number: float) -> str:
+    """Three digits and a unit: 58234880 -> "58.2M"."""
+    for size, unit in _UNITS:
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:g}"
+
+
+def strategy_name(strategy: Any) -> str:
+    """ "auto", "ddp", or the class's name."""
+    return str(strategy["class_path"] if isinstance(strategy, dict) else strategy).rpartition(".")[2]
+
+
+def _headline(text: str) -> str:
+    """The first sentence of the YAML's first comment."""
+    first = text.splitlines()[0].removeprefix("#").strip() if text else ""
+    return first.partition(". ")[0].rstrip(".:")

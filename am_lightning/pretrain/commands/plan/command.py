@@ -1,0 +1,175 @@
+"""`plan`: memory, traffic, time and disk of a configuration over a number of GPUs."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import sys
+from typing import Any
+
+from am_lightning.pretrain.commands.plan.layout import Layout, make_layout
+from am_lightning.pretrain.commands.plan.memory import RESERVE, Memory, memory_of
+from am_lightning.pretrain.commands.plan.speed import GPUS, Speed, peak_tflops, speed_of
+from am_lightning.pretrain.commands.plan.table import print_plan
+from am_lightning.pretrain.commands.plan.traffic import Traffic, traffic_of
+from am_lightning.pretrain.model.network import count_parameters, count_tensors
+from am_lightning.pretrain.runtime.errors import RecipeError, require
+from am_lightning.pretrain.runtime.locate import find_config
+from am_lightning.pretrain.runtime.run_config import Settings, read_settings
+
+_USAGE = "python -m am_lightning.recipes plan CONFIG --gpus N [options] [--KEY VALUE ...]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run takes; bytes, unless a name says otherwise."""
+
+    parameters: int
+    tensors: int
+    layout: Layout
+    memory: Memory
+    gpu_memory: int
+    traffic: Traffic
+    speed: Speed
+    mfu: float
+    steps: int
+    checkpoint_bytes: int
+
+    @property
+    def needed(self) -> int:
+        """The peak and the reserve."""
+        return self.memory.total(self.memory.peak) + RESERVE
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.gpu_memory
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `plan`."""
+    parser = subparsers.add_parser(
+        "plan",
+        help="memory, traffic, time and disk of a configuration over N GPUs; nothing is run",
+        usage=_USAGE,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a recipe's name or a YAML")
+    # Behind CONFIG may stand options and keys of the configuration in any order, which read_options tells apart.
+    parser.add_argument("settings", nargs=argparse.REMAINDER, metavar="--KEY VALUE", help="as for fit")
+    _add_options(parser)
+    parser.set_defaults(run=_run)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gpus", type=int, metavar="N", help="all of them; must be given")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="joined by the fast network")
+    parser.add_argument("--gpu", default="H100", help=f"one of {', '.join(GPUS)}")
+    parser.add_argument("--peak-tflops", type=float, metavar="T", help="of one GPU, in place of the data sheet's")
+    parser.add_argument("--memory-gb", type=float, metavar="GB", help="of one GPU, in place of the data sheet's")
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches: your guess")
+    parser.add_argument("--node-bandwidth", type=float, default=450, metavar="GB/s", help="a GPU sends within its node")
+    parser.add_argument("--bandwidth", type=float, default=50, metavar="GB/s", help="a GPU sends to other nodes")
+    parser.add_argument("--json", action="store_true", help="print JSON, all sizes in bytes")
+
+
+def read_options(args: argparse.Namespace) -> argparse.Namespace:
+    """Take plan's own options out of what stands behind CONFIG; `settings` are the rest, for read_settings.
+
+    Raises:
+        RecipeError: --gpus is missing. SystemExit: a value of the wrong type, or --help.
+    """
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser("plan", usage=_USAGE, formatter_class=formatter, allow_abbrev=False)
+    _add_options(parser)
+    args, keys = parser.parse_known_args(args.settings, args)
+    if args.gpus is None:
+        raise RecipeError(f"plan needs --gpus N. Usage: {_USAGE}")
+    args.settings = ["--config", str(find_config(args.config)), *(key for key in keys if key != "--")]
+    return args
+
+
+def _run(args: argparse.Namespace) -> int:
+    args = read_options(args)
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout when it is imported
+        settings = read_settings(args.settings)
+    plan = make_plan(settings, args)
+    if args.json:
+        print(json.dumps(as_json(plan), indent=2))
+    else:
+        print_plan(plan, args)
+    return 0
+
+
+def make_plan(settings: Settings, args: argparse.Namespace) -> Plan:
+    """The plan for a configuration and the options of the command line.
+
+    Raises:
+        RecipeError: numbers that do not divide, or are out of range.
+    """
+    for name in ("mfu", "peak_tflops", "memory_gb", "node_bandwidth", "bandwidth"):
+        value = getattr(args, name)
+        highest = 1 if name == "mfu" else math.inf
+        allowed = f"0 < value{' <= 1' if highest == 1 else ''}"
+        require(value is None or 0 < value <= highest, f"--{name.replace('_', '-')}", value, allowed)
+    trainer, shape = settings.config["trainer"], settings.shape
+    layout = make_layout(
+        shape,
+        trainer["strategy"],
+        batch_size=settings.data.batch_size,
+        accumulate=settings.accumulate,
+        precision=trainer["precision"] or "bf16-mixed",  # what a GPU gets where the configuration does not say
+        gpus=args.gpus,
+        gpus_per_node=args.gpus_per_node,
+    )
+    checkpointing = bool(settings.config["model"]["activation_checkpointing"])
+    traffic = traffic_of(shape, layout, checkpointing=checkpointing)
+    peak = peak_tflops(args.gpu, layout.precision) if args.peak_tflops is None else args.peak_tflops
+    speed = speed_of(
+        shape,
+        layout,
+        traffic,
+        steps=settings.steps,
+        tflops=peak,
+        mfu=args.mfu,
+        node_bandwidth=args.node_bandwidth,
+        network_bandwidth=args.bandwidth,
+    )
+    if args.memory_gb is None and args.gpu not in GPUS:
+        raise RecipeError(f"--gpu is {args.gpu!r}, whose memory is not known: give --memory-gb")
+    parameters = count_parameters(shape)
+    return Plan(
+        parameters=parameters,
+        tensors=count_tensors(shape),
+        layout=layout,
+        memory=memory_of(shape, layout, checkpointing=checkpointing),
+        gpu_memory=int(1e9 * (args.memory_gb or GPUS[args.gpu].memory_gb)),
+        traffic=traffic,
+        speed=speed,
+        mfu=args.mfu,
+        steps=settings.steps,
+        checkpoint_bytes=checkpoint_bytes(parameters, layout),
+    )
+
+
+def checkpoint_bytes(parameters: int, layout: Layout) -> int:
+    """Weights and two moments, as they are stored; DeepSpeed adds its 16-bit weights to the float32 ones."""
+    if layout.kind == "zero":
+        return parameters * (12 + (2 if layout.compute_bytes == 2 else 0))
+    return 3 * layout.weight_bytes * parameters
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan as plain values."""
+    moments = {name: plan.memory.total(name) for name in plan.memory.moments}
+    return {
+        **dataclasses.asdict(plan),
+        "layout": {**dataclasses.asdict(plan.layout), "data": plan.layout.data, "nodes": plan.layout.nodes},
+        "memory": {**dataclasses.asdict(plan.memory), "totals": moments, "peak": moments[plan.memory.peak]},
+        "traffic": {**dataclasses.asdict(plan.traffic), "total": plan.traffic.total},
+        "reserve": RESERVE,
+        "needed": plan.needed,
+        "fits": plan.fits,
+    }

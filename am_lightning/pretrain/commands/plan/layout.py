@@ -1,0 +1,144 @@
+"""How a configuration lies over a number of GPUs: who holds what, and how many rows a micro-batch has."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from am_lightning.pretrain.commands.list import strategy_name
+from am_lightning.pretrain.model.network import LlamaShape
+from am_lightning.pretrain.model.parallelize import check_tensor_parallel
+from am_lightning.pretrain.runtime.errors import RecipeError, require
+
+# Bytes of a weight as the optimizer sees it, and of a number in a matrix product.
+_PRECISIONS = {"32-true": (4, 4), "bf16-mixed": (4, 2), "bf16-true": (2, 2), "16-mixed": (4, 2)}
+_DEEPSPEED_STAGES = {"deepspeed": 2, "deepspeed_stage_1": 1, "deepspeed_stage_2": 2, "deepspeed_stage_3": 3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A run over GPUs.
+
+    Attributes:
+        kind: "single", "ddp", "fsdp" (FSDP1, FSDP2, tensor parallel) or "zero" (DeepSpeed).
+        stage: of ZeRO; 0 for the other kinds.
+        gpus: all of them.
+        gpus_per_node: on a machine, joined by the fast network.
+        tensor: GPUs that share a layer.
+        accumulate: micro-batches in a step.
+        rows: of a micro-batch, on one GPU or on the `tensor` GPUs that see the same rows.
+        precision: Lightning's name.
+    """
+
+    kind: str
+    stage: int
+    gpus: int
+    gpus_per_node: int
+    tensor: int
+    accumulate: int
+    rows: int
+    precision: str
+
+    @property
+    def data(self) -> int:
+        """Groups that see other rows."""
+        return self.gpus // self.tensor
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.gpus // self.gpus_per_node)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of a stored weight, its gradient and each moment."""
+        return _PRECISIONS[self.precision][0]
+
+    @property
+    def compute_bytes(self) -> int:
+        """Of a number in a matrix product."""
+        return _PRECISIONS[self.precision][1]
+
+
+def make_layout(
+    shape: LlamaShape,
+    strategy: Any,
+    *,
+    batch_size: int,
+    accumulate: int,
+    precision: str,
+    gpus: int,
+    gpus_per_node: int,
+) -> Layout:
+    """The layout of a strategy, as a configuration names it, over `gpus`.
+
+    Args:
+        strategy: the Trainer's, a name or {"class_path": ..., "init_args": ...}. Of ModelParallelStrategy's two sizes
+            tensor_parallel_size counts; the other follows from `gpus`.
+        batch_size: rows of a step over all GPUs.
+
+    Raises:
+        RecipeError: the numbers do not divide; the text says which would.
+    """
+    require(gpus >= 1, "--gpus", gpus, "a whole number >= 1")
+    require(gpus_per_node >= 1, "--gpus-per-node", gpus_per_node, "a whole number >= 1")
+    require(precision in _PRECISIONS, "trainer.precision", precision, " or ".join(_PRECISIONS))
+    require(accumulate >= 1, "trainer.accumulate_grad_batches", accumulate, "a whole number >= 1")
+    per_node = min(gpus, gpus_per_node)
+    if gpus % per_node:
+        lower = gpus // per_node * per_node
+        fits = f"whole nodes of {per_node}: {lower} or {lower + per_node}"
+        raise RecipeError(f"--gpus is {gpus}; allowed with --gpus-per-node {gpus_per_node}: {fits}")
+    kind, stage, tensor = _kind_of(strategy, gpus, per_node)
+    check_tensor_parallel(shape, tensor)
+    if gpus % tensor:
+        raise RecipeError(f"--gpus is {gpus}; allowed: a multiple of tensor_parallel_size {tensor}")
+    shares = gpus // tensor * accumulate
+    if batch_size % shares:
+        fits_gpus = [n * tensor for n in range(1, 2 * gpus // tensor + 1) if batch_size % (n * accumulate) == 0]
+        near = sorted(sorted(fits_gpus, key=lambda n: abs(n - gpus))[:4])
+        raise RecipeError(
+            f"data.batch_size {batch_size} does not divide into {gpus // tensor} groups x {accumulate}"
+            f" (trainer.accumulate_grad_batches). Numbers of GPUs near {gpus} that fit: {', '.join(map(str, near))};"
+            f" batch sizes: {batch_size // shares * shares or shares}, {(batch_size // shares + 1) * shares}"
+        )
+    return Layout(kind, stage, gpus, per_node, tensor, accumulate, batch_size // shares, precision)
+
+
+def read_engine(path: Path) -> dict[str, Any]:
+    """DeepSpeed's configuration, a JSON file.
+
+    Raises:
+        RecipeError: it cannot be read, or is no JSON object.
+    """
+    try:
+        engine = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"trainer.strategy.init_args.config is {str(path)!r}: {error}") from error
+    if not isinstance(engine, dict):
+        raise RecipeError(f"trainer.strategy.init_args.config is {str(path)!r}: not a JSON object")
+    return engine
+
+
+def _kind_of(strategy: Any, gpus: int, per_node: int) -> tuple[str, int, int]:
+    """Kind, stage of ZeRO, and tensor parallel size."""
+    name = strategy_name(strategy)
+    options: dict[str, Any] = (strategy.get("init_args") or {}) if isinstance(strategy, dict) else {}
+    if name == "ModelParallelStrategy":
+        size = options.get("tensor_parallel_size", "auto")
+        return "fsdp", 0, per_node if size == "auto" else int(size)
+    if name in ("fsdp", "FSDPStrategy"):
+        return "fsdp", 0, 1
+    if name in _DEEPSPEED_STAGES or name == "DeepSpeedStrategy":
+        stage = _DEEPSPEED_STAGES.get(name, options.get("stage", 2))
+        engine = options.get("config")
+        if isinstance(engine, str):
+            engine = read_engine(Path(engine))
+        if isinstance(engine, dict):
+            stage = engine.get("zero_optimization", {}).get("stage", 0)
+        return "zero", int(stage), 1
+    if name == "auto" or str(name).startswith("ddp") or name == "DDPStrategy":
+        return ("ddp" if gpus > 1 else "single"), 0, 1
+    known = "auto, ddp, fsdp, ModelParallelStrategy, deepspeed_stage_1 to 3, DeepSpeedStrategy"
+    raise RecipeError(f"trainer.strategy is {name!r}; plan knows {known}")

@@ -1,0 +1,229 @@
+"""Memory of one GPU during a step, by component, at the moments when it can be largest.
+
+Counted from what transformers' Llama and torch keep, in bytes; `tests/recipes/test_plan_reality.py` measures it. Not
+counted: the CUDA context, NCCL's buffers and fragmentation, for which `RESERVE` stands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from am_lightning.pretrain.commands.plan.layout import Layout
+from am_lightning.pretrain.model.network import LlamaShape, count_parameters
+
+GIB = 1 << 30
+RESERVE = 2 * GIB  # context, NCCL and fragmentation: a guess, stated where it is used
+_BUCKET = 4 << 20  # elements that the optimizer's foreach passes take at a time, with up to 8 float32 temporaries
+_ZERO_BUCKET = 200_000_000  # elements; Lightning's reduce_bucket_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU.
+
+    Attributes:
+        held: what is there all the time: weights, moments, buffers.
+        moments: moment of a step -> component -> bytes, beside what is held.
+    """
+
+    held: dict[str, int]
+    moments: dict[str, dict[str, int]]
+
+    def total(self, moment: str) -> int:
+        return sum(self.held.values()) + sum(self.moments[moment].values())
+
+    @property
+    def peak(self) -> str:
+        """The moment with the largest total."""
+        return max(self.moments, key=self.total)
+
+
+def memory_of(
+    shape: LlamaShape,
+    layout: Layout,
+    *,
+    checkpointing: bool,
+    scratch: int | None = None,
+    zero_bucket: int = _ZERO_BUCKET,
+) -> Memory:
+    """Memory of a step of training.
+
+    Args:
+        checkpointing: activation checkpointing is on.
+        scratch: bytes that the optimizer uses while it steps; None: what foreach uses on a GPU without Triton.
+        zero_bucket: DeepSpeed's reduce_bucket_size, in elements.
+    """
+    sizes = _Sizes(shape, layout)
+    if scratch is None:
+        whole = layout.kind in ("single", "ddp") or (layout.kind == "zero" and not layout.stage)
+        scratch = 8 * 4 * min(_BUCKET, sizes.all if whole else sizes.all // layout.data)
+    layer = layer_activations(shape, layout)
+    kept = layer_input(shape, layout) if checkpointing else layer
+    activations = shape.num_layers * kept + head_activations(shape, layout)
+    recomputed = layer if checkpointing else 0
+    loss = loss_buffers(shape, layout)
+    if layout.kind == "fsdp":
+        return _sharded(sizes, layout, activations, recomputed, loss, scratch)
+    if layout.kind == "zero":
+        return _zero(sizes, layout, activations, recomputed, loss, scratch, zero_bucket)
+    return _replicated(sizes, layout, activations, recomputed, loss, scratch)
+
+
+class _Sizes:
+    """Elements of the weights on one GPU of a tensor parallel group."""
+
+    def __init__(self, shape: LlamaShape, layout: Layout) -> None:
+        h, t = shape.hidden_size, layout.tensor
+        vocabulary = shape.vocab_size * h
+        norms = (2 * shape.num_layers + 1) * h  # every GPU of a group has them
+        self.all = (count_parameters(shape) - norms) // t + norms
+        self.head = vocabulary // t
+        self.outside = (1 if shape.tie_word_embeddings else 2) * vocabulary // t + h  # embedding, head, last norm
+        self.layer = (self.all - self.outside) // shape.num_layers
+        self.products = self.all - (0 if shape.tie_word_embeddings else vocabulary // t)
+
+
+def layer_activations(shape: LlamaShape, layout: Layout) -> int:
+    """Bytes that a decoder layer keeps for its backward pass, on one GPU.
+
+    For a token, in elements (width h, keys k, MLP m), from transformers' LlamaDecoderLayer and fused attention:
+    2 norms: input, normalized input, output: 6 h; attention: queries, output 2 h, keys and values 2 k, a float32 for
+    each head; MLP: gate, its SiLU, up, their product: 4 m.
+    With bfloat16 weights a norm keeps its input in float32. Under autocast (bf16-mixed, DDP) the residual stream is
+    float32, and each product keeps a bfloat16 copy of its input.
+    With tensor parallel all is split but the gathered inputs of attention and MLP, 2 h (Korthikanti et al. 2022).
+    """
+    h, k, m = shape.hidden_size, shape.key_value_size, shape.intermediate_size
+    statistics = 4 * shape.num_heads
+    if layout.compute_bytes == 4:
+        split, gathered = 4 * (4 * h + 2 * h + 2 * k + 4 * m), 4 * 2 * h
+    elif _autocast(layout):
+        split, gathered = 16 * h + 4 * h + 4 * k + 8 * m, 10 * h  # gathered: five copies of 2 bytes
+    else:
+        split, gathered = 12 * h + 4 * h + 4 * k + 8 * m, 4 * h
+    return _tokens(shape, layout) * ((split + statistics) // layout.tensor + gathered)
+
+
+def layer_input(shape: LlamaShape, layout: Layout) -> int:
+    """Bytes of a layer's input, which is all that activation checkpointing keeps of it."""
+    width = 4 if _autocast(layout) else layout.compute_bytes
+    return _tokens(shape, layout) * shape.hidden_size * width // layout.tensor
+
+
+def head_activations(shape: LlamaShape, layout: Layout) -> int:
+    """Bytes that the last norm and the head keep: 3 h, of which the gathered input of the head is not split."""
+    h = shape.hidden_size
+    split, gathered = (8 * h, 4 * h) if layout.compute_bytes == 4 else (6 * h, 2 * h)
+    return _tokens(shape, layout) * (split // layout.tensor + gathered)
+
+
+def loss_buffers(shape: LlamaShape, layout: Layout) -> int:
+    """Bytes of logits, their log-softmax and its gradient, where they are largest: three times float32.
+
+    They are never all there: forward: logits, the copy without the last position, log-softmax; backward: log-softmax,
+    the gradient of it, and of the logits. With tensor parallel they are split over the vocabulary, and torch's
+    loss_parallel has a fourth.
+    """
+    times = 3 if layout.tensor == 1 else 4
+    return _tokens(shape, layout) * shape.vocab_size * 4 * times // layout.tensor
+
+
+def _tokens(shape: LlamaShape, layout: Layout) -> int:
+    return layout.rows * shape.seq_len
+
+
+def _autocast(layout: Layout) -> bool:
+    """torch.autocast casts: FSDP2 and DeepSpeed give bfloat16 weights, so that there is nothing to cast."""
+    return layout.precision.endswith("mixed") and layout.kind in ("single", "ddp")
+
+
+def _replicated(sizes: _Sizes, layout: Layout, activations: int, recomputed: int, loss: int, scratch: int) -> Memory:
+    """One GPU, and DDP, whose reducer has buckets of the gradients' size beside them."""
+    w = layout.weight_bytes
+    held = {"weights": w * sizes.all, "AM-AdamW moments": 2 * w * sizes.all}
+    if layout.kind == "ddp":
+        held["gradient buckets"] = w * sizes.all
+    gradients = w * sizes.all
+    casts = {"bfloat16 weights": 2 * sizes.products} if _autocast(layout) else {}
+    return Memory(
+        held,
+        {
+            "loss": {**casts, "activations": activations, "loss": loss, "gradients": gradients},
+            "backward": {
+                **casts,
+                "activations": activations + recomputed,
+                "gradients": gradients if layout.accumulate > 1 else w * sizes.head,
+            },
+            "optimizer": {"gradients": gradients, "optimizer scratch": scratch},
+        },
+    )
+
+
+def _sharded(sizes: _Sizes, layout: Layout, activations: int, recomputed: int, loss: int, scratch: int) -> Memory:
+    """FSDP2: pieces of everything; layers are gathered as they are needed, what is outside of them for the whole step.
+
+    A gathered layer lies beside the next one's buffer; a layer's gradients beside the buffer they are reduced from.
+    """
+    w, c, n = layout.weight_bytes, layout.compute_bytes, layout.data
+    r = 4  # gradients are reduced in float32
+    layers = 2 * c * sizes.layer
+    piece = -(-w * sizes.all // n)
+    held = {"weights": piece, "AM-AdamW moments": 2 * piece}
+    gathered = c * sizes.outside
+    earlier = piece if layout.accumulate > 1 else 0
+    return Memory(
+        held,
+        {
+            "loss": {
+                "gathered weights": gathered + layers,
+                "activations": activations,
+                "loss": loss,
+                "gradients": piece,
+            },
+            "backward": {
+                "gathered weights": gathered + layers,
+                "activations": activations + recomputed,
+                "gradients": earlier + c * sizes.head + (c + r) * sizes.layer,
+            },
+            "last reduce": {
+                "gathered weights": gathered + layers // 2,
+                "gradients": piece + (c + r) * sizes.outside,
+            },
+            "optimizer": {"gradients": piece, "optimizer scratch": scratch},
+        },
+    )
+
+
+def _zero(
+    sizes: _Sizes, layout: Layout, activations: int, recomputed: int, loss: int, scratch: int, bucket: int
+) -> Memory:
+    """DeepSpeed: (2 + 2 + 12) bytes a parameter in bfloat16, (4 + 4 + 12) in float32, of which stage 1 splits the last
+    (master weights and moments), stage 2 the gradients too, stage 3 all (Rajbhandari et al. 2020, section 3).
+
+    The bucket that gradients are reduced from has its full size for a small model, too. Stage 3 keeps it and the
+    gradients' buffer all the time.
+    """
+    c, n, p, stage = layout.compute_bytes, layout.data, sizes.all, layout.stage
+    gradients = c * p // (n if stage >= 2 else 1)
+    held = {
+        "weights": c * p // (n if stage == 3 else 1),
+        "float32 weights": 4 * p // (n if stage else 1),
+        "AM-AdamW moments": 8 * p // (n if stage else 1),
+        **({"reduce bucket": c * bucket} if stage == 3 else {}),
+    }
+    earlier = gradients if layout.accumulate > 1 or stage == 3 else 0
+    buckets = 2 * c * bucket if stage in (1, 2) else 0  # two: overlap_comm
+    layer, around = (c * sizes.layer, c * (sizes.outside + 2 * sizes.layer)) if stage == 3 else (0, 0)
+    return Memory(
+        held,
+        {
+            "loss": {"gathered weights": layer, "activations": activations, "loss": loss, "gradients": earlier},
+            "backward": {
+                "gathered weights": around,
+                "activations": activations + recomputed,
+                "gradients": earlier + c * sizes.head,
+                "reduce buckets": buckets,
+            },
+            "optimizer": {"gradients": gradients, "optimizer scratch": scratch + 4 * p // n},
+        },
+    )

@@ -1,0 +1,112 @@
+"""A plan for people to read."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from am_lightning.pretrain.commands.plan.memory import RESERVE
+
+if TYPE_CHECKING:
+    from am_lightning.pretrain.commands.plan.command import Plan
+
+
+def print_plan(plan: Plan, args: argparse.Namespace) -> None:
+    """Print it."""
+    layout, speed = plan.layout, plan.speed
+    tokens = plan.steps * speed.tokens_per_step
+    print(f"model       {plan.parameters:,} parameters in {plan.tensors} tensors")
+    print(f"layout      {_layout_text(plan)}")
+    print(
+        f"step        {layout.data} x {layout.accumulate} micro-batches of {layout.rows} rows ="
+        f" {speed.tokens_per_step:,} tokens; {plan.steps:,} steps = {_count(tokens)} tokens,"
+        f" {tokens / plan.parameters:.1f} for every parameter"
+    )
+    print()
+    _print_memory(plan)
+    print()
+    _print_traffic(plan)
+    print()
+    print(
+        f"speed       {speed.tokens_per_second:,.0f} tokens/s, {duration_text(speed.step_seconds)} a step,"
+        f" {duration_text(speed.days * 86400)} for the run, at a MFU of {plan.mfu:g}"
+    )
+    print(
+        f"            sending takes {duration_text(speed.communication_seconds)} of a step where nothing hides it"
+        f" ({args.node_bandwidth:g} GB/s within a node, {args.bandwidth:g} GB/s between)"
+    )
+    print(f"checkpoint  {_bytes(plan.checkpoint_bytes)}: weights and the two moments")
+    print(f"fits        {_verdict(plan, args)}")
+
+
+def _print_memory(plan: Plan) -> None:
+    memory = plan.memory
+    moments = list(memory.moments)
+    print(f"{'memory of a GPU, at the':<26}" + "".join(f"{name:>14}" for name in moments))
+    for name, size in memory.held.items():
+        print(f"  {name:<24}" + f"{_bytes(size):>14}" * len(moments))
+    names = dict.fromkeys(name for parts in memory.moments.values() for name in parts)
+    for name in names:
+        sizes = [memory.moments[moment].get(name, 0) for moment in moments]
+        if any(sizes):
+            print((f"  {name:<24}" + "".join(f"{_bytes(size) if size else '':>14}" for size in sizes)).rstrip())
+    print(f"  {'in all':<24}" + "".join(f"{_bytes(memory.total(moment)):>14}" for moment in moments))
+
+
+def _print_traffic(plan: Plan) -> None:
+    print("sent by a GPU in a step")
+    rows = {**plan.traffic.data, **plan.traffic.tensor, "all beta_t": plan.traffic.beta}
+    for name, size in rows.items():
+        print(f"  {name:<38}{_bytes(size):>10}")
+    print(f"  {'in all':<38}{_bytes(plan.traffic.total):>10}")
+
+
+def _layout_text(plan: Plan) -> str:
+    layout = plan.layout
+    kind = {
+        "single": "one GPU",
+        "ddp": f"DDP over {layout.gpus} GPUs",
+        "fsdp": f"FSDP over {layout.data} x tensor parallel over {layout.tensor} = {layout.gpus} GPUs"
+        if layout.tensor > 1
+        else f"FSDP over {layout.gpus} GPUs",
+        "zero": f"DeepSpeed ZeRO {layout.stage} over {layout.gpus} GPUs",
+    }[layout.kind]
+    nodes = f", {layout.nodes} nodes of {layout.gpus_per_node}" if layout.nodes > 1 else ""
+    return f"{kind}{nodes}, {layout.precision}"
+
+
+def _verdict(plan: Plan, args: argparse.Namespace) -> str:
+    name = "GPU" if args.memory_gb else args.gpu
+    sums = (
+        f"{_bytes(plan.memory.total(plan.memory.peak))} + {_bytes(RESERVE)} (a guess for the CUDA context, NCCL and"
+        f" fragmentation) of {_bytes(plan.gpu_memory)} on each {name}"
+    )
+    if plan.fits:
+        return f"yes: {sums}"
+    static = sum(plan.memory.held.values())
+    cures = ["a larger trainer.accumulate_grad_batches", "--model.activation_checkpointing true"]
+    if static > plan.gpu_memory // 2:
+        cures = ["ModelParallelStrategy (FSDP2) over more GPUs", *cures]
+    return f"NO: {sums}. Try {', '.join(cures)}"
+
+
+def _bytes(size: float) -> str:
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.3g} {unit}"
+    return f"{size:.0f} B"
+
+
+def _count(number: float) -> str:
+    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}"
+    return f"{number:,.0f}"
+
+
+def duration_text(seconds: float) -> str:
+    """Three digits and the unit that suits: "4.26 days"."""
+    for unit, length in (("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3)):
+        if seconds >= length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"

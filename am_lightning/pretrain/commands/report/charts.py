@@ -1,0 +1,122 @@
+"""The report's charts as plain data: which curves stand in which chart, thinned to what a screen can show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from am_lightning.pretrain.commands.report.events import Curve
+from am_lightning.pretrain.commands.report.plot import loss_after_start
+from am_lightning.pretrain.commands.report.runs import RunData
+from am_lightning.pretrain.commands.report.series import extremes, heatmap, smooth, thin
+
+_POINTS = 500  # of a curve; more than a screen has columns for one chart
+
+
+def charts(runs: Sequence[RunData]) -> list[dict[str, Any]]:
+    """The charts that have something to show, in the order of the page.
+
+    A series' `style` is "mean" (a running mean), "raw" (single steps, pale), "dots" (validations) or "line".
+    """
+    start = loss_after_start(runs) if len(runs) > 1 else None
+    made = [
+        _chart("loss", "Loss", "nats per token", _losses(runs, 0), top=start, floor=None),
+        _chart(
+            "perplexity",
+            "Perplexity",
+            "e to the loss, logarithmic",
+            _losses(runs, 1),
+            top=None if start is None else math.exp(min(start, 700)),
+            floor=None,
+            log=True,
+        ),
+        _chart("beta", "Momentum, mean over all tensors", "beta_t", _each(runs, "beta_mean", mean=True)),
+        _chart("at_max", "Tensors at the cap", "share of the tensors", _each(runs, "at_max", mean=True)),
+        _chart("at_zero", "Tensors without momentum", "share with beta_t = 0", _each(runs, "at_zero", mean=True)),
+        _chart("grad_norm", "Gradient norm", "before clipping", _each(runs, "grad_norm", mean=True)),
+        _chart("tokens", "Throughput", "tokens per second, all processes", _each(runs, "tokens_per_second")),
+        _chart("mfu", "Model FLOPs utilization", "share of the devices' peak", _each(runs, "mfu")),
+        _chart("lr", "Learning rate", "first group", _each(runs, "learning_rate")),
+        _chart("skipped", "Skipped steps", "so far; a sum was not finite", _each(runs, "skipped")),
+    ]
+    return [chart for chart in made if chart["series"]]
+
+
+def heatmaps(runs: Sequence[RunData]) -> list[dict[str, Any]]:
+    """Momentum of layers x steps for every run that has it; `top` is where the colours end, the same for all."""
+    found = [(number, heatmap(run.momentum)) for number, run in enumerate(runs) if run.momentum]
+    top = max((float(np.nanmax(matrix.values)) for _, matrix in found), default=1.0)
+    return [
+        {
+            "run": number,
+            "rows": matrix.rows,
+            "edges": matrix.edges.tolist(),
+            "values": [_numbers(row, 3) for row in matrix.values],
+            "width": matrix.width,
+            "by": "" if runs[number].has_layers else "by layer group: this run has no curves of layers",
+            "top": _rounded(top, 3),
+        }
+        for number, matrix in found
+    ]
+
+
+def _chart(
+    name: str,
+    title: str,
+    unit: str,
+    series: list[dict[str, Any]],
+    *,
+    top: float | None = None,
+    floor: float | None = 0.0,
+    log: bool = False,
+) -> dict[str, Any]:
+    limits = {"top": None if top is None else _rounded(top, 4), "floor": floor, "log": log}
+    return {"id": name, "title": title, "unit": unit, "series": series, **limits}
+
+
+def _losses(runs: Sequence[RunData], exponent: int) -> list[dict[str, Any]]:
+    """Training and validation losses, or (`exponent` 1) their exponentials."""
+    series = []
+    for number, run in enumerate(runs):
+        if train := run.train_loss:
+            if len(runs) == 1:
+                series.append(_series(number, "training, single steps", "raw", train, exponent))
+            series.append(_series(number, "training, running mean", "mean", smooth(train), exponent))
+        if points := run.validation_points:
+            steps, values = zip(*points, strict=True)
+            curve = Curve(np.array(steps, dtype=np.int64), np.array(values))
+            series.append(_series(number, "validation", "dots", curve, exponent))
+    return series
+
+
+def _each(runs: Sequence[RunData], name: str, *, mean: bool = False) -> list[dict[str, Any]]:
+    """One curve of every run that has it; `mean` draws a running mean, and single steps behind it if there are few."""
+    found = [(number, curve) for number, run in enumerate(runs) if (curve := getattr(run, name))]
+    if not mean:
+        return [_series(number, "", "line", curve) for number, curve in found]
+    series = [_series(number, "single steps", "raw", curve) for number, curve in found if len(found) <= 2]
+    return series + [_series(number, "running mean", "mean", smooth(curve)) for number, curve in found]
+
+
+def _series(run: int, label: str, style: str, curve: Curve, exponent: int = 0) -> dict[str, Any]:
+    short = extremes(curve, 2 * _POINTS) if style == "raw" else thin(curve, _POINTS)
+    values = np.exp(np.minimum(short.values, 700)) if exponent else short.values
+    return {
+        "run": run,
+        "label": label,
+        "style": style,
+        "steps": short.steps.tolist(),
+        "values": _numbers(values, 5),
+    }
+
+
+def _numbers(values: Iterable[float], digits: int) -> list[float | None]:
+    """JSON has no nan and no inf: null, where the line is interrupted."""
+    return [_rounded(float(value), digits) if math.isfinite(value) else None for value in values]
+
+
+def _rounded(value: float, digits: int) -> float:
+    return float(f"{value:.{digits}g}")

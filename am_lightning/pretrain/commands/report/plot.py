@@ -1,0 +1,179 @@
+"""Pictures with matplotlib: `summary.png` and `compare.png` of a run's folder, and the report's PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from am_lightning.pretrain.commands.report.events import Curve
+from am_lightning.pretrain.commands.report.runs import RunData
+from am_lightning.pretrain.commands.report.series import heatmap, smooth
+from am_lightning.pretrain.runtime.atomic_files import replacing
+
+# After Okabe and Ito, darker where they are too pale on white: told apart with any colour vision.
+COLOURS = ("#0072B2", "#C44E00", "#00805B", "#B0538D", "#8A6500", "#4D4D4D", "#2F93C9", "#7A5CC0")
+COLOUR_MAP = "YlGnBu_r"
+_DASHES = ("-", "--", ":")
+_DOTS: dict[str, Any] = {"marker": "o", "markersize": 5, "linewidth": 1.6}
+_INK, _GRID = "#333333", "#DDDDDD"
+_CURE = "Free some space and run `python -m am_lightning.recipes report` on the run's folder."
+
+
+def look(number: int) -> tuple[str, str]:
+    """Colour and dashes of the run with this number: the dashes change when the colours are used up."""
+    return COLOURS[number % len(COLOURS)], _DASHES[number // len(COLOURS) % len(_DASHES)]
+
+
+def draw(path: Path, runs: Sequence[RunData], *, heatmap_of: int | None = 0) -> None:
+    """Draw the runs' losses in one picture, and below it the momentum of run number `heatmap_of` (if it has any).
+
+    Raises:
+        RecipeError: the picture cannot be written.
+    """
+    layers = heatmap_of is not None and bool(runs[heatmap_of].momentum)
+    figure = _figure(9, 7.5 if layers else 4.5)
+    rows = figure.subplots(2 if layers else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 2] if layers else [1])
+    draw_losses(rows[0, 0], runs)
+    if layers and heatmap_of is not None:
+        draw_heatmap(figure, rows[1, 0], runs[heatmap_of], named=len(runs) > 1)
+    _step_axis(rows[-1, 0])
+    _save(figure, path)
+
+
+def draw_report(path: Path, runs: Sequence[RunData]) -> None:
+    """Draw what the HTML report shows: losses, momentum of every run that has it, and whatever else was logged.
+
+    Raises:
+        RecipeError: the picture cannot be written.
+    """
+    panels = [
+        ("gradient norm, before clipping", [run.grad_norm for run in runs], True),
+        ("tokens per second, all processes", [run.tokens_per_second for run in runs], False),
+        ("share of tensors at the cap of beta_t", [run.at_max for run in runs], True),
+        ("share of tensors with beta_t = 0", [run.at_zero for run in runs], True),
+        ("steps skipped so far", [run.skipped for run in runs], False),
+        ("learning rate", [run.learning_rate for run in runs], False),
+    ]
+    panels = [panel for panel in panels if any(panel[1])]
+    with_momentum = [run for run in runs if run.momentum]
+    pairs = -(-len(panels) // 2)
+    heights = [4.2, *(0.9 + 0.16 * len(run.momentum) for run in with_momentum), *(2.2 for _ in range(pairs))]
+    figure = _figure(11, sum(heights))
+    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
+    losses = figure.add_subplot(grid[0, :])
+    draw_losses(losses, runs)
+    _step_axis(losses)
+    for row, run in enumerate(with_momentum, start=1):
+        axes = figure.add_subplot(grid[row, :], sharex=losses)
+        draw_heatmap(figure, axes, run, named=len(runs) > 1)
+    for number, (title, curves, smoothed) in enumerate(panels):
+        axes = figure.add_subplot(grid[1 + len(with_momentum) + number // 2, number % 2], sharex=losses)
+        _draw_panel(axes, title, curves, smoothed=smoothed)
+    _save(figure, path, dpi=110)
+
+
+def draw_losses(axes: Axes, runs: Sequence[RunData]) -> None:
+    """Training losses as running means, validation losses with dots."""
+    single = len(runs) == 1
+    for number, run in enumerate(runs):
+        colour, dashes = look(number)
+        if train := run.train_loss:
+            if single:
+                axes.plot(train.steps, train.values, color=colour, alpha=0.18, linewidth=0.8)
+            mean = smooth(train)
+            axes.plot(mean.steps, mean.values, color=colour, ls=dashes, linewidth=1.2, alpha=1 if single else 0.6)
+        if points := run.validation_points:
+            own = COLOURS[1] if single else colour
+            axes.plot(*zip(*points, strict=True), color=own, ls=dashes, clip_on=False, **_DOTS)
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_xlim(0, max([2, *(run.steps for run in runs)]))
+    if not single and (top := loss_after_start(runs)):
+        axes.set_ylim(top=top)
+    _style(axes)
+    axes.grid(color=_GRID, linewidth=0.6)
+    axes.legend(handles=_legend(runs), frameon=False, fontsize=9)
+
+
+def loss_after_start(runs: Sequence[RunData]) -> float | None:
+    """The highest training loss (running mean) after 5 % of a run: what is above hides the difference of the runs."""
+    means = [smooth(run.train_loss).values for run in runs if run.train_loss]
+    return max((float(values[len(values) // 20]) for values in means if len(values)), default=None)
+
+
+def draw_heatmap(figure: Figure, axes: Axes, run: RunData, *, named: bool) -> None:
+    """Momentum of layers x steps."""
+    found = heatmap(run.momentum)
+    places = np.arange(len(found.rows) + 1)
+    mesh = axes.pcolormesh(found.edges, places, found.values, cmap=COLOUR_MAP, vmin=0.0, rasterized=True)
+    axes.set_yticks(np.arange(len(found.rows)) + 0.5, found.rows, fontsize=9 if len(found.rows) < 16 else 6)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    title = rf"momentum $\beta_t${f' of {run.name}' if named else ''}, mean over a layer's tensors"
+    if found.width > 1:
+        title += f", lowest of {found.width} steps"
+    axes.set_title(title, loc="left", fontsize=10, color=_INK)
+    _style(axes)
+    bar = figure.colorbar(mesh, ax=axes, pad=0.01, aspect=15)
+    bar.outline.set_visible(False)
+
+
+def _draw_panel(axes: Axes, title: str, curves: Sequence[Curve | None], *, smoothed: bool) -> None:
+    for number, curve in enumerate(curves):
+        if curve is None:
+            continue
+        colour, dashes = look(number)
+        axes.plot(curve.steps, curve.values, color=colour, alpha=0.2 if smoothed else 0, linewidth=0.6)
+        shown = smooth(curve) if smoothed else curve
+        axes.plot(shown.steps, shown.values, color=colour, ls=dashes, linewidth=1.2)
+    axes.set_title(title, loc="left", fontsize=10, color=_INK)
+    axes.set_ylim(bottom=0)
+    _style(axes)
+    axes.grid(color=_GRID, linewidth=0.6)
+
+
+def _legend(runs: Sequence[RunData]) -> list[Line2D]:
+    handles = []
+    for number, run in enumerate(runs):
+        colour, dashes = look(number if len(runs) > 1 else 1)
+        label = f"{run.name}: validation" if len(runs) > 1 else "validation"
+        if run.final_val_loss is not None:
+            label += f", {run.final_val_loss:.3f} at the end"
+            handles.append(Line2D([], [], color=colour, label=label, ls=dashes, **_DOTS))
+        else:
+            handles.append(Line2D([], [], color=look(number)[0], label=run.name or "training", ls=dashes))
+    if len(runs) > 1:
+        text = "without dots: training, running mean"
+        handles.append(Line2D([], [], color=_INK, alpha=0.6, label=text, linewidth=1.2))
+    else:
+        handles.append(Line2D([], [], color=COLOURS[0], label="training, running mean", linewidth=1.2))
+    return handles
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: Path, dpi: int = 150) -> None:
+    with replacing(path, _CURE) as file:
+        figure.savefig(file, format="png", dpi=dpi)
+
+
+def _step_axis(axes: Axes) -> None:
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _style(axes: Axes) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(colors=_INK)

@@ -1,0 +1,341 @@
+"""TextData: rows of tokens for causal language modelling, resumable at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, Subset
+
+from am_lightning.pretrain.data.order import ResumableLoader, StepOrder, TokenRows, share_of
+from am_lightning.pretrain.data.pipeline import Pipeline
+from am_lightning.pretrain.data.prepare import is_complete
+from am_lightning.pretrain.data.shards import Index, TokenShards, open_shards
+from am_lightning.pretrain.data.stream import Reader, StreamBatches, StreamLoader, make_readers
+from am_lightning.pretrain.data.stream_state import StreamState
+from am_lightning.pretrain.data.tokenizer import check_vocabulary, smallest_vocabulary
+from am_lightning.pretrain.runtime.errors import RecipeError, require
+
+
+class TextData(L.LightningDataModule):
+    """Documents -> tokens, an end-of-text token after each -> rows of `seq_len` tokens, int64 (batch, seq_len).
+
+    `mode` "shards": the tokens are made once, into files in `cache_dir`, and which rows make up step s depends on
+    `seed` and s alone (see `order.StepOrder`), for any number of processes. "stream": every process tokenizes its own
+    documents on the fly (see `stream`); only the held-out rows are made beforehand, and the number of processes is
+    part of the order.
+
+    A fixed `val_percent` % of the documents is held out for validation, by a hash of their path or, in records, text.
+
+    All work is in `prepare`, `open`, `train_loader` and `val_loader`, which need no Trainer; Lightning's hooks call
+    them.
+
+    Args:
+        source: "stdlib" (the running Python's own source and documents); a folder, a file or a glob pattern, where
+            .parquet, .jsonl, .jsonl.gz and .json.gz hold a document in each record and any other text file is one;
+            "hf:NAME", which datasets.load_dataset streams; or a folder of shards that prepare_data.py made.
+        source_options: arguments of datasets.load_dataset for "hf:NAME", e.g. {"name": "en", "split": "train"}.
+        text_field: field or column of the text in records.
+        tokenizer: "bytes"; "bpe-N", trained on the data; a folder, or a name on the Hugging Face hub.
+        mode: "shards" or "stream".
+        seq_len: tokens in a row.
+        vocab_size: the model's; at least the tokenizer's.
+        batch_size: rows per optimizer step, over all processes and micro-batches.
+        val_percent: share of the documents held out, in percent; steps of 0.01.
+        val_rows: rows of a validation during training, evenly spaced over the held-out text.
+        final_val_rows: rows of the validation after training (and of `validate`).
+        val_batch_size: rows of a validation batch on one process.
+        cache_dir: folder of what is made; None: `data` below the run's folder.
+        shard_mb: megabytes of text that are tokenized in one go, and of tokens in a file.
+        prepare_workers: processes that make the shards; None: one for every core.
+        seed: of the order.
+        num_workers: loader processes on every process. Shards are memory maps, which need none; a stream is tokenized
+            by them.
+
+    Attributes:
+        scored_rows: of the last val_loader(), over all processes.
+        default_root_dir: the run's folder; a Trainer's own comes first.
+
+    Raises:
+        RecipeError: an argument is out of range. The methods raise it for documents, shards and checkpoints that do not
+            fit.
+    """
+
+    def __init__(
+        self,
+        source: str = "stdlib",
+        source_options: dict[str, Any] | None = None,
+        text_field: str = "text",
+        tokenizer: str = "bytes",
+        mode: Literal["shards", "stream"] = "shards",
+        seq_len: int = 128,
+        vocab_size: int = 256,
+        batch_size: int = 8,
+        val_percent: float = 5.0,
+        val_rows: int = 256,
+        final_val_rows: int = 1024,
+        val_batch_size: int = 64,
+        cache_dir: str | None = None,
+        shard_mb: int = 64,
+        prepare_workers: int | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        counts = {"seq_len": seq_len, "batch_size": batch_size, "val_rows": val_rows, "final_val_rows": final_val_rows}
+        for name, value in {**counts, "val_batch_size": val_batch_size, "shard_mb": shard_mb}.items():
+            lowest = 2 if name == "seq_len" else 1
+            require(value >= lowest, f"data.{name}", value, f"a whole number >= {lowest}")
+        require(mode in ("shards", "stream"), "data.mode", mode, '"shards" or "stream"')
+        check_vocabulary(vocab_size, smallest_vocabulary(tokenizer), tokenizer)
+        require(0 < val_percent < 100, "data.val_percent", val_percent, "0 < value < 100")
+        require(num_workers >= 0, "data.num_workers", num_workers, ">= 0")
+        require(
+            prepare_workers is None or prepare_workers >= 1, "data.prepare_workers", prepare_workers, ">= 1, or null"
+        )
+        require(seed >= 0, "data.seed", seed, ">= 0")
+        self.source, self.source_options, self.text_field = source, source_options, text_field
+        self.tokenizer, self.mode, self.seq_len, self.vocab_size = tokenizer, mode, seq_len, vocab_size
+        self.batch_size, self.val_percent = batch_size, float(val_percent)
+        self.val_rows, self.final_val_rows, self.val_batch_size = val_rows, final_val_rows, val_batch_size
+        self.cache_dir, self.shard_mb, self.prepare_workers = cache_dir, shard_mb, prepare_workers
+        self.seed, self.num_workers = seed, num_workers
+        self.scored_rows = 0
+        self.default_root_dir = "."
+        self._pipeline: Pipeline | None = None
+        self._shards: TokenShards | None = None
+        self._stream = StreamState()
+
+    def prepare(self, *, check_all: bool = False) -> Index:
+        """On one process of every machine: make what is not there yet (the shards; for a stream, its held-out rows).
+
+        Args:
+            check_all: compare the checksums of all shards. Otherwise those of more than 2 GiB are only looked at.
+
+        Raises:
+            RecipeError: a document or a shard cannot be read, the disk is full, or the model's vocabulary is too small.
+        """
+        return self.pipeline().prepare(stream_rows=self._stream_rows, check_all=check_all)
+
+    def open(self) -> None:
+        """On every process, after `prepare`: open what it made.
+
+        Raises:
+            RecipeError: it is not there, or the model's vocabulary is too small.
+        """
+        self._shards = open_shards(self.folder())
+        check_vocabulary(self.vocab_size, self._shards.index.vocab_size, self.tokenizer)
+
+    def train_loader(
+        self,
+        *,
+        steps: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+        first_step: int | Callable[[], int] = 0,
+        pin_memory: bool = False,
+    ) -> DataLoader[torch.Tensor]:
+        """Batches of one process: int64 (batch_size / accumulate / world_size, seq_len).
+
+        Args:
+            steps: optimizer steps in the whole run. The length is `steps * accumulate`, whatever was done before.
+            rank, world_size: this process and how many there are (that see different data).
+            accumulate: micro-batches in a step.
+            first_step: steps that are done already; a function is called when iteration begins. A stream needs its
+                `load_state_dict`, too.
+            pin_memory: batches in pinned memory, from which a GPU copies without the host's waiting.
+
+        Raises:
+            RecipeError: `batch_size` is not divisible by world_size * accumulate, or the text is too short.
+        """
+        done = first_step if callable(first_step) else lambda: first_step
+        if self._streams:
+            return self._stream_loader(steps, rank, world_size, accumulate, done, pin_memory)
+        rows = TokenRows(self._opened().train, self.seq_len)
+        order = StepOrder(
+            len(rows),
+            self.batch_size,
+            steps,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+            accumulate=accumulate,
+            first_step=done,
+        )
+        return ResumableLoader(
+            rows,
+            batch_sampler=order,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=pin_memory,
+        )
+
+    def val_loader(
+        self, *, rank: int = 0, world_size: int = 1, rows: int | None = None, pin_memory: bool = False
+    ) -> DataLoader[torch.Tensor]:
+        """This process's share of `rows` held-out rows (`val_rows` where None), evenly spaced over the held-out text.
+
+        Every rank has equally many, as collectives need; `scored_rows` then says how many all have together.
+
+        Raises:
+            RecipeError: there are fewer rows than processes.
+        """
+        held_out = TokenRows(self._opened().val, self.seq_len, rows or self.val_rows)
+        share = len(held_out) // world_size
+        if share == 0:
+            raise RecipeError(
+                f"the validation text has {len(held_out)} rows of {self.seq_len} tokens, fewer than the"
+                f" {world_size} processes. Raise data.val_percent or data.val_rows, or use more text."
+            )
+        self.scored_rows = share * world_size
+        mine = range(rank, self.scored_rows, world_size)
+        return DataLoader(Subset(held_out, list(mine)), batch_size=self.val_batch_size, pin_memory=pin_memory)
+
+    def folder(self) -> Path:
+        """Where `prepare` puts the shards."""
+        return self.pipeline().folder(self._stream_rows)
+
+    def is_prepared(self) -> bool:
+        """Whether all files are there; `prepare` also looks into them."""
+        return is_complete(self.folder())
+
+    def pipeline(self) -> Pipeline:
+        """From the documents to the shards, as the arguments say."""
+        if self._pipeline is None:
+            root = self.trainer.default_root_dir if self.trainer else self.default_root_dir
+            self._pipeline = Pipeline(
+                source=self.source,
+                source_options=self.source_options,
+                text_field=self.text_field,
+                tokenizer=self.tokenizer,
+                vocab_size=self.vocab_size,
+                val_percent=self.val_percent,
+                shard_mb=self.shard_mb,
+                workers=self.prepare_workers,
+                seq_len=self.seq_len,
+                cache=Path(self.cache_dir) if self.cache_dir else Path(root, "data"),
+            )
+        return self._pipeline
+
+    def prepare_data(self) -> None:
+        self.prepare()
+
+    def setup(self, stage: str) -> None:
+        self.open()
+
+    def train_dataloader(self) -> DataLoader[torch.Tensor]:
+        trainer = self._trainer()
+        if trainer.max_steps < 1:
+            raise RecipeError(
+                f"trainer.max_steps is {trainer.max_steps}; allowed: >= 1, the order of the data needs a length"
+            )
+        rank, world_size = _share(trainer)
+        return self.train_loader(
+            steps=trainer.max_steps,
+            rank=rank,
+            world_size=world_size,
+            accumulate=trainer.accumulate_grad_batches,
+            first_step=lambda: trainer.global_step,
+            pin_memory=_pins(trainer),
+        )
+
+    def val_dataloader(self) -> DataLoader[torch.Tensor]:
+        trainer = self._trainer()
+        rank, world_size = _share(trainer)
+        rows = self.val_rows if trainer.state.fn == "fit" else self.final_val_rows
+        return self.val_loader(rank=rank, world_size=world_size, rows=rows, pin_memory=_pins(trainer))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must have in common with this one, and in a stream where every process is.
+
+        Plain numbers and strings. Every process must call it: a stream's positions are gathered.
+        """
+        state: dict[str, Any] = {"mode": self.mode, **self._identity()}
+        if self._streams:
+            step = self.trainer.global_step if self.trainer else None
+            state["stream"] = self._stream.gather(step)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises: RecipeError: the checkpoint was trained on other data or in another order; says what differs."""
+        saved = {"mode": "shards", **state_dict}
+        for name, value in {"mode": self.mode, **self._identity()}.items():
+            if saved.get(name) == value:
+                continue
+            if name == "tokens_sha256":
+                text = f"the checkpoint was trained on another text than {self._opened().folder} holds"
+                cure = "Set data.source, data.tokenizer and data.cache_dir as they were (stdlib: run the same Python)"
+            elif name == "documents_sha256":
+                text = f"the checkpoint was trained on another text or tokenizer than data.source {self.source} has now"
+                cure = "Set data.source, data.source_options and data.tokenizer as they were"
+            else:
+                text = f"data.{name} is {value}, the checkpoint was trained with {saved.get(name)}"
+                cure = "Set it back"
+            raise RecipeError(f"{text}. {cure}, or start a new run in another folder.")
+        if self._streams:
+            self._stream.load(saved["stream"])
+
+    def _identity(self) -> dict[str, Any]:
+        order = {"seq_len": self.seq_len, "batch_size": self.batch_size, "seed": self.seed}
+        if self._streams:
+            return {"documents_sha256": self.pipeline().fingerprint(), **order, "num_workers": max(1, self.num_workers)}
+        return {"tokens_sha256": self._opened().index.sha256, **order}
+
+    @property
+    def _streams(self) -> bool:
+        return self.mode == "stream"
+
+    @property
+    def _stream_rows(self) -> int | None:
+        return max(self.val_rows, self.final_val_rows) if self._streams else None
+
+    def _stream_loader(
+        self,
+        steps: int,
+        rank: int,
+        world_size: int,
+        accumulate: int,
+        first_step: Callable[[], int],
+        pin_memory: bool,
+    ) -> DataLoader[torch.Tensor]:
+        pipeline = self.pipeline()
+        template = Reader(
+            tuple(pipeline.parts), pipeline.load_tokenizer(), self.val_percent, self.seq_len, self.seed, 0, 1
+        )
+        readers = make_readers(template, rank=rank, world_size=world_size, workers=self.num_workers)
+        batches = StreamBatches(readers, share_of(self.batch_size, world_size, accumulate))
+        loader = StreamLoader(
+            batches,
+            steps,
+            accumulate,
+            self.num_workers,
+            first_step,
+            lambda step: self._stream.at(step, rank, world_size, accumulate, len(readers)),
+            pin_memory=pin_memory,
+        )
+        self._stream.follow(loader, rank, world_size, accumulate)
+        return loader
+
+    def _trainer(self) -> L.Trainer:
+        if self.trainer is None:
+            raise RuntimeError("no Trainer: pass this as trainer.fit(model, datamodule=data), or use train_loader()")
+        return self.trainer
+
+    def _opened(self) -> TokenShards:
+        if self._shards is None:
+            raise RuntimeError("TextData is not open: call prepare() on one process of the machine, then open()")
+        return self._shards
+
+
+def _pins(trainer: L.Trainer) -> bool:
+    return trainer.strategy.root_device.type == "cuda"
+
+
+def _share(trainer: L.Trainer) -> tuple[int, int]:
+    """Rank and number among the processes that see different data: tensor-parallel ones see the same."""
+    kwargs = trainer.distributed_sampler_kwargs or {}
+    return kwargs.get("rank", trainer.global_rank), kwargs.get("num_replicas", trainer.world_size)

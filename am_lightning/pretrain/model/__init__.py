@@ -1,0 +1,1 @@
+"""The Llama model, its LightningModule, its schedule and its parallel form."""

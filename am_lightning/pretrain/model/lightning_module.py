@@ -1,0 +1,220 @@
+"""LlamaPretraining: next-token training of a Llama as a LightningModule; the optimizer is injected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.distributed.fsdp.wrap import wrap
+from torch.distributed.tensor import DTensor
+from torchmetrics import MeanMetric
+from transformers import LlamaForCausalLM
+
+from am_lightning.lightning import AdaptiveMemory
+from am_lightning.optim.base import AdaptiveMemoryOptimizer
+from am_lightning.optim.convert import convert_adamw
+from am_lightning.optim.param_groups import parameter_groups
+from am_lightning.pretrain.model.network import (
+    LlamaShape,
+    build_llama,
+    checkpoint_activations,
+    flops_per_token,
+    token_loss,
+)
+from am_lightning.pretrain.model.parallelize import loss_context, shard_llama, tensor_ways
+from am_lightning.pretrain.model.schedule import check_schedule, make_schedule
+from am_lightning.pretrain.runtime.errors import RecipeError, require
+
+OptimizerCallable = Callable[[Iterable[Any]], torch.optim.Optimizer]
+
+
+class LlamaPretraining(L.LightningModule):
+    """A Llama (transformers' LlamaForCausalLM) trained on rows of token ids, int64 (batch, seq_len).
+
+    Logs `train/loss` (of this process's micro-batch), `val/loss` and `val/perplexity` (over all processes); losses are
+    means per token in nats.
+
+    Args:
+        hidden_size: width of the residual stream; a multiple of 2 * num_heads.
+        intermediate_size: width of the MLP.
+        num_heads: attention heads.
+        num_layers: decoder layers.
+        vocab_size: tokens.
+        seq_len: longest row, in tokens.
+        optimizer: makes the optimizer from parameter groups.
+        weight_decay: of the matrices; norms and the embedding get none.
+        warmup_fraction: share of the steps over which the learning rate rises; 0 for none.
+        final_lr_fraction: where the schedule ends, as a share of the peak.
+        num_key_value_heads: heads of keys and values, a divisor of num_heads; None: num_heads.
+        rope_theta: base of the rotary embedding.
+        tie_word_embeddings: the head is the embedding.
+        schedule: "cosine", "wsd" (warmup, stable, decay) or "constant".
+        decay_fraction: share of the steps over which "wsd" falls at the end.
+        activation_checkpointing: keep a layer's input only and compute the rest again in the backward pass.
+        compile: torch.compile every decoder layer.
+
+    Raises:
+        RecipeError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int = 128,
+        intermediate_size: int = 344,
+        num_heads: int = 4,
+        num_layers: int = 4,
+        vocab_size: int = 256,
+        seq_len: int = 128,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        weight_decay: float = 0.1,
+        warmup_fraction: float = 0.0,
+        final_lr_fraction: float = 0.1,
+        num_key_value_heads: int | None = None,
+        rope_theta: float = 10000.0,
+        tie_word_embeddings: bool = False,
+        schedule: Literal["cosine", "wsd", "constant"] = "cosine",
+        decay_fraction: float = 0.2,
+        activation_checkpointing: bool = False,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.shape = LlamaShape(
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_heads=num_heads,
+            num_layers=num_layers,
+            vocab_size=vocab_size,
+            seq_len=seq_len,
+            num_key_value_heads=num_key_value_heads,
+            rope_theta=rope_theta,
+            tie_word_embeddings=tie_word_embeddings,
+        )
+        require(0 <= weight_decay < math.inf, "model.weight_decay", weight_decay, "0 <= value")
+        check_schedule(schedule, warmup_fraction, decay_fraction, final_lr_fraction)
+        self.save_hyperparameters(ignore=["optimizer"])
+        self.make_optimizer = optimizer
+        self.weight_decay = weight_decay
+        self.schedule = (schedule, warmup_fraction, decay_fraction, final_lr_fraction)
+        self.model: LlamaForCausalLM | None = None
+        self.activation_checkpointing, self.compile_layers = activation_checkpointing, compile
+        self.val_loss = MeanMetric()
+        self._batch_tokens = 0
+
+    def configure_model(self) -> None:
+        """Build the network. Strategies that shard call this hook where the weights are to live; it may come again.
+
+        Under ModelParallelStrategy it is split over the strategy's mesh (parallel.py); under FSDPStrategy every layer
+        becomes a unit; DeepSpeed, DDP and one device take it whole.
+        """
+        if self.model is not None:
+            return
+        if self.device_mesh is None:
+            model = build_llama(self.shape)
+        else:
+            with torch.device("meta"):
+                model = build_llama(self.shape)
+        if self.activation_checkpointing:
+            checkpoint_activations(model)
+        if self.compile_layers:
+            for layer in model.model.layers:
+                layer.compile()
+        if self.device_mesh is not None:
+            shard_llama(model, self.shape, self.device_mesh, str(self.trainer.precision))
+        for index, layer in enumerate(model.model.layers):
+            model.model.layers[index] = wrap(layer)  # by FSDP1, where FSDPStrategy asks for it
+        self.model = cast(LlamaForCausalLM, wrap(model))
+
+    @property
+    def network(self) -> LlamaForCausalLM:
+        """The model, once it is built."""
+        if self.model is None:
+            raise RuntimeError("configure_model() has not run")
+        return self.model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (batch, seq_len, vocab_size) for token ids (batch, seq_len)."""
+        # Positions are given because a layer split over tokens sees a part of the row.
+        positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
+        logits: Tensor = self.network(input_ids=tokens, position_ids=positions).logits
+        return logits
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self._batch_tokens = batch.numel()
+        loss = self._loss(batch)
+        self.log("train/loss", loss)  # prog_bar=True would take it to the host after every batch
+        return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        with loss_context(self.device_mesh):
+            super().backward(loss, *args, **kwargs)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self._batch_tokens = batch.numel()
+        loss = self._loss(batch)
+        self.val_loss.update(loss, len(batch))
+        self.log(
+            "val/loss",
+            loss,
+            prog_bar=True,
+            logger=self._log_validation,
+            on_step=False,
+            on_epoch=True,
+            sync_dist=True,
+            batch_size=len(batch),
+        )
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val/perplexity", self.val_loss.compute().exp(), logger=self._log_validation, sync_dist=True)
+        self.val_loss.reset()
+
+    @property
+    def _log_validation(self) -> bool:
+        """The curve holds validations during training; the one after it scores other rows and goes to the summary."""
+        return self.trainer.state.fn == "fit"
+
+    def optimizer_for(self, network: nn.Module, memory: AdaptiveMemory | None = None) -> torch.optim.Optimizer:
+        """The optimizer of `network`, converted where `memory` would: norms and embeddings without weight decay.
+
+        Raises:
+            ValueError, TypeError: an option is out of range, or the optimizer cannot be converted.
+        """
+        groups = parameter_groups(network, self.weight_decay, decay_embeddings=False)
+        optimizer: Any = self.make_optimizer(groups)
+        if memory is not None and not isinstance(optimizer, AdaptiveMemoryOptimizer):
+            optimizer = convert_adamw(optimizer, lambd=memory.lambd, beta1_max=memory.beta1_max, scope=memory.scope)
+        return cast(torch.optim.Optimizer, optimizer)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self.optimizer_for(self.network)
+        scheduler = make_schedule(optimizer, self.trainer.max_steps, *self.schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def flops_per_batch(self) -> int:
+        """Floating-point operations of the last batch on this process, for ThroughputMonitor; see flops_per_token."""
+        flops = self._batch_tokens * flops_per_token(self.shape) // tensor_ways(self.device_mesh)
+        return flops if self.training else flops // 3
+
+    def _loss(self, batch: Tensor) -> Tensor:
+        with loss_context(self.device_mesh):
+            loss = token_loss(self(batch), batch)
+        return loss.to_local() if isinstance(loss, DTensor) else loss
+
+
+def check_optimizer(module: LlamaPretraining, memory: AdaptiveMemory | None) -> torch.optim.Optimizer:
+    """The optimizer for weights on the meta device, which take no memory.
+
+    Raises:
+        RecipeError: an option is out of range, or the optimizer cannot be converted.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = build_llama(module.shape)
+    try:
+        return module.optimizer_for(model, memory)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"model.optimizer: {error}") from error

@@ -1,0 +1,1 @@
+"""What every program of the recipes needs: command line, run configuration, signals, errors."""

@@ -1,0 +1,85 @@
+"""What every program of the recipes does around its work: no noise, and errors in words with an exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+
+from am_lightning.pretrain.runtime.atomic_files import DISK_FULL, disk_error
+from am_lightning.pretrain.runtime.early_signals import keep_signals
+from am_lightning.pretrain.runtime.errors import RecipeError
+
+EXTRA = "pip install 'am-lightning[recipes]', or '.[recipes]' in a checkout"
+RESUME = "--ckpt_path last goes on from the newest checkpoint"
+
+
+@contextlib.contextmanager
+def command_line() -> Iterator[None]:
+    """Run the block as the body of a program: what the user can help ends the process with a message."""
+    keep_signals()  # the imports below take seconds
+    _quiet()
+    try:
+        with _fonts_elsewhere():
+            import am_lightning.pretrain.runtime.cli  # noqa: F401
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: the recipes need {error.name}: {EXTRA}")
+    try:
+        yield
+        sys.stdout.flush()  # here, where a closed pipe is still met in words
+    except RecipeError as error:
+        sys.exit(f"error: {error}")
+    except SystemExit as stopped:
+        if not _is_sigterm(stopped):
+            raise
+        print(f"stopped by SIGTERM; {RESUME}", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM) from stopped
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
+        raise SystemExit(1) from None
+    except ModuleNotFoundError as error:
+        if "jsonargparse" not in str(error):  # LightningCLI asks for it when it is built, in words alone
+            raise
+        sys.exit(f"error: the recipes need jsonargparse: {EXTRA}")
+    except Exception as error:
+        # Whatever else was being written (the curves, the configuration) when the disk became full.
+        refused = disk_error(error)
+        if refused is None or refused.errno not in DISK_FULL:
+            raise
+        what = refused.filename or "the run's files"
+        sys.exit(f"error: cannot write {what}: {refused.strerror}. Free some space; {RESUME}.")
+
+
+def _is_sigterm(stopped: SystemExit) -> bool:
+    """Lightning's SIGTERMException: a SystemExit with status 0, which a scheduler would take for a finished run."""
+    return type(stopped).__name__ == "SIGTERMException"
+
+
+@contextlib.contextmanager
+def _fonts_elsewhere() -> Iterator[None]:
+    """matplotlib, which torchmetrics imports, writes a list of fonts into the home folder: give it one that goes."""
+    if "MPLCONFIGDIR" in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="matplotlib-") as os.environ["MPLCONFIGDIR"]:
+        yield
+    del os.environ["MPLCONFIGDIR"]
+
+
+def _quiet() -> None:
+    """Take away messages that ask for nothing from the user of these programs."""
+    for text in (
+        ".*does not have many workers.*",  # a row is a slice of a memory map
+        ".*Checkpoint directory .* exists and is not empty.*",  # so it is after every resume
+        ".*LightningCLI's args parameter is intended.*",  # the comparison runs are made from within
+        ".*isinstance.treespec, LeafSpec.. is deprecated.*",  # inside Lightning
+        ".*no last checkpoint available.*",  # --ckpt_path last starts where there is none, by design
+    ):
+        warnings.filterwarnings("ignore", message=text)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())

@@ -1,0 +1,136 @@
+"""A study's runs: each is a configuration and what came of it, a line of JSON; an interrupted study goes on."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import platform
+from collections.abc import Callable, Iterable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from am_lightning.bench.table import processor
+from am_lightning.pretrain.runtime.errors import RecipeError, require
+
+Config = dict[str, Any]
+Result = dict[str, Any]
+
+
+class Ledger:
+    """Finished runs in a file of JSON lines ``{"config": ..., "result": ..., "made": ...}``.
+
+    Args:
+        path: of the file; it is made when the first run ends.
+        setup: what all of its runs have in common and no configuration says, such as a hash of the data. It is kept in
+            a file beside, and another setup does not go on with these runs.
+
+    Raises:
+        RecipeError: the file's runs were made with another setup, or a line is no run.
+    """
+
+    def __init__(self, path: Path, setup: Mapping[str, str] | None = None) -> None:
+        self.path = path
+        self._results: dict[str, Result] = {}
+        self._made: set[tuple[str, ...]] = set()
+        self._setup = dict(setup or {})
+        self._check_setup()
+        if path.exists():
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                self._read(number, line)
+
+    def _read(self, number: int, line: str) -> None:
+        try:
+            entry = json.loads(line)
+            self._results[_key(entry["config"])] = entry["result"]
+            if "made" in entry:
+                self._made.add(tuple(entry["made"]))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise RecipeError(f"{self.path}:{number} is no finished run ({error}). Delete the line.") from error
+
+    def _check_setup(self) -> None:
+        beside = self.path.with_suffix(".setup.json")
+        if not self._setup or not beside.exists():
+            return
+        before = json.loads(beside.read_text())
+        other = [
+            f"{key} {before.get(key)} -> {self._setup.get(key)}"
+            for key in sorted({*before, *self._setup})
+            if before.get(key) != self._setup.get(key)
+        ]
+        if other:
+            raise RecipeError(f"{self.path} has runs of another setup ({'; '.join(other)}). Give another --out.")
+
+    def made(self) -> str:
+        """On what the runs were made, and when, in words."""
+        known = sorted(self._made) or [_made({})]
+        return "; ".join(
+            f"{device}, torch {torch_version}, Python {python}, {day}" for day, device, torch_version, python in known
+        )
+
+    def __contains__(self, config: Config) -> bool:
+        return _key(config) in self._results
+
+    def __getitem__(self, config: Config) -> Result:
+        """The result of a configuration. KeyError: it has not been run."""
+        return self._results[_key(config)]
+
+    def add(self, config: Config, result: Result) -> None:
+        """Keep a finished run, on the disk at once."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self._setup and not self._results:
+            self.path.with_suffix(".setup.json").write_text(json.dumps(self._setup, indent=1))
+        made = _made(config)
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"config": config, "result": result, "made": made}) + "\n")
+        self._made.add(made)
+        self._results[_key(config)] = result
+
+    def run(self, configs: Iterable[Config], run: Callable[[Config], Result], *, workers: int = 1) -> None:
+        """Run those of ``configs`` that are missing, in ``workers`` processes of one thread each.
+
+        One thread makes the result independent of the number of workers.
+
+        Args:
+            configs: plain values only, as JSON holds them.
+            run: from a configuration to its result, of plain values; a function of a module.
+            workers: processes at a time.
+
+        Raises:
+            RecipeError: ``workers`` is below 1.
+        """
+        require(workers >= 1, "--workers", workers, "a whole number >= 1")
+        missing = list({_key(c): c for c in configs if c not in self}.values())
+        if not missing:
+            return
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(min(workers, len(missing)), _one_thread) as pool:
+            jobs = pool.imap_unordered(_Job(run), missing)
+            for config, result in tqdm(jobs, total=len(missing), desc="runs", unit="run"):
+                self.add(config, result)
+
+
+class _Job:
+    def __init__(self, run: Callable[[Config], Result]) -> None:
+        self.run = run
+
+    def __call__(self, config: Config) -> tuple[Config, Result]:
+        return config, self.run(config)
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _made(config: Config) -> tuple[str, ...]:
+    """Day, device, versions."""
+    device = str(config.get("device", "cpu"))
+    words = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{processor()}, one thread a run"
+    return date.today().isoformat(), words, torch.__version__.partition("+")[0], platform.python_version()
+
+
+def _key(config: Config) -> str:
+    return json.dumps(config, sort_keys=True)
