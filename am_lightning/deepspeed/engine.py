@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from am_lightning.distributed import Layout
+from am_lightning.distributed import ShardLayout
 from am_lightning.distributed.layout import summed
 from am_lightning.distributed.strategies.deepspeed_zero import check_supported
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
@@ -127,7 +127,7 @@ class PrePass:
         self._flats = owner.fp32_partitioned_groups_flat if self._stage_3 else owner.single_partition_of_fp32_groups
         self._group_of = [owner.sub_group_to_group_id[k] if self._stage_3 else k for k in range(len(self._flats))]
         self._norm: Any = None
-        self._layouts: list[Layout] = []
+        self._layouts: list[ShardLayout] = []
         self._slices: list[slice] = []
         self._sums: Sums | None = None
         self._decision: Decision | None = None
@@ -146,9 +146,9 @@ class PrePass:
         """All parameter groups, in the engine's order; the dicts are others after a checkpoint was loaded."""
         return self._optimizer.given_groups()
 
-    def __call__(self, layout: Layout) -> tuple[Sums, Decision]:
+    def __call__(self, layout: ShardLayout) -> tuple[Sums, Decision]:
         """The sums and the decision for the rows of ``layout``, which is that of one call of ``step()``."""
-        flat = layout.rows[0].param
+        flat = layout.logical_params[0].param
         turn = next(k for k, other in enumerate(self._flats) if other is flat)
         if turn == 0:
             self._take_all()
@@ -171,9 +171,9 @@ class PrePass:
                 self._predicted.append(self._flats[k].grad.sum())
             found.append((packed, local.scalars))
             self._layouts.append(layout)
-            self._slices.append(slice(start, start + len(layout.rows)))
-            start += len(layout.rows)
-            sizes[self._group_of[k]] += len(layout.rows)
+            self._slices.append(slice(start, start + len(layout.logical_params)))
+            start += len(layout.logical_params)
+            sizes[self._group_of[k]] += len(layout.logical_params)
         if len({reduction.ranks for layout in self._layouts for reduction in layout.reductions}) > 1:
             raise ValueError(
                 f"scope={self._optimizer.scope!r} cannot be formed: the partitions lie on different sets of ranks. Use "
@@ -241,7 +241,7 @@ class PrePass:
         handed = self._flats[turn].grad.sum()
         off = ((handed - self._predicted[turn]).abs() > 1e-4 * handed.abs() + 1e-5).double().reshape(1)
         if bool(self._over_ranks(off) > 0):
-            name = self._layouts[turn].rows[0].name
+            name = self._layouts[turn].logical_params[0].name
             raise RuntimeError(
                 f"the gradient of {name!r} is not the one that DeepSpeed {deepspeed.__version__} was expected to step "
                 f"with, so scope={self._optimizer.scope!r} would be wrong: use scope='tensor', or a DeepSpeed version "

@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from am_lightning.distributed.shard import Groups, Row, my_rank, ranks_of, served_device, shown
+from am_lightning.distributed.shard import Groups, LogicalParam, backend_device, my_rank, ranks_of, shown
 from am_lightning.distributed.strategies.dtensor import local
 
 _PRIME = 2**61 - 1  # checksums are modulo this: they fit int64
 
 
-def check_agreement(rows: Sequence[Row], held: Sequence[int], groups: Groups) -> None:
+def check_agreement(rows: Sequence[LogicalParam], held: Sequence[int], groups: Groups) -> None:
     """Collective over ``groups``: one gather of three integers; more only to name what is wrong.
 
     Args:
@@ -26,12 +26,12 @@ def check_agreement(rows: Sequence[Row], held: Sequence[int], groups: Groups) ->
         ValueError: other tensors on other ranks, or pieces that do not add up; on every rank alike.
     """
     device = local(rows[0].param).device
-    digests = [_number((row.name, row.home.numel, row.group_index)) for row in rows]
+    digests = [_number((row.name, row.shard.numel, row.group_index)) for row in rows]
     names = _number(digests)
-    known = [i for i, row in enumerate(rows) if row.home.numel is not None]
+    known = [i for i, row in enumerate(rows) if row.shard.numel is not None]
     weights = [1 + _number(i) for i in known]
     mine = sum(held[i] * w for i, w in zip(known, weights, strict=True)) % _PRIME
-    expected = sum((rows[i].home.numel or 0) * w for i, w in zip(known, weights, strict=True)) % _PRIME
+    expected = sum((rows[i].shard.numel or 0) * w for i, w in zip(known, weights, strict=True)) % _PRIME
     total, alike = mine, True
     for group in groups:
         found = _gathered(torch.tensor([names, total, int(alike)], device=device), group).tolist()
@@ -43,21 +43,21 @@ def check_agreement(rows: Sequence[Row], held: Sequence[int], groups: Groups) ->
         _raise_for_pieces(rows, held, groups, device)
 
 
-def check_stages(words: str, group: object, device: torch.device) -> None:
-    """Collective over a pipeline's ``group``: is what ``words`` says the same on all stages?
+def check_stages(description: str, group: object, device: torch.device) -> None:
+    """Collective over a pipeline's ``group``: is what ``description`` says the same on all stages?
 
     Raises:
         ValueError: it is not; on every rank of the group.
     """
-    found = _gathered(torch.tensor([_number(words)], device=device), group)
+    found = _gathered(torch.tensor([_number(description)], device=device), group)
     if bool((found != found[0]).any()):
         raise ValueError(
-            f"the pipeline's stages do not fit together: rank {my_rank()} has {words}, others have not. Build every "
-            "stage's optimizer with the same scope and number of parameter groups, empty where a stage has nothing"
+            f"the pipeline's stages do not fit together: rank {my_rank()} has {description}, others have not. Build "
+            "every stage's optimizer with the same scope and number of parameter groups, empty where a stage has nothing"
         )
 
 
-def _raise_for_rows(rows: Sequence[Row], digests: list[int], groups: Groups, device: torch.device) -> None:
+def _raise_for_rows(rows: Sequence[LogicalParam], digests: list[int], groups: Groups, device: torch.device) -> None:
     """Name the first row that differs, or the first that some ranks lack."""
     length = torch.tensor([len(rows)], device=device)
     for group in groups:
@@ -82,27 +82,27 @@ def _shown_ranks(groups: Groups) -> str:
     return shown(frozenset[int]().union(*(ranks_of(group) for group in groups)))
 
 
-def _shown_row(row: Row) -> str:
-    size = "" if row.home.numel is None else f" with {row.home.numel} elements"
+def _shown_row(row: LogicalParam) -> str:
+    size = "" if row.shard.numel is None else f" with {row.shard.numel} elements"
     return f"{row.name!r}{size} in group {row.group_index}"
 
 
-def _raise_for_pieces(rows: Sequence[Row], held: Sequence[int], groups: Groups, device: torch.device) -> None:
+def _raise_for_pieces(rows: Sequence[LogicalParam], held: Sequence[int], groups: Groups, device: torch.device) -> None:
     totals = torch.tensor(held, device=device)
     for group in groups:
         totals = _gathered(totals, group).sum(0)
     for row, found in zip(rows, totals.tolist(), strict=True):
-        if row.home.numel not in (None, found):
+        if row.shard.numel not in (None, found):
             raise ValueError(
-                f"parameter {row.name!r}, placed as {row.home.words}, has {row.home.numel} elements, but the pieces on "
-                f"ranks {_shown_ranks(groups)} have {found}: sums over it would be wrong. Shard the model before the "
+                f"parameter {row.name!r}, placed as {row.shard.description}, has {row.shard.numel} elements, but the "
+                f"pieces on ranks {_shown_ranks(groups)} have {found}: sums over it would be wrong. Shard the model before the "
                 "optimizer is built, and leave its shards alone afterwards"
             )
 
 
 def _gathered(vector: Tensor, group: object) -> Tensor:
     """``[ranks, n]``: every rank's vector."""
-    there = vector.to(served_device(group, vector.device))
+    there = vector.to(backend_device(group, vector.device))
     parts = [torch.empty_like(there) for _ in range(dist.get_world_size(group))]  # type: ignore[arg-type]
     dist.all_gather(parts, there, group=group)
     return torch.stack(parts).to(vector.device)

@@ -16,18 +16,18 @@ from am_lightning.distributed.consistency import check_agreement, check_stages
 from am_lightning.distributed.names import group_names
 from am_lightning.distributed.shard import (
     Groups,
-    Home,
-    Row,
+    LogicalParam,
+    ShardInfo,
+    backend_device,
     my_rank,
-    only_here,
     ranks_of,
-    served_device,
     shown,
     smallest_groups,
+    unsharded,
     world_size,
 )
 from am_lightning.distributed.strategies import dtensor, fsdp1
-from am_lightning.distributed.strategies.deepspeed_zero import Part
+from am_lightning.distributed.strategies.deepspeed_zero import FlatSlice
 
 UNKNOWN_REPLICAS = (
     "torch.distributed is initialised with {world} processes, the parameters are not sharded, and replica_group is not "
@@ -54,47 +54,49 @@ class Reduction:
     replicas: int = 1
 
 
-class Layout:
+class ShardLayout:
     """The rows of an optimizer, in the order of its parameter groups, and how their sums are reduced.
 
     Built once, at the first step, by every rank together; then ``all_reduce`` costs one collective a step.
 
     Attributes:
-        rows: one for each logical tensor, the same on every rank.
+        logical_params: one for each logical tensor, the same on every rank.
         reductions: usually one.
         sizes: rows of each parameter group.
-        exact: every element is counted once; False for FSDP1 without its model, where only ratios are sure.
+        sizes_known: every element is counted once; False for FSDP1 without its model, where only ratios are sure.
         others_hold_the_rest: other ranks have other tensors, whole (ZeroRedundancyOptimizer).
     """
 
     def __init__(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[LogicalParam],
         reductions: Sequence[Reduction],
         sizes: Sequence[int],
         pipeline_group: Any = None,
         *,
         others_hold_the_rest: bool = False,
     ) -> None:
-        self.rows = list(rows)
+        self.logical_params = list(rows)
         self.reductions = list(reductions)
         self.sizes = list(sizes)
         self.pipeline_group = pipeline_group
         self.others_hold_the_rest = others_hold_the_rest
-        self.exact = not any(fsdp1.is_managed(row.param) and row.home.numel is None for row in self.rows)
+        self.sizes_known = not any(
+            fsdp1.is_managed(row.param) and row.shard.numel is None for row in self.logical_params
+        )
         self._constants: dict[torch.device, tuple[Tensor, list[Tensor]]] = {}
 
     @classmethod
     def build(
         cls,
-        rows: Sequence[Row],
+        rows: Sequence[LogicalParam],
         sizes: Sequence[int],
         *,
         replica_group: Any = None,
         pipeline_group: Any = None,
         others_hold_the_rest: bool = False,
-    ) -> Layout:
-        """Find how the rows of ``lay_out_rows`` are reduced. Collective: all ranks that share them come together.
+    ) -> ShardLayout:
+        """Find how the rows of ``logical_params_of`` are reduced. Collective: all ranks that share them come together.
 
         Args:
             replica_group: ranks that hold the same parameters, as far as their meshes do not say so.
@@ -108,8 +110,8 @@ class Layout:
         reductions = _reductions(list(rows), replica_group)
         _check_pipeline(reductions, pipeline_group)
         replica = 0 if replica_group is None else dist.get_rank(replica_group)
-        counted = {i: _counts_here(rows[i], r.ranks, replica) for r in reductions for i in r.rows}
-        settled = [replace(row, counted=counted.get(i, True)) for i, row in enumerate(rows)]
+        counted = {i: _is_owner_here(rows[i], r.ranks, replica) for r in reductions for i in r.rows}
+        settled = [replace(row, is_owner=counted.get(i, True)) for i, row in enumerate(rows)]
         layout = cls(settled, reductions, sizes, pipeline_group, others_hold_the_rest=others_hold_the_rest)
         layout._agree()
         if not (reductions or pipeline_group or others_hold_the_rest) and world_size() > 1:
@@ -153,15 +155,15 @@ class Layout:
     def _on(self, device: torch.device) -> tuple[Tensor, list[Tensor]]:
         """``[rows, 1]`` bool, True where another rank counts this piece; the rows of each reduction."""
         if device not in self._constants:
-            mask = torch.tensor([[not row.counted] for row in self.rows], device=device)
+            mask = torch.tensor([[not row.is_owner] for row in self.logical_params], device=device)
             self._constants[device] = mask, [torch.tensor(r.rows, device=device) for r in self.reductions]
         return self._constants[device]
 
-    def pool_of(self) -> Callable[[Tensor], Tensor] | None:
-        """``pool`` where there is a pipeline."""
-        return None if self.pipeline_group is None else self.pool
+    def stage_reduction(self) -> Callable[[Tensor], Tensor] | None:
+        """``reduce_over_stages`` where there is a pipeline."""
+        return None if self.pipeline_group is None else self.reduce_over_stages
 
-    def pool(self, totals: Tensor) -> Tensor:
+    def reduce_over_stages(self, totals: Tensor) -> Tensor:
         """Sum numbers that are already those of a stage over the stages of the pipeline."""
         return totals if self.pipeline_group is None else summed(totals, self.pipeline_group)
 
@@ -181,26 +183,26 @@ class Layout:
         for reduction in self.reductions:
             covered = len(reduction.ranks) * reduction.replicas * stages
             if covered != world_size():
-                row = self.rows[reduction.rows[0]]
+                row = self.logical_params[reduction.rows[0]]
                 raise ValueError(
                     f"{what} needs the whole model, but the {len(reduction.ranks)} ranks that hold parameter "
-                    f"{row.name!r}, {row.home.words}, are not all {world_size()} of the world. Where the others hold "
-                    "copies (DDP), pass replica_group; where they hold other pipeline stages, set "
+                    f"{row.name!r}, {row.shard.description}, are not all {world_size()} of the world. Where the others "
+                    "hold copies (DDP), pass replica_group; where they hold other pipeline stages, set "
                     "optimizer.pipeline_group to the group of one rank from each stage; scope='tensor' needs neither"
                 )
 
-    def check_stages(self, words: str) -> None:
+    def check_stages(self, description: str) -> None:
         """Collective over the pipeline. Refuse stages whose numbers would not match when they are pooled.
 
         Args:
-            words: what all stages must have alike.
+            description: what all stages must have alike.
 
         Raises:
             ValueError: on every rank of the pipeline.
         """
         if self.pipeline_group is not None:
-            device = self.rows[0].param.device if self.rows else torch.device("cpu")
-            check_stages(words, self.pipeline_group, device)
+            device = self.logical_params[0].param.device if self.logical_params else torch.device("cpu")
+            check_stages(description, self.pipeline_group, device)
 
     @property
     def collectives(self) -> int:
@@ -209,12 +211,12 @@ class Layout:
 
     def describe(self) -> str:
         """One line for logs: rows, elements, placements, collectives a step."""
-        elements = sum(piece_of(row, row.param).numel() for row in self.rows)
-        text = f"{len(self.rows)} tensors, {elements:,} elements on this rank"
+        elements = sum(local_shard(row, row.param).numel() for row in self.logical_params)
+        text = f"{len(self.logical_params)} tensors, {elements:,} elements on this rank"
         if not self.reductions:
             return f"{text}; no reduction: this process holds every element"
-        kinds = Counter(row.home.words for row in self.rows)
-        placed = ", ".join(f"{count} {words}" for words, count in kinds.items())
+        kinds = Counter(row.shard.description for row in self.logical_params)
+        placed = ", ".join(f"{count} {description}" for description, count in kinds.items())
         how = "; ".join(f"{len(r.rows)} x 4 numbers over {len(r.ranks) * r.replicas} ranks" for r in self.reductions)
         many = "s" if self.collectives > 1 else ""
         return f"{text} ({placed}); {self.collectives} all-reduce{many} a step: {how}"
@@ -222,18 +224,18 @@ class Layout:
     def _agree(self) -> None:
         """Collective. Refuse rows that differ between ranks or whose pieces do not add up, on every rank alike."""
         for reduction in self.reductions:
-            rows = [self.rows[i] for i in reduction.rows]
-            held = [piece_of(row, row.param).numel() if row.counted else 0 for row in rows]
+            rows = [self.logical_params[i] for i in reduction.rows]
+            held = [local_shard(row, row.param).numel() if row.is_owner else 0 for row in rows]
             check_agreement(rows, held, reduction.groups)
 
 
-def lay_out_rows(
+def logical_params_of(
     param_groups: Sequence[dict[str, Any]],
     *,
     model: nn.Module | None = None,
     known_names: dict[int, str] | None = None,
-    partitions: dict[int, list[Part]] | None = None,
-) -> tuple[list[Row], list[int]]:
+    partitions: dict[int, list[FlatSlice]] | None = None,
+) -> tuple[list[LogicalParam], list[int]]:
     """Rows in the order of the groups, and how many each group has. Not collective.
 
     A parameter that a group has twice (a tied weight; torch.optim warns of it) is one row, under its first name.
@@ -248,7 +250,7 @@ def lay_out_rows(
     """
     names = group_names(param_groups, known_names)
     managed = fsdp1.managed_parameters(model)
-    rows: list[Row] = []
+    rows: list[LogicalParam] = []
     sizes: list[int] = []
     for g, group in enumerate(param_groups):
         before = len(rows)
@@ -258,28 +260,28 @@ def lay_out_rows(
         for param, name in named.values():
             if partitions and id(param) in partitions:
                 for part in partitions[id(param)]:
-                    rows.append(Row(param, g, part.name, part.home, span=part.span, partitioned=True))
+                    rows.append(LogicalParam(param, g, part.name, part.shard, span=part.span, partitioned=True))
             elif dtensor.is_dtensor(param):
-                rows.append(Row(param, g, name, dtensor.home_of(param, name)))
+                rows.append(LogicalParam(param, g, name, dtensor.shard_info_of(param, name)))
             elif fsdp1.is_managed(param):
                 known = managed.get(id(param)) or fsdp1.without_model(param)
                 for inner, numel, span in known.parts:
-                    rows.append(Row(param, g, inner or name, replace(known.home, numel=numel), span=span))
+                    rows.append(LogicalParam(param, g, inner or name, replace(known.shard, numel=numel), span=span))
             else:
-                rows.append(Row(param, g, name, only_here(param)))
+                rows.append(LogicalParam(param, g, name, unsharded(param)))
         sizes.append(len(rows) - before)
     return rows, sizes
 
 
-def piece_of(row: Row, tensor: Tensor) -> Tensor:
+def local_shard(row: LogicalParam, tensor: Tensor) -> Tensor:
     """This rank's elements of ``tensor`` (the row's parameter, its gradient or a state of it): a view."""
     tensor = dtensor.local(tensor)
     return tensor if row.span is None else tensor[row.span]
 
 
-def gradient_of(row: Row) -> Tensor:
+def local_grad(row: LogicalParam) -> Tensor:
     """This rank's elements of the row's gradient, placed like the parameter."""
-    return piece_of(row, dtensor.settled_gradient(row.param))
+    return local_shard(row, dtensor.redistributed_grad(row.param))
 
 
 def summed(vector: Tensor, group: Any) -> Tensor:
@@ -287,7 +289,7 @@ def summed(vector: Tensor, group: Any) -> Tensor:
 
     ``vector`` is the caller's to lose: where it is on that device already, it is overwritten.
     """
-    there = vector.to(served_device(group, vector.device))
+    there = vector.to(backend_device(group, vector.device))
     try:
         dist.all_reduce(there, group=group)
     except RuntimeError as error:  # gloo's timeout; NCCL's ends the process from a thread of its own
@@ -301,24 +303,24 @@ _NOT_ALL_RANKS = (
 )
 
 
-def _counts_here(row: Row, ranks: frozenset[int], replica: int) -> bool:
+def _is_owner_here(row: LogicalParam, ranks: frozenset[int], replica: int) -> bool:
     """Each element once: the first replica's, within it the slice of ``ranks`` that holds its first rank."""
-    return replica == 0 and row.home.counted and min(ranks) in row.home.ranks
+    return replica == 0 and row.shard.is_owner and min(ranks) in row.shard.ranks
 
 
-def _reductions(rows: list[Row], replica_group: Any) -> list[Reduction]:
-    """Rows by the ranks over which they are summed: as few sets as possible, the largest home first."""
+def _reductions(rows: list[LogicalParam], replica_group: Any) -> list[Reduction]:
+    """Rows by the ranks over which they are summed: as few sets as possible, the largest shard first."""
     replicas = frozenset([my_rank()]) if replica_group is None else ranks_of(replica_group)
-    universes = _universes([row.home for row in rows])
+    sets = _reduction_sets([row.shard for row in rows])
     result = []
-    for ranks, groups, members in universes:
+    for ranks, groups, members in sets:
         if not members or len(ranks) * len(replicas) == 1:
             continue
         if len(ranks) > 1 and len(replicas) > 1 and ranks & replicas != {my_rank()}:
             raise ValueError(
                 f"replica_group has ranks {shown(replicas)}, of which {shown(ranks & replicas)} are in the mesh of "
-                f"{rows[members[0]].name!r}, {rows[members[0]].home.words}: replicas within a mesh are known from it. "
-                "Leave replica_group out, or give it the ranks that hold the same shard in other meshes"
+                f"{rows[members[0]].name!r}, {rows[members[0]].shard.description}: replicas within a mesh are known "
+                "from it. Leave replica_group out, or give it the ranks that hold the same shard in other meshes"
             )
         chain = smallest_groups(ranks, groups)
         if len(replicas) > 1:
@@ -340,20 +342,20 @@ def _check_pipeline(reductions: list[Reduction], pipeline_group: Any) -> None:
             )
 
 
-def _universes(homes: list[Home]) -> list[tuple[frozenset[int], Any, list[int]]]:
-    """(ranks, their groups, indices of homes): every home in the first universe that holds its ranks."""
-    distinct: dict[frozenset[int], Home] = {}
-    for home in homes:
-        distinct.setdefault(home.ranks, home)
-    largest = [home for home in distinct.values() if not any(home.ranks < other for other in distinct)]
-    universes: list[tuple[frozenset[int], Any]] = [(home.ranks, home.groups) for home in largest]
-    if len(largest) > 1 and all(home.mesh is not None for home in largest):
-        cover = dtensor.span_of_root([home.mesh for home in largest])
+def _reduction_sets(shards: list[ShardInfo]) -> list[tuple[frozenset[int], Any, list[int]]]:
+    """(ranks, their groups, indices of shards): every shard in the first universe that holds its ranks."""
+    distinct: dict[frozenset[int], ShardInfo] = {}
+    for shard in shards:
+        distinct.setdefault(shard.ranks, shard)
+    largest = [shard for shard in distinct.values() if not any(shard.ranks < other for other in distinct)]
+    sets: list[tuple[frozenset[int], Any]] = [(shard.ranks, shard.groups) for shard in largest]
+    if len(largest) > 1 and all(shard.mesh is not None for shard in largest):
+        cover = dtensor.span_of_root([shard.mesh for shard in largest])
         if cover is not None:
             ranks, mesh = cover
-            universes = [(ranks, lambda: dtensor.mesh_groups(mesh))]
-    members: list[list[int]] = [[] for _ in universes]
-    for i, home in enumerate(homes):
-        place = next(u for u, (ranks, _) in enumerate(universes) if home.ranks <= ranks)
+            sets = [(ranks, lambda: dtensor.mesh_groups(mesh))]
+    members: list[list[int]] = [[] for _ in sets]
+    for i, shard in enumerate(shards):
+        place = next(u for u, (ranks, _) in enumerate(sets) if shard.ranks <= ranks)
         members[place].append(i)
-    return [(ranks, groups, chosen) for (ranks, groups), chosen in zip(universes, members, strict=True)]
+    return [(ranks, groups, chosen) for (ranks, groups), chosen in zip(sets, members, strict=True)]

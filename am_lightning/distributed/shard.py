@@ -14,28 +14,28 @@ Groups = tuple[Any, ...]  # process groups; an all-reduce over each in turn sums
 
 
 @dataclass(frozen=True, eq=False)
-class Home:
+class ShardInfo:
     """One logical tensor among the ranks.
 
     Attributes:
         ranks: all that hold a part or a copy, as far as this tensor's own mesh or group says.
-        counted: this rank's part is the one that counts among the copies within ``ranks``.
+        is_owner: this rank's part is the one that counts among the copies within ``ranks``.
         groups: gives the process groups whose product is ``ranks``; creating one is collective, so only on demand.
         numel: elements of the whole tensor; None where that is not known here.
-        words: the placement, for messages.
+        description: the placement, for messages.
         mesh: the DTensor's DeviceMesh.
     """
 
     ranks: frozenset[int]
-    counted: bool
+    is_owner: bool
     groups: Callable[[], Groups]
     numel: int | None
-    words: str
+    description: str
     mesh: Any = None
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class LogicalParam:
     """One logical tensor: this process's piece of it, and whether that piece counts in the reduced sums.
 
     ``span`` is the part of a flat parameter that belongs to this tensor; None: the whole parameter. ``partitioned``:
@@ -45,8 +45,8 @@ class Row:
     param: Tensor
     group_index: int  # not the group itself: load_state_dict replaces the dicts
     name: str
-    home: Home
-    counted: bool = True
+    shard: ShardInfo
+    is_owner: bool = True
     span: slice | None = None
     partitioned: bool = False
 
@@ -66,9 +66,9 @@ def ranks_of(group: Any) -> frozenset[int]:
     return frozenset(dist.get_process_group_ranks(group))
 
 
-def only_here(param: Tensor) -> Home:
+def unsharded(param: Tensor) -> ShardInfo:
     """A plain tensor: whole on this rank; whether others hold copies is not written on it."""
-    return Home(frozenset([my_rank()]), True, tuple, param.numel(), "plain")
+    return ShardInfo(frozenset([my_rank()]), True, tuple, param.numel(), "plain")
 
 
 def smallest_groups(ranks: frozenset[int], groups: Callable[[], Groups]) -> Groups:
@@ -86,7 +86,7 @@ def shown(ranks: Sequence[int] | frozenset[int]) -> str:
     return ", ".join(listed if len(listed) <= 8 else [*listed[:3], "...", listed[-1]])
 
 
-def served_device(group: Any, device: torch.device) -> torch.device:
+def backend_device(group: Any, device: torch.device) -> torch.device:
     """``device``, or the accelerator where the group's backend serves only that."""
     config = dist.get_backend_config(group)  # "cpu:gloo,cuda:nccl"
     served = [entry.partition(":")[0] for entry in config.split(",")]

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from am_lightning.distributed import Layout, Row, gradient_of, piece_of
+from am_lightning.distributed import LogicalParam, ShardLayout, local_grad, local_shard
 from am_lightning.distributed.call_stack import inside_deepspeed_warm_up, inside_state_creation
 from am_lightning.distributed.strategies.fsdp1 import is_managed
-from am_lightning.optim import state as row_state
+from am_lightning.optim import state as param_state
 from am_lightning.optim.closed_form import Decision, Sums, decide, gap_factor
 from am_lightning.optim.compile_boundary import uncompiled
 from am_lightning.optim.kernels import Numbers, Options, Passes, Piece
@@ -78,7 +78,7 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
     def _check_loss(self, loss: Any, closure: Callable[[], Any] | None) -> None:
         """Refuse a closure that does not give what the step needs, before anything moves."""
 
-    def _shared_sums(self, pieces: list[Piece], layout: Layout, loss: Any, like: Tensor) -> Tensor | None:
+    def _shared_sums(self, pieces: list[Piece], layout: ShardLayout, loss: Any, like: Tensor) -> Tensor | None:
         """Numbers that ride in the packed reduce and in which every rank counts, ``[m]``."""
         return None
 
@@ -171,7 +171,7 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
             sums = Sums.unpack(packed)
             gap, gradients = self._known_gap(shared, local.scalars), self._gradients(shared)
             decision = self.decide(
-                sums, local.scalars, layout.sizes, pool=layout.pool_of(), gap=gap, gradients=gradients
+                sums, local.scalars, layout.sizes, pool=layout.stage_reduction(), gap=gap, gradients=gradients
             )
         else:
             sums, decision = self.pre_pass(layout)
@@ -182,31 +182,31 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
         self._after(decision, shared)
         return loss
 
-    def prepare(self, layout: Layout) -> Local:
+    def prepare(self, layout: ShardLayout) -> Local:
         """Read-only but for states that do not exist yet."""
         pieces = self._pieces(layout)
         in_kernels = self._prepare_in_kernels(pieces, layout)
         if in_kernels is None:
-            scalars = self._scalars(*sums_live_on([row.param for row in layout.rows]))
+            scalars = self._scalars(*sums_live_on([row.param for row in layout.logical_params]))
             numbers = Numbers(self._numbers(scalars))
         else:
             scalars, numbers = {}, in_kernels.coefficients.numbers
         choices = [choice_of(group) for group in self.param_groups]
-        passes = Passes(pieces, [choices[layout.rows[p.row].group_index] for p in pieces], self._workspace)
+        passes = Passes(pieces, [choices[layout.logical_params[p.row].group_index] for p in pieces], self._workspace)
         self._tiers = passes.tiers
         return Local(pieces, scalars, numbers, passes, in_kernels)
 
-    def packed_sums(self, layout: Layout, local: Local) -> Tensor:
+    def packed_sums(self, layout: ShardLayout, local: Local) -> Tensor:
         """Pass 1 over this rank's pieces, read-only: ``[rows, 4]``, N, D, present, first."""
-        device, dtype = sums_live_on([row.param for row in layout.rows])
-        sums = local.passes.sums(local.numbers, len(layout.rows), device, dtype)
+        device, dtype = sums_live_on([row.param for row in layout.logical_params])
+        sums = local.passes.sums(local.numbers, len(layout.logical_params), device, dtype)
         if local.in_kernels is not None:
             return torch.cat([sums, local.in_kernels.coefficients.tail], 1)
         present = self._present_rows(local.pieces, layout, device, dtype)
         first = present * (local.scalars["step"] == 0)
         return torch.cat([sums, present[:, None], first[:, None]], 1)
 
-    def _prepare_in_kernels(self, pieces: list[Piece], layout: Layout) -> InKernels | None:
+    def _prepare_in_kernels(self, pieces: list[Piece], layout: ShardLayout) -> InKernels | None:
         """The rows' numbers by two kernels, where their tensors go to Triton and the metric is AdamW's."""
         if self.pre_pass is not None or len(self.moments) < 2:
             return None
@@ -250,18 +250,18 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
         why = self._workspace.why_not_triton
         return f"; kernels: {', '.join(parts)}{f' (no Triton: {why})' if why else ''}" if parts else ""
 
-    def _is_again(self, layout: Layout) -> bool:
+    def _is_again(self, layout: ShardLayout) -> bool:
         """An engine calls step() several times in one training step, and this is not the first of them."""
         return layout is not next(iter(self._layouts.values()))
 
-    def _positions(self, layout: Layout) -> Tensor | None:
+    def _positions(self, layout: ShardLayout) -> Tensor | None:
         """``[rows]``: where this layout's rows are in ``parameter_names``; None where they are all of them."""
-        if not layout.rows or not layout.rows[0].partitioned:
+        if not layout.logical_params or not layout.logical_params[0].partitioned:
             return None
         if layout not in self._places:
             place = {name: i for i, name in enumerate(self.parameter_names())}
-            device, _ = sums_live_on([layout.rows[0].param])
-            self._places[layout] = torch.tensor([place[row.name] for row in layout.rows], device=device)
+            device, _ = sums_live_on([layout.logical_params[0].param])
+            self._places[layout] = torch.tensor([place[row.name] for row in layout.logical_params], device=device)
         return self._places[layout]
 
     # ------------------------------------------------------------------ rows and their numbers
@@ -276,9 +276,9 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
         for param in self._checked_parameters():  # a layout takes copies, collectives, kernels that are built and tried
             _refuse_in_capture(param)
 
-    def _pieces(self, layout: Layout) -> list[Piece]:
+    def _pieces(self, layout: ShardLayout) -> list[Piece]:
         """The rows that have a gradient here. All are checked before the first state is made."""
-        rows = [(i, row) for i, row in enumerate(layout.rows) if row.param.grad is not None]
+        rows = [(i, row) for i, row in enumerate(layout.logical_params) if row.param.grad is not None]
         for _, row in rows:
             _check_gradient(row.param, row.name, type(self).__name__)
         options = [self._options(group) for group in self.param_groups]
@@ -286,24 +286,24 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
         pieces = []
         for i, row in rows:
             state = self._row_state(row, self.param_groups[row.group_index])
-            x, g, d = piece_of(row, row.param), gradient_of(row), piece_of(row, state[direction])
-            v = piece_of(row, state[second[0]]) if second else None
+            x, g, d = local_shard(row, row.param), local_grad(row), local_shard(row, state[direction])
+            v = local_shard(row, state[second[0]]) if second else None
             if x.ndim == 0:  # a 0-dim operand would take the dtype of a 0-dim number
                 x, g, d, v = x.reshape(1), g.reshape(1), d.reshape(1), None if v is None else v.reshape(1)
             pieces.append(Piece(i, x, g, d, v, options[row.group_index]))
         return pieces
 
-    def _check_scope(self, layout: Layout) -> None:
+    def _check_scope(self, layout: ShardLayout) -> None:
         super()._check_scope(layout)
-        self._check_direction(layout.rows)
+        self._check_direction(layout.logical_params)
         self._agree_on_kernels(layout)
-        row_state.follow(self.state, [row.param for row in layout.rows])
+        param_state.follow(self.state, [row.param for row in layout.logical_params])
 
-    def _agree_on_kernels(self, layout: Layout) -> None:
+    def _agree_on_kernels(self, layout: ShardLayout) -> None:
         if not agree_on_kernels(layout, self.param_groups, self._workspace, self.fused_dropped, self.exp_avg_dtype):
             drop_fused([*self.param_groups, self.defaults])
 
-    def _check_direction(self, rows: list[Row]) -> None:
+    def _check_direction(self, rows: list[LogicalParam]) -> None:
         """Refuse a direction of its own dtype where an engine packs the states of many tensors into one."""
         if self.exp_avg_dtype is None:
             return
@@ -321,16 +321,18 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
             if row.param.grad is not None:
                 self._row_state(row, self.param_groups[row.group_index])
 
-    def _row_state(self, row: Row, group: dict[str, Any]) -> dict[str, Any]:
+    def _row_state(self, row: LogicalParam, group: dict[str, Any]) -> dict[str, Any]:
         known = self.state.get(row.param, {})  # an engine may have left an empty dict
         if self.moments[0] not in known or not (row.partitioned or "prev_lr" in known):
             _refuse_in_capture(row.param)
         state = self.state[row.param]
         if self.moments[0] not in state:
-            row_state.create(state, row.param, self.moments, adaptive=not row.partitioned, direction=self.exp_avg_dtype)
+            param_state.create(
+                state, row.param, self.moments, adaptive=not row.partitioned, direction=self.exp_avg_dtype
+            )
         elif not row.partitioned:
             param, cap = row.param, group[self.cap_key]
-            row_state.complete(state, param, beta1=cap, lr=group["lr"], cap=cap)
+            param_state.complete(state, param, beta1=cap, lr=group["lr"], cap=cap)
         return state  # type: ignore[no-any-return]
 
     def _scalars(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -360,10 +362,14 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
                 parts.append(torch.full(rows, float(value), dtype=dtype, device=device))
         return torch.cat(parts)
 
-    def _present_rows(self, pieces: list[Piece], layout: Layout, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def _present_rows(
+        self, pieces: list[Piece], layout: ShardLayout, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
         """``[rows]``: 1 where this rank has a gradient."""
         here = {piece.row for piece in pieces}
-        return self._workspace.constants.vector(tuple(i in here for i in range(len(layout.rows))), device, dtype)
+        return self._workspace.constants.vector(
+            tuple(i in here for i in range(len(layout.logical_params))), device, dtype
+        )
 
     def _count(self, scalars: dict[str, Tensor], decision: Decision) -> None:
         """Write the adaptive scalars of the rows that took part."""

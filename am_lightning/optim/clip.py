@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from am_lightning.distributed import Layout, gradient_of, settled_gradient
+from am_lightning.distributed import ShardLayout, local_grad, redistributed_grad
 from am_lightning.optim.argument_hints import with_cures
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.compile_boundary import uncompiled
@@ -69,19 +69,19 @@ def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float, *, in_s
         )
     layout = optimizer.current_layout()
     _check_exact(layout)
-    for param in dict.fromkeys(row.param for row in layout.rows):
+    for param in dict.fromkeys(row.param for row in layout.logical_params):
         if param.grad is not None:
-            param.grad = settled_gradient(param)  # Partial sums once, not again in step()
-    device, dtype = sums_live_on([row.param for row in layout.rows])
-    here = [i for i, row in enumerate(layout.rows) if row.param.grad is not None]
-    gradients = [gradient_of(layout.rows[i]) for i in here]
+            param.grad = redistributed_grad(param)  # Partial sums once, not again in step()
+    device, dtype = sums_live_on([row.param for row in layout.logical_params])
+    here = [i for i, row in enumerate(layout.logical_params) if row.param.grad is not None]
+    gradients = [local_grad(layout.logical_params[i]) for i in here]
     like = torch.empty((), dtype=dtype, device=device)
     if layout.reductions or layout.pipeline_group is not None:
         found = square_sums(gradients, like)
-        if len(here) < len(layout.rows):
-            found = optimizer.spread(found, tuple(here), len(layout.rows))
+        if len(here) < len(layout.logical_params):
+            found = optimizer.spread(found, tuple(here), len(layout.logical_params))
         squares, _ = layout.all_reduce(found[:, None])
-        norm = layout.pool(squares.sum().reshape(1)).reshape(()).sqrt()
+        norm = layout.reduce_over_stages(squares.sum().reshape(1)).reshape(()).sqrt()
     else:
         norm = total_norm(gradients, like)
     if in_step:
@@ -92,9 +92,9 @@ def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float, *, in_s
     return norm
 
 
-def _check_exact(layout: Layout) -> None:
+def _check_exact(layout: ShardLayout) -> None:
     layout.check_whole_model("the global gradient norm")
-    if not layout.exact:
+    if not layout.sizes_known:
         raise ValueError(
             "FSDP1's process groups are not known to the optimizer, so copies of a shard cannot be told from shards: "
             "call optimizer.bind_model(model) with the FSDP module first (the AdaptiveMemory callback and the attach "

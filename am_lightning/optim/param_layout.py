@@ -11,7 +11,7 @@ from torch import Size, Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer
 
-from am_lightning.distributed import Layout, Row, lay_out_rows
+from am_lightning.distributed import LogicalParam, ShardLayout, logical_params_of
 from am_lightning.distributed.call_stack import (
     deepspeed_owner,
     deepspeed_replicas,
@@ -54,9 +54,9 @@ class PlacedOptimizer(Optimizer):
         self._pipeline_group: Any = None
         self._model: nn.Module | None = None
         self._known_names: dict[int, str] = {}
-        self._layouts: dict[Hashable, Layout] = {}
-        self._layout: Layout | None = None  # of the step that runs, or of the last one
-        self.pre_pass: Callable[[Layout], Any] | None = None  # DeepSpeed's: sums and decision for a layout
+        self._layouts: dict[Hashable, ShardLayout] = {}
+        self._layout: ShardLayout | None = None  # of the step that runs, or of the last one
+        self.pre_pass: Callable[[ShardLayout], Any] | None = None  # DeepSpeed's: sums and decision for a layout
         # Groups and what each was given: Accelerate's FSDP2 puts other parameters in their place, and so does ZeRO
         self._given: list[tuple[dict[str, Any], list[Given]]] = []
         self._partitioned: dict[int, Tensor] = {}  # id -> given parameter of ZeRO's, which its engine keeps
@@ -186,17 +186,17 @@ class PlacedOptimizer(Optimizer):
         return found
 
     # ------------------------------------------------------------------ rows and layouts
-    def _rows(self) -> list[Row]:
+    def _rows(self) -> list[LogicalParam]:
         """Known before the layout is built, without a collective."""
         layout = self._layouts.get(self._key())
-        return self._lay_out()[0] if layout is None else layout.rows
+        return self._lay_out()[0] if layout is None else layout.logical_params
 
-    def _lay_out(self) -> tuple[list[Row], list[int]]:
+    def _lay_out(self) -> tuple[list[LogicalParam], list[int]]:
         parts = self._partitions() if self.is_partitioned() else {}
         names = {**self._names_by_place(), **self._known_names}
-        return lay_out_rows(self.param_groups, model=self._model, known_names=names, partitions=parts)
+        return logical_params_of(self.param_groups, model=self._model, known_names=names, partitions=parts)
 
-    def _partitions(self) -> dict[int, list[zero.Part]]:
+    def _partitions(self) -> dict[int, list[zero.FlatSlice]]:
         """``id(flat) -> parts``."""
         given = self._with_parameters(self._given_names(), self._partitioned)
         everything = [entry for _, named in given for entry in named]
@@ -204,7 +204,7 @@ class PlacedOptimizer(Optimizer):
         for group in self.param_groups:
             named = next((named for known, named in given if known is group), everything)
             for flat in group["params"]:
-                found[id(flat)] = zero.parts_of(flat, named, everything)
+                found[id(flat)] = zero.flat_slices_of(flat, named, everything)
         return found
 
     def _names_by_place(self) -> dict[int, str]:
@@ -238,7 +238,7 @@ class PlacedOptimizer(Optimizer):
             raise
 
     @property
-    def layout(self) -> Layout | None:
+    def layout(self) -> ShardLayout | None:
         """Rows and reductions of the last step; None before the first. Not collective."""
         return self._layout
 
@@ -251,7 +251,7 @@ class PlacedOptimizer(Optimizer):
         """What the last step ran, after the rows."""
         return ""
 
-    def current_layout(self) -> Layout:
+    def current_layout(self) -> ShardLayout:
         """Rows and reductions. Built (collectively) at the first step, and again when the parameters are others.
 
         Or the same ones elsewhere: a model that was moved or cast.
@@ -267,7 +267,7 @@ class PlacedOptimizer(Optimizer):
                 self._forget_layout()
                 self._take_present_as_given()
                 replicas = replicas or deepspeed_replicas()  # stage 0
-            layout = Layout.build(
+            layout = ShardLayout.build(
                 rows,
                 sizes,
                 replica_group=replicas,
@@ -330,16 +330,18 @@ class PlacedOptimizer(Optimizer):
     def _forget_layout(self) -> None:
         self._layouts, self._layout = {}, None
 
-    def _check_scope(self, layout: Layout) -> None:
+    def _check_scope(self, layout: ShardLayout) -> None:
         """Refuse a scope whose sums this layout cannot form, before anything moves."""
         groups = f" with {len(layout.sizes)} parameter groups" if self.scope == "group" else ""
         layout.check_stages(f"scope={self.scope!r}{groups}")
         if self.scope == "tensor":
             self._refuse_flat(layout)
             return
-        if self.pre_pass is None and any(row.partitioned for row in layout.rows):
+        if self.pre_pass is None and any(row.partitioned for row in layout.logical_params):
             self._check_partitioned_scope(layout)
-        if not layout.exact and (self._needs_exact_sums() or any(row.home.words == "plain" for row in layout.rows)):
+        if not layout.sizes_known and (
+            self._needs_exact_sums() or any(row.shard.description == "plain" for row in layout.logical_params)
+        ):
             raise ValueError(
                 f"scope={self.scope!r} needs FSDP1's process groups here, for copies of a shard would be counted more "
                 "often than other parameters or the loss: call optimizer.bind_model(model) with the FSDP module first "
@@ -351,9 +353,9 @@ class PlacedOptimizer(Optimizer):
         """Sums, and not only their ratio, decide beta_t."""
         return False
 
-    def _check_partitioned_scope(self, layout: Layout) -> None:
+    def _check_partitioned_scope(self, layout: ShardLayout) -> None:
         """The tensors of the scope must all be in this call of step()."""
-        here = {row.name for row in layout.rows}
+        here = {row.name for row in layout.logical_params}
         for _, named in self._given_names():
             wanted = {name for name, _ in named}
             if wanted & here or self.scope == "global":
@@ -366,10 +368,10 @@ class PlacedOptimizer(Optimizer):
                         "scope='tensor'"
                     )
 
-    def _refuse_flat(self, layout: Layout) -> None:
+    def _refuse_flat(self, layout: ShardLayout) -> None:
         """A flat parameter of FSDP1 has one 0-dim state, not one for each of its tensors; FSDP1 saves no more."""
         rows: dict[int, str] = {}
-        for row in layout.rows:
+        for row in layout.logical_params:
             if id(row.param) in rows and not row.partitioned:
                 raise ValueError(
                     f"parameters {rows[id(row.param)]!r} and {row.name!r} are in one flat parameter (FSDP1 with "

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from am_lightning.distributed import Row
-from am_lightning.optim import state as row_state
+from am_lightning.distributed import LogicalParam
+from am_lightning.optim import state as param_state
 from am_lightning.optim.kernels.transfer import is_capturing, moved
 
-DEFAULTS = {"step": 0.0, "beta_prod": 1.0, "beta": row_state.NO_BETA, "prev_lr": 0.0}
+DEFAULTS = {"step": 0.0, "beta_prod": 1.0, "beta": param_state.NO_BETA, "prev_lr": 0.0}
 
 
 class Scalars(Protocol):
@@ -69,7 +69,7 @@ class StateScalars:
     A rank that holds no element of a tensor may hold no state of it either; its last beta is kept beside.
     """
 
-    def __init__(self, state: MutableMapping[Tensor, Any], rows: Sequence[Row]) -> None:
+    def __init__(self, state: MutableMapping[Tensor, Any], rows: Sequence[LogicalParam]) -> None:
         self._state = state
         self._params = [row.param for row in rows]
         self._device, self._dtype = sums_live_on(self._params)
@@ -93,7 +93,7 @@ class StateScalars:
         if self._packed is not None:
             self._packed.table.copy_(torch.stack([new[key] for key in DEFAULTS]))
             return
-        last = torch.full_like(new["beta"], row_state.NO_BETA) if self._last is None else self._last
+        last = torch.full_like(new["beta"], param_state.NO_BETA) if self._last is None else self._last
         self._last = torch.where(counts, new["beta"], last)
         known = [i for i, param in enumerate(self._params) if self._state.get(param)]
         table = torch.stack([new[key] for key in DEFAULTS])
@@ -118,7 +118,7 @@ class StateScalars:
     def betas(self) -> Tensor:
         betas = self._stack("beta", DEFAULTS["beta"])
         if self._last is not None:
-            betas = torch.where(betas >= 0, betas, row_state.as_stored(self._last, self._params))
+            betas = torch.where(betas >= 0, betas, param_state.as_stored(self._last, self._params))
         return _nan_before_first(betas)
 
     def _pack(self) -> Packed | None:
@@ -154,7 +154,9 @@ class StateScalars:
 class TableScalars:
     """Vectors over the rows of flat parameters that hold many tensors each. A checkpoint holds them by name."""
 
-    def __init__(self, state: MutableMapping[Tensor, Any], rows: Sequence[Row], saved: dict[str, list[float]]) -> None:
+    def __init__(
+        self, state: MutableMapping[Tensor, Any], rows: Sequence[LogicalParam], saved: dict[str, list[float]]
+    ) -> None:
         """``saved``: name -> the four numbers, from a checkpoint; names that it lacks start anew."""
         self._state = state
         self.rows = list(rows)
@@ -201,4 +203,4 @@ def _nan_before_first(betas: Tensor) -> Tensor:
 def sums_live_on(params: Sequence[Tensor]) -> tuple[torch.device, torch.dtype]:
     """Where the packed sums live: beside the first parameter, in the widest dtype of its device."""
     device = params[0].device if params else torch.device("cpu")
-    return device, row_state.widest_dtype(device)
+    return device, param_state.widest_dtype(device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from am_lightning.distributed import Layout, piece_of
+from am_lightning.distributed import ShardLayout, local_shard
 from am_lightning.optim.argument_hints import SGD, with_cures
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.closed_form import Decision, Sums
@@ -170,7 +170,7 @@ class AMSGD(AdaptiveMemoryOptimizer):
             numbers["gap"] = torch.ones_like(numbers["gap"])
         return numbers
 
-    def _shared_sums(self, pieces: list[Piece], layout: Layout, loss: Any, like: Tensor) -> Tensor | None:
+    def _shared_sums(self, pieces: list[Piece], layout: ShardLayout, loss: Any, like: Tensor) -> Tensor | None:
         """[loss, 1, L2 penalty, gradients]: three for the exact gap, the last where decay hides a zero gradient."""
         coupled = self._coupled_decays()
         zero = torch.zeros((), dtype=like.dtype, device=like.device)
@@ -178,10 +178,10 @@ class AMSGD(AdaptiveMemoryOptimizer):
         if self.loss_gap == "exact":
             value = loss.detach() if isinstance(loss, Tensor) else torch.full_like(zero, float(loss))
             value = value.reshape(()).to(zero)
-            for row in layout.rows:
+            for row in layout.logical_params:
                 l2 = coupled[row.group_index]
-                if l2 and row.counted:
-                    penalty = penalty + 0.5 * l2 * square_sum(piece_of(row, row.param), like)
+                if l2 and row.is_owner:
+                    penalty = penalty + 0.5 * l2 * square_sum(local_shard(row, row.param), like)
         if self.loss_gap != "exact" and not any(coupled):
             return None  # nothing to share, on every rank alike
         if any(coupled) and any(isinstance(group["lr"], Tensor) or group["lr"] == 0 for group in self.param_groups):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from am_lightning.distributed import Layout
+from am_lightning.distributed import ShardLayout
 from am_lightning.distributed.call_stack import called_by_zero_redundancy
 from am_lightning.distributed.names import names_by_id
-from am_lightning.optim import state as row_state
+from am_lightning.optim import state as param_state
 from am_lightning.optim.group_checks import as_unread, check_groups, check_magnitudes, naming_group, with_any_lr
 from am_lightning.optim.kernels.plan import Workspace
 from am_lightning.optim.param_layout import PlacedOptimizer
@@ -48,8 +48,8 @@ class PersistentOptimizer(PlacedOptimizer):
     def _forget(self) -> None:
         """Attributes that live as long as this process: never in groups, state_dict, pickle or deepcopy."""
         self._tables: dict[str, list[float]] = {}  # adaptive scalars by name that await their layout (DeepSpeed)
-        self._stores: dict[Layout, Scalars] = {}
-        self._places: dict[Layout, Tensor] = {}
+        self._stores: dict[ShardLayout, Scalars] = {}
+        self._places: dict[ShardLayout, Tensor] = {}
         self._forget_placement()
         self._loading: tuple[dict[str, Any], list[dict[str, Any]]] | None = None
         self._workspace = Workspace()
@@ -133,18 +133,18 @@ class PersistentOptimizer(PlacedOptimizer):
         assert layout is not None  # step() has built it
         store = self._stores.get(layout)
         if store is None or not store.reads(self.state):
-            partitioned = any(row.partitioned for row in layout.rows)
+            partitioned = any(row.partitioned for row in layout.logical_params)
             store = self._stores[layout] = (
-                TableScalars(self.state, layout.rows, self._take_tables(layout))
+                TableScalars(self.state, layout.logical_params, self._take_tables(layout))
                 if partitioned
-                else StateScalars(self.state, layout.rows)
+                else StateScalars(self.state, layout.logical_params)
             )
         return store
 
-    def _take_tables(self, layout: Layout) -> dict[str, list[float]]:
+    def _take_tables(self, layout: ShardLayout) -> dict[str, list[float]]:
         """What a checkpoint says of the layout's rows; where it has moments alone, AdamW's momentum is assumed."""
         found, foreign = {}, []
-        for row in layout.rows:
+        for row in layout.logical_params:
             group, state = self.param_groups[row.group_index], self.state.get(row.param) or {}
             if row.name in self._tables:
                 found[row.name] = self._tables.pop(row.name)
@@ -167,7 +167,7 @@ class PersistentOptimizer(PlacedOptimizer):
         self._stores, self._places = {}, {}
         super()._forget_layout()
 
-    def _check_scope(self, layout: Layout) -> None:
+    def _check_scope(self, layout: ShardLayout) -> None:
         super()._check_scope(layout)
         if any("max_momentum" in group for group in self.param_groups):
             warnings.warn(
@@ -252,7 +252,7 @@ class PersistentOptimizer(PlacedOptimizer):
 
     def _check_saved_options(self, saved: dict[str, Any], live: dict[str, Any]) -> None:
         trial = dict(saved)
-        row_state.restore_options(trial, live, self.cap_key)
+        param_state.restore_options(trial, live, self.cap_key)
         self._check_group(with_any_lr(trial))
         check_magnitudes(trial)
 
@@ -299,12 +299,14 @@ class PersistentOptimizer(PlacedOptimizer):
         """torch.optim has put the checkpoint's groups and states in place of the ``live`` ones."""
         partitioned = self.is_partitioned()
         for group, saved_group, live_group in zip(self.param_groups, saved["param_groups"], live, strict=True):
-            row_state.restore_options(group, live_group, self.cap_key)
+            param_state.restore_options(group, live_group, self.cap_key)
             cap = group[self.cap_key]
-            beta1 = row_state.betas_of(saved_group)[0] if "betas" in saved_group and "betas" in group else cap
+            beta1 = param_state.betas_of(saved_group)[0] if "betas" in saved_group and "betas" in group else cap
             for param, index in zip(group["params"], saved_group["params"], strict=True):
                 if saved["state"].get(index) and not partitioned:
                     state = self.state[param]
-                    row_state.restore_scalars(state, saved["state"][index], param, beta1=beta1, lr=group["lr"], cap=cap)
-                    direction, dtype = self.moments[0], row_state.direction_dtype(param, self.exp_avg_dtype)
+                    param_state.restore_scalars(
+                        state, saved["state"][index], param, beta1=beta1, lr=group["lr"], cap=cap
+                    )
+                    direction, dtype = self.moments[0], param_state.direction_dtype(param, self.exp_avg_dtype)
                     state[direction] = state[direction].to(dtype)  # torch.optim has cast it to the parameter's

@@ -23,7 +23,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor, nn
 
 from am_lightning import AMAdamW
-from am_lightning.distributed import Layout, layout
+from am_lightning.distributed import ShardLayout, layout
 from tests.sharding.model import interior_share
 
 deepspeed.utils.logger.setLevel(logging.ERROR)
@@ -165,7 +165,7 @@ def compare(
         from am_lightning.deepspeed import attach as attach_engine
 
         attach_engine(engine)
-    local = patch.object(Layout, "all_reduce", lambda self, packed, shared=None: (packed, shared))
+    local = patch.object(ShardLayout, "all_reduce", lambda self, packed, shared=None: (packed, shared))
     counter = Mock(wraps=layout.summed)  # every sum over ranks goes through it
     counted = patch.multiple(layout, summed=counter), patch("am_lightning.deepspeed.engine.summed", counter)
     with local if naive else nullcontext(), counted[0], counted[1]:

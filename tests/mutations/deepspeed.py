@@ -82,15 +82,15 @@ MUTATIONS = [
     Mutation(
         "ZeRO 3: a group's first sub-group alone counts as the group",
         _ATTACH,
-        "sizes[self._group_of[k]] += len(layout.rows)",
-        "sizes[self._group_of[k]] = len(layout.rows)",
+        "sizes[self._group_of[k]] += len(layout.logical_params)",
+        "sizes[self._group_of[k]] = len(layout.logical_params)",
         (f"{_SHARED}[stage=3-scope=group]",),
     ),
     Mutation(
         "every call of step() takes the betas of the first partition",
         _ATTACH,
         "rows, decision = self._slices[turn], self._decision",
-        "rows, decision = slice(0, len(layout.rows)), self._decision",
+        "rows, decision = slice(0, len(layout.logical_params)), self._decision",
         (f"{_SHARED}[stage=2-scope=group]",),
     ),
     Mutation(

@@ -35,15 +35,15 @@ MUTATIONS = [
     Mutation(
         "replicas' sums are all counted",
         _LAYOUT,
-        "return replica == 0 and row.home.counted and",
-        "return row.home.counted and",
+        "return replica == 0 and row.shard.is_owner and",
+        "return row.shard.is_owner and",
         ("tests/sharding/test_clip.py::test_as_torch_clips_in_one_process[ddp-2]",),
     ),
     Mutation(
         "a tensor that every slice of a larger mesh holds is counted in each",
         _LAYOUT,
-        "row.home.counted and min(ranks) in row.home.ranks",
-        "row.home.counted",
+        "row.shard.is_owner and min(ranks) in row.shard.ranks",
+        "row.shard.is_owner",
         (f"{_ONE_PROCESS}[fsdp2_tp_sequence-4]",),
     ),
     Mutation(
@@ -98,15 +98,15 @@ MUTATIONS = [
     Mutation(
         "FSDP1: every rank of NO_SHARD counts its copy",
         _FSDP1,
-        "return Home(ranks_of(shard), dist.get_rank(shard) == 0, lambda: (shard,), None, words)",
-        "return Home(ranks_of(shard), True, lambda: (shard,), None, words)",
+        "return ShardInfo(ranks_of(group), dist.get_rank(group) == 0, lambda: (group,), None, description)",
+        "return ShardInfo(ranks_of(group), True, lambda: (group,), None, description)",
         (f"{_ONE_PROCESS}[fsdp1_no_shard-2]",),
     ),
     Mutation(
         "FSDP1: the copies of a hybrid shard are summed with it, and all counted",
         _FSDP1,
-        "return Home(product, dist.get_rank(copies) == 0, lambda",
-        "return Home(product, True, lambda",
+        "return ShardInfo(product, dist.get_rank(copies) == 0, lambda",
+        "return ShardInfo(product, True, lambda",
         (f"{_ONE_PROCESS}[fsdp1_hybrid-4]",),
     ),
     Mutation(
@@ -119,8 +119,8 @@ MUTATIONS = [
     Mutation(
         "names are left out of the comparison between ranks",
         _AGREEMENT,
-        "_number((row.name, row.home.numel, row.group_index))",
-        "_number((row.home.numel, row.group_index))",
+        "_number((row.name, row.shard.numel, row.group_index))",
+        "_number((row.shard.numel, row.group_index))",
         (f"{_REFUSALS}::test_replicas_with_another_model[name-(2,)]",),
     ),
     Mutation(
@@ -133,14 +133,14 @@ MUTATIONS = [
     Mutation(
         "pipeline stages do not pool their sums",
         _LAYOUT,
-        "return None if self.pipeline_group is None else self.pool",
+        "return None if self.pipeline_group is None else self.reduce_over_stages",
         "return None",
         (f"{_PIPELINE}::test_with_the_group_of_the_stages[alone-2-global-adamw]",),
     ),
     Mutation(
         "a pipeline stage with other scopes or groups is not noticed",
         _LAYOUT,
-        "check_stages(words, self.pipeline_group, device)",
+        "check_stages(description, self.pipeline_group, device)",
         "del device",
         (f"{_PIPELINE}::test_stages_with_other_numbers_of_groups",),
     ),

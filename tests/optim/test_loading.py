@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from am_lightning import AMSGD, AMAdamW, clip_grad_norm_
-from am_lightning.optim import state as row_state
+from am_lightning.optim import state as param_state
 from tests.optim.harness import params_of
 
 
@@ -130,7 +130,7 @@ def named(optimizer_class=AMAdamW) -> torch.optim.Optimizer:
     return optimizer_class([("head.weight", param()), ("head.bias", param(2.0))], lr=0.1)
 
 
-SUBSETS = [s for n in (1, 2) for s in itertools.combinations(row_state.SCALARS, n)]
+SUBSETS = [s for n in (1, 2) for s in itertools.combinations(param_state.SCALARS, n)]
 
 
 @pytest.mark.parametrize("missing", SUBSETS, ids="+".join)
@@ -146,7 +146,7 @@ def test_scalars_that_are_partly_missing_are_refused(optimizer_class, missing: t
 @pytest.mark.parametrize("bare", [0, 1])
 def test_scalars_of_some_parameters_only_are_refused(bare: int) -> None:
     saved = two_steps()
-    for key in row_state.SCALARS:
+    for key in param_state.SCALARS:
         del saved["state"][bare][key]
     names = ["head.weight", "head.bias"]
     refuses(named(), saved, f"for parameter '{names[1 - bare]}' but not for '{names[bare]}'")
@@ -165,7 +165,7 @@ def test_a_parameter_that_never_stepped_may_lack_scalars() -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("unset", [row_state.NO_BETA, float("nan")])
+@pytest.mark.parametrize("unset", [param_state.NO_BETA, float("nan")])
 def test_scalars_that_nothing_was_loaded_into_are_those_of_adamw(unset: float) -> None:
     """torch.distributed.checkpoint loads AdamW's checkpoint into the state of a fresh AMAdamW, in part."""
     saved = two_steps(torch.optim.AdamW)
@@ -182,8 +182,8 @@ def test_scalars_that_nothing_was_loaded_into_are_those_of_adamw(unset: float) -
 def test_a_state_in_which_no_step_was_made_stays_one() -> None:
     saved = two_steps(torch.optim.AdamW)
     for state in saved["state"].values():
-        state |= {"beta_prod": torch.tensor(1.0), "beta": torch.tensor(row_state.NO_BETA), "prev_lr": torch.tensor(0.0)}
-        state["step"] = torch.tensor(0.0)
+        state |= {"beta_prod": torch.tensor(1.0), "beta": torch.tensor(param_state.NO_BETA)}
+        state |= {"prev_lr": torch.tensor(0.0), "step": torch.tensor(0.0)}
     optimizer = named()
     optimizer.load_state_dict(saved)
     assert all(torch.isnan(beta) for beta in optimizer.momentum().values())
@@ -268,7 +268,7 @@ class NoFloat64(TorchDispatchMode):
 
 @pytest.mark.parametrize("optimizer_class", [AMAdamW, AMSGD])
 def test_a_device_without_float64(monkeypatch, optimizer_class) -> None:
-    monkeypatch.setattr(row_state, "widest_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(param_state, "widest_dtype", lambda device: torch.float32)
     with NoFloat64():
         optimizer = optimizer_class([param()], foreach=True)
         clip_grad_norm_(optimizer, 1.0)

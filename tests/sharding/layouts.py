@@ -129,7 +129,7 @@ def tp_sequence(dtype: torch.dtype) -> Placed:
 
 
 def fsdp2_tp(dtype: torch.dtype) -> Placed:
-    """Row-wise weights are (_StridedShard, Shard) on two dimensions, norms DTensors on the first alone."""
+    """LogicalParam-wise weights are (_StridedShard, Shard) on two dimensions, norms DTensors on the first alone."""
     grid = mesh(2, 2)
     net = shard(tensor_parallel(make_net(dtype), grid["tp"]), mesh=grid["dp"])
     return Placed(net, (grid["dp"].get_local_rank(), 2))

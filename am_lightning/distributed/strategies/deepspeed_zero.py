@@ -14,17 +14,17 @@ from typing import Any
 
 import torch.distributed as dist
 
-from am_lightning.distributed.shard import Home, ranks_of
+from am_lightning.distributed.shard import ShardInfo, ranks_of
 
 Named = Sequence[tuple[str, Any]]  # (name, parameter that the optimizer was given)
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """A logical tensor in a flat partition: where its elements lie there, and its home among the ranks."""
+class FlatSlice:
+    """A logical tensor in a flat partition: where its elements lie there, and its shards among the ranks."""
 
     name: str
-    home: Home
+    shard: ShardInfo
     span: slice
 
 
@@ -69,7 +69,7 @@ def _refused(given: Named, what: str, cure: str) -> str:
     )
 
 
-def parts_of(flat: Any, group: Named, everything: Named) -> list[Part]:
+def flat_slices_of(flat: Any, group: Named, everything: Named) -> list[FlatSlice]:
     """The logical tensors in ``flat``, the same list on every rank, with empty spans for what is elsewhere.
 
     Args:
@@ -82,14 +82,14 @@ def parts_of(flat: Any, group: Named, everything: Named) -> list[Part]:
     """
     engine = next((param._z3_optimizer for _, param in everything if hasattr(param, "_z3_optimizer")), None)
     if engine is not None:
-        return _parts_of_stage_3(engine, flat, everything)
+        return _slices_of_stage_3(engine, flat, everything)
     held = [(name, param) for name, param in group if hasattr(param, "_dp_group")]
     if held:
-        return _parts_of_stages_1_and_2(flat, held)
+        return _slices_of_stages_1_and_2(flat, held)
     raise ValueError(cannot_map(group, "any stage", "neither _dp_group nor _z3_optimizer is on its parameters"))
 
 
-def _parts_of_stage_3(engine: Any, flat: Any, everything: Named) -> list[Part]:
+def _slices_of_stage_3(engine: Any, flat: Any, everything: Named) -> list[FlatSlice]:
     place = next((k for k, other in enumerate(engine.fp32_partitioned_groups_flat) if other is flat), None)
     if place is None:
         raise ValueError(cannot_map(everything, "stage 3", "fp32_partitioned_groups_flat does not hold its partition"))
@@ -101,12 +101,14 @@ def _parts_of_stage_3(engine: Any, flat: Any, everything: Named) -> list[Part]:
             raise ValueError(cannot_map(everything, "stage 3", "fp16_groups holds a parameter it was never given"))
         size = param.partition_numel()
         real = max(0, min(size, param.ds_numel - rank * size))  # what follows is padding: uninitialised memory
-        parts.append(Part(names[id(param)], _home(group, param.ds_numel, "ZeRO stage 3"), slice(start, start + real)))
+        parts.append(
+            FlatSlice(names[id(param)], _shard_info(group, param.ds_numel, "ZeRO stage 3"), slice(start, start + real))
+        )
         start += size
     return parts
 
 
-def _parts_of_stages_1_and_2(flat: Any, held: Named) -> list[Part]:
+def _slices_of_stages_1_and_2(flat: Any, held: Named) -> list[FlatSlice]:
     """Every parameter is a view of one flat buffer, of which ``flat`` is the copy of this rank's slice.
 
     ``_hp_mapping`` would say it too, but wrongly where ``round_robin_gradients`` reorders the buffer.
@@ -122,12 +124,12 @@ def _parts_of_stages_1_and_2(flat: Any, held: Named) -> list[Part]:
         offset = param.data.storage_offset() - begin
         low, high = max(offset, 0), min(offset + param.numel(), flat.numel())
         span = slice(low, high) if high > low else slice(0, 0)
-        parts.append(Part(name, _home(group, param.numel(), "ZeRO stage 1 or 2"), span))
+        parts.append(FlatSlice(name, _shard_info(group, param.numel(), "ZeRO stage 1 or 2"), span))
     return parts
 
 
-def _home(group: Any, numel: int, words: str) -> Home:
-    return Home(ranks_of(group), True, lambda: (group,), numel, words)
+def _shard_info(group: Any, numel: int, description: str) -> ShardInfo:
+    return ShardInfo(ranks_of(group), True, lambda: (group,), numel, description)
 
 
 def cannot_map(named: Named, stage: str, why: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from am_lightning.distributed.shard import Groups, Home, my_rank
+from am_lightning.distributed.shard import Groups, ShardInfo, my_rank
 
 
 def is_dtensor(tensor: object) -> bool:
@@ -29,7 +29,7 @@ def local(tensor: Any) -> Tensor:
     return piece if wait is None else wait()  # type: ignore[no-any-return]
 
 
-def settled_gradient(param: Tensor) -> Tensor:
+def redistributed_grad(param: Tensor) -> Tensor:
     """``param.grad`` placed like ``param``. Tensor parallel leaves gradients of replicated norms as Partial sums.
 
     Collective over the mesh dimensions whose placement differs.
@@ -41,7 +41,7 @@ def settled_gradient(param: Tensor) -> Tensor:
     return grad
 
 
-def home_of(param: Any, name: str) -> Home:
+def shard_info_of(param: Any, name: str) -> ShardInfo:
     """Where a DTensor lives.
 
     Raises:
@@ -67,12 +67,12 @@ def home_of(param: Any, name: str) -> Home:
         )
     copies = zip(coordinate, placements, strict=True)
     counted = all(c == 0 or isinstance(p, splits) for c, p in copies)
-    return Home(
+    return ShardInfo(
         frozenset(mesh.mesh.flatten().tolist()),
         counted,
         lambda: mesh_groups(mesh),
         param.numel(),
-        f"({', '.join(str(p) for p in placements)}) on {_mesh_words(mesh)}",
+        f"({', '.join(str(p) for p in placements)}) on {_mesh_description(mesh)}",
         mesh,
     )
 
@@ -117,6 +117,6 @@ def _root_of(mesh: Any) -> Any:
     return table.get_root_mesh(mesh)
 
 
-def _mesh_words(mesh: Any) -> str:
+def _mesh_description(mesh: Any) -> str:
     names = mesh.mesh_dim_names or [f"dim {d}" for d in range(mesh.ndim)]
     return f"mesh ({', '.join(f'{n}={s}' for n, s in zip(names, mesh.mesh.shape, strict=True))})"

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from am_lightning.distributed.names import strip_wrappers
-from am_lightning.distributed.shard import Home, my_rank, ranks_of, world_size
+from am_lightning.distributed.shard import ShardInfo, my_rank, ranks_of, world_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,11 +18,11 @@ class Managed:
     """A parameter that an FSDP module manages: one logical tensor, or a flat one of several.
 
     Attributes:
-        home: where its elements live; numel is None here.
+        shard: where its elements live; numel is None here.
         parts: (name, elements of the whole tensor, where they lie in this rank's shard or None: the whole parameter).
     """
 
-    home: Home
+    shard: ShardInfo
     parts: list[tuple[str | None, int | None, slice | None]]
 
 
@@ -54,12 +54,12 @@ def managed_parameters(model: nn.Module | None) -> dict[int, Managed]:
         flat = handle.flat_param
         prefix = strip_wrappers(f"{path}.") if path else ""
         _refuse_tensor_parallel(flat, prefix)
-        home = _home(module, handle)
+        shard = _shard_info(module, handle)
         if flat._params is None:
-            result[id(flat)] = Managed(home, list(_parts(flat, prefix)))
+            result[id(flat)] = Managed(shard, list(_parts(flat, prefix)))
             continue
         for param, numel in zip(flat._params, flat._numels, strict=True):
-            result[id(param)] = Managed(home, [(None, numel, None)])
+            result[id(param)] = Managed(shard, [(None, numel, None)])
     return result
 
 
@@ -67,23 +67,23 @@ def without_model(param: Any) -> Managed:
     """What can be said without the model: sums over all ranks. Copies under HYBRID_SHARD cancel in N / D."""
     if is_flat_parameter(param):
         _refuse_tensor_parallel(param, "")
-    home = Home(frozenset(range(world_size())), True, tuple, None, "FSDP1, groups not known")
+    shard = ShardInfo(frozenset(range(world_size())), True, tuple, None, "FSDP1, groups not known")
     parts = list(_parts(param, "")) if is_flat_parameter(param) else [(None, None, None)]
-    return Managed(home, [(name, None, span) for name, _, span in parts])
+    return Managed(shard, [(name, None, span) for name, _, span in parts])
 
 
-def _home(module: Any, handle: Any) -> Home:
-    shard = handle.process_group
+def _shard_info(module: Any, handle: Any) -> ShardInfo:
+    group = handle.process_group
     copies = module._inter_node_pg if "HYBRID" in module.sharding_strategy.name else None
-    words = f"FSDP1 {module.sharding_strategy.name}"
+    description = f"FSDP1 {module.sharding_strategy.name}"
     if not handle.uses_sharded_strategy:  # NO_SHARD: every rank of the group holds all
-        return Home(ranks_of(shard), dist.get_rank(shard) == 0, lambda: (shard,), None, words)
+        return ShardInfo(ranks_of(group), dist.get_rank(group) == 0, lambda: (group,), None, description)
     if copies is None or dist.get_world_size(copies) == 1:
-        return Home(ranks_of(shard), True, lambda: (shard,), None, words)
-    product = ranks_of(shard) | ranks_of(copies)
-    if len(ranks_of(shard)) * len(ranks_of(copies)) == world_size():
+        return ShardInfo(ranks_of(group), True, lambda: (group,), None, description)
+    product = ranks_of(group) | ranks_of(copies)
+    if len(ranks_of(group)) * len(ranks_of(copies)) == world_size():
         product = frozenset(range(world_size()))
-    return Home(product, dist.get_rank(copies) == 0, lambda: (shard, copies), None, words)
+    return ShardInfo(product, dist.get_rank(copies) == 0, lambda: (group, copies), None, description)
 
 
 def _parts(flat: Any, prefix: str) -> Iterator[tuple[str | None, int | None, slice | None]]:

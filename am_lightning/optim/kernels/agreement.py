@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from am_lightning.distributed import Layout, Row
+from am_lightning.distributed import LogicalParam, ShardLayout
 from am_lightning.optim.kernels import fused
 from am_lightning.optim.kernels.plan import Choice, Workspace, tiers
 from am_lightning.optim.kernels.transfer import is_fake
@@ -27,7 +27,7 @@ def choice_of(group: dict[str, Any]) -> Choice:
 
 
 def agree_on_kernels(
-    layout: Layout, groups: Groups, workspace: Workspace, dropped: bool | None, direction: torch.dtype | None
+    layout: ShardLayout, groups: Groups, workspace: Workspace, dropped: bool | None, direction: torch.dtype | None
 ) -> bool:
     """Collective where ranks share tensors that fused kernels may take: all of them take the same kernels.
 
@@ -40,28 +40,30 @@ def agree_on_kernels(
     """
 
     def summed(votes: Tensor) -> Tensor:
-        device, dtype = sums_live_on([row.param for row in layout.rows])
-        nothing = torch.zeros(len(layout.rows), 1, dtype=dtype, device=device)
+        device, dtype = sums_live_on([row.param for row in layout.logical_params])
+        nothing = torch.zeros(len(layout.logical_params), 1, dtype=dtype, device=device)
         total = layout.all_reduce(nothing, votes.to(nothing))[1]
         assert total is not None
         return total
 
     if is_fake():
         return True
-    asked, default = _kinds_on_gpu(layout.rows, groups, direction)
+    asked, default = _kinds_on_gpu(layout.logical_params, groups, direction)
     # A converted optimizer may have fallen back on some ranks only, which vote too.
     if asked or default or dropped is not None:
         agreed = fused.agree_on_gpu(summed if layout.reductions else None, asked, default, bool(dropped))
         workspace.take_default(agreed.why_not)
         if not agreed.fused:
             return False
-    on_cpu = (row for row in layout.rows if row.param.device.type == "cpu")
+    on_cpu = (row for row in layout.logical_params if row.param.device.type == "cpu")
     if layout.reductions and any(groups[row.group_index].get("fused") for row in on_cpu):
         workspace.agreed_on_cpu = fused.agreed_on_cpu(summed)
     return True
 
 
-def _kinds_on_gpu(rows: Sequence[Row], groups: Groups, direction: torch.dtype | None) -> tuple[set[Kind], set[Kind]]:
+def _kinds_on_gpu(
+    rows: Sequence[LogicalParam], groups: Groups, direction: torch.dtype | None
+) -> tuple[set[Kind], set[Kind]]:
     """Of parameters that Triton may serve: with ``fused=True``, and with neither ``fused`` nor ``foreach`` set."""
     asked: set[Kind] = set()
     default: set[Kind] = set()
@@ -88,7 +90,7 @@ def drop_fused(groups: Groups) -> None:
 
 
 def row_kernels(
-    layout: Layout, groups: Groups, scope: str, store: StateScalars, workspace: Workspace
+    layout: ShardLayout, groups: Groups, scope: str, store: StateScalars, workspace: Workspace
 ) -> RowKernels | None:
     """The kernels of the rows' own numbers, where every row is on one GPU and goes to Triton.
 
