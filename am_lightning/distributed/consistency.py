@@ -52,8 +52,9 @@ def check_stages(description: str, group: object, device: torch.device) -> None:
     found = _gathered(torch.tensor([_number(description)], device=device), group)
     if bool((found != found[0]).any()):
         raise ValueError(
-            f"the pipeline's stages do not fit together: rank {my_rank()} has {description}, others have not. Build "
-            "every stage's optimizer with the same scope and number of parameter groups, empty where a stage has nothing"
+            f"the pipeline's stages do not fit together: rank {my_rank()} has {description}, others have not. "
+            "Build every stage's optimizer with the same scope and number of parameter groups, empty where a stage has "
+            "nothing"
         )
 
 
@@ -95,8 +96,8 @@ def _raise_for_pieces(rows: Sequence[LogicalParam], held: Sequence[int], groups:
         if row.shard.numel not in (None, found):
             raise ValueError(
                 f"parameter {row.name!r}, placed as {row.shard.description}, has {row.shard.numel} elements, but the "
-                f"pieces on ranks {_shown_ranks(groups)} have {found}: sums over it would be wrong. Shard the model before the "
-                "optimizer is built, and leave its shards alone afterwards"
+                f"pieces on ranks {_shown_ranks(groups)} have {found}: sums over it would be wrong. Shard the model "
+                "before the optimizer is built, and leave its shards alone afterwards"
             )
 
 
