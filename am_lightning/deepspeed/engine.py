@@ -16,7 +16,7 @@ from torch import Tensor
 from am_lightning.distributed import ShardLayout
 from am_lightning.distributed.layout import summed
 from am_lightning.distributed.strategies.deepspeed_zero import check_supported
-from am_lightning.optim.base import AdaptiveMemoryOptimizer
+from am_lightning.optim.base import AdaptiveMemoryOptimizer, RowOptions
 from am_lightning.optim.closed_form import Decision, Sums
 from am_lightning.optim.unwrap import innermost
 
@@ -156,7 +156,7 @@ class PrePass:
         assert self._sums is not None and self._decision is not None
         rows, decision = self._slices[turn], self._decision
         sums = Sums(*(column[rows] for column in self._sums))
-        return sums, Decision(decision.beta[rows], decision.counts[rows], decision.skipped, decision.bad[rows])
+        return sums, Decision(decision.beta[rows], decision.active[rows], decision.skipped, decision.bad[rows])
 
     def _take_all(self) -> None:
         """Pass 1 over every partition, one after the other: no more than one pending gradient is in memory."""
@@ -167,9 +167,9 @@ class PrePass:
             with self._as_call(k):
                 layout = self._optimizer.current_layout()
                 local = self._optimizer.prepare(layout)
-                packed = self._optimizer.packed_sums(layout, local)
+                packed = self._optimizer.local_sums(local)
                 self._predicted.append(self._flats[k].grad.sum())
-            found.append((packed, local.scalars))
+            found.append((packed, local.options))
             self._layouts.append(layout)
             self._slices.append(slice(start, start + len(layout.logical_params)))
             start += len(layout.logical_params)
@@ -180,8 +180,8 @@ class PrePass:
                 "scope='tensor'"
             )
         self._sums = Sums.unpack(self._over_ranks(torch.cat([packed for packed, _ in found])))
-        scalars = {key: torch.cat([scalars[key] for _, scalars in found]) for key in ("cap", "lr")}
-        self._decision = self._optimizer.decide(self._sums, scalars, sizes)
+        options = RowOptions(*map(torch.cat, zip(*(options for _, options in found), strict=True)))
+        self._decision = self._optimizer.decide(self._sums, options, sizes)
         with self._as_call(0):
             self._optimizer.current_layout()
 

@@ -84,6 +84,7 @@ class ShardLayout:
         self.sizes_known = not any(
             fsdp1.is_managed(row.param) and row.shard.numel is None for row in self.logical_params
         )
+        self.holds_whole_tensors = not any(p.span is not None or dtensor.is_dtensor(p.param) for p in rows)
         self._constants: dict[torch.device, tuple[Tensor, list[Tensor]]] = {}
 
     @classmethod

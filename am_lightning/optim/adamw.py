@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from am_lightning.optim.argument_hints import ADAMW, with_cures
-from am_lightning.optim.base import AdaptiveMemoryOptimizer
-from am_lightning.optim.closed_form import bias_correction
-from am_lightning.optim.kernels import Options
-from am_lightning.optim.kernels.fused import require_fused
-from am_lightning.optim.state import FOREIGN_OPTIONS
+from am_lightning.optim.base import AdaptiveMemoryOptimizer, RowOptions
+from am_lightning.optim.closed_form import AdaptiveScalars, bias_correction
+from am_lightning.optim.kernels.inputs import GroupOptions
+from am_lightning.optim.kernels.registry import require_fused
+from am_lightning.optim.param_state import FOREIGN_OPTIONS
 from am_lightning.optim.validation import (
     check_betas,
     check_exp_avg_dtype,
@@ -125,9 +125,9 @@ class AMAdamW(AdaptiveMemoryOptimizer):
         check_implementation(group)
         return {"betas": (float(cap), beta2), self.cap_key: float(cap)}
 
-    def _options(self, group: dict[str, Any]) -> Options:
+    def _group_options(self, group: dict[str, Any]) -> GroupOptions:
         beta2, lambd, decay = group["betas"][1], group["lambd"], group["weight_decay"]
-        return Options(float(beta2), float(lambd), float(decay), 0.0, group["maximize"])
+        return GroupOptions(float(beta2), float(lambd), float(decay), 0.0, group["maximize"])
 
     def _row_options(self, group: dict[str, Any]) -> list[float | Tensor]:
         return [group[self.cap_key], group["lr"], group["weight_decay"], group["betas"][1], group["eps"]]
@@ -139,9 +139,10 @@ class AMAdamW(AdaptiveMemoryOptimizer):
             group.update(FOREIGN_OPTIONS)
         return saved
 
-    def _metric_numbers(self, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
-        device, dtype = scalars["step"].device, scalars["step"].dtype
-        beta2 = self._per_row([group["betas"][1] for group in self.param_groups], device, dtype)
-        eps = self._per_row([group["eps"] for group in self.param_groups], device, dtype)
-        c = bias_correction(scalars["cap"], scalars["beta_prod"])
-        return {"root": c / torch.sqrt(1 - beta2 ** (scalars["step"] + 1)), "floor": c * eps}
+    def _coefficients(self, scalars: AdaptiveScalars, options: RowOptions) -> dict[str, Tensor]:
+        """With those of P = c_t (sqrt(v' / (1 - beta2^t)) + eps)."""
+        beta2 = self._column("beta2", [group["betas"][1] for group in self.param_groups])
+        eps = self._column("eps", [group["eps"] for group in self.param_groups])
+        c = bias_correction(options.beta_max, scalars.beta_prod)
+        root = torch.sqrt(1 - beta2 ** (scalars.step + 1))
+        return super()._coefficients(scalars, options) | {"c_root": c / root, "c_eps": c * eps}

@@ -1,51 +1,84 @@
-"""One step of adaptive memory, shared by AMAdamW and AMSGD: local sums, one reduce, the closed form, the update."""
+"""What AMAdamW and AMSGD share: one step of adaptive memory, and the public face of an optimizer that makes it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
+from torch._compile import _disable_dynamo
+from torch.optim.optimizer import Optimizer, ParamsT
 
 from am_lightning.distributed import LogicalParam, ShardLayout, local_grad, local_shard
-from am_lightning.distributed.call_stack import inside_deepspeed_warm_up, inside_state_creation
+from am_lightning.distributed.call_stack import (
+    called_by_zero_redundancy,
+    inside_deepspeed_warm_up,
+    inside_state_creation,
+)
+from am_lightning.distributed.names import names_by_id
 from am_lightning.distributed.strategies.fsdp1 import is_managed
-from am_lightning.optim import state as param_state
-from am_lightning.optim.closed_form import Decision, Sums, decide, gap_factor
-from am_lightning.optim.compile_boundary import uncompiled
-from am_lightning.optim.kernels import Numbers, Options, Passes, Piece
-from am_lightning.optim.kernels import fused as fused_kernels
+from am_lightning.optim import group_checks, param_state
+from am_lightning.optim.adaptive_scalars import StateScalars, sums_live_on
+from am_lightning.optim.closed_form import AdaptiveScalars, Decision, Sums, decide, loss_gap_factor
 from am_lightning.optim.kernels.agreement import agree_on_kernels, choice_of, drop_fused, row_kernels
-from am_lightning.optim.kernels.inputs import Clip
-from am_lightning.optim.kernels.transfer import is_capturing, moved
-from am_lightning.optim.kernels.triton.row_launch import Coefficients, RowKernels
-from am_lightning.optim.scalars import StateScalars, sums_live_on
-from am_lightning.optim.state_store import PersistentOptimizer
+from am_lightning.optim.kernels.inputs import Coefficients, GradientClip, GroupOptions
+from am_lightning.optim.kernels.plan import KernelPlan, StepTensors
+from am_lightning.optim.kernels.transfer import refuse_in_capture
+from am_lightning.optim.kernels.triton.row_launch import RowCoefficients, RowKernels
+from am_lightning.optim.kernels.workspace import Workspace
+from am_lightning.optim.param_layout import PlacedOptimizer
+from am_lightning.optim.state_dict_checks import Expected, check_loadable, check_mapping
+from am_lightning.optim.state_store import StateStore
+from am_lightning.optim.step_stats import StepStats
+from am_lightning.optim.validation import NONFINITE, SCOPES, WHOLE_OPTIMIZER, check_choice
+
+_NAMES = "_names_of_unnamed"  # in a pickle: what name_parameters() gave
+
+
+class RowOptions(NamedTuple):
+    """Options of each row's group, ``[rows]`` on the device of the sums."""
+
+    beta_max: Tensor
+    lr: Tensor
+    weight_decay: Tensor  # decoupled
 
 
 class InKernels(NamedTuple):
-    """What a step needs whose rows' numbers are kernels' work."""
+    """A step whose coefficients and decision are two Triton kernels' work, in place of ``closed_form``'s operators."""
 
     kernels: RowKernels
-    coefficients: Coefficients
+    found: RowCoefficients
     store: StateScalars
     table: Tensor  # [4, rows], the store's states
 
 
-class Local(NamedTuple):
-    """What both passes over one layout need on this rank."""
+class Prepared(NamedTuple):
+    """What is known before the sums: both passes, this step's coefficients, and what those are made of.
 
-    pieces: list[Piece]
-    scalars: dict[str, Tensor]
-    numbers: Numbers
-    passes: Passes
+    ``scalars`` and ``options`` are None ``in_kernels``.
+    """
+
+    plan: KernelPlan
+    coefficients: Coefficients
+    scalars: AdaptiveScalars | None
+    options: RowOptions | None
     in_kernels: InKernels | None
 
 
-class AdaptiveMemoryOptimizer(PersistentOptimizer):
-    """Rows, packed sums and state; a subclass says what its metric, its state and its options are."""
+class AdaptiveMemoryOptimizer(PlacedOptimizer):
+    """A subclass says what its preconditioner, its state and its options are."""
+
+    cap_key: str  # group option that holds the cap of beta_t
+    moments: tuple[str, ...]  # state tensors shaped like the parameter, the direction d first
+    first_takes_cap: bool  # a parameter's own first step uses the cap
+    plain_attributes: tuple[str, ...] = ("scope", "nonfinite")  # survive pickle and deepcopy
+
+    nonfinite: str
+    exp_avg_dtype: torch.dtype | None = None  # of the direction d; None: the parameter's
+    fused_dropped: bool | None = None  # convert_adamw found fused=True, and could not keep it here; None: found none
 
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], *, scope: str, nonfinite: str, replica_group: Any
@@ -56,85 +89,48 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
                 f"Invalid params: {type(given).__name__} (params must be an iterable of parameters: "
                 "model.parameters(); am_lightning.am_adamw and am_sgd take a model)"
             )
-        self._configure(scope=scope, nonfinite=nonfinite, replica_group=replica_group)
+        self.configure(scope=scope, nonfinite=nonfinite, replica_group=replica_group)
         super().__init__(params, defaults)
 
+    def configure(self, *, scope: str, nonfinite: str, replica_group: Any = None) -> None:
+        """Everything but parameters and groups; ``convert_adamw`` calls it for an optimizer that has those."""
+        check_choice("scope", scope, SCOPES)
+        check_choice("nonfinite", nonfinite, NONFINITE)
+        self.scope, self.nonfinite = scope, nonfinite
+        self._forget()
+        self.replica_group = replica_group
+
+    def _forget(self) -> None:
+        """Attributes that live as long as this process: never in groups, state_dict, pickle or deepcopy."""
+        self._store = StateStore(self.moments, self.cap_key)
+        self._stats = StepStats()
+        self._workspace = Workspace()
+        self._plans: dict[ShardLayout, KernelPlan] = {}  # of the last step of each layout
+        self._plan: KernelPlan | None = None  # of the last step
+        self._checked_options: list[Any] = []
+        self._loading: tuple[dict[str, Any], list[dict[str, Any]]] | None = None
+        self._forget_placement()
+
     # ------------------------------------------------------------------ what a subclass says
-    def _options(self, group: dict[str, Any]) -> Options:
+    def _check_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Validate a group's options (defaults filled in); returns those to normalise."""
         raise NotImplementedError
 
-    def _row_options(self, group: dict[str, Any]) -> list[float | Tensor]:
-        """cap, lr, mu, beta2, eps, where the metric is AdamW's."""
+    def _group_options(self, group: dict[str, Any]) -> GroupOptions:
         raise NotImplementedError
 
-    def _metric_numbers(self, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``root`` and ``floor`` of the metric, ``[rows]``; nothing for the identity."""
-        return {}
+    def _coefficients(self, scalars: AdaptiveScalars, options: RowOptions) -> dict[str, Tensor]:
+        """The columns that are known before the sums."""
+        lr, mu = options.lr, options.weight_decay
+        one_plus_k = 1 + loss_gap_factor(lr, scalars.prev_lr, mu)
+        return {"one_plus_k": one_plus_k, "lr": lr, "decay_factor": 1 - mu * lr, "step": scalars.step}
 
     def _omega(self, decision: Decision, sums: Sums) -> Tensor:
         """``[rows]``, the weight of the gradient in d' = d + omega (g - d) / q."""
         return 1 - decision.beta
 
-    def _check_loss(self, loss: Any, closure: Callable[[], Any] | None) -> None:
-        """Refuse a closure that does not give what the step needs, before anything moves."""
-
-    def _shared_sums(self, pieces: list[Piece], layout: ShardLayout, loss: Any, like: Tensor) -> Tensor | None:
-        """Numbers that ride in the packed reduce and in which every rank counts, ``[m]``."""
-        return None
-
-    def _known_gap(self, shared: Tensor | None, numbers: dict[str, Tensor]) -> Tensor | None:
-        """0-dim (1 + mu eta_t) Delta_t / eta_t where the loss gap is known."""
-        return None
-
-    def _gradients(self, shared: Tensor | None) -> Tensor | None:
-        """0-dim, 0 where all gradients are zero; None where D says it."""
-        return None
-
-    def _after(self, decision: Decision, shared: Tensor | None) -> None:
-        """Remember what the next step needs."""
-
-    # ------------------------------------------------------------------ public face
-    @property
-    def last_step_skipped(self) -> Tensor:
-        """0-dim bool on the device of the sums: the last step was dropped because a sum was not finite."""
-        return self._record.skipped.clone()
-
-    def momentum(self) -> dict[str, Tensor]:
-        """Parameter name -> beta_t of the last step in which it took part (nan before its first).
-
-        Returns:
-            0-dim tensors in [0, cap] on the device, in float64 where the device has it; a snapshot, no host sync.
-            Unnamed parameters are called ``group.index``.
-        """
-        return dict(zip(self.parameter_names(), self._betas().unbind(), strict=True))
-
-    def report(self) -> Tensor:
-        """``[parameters + 4]`` on the device: every beta_t, then what ``StepRecord`` counts. No host sync."""
-        betas = self._betas()
-        return torch.cat([betas, self._record.numbers(betas)])
-
-    def remember_grad_norm(self, norm: Tensor) -> None:
-        """Keep the global gradient norm for ``report``."""
-        self._record.grad_norm = norm.detach()
-
-    def clip_gradients_in_step(self, norm: Tensor, max_norm: float) -> None:
-        """The next ``step`` clips its gradients, whose ``norm`` (0-dim) is known; ``zero_grad`` takes this back.
-
-        Triton kernels multiply in registers and leave the gradients as they are, others multiply in place.
-        """
-        self._workspace.gradient_clip = Clip(norm, max_norm)
-
-    def spread(self, values: Tensor, here: tuple[int, ...], rows: int) -> Tensor:
-        """``[here]`` -> ``[rows]``: each number at its row, zero elsewhere."""
-        out = values.new_zeros(rows)
-        return out.index_copy_(0, self._workspace.constants.vector(here, values.device), values)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients of all optimized parameters, as in torch.optim."""
-        self._workspace.gradient_clip = None
-        super().zero_grad(set_to_none)
-
-    @uncompiled  # torch.compile would cut it into many graphs, and make them again for other numbers
+    # ------------------------------------------------------------------ the step
+    @_disable_dynamo  # torch.compile would cut it into many graphs, and make them again for other numbers
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step; where ``torch.compile`` meets it, it runs as it is.
@@ -147,97 +143,107 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
             ValueError: at the first step, on every rank: a layout or scope that cannot be summed rightly (the text has
                 the cure).
         """
-        if not self.state and inside_deepspeed_warm_up():
+        if not self.state and self._only_makes_states():
             return None
-        if not self.state and inside_state_creation():
-            self._create_states()
-            return None
-        self._complete_foreign_groups()  # before anything reads an option
-        self._check_capture()
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._check_loss(loss, closure)
-        self._read_tables()
-        layout = self.current_layout()
-        local, shared = self.prepare(layout), None
+        self._check_options()
+        loss = self._evaluate(closure)
+        layout = self._find_layout()
+        local = self.prepare(layout)  # this step's tensors, and the kernels that serve them
         if self.pre_pass is None:
-            packed = self.packed_sums(layout, local)
-            packed, shared = layout.all_reduce(packed, self._shared_sums(local.pieces, layout, loss, packed))
+            packed, shared = self._reduce(self.local_sums(local), layout, loss)  # the one collective
             if local.in_kernels is not None:
                 self._finish_in_kernels(packed, local, local.in_kernels)
                 return loss
             sums = Sums.unpack(packed)
-            gap, gradients = self._known_gap(shared, local.scalars), self._gradients(shared)
-            decision = self.decide(
-                sums, local.scalars, layout.sizes, pool=layout.stage_reduction(), gap=gap, gradients=gradients
-            )
+            decision = self._decide(sums, local, layout, shared)
         else:
-            sums, decision = self.pre_pass(layout)
-        local.numbers.add("omega", self._omega(decision, sums))
-        local.passes.update(local.numbers, decision.counts)
-        self._count(local.scalars, decision)
-        self._record.observe(decision, self._positions(layout), again=self._is_again(layout))
-        self._after(decision, shared)
+            sums, decision = self.pre_pass(layout)  # DeepSpeed calls step() for some of the parameters at a time
+        local.coefficients.add("omega", self._omega(decision, sums))
+        local.plan.update(local.coefficients, decision.active)
+        self._advance(local, decision, layout)
         return loss
 
-    def prepare(self, layout: ShardLayout) -> Local:
-        """Read-only but for states that do not exist yet."""
-        pieces = self._pieces(layout)
-        in_kernels = self._prepare_in_kernels(pieces, layout)
-        if in_kernels is None:
-            scalars = self._scalars(*sums_live_on([row.param for row in layout.logical_params]))
-            numbers = Numbers(self._numbers(scalars))
-        else:
-            scalars, numbers = {}, in_kernels.coefficients.numbers
-        choices = [choice_of(group) for group in self.param_groups]
-        passes = Passes(pieces, [choices[layout.logical_params[p.row].group_index] for p in pieces], self._workspace)
-        self._tiers = passes.tiers
-        return Local(pieces, scalars, numbers, passes, in_kernels)
+    def _only_makes_states(self) -> bool:
+        """A step that torch.distributed.checkpoint or DeepSpeed make on a fresh optimizer, of which little is left."""
+        if inside_deepspeed_warm_up():
+            return True
+        if not inside_state_creation():
+            return False
+        params = self._rows()
+        self._check_direction(params)
+        here = [logical for logical in params if logical.param.grad is not None]
+        self._store.moments(self.state, here, self.param_groups, self.exp_avg_dtype)
+        return True
 
-    def packed_sums(self, layout: ShardLayout, local: Local) -> Tensor:
-        """Pass 1 over this rank's pieces, read-only: ``[rows, 4]``, N, D, present, first."""
-        device, dtype = sums_live_on([row.param for row in layout.logical_params])
-        sums = local.passes.sums(local.numbers, len(layout.logical_params), device, dtype)
+    def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
+        """The loss, or None."""
+        check = getattr(self, "_accelerator_graph_capture_health_check", None) or self._cuda_graph_capture_health_check
+        if all("capturable" in group for group in self.param_groups):
+            check()
+        if self._layout is None:
+            self._check_time()
+        if closure is None:
+            return None
+        with torch.enable_grad():
+            return closure()
+
+    def prepare(self, layout: ShardLayout) -> Prepared:
+        """Read-only, except that states that do not exist yet are made."""
+        tensors = self._tensors(layout)
+        device, dtype = sums_live_on([logical.param for logical in layout.logical_params])
+        options = [(self._group_options(group), choice_of(group)) for group in self.param_groups]
+        of_rows = [options[layout.logical_params[row].group_index] for row in tensors.rows]
+        plan = self._plans.get(layout)
+        if plan is None or not plan.serves(tensors, of_rows):
+            count = len(layout.logical_params)
+            plan = KernelPlan(tensors, of_rows, self._workspace, row_count=count, device=device, dtype=dtype)
+            self._plans[layout] = plan
+        self._plan = plan
+        clip = self._workspace.take_clip()
+        prepared = self._prepare_in_kernels(plan, layout, clip) or self._prepare_with_operators(plan, layout)
+        if clip is not None and self._workspace.gradient_factor is None:
+            self._workspace.gradient_factor = clip.factor()
+        plan.begin(tensors)
+        return prepared
+
+    def _tensors(self, layout: ShardLayout) -> StepTensors:
+        """Parameters that have a gradient here. All are checked before the first state is made."""
+        rows = tuple([i for i, logical in enumerate(layout.logical_params) if logical.param.grad is not None])
+        here = [layout.logical_params[i] for i in rows]
+        grads: Sequence[Any] = [logical.param.grad for logical in here]
+        for logical, grad in zip(here, grads, strict=True):
+            if grad.layout is not torch.strided or grad.is_complex():
+                _refuse_gradient(logical, type(self).__name__)
+        moments = self._store.moments(self.state, here, self.param_groups, self.exp_avg_dtype)
+        x: Sequence[Any] = [logical.param for logical in here]
+        if not layout.holds_whole_tensors:
+            x, grads = [local_shard(p, p.param) for p in here], [local_grad(p) for p in here]
+            moments = [[local_shard(*pair) for pair in zip(here, column, strict=True)] for column in moments]
+        x, g, d, *v = (_at_least_1d(column) for column in (x, grads, *moments))
+        return StepTensors(rows, x, g, d, v[0] if v else None)
+
+    def local_sums(self, local: Prepared) -> Tensor:
+        """Pass 1, read-only: ``[rows, 4]``, N, D, whether there is a gradient here, whether it is the row's first."""
+        sums = local.plan.sums(local.coefficients)
         if local.in_kernels is not None:
-            return torch.cat([sums, local.in_kernels.coefficients.tail], 1)
-        present = self._present_rows(local.pieces, layout, device, dtype)
-        first = present * (local.scalars["step"] == 0)
-        return torch.cat([sums, present[:, None], first[:, None]], 1)
+            return torch.cat([sums, local.in_kernels.found.tail], 1)
+        first = local.plan.present * (local.coefficients.columns["step"] == 0)
+        return torch.cat([sums, local.plan.present[:, None].to(sums), first[:, None].to(sums)], 1)
 
-    def _prepare_in_kernels(self, pieces: list[Piece], layout: ShardLayout) -> InKernels | None:
-        """The rows' numbers by two kernels, where their tensors go to Triton and the metric is AdamW's."""
-        if self.pre_pass is not None or len(self.moments) < 2:
-            return None
-        store = self._store()
-        if not isinstance(store, StateScalars):
-            return None
-        kernels = row_kernels(layout, self.param_groups, self.scope, store, self._workspace)
-        if kernels is None:
-            return None
-        table, workspace = store.table(), self._workspace
-        present = self._present_rows(pieces, layout, table.device, torch.float64)
-        options = [self._row_options(group) for group in self.param_groups]
-        found = kernels.coefficients(table, options, present, workspace.gradient_clip)
-        workspace.gradient_factor = found.factor
-        return InKernels(kernels, found, store, table)
+    def _reduce(self, packed: Tensor, layout: ShardLayout, loss: Any) -> tuple[Tensor, Any]:
+        """Sum over ranks; with it what a subclass needs besides the sums."""
+        return (layout.all_reduce(packed)[0] if layout.reductions else packed), None
 
-    def _finish_in_kernels(self, packed: Tensor, local: Local, rows: InKernels) -> None:
-        """From the reduced sums to the end of the step."""
-        kernels, found, store, table = rows
-        record = self._record.buffers(packed.device)
-        omega, counts = kernels.decide(packed, found.columns, table, *record, skip=self.nonfinite == "skip")
-        local.numbers.add("omega", omega)
-        local.passes.update(local.numbers, counts)
-        store.take(table, counts)
+    def _decide(self, sums: Sums, local: Prepared, layout: ShardLayout, shared: Any) -> Decision:
+        assert local.options is not None
+        return self.decide(sums, local.options, layout.sizes, reduce_over_stages=layout.stage_reduction())
 
-    def decide(self, sums: Sums, scalars: dict[str, Tensor], sizes: list[int], **more: Any) -> Decision:
+    def decide(self, sums: Sums, options: RowOptions, sizes: list[int], **more: Any) -> Decision:
         """beta_t of rows whose reduced sums are known; ``sizes`` says how many rows each group has."""
         return decide(
             sums,
-            cap=scalars["cap"],
-            lr=scalars["lr"],
+            cap=options.beta_max,
+            lr=options.lr,
             scope=self.scope,
             sizes=sizes,
             first_takes_cap=self.first_takes_cap,
@@ -245,161 +251,308 @@ class AdaptiveMemoryOptimizer(PersistentOptimizer):
             **more,
         )
 
-    def _kernels_in_words(self) -> str:
-        parts = [f"{fused_kernels.words_of(tier)} for {count}" for tier, count in self._tiers.items()]
-        why = self._workspace.why_not_triton
-        return f"; kernels: {', '.join(parts)}{f' (no Triton: {why})' if why else ''}" if parts else ""
-
-    def _is_again(self, layout: ShardLayout) -> bool:
-        """An engine calls step() several times in one training step, and this is not the first of them."""
-        return layout is not next(iter(self._layouts.values()))
+    def _advance(self, local: Prepared, decision: Decision, layout: ShardLayout) -> None:
+        """Keep the adaptive scalars and the statistics of the step."""
+        assert local.scalars is not None and local.options is not None
+        store = self._store.scalars(self.state, layout, self.param_groups, type(self).__name__)
+        store.write(local.scalars.advanced(decision, local.options.lr), decision.active)
+        self._stats.observe(decision, self._positions(layout), again=layout is not next(iter(self._layouts.values())))
 
     def _positions(self, layout: ShardLayout) -> Tensor | None:
         """``[rows]``: where this layout's rows are in ``parameter_names``; None where they are all of them."""
-        if not layout.logical_params or not layout.logical_params[0].partitioned:
+        params = layout.logical_params
+        if not params or not params[0].partitioned:
             return None
-        if layout not in self._places:
-            place = {name: i for i, name in enumerate(self.parameter_names())}
-            device, _ = sums_live_on([layout.logical_params[0].param])
-            self._places[layout] = torch.tensor([place[row.name] for row in layout.logical_params], device=device)
-        return self._places[layout]
+        place = {name: i for i, name in enumerate(self.parameter_names())}
+        device, _ = sums_live_on([params[0].param])
+        return self._workspace.constants.vector(tuple(place[logical.name] for logical in params), device)
 
-    # ------------------------------------------------------------------ rows and their numbers
-    def _check_capture(self) -> None:
-        check = getattr(self, "_accelerator_graph_capture_health_check", None) or self._cuda_graph_capture_health_check
-        if all("capturable" in group for group in self.param_groups):
-            check()
-        if self._layout is None:
-            self._check_time()
+    # ------------------------------------------------------------------ coefficients
+    def _prepare_with_operators(self, plan: KernelPlan, layout: ShardLayout) -> Prepared:
+        scalars = self._store.scalars(self.state, layout, self.param_groups, type(self).__name__).read()
+        groups = self.param_groups
+        options = RowOptions(
+            beta_max=plan.column("beta_max", [group[self.cap_key] for group in groups], layout.sizes),
+            lr=plan.column("lr", [group["lr"] for group in groups], layout.sizes),
+            weight_decay=plan.column("mu", [self._group_options(group).mu for group in groups], layout.sizes),
+        )
+        return Prepared(plan, Coefficients(self._coefficients(scalars, options)), scalars, options, None)
+
+    def _column(self, name: str, values: list[float | Tensor]) -> Tensor:
+        """``[rows]``: an option of every row's group."""
+        assert self._plan is not None and self._layout is not None  # step() has made them
+        return self._plan.column(name, values, self._layout.sizes)
+
+    def _row_options(self, group: dict[str, Any]) -> list[float | Tensor]:
+        """cap, lr, mu, beta2, eps, for kernels that do a step's arithmetic of rows; where P is AdamW's."""
+        raise NotImplementedError
+
+    def _prepare_in_kernels(self, plan: KernelPlan, layout: ShardLayout, clip: GradientClip | None) -> Prepared | None:
+        """The same by one kernel, where the tensors go to Triton and P is AdamW's."""
+        if self.pre_pass is not None or len(self.moments) < 2:
+            return None
+        store = self._store.scalars(self.state, layout, self.param_groups, type(self).__name__)
+        kernels = row_kernels(layout, self.param_groups, self.scope, store, self._workspace)
+        if kernels is None:
+            return None
+        assert isinstance(store, StateScalars)
+        options, table = [self._row_options(group) for group in self.param_groups], store.table()
+        found = kernels.coefficients(table, options, plan.present, clip)
+        self._workspace.gradient_factor = found.factor
+        return Prepared(plan, found.coefficients, None, None, InKernels(kernels, found, store, table))
+
+    def _finish_in_kernels(self, packed: Tensor, local: Prepared, rows: InKernels) -> None:
+        """From the reduced sums to the end of the step."""
+        kernels, found, store, table = rows
+        stats = self._stats.buffers(packed.device)
+        omega, active = kernels.decide(packed, found.columns, table, *stats, skip=self.nonfinite == "skip")
+        local.coefficients.add("omega", omega)
+        local.plan.update(local.coefficients, active)
+        store.take(table, active)
+
+    # ------------------------------------------------------------------ public face
+    @property
+    def last_step_skipped(self) -> Tensor:
+        """0-dim bool on the device of the sums: the last step was dropped because a sum was not finite."""
+        return self._stats.skipped.clone()
+
+    def momentum(self) -> dict[str, Tensor]:
+        """Parameter name -> beta_t of the last step in which it took part (nan before its first).
+
+        Returns:
+            0-dim tensors in [0, cap] on the device, in float64 where the device has it; a snapshot, no host sync.
+            Unnamed parameters are called ``group.index``.
+        """
+        return dict(zip(self.parameter_names(), self._betas().unbind(), strict=True))
+
+    def report(self) -> Tensor:
+        """``[parameters + 4]`` on the device: every beta_t, then what ``StepStats`` counts. No host sync."""
+        betas = self._betas()
+        return torch.cat([betas, self._stats.numbers(betas)])
+
+    def _betas(self) -> Tensor:
+        """``[parameters]`` beta_t, nan where one has never stepped."""
+        if self.is_partitioned():
+            return self._store.betas_by_name(self.parameter_names())
+        return self._store.betas(self.state, self._layouts.get(self._key()), self._rows())
+
+    def remember_grad_norm(self, norm: Tensor) -> None:
+        """Keep the global gradient norm for ``report``."""
+        self._stats.grad_norm = norm.detach()
+
+    def clip_gradients_in_step(self, norm: Tensor, max_norm: float) -> None:
+        """The next ``step`` clips its gradients, whose ``norm`` (0-dim) is known; ``zero_grad`` takes this back.
+
+        Triton kernels multiply in registers and leave the gradients as they are, others multiply in place.
+        """
+        self._workspace.gradient_clip = GradientClip(norm, max_norm)
+
+    def spread(self, values: Tensor, here: tuple[int, ...], rows: int) -> Tensor:
+        """``[here]`` -> ``[rows]``: each number at its row, zero elsewhere."""
+        out = values.new_zeros(rows)
+        return out.index_copy_(0, self._workspace.constants.vector(here, values.device), values)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of all optimized parameters, as in torch.optim."""
+        self._workspace.gradient_clip = None
+        super().zero_grad(set_to_none)
+
+    def groups_of_parameters(self) -> list[dict[str, Any]]:
+        """The group of each parameter, in the order of ``parameter_names``."""
+        self._check_options()
+        if self.is_partitioned():
+            return [group for group, params in self._given for _ in params]
+        return [self.param_groups[logical.group_index] for logical in self._rows()]
+
+    def caps(self) -> list[float]:
+        """The cap of beta_t of each parameter, in the order of ``parameter_names``."""
+        return [float(group[self.cap_key]) for group in self.groups_of_parameters()]
+
+    def _kernels_in_words(self) -> str:
+        if self._plan is None:
+            return ""
+        parts = [f"{kernel.describe()} for {count}" for kernel, count in self._plan.kernels.items()]
+        why = self._workspace.why_no_fused
+        return f"; kernels: {', '.join(parts)}{f' (no fused kernel: {why})' if why else ''}" if parts else ""
+
+    # ------------------------------------------------------------------ groups
+    def _check_options(self) -> None:
+        """Others may put groups in place: those of a checkpoint of AdamW, or dicts without ``add_param_group``.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: a group or an option is of the wrong kind; the text has its number.
+        """
+        self._store.take_tables([group for group, _ in self._given], self.given_groups())
+        found = group_checks.options_of(self.param_groups)
+        if len(found) == len(self._checked_options) and all(map(operator.is_, found, self._checked_options)):
+            return
+        self._complete_foreign_groups()
+        for index, group in enumerate(self.param_groups):
+            with group_checks.naming_group(index):
+                self._check_group(group_checks.as_unread(group, self.cap_key))
+        self._checked_options = group_checks.options_of(self.param_groups)
+
+    def _complete_foreign_groups(self) -> None:
+        group_checks.check_groups(self.param_groups)
+        needed = {*self.defaults, self.cap_key}
+        foreign = [(i, group) for i, group in enumerate(self.param_groups) if not needed <= group.keys()]
+        for index, group in foreign:
+            with group_checks.naming_group(index):
+                self._complete_groups([group])
+        if foreign:
+            self._remember_given()
+
+    def _complete_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Fill in options that are missing, from the optimizer's own."""
+        for group in groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+            for key, value in self._check_group(group_checks.with_any_lr(group)).items():
+                group.setdefault(key, value)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; its options are checked before anything changes."""
+        checked = {}
+        if isinstance(param_group, dict):
+            for name in set(WHOLE_OPTIMIZER).intersection(param_group):
+                # ZeroRedundancyOptimizer repeats all arguments in the groups
+                if param_group[name] != getattr(self, name, ...) or not called_by_zero_redundancy():
+                    raise ValueError(f"Invalid {name} in a parameter group: {name} is an option of the whole optimizer")
+                param_group = {key: value for key, value in param_group.items() if key != name}
+            checked = self._check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        self.param_groups[-1].update(checked)
+        self._remember_given()
+        if self._model is not None:  # a layer that was added to it in mid-run has a name
+            self.name_parameters(self._model.named_parameters())
+
+    # ------------------------------------------------------------------ layouts
+    def current_layout(self) -> ShardLayout:
+        """Logical parameters and reductions. Built (collectively) at the first step, and again when the parameters are
+        others, or the same ones elsewhere: a model that was moved or cast.
+        """
+        self._check_options()
+        return self._find_layout()
+
+    def _forget_layout(self) -> None:
+        self._store.forget_layouts()
+        self._plans = {}
+        super()._forget_layout()
 
     def _check_time(self) -> None:
         for param in self._checked_parameters():  # a layout takes copies, collectives, kernels that are built and tried
-            _refuse_in_capture(param)
-
-    def _pieces(self, layout: ShardLayout) -> list[Piece]:
-        """The rows that have a gradient here. All are checked before the first state is made."""
-        rows = [(i, row) for i, row in enumerate(layout.logical_params) if row.param.grad is not None]
-        for _, row in rows:
-            _check_gradient(row.param, row.name, type(self).__name__)
-        options = [self._options(group) for group in self.param_groups]
-        direction, *second = self.moments
-        pieces = []
-        for i, row in rows:
-            state = self._row_state(row, self.param_groups[row.group_index])
-            x, g, d = local_shard(row, row.param), local_grad(row), local_shard(row, state[direction])
-            v = local_shard(row, state[second[0]]) if second else None
-            if x.ndim == 0:  # a 0-dim operand would take the dtype of a 0-dim number
-                x, g, d, v = x.reshape(1), g.reshape(1), d.reshape(1), None if v is None else v.reshape(1)
-            pieces.append(Piece(i, x, g, d, v, options[row.group_index]))
-        return pieces
+            refuse_in_capture(param)
 
     def _check_scope(self, layout: ShardLayout) -> None:
         super()._check_scope(layout)
+        if any("max_momentum" in group for group in self.param_groups):
+            warnings.warn(
+                "the learning rate scheduler cycles betas[0], which adaptive memory does not use: beta_t is computed, "
+                f"and its cap stays in the group's {self.cap_key!r}. Pass cycle_momentum=False to the scheduler.",
+                stacklevel=7,  # whoever calls step(), past torch's decorators
+            )
         self._check_direction(layout.logical_params)
-        self._agree_on_kernels(layout)
-        param_state.follow(self.state, [row.param for row in layout.logical_params])
-
-    def _agree_on_kernels(self, layout: ShardLayout) -> None:
         if not agree_on_kernels(layout, self.param_groups, self._workspace, self.fused_dropped, self.exp_avg_dtype):
             drop_fused([*self.param_groups, self.defaults])
+        param_state.follow(self.state, [logical.param for logical in layout.logical_params])
 
-    def _check_direction(self, rows: list[LogicalParam]) -> None:
+    def _check_direction(self, params: Sequence[LogicalParam]) -> None:
         """Refuse a direction of its own dtype where an engine packs the states of many tensors into one."""
         if self.exp_avg_dtype is None:
             return
-        for row in rows:
-            engine = "DeepSpeed ZeRO" if row.partitioned else "FSDP1" if is_managed(row.param) else None
+        for logical in params:
+            engine = "DeepSpeed ZeRO" if logical.partitioned else "FSDP1" if is_managed(logical.param) else None
             if engine is not None:
                 raise ValueError(
-                    f"Invalid exp_avg_dtype: {self.exp_avg_dtype} ({engine}, which holds parameter {row.name!r}, saves "
-                    "states of one dtype only: exp_avg_dtype must be None there; FSDP2 and DDP take it)"
+                    f"Invalid exp_avg_dtype: {self.exp_avg_dtype} ({engine}, which holds parameter {logical.name!r}, "
+                    "saves states of one dtype only: exp_avg_dtype must be None there; FSDP2 and DDP take it)"
                 )
 
-    def _create_states(self) -> None:
-        self._check_direction(self._rows())
-        for row in self._rows():
-            if row.param.grad is not None:
-                self._row_state(row, self.param_groups[row.group_index])
+    # ------------------------------------------------------------------ pickle, state_dict
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__() | {name: getattr(self, name) for name in self.plain_attributes}
+        return state | {_NAMES: self.parameter_names()} if self._known_names else state
 
-    def _row_state(self, row: LogicalParam, group: dict[str, Any]) -> dict[str, Any]:
-        known = self.state.get(row.param, {})  # an engine may have left an empty dict
-        if self.moments[0] not in known or not (row.partitioned or "prev_lr" in known):
-            _refuse_in_capture(row.param)
-        state = self.state[row.param]
-        if self.moments[0] not in state:
-            param_state.create(
-                state, row.param, self.moments, adaptive=not row.partitioned, direction=self.exp_avg_dtype
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        before = dict(self.__dict__)
+        try:
+            self._take_state(state)
+        except BaseException:
+            self.__dict__.update(before)  # a load that fails has changed nothing
+            raise
+
+    def _take_state(self, state: dict[str, Any]) -> None:
+        copied = "_stats" not in self.__dict__  # or unpickled
+        if copied:
+            self._forget()
+        super().__setstate__(state)
+        if copied:
+            self._remember_given()
+        self.defaults.pop("differentiable", None)  # torch.optim adds it
+        if self._loading is not None:
+            in_tables, direction = self.is_partitioned(), self.exp_avg_dtype
+            self._store.restore(self.state, self.param_groups, *self._loading, direction, in_tables=in_tables)
+        self._complete_groups(self.param_groups)
+        if self._loading is not None:
+            self._replace_groups(self._loading[1])
+            self._store.forget()
+            self._store.take_tables([group for group, _ in self._given], self.given_groups())
+        if _NAMES in self.__dict__:  # after a copy or unpickling the parameters are others, their places are not
+            self._known_names = names_by_id(
+                zip(self.__dict__.pop(_NAMES), dict.fromkeys(self._parameters()), strict=True)
             )
-        elif not row.partitioned:
-            param, cap = row.param, group[self.cap_key]
-            param_state.complete(state, param, beta1=cap, lr=group["lr"], cap=cap)
-        return state  # type: ignore[no-any-return]
 
-    def _scalars(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """``[rows]`` each: the rows' own scalars and the groups' options."""
-        scalars = self._store().read()
-        options = [self._options(group) for group in self.param_groups]
-        scalars["cap"] = self._per_row([group[self.cap_key] for group in self.param_groups], device, dtype)
-        scalars["lr"] = self._per_row([group["lr"] for group in self.param_groups], device, dtype)
-        scalars["mu"] = self._per_row([o.mu for o in options], device, dtype)
-        return scalars
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a ``state_dict`` of this class, or one of its plain counterpart (AdamW for AMAdamW) in mid-run.
 
-    def _numbers(self, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
-        lr, mu = scalars["lr"], scalars["mu"]
-        gap = 1 + gap_factor(lr, scalars["prev_lr"], mu)
-        numbers = {"gap": gap, "lr": lr, "shrink": 1 - mu * lr, "step": scalars["step"]}
-        return numbers | self._metric_numbers(scalars)
+        The cap stays this optimizer's, as do options that the checkpoint lacks.
 
-    def _per_row(self, values: list[float | Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
-        """``[rows]``: an option of every row's group. Host numbers are filled in on the device: no copy, no sync."""
-        assert self._layout is not None  # step() has built it
-        parts = []
-        for value, size in zip(values, self._layout.sizes, strict=True):
-            rows = (size,)
-            if isinstance(value, Tensor):
-                parts.append(moved(value.detach().reshape(1), device, dtype).expand(rows))
-            else:
-                parts.append(torch.full(rows, float(value), dtype=dtype, device=device))
-        return torch.cat(parts)
+        Raises:
+            ValueError: it is no state dict, or that of another optimizer or model; the text names the parameter or the
+                group, and nothing has changed.
+        """
 
-    def _present_rows(
-        self, pieces: list[Piece], layout: ShardLayout, device: torch.device, dtype: torch.dtype
-    ) -> Tensor:
-        """``[rows]``: 1 where this rank has a gradient."""
-        here = {piece.row for piece in pieces}
-        return self._workspace.constants.vector(
-            tuple(i in here for i in range(len(layout.logical_params))), device, dtype
-        )
+        def remember(_: Optimizer, saved: dict[str, Any]) -> None:
+            who, finite = type(self).__name__, self.nonfinite == "skip" and not self.is_partitioned()
+            self._check_options()
+            groups, names = self.param_groups, self._known_names
+            check_loadable(saved, Expected(who, groups, self.moments, names, self._check_saved_options, finite))
+            self._loading = saved, groups
 
-    def _count(self, scalars: dict[str, Tensor], decision: Decision) -> None:
-        """Write the adaptive scalars of the rows that took part."""
-        counts, beta = decision.counts, decision.beta
-        new = {
-            "step": scalars["step"] + counts,
-            "beta_prod": torch.where(counts, scalars["beta_prod"] * beta, scalars["beta_prod"]),
-            "beta": torch.where(counts, beta, scalars["beta"]),
-            "prev_lr": torch.where(counts, scalars["lr"], scalars["prev_lr"]),
-        }
-        self._store().write(new, counts)
+        check_mapping(state_dict)  # torch.optim copies it; the user's hooks may make a state dict of it
+        last = self.register_load_state_dict_pre_hook(remember)  # sees what the user's own hooks made of it
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+            self._loading = None
+
+    def _check_saved_options(self, saved: dict[str, Any], live: dict[str, Any]) -> None:
+        trial = dict(saved)
+        param_state.restore_options(trial, live, self.cap_key)
+        self._check_group(group_checks.with_any_lr(trial))
+        group_checks.check_magnitudes(trial)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch.optim. Where a parameter holds many tensors, the groups carry their adaptive scalars by name."""
+        saved = super().state_dict()
+        self._store.save_tables(saved["param_groups"])
+        return saved
 
 
-def _check_gradient(param: Tensor, name: str, who: str) -> None:
-    grad = param.grad
+def _at_least_1d(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """A 0-dim operand would take the dtype of a 0-dim number."""
+    return tensors if all([t.ndim for t in tensors]) else [t if t.ndim else t.reshape(1) for t in tensors]
+
+
+def _refuse_gradient(logical: LogicalParam, who: str) -> None:
+    grad = logical.param.grad
     assert grad is not None
     if grad.layout is not torch.strided:
         raise RuntimeError(
-            f"{who} does not support sparse gradients: parameter {name!r} has a gradient of layout {grad.layout}"
+            f"{who} does not support sparse gradients: parameter {logical.name!r} has a gradient of layout {grad.layout}"
         )
-    if grad.is_complex() or param.is_complex():
-        raise RuntimeError(
-            f"{who} does not support complex parameters: parameter {name!r} is {param.dtype}; use view_as_real"
-        )
-
-
-def _refuse_in_capture(param: Tensor) -> None:
-    """The zeros of a state that is made in a CUDA graph's capture are recorded, and filled at replays only."""
-    if is_capturing(param.device):
-        raise RuntimeError(
-            f"a CUDA graph is being captured, and a parameter of shape {tuple(param.shape)} in it has no optimizer "
-            "state that a step has used: make a step with the same gradients before it, as torch's warm-up does"
-        )
+    raise RuntimeError(
+        f"{who} does not support complex parameters: parameter {logical.name!r} is {logical.param.dtype}; use "
+        "view_as_real"
+    )

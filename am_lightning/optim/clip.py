@@ -6,13 +6,13 @@ import math
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from am_lightning.distributed import ShardLayout, local_grad, redistributed_grad
+from am_lightning.optim.adaptive_scalars import sums_live_on
 from am_lightning.optim.argument_hints import with_cures
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
-from am_lightning.optim.compile_boundary import uncompiled
-from am_lightning.optim.kernels.inputs import Clip, scale_
-from am_lightning.optim.scalars import sums_live_on
+from am_lightning.optim.kernels.inputs import GradientClip, scale_
 from am_lightning.optim.squares import square_sums, total_norm
 from am_lightning.optim.unwrap import innermost
 
@@ -25,7 +25,7 @@ _TORCHS = {
 }
 
 
-@uncompiled
+@_disable_dynamo
 @with_cures(_TORCHS, "clip_grad_norm_(optimizer, max_norm); it clips by the 2-norm, there is no norm_type")
 @torch.no_grad()
 def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float, *, in_step: bool = False) -> Tensor:
@@ -87,7 +87,7 @@ def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float, *, in_s
     if in_step:
         optimizer.clip_gradients_in_step(norm, max_norm)
     else:
-        scale_(gradients, Clip(norm, max_norm).factor())
+        scale_(gradients, GradientClip(norm, max_norm).factor())
     optimizer.remember_grad_norm(norm)
     return norm
 

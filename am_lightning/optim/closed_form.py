@@ -13,7 +13,33 @@ import torch
 from torch import Tensor
 
 # A ratio of learning rates beyond this leaves beta_t at a clamp anyway, and would overflow float32 inside the sums.
-LARGEST_GAP = 1e18
+LARGEST_K = 1e18
+
+
+class AdaptiveScalars(NamedTuple):
+    """What every logical parameter keeps from step to step, ``[rows]`` each, in this order wherever they are packed.
+
+    Attributes:
+        step: steps in which it took part.
+        beta_prod: the product of its beta_t.
+        beta: its last beta_t, -1 before its first.
+        prev_lr: eta_{t-1}.
+    """
+
+    step: Tensor
+    beta_prod: Tensor
+    beta: Tensor
+    prev_lr: Tensor
+
+    def advanced(self, decision: Decision, lr: Tensor) -> AdaptiveScalars:
+        """After the step: those of inactive rows stay."""
+        active, beta = decision.active, decision.beta
+        return AdaptiveScalars(
+            step=self.step + active,
+            beta_prod=torch.where(active, self.beta_prod * beta, self.beta_prod),
+            beta=torch.where(active, beta, self.beta),
+            prev_lr=torch.where(active, lr, self.prev_lr),
+        )
 
 
 class Sums(NamedTuple):
@@ -34,22 +60,22 @@ class Decision(NamedTuple):
     """What a step does, the same on every rank.
 
     Attributes:
-        beta: ``[rows]``, beta_t; meaningless where ``counts`` is False.
-        counts: ``[rows]`` bool, the row takes part in this step.
+        beta: ``[rows]``, beta_t; meaningless where ``active`` is False.
+        active: ``[rows]`` bool, the row takes part in this step.
         skipped: 0-dim bool, the whole step is dropped.
         bad: ``[rows]`` bool, a sum of this row is not finite.
     """
 
     beta: Tensor
-    counts: Tensor
+    active: Tensor
     skipped: Tensor
     bad: Tensor
 
 
-def gap_factor(lr: Tensor, prev_lr: Tensor, decay: Tensor) -> Tensor:
+def loss_gap_factor(lr: Tensor, prev_lr: Tensor, decay: Tensor) -> Tensor:
     """k = (1 + mu eta_t) eta_{t-1} / eta_t, and 0 where eta_t = 0 (the loss gap is dropped)."""
     safe = torch.where(lr > 0, lr, 1.0)
-    return torch.where(lr > 0, (1 + decay * lr) * prev_lr / safe, 0.0).clamp(max=LARGEST_GAP)
+    return torch.where(lr > 0, (1 + decay * lr) * prev_lr / safe, 0.0).clamp(max=LARGEST_K)
 
 
 def bias_correction(cap: Tensor, beta_prod: Tensor) -> Tensor:
@@ -90,8 +116,8 @@ def decide(
     sizes: Sequence[int],
     first_takes_cap: bool,
     nonfinite: str,
-    pool: Callable[[Tensor], Tensor] | None = None,
-    gap: Tensor | None = None,
+    reduce_over_stages: Callable[[Tensor], Tensor] | None = None,
+    loss_gap: Tensor | None = None,
     gradients: Tensor | None = None,
 ) -> Decision:
     """beta_t of every row, and which rows take part.
@@ -101,23 +127,23 @@ def decide(
         cap, lr: ``[rows]``, the cap of beta_t and eta_t.
         first_takes_cap: a row's own first step uses the cap (AM-AdamW) or its scope's beta (AM-SGD).
         nonfinite: "skip" drops the step, "propagate" takes the cap where a sum is not finite, as AdamW would.
-        pool: sums numbers over the stages of a pipeline, whose rows are elsewhere; None: all rows are here.
-        gap: 0-dim, (1 + mu eta_t) Delta_t / eta_t where the loss gap is known (scope global), else None.
+        reduce_over_stages: sums numbers over the stages of a pipeline, whose rows are elsewhere; None: all rows are here.
+        loss_gap: 0-dim, (1 + mu eta_t) Delta_t / eta_t where the loss gap is known (scope global), else None.
         gradients: 0-dim, 0 where all gradients are zero; None: D of first steps says it (no decay inside g).
     """
     bad = sums.present & ~(torch.isfinite(sums.num) & torch.isfinite(sums.den))
-    if gap is not None:
-        bad = bad | (sums.present & ~torch.isfinite(gap))
+    if loss_gap is not None:
+        bad = bad | (sums.present & ~torch.isfinite(loss_gap))
     enters = sums.present & ~sums.first & ~bad
     columns = (torch.where(enters, sums.num, 0.0), torch.where(enters, sums.den, 0.0), bad.to(cap.dtype))
     num, den, lost = (scope_totals(column, scope, sizes) for column in columns)
     failed = bad.sum().to(cap.dtype)
-    if pool is not None:
-        num, den, lost, failed = _pooled(pool, scope, num, den, lost, failed)
+    if reduce_over_stages is not None:
+        num, den, lost, failed = _over_stages(reduce_over_stages, scope, num, den, lost, failed)
     skipped = failed > 0 if nonfinite == "skip" else torch.zeros_like(failed, dtype=torch.bool)
     num, den, lost = (over_rows(total, scope, sizes) for total in (num, den, lost))
-    if gap is not None:
-        num = num - gap
+    if loss_gap is not None:
+        num = num - loss_gap
     solved = den > 0
     beta = torch.where(solved, 1 - num / torch.where(solved, den, 1.0), 0.0).clamp(min=0)
     beta = torch.minimum(beta, cap)
@@ -125,18 +151,18 @@ def decide(
         beta = torch.where(lost > 0, cap, beta)
     if first_takes_cap:
         beta = torch.where(sums.first, cap, beta)
-    return Decision(beta, sums.present & ~skipped & ~_phantom(sums, lr, gradients), skipped, bad)
+    return Decision(beta, sums.present & ~skipped & ~_is_dcp_init_step(sums, lr, gradients), skipped, bad)
 
 
-def _pooled(pool: Callable[[Tensor], Tensor], scope: str, *totals: Tensor) -> tuple[Tensor, ...]:
+def _over_stages(reduce: Callable[[Tensor], Tensor], scope: str, *totals: Tensor) -> tuple[Tensor, ...]:
     """The totals of all pipeline stages, in one collective; a tensor's own sums are whole on its stage."""
     shared = totals[-1:] if scope == "tensor" else totals
     sizes = [total.numel() for total in shared]
-    summed = torch.split(pool(torch.cat([total.reshape(-1) for total in shared])), sizes)
+    summed = torch.split(reduce(torch.cat([total.reshape(-1) for total in shared])), sizes)
     return *totals[: len(totals) - len(shared)], *summed[:-1], summed[-1].reshape(())
 
 
-def _phantom(sums: Sums, lr: Tensor, gradients: Tensor | None) -> Tensor:
+def _is_dcp_init_step(sums: Sums, lr: Tensor, gradients: Tensor | None) -> Tensor:
     """``[rows]`` bool: the step that torch.distributed.checkpoint makes on a fresh optimizer: eta = 0, zero gradients.
 
     It must leave no trace; a genuine first step at eta = 0 has gradients and counts.

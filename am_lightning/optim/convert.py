@@ -10,8 +10,8 @@ from typing import Any, TypeGuard
 import torch
 
 from am_lightning.optim.adamw import AMAdamW
-from am_lightning.optim.kernels.fused import require_fused
-from am_lightning.optim.state import FOREIGN_OPTIONS, has_coupled_decay
+from am_lightning.optim.kernels.registry import require_fused
+from am_lightning.optim.param_state import FOREIGN_OPTIONS, has_coupled_decay
 
 # On a step() that a scheduler has wrapped to count it: torch's of today, and those written after torch's before 2.5
 _MARKS = ("_wrapped_by_lr_sched", "_with_counter")
@@ -59,7 +59,7 @@ def convert_adamw(
     caps = [_cap(_beta1(group, own), lambd, beta1_max) for group in optimizer.param_groups]
     optimizer.__class__ = AMAdamW  # type: ignore[assignment]
     converted: AMAdamW = optimizer  # type: ignore[assignment]
-    converted._configure(scope=scope, nonfinite="skip")
+    converted.configure(scope=scope, nonfinite="skip")
     converted.fused_dropped = dropped
     converted._remember_given()
     for group, cap in zip(converted.param_groups, caps, strict=True):

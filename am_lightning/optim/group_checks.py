@@ -14,6 +14,18 @@ from torch import Tensor
 from am_lightning.optim.validation import as_float, check_names, check_number, described, is_one_number
 
 
+def options_of(param_groups: Any) -> list[Any]:
+    """The groups and all of their options, in order: as long as these are the same objects nothing has changed."""
+    found: list[Any] = []
+    try:
+        for group in param_groups:
+            found.append(group)
+            found += [value for key, value in group.items() if key != "params"]
+    except (TypeError, AttributeError):  # no groups: the checks say what is there instead
+        return [object()]
+    return found
+
+
 def check_groups(param_groups: Any) -> None:
     """A list of dicts with parameters.
 
@@ -44,7 +56,7 @@ def naming_group(index: int) -> Iterator[None]:
 
 
 def check_magnitudes(group: dict[str, Any]) -> None:
-    """Numbers that a kernel could not take, in the middle of a step.
+    """Coefficients that a kernel could not take, in the middle of a step.
 
     Raises:
         ValueError: one is beyond float32.

@@ -251,12 +251,8 @@ class PlacedOptimizer(Optimizer):
         """What the last step ran, after the rows."""
         return ""
 
-    def current_layout(self) -> ShardLayout:
-        """Rows and reductions. Built (collectively) at the first step, and again when the parameters are others.
-
-        Or the same ones elsewhere: a model that was moved or cast.
-        """
-        self._complete_foreign_groups()
+    def _find_layout(self) -> ShardLayout:
+        """The layout of the parameters as they are; see ``current_layout``."""
         layout = self._layouts.get(self._key())
         if layout is None:
             self._check_time()
@@ -278,9 +274,6 @@ class PlacedOptimizer(Optimizer):
             self._layouts[self._key()] = layout
         self._layout = layout
         return layout
-
-    def _complete_foreign_groups(self) -> None:
-        """Fill in what groups lack that others put in place."""
 
     def _check_time(self) -> None:
         """Refuse to make a layout now."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ from torch.optim.optimizer import ParamsT
 
 from am_lightning.distributed import ShardLayout, local_shard
 from am_lightning.optim.argument_hints import SGD, with_cures
-from am_lightning.optim.base import AdaptiveMemoryOptimizer
-from am_lightning.optim.closed_form import Decision, Sums
-from am_lightning.optim.kernels import Options, Piece
+from am_lightning.optim.base import AdaptiveMemoryOptimizer, Prepared, RowOptions
+from am_lightning.optim.closed_form import AdaptiveScalars, Decision, Sums
+from am_lightning.optim.kernels.inputs import GroupOptions
 from am_lightning.optim.squares import square_sum
 from am_lightning.optim.validation import (
     LOSS_GAPS,
@@ -28,6 +28,15 @@ from am_lightning.optim.validation import (
 )
 
 _PREV_LOSS = "prev_loss"  # group option: f(x_{t-1}), a float in a state_dict, a device tensor in a live group
+
+
+class _Shared(NamedTuple):
+    """Numbers that ride in the packed reduce and in which every rank counts, 0-dim each."""
+
+    loss: Tensor
+    ranks: Tensor
+    penalty: Tensor  # of coupled weight decay, where the loss is known
+    gradients: Tensor  # 0 where all gradients are zero; looked at where coupled decay hides it
 
 
 class AMSGD(AdaptiveMemoryOptimizer):
@@ -118,23 +127,28 @@ class AMSGD(AdaptiveMemoryOptimizer):
             raise TypeError(f"Invalid {_PREV_LOSS}: {before!r} ({_PREV_LOSS} must be the last loss, or None)")
         return {}
 
-    def _options(self, group: dict[str, Any]) -> Options:
+    def _group_options(self, group: dict[str, Any]) -> GroupOptions:
         decay, decoupled = float(group["weight_decay"]), group["decoupled_weight_decay"]
         mu, l2 = (decay, 0.0) if decoupled else (0.0, decay)
-        return Options(0.0, float(group["lambd"]), mu, l2, group["maximize"])
+        return GroupOptions(0.0, float(group["lambd"]), mu, l2, group["maximize"])
 
     def _omega(self, decision: Decision, sums: Sums) -> Tensor:
         # d_0 = g_0: a fresh buffer is zero, and 0 + (1 + lambda) (g - 0) / (1 + lambda) = g
-        lambd = self._per_row([g["lambd"] for g in self.param_groups], decision.beta.device, decision.beta.dtype)
+        lambd = self._column("lambd", [group["lambd"] for group in self.param_groups])
         return torch.where(sums.first, 1 + lambd, 1 - decision.beta)
 
     # ------------------------------------------------------------------ the exact gap
     def _needs_exact_sums(self) -> bool:
         return self.loss_gap == "exact"
 
+    def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
+        loss = super()._evaluate(closure)
+        if self.loss_gap == "exact":
+            self._check_loss(loss, closure)
+        return loss
+
     def _check_loss(self, loss: Any, closure: Callable[[], Any] | None) -> None:
-        if self.loss_gap != "exact":
-            return
+        """Refuse a closure that does not give what the step needs, before anything moves."""
         if closure is None:
             raise ValueError(
                 "loss_gap='exact' needs step(closure) with a closure that returns the loss, but closure is None"
@@ -164,43 +178,66 @@ class AMSGD(AdaptiveMemoryOptimizer):
                         f"loss_gap='exact' needs one {key} for all groups, but got {first[key]} and {group[key]}"
                     )
 
-    def _numbers(self, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
-        numbers = super()._numbers(scalars)
+    def _coefficients(self, scalars: AdaptiveScalars, options: RowOptions) -> dict[str, Tensor]:
+        columns = super()._coefficients(scalars, options)
         if self.loss_gap == "exact":  # the known Delta_t replaces k <g, d>
-            numbers["gap"] = torch.ones_like(numbers["gap"])
-        return numbers
+            columns["one_plus_k"] = torch.ones_like(columns["one_plus_k"])
+        return columns
 
-    def _shared_sums(self, pieces: list[Piece], layout: ShardLayout, loss: Any, like: Tensor) -> Tensor | None:
-        """[loss, 1, L2 penalty, gradients]: three for the exact gap, the last where decay hides a zero gradient."""
+    def _reduce(self, packed: Tensor, layout: ShardLayout, loss: Any) -> tuple[Tensor, _Shared | None]:
+        mine = self._shared(layout, loss, packed)
+        packed, shared = layout.all_reduce(packed, None if mine is None else torch.stack(mine))
+        return packed, None if shared is None else _Shared(*shared.unbind())
+
+    def _shared(self, layout: ShardLayout, loss: Any, like: Tensor) -> _Shared | None:
+        """This rank's numbers; None where the step needs none, on every rank alike."""
         coupled = self._coupled_decays()
+        if self.loss_gap != "exact" and not any(coupled):
+            return None
         zero = torch.zeros((), dtype=like.dtype, device=like.device)
         value = penalty = gradients = zero
         if self.loss_gap == "exact":
             value = loss.detach() if isinstance(loss, Tensor) else torch.full_like(zero, float(loss))
             value = value.reshape(()).to(zero)
-            for row in layout.logical_params:
-                l2 = coupled[row.group_index]
-                if l2 and row.is_owner:
-                    penalty = penalty + 0.5 * l2 * square_sum(local_shard(row, row.param), like)
-        if self.loss_gap != "exact" and not any(coupled):
-            return None  # nothing to share, on every rank alike
+            for logical in layout.logical_params:
+                l2 = coupled[logical.group_index]
+                if l2 and logical.is_owner:
+                    penalty = penalty + 0.5 * l2 * square_sum(local_shard(logical, logical.param), like)
         if any(coupled) and any(isinstance(group["lr"], Tensor) or group["lr"] == 0 for group in self.param_groups):
-            for piece in pieces:
-                gradients = gradients + square_sum(piece.g, like)
-        return torch.stack([value, torch.ones_like(zero), penalty, gradients])
+            assert self._plan is not None  # step() has made it
+            for grad in self._plan.gradients():
+                gradients = gradients + square_sum(grad, like)
+        return _Shared(value, torch.ones_like(zero), penalty, gradients)
 
-    def _gradients(self, shared: Tensor | None) -> Tensor | None:
-        return shared[3] if shared is not None and any(self._coupled_decays()) else None
+    def _decide(self, sums: Sums, local: Prepared, layout: ShardLayout, shared: _Shared | None) -> Decision:
+        assert local.options is not None
+        gap = gradients = None
+        if shared is not None and self.loss_gap == "exact":
+            gap = self._known_gap(shared, local.options)
+        if shared is not None and any(self._coupled_decays()):
+            gradients = shared.gradients
+        decision = self.decide(
+            sums,
+            local.options,
+            layout.sizes,
+            reduce_over_stages=layout.stage_reduction(),
+            loss_gap=gap,
+            gradients=gradients,
+        )
+        if shared is not None and self.loss_gap == "exact":  # a skipped step leaves it
+            now = torch.where(decision.skipped, self._prev_loss(shared.loss), self._objective(shared))
+            for group in self.param_groups:
+                group[_PREV_LOSS] = now
+        return decision
 
     def _coupled_decays(self) -> list[float]:
         """The L2 penalty of each group, 0 where its decay is decoupled."""
-        return [self._options(group).l2 for group in self.param_groups]
+        return [self._group_options(group).l2 for group in self.param_groups]
 
-    def _known_gap(self, shared: Tensor | None, numbers: dict[str, Tensor]) -> Tensor | None:
-        if shared is None or self.loss_gap != "exact":
-            return None
-        now, before = self._objective(shared), self._prev_loss(shared)
-        lr, mu = numbers["lr"][0], numbers["mu"][0]
+    def _known_gap(self, shared: _Shared, options: RowOptions) -> Tensor:
+        """0-dim (1 + mu eta_t) Delta_t / eta_t."""
+        now, before = self._objective(shared), self._prev_loss(shared.loss)
+        lr, mu = options.lr[0], options.weight_decay[0]
         moves = (lr > 0) & ~torch.isnan(before)
         known = (1 + mu * lr) * (before - now) / torch.where(lr > 0, lr, 1.0)
         return torch.where(torch.isfinite(now), torch.where(moves, known, 0.0), torch.nan)
@@ -210,21 +247,12 @@ class AMSGD(AdaptiveMemoryOptimizer):
         before = self.param_groups[0].get(_PREV_LOSS)
         if isinstance(before, Tensor):
             return before.to(like)
-        return torch.full_like(like[0], torch.nan if before is None else before)
+        return torch.full_like(like, torch.nan if before is None else before)
 
-    def _objective(self, shared: Tensor) -> Tensor:
+    def _objective(self, shared: _Shared) -> Tensor:
         """f: the mean of the ranks' losses (negated where it is maximised) plus the L2 penalty."""
-        total, ranks, penalty, _ = shared.unbind()
-        loss = total / ranks
-        return (-loss if self.param_groups[0]["maximize"] else loss) + penalty
-
-    def _after(self, decision: Decision, shared: Tensor | None) -> None:
-        if shared is None or self.loss_gap != "exact":
-            return
-        # a skipped step leaves it
-        now = torch.where(decision.skipped, self._prev_loss(shared), self._objective(shared))
-        for group in self.param_groups:
-            group[_PREV_LOSS] = now
+        loss = shared.loss / shared.ranks
+        return (-loss if self.param_groups[0]["maximize"] else loss) + shared.penalty
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch.optim; f(x_{t-1}) of the exact gap is a plain float in the saved groups."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from am_lightning.distributed.names import group_names
 from am_lightning.distributed.strategies.dtensor import is_dtensor, local
-from am_lightning.optim.state import OPTIONS, SCALARS, TABLE, has_coupled_decay, untouched
+from am_lightning.optim.param_state import OPTIONS, SCALARS, TABLE, has_coupled_decay, untouched
 from am_lightning.optim.validation import as_float, check_flag, check_names, described, is_one_number
 
 _FAILURES = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)

@@ -8,7 +8,7 @@ from torch import Tensor
 from am_lightning.optim.closed_form import Decision
 
 
-class StepRecord:
+class StepStats:
     """Counts of skipped steps, the first row whose sums were not finite in the last of them, the last gradient norm."""
 
     def __init__(self) -> None:

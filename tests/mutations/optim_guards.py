@@ -74,7 +74,7 @@ MUTATIONS = [
     ),
     Mutation(
         "states stay where the model was",
-        "am_lightning/optim/state.py",
+        "am_lightning/optim/param_state.py",
         "if isinstance(value, Tensor) and value.device != param.device:",
         "if value is None:",
         (f"{_MOVED}::test_a_model_that_goes_to_another_device_after_a_step[AMAdamW]",),
@@ -88,7 +88,7 @@ MUTATIONS = [
     ),
     Mutation(
         "AdamW's step stays where it was",
-        "am_lightning/optim/state.py",
+        "am_lightning/optim/param_state.py",
         'state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=param.device)\n        power',
         "power",
         (f"{_MOVED}::test_the_step_of_a_state_goes_to_its_parameters_device",),

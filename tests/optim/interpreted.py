@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
-from am_lightning.optim.kernels import Numbers, Options, Piece
+from am_lightning.optim.kernels import Coefficients, GroupOptions, LocalShard
 from am_lightning.optim.kernels.triton import kernels as triton_kernels
-from am_lightning.optim.kernels.triton.launch import Tables, TritonPasses
+from am_lightning.optim.kernels.triton.launch import Tables, TritonKernels
 from tests.optim.harness import to_numpy
 from tests.optim.oracle import OracleAdamW
 
@@ -60,21 +60,21 @@ class Case:
         self.options = OPTIONS | options
         generator = torch.Generator().manual_seed(seed)
         o = self.options
-        kernel_options = Options(o["beta2"], o["lambd"], o["weight_decay"], 0.0, o["maximize"])
+        kernel_options = GroupOptions(o["beta2"], o["lambd"], o["weight_decay"], 0.0, o["maximize"])
         self.pieces = []
         for row, size in enumerate(sizes):
             noise = [torch.randn(size, generator=generator, dtype=torch.float64) for _ in range(4)]
             values = [noise[0], 0.5 * noise[1], noise[2].square() + 0.01, noise[3]]
             starts = [offset if name in of else 0 for name in "gdvx"]
             g, d, v, x = (_placed(t, dtype, at) for t, dtype, at in zip(values, dtypes, starts, strict=True))
-            self.pieces.append(Piece(row, x, g, d, v, kernel_options))
+            self.pieces.append(LocalShard(row, x, g, d, v, kernel_options))
         self.oracle = OracleAdamW([{**o, "params": [to_numpy(p.x) for p in self.pieces]}])
         for i, (slot, piece) in enumerate(zip(self.oracle.slots, self.pieces, strict=True)):
             slot.d, slot.v = to_numpy(piece.d), to_numpy(piece.v)
             slot.step, slot.beta_prod, slot.prev_lr = 3 + i, 0.8 ** (1 + i % 5), 0.02 * (0.9 + 0.01 * (i % 7))
         self.terms = [self.oracle.terms(s, to_numpy(p.g)) for s, p in zip(self.oracle.slots, self.pieces, strict=True)]
 
-    def numbers(self) -> Numbers:
+    def numbers(self) -> Coefficients:
         """What the optimizer would hand over, from the slots."""
         o, slots = self.options, self.oracle.slots
         t = np.array([s.step + 1 for s in slots])
@@ -82,15 +82,15 @@ class Case:
         k = (1 + o["weight_decay"] * o["lr"]) * np.array([s.prev_lr for s in slots]) / o["lr"]
         same = np.ones(len(slots))
         columns = {
-            "gap": 1 + k,
-            "root": c / np.sqrt(1 - o["beta2"] ** t),
-            "floor": c * o["eps"],
+            "one_plus_k": 1 + k,
+            "c_root": c / np.sqrt(1 - o["beta2"] ** t),
+            "c_eps": c * o["eps"],
             "lr": o["lr"] * same,
-            "shrink": (1 - o["weight_decay"] * o["lr"]) * same,
+            "decay_factor": (1 - o["weight_decay"] * o["lr"]) * same,
             "omega": 0.15 + 0.01 * (np.arange(len(slots)) % 50),
             "step": t - 1,
         }
-        return Numbers({name: torch.tensor(column, dtype=torch.float64) for name, column in columns.items()})
+        return Coefficients({name: torch.tensor(column, dtype=torch.float64) for name, column in columns.items()})
 
     def check_sums(self, sums: torch.Tensor, tol: float) -> None:
         """1 - N / D beside the oracle's unclipped beta_t."""
@@ -103,7 +103,7 @@ class Case:
             assert error <= tol, f"row {row}, {len(term.g)} elements: beta is off by {error:.2e}"
             assert abs(den - term.den) <= tol * term.den, f"row {row}: D is {den}, not {term.den}"
 
-    def step(self, numbers: Numbers, rows: range | list[int]) -> None:
+    def step(self, numbers: Coefficients, rows: range | list[int]) -> None:
         """The oracle's update with the omegas of ``numbers``."""
         omega = numbers.columns["omega"].tolist()
         for row in rows:
@@ -137,7 +137,7 @@ def both_passes(sizes: list[int], dtypes: list[str], *, offset: int = 0, **optio
     """Both passes beside the oracle, nothing written outside the tensors, and pass 1 the same to the bit twice."""
     case = Case(sizes, _pair_dtypes(dtypes), offset=offset, **options)
     numbers, tables = case.numbers(), Tables()
-    passes = TritonPasses(case.pieces, tables)
+    passes = TritonKernels(case.pieces, tables)
     before = [t.clone() for piece in case.pieces for t in piece.tensors()]
     sums = passes.sums(numbers, torch.float64)
     assert sums.dtype == torch.float64 and sums.shape == (len(sizes), 2)
@@ -150,7 +150,7 @@ def both_passes(sizes: list[int], dtypes: list[str], *, offset: int = 0, **optio
     assert all(float(_after(t)) == 7.0 for t in _tensors(case.pieces)), "something was written behind a tensor"
 
 
-def _tensors(pieces: list[Piece]) -> list[torch.Tensor]:
+def _tensors(pieces: list[LocalShard]) -> list[torch.Tensor]:
     return [t for piece in pieces for t in piece.tensors()]
 
 
@@ -165,12 +165,12 @@ def mixed_kinds() -> None:
     pieces, columns = [], {}
     for slot, (c, r) in enumerate(order):  # rows the other way round
         piece = cases[c].pieces[r]
-        pieces.append(Piece(last - slot, piece.x, piece.g, piece.d, piece.v, piece.options))
+        pieces.append(LocalShard(last - slot, piece.x, piece.g, piece.d, piece.v, piece.options))
     for c, r in order[::-1]:
         for name, column in cases[c].numbers().columns.items():
             columns.setdefault(name, []).append(column[r] + (name == "omega") * 0.05 * c)
-    numbers = Numbers({name: torch.stack(column) for name, column in columns.items()})
-    passes = TritonPasses(pieces, Tables())
+    numbers = Coefficients({name: torch.stack(column) for name, column in columns.items()})
+    passes = TritonKernels(pieces, Tables())
     sums = passes.sums(numbers, torch.float64)
     passes.update(numbers, torch.ones(len(pieces), dtype=torch.bool))
     for c, case in enumerate(cases):
@@ -185,9 +185,9 @@ def alone_or_among_many() -> None:
     """A tensor's sums have one order, whatever steps beside it: the same bits."""
     case = Case([100, 20_001, 5], _pair_dtypes(["float32"] * 4))
     numbers = case.numbers()
-    together = TritonPasses(case.pieces, Tables()).sums(numbers, torch.float64)
+    together = TritonKernels(case.pieces, Tables()).sums(numbers, torch.float64)
     for piece, pair in zip(case.pieces, together, strict=True):
-        assert torch.equal(TritonPasses([piece], Tables()).sums(numbers, torch.float64)[0], pair)
+        assert torch.equal(TritonKernels([piece], Tables()).sums(numbers, torch.float64)[0], pair)
 
 
 def uncounted_rows() -> None:
@@ -196,7 +196,7 @@ def uncounted_rows() -> None:
     case.pieces[1].g[17] = float("nan")
     numbers = case.numbers()
     before = [t.clone() for t in case.pieces[1].tensors()]
-    passes = TritonPasses(case.pieces, Tables())
+    passes = TritonKernels(case.pieces, Tables())
     assert torch.isfinite(passes.sums(numbers, torch.float64)).all(1).tolist() == [True, False, True]
     passes.update(numbers, torch.tensor([True, False, True]))
     for now, old in zip(case.pieces[1].tensors(), before, strict=True):
@@ -213,7 +213,7 @@ def scaled_gradients(dtype: str) -> None:
     for piece in scaled.pieces:
         piece.g *= 4.0
     numbers, scale, counts = plain.numbers(), torch.tensor(0.25), torch.ones(2, dtype=torch.bool)
-    passes = TritonPasses(scaled.pieces, Tables(), scale)
+    passes = TritonKernels(scaled.pieces, Tables(), scale)
     plain.check_sums(passes.sums(numbers, torch.float64), BETA_TOL)
     passes.update(numbers, counts)
     plain.step(numbers, range(2))
@@ -240,7 +240,7 @@ def launches(count: int) -> list[str]:
     try:
         for name, kernel in kept.items():
             setattr(triton_kernels, name, Counter(kernel, made, name))
-        passes = TritonPasses(case.pieces, Tables())
+        passes = TritonKernels(case.pieces, Tables())
         case.check_sums(passes.sums(numbers, torch.float64), BETA_TOL)
         passes.update(numbers, torch.ones(count, dtype=torch.bool))
     finally:
@@ -255,7 +255,7 @@ def other_addresses() -> None:
     """Gradients made anew and changed options are seen; nothing else is made again."""
     case = Case([300, 9000], _pair_dtypes(["float32"] * 4))
     numbers, tables = case.numbers(), Tables()
-    TritonPasses(case.pieces, tables).sums(numbers, torch.float64)
+    TritonKernels(case.pieces, tables).sums(numbers, torch.float64)
     (first,) = tables.prepare(case.pieces)
     old = [piece.g for piece in case.pieces]
     for piece in case.pieces:
@@ -266,7 +266,7 @@ def other_addresses() -> None:
     for piece in case.pieces:
         piece.options = piece.options._replace(maximize=True)
     other.terms = Case([300, 9000], _pair_dtypes(["float32"] * 4)).terms
-    other.check_sums(TritonPasses(case.pieces, tables).sums(numbers, torch.float64), BETA_TOL)
+    other.check_sums(TritonKernels(case.pieces, tables).sums(numbers, torch.float64), BETA_TOL)
     (second,) = tables.prepare(case.pieces)
     assert second.group is first.group
     (third,) = tables.prepare(case.pieces)
@@ -294,7 +294,7 @@ def stochastic_rounding() -> None:
     for each in (case, again, later):
         numbers = each.numbers()
         numbers.columns["step"] += 1 if each is later else 0
-        TritonPasses(each.pieces, Tables()).update(numbers, counts)
+        TritonKernels(each.pieces, Tables()).update(numbers, counts)
         each.step(numbers, range(2))
         each.check_stored()
     for row, piece in enumerate(case.pieces):

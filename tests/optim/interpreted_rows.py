@@ -10,10 +10,10 @@ from torch import Tensor
 
 from am_lightning import AMAdamW
 from am_lightning.optim import base
-from am_lightning.optim.closed_form import Sums, bias_correction, decide, gap_factor
-from am_lightning.optim.kernels.inputs import Clip
+from am_lightning.optim.closed_form import Sums, bias_correction, decide, loss_gap_factor
+from am_lightning.optim.kernels.inputs import GradientClip
 from am_lightning.optim.kernels.triton.row_launch import RowKernels
-from am_lightning.optim.step_stats import StepRecord
+from am_lightning.optim.step_stats import StepStats
 from tests.optim import interpreted_steps
 from tests.optim.harness import assert_bitwise, params_of, snapshot
 
@@ -57,10 +57,10 @@ class Random:
         return {
             "cap": self.cap,
             "lr": self.lr,
-            "gap": 1 + gap_factor(self.lr, prev_lr, self.mu),
-            "root": c / torch.sqrt(1 - self.beta2 ** (step + 1)),
-            "floor": c * self.eps,
-            "shrink": 1 - self.mu * self.lr,
+            "one_plus_k": 1 + loss_gap_factor(self.lr, prev_lr, self.mu),
+            "c_root": c / torch.sqrt(1 - self.beta2 ** (step + 1)),
+            "c_eps": c * self.eps,
+            "decay_factor": 1 - self.mu * self.lr,
             "step": step,
         }
 
@@ -73,11 +73,11 @@ def beside_closed_form(scope: str, nonfinite: str) -> None:
     """Coefficients, beta_t, the rows that count, the states and the record, over cases one after the other."""
     active = skips = 0
     for sizes in SIZES:
-        kernels, record, ours = RowKernels(sizes, scope, CPU), StepRecord(), StepRecord()
+        kernels, record, ours = RowKernels(sizes, scope, CPU), StepStats(), StepStats()
         for seed in range(8):
             case = Random(sizes, seed, bad=seed % 4 == 3, phantom=seed == 5)
             norm = torch.tensor(2.0 + seed, dtype=F64)
-            clip = Clip(norm, 4.5) if seed % 2 else None
+            clip = GradientClip(norm, 4.5) if seed % 2 else None
             found = kernels.coefficients(case.table, case.options, case.present, clip)
             assert (found.factor is None) == (clip is None)
             if clip is not None and found.factor is not None:
@@ -111,7 +111,7 @@ def one_norm_is_clipped() -> None:
     """Above, below, infinite, zero and not a number."""
     kernels, table = RowKernels([1], "tensor", CPU), torch.zeros(4, 1)
     for norm, max_norm in ((4.0, 1.0), (0.5, 1.0), (3.0, float("inf")), (0.0, 0.0), (float("nan"), 1.0), (9.0, 0.1)):
-        clip = Clip(torch.tensor(norm, dtype=F64), max_norm)
+        clip = GradientClip(torch.tensor(norm, dtype=F64), max_norm)
         found = kernels.coefficients(table, [[0.9, 0.1, 0.0, 0.99, 1e-8]], torch.ones(1, dtype=F64), clip)
         assert found.factor is not None
         torch.testing.assert_close(found.factor, clip.factor(), rtol=0, atol=0, equal_nan=True)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from am_lightning import AMSGD, AMAdamW
-from am_lightning.optim import base, scalars
-from am_lightning.optim.state import SCALARS
+from am_lightning.optim import adaptive_scalars as scalars
+from am_lightning.optim import base
+from am_lightning.optim.param_state import SCALARS
 from tests.optim.harness import assert_bitwise, snapshot
 
 KINDS = pytest.mark.parametrize("kind", [AMAdamW, AMSGD])

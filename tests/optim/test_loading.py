@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from am_lightning import AMSGD, AMAdamW, clip_grad_norm_
-from am_lightning.optim import state as param_state
+from am_lightning.optim import param_state
 from tests.optim.harness import params_of
 
 

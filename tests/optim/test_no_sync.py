@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from am_lightning.optim.closed_form import Decision
-from am_lightning.optim.step_stats import StepRecord
+from am_lightning.optim.step_stats import StepStats
 from tests.optim.harness import SCOPES, build, named_params
 
 SHAPES = [(6, 4), (9,), (), (0,), (300,)]
@@ -125,7 +125,7 @@ def test_the_exact_gap_reads_nothing() -> None:
 
 def test_what_a_bad_step_of_partitions_leaves_reads_nothing() -> None:
     """DeepSpeed's rows are some of all tensors; the first bad one is looked up among all."""
-    record, bad = StepRecord(), torch.tensor([False, False, True])
+    record, bad = StepStats(), torch.tensor([False, False, True])
     decision = Decision(torch.zeros(3), ~bad, torch.tensor(True), bad)
     positions = torch.tensor([4, 1, 7])
     with RefuseMethods(), RefuseDispatch():

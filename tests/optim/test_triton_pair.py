@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from am_lightning.optim import kernels
-from am_lightning.optim.kernels import Options, Piece
+from am_lightning.optim.kernels import GroupOptions, LocalShard
 from am_lightning.optim.kernels.triton.launch import require_triton, supports
 from tests.sharding.pool import Pool
 
@@ -106,16 +106,16 @@ def test_stochastic_rounding(interpreter: Pool) -> None:
     check(interpreter, "stochastic_rounding")
 
 
-def piece(**changes: Any) -> Piece:
+def piece(**changes: Any) -> LocalShard:
     tensors = {name: torch.zeros(4, 3) for name in ("x", "g", "d", "v")}
-    return Piece(0, options=changes.pop("options", Options(0.9, 0.1, 0.0, 0.0, False)), **(tensors | changes))
+    return LocalShard(0, options=changes.pop("options", GroupOptions(0.9, 0.1, 0.0, 0.0, False)), **(tensors | changes))
 
 
 def test_what_is_left_to_other_tiers() -> None:
     assert supports(piece())
     assert supports(piece(g=torch.zeros(4, 3, dtype=torch.bfloat16)))
     assert not supports(piece(v=None))
-    assert not supports(piece(options=Options(0.9, 0.1, 0.0, 0.1, False)))
+    assert not supports(piece(options=GroupOptions(0.9, 0.1, 0.0, 0.1, False)))
     assert not supports(piece(g=torch.zeros(3, 4).t()))
     assert not supports(piece(x=torch.zeros(4, 3, dtype=torch.float64)))
 

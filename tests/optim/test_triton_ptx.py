@@ -18,8 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from am_lightning.optim.kernels import Numbers, Options, Piece
-from am_lightning.optim.kernels.inputs import SUM_BLOCK, Clip
+from am_lightning.optim.kernels import Coefficients, GroupOptions, LocalShard
+from am_lightning.optim.kernels.inputs import SUM_BLOCK, GradientClip
 from am_lightning.optim.kernels.triton import launch as triton_pair
 from am_lightning.optim.kernels.triton import row_kernels as triton_row_kernels
 from am_lightning.optim.kernels.triton import row_launch as triton_rows
@@ -92,9 +92,9 @@ def launch(dtypes: tuple[torch.dtype, ...], *, offset: int = 0, of: str = "gdvx"
     """A step of one tensor; dtypes of g, d, v, x, of which those ``of`` begin ``offset`` elements later."""
     starts = [offset if name in of else 0 for name in "gdvx"]
     g, d, v, x = (torch.ones(41, dtype=dtype)[at : at + 40] for dtype, at in zip(dtypes, starts, strict=True))
-    names = ("gap", "root", "floor", "lr", "shrink", "omega", "step")
-    numbers = Numbers({name: torch.ones(1, dtype=torch.float64) for name in names})
-    passes = triton_pair.TritonPasses([Piece(0, x, g, d, v, Options(0.999, 0.1, 0.01, 0.0, False))], Tables())
+    names = ("one_plus_k", "c_root", "c_eps", "lr", "decay_factor", "omega", "step")
+    numbers = Coefficients({name: torch.ones(1, dtype=torch.float64) for name in names})
+    passes = triton_pair.TritonKernels([LocalShard(0, x, g, d, v, GroupOptions(0.999, 0.1, 0.01, 0.0, False))], Tables())
     passes.sums(numbers, torch.float64)
     passes.update(numbers, torch.ones(1, dtype=torch.bool))
 
@@ -184,7 +184,7 @@ def test_the_rows_own_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, s
     recorders = SimpleNamespace(**{name: Recorder(getattr(triton_row_kernels, name)) for name in names})
     monkeypatch.setattr(triton_rows, "_kernels", lambda: recorders)
     rows, record = triton_rows.RowKernels([20, 30], scope, torch.device("cpu")), torch.zeros(4, dtype=torch.int64)
-    clip = Clip(torch.ones((), dtype=F64), 1.0)
+    clip = GradientClip(torch.ones((), dtype=F64), 1.0)
     found = rows.coefficients(torch.zeros(4, 50), [[0.9, 0.1, 0.0, 0.99, 1e-8]] * 2, torch.ones(50, dtype=F64), clip)
     packed, skipped = torch.zeros(50, 4, dtype=F64), torch.zeros((), dtype=torch.bool)
     rows.decide(packed, found.columns, torch.zeros(4, 50), record, skipped, skip=True)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from am_lightning import AMAdamW, clip_grad_norm_
 from am_lightning.optim import squares
-from am_lightning.optim.kernels import Options, Piece, fused
+from am_lightning.optim.kernels import GroupOptions, LocalShard, fused
 from am_lightning.optim.kernels.triton import check as triton_check
 from am_lightning.optim.kernels.triton import launch as triton_pair
 from am_lightning.optim.kernels.triton import row_launch as triton_rows
@@ -166,7 +166,7 @@ def test_gradients_live_until_the_step_is_done(no_kernels: Idle) -> None:
     tensors = [torch.zeros(4) for _ in range(4)]
     watched = weakref.ref(tensors[1])
     x, g, d, v = tensors
-    passes = triton_pair.TritonPasses([Piece(0, x, g, d, v, Options(0.9, 0.1, 0.0, 0.0, False))], triton_pair.Tables())
+    passes = triton_pair.TritonKernels([LocalShard(0, x, g, d, v, GroupOptions(0.9, 0.1, 0.0, 0.0, False))], triton_pair.Tables())
     del tensors, x, g, d, v
     assert watched() is not None
     del passes
@@ -178,7 +178,7 @@ def test_what_is_kept_is_bounded(no_kernels: Idle) -> None:
     tables = triton_pair.Tables()
     for row in range(100):
         tensors = [torch.zeros(4) for _ in range(4)]
-        triton_pair.TritonPasses([Piece(row, *tensors, Options(0.9, 0.1, 0.0, 0.0, False))], tables)
+        triton_pair.TritonKernels([LocalShard(row, *tensors, GroupOptions(0.9, 0.1, 0.0, 0.0, False))], tables)
     assert len(tables._groups) <= 32
 
 
@@ -199,6 +199,6 @@ def test_a_captured_copy_is_apart_from_eager_ones(monkeypatch: pytest.MonkeyPatc
 
 def test_a_capture_before_any_step_is_refused(no_kernels: Idle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_tables, "is_capturing", lambda device: True)
-    piece = Piece(0, *(torch.zeros(4) for _ in range(4)), Options(0.9, 0.1, 0.0, 0.0, False))
+    piece = LocalShard(0, *(torch.zeros(4) for _ in range(4)), GroupOptions(0.9, 0.1, 0.0, 0.0, False))
     with pytest.raises(RuntimeError, match="1 tensors in it have never stepped together: make a step"):
-        triton_pair.TritonPasses([piece], triton_pair.Tables())
+        triton_pair.TritonKernels([piece], triton_pair.Tables())

@@ -1,4 +1,4 @@
-"""What the ranks agree on at their first step: who takes fused kernels, and whether Triton is the default."""
+"""What ranks that share tensors agree on at a layout's first step: which kernels, so that copies stay equal."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from am_lightning.distributed import LogicalParam, ShardLayout
-from am_lightning.optim.kernels import fused
-from am_lightning.optim.kernels.plan import Choice, Workspace, tiers
+from am_lightning.optim.adaptive_scalars import Scalars, StateScalars, sums_live_on
+from am_lightning.optim.kernels import registry
+from am_lightning.optim.kernels.cpu.build import load_library
+from am_lightning.optim.kernels.registry import CPP, TRITON, Choice, fused_kernel, kernels_for
 from am_lightning.optim.kernels.transfer import is_fake
 from am_lightning.optim.kernels.triton.check import Kind
 from am_lightning.optim.kernels.triton.row_launch import RowKernels
-from am_lightning.optim.scalars import StateScalars, sums_live_on
-from am_lightning.optim.state import direction_dtype
+from am_lightning.optim.kernels.workspace import Workspace
+from am_lightning.optim.param_state import direction_dtype
 
 Groups = Sequence[dict[str, Any]]
 
@@ -29,7 +31,7 @@ def choice_of(group: dict[str, Any]) -> Choice:
 def agree_on_kernels(
     layout: ShardLayout, groups: Groups, workspace: Workspace, dropped: bool | None, direction: torch.dtype | None
 ) -> bool:
-    """Collective where ranks share tensors that fused kernels may take: all of them take the same kernels.
+    """Collective where ranks share tensors that fused kernels may serve: all of them take the same kernels.
 
     Args:
         dropped: whether ``convert_adamw`` has taken ``fused=True`` away here; None: there was none.
@@ -37,45 +39,110 @@ def agree_on_kernels(
 
     Returns:
         False where a rank has lost ``fused=True``: all are to do without.
+
+    Raises:
+        RuntimeError: ``fused=True`` does not work on some rank; on every rank alike.
+
+    Warns:
+        UserWarning: with ``fused=True`` the ranks' C++ loops were built by other compilers, or for other CPUs.
     """
-
-    def summed(votes: Tensor) -> Tensor:
-        device, dtype = sums_live_on([row.param for row in layout.logical_params])
-        nothing = torch.zeros(len(layout.logical_params), 1, dtype=dtype, device=device)
-        total = layout.all_reduce(nothing, votes.to(nothing))[1]
-        assert total is not None
-        return total
-
     if is_fake():
         return True
-    asked, default = _kinds_on_gpu(layout.logical_params, groups, direction)
-    # A converted optimizer may have fallen back on some ranks only, which vote too.
-    if asked or default or dropped is not None:
-        agreed = fused.agree_on_gpu(summed if layout.reductions else None, asked, default, bool(dropped))
-        workspace.take_default(agreed.why_not)
-        if not agreed.fused:
-            return False
-    on_cpu = (row for row in layout.logical_params if row.param.device.type == "cpu")
-    if layout.reductions and any(groups[row.group_index].get("fused") for row in on_cpu):
-        workspace.agreed_on_cpu = fused.agreed_on_cpu(summed)
-    return True
+    asked, default = _kinds(layout.logical_params, groups, direction)
+    if not (asked or default or dropped is not None):
+        return True  # a converted optimizer may have fallen back on some ranks only, which vote too
+    missing, reason = (next(filter(None, map(_why_not, sorted(kinds, key=str))), "") for kinds in (asked, default))
+    cpp = [kinds for kinds, why in ((asked, missing), (default, reason)) if not why and _on_cpu(kinds)]
+    build = load_library().build if cpp else 0
+    votes = [bool(missing), bool(reason), bool(dropped), bool(build), build, build * build]
+    failed, without, fallen, builds, total, squares = _summed(votes, layout)
+    if failed:
+        others = f"it does not work on {failed} of the other ranks (their own errors say why): install it on all nodes"
+        kernel = fused_kernel(sorted(asked, key=str)[0].device) or CPP
+        raise RuntimeError(f"fused=True {registry.needs(kernel)}, but {missing or others}, or use fused=None")
+    same = builds * squares == total * total  # where all builds are, and nowhere else (Cauchy and Schwarz)
+    if not same and _on_cpu(asked):
+        warnings.warn(
+            "fused=True: the ranks' C++ loops were built by different compilers or for different CPUs, so that copies "
+            "of a parameter may come to differ in their last bits; fused=None avoids it",
+            stacklevel=2,
+        )
+    why = reason or (f"it does not work on {without} of the other ranks" if without else "")
+    if not same and _on_cpu(default):
+        why = "the ranks' C++ loops were built by different compilers or for different CPUs"
+    _take_default(workspace, {kind.device.type for kind in default}, why)
+    return not fallen
 
 
-def _kinds_on_gpu(
-    rows: Sequence[LogicalParam], groups: Groups, direction: torch.dtype | None
+def _take_default(workspace: Workspace, device_types: set[str], why_not: str) -> None:
+    """One of several layouts on which the fused kernels do not work decides for all."""
+    workspace.why_no_fused = workspace.why_no_fused or why_not
+    workspace.fused_by_default = set() if workspace.why_no_fused else workspace.fused_by_default | device_types
+
+
+def _kinds(
+    params: Sequence[LogicalParam], groups: Groups, direction: torch.dtype | None
 ) -> tuple[set[Kind], set[Kind]]:
-    """Of parameters that Triton may serve: with ``fused=True``, and with neither ``fused`` nor ``foreach`` set."""
+    """Kinds of parameters that a fused kernel may serve: with ``fused=True``, and with neither option set."""
     asked: set[Kind] = set()
     default: set[Kind] = set()
-    for row in rows:
-        group, param = groups[row.group_index], row.param
-        if "fused" in group and param.device.type in fused.TRITON_DEVICES:
-            kind = Kind(param.device, param.dtype, direction_dtype(param, direction))
-            if group["fused"]:
-                asked.add(kind)
-            elif choice_of(group).by_default:
-                default.add(kind)
+    for logical in params:
+        group, param = groups[logical.group_index], logical.param
+        if "fused" not in group:
+            continue
+        kind = Kind(param.device, param.dtype, direction_dtype(param, direction))
+        if group["fused"]:
+            asked.add(kind)
+        elif choice_of(group).by_default and param.device.type in registry.FUSED_BY_DEFAULT:
+            default.add(kind)
     return asked, default
+
+
+def _on_cpu(kinds: set[Kind]) -> bool:
+    return any(fused_kernel(kind.device) is CPP for kind in kinds)
+
+
+def _why_not(kind: Kind) -> str:
+    kernel = fused_kernel(kind.device)
+    if kernel is None:
+        registry.require_kernel(kind)
+    assert kernel is not None
+    try:
+        return kernel.why_not(kind)
+    except Exception as error:  # whatever it is, the other ranks are waiting for this one's vote
+        return str(error) or type(error).__name__
+
+
+def _summed(votes: list[Any], layout: ShardLayout) -> list[int]:
+    """Over all ranks that share the layout's tensors."""
+    if not layout.reductions:
+        return [int(vote) for vote in votes]
+    device, dtype = sums_live_on([logical.param for logical in layout.logical_params])
+    nothing = torch.zeros(len(layout.logical_params), 1, dtype=dtype, device=device)
+    total: Tensor | None = layout.all_reduce(
+        nothing, torch.tensor([float(vote) for vote in votes], device="cpu").to(nothing)
+    )[1]
+    assert total is not None
+    return [int(number) for number in total.tolist()]
+
+
+def row_kernels(
+    layout: ShardLayout, groups: Groups, scope: str, store: Scalars, workspace: Workspace
+) -> RowKernels | None:
+    """The kernels of the rows' own numbers, where every row is on one GPU and goes to Triton.
+
+    They round otherwise than torch's operators, so this looks at nothing that differs between ranks with copies.
+    """
+    device = store.device_of_float32 if isinstance(store, StateScalars) else None
+    if device is None or layout.pipeline_group is not None or device.type not in (TRITON.device_types or ()):
+        return None
+    default = TRITON if device.type in workspace.fused_by_default else None
+    choices = [choice_of(group) for group in groups if group["params"]]
+    if any(kernels_for(device, choice, default)[0] is not TRITON for choice in choices):
+        return None
+    key = tuple(layout.sizes), scope, device
+    made: RowKernels = workspace.constants.made(key, device, lambda: RowKernels(*key))
+    return made
 
 
 def drop_fused(groups: Groups) -> None:
@@ -87,23 +154,3 @@ def drop_fused(groups: Groups) -> None:
     for group in groups:
         if group.get("fused"):
             group["fused"] = None
-
-
-def row_kernels(
-    layout: ShardLayout, groups: Groups, scope: str, store: StateScalars, workspace: Workspace
-) -> RowKernels | None:
-    """The kernels of the rows' own numbers, where every row is on one GPU and goes to Triton.
-
-    They round otherwise than torch's operators, so this looks at nothing that differs between ranks with copies.
-    """
-    if layout.pipeline_group is not None:
-        return None
-    device = store.device_of_float32
-    if device is None or device.type not in fused.TRITON_DEVICES:
-        return None
-    if any(tiers(device, choice_of(group), workspace)[0] != fused.TRITON for group in groups if group["params"]):
-        return None
-    sizes = tuple(layout.sizes)
-    key = sizes, scope, device
-    made: RowKernels = workspace.constants.made(key, device, lambda: RowKernels(*key))
-    return made

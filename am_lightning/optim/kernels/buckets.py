@@ -1,6 +1,6 @@
 """Many tensors as one matrix of blocks, so that what differs between rows is a column beside it.
 
-torch's multi-tensor route is closed to a list of 0-dim numbers beside a list of tensors: that costs a launch for each
+torch's multi-tensor route is closed to a list of 0-dim coefficients beside a list of tensors: that costs a launch for each
 tensor. Here the tensors of a bucket are copied into a matrix ``[blocks, elements of a block]`` (one list, one launch
 for some fifty tensors), every block within one tensor. A number of the rows is then ``[blocks, 1]`` and broadcasts,
 and sums of blocks are one reduction along the matrix.
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from am_lightning.optim.kernels.inputs import SUM_BLOCK, Piece, flat, is_flat
+from am_lightning.optim.kernels.inputs import SUM_BLOCK, LocalShard, flat, is_flat
 from am_lightning.optim.kernels.transfer import upload, uploaded
 
 _BUCKET_ELEMENTS = 4 << 20
 _SMALLEST_BLOCK = 64
 _BLOCKS_OF_A_TENSOR = 16  # on average, so that what fills up the last block is 3 % where tensors are not tiny
-_FAN_IN = 64  # numbers that one level of the sum over blocks takes together
+_FAN_IN = 64  # coefficients that one level of the sum over blocks takes together
 
 
 @dataclass(eq=False)
@@ -32,7 +32,7 @@ class Bucket:
     sizes: list[int]  # elements of a member, what fills up its last block, and so on
     is_flat: bool
     rows: Tensor  # the row of each block
-    starts: Tensor  # the index of its first element in the row's piece
+    starts: Tensor  # the index of its first element in the row's shard
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         """``[blocks, block]`` in the dtype of the tensors; what fills up the blocks is undefined."""
@@ -49,7 +49,7 @@ class Bucket:
         return self._filled_up(matrix).sum(1)
 
     def block_max(self, matrix: Tensor) -> Tensor:
-        """``[blocks]``, of numbers >= 0; overwrites what fills up the blocks."""
+        """``[blocks]``, of coefficients >= 0; overwrites what fills up the blocks."""
         return self._filled_up(matrix).amax(1)
 
     def _filled_up(self, matrix: Tensor) -> Tensor:
@@ -69,30 +69,30 @@ class Bucket:
 
 
 @dataclass(eq=False)
-class Plan:
-    """How the pieces of a step are taken; it holds nothing of theirs and serves all steps of such pieces."""
+class BucketPlan:
+    """How the shards of a step are taken; it holds nothing of theirs and serves all steps of such shards."""
 
     buckets: list[Bucket]
     levels: list[Tensor]  # the tree of sums over blocks, each ``[groups, members]`` of the level below
 
     def over_blocks(self, partial: Tensor) -> Tensor:
-        """``[2, blocks]`` of all buckets -> ``[pieces, 2]``, in an order that does not change from run to run."""
+        """``[2, blocks]`` of all buckets -> ``[shards, 2]``, in an order that does not change from run to run."""
         for index in self.levels:
             partial = torch.cat([partial, partial.new_zeros(2, 1)], 1)  # the last fills up groups
             partial = partial.index_select(1, index.view(-1)).view(2, *index.shape).sum(2)
         return partial.t().contiguous()
 
 
-def key_of(pieces: Sequence[Piece]) -> Hashable:
+def key_of(shards: Sequence[LocalShard]) -> Hashable:
     """What a plan depends on."""
-    return (_BUCKET_ELEMENTS, *((p.row, p.x.numel(), _kind(p)) for p in pieces))
+    return (_BUCKET_ELEMENTS, *((p.row, p.x.numel(), _kind(p)) for p in shards))
 
 
-def plan_of(pieces: Sequence[Piece], parts: Sequence[tuple[int, Piece]]) -> Plan:
+def plan_of(shards: Sequence[LocalShard], parts: Sequence[tuple[int, LocalShard]]) -> BucketPlan:
     """Parts of at most a bucket each, in buckets of at most 4 Mi elements.
 
     Args:
-        parts: what ``in_parts`` made of the pieces.
+        parts: what ``in_parts`` made of the shards.
     """
     kinds: dict[Hashable, list[list[int]]] = {}
     elements: dict[Hashable, int] = {}
@@ -105,7 +105,7 @@ def plan_of(pieces: Sequence[Piece], parts: Sequence[tuple[int, Piece]]) -> Plan
             elements[kind] = 0
         kinds[kind][-1].append(at)
         elements[kind] += numel
-    positions: list[list[int]] = [[] for _ in pieces]
+    positions: list[list[int]] = [[] for _ in shards]
     buckets, total = [], 0
     for members in (members for lists in kinds.values() for members in lists):
         block = _block_of([parts[at][1].x.numel() for at in members])
@@ -124,26 +124,26 @@ def plan_of(pieces: Sequence[Piece], parts: Sequence[tuple[int, Piece]]) -> Plan
         first = parts[members[0]][1]
         vectors = (uploaded(values, first.x.device, torch.int64) for values in (rows, starts))
         buckets.append(Bucket(members, block, sizes, is_flat(first.tensors()), *vectors))
-    return Plan(buckets, [upload(index, pieces[0].x.device) for index in _tree(positions, total)])
+    return BucketPlan(buckets, [upload(index, shards[0].x.device) for index in _tree(positions, total)])
 
 
-def in_parts(pieces: Sequence[Piece]) -> list[tuple[int, Piece]]:
-    """Pieces of at most a bucket each, and which piece each belongs to."""
+def in_parts(shards: Sequence[LocalShard]) -> list[tuple[int, LocalShard]]:
+    """Pieces of at most a bucket each, and which shard each belongs to."""
     result = []
-    for owner, piece in enumerate(pieces):
-        if piece.x.numel() <= _BUCKET_ELEMENTS or not is_flat(piece.tensors()):
-            result.append((owner, piece))  # one whose elements do not lie close together is taken whole
+    for owner, shard in enumerate(shards):
+        if shard.x.numel() <= _BUCKET_ELEMENTS or not is_flat(shard.tensors()):
+            result.append((owner, shard))  # one whose elements do not lie close together is taken whole
             continue
-        columns = zip(*(torch.split(flat(tensor), _BUCKET_ELEMENTS) for tensor in piece.tensors()), strict=True)
+        columns = zip(*(torch.split(flat(tensor), _BUCKET_ELEMENTS) for tensor in shard.tensors()), strict=True)
         for i, (x, g, d, *v) in enumerate(columns):
             first = i * _BUCKET_ELEMENTS
-            result.append((owner, Piece(piece.row, x, g, d, v[0] if v else None, piece.options, first)))
+            result.append((owner, LocalShard(shard.row, x, g, d, v[0] if v else None, shard.options, first)))
     return result
 
 
-def _kind(piece: Piece) -> Hashable:
-    tensors = piece.tensors()
-    return piece.options, piece.x.device, tuple(t.dtype for t in tensors), piece.v is None, is_flat(tensors)
+def _kind(shard: LocalShard) -> Hashable:
+    tensors = shard.tensors()
+    return shard.options, shard.x.device, tuple(t.dtype for t in tensors), shard.v is None, is_flat(tensors)
 
 
 def _block_of(numels: Sequence[int]) -> int:
@@ -153,7 +153,7 @@ def _block_of(numels: Sequence[int]) -> int:
 
 
 def _tree(positions: list[list[int]], total: int) -> list[Tensor]:
-    """Indices of each level; the number ``total`` of a level is a zero. The last level has one group for each piece."""
+    """Indices of each level; the number ``total`` of a level is a zero. The last level has one group for each shard."""
     levels: list[Tensor] = []
     while not levels or any(len(at) > 1 for at in positions):
         groups: list[list[int]] = []

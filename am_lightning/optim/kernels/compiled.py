@@ -8,92 +8,107 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from am_lightning.optim.kernels.inputs import Numbers, Piece, flat, is_addressable, is_flat, too_large
+from am_lightning.optim.kernels.inputs import Coefficients, LocalShard, flat, is_addressable, is_flat, too_large
 from am_lightning.optim.kernels.rounding import is_stochastic, seed_of, stochastic
 from am_lightning.optim.kernels.transfer import moved, uploaded
+from am_lightning.optim.kernels.workspace import Workspace
 
 _BLOCK = 1 << 14  # elements summed in the working precision; across blocks sums are float64
-_COLUMNS = ("gap", "root", "floor", "lr", "shrink", "omega")  # the first places of the vector
-_RATE, _LAMBD, _MU, _TOO_LARGE, _KEEP = range(6, 11)  # the rate 1 - beta2 is formed in float64, and then rounded
+_COLUMNS = ("one_plus_k", "c_root", "c_eps", "lr", "decay_factor", "omega")
 
 
-def supports(piece: Piece) -> bool:
+class _Vector(NamedTuple):
+    """What changes from step to step: 0-dim views of one device vector, in this order."""
+
+    one_plus_k: Tensor
+    c_root: Tensor
+    c_eps: Tensor
+    lr: Tensor
+    decay_factor: Tensor
+    omega: Tensor
+    rate: Tensor  # 1 - beta2, formed in float64 and then rounded
+    lambd: Tensor
+    mu: Tensor
+    too_large: Tensor
+    active: Tensor
+
+
+def supports(shard: LocalShard) -> bool:
     """Whether the graphs can do a row: they walk the storage, have a second moment and no coupled decay.
 
     One element is left out, for which torch.compile would make graphs of their own.
     """
-    tensors = piece.tensors()
-    plain = piece.v is not None and not piece.options.l2 and piece.x.numel() != 1
+    tensors = shard.tensors()
+    plain = shard.v is not None and not shard.options.l2 and shard.x.numel() != 1
     return plain and is_flat(tensors) and is_addressable(tensors)
 
 
 class CompiledPasses:
-    """Both passes of one step over pieces that ``supports`` has accepted."""
+    """Both passes over shards that ``supports`` has accepted."""
 
-    words = "torch.compile"
+    def __init__(self, shards: Sequence[LocalShard], workspace: Workspace | None = None) -> None:
+        self._shards = shards
+        self._flat: list[list[Tensor]] = []
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
-        self._pieces = pieces
-        self._flat = [[flat(tensor) for tensor in piece.tensors()] for piece in pieces]
-
-    def sums(self, numbers: Numbers, accumulate: torch.dtype) -> Tensor:
-        """Pass 1, which only reads: ``[pieces, 2]``, N and D."""
-        table = self._table(numbers, None)
+    def sums(self, coefficients: Coefficients, accumulate: torch.dtype) -> Tensor:
+        """Pass 1, which only reads: ``[shards, 2]``, N and D."""
+        table = self._table(coefficients, None)
+        self._flat = [[flat(tensor) for tensor in shard.tensors()] for shard in self._shards]  # of this step
         run = _graphs()[0]
         # Parts of one shape are added up together, for each call of an operator costs as much as a small tensor.
         by_shape: dict[tuple[int, torch.dtype], list[tuple[int, Tensor]]] = {}
         with _many_graphs():
-            for i, (piece, tensors, vector) in enumerate(zip(self._pieces, self._flat, table, strict=True)):
+            for i, (shard, tensors, vector) in enumerate(zip(self._shards, self._flat, table, strict=True)):
                 for part in _parts(tensors):
-                    sums = run(*part, vector, piece.options.mu != 0, piece.options.maximize)
+                    sums = run(*part, vector, shard.options.mu != 0, shard.options.maximize)
                     by_shape.setdefault((len(sums), sums.dtype), []).append((i, sums))
-        pairs: list[Tensor | None] = [None] * len(self._pieces)
+        pairs: list[Tensor | None] = [None] * len(self._shards)
         for members in by_shape.values():
             added = torch.stack([sums for _, sums in members]).sum(1, dtype=accumulate).unbind()
             for (i, _), pair in zip(members, added, strict=True):
                 before = pairs[i]
                 pairs[i] = pair if before is None else before + pair
-        zero = torch.zeros(2, dtype=accumulate, device=self._pieces[0].x.device)
+        zero = torch.zeros(2, dtype=accumulate, device=self._shards[0].x.device)
         return torch.stack([zero if pair is None else pair for pair in pairs])
 
-    def update(self, numbers: Numbers, counts: Tensor) -> None:
-        """Pass 2, which writes d, v and x of the rows where ``counts`` (``[rows]`` bool) is True."""
-        table = self._table(numbers, counts)
+    def update(self, coefficients: Coefficients, active: Tensor) -> None:
+        """Pass 2, which writes d, v and x of the rows where ``active`` (``[rows]`` bool) is True."""
+        table = self._table(coefficients, active)
         run = _graphs()[1]
         with _many_graphs():
-            for piece, tensors, vector in zip(self._pieces, self._flat, table, strict=True):
-                if piece.x.numel():
-                    run(*tensors, vector, _seed(piece, numbers), piece.options.maximize)
+            for shard, tensors, vector in zip(self._shards, self._flat, table, strict=True):
+                if shard.x.numel():
+                    run(*tensors, vector, _seed(shard, coefficients), shard.options.maximize)
 
-    def _table(self, numbers: Numbers, counts: Tensor | None) -> list[Tensor]:
-        """Each piece's vector on its device, in its compute dtype."""
-        columns = numbers.columns
-        whole = torch.stack([columns.get(name, columns["gap"]) for name in _COLUMNS], 1)
-        keep = torch.ones_like(whole[:, 0]) if counts is None else counts.to(whole.dtype)
+    def _table(self, coefficients: Coefficients, active: Tensor | None) -> list[Tensor]:
+        """Each shard's vector on its device, in its compute dtype."""
+        columns = coefficients.columns
+        whole = torch.stack([columns.get(name, columns["one_plus_k"]) for name in _COLUMNS], 1)
+        keep = torch.ones_like(whole[:, 0]) if active is None else active.to(whole.dtype)
         host = [[0.0, 0.0, 0.0, 0.0]] * len(whole)
-        for piece in self._pieces:
-            o, stored = piece.options, piece.x.dtype if piece.v is None else piece.v.dtype
-            host[piece.row] = [1 - o.beta2, o.lambd, o.mu, too_large(stored)]
+        for shard in self._shards:
+            o, stored = shard.options, shard.x.dtype if shard.v is None else shard.v.dtype
+            host[shard.row] = [1 - o.beta2, o.lambd, o.mu, too_large(stored)]
         options = uploaded(host, whole.device, whole.dtype)
         whole = torch.cat([whole, options, keep[:, None]], 1)
         there: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for piece in self._pieces:
-            key = piece.x.device, piece.compute_dtype
+        for shard in self._shards:
+            key = shard.x.device, shard.compute_dtype
             if key not in there:
                 # Copies, for the place of a view in its storage is one more number that a graph is made for.
                 there[key] = [vector.clone() for vector in moved(whole, *key).unbind()]
-        return [there[piece.x.device, piece.compute_dtype][piece.row] for piece in self._pieces]
+        return [there[shard.x.device, shard.compute_dtype][shard.row] for shard in self._shards]
 
 
-def _seed(piece: Piece, numbers: Numbers) -> Tensor | None:
-    if not is_stochastic(piece):
+def _seed(shard: LocalShard, coefficients: Coefficients) -> Tensor | None:
+    if not is_stochastic(shard):
         return None
-    return seed_of(moved(numbers.columns["step"][piece.row], piece.x.device), piece.row)
+    return seed_of(moved(coefficients.columns["step"][shard.row], shard.x.device), shard.row)
 
 
 def _parts(tensors: list[Tensor]) -> list[list[Tensor]]:
@@ -130,37 +145,38 @@ def _many_graphs() -> AbstractContextManager[Any]:
     return limit
 
 
-def _sums(x: Tensor, g: Tensor, d: Tensor, v: Tensor, h: Tensor, decays: bool, negate: bool) -> Tensor:
-    """``[blocks, 2]`` of N = sum (d - gap g) (d / P + mu x), D = sum (d - g)^2 / (P q), nan where v' does not fit."""
-    x, g, d = x.to(h.dtype), g.to(h.dtype), d.to(h.dtype)
+def _sums(x: Tensor, g: Tensor, d: Tensor, v: Tensor, vector: Tensor, decays: bool, negate: bool) -> Tensor:
+    """``[blocks, 2]``: N = sum (d - (1 + k) g) (d / P + mu x), D = sum (d - g)^2 / (P q), nan where v' does not fit."""
+    c = _Vector(*vector.unbind())
+    x, g, d = x.to(vector.dtype), g.to(vector.dtype), d.to(vector.dtype)
     g = -g if negate else g
-    second, _, scale, inverse = _metric(g, v, h)
+    second, _, q, inverse = _precond(g, v.to(vector.dtype), c)
     diff = d - g
-    den = torch.where(second < h[_TOO_LARGE], diff * (diff * inverse), torch.nan)
-    slope = d * (inverse * scale)
-    slope = slope + h[_MU] * x if decays else slope
-    num = (d - h[0] * g) * slope
+    den = torch.where(second < c.too_large, diff * (diff * inverse), torch.nan)
+    slope = d * (inverse * q)
+    slope = slope + c.mu * x if decays else slope
+    num = (d - c.one_plus_k * g) * slope
     return torch.stack([num.sum(1), den.sum(1)], 1)
 
 
-def _update(x: Tensor, g: Tensor, d: Tensor, v: Tensor, h: Tensor, seed: Tensor | None, negate: bool) -> None:
-    """d' = d + omega (g - d) / q,  x' = shrink x - lr d' / P,  v': written where the vector says so."""
-    y, g, old = x.to(h.dtype), g.to(h.dtype), d.to(h.dtype)
+def _update(x: Tensor, g: Tensor, d: Tensor, v: Tensor, vector: Tensor, seed: Tensor | None, negate: bool) -> None:
+    """d' = d + omega (g - d) / q,  x' = (1 - mu eta) x - eta d' / P,  v': written where the row is active."""
+    c = _Vector(*vector.unbind())
+    y, g, old = x.to(vector.dtype), g.to(vector.dtype), d.to(vector.dtype)
     g = -g if negate else g
-    second, metric, scale, inverse = _metric(g, v, h)
-    new = old + h[5] * (g - old) * (inverse * metric)
-    y = h[4] * y - h[3] * (new * (inverse * scale))
+    second, precond, q, inverse = _precond(g, v.to(vector.dtype), c)
+    new = old + c.omega * (g - old) * (inverse * precond)
+    y = c.decay_factor * y - c.lr * (new * (inverse * q))
     stored = new.to(d.dtype) if seed is None else stochastic(new, seed)
-    keep = h[_KEEP] > 0
-    x.copy_(torch.where(keep, y.to(x.dtype), x))
-    d.copy_(torch.where(keep, stored, d))
-    v.copy_(torch.where(keep, second.to(v.dtype), v))
+    active = c.active > 0
+    x.copy_(torch.where(active, y.to(x.dtype), x))
+    d.copy_(torch.where(active, stored, d))
+    v.copy_(torch.where(active, second.to(v.dtype), v))
 
 
-def _metric(g: Tensor, v: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _precond(g: Tensor, v: Tensor, c: _Vector) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """v', P, q and 1 / (P q): one division serves 1 / P and 1 / q."""
-    v = v.to(h.dtype)
-    v = v + h[_RATE] * (g * g - v)
-    metric = h[1] * v.sqrt() + h[2]
-    scale = 1 + h[_LAMBD] * metric
-    return v, metric, scale, 1 / (metric * scale)
+    v = v + c.rate * (g * g - v)
+    precond = c.c_root * v.sqrt() + c.c_eps
+    q = 1 + c.lambd * precond
+    return v, precond, q, 1 / (precond * q)

@@ -1,7 +1,7 @@
 """The two passes for accelerators: no host sync, no Python branch on a tensor, and no launch for each tensor.
 
 Rows are taken in buckets of bounded size, large ones in parts, so that the temporaries are at most a few buckets (of
-16 MiB in float32), not a few models or a few embeddings. ``packs`` has why a bucket is copied into one matrix.
+16 MiB in float32), not a few models or a few embeddings. ``buckets`` has why a bucket is copied into one matrix.
 """
 
 from __future__ import annotations
@@ -11,66 +11,67 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from am_lightning.optim.kernels.buckets import Bucket, Plan, in_parts, key_of, plan_of
-from am_lightning.optim.kernels.inputs import Numbers, Piece, too_large
+from am_lightning.optim.kernels.buckets import Bucket, BucketPlan, in_parts, key_of, plan_of
+from am_lightning.optim.kernels.inputs import Coefficients, LocalShard, too_large
 from am_lightning.optim.kernels.rounding import is_stochastic, seeds_of, stochastic_at
-from am_lightning.optim.kernels.transfer import Constants, moved
+from am_lightning.optim.kernels.transfer import moved
+from am_lightning.optim.kernels.workspace import Workspace
 
-_READ = ("gap", "root", "floor")
-_WRITTEN = ("omega", "lr", "shrink", "root", "floor")
+_READ = ("one_plus_k", "c_root", "c_eps")
+_WRITTEN = ("omega", "lr", "decay_factor", "c_root", "c_eps")
 
 
 class ForeachPasses:
-    """Both passes of one step over the pieces of this tier, which may be on several devices."""
+    """Both passes over shards of any kind, which may be on several devices."""
 
-    def __init__(self, pieces: Sequence[Piece], constants: Constants) -> None:
-        self._pieces = pieces
-        owned = in_parts(pieces)
-        self._parts = [part for _, part in owned]
-        device = pieces[0].x.device
-        self._plan: Plan = constants.made(key_of(pieces), device, lambda: plan_of(pieces, owned))
+    def __init__(self, shards: Sequence[LocalShard], workspace: Workspace) -> None:
+        self._shards = shards
+        self._parts: list[LocalShard] = []
+        device, owned = shards[0].x.device, in_parts(shards)
+        self._plan: BucketPlan = workspace.constants.made(key_of(shards), device, lambda: plan_of(shards, owned))
 
-    def sums(self, numbers: Numbers, accumulate: torch.dtype) -> Tensor:
-        """Pass 1, which only reads: ``[pieces, 2]``, N and D of each.
+    def sums(self, coefficients: Coefficients, accumulate: torch.dtype) -> Tensor:
+        """Pass 1, which only reads: ``[shards, 2]``, N and D of each.
 
         Sums are in the compute dtype inside a block, of at most 64 Ki elements, and in ``accumulate`` across blocks.
         """
-        device = self._pieces[0].x.device
-        tables = _Tables(numbers, _READ)
+        device = self._shards[0].x.device
+        self._parts = [part for _, part in in_parts(self._shards)]  # of this step's tensors
+        tables = _Tables(coefficients, _READ)
         partial = [torch.empty(2, 0, dtype=accumulate, device=device)]
         for bucket in self._plan.buckets:
             parts = [self._parts[i] for i in bucket.members]
             partial.append(moved(_sums(bucket, parts, tables), device, accumulate))
         return self._plan.over_blocks(torch.cat(partial, 1))
 
-    def update(self, numbers: Numbers, counts: Tensor) -> None:
-        """Pass 2, which writes d, v and x of the rows where ``counts`` (``[rows]`` bool) is True."""
-        tables = _Tables(numbers, _WRITTEN)
-        kept = {p.x.device: moved(counts, p.x.device) for p in {q.x.device: q for q in self._parts}.values()}
+    def update(self, coefficients: Coefficients, active: Tensor) -> None:
+        """Pass 2, which writes d, v and x of the rows where ``active`` (``[rows]`` bool) is True."""
+        tables = _Tables(coefficients, _WRITTEN)
+        kept = {p.x.device: moved(active, p.x.device) for p in {q.x.device: q for q in self._parts}.values()}
         for bucket in self._plan.buckets:
             parts = [self._parts[i] for i in bucket.members]
             _update(bucket, parts, tables, kept[parts[0].x.device].index_select(0, bucket.rows)[:, None])
 
 
 class _Tables:
-    """The numbers of all rows, ``[rows, names]``, once for each device and dtype."""
+    """The coefficients of all rows, ``[rows, names]``, once for each device and dtype."""
 
-    def __init__(self, numbers: Numbers, names: Sequence[str]) -> None:
-        self.numbers = numbers
-        self._names = [name for name in names if name in numbers.columns]
+    def __init__(self, coefficients: Coefficients, names: Sequence[str]) -> None:
+        self.coefficients = coefficients
+        self._names = [name for name in names if name in coefficients.columns]
         self._made: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-    def of(self, bucket: Bucket, piece: Piece) -> dict[str, Tensor]:
+    def of(self, bucket: Bucket, shard: LocalShard) -> dict[str, Tensor]:
         """``[blocks, 1]`` each, in the compute dtype."""
-        device, dtype = piece.x.device, piece.compute_dtype
+        device, dtype = shard.x.device, shard.compute_dtype
         if (device, dtype) not in self._made:
-            table = torch.stack([self.numbers.columns[name] for name in self._names], 1)
+            table = torch.stack([self.coefficients.columns[name] for name in self._names], 1)
             self._made[device, dtype] = moved(table, device, dtype)
         chosen = self._made[device, dtype].index_select(0, bucket.rows)
         return {name: column[:, None] for name, column in zip(self._names, chosen.unbind(1), strict=True)}
 
 
-def _sums(bucket: Bucket, parts: Sequence[Piece], tables: _Tables) -> Tensor:
+def _sums(bucket: Bucket, parts: Sequence[LocalShard], tables: _Tables) -> Tensor:
     """``[2, blocks]``: N = sum (d - (1 + k) g) (d / P + mu x),  D = sum (d - g)^2 / (P q),  q = 1 + lambda P.
 
     D is nan where v' does not fit in its dtype.
@@ -86,50 +87,50 @@ def _sums(bucket: Bucket, parts: Sequence[Piece], tables: _Tables) -> Tensor:
     else:
         v = bucket.pack(second).to(dtype)
         fits = bucket.block_max(v.lerp_(g * g, 1 - o.beta2)) < too_large(second[0].dtype)
-        metric = _metric(v, n)
+        precond = _precond(v, n)
         del v
-        weighted = torch.addcmul(metric, metric, metric, value=o.lambd)  # P q
+        weighted = torch.addcmul(precond, precond, precond, value=o.lambd)  # P q
         weighted = torch.div(diff, weighted, out=weighted)
-        slope = torch.div(d, metric, out=metric)
+        slope = torch.div(d, precond, out=precond)
     den = bucket.block_sums(weighted.mul_(diff))
     if fits is not None:
         den.masked_fill_(~fits, torch.nan)
     del weighted
     if o.mu:
         slope.add_(bucket.pack([p.x for p in parts]).to(dtype), alpha=o.mu)
-    ahead = torch.addcmul(d, g, n["gap"], value=-1, out=diff)  # d - (1 + k) g
+    ahead = torch.addcmul(d, g, n["one_plus_k"], value=-1, out=diff)  # d - (1 + k) g
     return torch.stack([bucket.block_sums(ahead.mul_(slope)), den])
 
 
-def _update(bucket: Bucket, parts: Sequence[Piece], tables: _Tables, keep: Tensor) -> None:
+def _update(bucket: Bucket, parts: Sequence[LocalShard], tables: _Tables, keep: Tensor) -> None:
     """v', then d' = d + omega (g - d) / q, then x' = (1 - mu eta) x - eta d' / P."""
     o, n = parts[0].options, tables.of(bucket, parts[0])
     dtype = parts[0].compute_dtype
     g, d = _gradient(bucket, parts), bucket.pack([p.d for p in parts])
-    metric, second = None, [p.v for p in parts if p.v is not None]
+    precond, second = None, [p.v for p in parts if p.v is not None]
     if second:
         v = bucket.pack(second)
         new_v = torch.lerp(v.to(dtype), g * g, 1 - o.beta2)
         _write(bucket, second, v, new_v, keep)
         del v
-        metric = _metric(new_v, n)
+        precond = _precond(new_v, n)
         del new_v
     work = d.to(dtype)
     move = g.sub_(work).mul_(n["omega"])
-    move = move.div_(1 + o.lambd) if metric is None else move.div_(metric.mul(o.lambd).add_(1.0))
+    move = move.div_(1 + o.lambd) if precond is None else move.div_(precond.mul(o.lambd).add_(1.0))
     move.add_(work)  # d'
     del work
     _write(bucket, [p.d for p in parts], d, _rounded(bucket, parts[0], move, tables), keep)
     del d
-    move = (move if metric is None else move.div_(metric)).mul_(n["lr"])
+    move = (move if precond is None else move.div_(precond)).mul_(n["lr"])
     x = bucket.pack([p.x for p in parts])
     new_x = x.to(dtype)
     if o.mu:
-        new_x = torch.mul(new_x, n["shrink"])
+        new_x = torch.mul(new_x, n["decay_factor"])
     _write(bucket, [p.x for p in parts], x, torch.sub(new_x, move, out=move), keep)
 
 
-def _gradient(bucket: Bucket, parts: Sequence[Piece]) -> Tensor:
+def _gradient(bucket: Bucket, parts: Sequence[LocalShard]) -> Tensor:
     """g in the compute dtype, ascent and coupled decay folded in; a copy."""
     o, dtype = parts[0].options, parts[0].compute_dtype
     g = bucket.pack([p.g for p in parts]).to(dtype)
@@ -140,9 +141,9 @@ def _gradient(bucket: Bucket, parts: Sequence[Piece]) -> Tensor:
     return g
 
 
-def _metric(v: Tensor, n: dict[str, Tensor]) -> Tensor:
+def _precond(v: Tensor, n: dict[str, Tensor]) -> Tensor:
     """P = c_t (sqrt(v' / (1 - beta2^t)) + eps), in the memory of v'."""
-    return v.sqrt_().mul_(n["root"]).add_(n["floor"])
+    return v.sqrt_().mul_(n["c_root"]).add_(n["c_eps"])
 
 
 def _write(bucket: Bucket, targets: Sequence[Tensor], old: Tensor, new: Tensor, keep: Tensor) -> None:
@@ -153,9 +154,9 @@ def _write(bucket: Bucket, targets: Sequence[Tensor], old: Tensor, new: Tensor, 
     bucket.unpack(torch.where(keep, new.to(old.dtype), old, out=old), targets)
 
 
-def _rounded(bucket: Bucket, like: Piece, new: Tensor, tables: _Tables) -> Tensor:
+def _rounded(bucket: Bucket, like: LocalShard, new: Tensor, tables: _Tables) -> Tensor:
     """d' as it is stored, where that takes more than a cast."""
     if not is_stochastic(like):
         return new
-    steps = moved(tables.numbers.columns["step"], new.device, torch.int64).index_select(0, bucket.rows)
+    steps = moved(tables.coefficients.columns["step"], new.device, torch.int64).index_select(0, bucket.rows)
     return stochastic_at(new, seeds_of(steps, bucket.rows)[:, None], bucket.starts)

@@ -1,4 +1,4 @@
-"""What a kernel gets: the tensors of one row, the options of its group, and the numbers of this step."""
+"""What a kernel gets: the local shard of a logical parameter, its group's options, and this step's coefficients."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _TOO_LARGE = {torch.float16: 65520.0, torch.bfloat16: 2.0**128 - 2.0**119}  # ha
 Scalar: TypeAlias = "float | Tensor"  # a host number, or a 0-dim tensor where the host must not wait for the device
 
 
-class Options(NamedTuple):
-    """Options of a group that are host numbers."""
+class GroupOptions(NamedTuple):
+    """Options of a group that kernels take as numbers of the host."""
 
     beta2: float  # decay of the second moment; unused without one
     lambd: float
@@ -29,16 +29,20 @@ class Options(NamedTuple):
 
 
 @dataclass(eq=False, slots=True)
-class Piece:
-    """This process's piece of one row. All tensors have one shape; ``v`` is None where the metric is the identity."""
+class LocalShard:
+    """This process's part of one logical parameter; all tensors have one shape. ``v`` is None where P = 1.
+
+    ``row`` is the place of the logical parameter in the packed sums, ``first`` the index of this part's first element
+    where a kernel takes a shard in parts.
+    """
 
     row: int
     x: Tensor
     g: Tensor
     d: Tensor
     v: Tensor | None
-    options: Options
-    first: int = 0  # where this part begins, for a tensor that a tier takes in parts
+    options: GroupOptions
+    first: int = 0
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -46,10 +50,11 @@ class Piece:
         return torch.promote_types(self.x.dtype, torch.float32)
 
     def tensors(self) -> list[Tensor]:
-        return [t for t in (self.x, self.g, self.d, self.v) if t is not None]
+        """x, g, d and, where there is one, v."""
+        return [self.x, self.g, self.d] if self.v is None else [self.x, self.g, self.d, self.v]
 
 
-class Clip(NamedTuple):
+class GradientClip(NamedTuple):
     """What the next step multiplies its gradients by: min(1, max_norm / (norm + 1e-6))."""
 
     norm: Tensor  # 0-dim
@@ -60,11 +65,12 @@ class Clip(NamedTuple):
         return (self.max_norm / (self.norm + 1e-6)).clamp(max=1.0)
 
 
-class Numbers:
-    """Numbers that differ between rows and steps, handed to kernels as floats or as 0-dim tensors.
+class Coefficients:
+    """This step's coefficients of every row: ``columns[name]`` is ``[rows]``, on the device of the sums.
 
-    ``gap`` is 1 + k, ``root`` c_t / sqrt(1 - beta2^t), ``floor`` c_t eps, ``lr`` eta_t, ``shrink`` 1 - mu eta_t,
-    ``omega`` 1 - beta_t, ``step`` the steps before this one.
+    ``one_plus_k`` is 1 + k, ``lr`` eta_t, ``decay_factor`` 1 - mu eta_t, ``step`` the steps before this one; with a
+    second moment ``c_root`` is c_t / sqrt(1 - beta2^t) and ``c_eps`` c_t eps; after the reduction ``omega`` is
+    1 - beta_t. Kernels read them as vectors, as floats (``on_host``) or as 0-dim tensors (``on``).
     """
 
     def __init__(self, columns: dict[str, Tensor]) -> None:
@@ -72,11 +78,11 @@ class Numbers:
         self._cache: dict[torch.device | None, dict[str, Sequence[Scalar]]] = {}
 
     def add(self, name: str, column: Tensor) -> None:
-        """One more number for each row, ``[rows]``."""
+        """One more column, ``[rows]``."""
         self.columns[name] = column
 
     def on_host(self) -> dict[str, Sequence[Scalar]]:
-        """Lists of floats. Waits for the device that holds the numbers; free where that is the CPU."""
+        """Lists of floats. Waits for the device that holds the coefficients; free where that is the CPU."""
         lists = self._cache.setdefault(None, {})
         for name in self.columns.keys() - lists.keys():
             lists[name] = self.columns[name].tolist()

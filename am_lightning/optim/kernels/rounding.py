@@ -9,16 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from am_lightning.optim.kernels.inputs import Piece
+from am_lightning.optim.kernels.inputs import LocalShard
 
 _ROW = 0x9E3779B9
 _MASK = 0xFFFFFFFF
 _PART = 1 << 18  # elements, of some 250 bytes of temporaries each
 
 
-def is_stochastic(piece: Piece) -> bool:
+def is_stochastic(shard: LocalShard) -> bool:
     """A float32 parameter keeps its direction d in bfloat16."""
-    return piece.d.dtype == torch.bfloat16 and piece.x.dtype == torch.float32
+    return shard.d.dtype == torch.bfloat16 and shard.x.dtype == torch.float32
 
 
 def mix(x: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def mix(x: Tensor) -> Tensor:
 
 
 def seed_of(step: Tensor, row: int) -> Tensor:
-    """0-dim int64 word; ``step`` counts those before this one."""
+    """0-dim int64 word; ``step`` active those before this one."""
     return mix((step.to(torch.int64) + _ROW * (row + 1)) & _MASK)
 
 
@@ -43,7 +43,7 @@ def stochastic(y: Tensor, seed: Tensor, first: int = 0) -> Tensor:
 
     Args:
         seed: ``seed_of`` the row.
-        first: index of ``y``'s first element in the row's piece, elements counted in the order of ``y``'s shape.
+        first: index of ``y``'s first element in the row's shard, elements counted in the order of ``y``'s shape.
     """
     index = torch.arange(first, first + y.numel(), dtype=torch.int64, device=y.device).view(y.shape)
     return _with_noise(y, (mix((index & _MASK) ^ seed) >> 16).to(torch.int32))
@@ -63,7 +63,7 @@ def stochastic_at(y: Tensor, seeds: Tensor, starts: Tensor) -> Tensor:
 
     Args:
         seeds: ``[blocks, 1]``, ``seed_of`` the row of each block.
-        starts: ``[blocks]``, index of each block's first element in the row's piece.
+        starts: ``[blocks]``, index of each block's first element in the row's shard.
     """
     noise = _word(starts)[:, None] + torch.arange(y.shape[1], dtype=torch.int32, device=y.device)
     noise.bitwise_xor_(_word(seeds))

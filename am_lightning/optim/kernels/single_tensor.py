@@ -7,78 +7,96 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from am_lightning.optim.kernels.inputs import Numbers, Piece, Scalar, too_large
+from am_lightning.optim.kernels.inputs import Coefficients, LocalShard, Scalar, too_large
 from am_lightning.optim.kernels.rounding import is_stochastic, seed_of, stochastic_in_parts
+from am_lightning.optim.kernels.transfer import moved
+from am_lightning.optim.kernels.workspace import Workspace
 
 
-def sums(pieces: Sequence[Piece], numbers: Numbers, accumulate: torch.dtype) -> list[Tensor]:
-    """Pass 1, which only reads: ``[2]`` with N and D for each piece.
+class SingleTensorPasses:
+    """Both passes, one shard after the other."""
 
-    N = sum (d - (1 + k) g) (d / P + mu x),  D = sum (d - g)^2 / (P q),  q = 1 + lambda P. D is nan where v' does not
-    fit in its dtype: finite gradients whose square overflows hide from the sums, for they are divided by P.
-    """
-    result = []
-    for piece in pieces:
-        n = _numbers(piece, numbers)
-        g, d, x = _operands(piece)
-        v, metric = _metric(piece, g, n)
-        q = 1 + piece.options.lambd * metric
-        slope = d / metric + piece.options.mu * x
-        num = ((d - n["gap"] * g) * slope).sum(dtype=accumulate)
-        den = ((d - g) * ((d - g) / (metric * q))).sum(dtype=accumulate)
-        if v is not None and piece.v is not None:
-            den = torch.where((v < too_large(piece.v.dtype)).all(), den, torch.nan)
-        result.append(torch.stack([num, den]))
-    return result
+    def __init__(self, shards: Sequence[LocalShard], workspace: Workspace | None = None) -> None:
+        self._shards = shards
 
+    def sums(self, coefficients: Coefficients, accumulate: torch.dtype) -> Tensor:
+        """Pass 1, which only reads: ``[shards, 2]``, N and D of each.
 
-def update(pieces: Sequence[Piece], numbers: Numbers, keep: Sequence[Tensor] | None) -> None:
-    """Pass 2, which writes: d' = d + omega (g - d) / q,  x' = (1 - mu eta) x - eta d' / P,  v'.
+        N = sum (d - (1 + k) g) (d / P + mu x),  D = sum (d - g)^2 / (P q),  q = 1 + lambda P. D is nan where v' does
+        not fit in its dtype: finite gradients whose square overflows hide from the sums, because they are divided by P.
+        """
+        device = self._shards[0].x.device
+        return torch.stack([moved(_sums(shard, coefficients, accumulate), device) for shard in self._shards])
 
-    Args:
-        keep: 0-dim bool for each piece, nothing is written where it is False; None writes all.
-    """
-    for i, piece in enumerate(pieces):
-        n = _numbers(piece, numbers)
-        g, d, x = _operands(piece)
-        v, metric = _metric(piece, g, n)
-        q = 1 + piece.options.lambd * metric
-        d = d + n["omega"] * (g - d) / q
-        x = n["shrink"] * x - n["lr"] * d / metric
-        if is_stochastic(piece):
-            d = stochastic_in_parts(d, seed_of(torch.as_tensor(n["step"], device=d.device), piece.row))
-        for old, new in ((piece.d, d), (piece.v, v), (piece.x, x)):
-            if old is not None and new is not None:
-                new = new.to(old.dtype)
-                old.copy_(new if keep is None else torch.where(keep[i], new, old))
+    def update(self, coefficients: Coefficients, active: Tensor) -> None:
+        """Pass 2, which writes: d' = d + omega (g - d) / q,  x' = (1 - mu eta) x - eta d' / P,  v'.
+
+        For shards on the CPU ``active`` is read on the host, once; elsewhere nothing waits for the device.
+        """
+        host = active.tolist() if self._shards[0].x.device.type == "cpu" else None
+        for shard in self._shards:
+            if host is None:
+                _update(shard, coefficients, moved(active[shard.row], shard.x.device))
+            elif host[shard.row]:
+                _update(shard, coefficients, None)
 
 
-def _numbers(piece: Piece, numbers: Numbers) -> dict[str, Scalar]:
-    """This row's numbers: floats on the CPU, 0-dim tensors of the compute dtype elsewhere."""
-    device = piece.x.device
+def _sums(shard: LocalShard, coefficients: Coefficients, accumulate: torch.dtype) -> Tensor:
+    """``[2]``, N and D."""
+    c = _of_row(shard, coefficients)
+    g, d, x = _operands(shard)
+    v, precond = _precond(shard, g, c)
+    q = 1 + shard.options.lambd * precond
+    slope = d / precond + shard.options.mu * x
+    num = ((d - c["one_plus_k"] * g) * slope).sum(dtype=accumulate)
+    den = ((d - g) * ((d - g) / (precond * q))).sum(dtype=accumulate)
+    if v is not None and shard.v is not None:
+        den = torch.where((v < too_large(shard.v.dtype)).all(), den, torch.nan)
+    return torch.stack([num, den])
+
+
+def _update(shard: LocalShard, coefficients: Coefficients, active: Tensor | None) -> None:
+    """``active``: 0-dim bool, nothing is written where it is False; None writes."""
+    c = _of_row(shard, coefficients)
+    g, d, x = _operands(shard)
+    v, precond = _precond(shard, g, c)
+    q = 1 + shard.options.lambd * precond
+    d = d + c["omega"] * (g - d) / q
+    x = c["decay_factor"] * x - c["lr"] * d / precond
+    if is_stochastic(shard):
+        d = stochastic_in_parts(d, seed_of(torch.as_tensor(c["step"], device=d.device), shard.row))
+    for old, new in ((shard.d, d), (shard.v, v), (shard.x, x)):
+        if old is not None and new is not None:
+            new = new.to(old.dtype)
+            old.copy_(new if active is None else torch.where(active, new, old))
+
+
+def _of_row(shard: LocalShard, coefficients: Coefficients) -> dict[str, Scalar]:
+    """This row's coefficients: floats on the CPU, 0-dim tensors of the compute dtype elsewhere."""
+    device = shard.x.device
     if device.type == "cpu":
-        return {name: column[piece.row] for name, column in numbers.on_host().items()}
-    return {name: _scalar(column[piece.row], piece.compute_dtype) for name, column in numbers.on(device).items()}
+        return {name: column[shard.row] for name, column in coefficients.on_host().items()}
+    return {name: _scalar(column[shard.row], shard.compute_dtype) for name, column in coefficients.on(device).items()}
 
 
 def _scalar(value: Scalar, dtype: torch.dtype) -> Scalar:
     return value.to(dtype) if isinstance(value, Tensor) else value
 
 
-def _operands(piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
+def _operands(shard: LocalShard) -> tuple[Tensor, Tensor, Tensor]:
     """g (ascent and coupled decay folded in), d, x in the compute dtype."""
-    dtype = piece.compute_dtype
-    g, d, x = piece.g.to(dtype), piece.d.to(dtype), piece.x.to(dtype)
-    if piece.options.maximize:
+    dtype = shard.compute_dtype
+    g, d, x = shard.g.to(dtype), shard.d.to(dtype), shard.x.to(dtype)
+    if shard.options.maximize:
         g = -g
-    if piece.options.l2:
-        g = g + piece.options.l2 * x
+    if shard.options.l2:
+        g = g + shard.options.l2 * x
     return g, d, x
 
 
-def _metric(piece: Piece, g: Tensor, n: dict[str, Scalar]) -> tuple[Tensor | None, Tensor | float]:
-    """v' and P = c (sqrt(v' / (1 - beta2^t)) + eps); the identity metric is 1."""
-    if piece.v is None:
+def _precond(shard: LocalShard, g: Tensor, c: dict[str, Scalar]) -> tuple[Tensor | None, Tensor | float]:
+    """v' and P = c (sqrt(v' / (1 - beta2^t)) + eps); 1 without a second moment."""
+    if shard.v is None:
         return None, 1.0
-    v = torch.lerp(piece.v.to(g.dtype), g * g, 1 - piece.options.beta2)
-    return v, n["root"] * v.sqrt() + n["floor"]
+    v = torch.lerp(shard.v.to(g.dtype), g * g, 1 - shard.options.beta2)
+    return v, c["c_root"] * v.sqrt() + c["c_eps"]

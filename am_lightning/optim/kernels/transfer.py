@@ -1,4 +1,4 @@
-"""Copies between host and devices: nothing waits, but for numbers that the host is to read."""
+"""Copies between host and devices: nothing waits, but for coefficients that the host is to read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def upload(host: Tensor, device: torch.device) -> Tensor:
 
 
 def uploaded(values: Sequence[Any], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """``upload`` of the host's numbers, whatever the default device is."""
+    """``upload`` of the host's coefficients, whatever the default device is."""
     return upload(torch.tensor(values, dtype=dtype, device="cpu"), device)
 
 
@@ -33,6 +33,19 @@ def is_capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured, in which the host may give the device nothing."""
     ready = device.type == "cuda" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return bool(ready and torch.cuda.is_current_stream_capturing())
+
+
+def refuse_in_capture(param: Tensor) -> None:
+    """The zeros of a state that is made in a CUDA graph's capture are recorded, and filled at replays only.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured.
+    """
+    if is_capturing(param.device):
+        raise RuntimeError(
+            f"a CUDA graph is being captured, and a parameter of shape {tuple(param.shape)} in it has no optimizer "
+            "state that a step has used: make a step with the same gradients before it, as torch's warm-up does"
+        )
 
 
 def is_fake() -> bool:

@@ -24,11 +24,15 @@ import torch
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _ALWAYS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 _SECONDS = 300
+_NO_COMPILER = (
+    "$CXX, c++, g++ and clang++ cannot be run. Install one (Debian, Ubuntu: apt-get install g++; conda: conda install "
+    "cxx-compiler; macOS: xcode-select --install), set CXX to one that is elsewhere"
+)
 
 
 class Library:
-    """The loaded C++ loop, and how it was built: ``words`` for people, ``build`` a number below 2^20 that tells builds
-    apart, where OpenMP's runtime lies left out."""
+    """The loaded C++ loop, and how it was built: ``description`` for people, ``build`` a number below 2^20 that tells
+    builds apart, where OpenMP's runtime lies left out."""
 
     def __init__(self, path: Path, compiler: str, options: list[str]) -> None:
         self.build = int(_key([compiler, *options])[:5], 16)
@@ -36,7 +40,7 @@ class Library:
         self.sums, self.update = self._loaded.am_sums, self._loaded.am_update
         self.sums.restype = self.update.restype = None
         threads = "OpenMP" if self._loaded.am_has_openmp() else "one thread, for the compiler has no OpenMP"
-        self.words = f"C++ loop ({compiler}, {threads})"
+        self.description = f"C++ loop ({compiler}, {threads})"
 
 
 def find_compiler() -> list[str] | None:
@@ -63,7 +67,7 @@ def load_library() -> Library:
     """
     command = find_compiler()
     if command is None:
-        raise RuntimeError("no C++ compiler: neither $CXX nor c++, g++ or clang++ can be run")
+        raise RuntimeError(_NO_COMPILER)
     version = _output([*command, "--version"]).partition("\n")[0]
     runtime = _loaded_openmp()
     failures = []
@@ -83,6 +87,26 @@ def load_library() -> Library:
         except (OSError, RuntimeError) as error:
             failures.append(str(error))
     raise RuntimeError(f"{shlex.join(command)} cannot build {_SOURCE}: {failures[0]}")
+
+
+def why_not(kind: object = None) -> str:
+    """The reason why the loop cannot be had, "" where it can. Builds it where no earlier process has."""
+    try:
+        load_library()
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def require_compiler() -> None:
+    """Raise where ``fused=True`` cannot be built; nothing is built yet.
+
+    Raises:
+        RuntimeError: there is no compiler; the text says what to install.
+        ValueError: ``$CXX`` is no command line.
+    """
+    if find_compiler() is None:
+        raise RuntimeError(f"fused=True on the CPU needs a C++ compiler, but {_NO_COMPILER}, or use fused=None")
 
 
 def _compile(command: list[str], libraries: list[str], path: Path) -> None:

@@ -12,8 +12,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from am_lightning.optim.kernels.inputs import SUM_BLOCK, Numbers, Piece, Scalar, flat, too_large
+from am_lightning.optim.kernels.inputs import (
+    SUM_BLOCK,
+    Coefficients,
+    LocalShard,
+    Scalar,
+    flat,
+    is_flat,
+    too_large,
+)
 from am_lightning.optim.kernels.rounding import is_stochastic, seed_of, stochastic
+from am_lightning.optim.kernels.workspace import Workspace
+
+Host = dict[str, Sequence[Scalar]]  # the coefficients of every row, floats
 
 _BUFFER_BYTES = 1 << 20  # 256 Ki float32 elements: the fastest of 32 Ki .. 1 Mi on a server CPU
 
@@ -43,7 +54,7 @@ def chunk_elements(dtype: torch.dtype, *, copies: bool = False) -> int:
 
 @dataclass(eq=False)
 class _Chunk:
-    """Part of a piece. g, d, v, x are in the working dtype: views of the tensors, or copies in scratch."""
+    """Part of a shard. g, d, v, x are in the working dtype: views of the tensors, or copies in scratch."""
 
     g: Tensor
     d: Tensor
@@ -53,7 +64,7 @@ class _Chunk:
     a: Tensor  # scratch
     b: Tensor
     q: Tensor
-    first: int  # index of its first element in the piece
+    first: int  # index of its first element in the shard
 
     def write_back(self, seed: Tensor | None) -> None:
         """Round what was worked on in scratch into the tensors; d stochastically with a seed."""
@@ -63,57 +74,69 @@ class _Chunk:
                 self.stored[name].copy_(rounded)
 
 
-def sums(pieces: Sequence[Piece], numbers: Numbers, accumulate: torch.dtype, scratch: Scratch) -> list[Tensor]:
-    """Pass 1, which only reads: ``[2]`` with N and D for each piece."""
-    return [_sums(piece, numbers, accumulate, scratch) for piece in pieces]
+def supports(shard: LocalShard) -> bool:
+    """Whether one walk over the storage visits the same element of every tensor."""
+    return is_flat(shard.tensors())
 
 
-def update(pieces: Sequence[Piece], numbers: Numbers, scratch: Scratch) -> None:
-    """Pass 2, which writes d, v and x."""
-    for piece in pieces:
-        _update(piece, numbers, scratch)
+class ChunkedPasses:
+    """Both passes over shards that ``supports`` has accepted, one after the other."""
+
+    def __init__(self, shards: Sequence[LocalShard], workspace: Workspace) -> None:
+        self._shards, self._scratch = shards, workspace.keep(Scratch)
+
+    def sums(self, coefficients: Coefficients, accumulate: torch.dtype) -> Tensor:
+        """Pass 1, which only reads: ``[shards, 2]``, N and D of each."""
+        host = coefficients.on_host()
+        return torch.stack([_sums(shard, host, accumulate, self._scratch) for shard in self._shards])
+
+    def update(self, coefficients: Coefficients, active: Tensor) -> None:
+        """Pass 2, which writes d, v and x of the rows where ``active`` (``[rows]`` bool) is True."""
+        host, writes = coefficients.on_host(), active.tolist()
+        for shard in self._shards:
+            if writes[shard.row]:
+                _update(shard, host, self._scratch)
 
 
-def _sums(piece: Piece, numbers: Numbers, accumulate: torch.dtype, scratch: Scratch) -> Tensor:
-    host, o = numbers.on_host(), piece.options
-    gap = float(host["gap"][piece.row])
-    partial = torch.zeros(2, _block_count(piece), dtype=piece.compute_dtype, device=piece.x.device)
+def _sums(shard: LocalShard, host: Host, accumulate: torch.dtype, scratch: Scratch) -> Tensor:
+    one_plus_k, o = float(host["one_plus_k"][shard.row]), shard.options
+    partial = torch.zeros(2, _block_count(shard), dtype=shard.compute_dtype, device=shard.x.device)
     nums, dens = (iter(line.unbind()) for line in partial)
-    for c in _chunks(piece, scratch):
+    for c in _chunks(shard, scratch):
         torch.sub(c.d, c.g, out=c.b)
         if c.v is None:
             torch.div(c.b, 1 + o.lambd, out=c.q)
             _dots(c.b, c.q, dens)
             slope = torch.add(c.d, c.x, alpha=o.mu, out=c.a) if o.mu else c.d
         else:
-            if not _metric_for_sums(c, piece, host):
-                return torch.full((2,), math.nan, dtype=accumulate, device=piece.x.device)
+            if not _precond_for_sums(c, shard, host):
+                return torch.full((2,), math.nan, dtype=accumulate, device=shard.x.device)
             torch.addcmul(c.a, c.a, c.a, value=o.lambd, out=c.q)  # P q
             torch.div(c.b, c.q, out=c.q)
             _dots(c.b, c.q, dens)
             slope = torch.div(c.d, c.a, out=c.b)
             if o.mu:
                 slope.add_(c.x, alpha=o.mu)
-        torch.sub(c.d, c.g, alpha=gap, out=c.q)
+        torch.sub(c.d, c.g, alpha=one_plus_k, out=c.q)
         _dots(c.q, slope, nums)
     return partial.sum(1, dtype=accumulate)
 
 
-def _update(piece: Piece, numbers: Numbers, scratch: Scratch) -> None:
-    host, o, i = numbers.on_host(), piece.options, piece.row
-    omega, lr, shrink = float(host["omega"][i]), float(host["lr"][i]), float(host["shrink"][i])
-    seed = seed_of(torch.tensor(host["step"][i], device=piece.x.device), i) if is_stochastic(piece) else None
-    for c in _chunks(piece, scratch):
+def _update(shard: LocalShard, host: Host, scratch: Scratch) -> None:
+    o, row = shard.options, shard.row
+    omega, lr, decay_factor = (float(host[name][row]) for name in ("omega", "lr", "decay_factor"))
+    seed = seed_of(torch.tensor(host["step"][row], device=shard.x.device), row) if is_stochastic(shard) else None
+    for c in _chunks(shard, scratch):
         torch.sub(c.g, c.d, out=c.b)
         if c.v is None:
             c.d.add_(c.b, alpha=omega / (1 + o.lambd))
         else:
-            _second_moment(c, piece, out=c.v)
-            _metric(c, piece, host, c.v)
+            _second_moment(c, shard, out=c.v)
+            _precond(c, shard, host, c.v)
             torch.add(_as_scalar(1.0, c.a), c.a, alpha=o.lambd, out=c.q)
             c.d.addcdiv_(c.b, c.q, value=omega)
-        if shrink != 1:
-            c.x.mul_(shrink)
+        if decay_factor != 1:
+            c.x.mul_(decay_factor)
         if c.v is None:
             c.x.add_(c.d, alpha=-lr)
         else:
@@ -121,35 +144,35 @@ def _update(piece: Piece, numbers: Numbers, scratch: Scratch) -> None:
         c.write_back(seed)
 
 
-def _metric_for_sums(c: _Chunk, piece: Piece, host: dict[str, Sequence[Scalar]]) -> bool:
+def _precond_for_sums(c: _Chunk, shard: LocalShard, host: Host) -> bool:
     """c.a = P, and nothing is written; False where v' does not fit in its dtype."""
     assert c.v is not None
-    beta2 = piece.options.beta2
+    beta2 = shard.options.beta2
     if beta2 > 0.5:  # v' / beta2 is one operation, and beta2 goes under the root
         rate = (1 - beta2) / beta2
         torch.addcmul(c.v, c.g, c.g, value=rate, out=c.a)
         # Below the first no g^2 overflows, below the second no v'; beyond either what is written decides.
         if float(c.a.amax()) < min(rate * torch.finfo(c.a.dtype).max, too_large(c.stored["v"].dtype)):
-            _metric(c, piece, host, c.a, math.sqrt(beta2))
+            _precond(c, shard, host, c.a, math.sqrt(beta2))
             return True
-    _second_moment(c, piece, out=c.a)
+    _second_moment(c, shard, out=c.a)
     fits = float(c.a.amax()) < too_large(c.stored["v"].dtype)
-    _metric(c, piece, host, c.a)
+    _precond(c, shard, host, c.a)
     return fits
 
 
-def _second_moment(c: _Chunk, piece: Piece, out: Tensor) -> None:
+def _second_moment(c: _Chunk, shard: LocalShard, out: Tensor) -> None:
     """v' = v + (1 - beta2) (g^2 - v)."""
     assert c.v is not None
     torch.mul(c.g, c.g, out=c.a)
-    torch.lerp(c.v, c.a, 1 - piece.options.beta2, out=out)
+    torch.lerp(c.v, c.a, 1 - shard.options.beta2, out=out)
 
 
-def _metric(c: _Chunk, piece: Piece, host: dict[str, Sequence[Scalar]], v: Tensor, scale: float = 1.0) -> None:
+def _precond(c: _Chunk, shard: LocalShard, host: Host, v: Tensor, scale: float = 1.0) -> None:
     """c.a = P = c_t (sqrt(v' / (1 - beta2^t)) + eps), of v = v' / scale^2."""
-    root, floor = float(host["root"][piece.row]), float(host["floor"][piece.row])
+    c_root, c_eps = float(host["c_root"][shard.row]), float(host["c_eps"][shard.row])
     torch.sqrt(v, out=c.a)
-    torch.add(_as_scalar(floor, c.a), c.a, alpha=root * scale, out=c.a)
+    torch.add(_as_scalar(c_eps, c.a), c.a, alpha=c_root * scale, out=c.a)
 
 
 def _as_scalar(value: float, like: Tensor) -> Tensor:
@@ -163,25 +186,25 @@ def _dots(left: Tensor, right: Tensor, out: Iterator[Tensor]) -> None:
         torch.dot(a, b, out=next(out))
 
 
-def _chunk_size(piece: Piece) -> int:
-    return chunk_elements(piece.compute_dtype, copies=piece.x.dtype != piece.compute_dtype)
+def _chunk_size(shard: LocalShard) -> int:
+    return chunk_elements(shard.compute_dtype, copies=shard.x.dtype != shard.compute_dtype)
 
 
-def _block_count(piece: Piece) -> int:
-    size = _chunk_size(piece)
-    whole, rest = divmod(piece.x.numel(), size)
+def _block_count(shard: LocalShard) -> int:
+    size = _chunk_size(shard)
+    whole, rest = divmod(shard.x.numel(), size)
     return whole * (-(-size // SUM_BLOCK)) + -(-rest // SUM_BLOCK)
 
 
-def _chunks(piece: Piece, scratch: Scratch) -> Iterator[_Chunk]:
-    """Walk the piece. Low-precision tensors are copied to scratch, g also where a sign or a decay is folded in."""
-    dtype, o = piece.compute_dtype, piece.options
-    size = _chunk_size(piece)
-    columns = {"g": piece.g, "d": piece.d, "x": piece.x}
-    if piece.v is not None:
-        columns["v"] = piece.v
+def _chunks(shard: LocalShard, scratch: Scratch) -> Iterator[_Chunk]:
+    """Walk the shard. Low-precision tensors are copied to scratch, g also where a sign or a decay is folded in."""
+    dtype, o = shard.compute_dtype, shard.options
+    size = _chunk_size(shard)
+    columns = {"g": shard.g, "d": shard.d, "x": shard.x}
+    if shard.v is not None:
+        columns["v"] = shard.v
     split = {name: torch.split(flat(tensor), size) for name, tensor in columns.items()}
-    for k in range(-(-piece.x.numel() // size)):
+    for k in range(-(-shard.x.numel() // size)):
         stored = {name: parts[k] for name, parts in split.items()}
         numel = stored["x"].numel()
         work = {n: t if t.dtype == dtype else scratch.take(n, dtype, numel).copy_(t) for n, t in stored.items()}

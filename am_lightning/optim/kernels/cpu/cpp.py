@@ -10,59 +10,63 @@ import torch
 from torch import Tensor
 
 from am_lightning.optim.kernels.cpu.build import Library, load_library
-from am_lightning.optim.kernels.inputs import Numbers, Piece, is_addressable, is_flat
+from am_lightning.optim.kernels.inputs import Coefficients, LocalShard, is_addressable, is_flat
+from am_lightning.optim.kernels.workspace import Workspace
 
-# As in cpu_loop.cpp.
+# As in kernels.cpp.
 _KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_COLUMNS = ("gap", "root", "floor", "lr", "shrink", "step", "omega")
+_COLUMNS = ("one_plus_k", "c_root", "c_eps", "lr", "decay_factor", "step", "omega")
 
 
-def supports(piece: Piece) -> bool:
-    """Whether the loop can do a row: it walks the storage, has a second moment and no coupled decay."""
-    if piece.v is None or piece.options.l2:
+def supports(shard: LocalShard) -> bool:
+    """Whether the loop can do a shard: it walks the storage, has a second moment and no coupled decay."""
+    if shard.v is None or shard.options.l2:
         return False
-    tensors = (piece.x, piece.g, piece.d, piece.v)
+    tensors = shard.tensors()
     return is_flat(tensors) and is_addressable(tensors) and {tensor.dtype for tensor in tensors} <= _KINDS.keys()
 
 
-class LoopPasses:
-    """Both passes of one step over pieces that ``supports`` has accepted, all on the CPU."""
+class CppPasses:
+    """Both passes over shards that ``supports`` has accepted."""
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
+    def __init__(self, shards: Sequence[LocalShard], workspace: Workspace | None = None) -> None:
         self._library: Library = load_library()
-        self._count = len(pieces)
-        self._held = pieces  # the table below has addresses only
-        table: list[int] = []
+        self._shards = shards
+        facts: list[int] = []
         options: list[float] = []
-        for piece in pieces:
-            x, g, d, v = piece.x, piece.g, piece.d, piece.v
-            assert v is not None
-            table += [
-                x.data_ptr(), g.data_ptr(), d.data_ptr(), v.data_ptr(), x.numel(), piece.row,
-                _KINDS[x.dtype], _KINDS[g.dtype], _KINDS[d.dtype], _KINDS[v.dtype], piece.options.maximize,
-            ]  # fmt: skip
-            options += [piece.options.beta2, piece.options.lambd, piece.options.mu]
-        self._pieces, self._options = array("q", table), array("d", options)
+        for shard in shards:
+            assert shard.v is not None
+            kinds = [_KINDS[tensor.dtype] for tensor in (shard.x, shard.g, shard.d, shard.v)]
+            facts += [shard.x.numel(), shard.row, *kinds, shard.options.maximize]
+            options += [shard.options.beta2, shard.options.lambd, shard.options.mu]
+        self._facts, self._options = array("q", facts), array("d", options)
 
-    def sums(self, numbers: Numbers, accumulate: torch.dtype) -> Tensor:
-        """Pass 1, which only reads: ``[pieces, 2]``, N and D."""
-        out = torch.empty(self._count, 2, dtype=torch.float64, device="cpu")
-        self._call(self._library.sums, numbers, out)
+    def sums(self, coefficients: Coefficients, accumulate: torch.dtype) -> Tensor:
+        """Pass 1, which only reads: ``[shards, 2]``, N and D."""
+        out = torch.empty(len(self._shards), 2, dtype=torch.float64, device="cpu")
+        self._call(self._library.sums, coefficients, out)
         return out.to(accumulate)
 
-    def update(self, numbers: Numbers, counts: Tensor) -> None:
-        """Pass 2, which writes d, v and x of the rows where ``counts`` (``[rows]`` bool) is True."""
-        self._call(self._library.update, numbers, counts.to("cpu").contiguous())
+    def update(self, coefficients: Coefficients, active: Tensor) -> None:
+        """Pass 2, which writes d, v and x of the rows where ``active`` (``[rows]`` bool) is True."""
+        self._call(self._library.update, coefficients, active.to("cpu").contiguous())
 
-    def _call(self, function: Callable[..., None], numbers: Numbers, last: Tensor) -> None:
-        columns = [numbers.columns.get(name) for name in _COLUMNS]
-        known = next(column for column in columns if column is not None)
-        filled = [torch.zeros_like(known) if column is None else column for column in columns]
-        table = torch.stack(filled, 1).to("cpu", torch.float64)
-        addresses = (self._pieces.buffer_info()[0], self._options.buffer_info()[0], table.data_ptr())
+    def _call(self, function: Callable[..., None], coefficients: Coefficients, last: Tensor) -> None:
+        columns = [coefficients.columns.get(name) for name in _COLUMNS]
+        nothing = torch.zeros_like(coefficients.columns["lr"])
+        table = torch.stack([nothing if column is None else column for column in columns], 1)
+        table = table.to("cpu", torch.float64)
+        shards = self._shards
+        addresses = array("q", [shard.x.data_ptr() for shard in shards])
+        addresses.extend([shard.g.data_ptr() for shard in shards])
+        addresses.extend([shard.d.data_ptr() for shard in shards])
+        addresses.extend([shard.v.data_ptr() for shard in shards])  # type: ignore[union-attr]
         function(
-            *(ctypes.c_void_p(address) for address in addresses),
-            ctypes.c_int64(self._count),
+            ctypes.c_void_p(self._facts.buffer_info()[0]),
+            ctypes.c_void_p(addresses.buffer_info()[0]),
+            ctypes.c_void_p(self._options.buffer_info()[0]),
+            ctypes.c_void_p(table.data_ptr()),
+            ctypes.c_int64(len(shards)),
             ctypes.c_int(torch.get_num_threads()),
             ctypes.c_void_p(last.data_ptr()),
         )

@@ -4,9 +4,9 @@
 // of the blocks, so the result does not depend on the number of threads. Within a block, tiles of TILE elements are
 // summed in the working precision (float32, or float64 for float64 parameters).
 //
-//   v' = v + (1 - beta2) (g^2 - v)     P = root sqrt(v') + floor     q = 1 + lambda P
-//   N = sum (d - gap g) (d / P + mu x)                               D = sum (d - g)^2 / (P q)
-//   d' = d + omega (g - d) / q         x' = shrink x - lr d' / P
+//   v' = v + (1 - beta2) (g^2 - v)     P = c_root sqrt(v') + c_eps     q = 1 + lambda P
+//   N = sum (d - one_plus_k g) (d / P + mu x)                        D = sum (d - g)^2 / (P q)
+//   d' = d + omega (g - d) / q         x' = decay_factor x - lr d' / P
 
 #include <algorithm>
 #include <cmath>
@@ -21,18 +21,24 @@ constexpr int64_t BLOCK = 16384, TILE = 1024;
 
 enum Kind : int64_t { F32 = 0, F64 = 1, BF16 = 2, F16 = 3 };
 
-struct Piece {
-  void *x, *g, *d, *v;
+struct Facts {  // of one tensor, the same in every step
   int64_t numel, row, x_kind, g_kind, d_kind, v_kind, maximize;
 };
-struct Options {
+struct LocalShard : Facts {
+  void *x, *g, *d, *v;
+  // addresses: [4, count], x, g, d and v of every tensor
+  LocalShard(const Facts* facts, void* const* addresses, int64_t count, int64_t i)
+      : Facts(facts[i]), x(addresses[i]), g(addresses[count + i]), d(addresses[2 * count + i]),
+        v(addresses[3 * count + i]) {}
+};
+struct GroupOptions {
   double beta2, lambd, mu;
 };
-struct Numbers {  // of one row
-  double gap, root, floor, lr, shrink, step, omega;
+struct Coefficients {  // of one row
+  double one_plus_k, c_root, c_eps, lr, decay_factor, step, omega;
 };
 struct Block {
-  int64_t piece, begin, end;
+  int64_t shard, begin, end;
 };
 
 inline uint32_t bits_of(float value) {
@@ -148,18 +154,18 @@ C too_large_for(int64_t kind) {
 
 template <class C>
 struct Constants {
-  C rate, root, base, lambd, mu, gap, omega, lr, shrink, too_large;
-  Constants(const Piece& p, const Options& o, const Numbers& s)
-      : rate(C(1 - o.beta2)), root(C(s.root)), base(C(s.floor)), lambd(C(o.lambd)), mu(C(o.mu)), gap(C(s.gap)),
-        omega(C(s.omega)), lr(C(s.lr)), shrink(C(s.shrink)), too_large(too_large_for<C>(p.v_kind)) {}
+  C rate, c_root, c_eps, lambd, mu, one_plus_k, omega, lr, decay_factor, too_large;
+  Constants(const LocalShard& p, const GroupOptions& o, const Coefficients& s)
+      : rate(C(1 - o.beta2)), c_root(C(s.c_root)), c_eps(C(s.c_eps)), lambd(C(o.lambd)), mu(C(o.mu)),
+        one_plus_k(C(s.one_plus_k)), omega(C(s.omega)), lr(C(s.lr)), decay_factor(C(s.decay_factor)), too_large(too_large_for<C>(p.v_kind)) {}
 };
 
 template <class C>
-struct Metric {
+struct Precond {
   C second, P, q, M;  // M = 1 / (P q): one division serves 1 / P = M q and 1 / q = M P
-  Metric(C g, C v, const Constants<C>& k) {
+  Precond(C g, C v, const Constants<C>& k) {
     second = v + k.rate * (g * g - v);
-    P = k.root * std::sqrt(second) + k.base;
+    P = k.c_root * std::sqrt(second) + k.c_eps;
     q = 1 + k.lambd * P;
     M = 1 / (P * q);
   }
@@ -167,35 +173,35 @@ struct Metric {
 
 template <class C, bool decays>
 inline void add_terms(C g, C d, C v, C x, const Constants<C>& k, C& num, C& den) {
-  Metric<C> m(g, v, k);
+  Precond<C> m(g, v, k);
   C diff = d - g, slope = d * (m.M * m.q);
   if (decays) slope += k.mu * x;
-  num += (d - k.gap * g) * slope;
+  num += (d - k.one_plus_k * g) * slope;
   den += m.second < k.too_large ? diff * (diff * m.M) : std::numeric_limits<C>::quiet_NaN();  // v' does not fit
 }
 
 template <class C>
 inline void advance(C g, C& d, C& v, C& x, const Constants<C>& k) {
-  Metric<C> m(g, v, k);
+  Precond<C> m(g, v, k);
   v = m.second;
   d += k.omega * (g - d) * (m.M * m.P);
-  x = k.shrink * x - k.lr * (d * (m.M * m.q));
+  x = k.decay_factor * x - k.lr * (d * (m.M * m.q));
 }
 
 template <class C, Kind native>
-void block_sums(const Piece& piece, const Options& o, const Numbers& s, const Block& block, double* out) {
+void block_sums(const LocalShard& shard, const GroupOptions& o, const Coefficients& s, const Block& block, double* out) {
   alignas(64) C sg[TILE], sd[TILE], sv[TILE], sx[TILE];
-  const Constants<C> k(piece, o, s);
+  const Constants<C> k(shard, o, s);
   double num = 0, den = 0;
   for (int64_t first = block.begin; first < block.end; first += TILE) {
     const int64_t n = std::min(TILE, block.end - first);
-    const C* g = tile<C, native>(piece.g, piece.g_kind, first, n, sg);
-    const C* d = tile<C, native>(piece.d, piece.d_kind, first, n, sd);
-    const C* v = tile<C, native>(piece.v, piece.v_kind, first, n, sv);
-    if (piece.maximize) g = negated(g, n, sg);
+    const C* g = tile<C, native>(shard.g, shard.g_kind, first, n, sg);
+    const C* d = tile<C, native>(shard.d, shard.d_kind, first, n, sd);
+    const C* v = tile<C, native>(shard.v, shard.v_kind, first, n, sv);
+    if (shard.maximize) g = negated(g, n, sg);
     C tile_num = 0, tile_den = 0;
     if (o.mu != 0) {
-      const C* x = tile<C, native>(piece.x, piece.x_kind, first, n, sx);
+      const C* x = tile<C, native>(shard.x, shard.x_kind, first, n, sx);
 #pragma omp simd reduction(+ : tile_num, tile_den)
       for (int64_t i = 0; i < n; i++) add_terms<C, true>(g[i], d[i], v[i], x[i], k, tile_num, tile_den);
     } else {
@@ -210,35 +216,35 @@ void block_sums(const Piece& piece, const Options& o, const Numbers& s, const Bl
 }
 
 template <class C, Kind native>
-void block_update(const Piece& piece, const Options& o, const Numbers& s, const Block& block) {
+void block_update(const LocalShard& shard, const GroupOptions& o, const Coefficients& s, const Block& block) {
   alignas(64) C sg[TILE], sd[TILE], sv[TILE], sx[TILE];
-  const Constants<C> k(piece, o, s);
-  const bool stochastic = piece.d_kind == BF16 && piece.x_kind == F32;
-  const uint32_t seed = mix(uint32_t(int64_t(s.step)) + 0x9e3779b9u * uint32_t(piece.row + 1));
+  const Constants<C> k(shard, o, s);
+  const bool stochastic = shard.d_kind == BF16 && shard.x_kind == F32;
+  const uint32_t seed = mix(uint32_t(int64_t(s.step)) + 0x9e3779b9u * uint32_t(shard.row + 1));
   for (int64_t first = block.begin; first < block.end; first += TILE) {
     const int64_t n = std::min(TILE, block.end - first);
-    const C* g = tile<C, native>(piece.g, piece.g_kind, first, n, sg);
-    C* d = tile<C, native>(piece.d, piece.d_kind, first, n, sd);
-    C* v = tile<C, native>(piece.v, piece.v_kind, first, n, sv);
-    C* x = tile<C, native>(piece.x, piece.x_kind, first, n, sx);
-    if (piece.maximize) g = negated(g, n, sg);
+    const C* g = tile<C, native>(shard.g, shard.g_kind, first, n, sg);
+    C* d = tile<C, native>(shard.d, shard.d_kind, first, n, sd);
+    C* v = tile<C, native>(shard.v, shard.v_kind, first, n, sv);
+    C* x = tile<C, native>(shard.x, shard.x_kind, first, n, sx);
+    if (shard.maximize) g = negated(g, n, sg);
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) advance(g[i], d[i], v[i], x[i], k);
     if constexpr (native == F32) {
-      if (stochastic) store_stochastic(static_cast<uint16_t*>(piece.d) + first, d, n, first, seed);
+      if (stochastic) store_stochastic(static_cast<uint16_t*>(shard.d) + first, d, n, first, seed);
     }
-    if (!stochastic) store<C, native>(piece.d, piece.d_kind, first, n, d);
-    store<C, native>(piece.v, piece.v_kind, first, n, v);
-    store<C, native>(piece.x, piece.x_kind, first, n, x);
+    if (!stochastic) store<C, native>(shard.d, shard.d_kind, first, n, d);
+    store<C, native>(shard.v, shard.v_kind, first, n, v);
+    store<C, native>(shard.x, shard.x_kind, first, n, x);
   }
 }
 
-std::vector<Block> cut(const Piece* pieces, int64_t count, const uint8_t* counts) {
+std::vector<Block> cut(const Facts* facts, int64_t count, const uint8_t* active) {
   std::vector<Block> blocks;
   for (int64_t p = 0; p < count; p++) {
-    if (counts && !counts[pieces[p].row]) continue;
-    for (int64_t begin = 0; begin < pieces[p].numel; begin += BLOCK)
-      blocks.push_back({p, begin, std::min(begin + BLOCK, pieces[p].numel)});
+    if (active && !active[facts[p].row]) continue;
+    for (int64_t begin = 0; begin < facts[p].numel; begin += BLOCK)
+      blocks.push_back({p, begin, std::min(begin + BLOCK, facts[p].numel)});
   }
   return blocks;
 }
@@ -255,41 +261,42 @@ int am_has_openmp() {
 #endif
 }
 
-// out: [count, 2], N and D of each piece. numbers: [rows].
-void am_sums(const Piece* pieces, const Options* options, const Numbers* numbers, int64_t count, int threads, double* out) {
-  const std::vector<Block> blocks = cut(pieces, count, nullptr);
+// out: [count, 2], N and D of each shard. coefficients: [rows].
+void am_sums(const Facts* facts, void* const* addresses, const GroupOptions* options, const Coefficients* coefficients,
+             int64_t count, int threads, double* out) {
+  const std::vector<Block> blocks = cut(facts, count, nullptr);
   const int64_t total = int64_t(blocks.size());
   std::vector<double> partial(2 * total);
 #pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (total > 1 && threads > 1)
   for (int64_t b = 0; b < total; b++) {
-    const Piece& piece = pieces[blocks[b].piece];
-    const Options& o = options[blocks[b].piece];
-    if (piece.x_kind == F64)
-      block_sums<double, F64>(piece, o, numbers[piece.row], blocks[b], &partial[2 * b]);
+    const LocalShard shard(facts, addresses, count, blocks[b].shard);
+    const GroupOptions& o = options[blocks[b].shard];
+    if (shard.x_kind == F64)
+      block_sums<double, F64>(shard, o, coefficients[shard.row], blocks[b], &partial[2 * b]);
     else
-      block_sums<float, F32>(piece, o, numbers[piece.row], blocks[b], &partial[2 * b]);
+      block_sums<float, F32>(shard, o, coefficients[shard.row], blocks[b], &partial[2 * b]);
   }
   std::fill(out, out + 2 * count, 0.0);
   for (int64_t b = 0; b < total; b++) {
-    out[2 * blocks[b].piece] += partial[2 * b];
-    out[2 * blocks[b].piece + 1] += partial[2 * b + 1];
+    out[2 * blocks[b].shard] += partial[2 * b];
+    out[2 * blocks[b].shard + 1] += partial[2 * b + 1];
   }
 }
 
-// Writes the pieces whose row counts. Backwards: what pass 1 read last is still in the cache.
-void am_update(const Piece* pieces, const Options* options, const Numbers* numbers, int64_t count, int threads,
-               const uint8_t* counts) {
-  const std::vector<Block> blocks = cut(pieces, count, counts);
+// Writes the shards of active rows. Backwards: what pass 1 read last is still in the cache.
+void am_update(const Facts* facts, void* const* addresses, const GroupOptions* options,
+               const Coefficients* coefficients, int64_t count, int threads, const uint8_t* active) {
+  const std::vector<Block> blocks = cut(facts, count, active);
   const int64_t total = int64_t(blocks.size());
 #pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (total > 1 && threads > 1)
   for (int64_t k = 0; k < total; k++) {
     const Block& block = blocks[total - 1 - k];
-    const Piece& piece = pieces[block.piece];
-    const Options& o = options[block.piece];
-    if (piece.x_kind == F64)
-      block_update<double, F64>(piece, o, numbers[piece.row], block);
+    const LocalShard shard(facts, addresses, count, block.shard);
+    const GroupOptions& o = options[block.shard];
+    if (shard.x_kind == F64)
+      block_update<double, F64>(shard, o, coefficients[shard.row], block);
     else
-      block_update<float, F32>(piece, o, numbers[piece.row], block);
+      block_update<float, F32>(shard, o, coefficients[shard.row], block);
   }
 }
 }

@@ -1,4 +1,4 @@
-"""Whether the Triton kernels work on a device: they build, launch, and give the plain kernels' numbers."""
+"""Whether the Triton kernels work on a device: they build, launch, and give the plain kernels' coefficients."""
 
 from __future__ import annotations
 
@@ -10,16 +10,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from am_lightning.optim.closed_form import Sums, bias_correction, decide, gap_factor
-from am_lightning.optim.kernels import single_tensor as reference
-from am_lightning.optim.kernels.inputs import Clip, Numbers, Options, Piece
-from am_lightning.optim.kernels.triton.launch import DTYPES, Tables, TritonPasses, require_triton
+from am_lightning.optim.closed_form import Sums, bias_correction, decide, loss_gap_factor
+from am_lightning.optim.kernels.inputs import Coefficients, GradientClip, GroupOptions, LocalShard
+from am_lightning.optim.kernels.single_tensor import SingleTensorPasses
+from am_lightning.optim.kernels.triton.launch import DTYPES, TritonPasses, require_triton
 from am_lightning.optim.kernels.triton.row_launch import RowKernels
+from am_lightning.optim.kernels.workspace import Workspace
 from am_lightning.optim.validation import SCOPES
 
 _F64 = torch.float64
 _SIZES = (1, 1000, 8192 + 333)  # one element, a masked block, a full chunk and the beginning of another
-_NUMBERS = {"gap": 1.9, "root": 0.8, "floor": 1e-8, "lr": 0.01, "shrink": 0.999, "omega": 0.4, "step": 3.0}
+_NUMBERS = {
+    "one_plus_k": 1.9,
+    "c_root": 0.8,
+    "c_eps": 1e-8,
+    "lr": 0.01,
+    "decay_factor": 0.999,
+    "omega": 0.4,
+    "step": 3.0,
+}
 
 
 class Kind(NamedTuple):
@@ -28,16 +37,6 @@ class Kind(NamedTuple):
     device: torch.device
     dtype: torch.dtype = torch.float32
     direction: torch.dtype = torch.float32
-
-
-def require_launch(kind: Kind) -> None:
-    """Raise where the kernels do not work.
-
-    Raises:
-        RuntimeError: the reason, and what to install.
-    """
-    if reason := why_not(kind):
-        raise RuntimeError(f"fused=True on a GPU needs Triton kernels, but {reason}, or use fused=None")
 
 
 @functools.cache
@@ -72,21 +71,22 @@ def why_not(kind: Kind) -> str:
 @torch.no_grad()
 def _difference(kind: Kind) -> str:
     """Both passes of a made-up step beside the plain kernels on the same device."""
-    pieces = _pieces(kind)
-    plain = copy.deepcopy(pieces)
-    count = len(pieces)
-    numbers = Numbers({k: torch.full((count,), v, device=kind.device).double() for k, v in _NUMBERS.items()})
+    shards = _shards(kind)
+    plain = copy.deepcopy(shards)
+    count = len(shards)
+    coefficients = Coefficients({k: torch.full((count,), v, device=kind.device).double() for k, v in _NUMBERS.items()})
     host = torch.ones(count, dtype=torch.bool, device="cpu")
     host[1] = False  # a row that is not to be written
-    counts = host.to(kind.device)
-    passes = TritonPasses(pieces, Tables())
-    sums = passes.sums(numbers, _F64)
-    passes.update(numbers, counts)
-    expected = torch.stack(reference.sums(plain, numbers, _F64))
-    reference.update(plain, numbers, list(counts.unbind()))
+    active = host.to(kind.device)
+    passes = TritonPasses(shards, Workspace())
+    sums = passes.sums(coefficients, _F64)
+    passes.update(coefficients, active)
+    plain_passes = SingleTensorPasses(plain)
+    expected = plain_passes.sums(coefficients, _F64)
+    plain_passes.update(coefficients, active)
     found = {"the sums": _largest_error([sums], [expected], 1e-4), "beta_t": (_error_of_rows(kind.device), 1e-6)}
     for name in ("d", "v", "x"):
-        ours, theirs = ([getattr(piece, name) for piece in each] for each in (pieces, plain))
+        ours, theirs = ([getattr(shard, name) for shard in each] for each in (shards, plain))
         found[name] = _largest_error(ours, theirs, 1e-5 + 2 * torch.finfo(ours[0].dtype).eps)
     wrong = [f"{name} by {error:.1e}" for name, (error, limit) in found.items() if not error <= limit]
     if not wrong:
@@ -103,11 +103,11 @@ def _error_of_rows(device: torch.device) -> float:
     sums = _on_host([[0.04, 0.1], [0.3, 0.4], [0.1, 0.2]])
     step, beta_prod, _, prev_lr = states.double()
     c = bias_correction(cap, beta_prod)
-    gap, root = 1 + gap_factor(lr, prev_lr, mu), c / (1 - beta2 ** (step + 1)).sqrt()
+    one_plus_k, c_root = 1 + loss_gap_factor(lr, prev_lr, mu), c / (1 - beta2 ** (step + 1)).sqrt()
     ours, theirs = [], []
     for scope in SCOPES:
         kernels, table = RowKernels(sizes, scope, device), states.to(device, copy=True)
-        clip = Clip(torch.tensor(2.0, dtype=_F64, device=device), 0.5)
+        clip = GradientClip(torch.tensor(2.0, dtype=_F64, device=device), 0.5)
         found = kernels.coefficients(table, options, torch.ones(3, dtype=_F64, device=device), clip)
         packed = torch.cat([sums.to(device), found.tail], 1)
         record = torch.zeros(4, dtype=torch.int64, device=device)
@@ -116,7 +116,7 @@ def _error_of_rows(device: torch.device) -> float:
             Sums.unpack(packed.cpu()), cap=cap, lr=lr, scope=scope, sizes=sizes, first_takes_cap=True, nonfinite="skip"
         ).beta
         ours += [found.columns, omega, table, found.factor]
-        theirs += [torch.stack([cap, lr, gap, root, c * eps, 1 - mu * lr, step]), 1 - beta]
+        theirs += [torch.stack([cap, lr, one_plus_k, c_root, c * eps, 1 - mu * lr, step]), 1 - beta]
         theirs += [torch.stack([step + 1, beta_prod * beta, beta, lr]), clip.factor()]
     pairs = zip(ours, theirs, strict=True)
     return float(torch.stack([(a.cpu() - b.cpu()).abs().max() for a, b in pairs if a is not None]).max())
@@ -126,7 +126,7 @@ def _on_host(rows: list[list[float]]) -> Tensor:
     return torch.tensor(rows, dtype=_F64, device="cpu")
 
 
-def _pieces(kind: Kind) -> list[Piece]:
+def _shards(kind: Kind) -> list[LocalShard]:
     """Without a random generator, whose state is the user's; all with one sign of d and g, so that no sum cancels."""
     result = []
     for row, size in enumerate(_SIZES):
@@ -134,7 +134,7 @@ def _pieces(kind: Kind) -> list[Piece]:
         g, d, v, x = 1.5 + 0.4 * wave, 1.2 - 0.3 * wave, 1.0 + 0.5 * wave, 2.0 + wave
         dtypes = (kind.dtype, kind.direction, kind.dtype, kind.dtype)
         g, d, v, x = (t.to(kind.device, dtype) for t, dtype in zip((g, d, v, x), dtypes, strict=True))
-        result.append(Piece(row, x, g, d, v, Options(0.9, 0.1, 0.05, 0.0, False)))
+        result.append(LocalShard(row, x, g, d, v, GroupOptions(0.9, 0.1, 0.05, 0.0, False)))
     return result
 
 

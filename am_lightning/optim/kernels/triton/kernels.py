@@ -65,27 +65,29 @@ def _root(x):
 
 
 @triton.jit
-def _metric(g, v, beta2, rest, root, floor):
+def _precond(g, v, beta2, rest, c_root, c_eps):
     """v' and P = c_t (sqrt(v' / (1 - beta2^t)) + eps)."""
     v = beta2 * v + rest * (g * g)
-    return v, root * _root(v) + floor
+    return v, c_root * _root(v) + c_eps
 
 
 @triton.jit
-def _terms(g, d, v, x, beta2, rest, lambd, mu, root, floor, gap, DECAYS: tl.constexpr, TOO_LARGE: tl.constexpr):
+def _terms(
+    g, d, v, x, beta2, rest, lambd, mu, c_root, c_eps, one_plus_k, DECAYS: tl.constexpr, TOO_LARGE: tl.constexpr
+):
     """One element's (d - (1 + k) g) (d / P + mu x) and (d - g)^2 / (P q), nan where v' does not fit in its dtype."""
-    second, metric = _metric(g, v, beta2, rest, root, floor)
-    slope = d / metric
+    second, precond = _precond(g, v, beta2, rest, c_root, c_eps)
+    slope = d / precond
     if DECAYS:
         slope += mu * x
     difference = d - g
-    den = difference * (difference / (metric * (1 + lambd * metric)))
-    return (d - gap * g) * slope, tl.where(second < TOO_LARGE, den, float("nan"))
+    den = difference * (difference / (precond * (1 + lambd * precond)))
+    return (d - one_plus_k * g) * slope, tl.where(second < TOO_LARGE, den, float("nan"))
 
 
 @triton.jit
 def sums_kernel(
-    pointers, chunks, tensors, options, gap, root, floor, grad_scale, partial,
+    pointers, chunks, tensors, options, one_plus_k_at, c_root_at, c_eps_at, grad_scale, partial,
     G: tl.constexpr, D: tl.constexpr, V: tl.constexpr, X: tl.constexpr, COMPUTE: tl.constexpr,
     ALIGNED_G: tl.constexpr, ALIGNED_STATE: tl.constexpr, ALIGNED_X: tl.constexpr,
     DECAYS: tl.constexpr, TOO_LARGE: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
@@ -97,8 +99,8 @@ def sums_kernel(
     v, x = _operand(pointers, t, start, 2, V, ALIGNED_STATE), _operand(pointers, t, start, 3, X, ALIGNED_X)
     beta2, rest, lambd, mu, sign = _options(options, t, COMPUTE)
     sign = _scaled(sign, grad_scale, COMPUTE)
-    one_plus_k = _number(gap, row, COMPUTE)
-    c_root, c_eps = _number(root, row, COMPUTE), _number(floor, row, COMPUTE)
+    one_plus_k = _number(one_plus_k_at, row, COMPUTE)
+    c_root, c_eps = _number(c_root_at, row, COMPUTE), _number(c_eps_at, row, COMPUTE)
     num, den = tl.zeros((BLOCK,), COMPUTE), tl.zeros((BLOCK,), COMPUTE)
     lanes = tl.arange(0, BLOCK)
     weights = tl.zeros((BLOCK,), COMPUTE)
@@ -146,11 +148,11 @@ def reduce_kernel(partial, first_chunk, tensors, sums, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _stepped(g, d, v, x, beta2, rest, lambd, root, floor, omega, lr, shrink):
+def _stepped(g, d, v, x, beta2, rest, lambd, c_root, c_eps, omega, lr, decay_factor):
     """d' = d + omega (g - d) / q,  x' = (1 - mu eta) x - eta d' / P,  v'."""
-    v, metric = _metric(g, v, beta2, rest, root, floor)
-    d += omega * (g - d) / (1 + lambd * metric)
-    return d, v, shrink * x - lr * d / metric
+    v, precond = _precond(g, v, beta2, rest, c_root, c_eps)
+    d += omega * (g - d) / (1 + lambd * precond)
+    return d, v, decay_factor * x - lr * d / precond
 
 
 @triton.jit
@@ -183,21 +185,22 @@ def _round(value, index, seed, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
 
 @triton.jit
 def update_kernel(
-    pointers, chunks, tensors, options, root, floor, lr, shrink, omega, counts, steps, grad_scale,
+    pointers, chunks, tensors, options, c_root_at, c_eps_at, lr_at, decay_factor_at, omega_at, active, steps, grad_scale,
     G: tl.constexpr, D: tl.constexpr, V: tl.constexpr, X: tl.constexpr, COMPUTE: tl.constexpr,
     ALIGNED_G: tl.constexpr, ALIGNED_STATE: tl.constexpr, ALIGNED_X: tl.constexpr,
     STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Pass 2, which writes d, v and x of one chunk, if its row counts: decided here, and then nothing is touched."""
+    """Pass 2, which writes d, v and x of one chunk, if its row is active: decided here, and then nothing is touched."""
     chunk = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: what pass 1 read last may still be in the cache
     t, start, n, row = _chunk(chunks, tensors, chunk, BLOCK * BLOCKS)
-    if tl.load(counts + row) != 0:
+    if tl.load(active + row) != 0:
         g, d = _operand(pointers, t, start, 0, G, ALIGNED_G), _operand(pointers, t, start, 1, D, ALIGNED_STATE)
         v, x = _operand(pointers, t, start, 2, V, ALIGNED_STATE), _operand(pointers, t, start, 3, X, ALIGNED_X)
         beta2, rest, lambd, _, sign = _options(options, t, COMPUTE)
         sign = _scaled(sign, grad_scale, COMPUTE)
-        c_root, c_eps = _number(root, row, COMPUTE), _number(floor, row, COMPUTE)
-        weight, eta, keep = _number(omega, row, COMPUTE), _number(lr, row, COMPUTE), _number(shrink, row, COMPUTE)
+        c_root, c_eps = _number(c_root_at, row, COMPUTE), _number(c_eps_at, row, COMPUTE)
+        omega, lr = _number(omega_at, row, COMPUTE), _number(lr_at, row, COMPUTE)
+        decay_factor = _number(decay_factor_at, row, COMPUTE)
         seed = _seed(steps, row) if STOCHASTIC else 0
         lanes = tl.arange(0, BLOCK)
         if n >= BLOCK * BLOCKS:
@@ -206,7 +209,7 @@ def update_kernel(
                 new_d, new_v, new_x = _stepped(
                     sign * tl.load(g + o).to(COMPUTE), tl.load(d + o).to(COMPUTE),
                     tl.load(v + o).to(COMPUTE), tl.load(x + o).to(COMPUTE),
-                    beta2, rest, lambd, c_root, c_eps, weight, eta, keep,
+                    beta2, rest, lambd, c_root, c_eps, omega, lr, decay_factor,
                 )  # fmt: skip
                 tl.store(v + o, new_v.to(V))
                 tl.store(d + o, _round(new_d, start + o, seed, D, STOCHASTIC))
@@ -218,7 +221,7 @@ def update_kernel(
                 new_d, new_v, new_x = _stepped(
                     sign * tl.load(g + o, inside, 0.0).to(COMPUTE), tl.load(d + o, inside, 0.0).to(COMPUTE),
                     tl.load(v + o, inside, 0.0).to(COMPUTE), tl.load(x + o, inside, 0.0).to(COMPUTE),
-                    beta2, rest, lambd, c_root, c_eps, weight, eta, keep,
+                    beta2, rest, lambd, c_root, c_eps, omega, lr, decay_factor,
                 )  # fmt: skip
                 tl.store(v + o, new_v.to(V), inside)
                 tl.store(d + o, _round(new_d, start + o, seed, D, STOCHASTIC), inside)

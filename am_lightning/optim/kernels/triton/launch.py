@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from am_lightning.optim.kernels.inputs import Numbers, Piece, is_addressable, is_flat, too_large
+from am_lightning.optim.kernels.inputs import Coefficients, LocalShard, is_addressable, is_flat, too_large
 from am_lightning.optim.kernels.transfer import moved
-from am_lightning.optim.kernels.triton.tables import BLOCK, BLOCKS, Kind, Tables
+from am_lightning.optim.kernels.triton.tables import BLOCK, BLOCKS, Kind, Prepared, Tables
+from am_lightning.optim.kernels.workspace import Workspace
 
 __all__ = ["DTYPES", "LAUNCH_OPTIONS", "Tables", "TritonPasses", "current", "require_triton", "supports"]
 
@@ -37,49 +38,51 @@ def require_triton() -> Any:
     return triton_kernels
 
 
-def supports(piece: Piece) -> bool:
-    """Whether these kernels can do a row; others go through another tier.
+def supports(shard: LocalShard) -> bool:
+    """Whether these kernels can do a row; others go to the next kernel.
 
     They walk the storage, have a second moment, no coupled decay, and compute in float64 where all four tensors are.
     """
-    tensors = piece.tensors()
+    tensors = shard.tensors()
     dtypes = {tensor.dtype for tensor in tensors}
-    plain = piece.v is not None and not piece.options.l2 and is_flat(tensors) and is_addressable(tensors)
+    plain = shard.v is not None and not shard.options.l2 and is_flat(tensors) and is_addressable(tensors)
     return plain and dtypes <= DTYPES.keys() and (torch.float64 not in dtypes or len(dtypes) == 1)
 
 
 class TritonPasses:
-    """Both passes of one step over pieces that ``supports`` has accepted, on one device or several."""
+    """Both passes over shards that ``supports`` has accepted, on one device or several.
 
-    def __init__(self, pieces: Sequence[Piece], tables: Tables, gradient_scale: Tensor | None = None) -> None:
-        """``gradient_scale``: 0-dim; gradients are multiplied by it in registers."""
-        self._gradient_scale = gradient_scale
-        self._pieces = pieces  # the tables hold addresses, and some gradients are copies that nobody else holds
-        self._device = pieces[0].x.device
-        self._groups = tables.prepare(pieces)
+    Gradients are multiplied by the workspace's ``gradient_factor`` in registers.
+    """
+
+    def __init__(self, shards: Sequence[LocalShard], workspace: Workspace) -> None:
+        self._shards, self._workspace = shards, workspace
+        self._device = shards[0].x.device
+        self._groups: list[Prepared] = []
         self._kernels = require_triton()
 
-    def sums(self, numbers: Numbers, accumulate: torch.dtype) -> Tensor:
-        """Pass 1, which only reads: ``[pieces, 2]``, N and D, on the device of the first piece.
+    def sums(self, coefficients: Coefficients, accumulate: torch.dtype) -> Tensor:
+        """Pass 1, which only reads: ``[shards, 2]``, N and D, on the device of the first shard.
 
         Args:
-            numbers: ``gap``, ``root`` and ``floor`` are read on the device.
+            coefficients: ``one_plus_k``, ``c_root`` and ``c_eps`` are read on the device.
             accumulate: dtype of the result; the kernels sum in float64.
         """
+        self._groups = self._workspace.keep(Tables).prepare(self._shards)
         parts: dict[torch.device, Tensor] = {}
         alone = len({group.kind.device for group, _, _ in self._groups}) == 1  # then every slot is written
         for group, addresses, options in self._groups:
             kind, device = group.kind, group.kind.device
             if device not in parts:
                 new = torch.empty if alone else torch.zeros
-                parts[device] = new(len(self._pieces), 2, dtype=torch.float64, device=device)
+                parts[device] = new(len(self._shards), 2, dtype=torch.float64, device=device)
             partial = torch.empty(group.chunk_count, 2, dtype=torch.float64, device=device)
-            columns = [_on(numbers.columns[name], device) for name in ("gap", "root", "floor")]
+            columns = [_on(coefficients.columns[name], device) for name in ("one_plus_k", "c_root", "c_eps")]
             with current(device):
                 if group.chunk_count:
                     self._kernels.sums_kernel[(group.chunk_count,)](
                         addresses, group.chunks, group.tensors, options, *columns,
-                        _on(self._gradient_scale, device), partial,
+                        _on(self._workspace.gradient_factor, device), partial,
                         **self._constants(kind), DECAYS=kind.decays, TOO_LARGE=too_large(kind.dtypes[2]), **_LAUNCH,
                     )  # fmt: skip
                 self._kernels.reduce_kernel[(group.size,)](
@@ -90,24 +93,24 @@ class TritonPasses:
             total = total + other  # every slot is filled on one device
         return total.to(accumulate)
 
-    def update(self, numbers: Numbers, counts: Tensor) -> None:
-        """Pass 2, which writes d, v and x of the rows where ``counts`` (``[rows]`` bool, on the device) is True.
+    def update(self, coefficients: Coefficients, active: Tensor) -> None:
+        """Pass 2, which writes d, v and x of the rows where ``active`` (``[rows]`` bool, on the device) is True.
 
         Args:
-            numbers: ``root``, ``floor``, ``lr``, ``shrink``, ``omega`` are read on the device, and ``step`` (the steps
+            coefficients: ``c_root``, ``c_eps``, ``lr``, ``decay_factor``, ``omega`` are read on the device, and ``step`` (the steps
                 that a row has made) where d is rounded stochastically.
         """
         for group, addresses, options in self._groups:
             kind, device = group.kind, group.kind.device
             if not group.chunk_count:
                 continue
-            names = ("root", "floor", "lr", "shrink", "omega")
-            columns = [_on(numbers.columns[name], device) for name in names]
-            steps = _on(numbers.columns["step"], device) if kind.stochastic else None
+            names = ("c_root", "c_eps", "lr", "decay_factor", "omega")
+            columns = [_on(coefficients.columns[name], device) for name in names]
+            steps = _on(coefficients.columns["step"], device) if kind.stochastic else None
             with current(device):
                 self._kernels.update_kernel[(group.chunk_count,)](
                     addresses, group.chunks, group.tensors, options, *columns,
-                    _on(counts.view(torch.uint8), device), steps, _on(self._gradient_scale, device),
+                    _on(active.view(torch.uint8), device), steps, _on(self._workspace.gradient_factor, device),
                     **self._constants(kind), STOCHASTIC=kind.stochastic, **_LAUNCH,
                 )  # fmt: skip
 

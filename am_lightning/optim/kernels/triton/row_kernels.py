@@ -14,9 +14,9 @@ import triton.language as tl
 @triton.jit
 def coefficients_kernel(
     table, options, group_of, present, norm, columns, tail, scale, rows,
-    LARGEST_GAP: tl.constexpr, BLOCK: tl.constexpr,
+    LARGEST_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Before the sums: the numbers that they need, and ``tail`` ``[rows, 2]``, present and first.
+    """Before the sums: the coefficients that they need, and ``tail`` ``[rows, 2]``, present and first.
 
     ``options`` has cap, lr, mu, beta2, eps of every group, then max_norm; the factor of clipping goes to ``scale``.
     """
@@ -33,7 +33,7 @@ def coefficients_kernel(
     power = tl.exp(tl.log(beta2) * (step + 1))  # beta2^t; beta2 = 0 gives exp(-inf)
     tl.store(columns + o, cap, inside)
     tl.store(columns + rows + o, lr, inside)
-    tl.store(columns + 2 * rows + o, 1 + tl.minimum(k, tl.full((), LARGEST_GAP, tl.float64)), inside)
+    tl.store(columns + 2 * rows + o, 1 + tl.minimum(k, tl.full((), LARGEST_K, tl.float64)), inside)
     tl.store(columns + 3 * rows + o, c / tl.sqrt(1 - power), inside)
     tl.store(columns + 4 * rows + o, c * eps, inside)
     tl.store(columns + 5 * rows + o, 1 - mu * lr, inside)
@@ -58,7 +58,7 @@ def _read(packed, o, inside):
 
 @triton.jit
 def decide_kernel(
-    packed, columns, table, bounds, omega, counts, record, skipped, rows, scopes,
+    packed, columns, table, bounds, omega, active, record, skipped, rows, scopes,
     SHARED: tl.constexpr, SKIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """After the sums, one program: 1 - beta_t, which rows count, their new states, and what the step record keeps.
@@ -110,10 +110,10 @@ def decide_kernel(
             if not SKIP:
                 beta = tl.where(lost > 0, cap, beta)
             beta = tl.where(first, cap, beta)
-            active = present & (skip == 0) & ((first & (lr == 0) & still) == 0)
+            takes_part = present & (skip == 0) & ((first & (lr == 0) & still) == 0)
             tl.store(omega + o, 1 - beta, inside)
-            tl.store(counts + o, active.to(tl.uint8), inside)
-            kept = inside & active
+            tl.store(active + o, takes_part.to(tl.uint8), inside)
+            kept = inside & takes_part
             step, beta_prod = tl.load(table + o, kept, 0.0), tl.load(table + rows + o, kept, 0.0)
             tl.store(table + o, step + 1, kept)
             tl.store(table + rows + o, (beta_prod.to(tl.float64) * beta).to(tl.float32), kept)

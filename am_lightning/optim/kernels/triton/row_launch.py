@@ -9,21 +9,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from am_lightning.optim.closed_form import LARGEST_GAP
-from am_lightning.optim.kernels.inputs import Clip, Numbers
+from am_lightning.optim.closed_form import LARGEST_K
+from am_lightning.optim.kernels.inputs import Coefficients, GradientClip
 from am_lightning.optim.kernels.transfer import uploaded
 from am_lightning.optim.kernels.triton.launch import LAUNCH_OPTIONS, current
 from am_lightning.optim.kernels.triton.tables import Following
 
-_NAMES = ("cap", "lr", "gap", "root", "floor", "shrink", "step")
+_NAMES = ("cap", "lr", "one_plus_k", "c_root", "c_eps", "decay_factor", "step")
 _BLOCK = 512
 
 
-class Coefficients(NamedTuple):
+class RowCoefficients(NamedTuple):
     """What is known before the sums."""
 
     columns: Tensor  # [7, rows]
-    numbers: Numbers  # the same by name
+    coefficients: Coefficients  # the same by name
     tail: Tensor  # [rows, 2]: whether there is a gradient here, and whether it is the row's first
     factor: Tensor | None  # 0-dim, of clipping
 
@@ -42,8 +42,8 @@ class RowKernels:
         self._kernels = _kernels()
 
     def coefficients(
-        self, table: Tensor, options: Sequence[Sequence[Any]], present: Tensor, clip: Clip | None
-    ) -> Coefficients:
+        self, table: Tensor, options: Sequence[Sequence[Any]], present: Tensor, clip: GradientClip | None
+    ) -> RowCoefficients:
         """Before the sums.
 
         Args:
@@ -64,9 +64,9 @@ class RowKernels:
         with current(self._device):
             self._kernels.coefficients_kernel[(-(-self._rows // _BLOCK),)](
                 table, values, self._group_of, present, None if clip is None else clip.norm, columns, tail, factor,
-                self._rows, LARGEST_GAP=LARGEST_GAP, BLOCK=_BLOCK, **LAUNCH_OPTIONS,
+                self._rows, LARGEST_K=LARGEST_K, BLOCK=_BLOCK, **LAUNCH_OPTIONS,
             )  # fmt: skip
-        return Coefficients(columns, Numbers(dict(zip(_NAMES, columns.unbind(), strict=True))), tail, factor)
+        return RowCoefficients(columns, Coefficients(dict(zip(_NAMES, columns.unbind(), strict=True))), tail, factor)
 
     def decide(
         self, packed: Tensor, columns: Tensor, table: Tensor, record: Tensor, skipped: Tensor, *, skip: bool
@@ -76,21 +76,21 @@ class RowKernels:
         Args:
             packed: ``[rows, 4]`` float64, the reduced sums.
             columns: of ``coefficients``.
-            record, skipped: of ``StepRecord``.
+            record, skipped: of ``StepStats``.
             skip: a sum that is not finite drops the step; False: its rows take the cap.
 
         Returns:
             omega ``[rows]``, and ``[rows]`` bool: the rows that take part.
         """
         omega = self._new(self._rows)
-        counts = torch.empty(self._rows, dtype=torch.bool, device=self._device)
+        active = torch.empty(self._rows, dtype=torch.bool, device=self._device)
         with current(self._device):
             self._kernels.decide_kernel[(1,)](
-                packed, columns, table, self._bounds, omega, counts.view(torch.uint8), record,
+                packed, columns, table, self._bounds, omega, active.view(torch.uint8), record,
                 skipped.view(torch.uint8), self._rows, self._scopes,
                 SHARED=self._shared, SKIP=skip, BLOCK=_BLOCK, **LAUNCH_OPTIONS,
             )  # fmt: skip
-        return omega, counts
+        return omega, active
 
     def _new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float64, device=self._device)

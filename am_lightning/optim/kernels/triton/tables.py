@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from am_lightning.optim.kernels.inputs import Options, Piece
+from am_lightning.optim.kernels.inputs import GroupOptions, LocalShard
 from am_lightning.optim.kernels.transfer import is_capturing, upload, uploaded
 
 BLOCK, BLOCKS = 1024, 8  # elements that a program holds at once, and how often: a chunk is their product
@@ -42,7 +42,7 @@ class Kind(NamedTuple):
 class Member(NamedTuple):
     """A tensor of a group, as far as it stays from step to step."""
 
-    slot: int  # place among the pieces
+    slot: int  # place among the shards
     row: int
     numel: int
 
@@ -121,15 +121,15 @@ class Tables:
         self._groups: OrderedDict[tuple[Kind, tuple[Member, ...]], Group] = OrderedDict()
         self._captured: list[Any] = []  # what CUDA graphs read
 
-    def prepare(self, pieces: Sequence[Piece]) -> list[Prepared]:
-        """The groups of these pieces, and on the device what may differ from the step before."""
+    def prepare(self, shards: Sequence[LocalShard]) -> list[Prepared]:
+        """The groups of these shards, and on the device what may differ from the step before."""
         sorted_out: dict[Kind, tuple[list[Member], list[int], list[float]]] = {}
-        for slot, piece in enumerate(pieces):
-            kind, addresses = _kind(piece)
+        for slot, shard in enumerate(shards):
+            kind, addresses = _kind(shard)
             members, pointers, options = sorted_out.setdefault(kind, ([], [], []))
-            members.append(Member(slot, piece.row, piece.x.numel()))
+            members.append(Member(slot, shard.row, shard.x.numel()))
             pointers += addresses
-            options += _numbers(piece.options)
+            options += _numbers(shard.options)
         result = []
         for kind, (members, pointers, options) in sorted_out.items():
             group, keep = self._group(kind, tuple(members)), self._captured
@@ -155,16 +155,16 @@ class Tables:
         return group
 
 
-def _kind(piece: Piece) -> tuple[Kind, list[int]]:
-    g, d, v, x = piece.g, piece.d, piece.v, piece.x
+def _kind(shard: LocalShard) -> tuple[Kind, list[int]]:
+    g, d, v, x = shard.g, shard.d, shard.v, shard.x
     assert v is not None  # triton_pair.supports() has seen to it
     addresses = [g.data_ptr(), d.data_ptr(), v.data_ptr(), x.data_ptr()]
     at_g, at_d, at_v, at_x = (address % _ALIGNMENT == 0 for address in addresses)
     aligned = at_g, at_d and at_v, at_x
-    return Kind(x.device, (g.dtype, d.dtype, v.dtype, x.dtype), piece.options.mu != 0, aligned), addresses
+    return Kind(x.device, (g.dtype, d.dtype, v.dtype, x.dtype), shard.options.mu != 0, aligned), addresses
 
 
-def _numbers(options: Options) -> list[float]:
+def _numbers(options: GroupOptions) -> list[float]:
     """beta2, 1 - beta2, lambda, mu, sign of the gradient."""
     beta2, sign = options.beta2, -1.0 if options.maximize else 1.0
     return [beta2, 1 - beta2, options.lambd, options.mu, sign]

@@ -15,7 +15,7 @@ SCALARS = ("beta_prod", "beta", "prev_lr")  # prod of beta_i, last beta_t, eta_{
 TABLE, OPTIONS = "am_table", "am_options"  # in saved groups: adaptive scalars by name, every group's options
 NO_BETA = -1.0  # ``beta`` before the first step; not nan, for FSDP1 compares scalars across ranks with ==
 
-# Options of torch.optim.AdamW that an AMAdamW group does not have, and what they would be.
+# GroupOptions of torch.optim.AdamW that an AMAdamW group does not have, and what they would be.
 FOREIGN_OPTIONS = {"amsgrad": False, "differentiable": False, "decoupled_weight_decay": True}
 
 
@@ -137,7 +137,7 @@ def betas_of(saved: dict[str, Any]) -> tuple[float, float]:
 
 
 def restore_options(group: dict[str, Any], live: dict[str, Any], cap_key: str) -> None:
-    """Options after a load: the checkpoint's, this optimizer's where it has none, and always this optimizer's cap."""
+    """GroupOptions after a load: the checkpoint's, this optimizer's where it has none, and always this optimizer's cap."""
     for key in (*FOREIGN_OPTIONS, *WHOLE_OPTIMIZER):
         if key not in live:
             group.pop(key, None)

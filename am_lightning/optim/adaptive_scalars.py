@@ -4,41 +4,44 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
 from itertools import chain
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from am_lightning.distributed import LogicalParam
-from am_lightning.optim import state as param_state
+from am_lightning.optim import param_state
+from am_lightning.optim.closed_form import AdaptiveScalars
 from am_lightning.optim.kernels.transfer import is_capturing, moved
 
-DEFAULTS = {"step": 0.0, "beta_prod": 1.0, "beta": param_state.NO_BETA, "prev_lr": 0.0}
+DEFAULTS = {"step": 0.0, "beta_prod": 1.0, "beta": param_state.NO_BETA, "prev_lr": 0.0}  # AdaptiveScalars' order
+_scalars_of = itemgetter(*DEFAULTS)
 
 
 class Scalars(Protocol):
-    """The four numbers of every row of one layout, in :data:`DEFAULTS`' order."""
+    """The adaptive scalars of every row of one layout."""
 
     def reads(self, state: MutableMapping[Tensor, Any]) -> bool:
         """Whether these are numbers of ``state``, the optimizer's now: somebody may have given it another."""
 
-    def read(self) -> dict[str, Tensor]:
+    def read(self) -> AdaptiveScalars:
         """``[rows]`` each, on the device of the sums."""
 
-    def write(self, new: dict[str, Tensor], counts: Tensor) -> None:
-        """Keep new values; ``counts`` (``[rows]`` bool) says which rows took part in the step."""
+    def write(self, new: AdaptiveScalars, active: Tensor) -> None:
+        """Keep new values; ``active`` (``[rows]`` bool) says which rows took part in the step."""
 
     def betas(self) -> Tensor:
         """``[rows]``: beta_t of each row's last step, nan before its first."""
 
 
-def _started_anew(columns: dict[str, Tensor]) -> dict[str, Tensor]:
+def _started_anew(scalars: AdaptiveScalars) -> AdaptiveScalars:
     """Whoever sets ``step`` to 0 resets the optimizer, as in AdamW: no step is in the product, none was before."""
-    fresh = columns["step"] == 0
-    columns["beta_prod"] = columns["beta_prod"].masked_fill(fresh, DEFAULTS["beta_prod"])
-    columns["prev_lr"] = columns["prev_lr"].masked_fill(fresh, DEFAULTS["prev_lr"])
-    return columns
+    fresh = scalars.step == 0
+    return scalars._replace(
+        beta_prod=scalars.beta_prod.masked_fill(fresh, DEFAULTS["beta_prod"]),
+        prev_lr=scalars.prev_lr.masked_fill(fresh, DEFAULTS["prev_lr"]),
+    )
 
 
 class Packed:
@@ -48,19 +51,20 @@ class Packed:
     """
 
     def __init__(self, states: Sequence[dict[str, Any]]) -> None:
-        columns = {key: torch.stack([state[key] for state in states]) for key in DEFAULTS}
-        self.table = torch.stack(list(_started_anew(columns).values()))
-        self._views = list(zip(*(line.unbind() for line in self.table), strict=True))
-        for state, views in zip(states, self._views, strict=True):
-            state.update(zip(DEFAULTS, views, strict=True))
+        columns = AdaptiveScalars(*(torch.stack([state[key] for state in states]) for key in DEFAULTS))
+        self.table = torch.stack(_started_anew(columns))
+        views = list(zip(*(line.unbind() for line in self.table), strict=True))
+        for state, own in zip(states, views, strict=True):
+            state.update(zip(DEFAULTS, own, strict=True))
+        self._views = list(chain.from_iterable(views))
 
     def holds(self, states: Sequence[dict[str, Any]]) -> bool:
         """Whether the states are still these views."""
-        return len(states) == len(self._views) and all(
-            state.get("step") is step and state.get("beta_prod") is prod and state.get("beta") is beta
-            and state.get("prev_lr") is lr
-            for state, (step, prod, beta, lr) in zip(states, self._views, strict=True)
-        )  # fmt: skip
+        try:
+            found = list(chain.from_iterable(map(_scalars_of, states)))
+        except KeyError:
+            return False
+        return len(found) == len(self._views) and all(map(is_, found, self._views))
 
 
 class StateScalars:
@@ -69,9 +73,9 @@ class StateScalars:
     A rank that holds no element of a tensor may hold no state of it either; its last beta is kept beside.
     """
 
-    def __init__(self, state: MutableMapping[Tensor, Any], rows: Sequence[LogicalParam]) -> None:
+    def __init__(self, state: MutableMapping[Tensor, Any], params: Sequence[LogicalParam]) -> None:
         self._state = state
-        self._params = [row.param for row in rows]
+        self._params = [logical.param for logical in params]
         self._device, self._dtype = sums_live_on(self._params)
         self._last: Tensor | None = None
         plain = all(p.device == self._device and p.dtype != torch.float64 for p in self._params)
@@ -82,21 +86,20 @@ class StateScalars:
     def reads(self, state: MutableMapping[Tensor, Any]) -> bool:
         return self._state is state
 
-    def read(self) -> dict[str, Tensor]:
+    def read(self) -> AdaptiveScalars:
         self._packed = self._pack()
         if self._packed is not None:
-            columns = self._packed.table.to(self._dtype, copy=True)
-            return _started_anew(dict(zip(DEFAULTS, columns.unbind(), strict=True)))
-        return _started_anew({key: self._stack(key, default) for key, default in DEFAULTS.items()})
+            return _started_anew(AdaptiveScalars(*self._packed.table.to(self._dtype, copy=True).unbind()))
+        return _started_anew(AdaptiveScalars(*(self._stack(key, default) for key, default in DEFAULTS.items())))
 
-    def write(self, new: dict[str, Tensor], counts: Tensor) -> None:
+    def write(self, new: AdaptiveScalars, active: Tensor) -> None:
+        table = torch.stack(new)
         if self._packed is not None:
-            self._packed.table.copy_(torch.stack([new[key] for key in DEFAULTS]))
+            self._packed.table.copy_(table)
             return
-        last = torch.full_like(new["beta"], param_state.NO_BETA) if self._last is None else self._last
-        self._last = torch.where(counts, new["beta"], last)
+        last = torch.full_like(new.beta, param_state.NO_BETA) if self._last is None else self._last
+        self._last = torch.where(active, new.beta, last)
         known = [i for i, param in enumerate(self._params) if self._state.get(param)]
-        table = torch.stack([new[key] for key in DEFAULTS])
         for device, members in _by_device([self._params[i] for i in known]).items():
             here = [known[i] for i in members]
             for key, column in zip(DEFAULTS, moved(table, device), strict=True):  # one copy, not one for each number
@@ -110,10 +113,10 @@ class StateScalars:
             return self._packed.table
         return torch.stack([self._stack(key, default) for key, default in DEFAULTS.items()]).to(torch.float32)
 
-    def take(self, table: Tensor, counts: Tensor) -> None:
-        """Keep what a kernel has made of ``table``; ``counts`` as in ``write``."""
+    def take(self, table: Tensor, active: Tensor) -> None:
+        """Keep what a kernel has made of ``table``; ``active`` as in ``write``."""
         if self._packed is None:
-            self.write(dict(zip(DEFAULTS, table.to(self._dtype).unbind(), strict=True)), counts)
+            self.write(AdaptiveScalars(*table.to(self._dtype).unbind()), active)
 
     def betas(self) -> Tensor:
         betas = self._stack("beta", DEFAULTS["beta"])
@@ -152,40 +155,39 @@ class StateScalars:
 
 
 class TableScalars:
-    """Vectors over the rows of flat parameters that hold many tensors each. A checkpoint holds them by name."""
+    """Vectors over flat parameters that hold many logical parameters each. A checkpoint holds them by name."""
 
     def __init__(
-        self, state: MutableMapping[Tensor, Any], rows: Sequence[LogicalParam], saved: dict[str, list[float]]
+        self, state: MutableMapping[Tensor, Any], params: Sequence[LogicalParam], saved: dict[str, list[float]]
     ) -> None:
         """``saved``: name -> the four numbers, from a checkpoint; names that it lacks start anew."""
         self._state = state
-        self.rows = list(rows)
-        self._device, self._dtype = sums_live_on([row.param for row in rows])
+        self.params = list(params)
+        self._device, self._dtype = sums_live_on([logical.param for logical in params])
         fresh = list(DEFAULTS.values())
-        table = [saved.get(row.name, fresh) for row in rows]
+        table = [saved.get(logical.name, fresh) for logical in params]
         columns = torch.tensor(table, dtype=self._dtype, device=self._device).reshape(len(table), 4).unbind(1)
-        self._columns = dict(zip(DEFAULTS, columns, strict=True))
+        self._columns = AdaptiveScalars(*columns)
 
     def reads(self, state: MutableMapping[Tensor, Any]) -> bool:
         return self._state is state
 
-    def read(self) -> dict[str, Tensor]:
-        return dict(self._columns)
+    def read(self) -> AdaptiveScalars:
+        return self._columns
 
-    def write(self, new: dict[str, Tensor], counts: Tensor) -> None:
-        self._columns = {key: new[key].to(torch.float32).to(self._dtype) for key in DEFAULTS}
-        steps = self._columns["step"].unbind()
-        for row, step in zip(self.rows, steps, strict=True):
-            if self._state.get(row.param):
-                self._state[row.param]["step"] = step.to(torch.float32)  # an engine may have left a number there
+    def write(self, new: AdaptiveScalars, active: Tensor) -> None:
+        self._columns = AdaptiveScalars(*(column.to(torch.float32).to(self._dtype) for column in new))
+        for logical, step in zip(self.params, self._columns.step.unbind(), strict=True):
+            if self._state.get(logical.param):
+                self._state[logical.param]["step"] = step.to(torch.float32)  # an engine may have left a number there
 
     def betas(self) -> Tensor:
-        return _nan_before_first(self._columns["beta"])
+        return _nan_before_first(self._columns.beta)
 
     def saved(self) -> dict[str, list[float]]:
         """Name -> the four numbers, as floats. Waits for the device."""
-        table = torch.stack(list(self._columns.values()), 1).tolist()
-        return {row.name: numbers for row, numbers in zip(self.rows, table, strict=True)}
+        table = torch.stack(self._columns, 1).tolist()
+        return {logical.name: numbers for logical, numbers in zip(self.params, table, strict=True)}
 
 
 def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
