@@ -1,0 +1,17 @@
+"""The pools live as long as the test session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.lacking import pytest_runtest_makereport  # noqa: F401
+from tests.sharding.pool import Pool, pools
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Callable[[int], Pool]]:
+    """``pool(world)``: a running group of that many processes."""
+    with pools() as start:
+        yield start

@@ -1,0 +1,75 @@
+"""Writes tests/checkpoints/saved: ``python -m tests.checkpoints.make [NAME ...]``, all of them without names.
+
+The files were written once, by the code before its core was laid out anew, and are never written again to make a test
+pass: that a later version reads them is what the tests assert. Write one for a new kind of checkpoint.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from tests.checkpoints.layouts import LAYOUTS, ZERO
+from tests.checkpoints.plain import PLAIN
+from tests.checkpoints.saved import pack, write
+from tests.deepspeed.build import build_operator
+from tests.operator_build import variables
+from tests.sharding.pool import Pool
+
+
+def make_plain(name: str, folder: Path) -> None:
+    write(PLAIN[name](), folder)
+
+
+def make_framework(name: str, folder: Path) -> None:
+    importlib.import_module(f"tests.checkpoints.{name}_run").save(folder)
+
+
+def make_layout(name: str, folder: Path) -> None:
+    _on_ranks("tests.checkpoints.layouts:save", name, folder)
+
+
+def make_zero(name: str, folder: Path) -> None:
+    build_operator()
+    _on_ranks("tests.checkpoints.zero:save", name, folder)
+    if name.endswith("_universal"):
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        saved, universal = folder / "checkpoint" / "saved", folder / "checkpoint" / "universal"
+        command += ["--input_folder", str(saved), "--output_folder", str(universal)]
+        subprocess.run(command, check=True, env=os.environ | variables())
+        shutil.rmtree(saved)
+
+
+def _on_ranks(function: str, name: str, folder: Path) -> None:
+    pool = Pool(2)
+    try:
+        pool.run(function, timeout=300, name=name, folder=str(folder))
+    finally:
+        pool.stop()
+
+
+def main(names: list[str]) -> None:
+    """Print each file with its size."""
+    makers: list[tuple[Iterable[str], Callable[[str, Path], None]]] = [
+        (PLAIN, make_plain),
+        (("lightning", "accelerate"), make_framework),
+        (LAYOUTS, make_layout),
+        (ZERO, make_zero),
+    ]
+    for cases, make in makers:
+        for name in cases:
+            if not names or name in names:
+                with tempfile.TemporaryDirectory() as folder:
+                    make(name, Path(folder))
+                    path = pack(Path(folder), name)
+                print(f"{path.stat().st_size:8,} {path.name}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
