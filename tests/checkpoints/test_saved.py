@@ -7,22 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.checkpoints.layouts import LAYOUTS, ZERO
 from tests.checkpoints.plain import PLAIN, ROUNDED
-from tests.checkpoints.saved import FOLDER, differences, expected_of, unpack
+from tests.checkpoints.saved import FOLDER, differences, unpack
 from tests.deepspeed.build import build_operator, refusal
 from tests.sharding.pool import Pool
 
 FRAMEWORKS = ("lightning", "accelerate")
-
-
-def not_for_older_torch(folder: Path) -> None:
-    """torch reads what older releases of its distributed checkpoints hold, not what newer ones do."""
-    saved_by = expected_of(folder)["torch"]
-    if torch.torch_version.TorchVersion(torch.__version__) < saved_by.partition("+")[0]:
-        pytest.skip(f"the distributed checkpoint is of torch {saved_by}")
 
 
 @pytest.mark.filterwarnings("ignore:the learning rate scheduler cycles betas")
@@ -39,7 +31,7 @@ def test_frameworks(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_torch_distributed(pool: Callable[[int], Pool], tmp_path: Path, name: str) -> None:
-    not_for_older_torch(unpack(name, tmp_path))
+    unpack(name, tmp_path)
     assert pool(2).run("tests.checkpoints.layouts:resume", name=name, folder=str(tmp_path)) == [[], []]
 
 
@@ -53,7 +45,7 @@ def operator() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ZERO)
 def test_deepspeed(operator: None, pool: Callable[[int], Pool], tmp_path: Path, name: str) -> None:
-    not_for_older_torch(unpack(name, tmp_path))
+    unpack(name, tmp_path)
     found = pool(2).run("tests.checkpoints.zero:resume", timeout=300, name=name, folder=str(tmp_path))
     assert found == [[], []]
 
