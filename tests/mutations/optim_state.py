@@ -12,6 +12,7 @@ _CONVERT = "am_lightning/optim/convert.py"
 _RECORD = "am_lightning/optim/step_stats.py"
 _VALIDATION = "am_lightning/optim/validation.py"
 _FACTORY = "am_lightning/optim/param_groups.py"
+_SGD = "am_lightning/optim/sgd.py"
 
 _LOADING = "tests/optim/test_loading.py"
 _MUTATED = "tests/optim/test_mutated.py"
@@ -19,8 +20,23 @@ _ADAMW = "tests/optim/test_adamw_checkpoints.py"
 _RESUME = "tests/optim/test_resume.py"
 _LOW = "tests/optim/test_low_precision_state.py"
 _LIFECYCLE = "tests/optim/test_lifecycle.py"
+_SAVED = "tests/checkpoints/test_saved.py"
 
 MUTATIONS = [
+    Mutation(
+        "the last loss has another name in checkpoints, when saved and when loaded",
+        _SGD,
+        '_PREV_LOSS = "prev_loss"',
+        '_PREV_LOSS = "last_loss"',
+        (f"{_SAVED}::test_state_dict[sgd_exact]",),
+    ),
+    Mutation(
+        "the table of flat partitions' scalars has another name in checkpoints, when saved and when loaded",
+        _STATE,
+        'TABLE, OPTIONS = "am_table"',
+        'TABLE, OPTIONS = "am_scalars"',
+        (f"{_SAVED}::test_deepspeed[zero1]",),
+    ),
     Mutation(
         "a parameter that has never stepped has beta -1 in momentum()",
         _SCALARS,
