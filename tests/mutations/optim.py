@@ -418,6 +418,13 @@ MUTATIONS = [
         ("tests/optim/test_triton_rows.py::test_beside_the_closed_form[tensor-skip]",),
     ),
     Mutation(
+        "rows' kernels: a row that is reset by hand keeps its product of betas",
+        "am_lightning/optim/kernels/triton_row_kernels.py",
+        "tl.where(fresh, 1.0, beta_prod.to(tl.float64))",
+        "beta_prod.to(tl.float64)",
+        ("tests/optim/test_triton_rows.py::test_a_reset_by_hand_is_a_fresh_start",),
+    ),
+    Mutation(
         "Triton: a gradient at an odd place makes every access narrow",
         _TABLES,
         "aligned = at_g, at_d and at_v, at_x",

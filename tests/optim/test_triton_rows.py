@@ -36,3 +36,7 @@ def test_whole_steps_with_and_without(interpreter: Pool, scope: str, nonfinite: 
 
 def test_bits_do_not_depend_on_missing_states(interpreter: Pool) -> None:
     check(interpreter, "the_same_bits_with_and_without_missing_states")
+
+
+def test_a_reset_by_hand_is_a_fresh_start(interpreter: Pool) -> None:
+    check(interpreter, "a_reset_by_hand_is_a_fresh_start")

@@ -12,6 +12,13 @@ import triton.language as tl
 
 
 @triton.jit
+def _before(step, beta_prod, prev_lr):
+    """As ``scalars._started_anew``: whoever sets ``step`` to 0 resets the row."""
+    fresh = step == 0
+    return tl.where(fresh, 1.0, beta_prod.to(tl.float64)), tl.where(fresh, 0.0, prev_lr.to(tl.float64))
+
+
+@triton.jit
 def coefficients_kernel(
     table, options, group_of, present, norm, columns, tail, scale, rows,
     LARGEST_K: tl.constexpr, BLOCK: tl.constexpr,
@@ -26,8 +33,8 @@ def coefficients_kernel(
     cap, lr, mu = tl.load(group, inside, 0.0), tl.load(group + 1, inside, 0.0), tl.load(group + 2, inside, 0.0)
     beta2, eps = tl.load(group + 3, inside, 0.5), tl.load(group + 4, inside, 0.0)
     step = tl.load(table + o, inside, 0.0).to(tl.float64)
-    beta_prod = tl.load(table + rows + o, inside, 1.0).to(tl.float64)
-    prev_lr = tl.load(table + 3 * rows + o, inside, 0.0).to(tl.float64)
+    product, lr_before = tl.load(table + rows + o, inside, 1.0), tl.load(table + 3 * rows + o, inside, 0.0)
+    beta_prod, prev_lr = _before(step, product, lr_before)
     k = tl.where(lr > 0, (1 + mu * lr) * prev_lr / tl.where(lr > 0, lr, 1.0), 0.0)
     c = 1 - cap * beta_prod
     power = tl.exp(tl.log(beta2) * (step + 1))  # beta2^t; beta2 = 0 gives exp(-inf)
@@ -114,9 +121,10 @@ def decide_kernel(
             tl.store(omega + o, 1 - beta, inside)
             tl.store(active + o, takes_part.to(tl.uint8), inside)
             kept = inside & takes_part
-            step, beta_prod = tl.load(table + o, kept, 0.0), tl.load(table + rows + o, kept, 0.0)
+            step = tl.load(table + o, kept, 0.0)
+            beta_prod, _ = _before(step, tl.load(table + rows + o, kept, 0.0), beta)
             tl.store(table + o, step + 1, kept)
-            tl.store(table + rows + o, (beta_prod.to(tl.float64) * beta).to(tl.float32), kept)
+            tl.store(table + rows + o, (beta_prod * beta).to(tl.float32), kept)
             tl.store(table + 2 * rows + o, beta.to(tl.float32), kept)
             tl.store(table + 3 * rows + o, lr.to(tl.float32), kept)
     now = tl.max(skip.to(tl.int64), 0)
