@@ -85,6 +85,28 @@ class AdaptiveMemoryCallback(TrainerCallback):
         before = int(logged[-1]) if logged else 0
         self._readings.skipped_before += before - self._readings.skipped_in_all()
 
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Before the step of an optimizer that took another's place; DeepSpeed's engine makes it in the backward."""
+        self._follow(model)
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Of one that was given while the step ran, too."""
+        self._follow(model)
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -96,7 +118,7 @@ class AdaptiveMemoryCallback(TrainerCallback):
         """Add the momentum to the training loss: to what reporting callbacks get next, and to what is kept already."""
         if self._readings is None or logs is None or "loss" not in logs:
             return
-        self._follow(caller(Trainer), kwargs.get("model"))
+        self._follow(kwargs.get("model"))
         self._readings.read()
         scalars = self._readings.scalars()
         logs.update(scalars)
@@ -107,10 +129,12 @@ class AdaptiveMemoryCallback(TrainerCallback):
             if state.is_world_process_zero:
                 warnings.warn(text, stacklevel=2)
 
-    def _follow(self, trainer: Trainer | None, model: nn.Module | None) -> None:
+    def _follow(self, model: nn.Module | None) -> None:
         """Read the optimizer that the Trainer has now; in mid-run it may have been given another."""
-        assert self._readings is not None
-        ours = self._readings.optimizer if trainer is None else adaptive(trainer.optimizer, _USE)
+        trainer = caller(Trainer)
+        if self._readings is None or trainer is None:
+            return
+        ours = adaptive(trainer.optimizer, _USE)
         if ours is not self._readings.optimizer:
             skipped = self._readings.skipped_in_all()
             _place(ours, model, trainer)

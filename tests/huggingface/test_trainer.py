@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from am_lightning import AMSGD, AMAdamW
 from am_lightning.huggingface import AdaptiveMemoryCallback, AMAdamWFactory
@@ -222,6 +222,62 @@ def test_an_optimizer_given_in_mid_run_is_read_or_refused(tmp_path, kind: type) 
     logged = {r["step"]: r["am/beta/mean"] for r in trainer.state.log_history if "am/beta/mean" in r}
     assert [logged[step] for step in (1, 2, 4, 5, 6)] == pytest.approx(replace.seen, rel=1e-6)
     assert 3 not in logged  # it had made no step yet
+
+
+class Growing(Trainer):
+    """Has its optimizer made again after two steps: between them, or in the middle of the third."""
+
+    way = ""
+    kind: type = AMAdamW
+    calls = 0
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.calls += 1
+        if self.state.global_step == 2 and self.way != "created again":
+            self.optimizer = self.kind(self.model.parameters(), lr=0.05)
+        return super().training_step(*args, **kwargs)
+
+
+class CreateAgain(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self.trainer.way == "created again" and state.global_step == 2:
+            self.trainer.optimizer, self.trainer.optimizer_cls_and_kwargs = None, (self.trainer.kind, {"lr": 0.05})
+            self.trainer.create_optimizer()
+
+
+class Names(TrainerCallback):
+    """What the optimizer calls its parameters when it is about to step."""
+
+    def __init__(self) -> None:
+        self.seen: list[set[str]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        self.seen.append(set(innermost(self.trainer.optimizer).parameter_names()))
+
+
+@pytest.mark.parametrize("kind", [AMAdamW, torch.optim.AdamW])
+@pytest.mark.parametrize("way", ["created again", "in training_step"])
+@pytest.mark.parametrize("ours", [True, False], ids=["callback", "none"])
+def test_an_optimizer_given_in_mid_run_is_met_before_its_first_step(tmp_path, way: str, kind: type, ours: bool) -> None:
+    """Long before the next log. Without the callback whatever is given trains on."""
+    again, names = CreateAgain(), Names()
+    trainer = make_trainer(
+        tmp_path,
+        batch=4,
+        trainer_class=Growing,
+        callbacks=[AdaptiveMemoryCallback(), again, names] if ours else [again],
+        optimizer_cls_and_kwargs=FORMS["class"],
+        arguments={"max_steps": 5, "logging_steps": 5, "save_strategy": "no", "report_to": "none"},
+    )
+    trainer.way, trainer.kind, again.trainer, names.trainer = way, kind, trainer, trainer
+    if ours and kind is torch.optim.AdamW:
+        with pytest.raises(TypeError, match=r"AdamW .*optimizer must be AMAdamW or AMSGD: pass Trainer"):
+            trainer.train()
+        assert trainer.calls == (2 if way == "created again" else 3) and not trainer.optimizer.state
+        return
+    trainer.train()
+    assert {float(state["step"]) for state in innermost(trainer.optimizer).state.values()} == {3}
+    assert names.seen == [{name for name, _ in make_model().named_parameters()}] * (5 if ours else 0)
 
 
 def test_the_default_optimizer_is_refused_with_the_cure(tmp_path) -> None:

@@ -20,6 +20,20 @@ MUTATIONS = [
         ("tests/huggingface/test_trainer.py::test_an_optimizer_given_in_mid_run_is_read_or_refused[AMAdamW]",),
     ),
     Mutation(
+        "HF Trainer: an optimizer given in mid-run is met at the next log only",
+        _TRAINER,
+        'engine makes it in the backward."""\n        self._follow(model)',
+        'engine makes it in the backward."""',
+        (f"{_RUNS}::test_an_optimizer_given_in_mid_run_is_met_before_its_first_step",),
+    ),
+    Mutation(
+        "HF Trainer: an optimizer given in a step has no names yet when it makes that step",
+        _TRAINER,
+        'Of one that was given while the step ran, too."""\n        self._follow(model)',
+        'Of one that was given while the step ran, too."""',
+        (f"{_RUNS}::test_an_optimizer_given_in_mid_run_is_met_before_its_first_step",),
+    ),
+    Mutation(
         "Accelerate: a second attach logs a second time",
         _ATTACH,
         "    if log is None:\n",
