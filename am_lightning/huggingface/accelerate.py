@@ -92,12 +92,19 @@ def place(
     Under DeepSpeed the engine is attached.
 
     Raises:
-        ValueError: none of them does.
+        ValueError: none of them does, or no DeepSpeed engine steps it.
     """
     if distributed_type == DistributedType.DEEPSPEED:
         from am_lightning.deepspeed import attach as attach_engine
 
-        attach_engine(engine_of(optimizer, models))
+        engine = engine_of(optimizer, models)
+        if engine is None:
+            raise ValueError(
+                f"no DeepSpeed engine steps this {type(optimizer).__name__}: an engine goes on with the optimizer that "
+                "it was built around, and one that is given later never steps. Prepare the model and the optimizer "
+                "together, in one call"
+            )
+        attach_engine(engine)
         return
     params = [param for group in optimizer.param_groups for param in group["params"]]
     wanted = {id(param) for param in params}

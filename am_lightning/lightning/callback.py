@@ -14,7 +14,7 @@ from am_lightning.lightning.compat import DeepSpeedStrategy, MisconfigurationExc
 from am_lightning.lightning.fabric import attach
 from am_lightning.lightning.loggers import Curves
 from am_lightning.lightning.patched_methods import Replacements
-from am_lightning.lightning.trainer_patches import allow_in_deepspeed, ours, place, replace_in, unwrapped
+from am_lightning.lightning.trainer_patches import allow_in_deepspeed, check_of_engine, ours, place, replace_in, unwrapped
 from am_lightning.loggers.reader import prefix_of
 from am_lightning.optim.argument_hints import LAMBDA, with_cures
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
@@ -153,7 +153,10 @@ class AdaptiveMemory(pl.Callback):
     def _take(self, trainer: pl.Trainer, original: Callable[[list[Any]], None], optimizers: list[Any]) -> None:
         """What assigning to ``strategy.optimizers`` does: before Lightning's wrappers imitate a class that changes."""
         optimizers = unwrapped(optimizers)
-        if not isinstance(trainer.strategy, DeepSpeedStrategy) and optimizers:  # an engine has wrapped them by now
+        if isinstance(trainer.strategy, DeepSpeedStrategy):  # whose engine has wrapped them by now
+            if self._fitting:
+                check_of_engine(trainer.strategy, optimizers)
+        elif optimizers:
             self._convert(trainer, optimizers)
         original(optimizers)
         self._live = list(optimizers)

@@ -41,8 +41,8 @@ def attach(fabric: Fabric, model: nn.Module, optimizer: Any, *, log_every_n_step
 
     Raises:
         TypeError: an argument is of the wrong type, such as a torch.optim.AdamW; the text has the cure.
-        ValueError: ``log_every_n_steps`` is below 1, the model does not have the optimizer's parameters, or FSDP1's
-            process groups are not known from it.
+        ValueError: ``log_every_n_steps`` is below 1, the model does not have the optimizer's parameters, its DeepSpeed
+            engine steps another optimizer, or FSDP1's process groups are not known from it.
         RuntimeError: DDP before ``fabric.launch()``.
     """
     if not isinstance(fabric, Fabric):
@@ -61,7 +61,12 @@ def attach(fabric: Fabric, model: nn.Module, optimizer: Any, *, log_every_n_step
         from am_lightning.deepspeed import engine as deepspeed_engine
 
         engine = getattr(model, "_forward_module", model)  # what Fabric's wrapper holds
-        deepspeed_engine.attach(engine)
+        own = deepspeed_engine.attach(engine)
+        if own is not ours:
+            raise ValueError(
+                f"the DeepSpeed engine in this model steps another {type(own).__name__}, and this "
+                f"{type(ours).__name__} never steps: give attach what one fabric.setup(model, optimizer) returned"
+            )
         after_each_step = partial(deepspeed_engine.after_each_step, engine)
     else:
         _check_model(model, ours)

@@ -157,6 +157,22 @@ def allow_in_deepspeed(strategy: DeepSpeedStrategy) -> None:
     config.setdefault("zero_force_ds_cpu_optimizer", False)
 
 
+def check_of_engine(strategy: DeepSpeedStrategy, optimizers: list[Any]) -> None:
+    """In mid-run the Trainer holds the optimizer that DeepSpeed's engine steps, and no other.
+
+    Raises:
+        MisconfigurationException: another one, which would never step, and whose curves would stand still.
+    """
+    own = innermost(strategy.model.optimizer)  # type: ignore[union-attr]
+    if [innermost(optimizer) for optimizer in optimizers] != [own]:
+        given = ", ".join(type(innermost(optimizer)).__name__ for optimizer in optimizers) or "no optimizer"
+        raise MisconfigurationException(
+            f"the Trainer was given {given} in mid-run, but DeepSpeed's engine goes on with the {type(own).__name__} "
+            "that it was built around: what is given would never step. Change the options in the param_groups of "
+            "trainer.optimizers[0], or start another fit, which builds another engine"
+        )
+
+
 def unwrapped(optimizers: list[Any]) -> list[Any]:
     """Without LightningOptimizer, which ``module.optimizers()`` gives: one that was made before imitates AdamW."""
     if not any(map(_is_lightnings, optimizers)):

@@ -17,6 +17,13 @@ _RESUMED = "tests/deepspeed/test_checkpoints.py::test_resumed_at_the_same_number
 
 MUTATIONS = [
     Mutation(
+        "Lightning's callback: an optimizer that DeepSpeed's engine never steps is taken in silence",
+        "am_lightning/fitting.py",
+        "if [innermost(optimizer) for optimizer in optimizers] != [own]:",
+        "if not isinstance(own, Optimizer):",
+        ("tests/deepspeed/test_successors.py::test_lightning_refuses_what_would_never_step[assigned]",),
+    ),
+    Mutation(
         "ZeRO 3: a gradient whose square overflows poisons the partition that has it",
         "am_lightning/optim/kernels/blocked.py",
         'fits = float(c.a.amax()) < too_large(c.stored["v"].dtype)',
