@@ -14,6 +14,7 @@ from am_lightning.distributed import LogicalParam
 from am_lightning.optim import param_state
 from am_lightning.optim.closed_form import AdaptiveScalars
 from am_lightning.optim.kernels.transfer import is_capturing, moved
+from am_lightning.optim.validation import described
 
 DEFAULTS = {"step": 0.0, "beta_prod": 1.0, "beta": param_state.NO_BETA, "prev_lr": 0.0}  # AdaptiveScalars' order
 _scalars_of = itemgetter(*DEFAULTS)
@@ -75,7 +76,7 @@ class StateScalars:
 
     def __init__(self, state: MutableMapping[Tensor, Any], params: Sequence[LogicalParam]) -> None:
         self._state = state
-        self._params = [logical.param for logical in params]
+        self._params, self._names = [logical.param for logical in params], [logical.name for logical in params]
         self._device, self._dtype = sums_live_on(self._params)
         self._last: Tensor | None = None
         plain = all(p.device == self._device and p.dtype != torch.float64 for p in self._params)
@@ -143,7 +144,8 @@ class StateScalars:
 
     def _stack(self, key: str, default: float) -> Tensor:
         missing = torch.full((), default, dtype=self._dtype, device=self._device)
-        values = [self._state[p].get(key, missing) if p in self._state else missing for p in self._params]
+        found = [self._state[p].get(key, missing) if p in self._state else missing for p in self._params]
+        values = [_one_number(value, key, name) for value, name in zip(found, self._names, strict=True)]
         if not values:
             return missing.new_empty(0)
         groups = _by_device(values)
@@ -188,6 +190,16 @@ class TableScalars:
         """Name -> the four numbers, as floats. Waits for the device."""
         table = torch.stack(self._columns, 1).tolist()
         return {logical.name: numbers for logical, numbers in zip(self.params, table, strict=True)}
+
+
+def _one_number(value: Any, key: str, name: str) -> Tensor:
+    """0-dim. AdamW takes any tensor of one element, too, and nothing else."""
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise RuntimeError(
+            f"the state of parameter {name!r} has {described(value)} as {key!r}, which must be a tensor of one number: "
+            f"state[{key!r}] = torch.tensor({DEFAULTS[key]})"
+        )
+    return value if value.dim() == 0 else value.reshape(())
 
 
 def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:

@@ -139,7 +139,7 @@ class AdaptiveMemoryOptimizer(PlacedOptimizer):
             closure: reevaluates the model and returns the loss, which is returned; called first.
 
         Raises:
-            RuntimeError: a gradient is sparse or complex; nothing has moved.
+            RuntimeError: a gradient is sparse or complex, or a number in a state is no tensor; nothing has moved.
             ValueError: at the first step, on every rank: a layout or scope that cannot be summed rightly (the text has
                 the cure).
         """

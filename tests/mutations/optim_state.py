@@ -150,6 +150,13 @@ MUTATIONS = [
         (f"{_MUTATED}::test_a_step_names_the_group_and_its_option_before_it_moves",),
     ),
     Mutation(
+        "a step that somebody has set to a plain number is no error of its own",
+        "am_lightning/optim/scalars.py",
+        "if not isinstance(value, Tensor) or value.numel() != 1:",
+        "if isinstance(value, bool):",
+        ("tests/optim/test_state_replaced.py::test_a_step_that_is_no_tensor_is_named",),
+    ),
+    Mutation(
         "an optimizer that is reset by hand keeps its product of betas",
         "am_lightning/optim/adaptive_scalars.py",
         'columns["beta_prod"].masked_fill(fresh, DEFAULTS["beta_prod"])',

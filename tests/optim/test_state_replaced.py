@@ -148,3 +148,50 @@ def test_a_negative_learning_rate_is_saved_and_loaded() -> None:
         other = kind([torch.nn.Parameter(torch.ones(3))], lr=0.1)
         other.load_state_dict(optimizer.state_dict())
         assert other.param_groups[0]["lr"] == -0.001
+
+
+STEPS_BY_HAND = {"int": 3, "float": 0.0, "bool": True, "None": None, "text": "3", "two numbers": torch.ones(2)}
+
+
+def step_by_hand(make: Callable[[list[Any]], Optimizer], value: Any) -> tuple[Optimizer, list[torch.Tensor]]:
+    """Two steps, the first parameter's ``step`` set to ``value``, and another one."""
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = make(params)
+    for number in range(3):
+        for param in params:
+            param.grad = torch.sin(torch.arange(3.0) + number)
+        if number == 2:
+            optimizer.state[params[0]]["step"] = value
+        optimizer.step()
+    return optimizer, params
+
+
+@pytest.mark.parametrize("kind", MADE)
+@pytest.mark.parametrize("what", STEPS_BY_HAND)
+def test_a_step_that_is_no_tensor_is_named(kind: str, what: str) -> None:
+    text = "0.0.* 'step', which must be a tensor of one number" if kind != "AdamW" else None
+    with pytest.raises(RuntimeError, match=text):
+        step_by_hand(MADE[kind], copy.copy(STEPS_BY_HAND[what]))
+
+
+@pytest.mark.parametrize("key", ["beta_prod", "beta", "prev_lr"])
+def test_so_is_another_number(key: str) -> None:
+    optimizer, (first, second) = step_by_hand(MADE["default"], torch.tensor(2.0))
+    before = [copy.deepcopy(optimizer.state[second]), second.detach().clone()]
+    optimizer.state[first][key] = 0.5
+    with pytest.raises(RuntimeError, match=f"has a float as '{key}', which must be a tensor of one number"):
+        optimizer.step()
+    after = optimizer.state[second]
+    assert torch.equal(second, before[1]) and all(torch.equal(after[name], was) for name, was in before[0].items())
+
+
+@pytest.mark.parametrize("kind", MADE)
+@pytest.mark.parametrize("value", [torch.tensor([2.0]), torch.tensor([[2.0]]), torch.tensor(2)], ids=str)
+def test_a_step_of_one_element_is_taken(kind: str, value: torch.Tensor) -> None:
+    """In any shape; AdamW's foreach takes no integer."""
+    if kind == "AdamW" and value.dim() == 0:
+        return
+    optimizer, params = step_by_hand(MADE[kind], value.clone())
+    _, expected = step_by_hand(MADE[kind], torch.tensor(2.0))
+    assert all(map(torch.equal, params, expected))
+    assert [float(state["step"]) for state in optimizer.state.values()] == [3, 3]
