@@ -41,7 +41,7 @@ def replace_in(trainer: pl.Trainer, replacements: Replacements) -> None:
         replacements.add(strategy, "load_checkpoint", partial(_load_checkpoint, strategy))
     for callback in trainer.callbacks:  # type: ignore[union-attr]
         if getattr(callback, "log_momentum", False) and hasattr(callback, "_extract_momentum"):  # LearningRateMonitor
-            replacements.add(callback, "_extract_momentum", partial(_show_momentum, trainer, callback))
+            replacements.add(callback, "_extract_momentum", partial(_show_momentum, trainer, callback, {}))
 
 
 def _clip_by_norm(original: Callable[..., None], optimizer: Optimizer, clip_val: float) -> None:
@@ -60,20 +60,24 @@ def _clip_by_norm(original: Callable[..., None], optimizer: Optimizer, clip_val:
 def _show_momentum(
     trainer: pl.Trainer,
     monitor: Any,
+    read: dict[int, torch.Tensor],
     original: Callable[..., dict[str, float]],
     param_group: dict[str, Any],
     **more: Any,
 ) -> dict[str, float]:
     """LearningRateMonitor's ``...-momentum``: the mean beta_t of the group's tensors, nothing before the first step.
 
-    It reads ``betas[0]``, which is the cap, or a number of OneCycleLR's that is not used; of SGD "momentum".
+    It reads ``betas[0]``, which is the cap, or a number of OneCycleLR's that is not used; of SGD "momentum". The groups
+    of an optimizer come in their order, so the device is ``read`` at the first of them, for all.
     """
     shown = original(param_group, **more)
-    for optimizer in ours(trainer.optimizers):
+    for index, optimizer in enumerate(ours(trainer.optimizers)):
         if not any(group is param_group for group in optimizer.param_groups):
             continue
-        betas = optimizer.report()[:-4].cpu()
-        own = [index for index, group in enumerate(optimizer.groups_of_parameters()) if group is param_group]
+        if index not in read or param_group is optimizer.param_groups[0]:
+            read[index] = optimizer.report()[:-4].cpu()
+        betas = read[index]
+        own = [row for row, group in enumerate(optimizer.groups_of_parameters()) if group is param_group]
         beta = float(betas[own].nanmean())
         shown = {} if math.isnan(beta) else dict.fromkeys(shown, beta)
         monitor.last_momentum_values.update(shown)

@@ -63,6 +63,22 @@ def test_momentum_is_beta_of_the_group(tmp_path: Path, kind: type[Regression]) -
     assert {v for k, v in monitor.last_momentum_values.items() if k in found} == {v[STEPS - 1] for v in found.values()}
 
 
+def test_the_device_is_read_once_for_all_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each of the steps that are shown, of each optimizer."""
+    reads: list[AMAdamW] = []
+    report = AMAdamW.report
+    monkeypatch.setattr(AMAdamW, "report", lambda self: (reads.append(self), report(self))[1])
+    counts = []
+    for monitored in (True, False):
+        reads.clear()
+        callback = AdaptiveMemory(log_every_n_steps=STEPS + 1)
+        monitors = [LearningRateMonitor(log_momentum=True)] if monitored else []
+        options = quiet(max_steps=STEPS, log_every_n_steps=1, callbacks=[callback, *monitors])
+        pl.Trainer(**options | {"logger": CSVLogger(tmp_path)}).fit(Regression())
+        counts.append(len(reads))
+    assert counts[0] - counts[1] == STEPS
+
+
 def test_of_others_it_is_as_before(tmp_path: Path) -> None:
     """Without the callback, and of an optimizer that stays as it is."""
 

@@ -199,10 +199,24 @@ MUTATIONS = [
         ("tests/lightning/test_momentum_tag.py::test_momentum_is_beta_of_the_group[Regression]",),
     ),
     Mutation(
+        "LearningRateMonitor: the device is read once for each group",
+        "am_lightning/fitting.py",
+        "if index not in read or param_group is optimizer.param_groups[0]:",
+        "if index >= 0:",
+        ("tests/lightning/test_momentum_tag.py::test_the_device_is_read_once_for_all_groups",),
+    ),
+    Mutation(
+        "LearningRateMonitor: the momentum of the first step stays",
+        "am_lightning/fitting.py",
+        "if index not in read or param_group is optimizer.param_groups[0]:",
+        "if index not in read:",
+        ("tests/lightning/test_momentum_tag.py::test_momentum_is_beta_of_the_group[Own]",),
+    ),
+    Mutation(
         "LearningRateMonitor shows one momentum for all groups",
         _FITTING,
-        "own = [index for index, group in enumerate(optimizer.groups_of_parameters()) if group is param_group]",
-        "own = [index for index, group in enumerate(optimizer.groups_of_parameters()) if group]",
+        "own = [row for row, group in enumerate(optimizer.groups_of_parameters()) if group is param_group]",
+        "own = [row for row, group in enumerate(optimizer.groups_of_parameters()) if group]",
         ("tests/lightning/test_momentum_tag.py::test_momentum_is_beta_of_the_group[Regression]",),
     ),
     Mutation(
