@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from am_lightning.distributed.names import group_names
+from am_lightning.distributed.shard import my_rank, world_size
 from am_lightning.distributed.strategies.dtensor import is_dtensor, local
 from am_lightning.optim.param_state import OPTIONS, SCALARS, TABLE, has_coupled_decay, untouched
 from am_lightning.optim.validation import as_float, check_flag, check_names, described, is_one_number
@@ -220,17 +221,29 @@ def _check_moments(name: str, state: dict[str, Any], param: Tensor, expected: Ex
 
 def _check_finite(what: str, value: Tensor, dtype: torch.dtype, *, square: bool) -> None:
     """One pass. Those numbers would stay, and every step be dropped for them."""
-    piece = local(value)
+    piece, found = local(value), ""
     if not piece.numel() or not piece.is_floating_point():
         return
     low, high = (float(bound) for bound in torch.aminmax(piece.detach()))
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(f"{_SUBJECT} has nan or inf in {what}, so every step would be dropped: load an older one")
-    if square and low < 0:
-        raise ValueError(f"{_SUBJECT} has {low:g} in {what}, which holds mean squares, so every step would be dropped")
     largest, precision = max(-low, high), torch.float64 if dtype == torch.float64 else torch.float32
-    if not square and largest > math.sqrt(torch.finfo(precision).max):
-        raise ValueError(f"{_SUBJECT} has {largest:g} in {what}, whose square overflows: every step would be dropped")
+    if not (math.isfinite(low) and math.isfinite(high)):
+        found = f"nan or inf in {what}, so every step would be dropped: load an older one"
+    elif square and low < 0:
+        found = f"{low:g} in {what}, which holds mean squares, so every step would be dropped"
+    elif not square and largest > math.sqrt(torch.finfo(precision).max):
+        found = f"{largest:g} in {what}, whose square overflows: every step would be dropped"
+    if found:
+        raise ValueError(f"{_SUBJECT} has {found}{_of_this_rank()}")
+
+
+def _of_this_rank() -> str:
+    """A load is no collective: each rank looks at what it holds, and the others may find nothing there."""
+    if world_size() == 1:
+        return ""
+    return (
+        f". This is what rank {my_rank()} holds: ranks that find nothing wait for it in their next collective, until "
+        "their launcher ends them for this rank's exit, or the process group's timeout does"
+    )
 
 
 # Ranges of the numbers in a state. ``beta`` is -1 or nan where nothing was loaded into it.

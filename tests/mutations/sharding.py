@@ -152,6 +152,13 @@ MUTATIONS = [
         (f"{_REFUSALS}::test_copies_are_warned_of_once_until_they_are_named",),
     ),
     Mutation(
+        "a load that one rank alone refuses does not say which",
+        "am_lightning/optim/loadable.py",
+        "if world_size() == 1:",
+        "if world_size() >= 1:",
+        (f"{_CHECKPOINTS}::test_a_piece_that_one_rank_alone_refuses[exp_avg_sq--1.0--1]",),
+    ),
+    Mutation(
         "a sharded state of another placement is loaded",
         "am_lightning/optim/state_dict_checks.py",
         "if _placement(value) != _placement(param):",

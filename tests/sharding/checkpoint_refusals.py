@@ -133,6 +133,16 @@ def partly_by_dcp(missing: list[str]) -> dict[str, Any]:
     return attempted((model, fresh), lambda pair: set_optimizer_state_dict(*pair, states, options=FULL))
 
 
+def spoiled_on_one_rank(key: str, value: float) -> dict[str, Any]:
+    """The last rank's piece of a state dict is spoiled."""
+    pair = stepped(model_of(6, 4, True))
+    states = copy.deepcopy(pair[1].state_dict())
+    rank, world = everyone()
+    if rank == world - 1:
+        states["state"][0][key].to_local().view(-1)[-1] = value
+    return attempted(pair, lambda loaded: loaded[1].load_state_dict(states))
+
+
 def own_shards_through_a_file() -> bool:
     """Each rank's own state_dict, saved by torch.save and read again: other mesh objects, the same placement."""
     model, optimizer = stepped(model_of(6, 4, True))

@@ -103,6 +103,18 @@ def test_scalars_that_are_missing_in_a_full_checkpoint(pool: Callable[[int], Poo
         assert answer["untouched"]
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [("exp_avg", float("nan"), "nan or inf"), ("exp_avg_sq", float("inf"), "nan or inf"), ("exp_avg_sq", -1.0, "-1")],
+)
+def test_a_piece_that_one_rank_alone_refuses(pool: Callable[[int], Pool], key: str, value: float, words: str) -> None:
+    """A load is no collective. The text says whose piece it is, and what the others do."""
+    good, bad = pool(2).run(f"{REFUSALS}spoiled_on_one_rank", key=key, value=value)
+    assert good["text"] == "loaded"
+    assert f"has {words} in '{key}' for parameter 'weight'" in bad["text"] and bad["untouched"]
+    assert "This is what rank 1 holds: ranks that find nothing wait" in bad["text"]
+
+
 def test_each_rank_may_save_its_own_shards(pool: Callable[[int], Pool]) -> None:
     assert all(pool(2).run(f"{REFUSALS}own_shards_through_a_file"))
 
