@@ -60,6 +60,7 @@ class PlacedOptimizer(Optimizer):
         # Groups and what each was given: Accelerate's FSDP2 puts other parameters in their place, and so does ZeRO
         self._given: list[tuple[dict[str, Any], list[Given]]] = []
         self._partitioned: dict[int, Tensor] = {}  # id -> given parameter of ZeRO's, which its engine keeps
+        self._not_partitioned: Hashable = None  # parameters of which no engine was found: looking takes 0.1 s
 
     @property
     def replica_group(self) -> Any:
@@ -168,9 +169,11 @@ class PlacedOptimizer(Optimizer):
         keys = self._given_keys()
         if any(id(param) in keys for param in self._parameters()):
             return False
-        if not self._partitioned:
+        looked = tuple(map(id, self._parameters())), frozenset(keys)
+        if not self._partitioned and looked != self._not_partitioned:
             found = self._alive()
             self._partitioned = found if any(zero.is_partitioned(param) for param in found.values()) else {}
+            self._not_partitioned = looked if looked[0] and not self._partitioned else None
         return bool(self._partitioned)
 
     def _given_keys(self) -> set[int]:
@@ -304,6 +307,7 @@ class PlacedOptimizer(Optimizer):
         owner = deepspeed_owner(self)
         if owner is None:
             return
+        self._not_partitioned = None  # there is an engine
         given = self._given_names()
         if inside_pipeline_engine():
             raise ValueError(

@@ -17,6 +17,20 @@ _RESUMED = "tests/deepspeed/test_checkpoints.py::test_resumed_at_the_same_number
 
 MUTATIONS = [
     Mutation(
+        "all objects of the process are looked at whenever momentum is read before the first step",
+        "am_lightning/optim/placement.py",
+        "if not self._partitioned and looked != self._not_partitioned:",
+        "if not self._partitioned:",
+        ("tests/optim/test_deepspeed_loaded.py::test_an_engine_is_looked_for_once",),
+    ),
+    Mutation(
+        "ZeRO 3: an engine that was looked for while its groups were empty is never found",
+        "am_lightning/optim/placement.py",
+        "looked if looked[0] and not self._partitioned else None",
+        "looked if not self._partitioned else None",
+        ("tests/optim/test_deepspeed_loaded.py::test_nothing_is_remembered_of_empty_groups",),
+    ),
+    Mutation(
         "Lightning's callback: an optimizer that DeepSpeed's engine never steps is taken in silence",
         "am_lightning/fitting.py",
         "if [innermost(optimizer) for optimizer in optimizers] != [own]:",
