@@ -96,8 +96,8 @@ MUTATIONS = [
     Mutation(
         "optimizers that are made again in mid-run are not converted",
         _CALLBACK,
-        "if not isinstance(trainer.strategy, DeepSpeedStrategy) and optimizers:",
-        "if not isinstance(trainer.strategy, DeepSpeedStrategy) and optimizers and not self._fitting:",
+        "        elif optimizers:\n            self._convert(trainer, optimizers)",
+        "        elif optimizers and not self._fitting:\n            self._convert(trainer, optimizers)",
         (f"{_LIVE}::test_the_successor_is_converted_trained_and_shown[set_up_again-on_train_batch_start]",),
     ),
     Mutation(
