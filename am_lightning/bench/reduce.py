@@ -13,7 +13,7 @@ import time
 import torch
 import torch.distributed as dist
 
-NUMBERS, BYTES = 4, 8  # N, D, present, first of each tensor; float64
+from am_lightning.distributed.layout import BYTES, message_bytes
 
 # Tensors of Llama-style models: 9 a layer, embedding, head and last norm.
 MODELS = {"60M": 8, "1B": 16, "8B": 32, "70B": 80, "405B": 126}
@@ -32,11 +32,6 @@ GPUS_PER_NODE = 8
 def tensors_of(layers: int) -> int:
     """Parameter tensors of a Llama with so many layers."""
     return 9 * layers + 3
-
-
-def message_bytes(tensors: int) -> int:
-    """Bytes of the packed vector of one step."""
-    return tensors * NUMBERS * BYTES
 
 
 def predicted_microseconds(ranks: int, size: int) -> float:

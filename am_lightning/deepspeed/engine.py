@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from am_lightning.distributed import ShardLayout
-from am_lightning.distributed.layout import summed
+from am_lightning.distributed.layout import all_reduce
 from am_lightning.distributed.strategies.deepspeed_zero import check_supported
-from am_lightning.optim.base import AdaptiveMemoryOptimizer, RowOptions
+from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.closed_form import Decision, Sums
+from am_lightning.optim.step_inputs import RowOptions
 from am_lightning.optim.unwrap import innermost
 
 try:
@@ -62,6 +63,7 @@ def attach(engine: Any) -> AdaptiveMemoryOptimizer:
     check_supported(engine.optimizer, named)
     if not any("param_names" in group for group in optimizer.param_groups):
         optimizer.name_parameters(named)
+    optimizer.param_layout.bind_engine(engine.data_parallel_group)
     owner = engine.optimizer
     in_parts = hasattr(owner, "fp32_partitioned_groups_flat") or hasattr(owner, "single_partition_of_fp32_groups")
     if optimizer.pre_pass is None and optimizer.scope != "tensor" and in_parts and hasattr(owner, "averaged_gradients"):
@@ -189,7 +191,7 @@ class PrePass:
         """Partitions are disjoint, so every rank's numbers count."""
         for reduction in self._layouts[0].reductions:
             for group in reduction.groups:
-                vector = summed(vector, group)
+                vector = all_reduce(vector, group)
         return vector
 
     @contextmanager

@@ -1,4 +1,9 @@
-"""Who steps an optimizer: wrappers and engines hold it and call it, and it has no pointer to them."""
+"""Who steps an optimizer: wrappers and engines hold it and call it, and it has no pointer to them.
+
+An adapter that has the engine in hand says so instead (``am_lightning.deepspeed.attach``). What is left here is asked
+when a layout is built, and while an optimizer has no state: no later step walks the stack. An optimizer is known by
+its list ``param_groups``.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +18,9 @@ import torch
 _ZERO_REDUNDANCY = "torch.distributed.optim.zero_redundancy_optimizer"
 
 
-def inside_zero_redundancy(optimizer: Any) -> bool:
-    """True where a ZeroRedundancyOptimizer up the stack steps ``optimizer``, which sees only this rank's tensors."""
-    return _owner(optimizer, "optim", _ZERO_REDUNDANCY) is not None
+def inside_zero_redundancy(param_groups: Any) -> bool:
+    """True where a ZeroRedundancyOptimizer up the stack steps the optimizer, which sees only this rank's tensors."""
+    return _owner(param_groups, "optim", _ZERO_REDUNDANCY) is not None
 
 
 def called_by_zero_redundancy() -> bool:
@@ -23,9 +28,9 @@ def called_by_zero_redundancy() -> bool:
     return any(_frames_of(_ZERO_REDUNDANCY))
 
 
-def deepspeed_owner(optimizer: Any) -> Any:
-    """DeepSpeed's optimizer up the stack that steps ``optimizer``, or None."""
-    return _owner(optimizer, "optimizer", "deepspeed")
+def deepspeed_owner(param_groups: Any) -> Any:
+    """DeepSpeed's optimizer up the stack that steps the one with these ``param_groups``, or None."""
+    return _owner(param_groups, "optimizer", "deepspeed")
 
 
 def inside_pipeline_engine() -> bool:
@@ -39,12 +44,15 @@ def deepspeed_replicas() -> Any:
     return next((group for group in groups if group is not None), None)
 
 
-def inside_deepspeed_warm_up() -> bool:
+def inside_engine_warm_up() -> bool:
     """True where DeepSpeed makes a step with zero gradients while it is built, of which nothing must be left.
 
     It counts as a step and decays the weights: FP16_UnfusedOptimizer (stage 0 in 16 bit) does so.
     """
     return any(frame.f_code.co_name == "initialize_optimizer_states" for frame in _frames_of("deepspeed"))
+
+
+inside_deepspeed_warm_up = inside_engine_warm_up
 
 
 def inside_state_creation() -> bool:
@@ -58,7 +66,7 @@ def inside_state_creation() -> bool:
     if module is None:
         return False
     maker = getattr(module, "_init_optim_state", None)
-    if maker is None:  # no error: a run that saves no such checkpoint needs it not
+    if maker is None:  # no error: a run that saves no such checkpoint does not need it
         warnings.warn(
             f"torch {torch.__version__} has no torch.distributed.checkpoint.state_dict._init_optim_state any more, by "
             "which am_lightning knows a step that only makes a state: the first checkpoint of a run may count as one "
@@ -75,9 +83,11 @@ def caller(kind: type) -> Any:
     return next((owner for owner in owners if isinstance(owner, kind)), None)
 
 
-def _owner(optimizer: Any, attribute: str, module: str) -> Any:
+def _owner(param_groups: Any, attribute: str, module: str) -> Any:
+    """The nearest ``self`` of ``module`` up the stack whose ``attribute`` is the optimizer with ``param_groups``."""
     owners = (frame.f_locals.get("self") for frame in _frames_of(module))
-    return next((owner for owner in owners if getattr(owner, attribute, None) is optimizer), None)
+    held = ((owner, getattr(owner, attribute, None)) for owner in owners)
+    return next((owner for owner, inner in held if getattr(inner, "param_groups", None) is param_groups), None)
 
 
 def _frames_of(module: str) -> Iterator[FrameType]:

@@ -1,4 +1,4 @@
-"""Once, at the first step: do the ranks that will sum together hold the same rows, and do the pieces add up?"""
+"""Once, at the first step: do the ranks that will sum together hold the same tensors, and do the shards add up?"""
 
 from __future__ import annotations
 
@@ -9,38 +9,39 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from am_lightning.distributed.shard import Groups, LogicalParam, backend_device, my_rank, ranks_of, shown
-from am_lightning.distributed.strategies.dtensor import local
+from am_lightning.distributed.logical_param import LogicalParam
+from am_lightning.distributed.shard import Groups, backend_device, my_rank, ranks_of, shown
+from am_lightning.distributed.strategies import local
 
 _PRIME = 2**61 - 1  # checksums are modulo this: they fit int64
 
 
-def check_agreement(rows: Sequence[LogicalParam], held: Sequence[int], groups: Groups) -> None:
+def check_agreement(params: Sequence[LogicalParam], held: Sequence[int], groups: Groups) -> None:
     """Collective over ``groups``: one gather of three integers; more only to name what is wrong.
 
     Args:
-        rows: those of one reduction.
-        held: elements of this rank's counted pieces.
+        params: those of one reduction.
+        held: elements that this rank counts of each.
 
     Raises:
-        ValueError: other tensors on other ranks, or pieces that do not add up; on every rank alike.
+        ValueError: other tensors on other ranks, or shards that do not add up; on every rank alike.
     """
-    device = local(rows[0].param).device
-    digests = [_number((row.name, row.shard.numel, row.group_index)) for row in rows]
+    device = local(params[0].param).device
+    digests = [_number((logical.name, logical.shard.numel, logical.group_index)) for logical in params]
     names = _number(digests)
-    known = [i for i, row in enumerate(rows) if row.shard.numel is not None]
+    known = [i for i, logical in enumerate(params) if logical.shard.numel is not None]
     weights = [1 + _number(i) for i in known]
     mine = sum(held[i] * w for i, w in zip(known, weights, strict=True)) % _PRIME
-    expected = sum((rows[i].shard.numel or 0) * w for i, w in zip(known, weights, strict=True)) % _PRIME
+    expected = sum((params[i].shard.numel or 0) * w for i, w in zip(known, weights, strict=True)) % _PRIME
     total, alike = mine, True
     for group in groups:
         found = _gathered(torch.tensor([names, total, int(alike)], device=device), group).tolist()
         total = sum(entry[1] for entry in found) % _PRIME
         alike = all(entry[0] == names and entry[2] for entry in found)
     if not alike:
-        _raise_for_rows(rows, digests, groups, device)
+        _raise_for_tensors(params, digests, groups, device)
     if total != expected:
-        _raise_for_pieces(rows, held, groups, device)
+        _raise_for_shards(params, held, groups, device)
 
 
 def check_stages(description: str, group: object, device: torch.device) -> None:
@@ -58,18 +59,20 @@ def check_stages(description: str, group: object, device: torch.device) -> None:
         )
 
 
-def _raise_for_rows(rows: Sequence[LogicalParam], digests: list[int], groups: Groups, device: torch.device) -> None:
-    """Name the first row that differs, or the first that some ranks lack."""
-    length = torch.tensor([len(rows)], device=device)
+def _raise_for_tensors(
+    params: Sequence[LogicalParam], digests: list[int], groups: Groups, device: torch.device
+) -> None:
+    """Name the first tensor that differs, or the first that some ranks lack."""
+    length = torch.tensor([len(params)], device=device)
     for group in groups:
         length = _gathered(length, group).amin(0)
     low = high = torch.tensor(digests[: int(length)], dtype=torch.int64, device=device)
     for group in groups:
         low, high = _gathered(low, group).amin(0), _gathered(high, group).amax(0)
     differing = [*(low != high).nonzero().flatten().tolist(), int(length)]
-    place, count = differing[0], len(rows)
-    if place < count:
-        here = f"tensor {place} of {count} is {_shown_row(rows[place])}, unlike on others"
+    position, count = differing[0], len(params)
+    if position < count:
+        here = f"tensor {position} of {count} is {_shown_param(params[position])}, unlike on others"
     else:
         here = f"there are {count} tensors, fewer than on others"
     raise ValueError(
@@ -83,21 +86,23 @@ def _shown_ranks(groups: Groups) -> str:
     return shown(frozenset[int]().union(*(ranks_of(group) for group in groups)))
 
 
-def _shown_row(row: LogicalParam) -> str:
-    size = "" if row.shard.numel is None else f" with {row.shard.numel} elements"
-    return f"{row.name!r}{size} in group {row.group_index}"
+def _shown_param(logical: LogicalParam) -> str:
+    size = "" if logical.shard.numel is None else f" with {logical.shard.numel} elements"
+    return f"{logical.name!r}{size} in group {logical.group_index}"
 
 
-def _raise_for_pieces(rows: Sequence[LogicalParam], held: Sequence[int], groups: Groups, device: torch.device) -> None:
+def _raise_for_shards(
+    params: Sequence[LogicalParam], held: Sequence[int], groups: Groups, device: torch.device
+) -> None:
     totals = torch.tensor(held, device=device)
     for group in groups:
         totals = _gathered(totals, group).sum(0)
-    for row, found in zip(rows, totals.tolist(), strict=True):
-        if row.shard.numel not in (None, found):
+    for logical, found in zip(params, totals.tolist(), strict=True):
+        if logical.shard.numel not in (None, found):
             raise ValueError(
-                f"parameter {row.name!r}, placed as {row.shard.description}, has {row.shard.numel} elements, but the "
-                f"pieces on ranks {_shown_ranks(groups)} have {found}: sums over it would be wrong. Shard the model "
-                "before the optimizer is built, and leave its shards alone afterwards"
+                f"parameter {logical.name!r}, placed as {logical.shard.description}, has {logical.shard.numel} "
+                f"elements, but the pieces on ranks {_shown_ranks(groups)} have {found}: sums over it would be wrong. "
+                "Shard the model before the optimizer is built, and leave its shards alone afterwards"
             )
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 Groups = tuple[Any, ...]  # process groups; an all-reduce over each in turn sums over their product
 
@@ -35,20 +34,18 @@ class ShardInfo:
 
 
 @dataclass(frozen=True, eq=False)
-class LogicalParam:
-    """One logical tensor: this process's piece of it, and whether that piece counts in the reduced sums.
+class TensorSlice:
+    """A logical tensor within one of the optimizer's parameters.
 
-    ``span`` is the part of a flat parameter that belongs to this tensor; None: the whole parameter. ``partitioned``:
-    the flat parameter is one of DeepSpeed's, whose tensors each have their own adaptive scalars.
+    Attributes:
+        name: its own, where it shares the parameter with others.
+        shard: where its elements live among the ranks.
+        span: its elements in this rank's part of the parameter, empty where they are elsewhere; None: all of them.
     """
 
-    param: Tensor
-    group_index: int  # not the group itself: load_state_dict replaces the dicts
     name: str
     shard: ShardInfo
-    is_owner: bool = True
     span: slice | None = None
-    partitioned: bool = False
 
 
 def world_size() -> int:
@@ -64,11 +61,6 @@ def my_rank() -> int:
 def ranks_of(group: Any) -> frozenset[int]:
     """Global ranks of a process group."""
     return frozenset(dist.get_process_group_ranks(group))
-
-
-def unsharded(param: Tensor) -> ShardInfo:
-    """A plain tensor: whole on this rank; whether others hold copies is not written on it."""
-    return ShardInfo(frozenset([my_rank()]), True, tuple, param.numel(), "plain")
 
 
 def smallest_groups(ranks: frozenset[int], groups: Callable[[], Groups]) -> Groups:

@@ -14,7 +14,14 @@ from am_lightning.lightning.compat import DeepSpeedStrategy, MisconfigurationExc
 from am_lightning.lightning.fabric import attach
 from am_lightning.lightning.loggers import Curves
 from am_lightning.lightning.patched_methods import Replacements
-from am_lightning.lightning.trainer_patches import allow_in_deepspeed, check_of_engine, ours, place, replace_in, unwrapped
+from am_lightning.lightning.trainer_patches import (
+    allow_in_deepspeed,
+    check_of_engine,
+    ours,
+    place,
+    replace_in,
+    unwrapped,
+)
 from am_lightning.loggers.reader import prefix_of
 from am_lightning.optim.argument_hints import LAMBDA, with_cures
 from am_lightning.optim.base import AdaptiveMemoryOptimizer

@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from am_lightning.optim.argument_hints import ADAMW, with_cures
-from am_lightning.optim.base import AdaptiveMemoryOptimizer, RowOptions
+from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.closed_form import AdaptiveScalars, bias_correction
 from am_lightning.optim.kernels.inputs import GroupOptions
 from am_lightning.optim.kernels.registry import require_fused
 from am_lightning.optim.param_state import FOREIGN_OPTIONS
+from am_lightning.optim.step_inputs import RowOptions
 from am_lightning.optim.validation import (
     check_betas,
     check_exp_avg_dtype,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,57 +18,22 @@ from am_lightning.distributed.call_stack import (
     inside_deepspeed_warm_up,
     inside_state_creation,
 )
-from am_lightning.distributed.names import names_by_id
-from am_lightning.distributed.strategies.fsdp1 import is_managed
-from am_lightning.optim import group_checks, param_state
-from am_lightning.optim.adaptive_scalars import StateScalars, sums_live_on
+from am_lightning.optim import checkpointing, group_checks, param_state
+from am_lightning.optim.adaptive_scalars import Scalars, sums_live_on
 from am_lightning.optim.closed_form import AdaptiveScalars, Decision, Sums, decide, loss_gap_factor
-from am_lightning.optim.kernels.agreement import agree_on_kernels, choice_of, drop_fused, row_kernels
-from am_lightning.optim.kernels.inputs import Coefficients, GradientClip, GroupOptions
+from am_lightning.optim.kernels.agreement import agree_on_kernels, choice_of, drop_fused
+from am_lightning.optim.kernels.inputs import GradientClip, GroupOptions
 from am_lightning.optim.kernels.plan import KernelPlan, StepTensors
 from am_lightning.optim.kernels.transfer import refuse_in_capture
-from am_lightning.optim.kernels.triton.row_launch import RowCoefficients, RowKernels
 from am_lightning.optim.kernels.workspace import Workspace
-from am_lightning.optim.param_layout import PlacedOptimizer
-from am_lightning.optim.state_dict_checks import Expected, check_loadable, check_mapping
+from am_lightning.optim.param_layout import ParamLayout, checked_params_of
 from am_lightning.optim.state_store import StateStore
+from am_lightning.optim.step_inputs import InKernels, RowOptions, StepInputs, inputs_in_kernels, inputs_of
 from am_lightning.optim.step_stats import StepStats
 from am_lightning.optim.validation import NONFINITE, SCOPES, WHOLE_OPTIMIZER, check_choice
 
-_NAMES = "_names_of_unnamed"  # in a pickle: what name_parameters() gave
 
-
-class RowOptions(NamedTuple):
-    """Options of each row's group, ``[rows]`` on the device of the sums."""
-
-    beta_max: Tensor
-    lr: Tensor
-    weight_decay: Tensor  # decoupled
-
-
-class InKernels(NamedTuple):
-    """A step whose coefficients and decision are two Triton kernels' work, in place of ``closed_form``'s operators."""
-
-    kernels: RowKernels
-    found: RowCoefficients
-    store: StateScalars
-    table: Tensor  # [4, rows], the store's states
-
-
-class Prepared(NamedTuple):
-    """What is known before the sums: both passes, this step's coefficients, and what those are made of.
-
-    ``scalars`` and ``options`` are None ``in_kernels``.
-    """
-
-    plan: KernelPlan
-    coefficients: Coefficients
-    scalars: AdaptiveScalars | None
-    options: RowOptions | None
-    in_kernels: InKernels | None
-
-
-class AdaptiveMemoryOptimizer(PlacedOptimizer):
+class AdaptiveMemoryOptimizer(Optimizer):
     """A subclass says what its preconditioner, its state and its options are."""
 
     cap_key: str  # group option that holds the cap of beta_t
@@ -109,7 +74,8 @@ class AdaptiveMemoryOptimizer(PlacedOptimizer):
         self._plan: KernelPlan | None = None  # of the last step
         self._checked_options: list[Any] = []
         self._loading: tuple[dict[str, Any], list[dict[str, Any]]] | None = None
-        self._forget_placement()
+        self.param_layout = ParamLayout()
+        self.pre_pass: Callable[[ShardLayout], Any] | None = None  # DeepSpeed's: sums and decision for a layout
 
     # ------------------------------------------------------------------ what a subclass says
     def _check_group(self, group: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +135,7 @@ class AdaptiveMemoryOptimizer(PlacedOptimizer):
             return True
         if not inside_state_creation():
             return False
-        params = self._rows()
+        params = self.param_layout.logical_params(self.param_groups)
         self._check_direction(params)
         here = [logical for logical in params if logical.param.grad is not None]
         self._store.moments(self.state, here, self.param_groups, self.exp_avg_dtype)
@@ -180,14 +146,14 @@ class AdaptiveMemoryOptimizer(PlacedOptimizer):
         check = getattr(self, "_accelerator_graph_capture_health_check", None) or self._cuda_graph_capture_health_check
         if all("capturable" in group for group in self.param_groups):
             check()
-        if self._layout is None:
+        if self.layout is None:
             self._check_time()
         if closure is None:
             return None
         with torch.enable_grad():
             return closure()
 
-    def prepare(self, layout: ShardLayout) -> Prepared:
+    def prepare(self, layout: ShardLayout) -> StepInputs:
         """Read-only, except that states that do not exist yet are made."""
         tensors = self._tensors(layout)
         device, dtype = sums_live_on([logical.param for logical in layout.logical_params])
@@ -200,11 +166,11 @@ class AdaptiveMemoryOptimizer(PlacedOptimizer):
             self._plans[layout] = plan
         self._plan = plan
         clip = self._workspace.take_clip()
-        prepared = self._prepare_in_kernels(plan, layout, clip) or self._prepare_with_operators(plan, layout)
+        inputs = self._inputs(plan, layout, clip)
         if clip is not None and self._workspace.gradient_factor is None:
             self._workspace.gradient_factor = clip.factor()
         plan.begin(tensors)
-        return prepared
+        return inputs
 
     def _tensors(self, layout: ShardLayout) -> StepTensors:
         """Parameters that have a gradient here. All are checked before the first state is made."""
@@ -222,7 +188,7 @@ class AdaptiveMemoryOptimizer(PlacedOptimizer):
         x, g, d, *v = (_at_least_1d(column) for column in (x, grads, *moments))
         return StepTensors(rows, x, g, d, v[0] if v else None)
 
-    def local_sums(self, local: Prepared) -> Tensor:
+    def local_sums(self, local: StepInputs) -> Tensor:
         """Pass 1, read-only: ``[rows, 4]``, N, D, whether there is a gradient here, whether it is the row's first."""
         sums = local.plan.sums(local.coefficients)
         if local.in_kernels is not None:
@@ -234,7 +200,7 @@ class AdaptiveMemoryOptimizer(PlacedOptimizer):
         """Sum over ranks; with it what a subclass needs besides the sums."""
         return (layout.all_reduce(packed)[0] if layout.reductions else packed), None
 
-    def _decide(self, sums: Sums, local: Prepared, layout: ShardLayout, shared: Any) -> Decision:
+    def _decide(self, sums: Sums, local: StepInputs, layout: ShardLayout, shared: Any) -> Decision:
         assert local.options is not None
         return self.decide(sums, local.options, layout.sizes, reduce_over_stages=layout.stage_reduction())
 
@@ -251,12 +217,13 @@ class AdaptiveMemoryOptimizer(PlacedOptimizer):
             **more,
         )
 
-    def _advance(self, local: Prepared, decision: Decision, layout: ShardLayout) -> None:
+    def _advance(self, local: StepInputs, decision: Decision, layout: ShardLayout) -> None:
         """Keep the adaptive scalars and the statistics of the step."""
         assert local.scalars is not None and local.options is not None
-        store = self._store.scalars(self.state, layout, self.param_groups, type(self).__name__)
-        store.write(local.scalars.advanced(decision, local.options.lr), decision.active)
-        self._stats.observe(decision, self._positions(layout), again=layout is not next(iter(self._layouts.values())))
+        self._scalars(layout).write(local.scalars.advanced(decision, local.options.lr), decision.active)
+        self._stats.observe(
+            decision, self._positions(layout), again=layout is not next(iter(self.param_layout.layouts.values()))
+        )
 
     def _positions(self, layout: ShardLayout) -> Tensor | None:
         """``[rows]``: where this layout's rows are in ``parameter_names``; None where they are all of them."""
@@ -268,40 +235,34 @@ class AdaptiveMemoryOptimizer(PlacedOptimizer):
         return self._workspace.constants.vector(tuple(place[logical.name] for logical in params), device)
 
     # ------------------------------------------------------------------ coefficients
-    def _prepare_with_operators(self, plan: KernelPlan, layout: ShardLayout) -> Prepared:
-        scalars = self._store.scalars(self.state, layout, self.param_groups, type(self).__name__).read()
-        groups = self.param_groups
+    def _inputs(self, plan: KernelPlan, layout: ShardLayout, clip: GradientClip | None) -> StepInputs:
+        groups, store = self.param_groups, self._scalars(layout)
+        if self.pre_pass is None and len(self.moments) > 1:
+            inputs = inputs_in_kernels(
+                plan, store, layout, groups, self.scope, self._row_options, self._workspace, clip
+            )
+            if inputs is not None:
+                return inputs
         options = RowOptions(
             beta_max=plan.column("beta_max", [group[self.cap_key] for group in groups], layout.sizes),
             lr=plan.column("lr", [group["lr"] for group in groups], layout.sizes),
             weight_decay=plan.column("mu", [self._group_options(group).mu for group in groups], layout.sizes),
         )
-        return Prepared(plan, Coefficients(self._coefficients(scalars, options)), scalars, options, None)
+        return inputs_of(plan, store, options, self._coefficients)
+
+    def _scalars(self, layout: ShardLayout) -> Scalars:
+        return self._store.scalars(self.state, layout, self.param_groups, type(self).__name__)
 
     def _column(self, name: str, values: list[float | Tensor]) -> Tensor:
         """``[rows]``: an option of every row's group."""
-        assert self._plan is not None and self._layout is not None  # step() has made them
-        return self._plan.column(name, values, self._layout.sizes)
+        assert self._plan is not None and self.layout is not None  # step() has made them
+        return self._plan.column(name, values, self.layout.sizes)
 
     def _row_options(self, group: dict[str, Any]) -> list[float | Tensor]:
         """cap, lr, mu, beta2, eps, for kernels that do a step's arithmetic of rows; where P is AdamW's."""
         raise NotImplementedError
 
-    def _prepare_in_kernels(self, plan: KernelPlan, layout: ShardLayout, clip: GradientClip | None) -> Prepared | None:
-        """The same by one kernel, where the tensors go to Triton and P is AdamW's."""
-        if self.pre_pass is not None or len(self.moments) < 2:
-            return None
-        store = self._store.scalars(self.state, layout, self.param_groups, type(self).__name__)
-        kernels = row_kernels(layout, self.param_groups, self.scope, store, self._workspace)
-        if kernels is None:
-            return None
-        assert isinstance(store, StateScalars)
-        options, table = [self._row_options(group) for group in self.param_groups], store.table()
-        found = kernels.coefficients(table, options, plan.present, clip)
-        self._workspace.gradient_factor = found.factor
-        return Prepared(plan, found.coefficients, None, None, InKernels(kernels, found, store, table))
-
-    def _finish_in_kernels(self, packed: Tensor, local: Prepared, rows: InKernels) -> None:
+    def _finish_in_kernels(self, packed: Tensor, local: StepInputs, rows: InKernels) -> None:
         """From the reduced sums to the end of the step."""
         kernels, found, store, table = rows
         stats = self._stats.buffers(packed.device)
@@ -334,7 +295,9 @@ class AdaptiveMemoryOptimizer(PlacedOptimizer):
         """``[parameters]`` beta_t, nan where one has never stepped."""
         if self.is_partitioned():
             return self._store.betas_by_name(self.parameter_names())
-        return self._store.betas(self.state, self._layouts.get(self._key()), self._rows())
+        layout = self.param_layout.find(self.param_groups)
+        params = self.param_layout.logical_params(self.param_groups)
+        return self._store.betas(self.state, layout, params)
 
     def remember_grad_norm(self, norm: Tensor) -> None:
         """Keep the global gradient norm for ``report``."""
@@ -360,15 +323,13 @@ class AdaptiveMemoryOptimizer(PlacedOptimizer):
     def groups_of_parameters(self) -> list[dict[str, Any]]:
         """The group of each parameter, in the order of ``parameter_names``."""
         self._check_options()
-        if self.is_partitioned():
-            return [group for group, params in self._given for _ in params]
-        return [self.param_groups[logical.group_index] for logical in self._rows()]
+        return self.param_layout.groups_of(self.param_groups)
 
     def caps(self) -> list[float]:
         """The cap of beta_t of each parameter, in the order of ``parameter_names``."""
         return [float(group[self.cap_key]) for group in self.groups_of_parameters()]
 
-    def _kernels_in_words(self) -> str:
+    def _describe_kernels(self) -> str:
         if self._plan is None:
             return ""
         parts = [f"{kernel.describe()} for {count}" for kernel, count in self._plan.kernels.items()]
@@ -382,7 +343,7 @@ class AdaptiveMemoryOptimizer(PlacedOptimizer):
         Raises:
             TypeError, ValueError, RuntimeError: a group or an option is of the wrong kind; the text has its number.
         """
-        self._store.take_tables([group for group, _ in self._given], self.given_groups())
+        self._store.take_tables(self.param_layout.given.groups, self.given_groups())
         found = group_checks.options_of(self.param_groups)
         if len(found) == len(self._checked_options) and all(map(operator.is_, found, self._checked_options)):
             return
@@ -400,7 +361,7 @@ class AdaptiveMemoryOptimizer(PlacedOptimizer):
             with group_checks.naming_group(index):
                 self._complete_groups([group])
         if foreign:
-            self._remember_given()
+            self.param_layout.given.remember(self.param_groups)
 
     def _complete_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         """Fill in options that are missing, from the optimizer's own."""
@@ -422,11 +383,87 @@ class AdaptiveMemoryOptimizer(PlacedOptimizer):
             checked = self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         self.param_groups[-1].update(checked)
-        self._remember_given()
-        if self._model is not None:  # a layer that was added to it in mid-run has a name
-            self.name_parameters(self._model.named_parameters())
+        self.param_layout.given.remember(self.param_groups)
+        self.param_layout.rename_bound()  # a layer that was added to the model in mid-run has a name
+        self._forget_layout()
 
     # ------------------------------------------------------------------ layouts
+    @property
+    def replica_group(self) -> Any:
+        """Process group whose ranks hold the same parameters (DDP); the first one's sums serve all. Not saved.
+
+        Setting it raises TypeError for what is no process group.
+        """
+        return self.param_layout.replica_group
+
+    @replica_group.setter
+    def replica_group(self, group: Any) -> None:
+        self.param_layout.replica_group = group
+        self._forget_layout()
+
+    @property
+    def pipeline_group(self) -> Any:
+        """Process group of one rank of each pipeline stage, this one included. Not saved.
+
+        With it ``scope="global"`` (and "group") sums over the stages and a step that one stage skips is skipped by all,
+        for one more small collective a step; without it only ``scope="tensor"`` serves a pipeline. Setting it raises
+        TypeError for what is no process group.
+        """
+        return self.param_layout.pipeline_group
+
+    @pipeline_group.setter
+    def pipeline_group(self, group: Any) -> None:
+        self.param_layout.pipeline_group = group
+        self._forget_layout()
+
+    def name_parameters(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Give unnamed parameters the names of ``module.named_parameters()``, for ``momentum`` and messages.
+
+        Args:
+            named_parameters: (name, parameter) pairs; parameters that this optimizer does not have are ignored.
+        """
+        self.param_layout.name_parameters(named_parameters)
+        self._forget_layout()
+
+    def bind_model(self, model: torch.nn.Module) -> None:
+        """Give the optimizer the module whose parameters it has: their names, and FSDP1's process groups.
+
+        The callback and the ``attach`` functions do so. Not saved.
+
+        Args:
+            model: the outermost module, as it is trained (wrapped by FSDP or DDP).
+
+        Raises:
+            TypeError: ``model`` is no torch.nn.Module.
+        """
+        self.param_layout.bind_model(model)
+        self._forget_layout()
+
+    def parameter_names(self) -> list[str]:
+        """The distinct name of each parameter, in the order of the groups, as ``momentum`` uses them.
+
+        A flat parameter (FSDP1 with ``use_orig_params=False``, DeepSpeed ZeRO) has the names of the tensors in it.
+        """
+        return self.param_layout.names(self.param_groups)
+
+    def given_groups(self) -> list[dict[str, Any]]:
+        """Every parameter group that was given parameters, also while an engine shows only some of them."""
+        return self.param_layout.given.filled_groups()
+
+    def is_partitioned(self) -> bool:
+        """ZeRO keeps the given parameters, and has put flat partitions of its own in their place."""
+        return self.param_layout.engine(self.param_groups) is not None
+
+    @property
+    def layout(self) -> ShardLayout | None:
+        """Logical parameters and reductions of the last step; None before the first. Not collective."""
+        return self.param_layout.last
+
+    def describe(self) -> str:
+        """Tensors, reductions and kernels of the steps so far; of every ``step()`` call that an engine makes."""
+        text = "; then ".join(layout.describe() for layout in self.param_layout.layouts.values())
+        return f"{text}{self._describe_kernels()}" if text else "no step made yet"
+
     def current_layout(self) -> ShardLayout:
         """Logical parameters and reductions. Built (collectively) at the first step, and again when the parameters are
         others, or the same ones elsewhere: a model that was moved or cast.
@@ -434,17 +471,34 @@ class AdaptiveMemoryOptimizer(PlacedOptimizer):
         self._check_options()
         return self._find_layout()
 
+    def _find_layout(self) -> ShardLayout:
+        layout = self.param_layout.find(self.param_groups)
+        if layout is None:
+            self._check_time()
+            if not self.is_partitioned():
+                self._forget_layout()
+            layout = self.param_layout.build(self.param_groups, self._check_layout)
+        return layout
+
     def _forget_layout(self) -> None:
         self._store.forget_layouts()
         self._plans = {}
-        super()._forget_layout()
+        self.param_layout.drop()
 
     def _check_time(self) -> None:
-        for param in self._checked_parameters():  # a layout takes copies, collectives, kernels that are built and tried
+        for param in checked_params_of(
+            self.param_groups
+        ):  # a layout takes copies, collectives, kernels that are built and tried
             refuse_in_capture(param)
 
-    def _check_scope(self, layout: ShardLayout) -> None:
-        super()._check_scope(layout)
+    def _needs_exact_sums(self) -> bool:
+        """Sums, and not only their ratio, decide beta_t."""
+        return False
+
+    def _check_layout(self, layout: ShardLayout) -> None:
+        """Refuse a layout whose sums the scope cannot have, before anything moves; then agree on kernels."""
+        whole_step = self.pre_pass is not None
+        self.param_layout.check_scope(layout, self.scope, exact_sums=self._needs_exact_sums(), whole_step=whole_step)
         if any("max_momentum" in group for group in self.param_groups):
             warnings.warn(
                 "the learning rate scheduler cycles betas[0], which adaptive memory does not use: beta_t is computed, "
@@ -461,46 +515,24 @@ class AdaptiveMemoryOptimizer(PlacedOptimizer):
         if self.exp_avg_dtype is None:
             return
         for logical in params:
-            engine = "DeepSpeed ZeRO" if logical.partitioned else "FSDP1" if is_managed(logical.param) else None
-            if engine is not None:
+            if logical.strategy.one_state_dtype:
                 raise ValueError(
-                    f"Invalid exp_avg_dtype: {self.exp_avg_dtype} ({engine}, which holds parameter {logical.name!r}, "
+                    f"Invalid exp_avg_dtype: {self.exp_avg_dtype} ({logical.strategy.name}, which holds parameter {logical.name!r}, "
                     "saves states of one dtype only: exp_avg_dtype must be None there; FSDP2 and DDP take it)"
                 )
 
     # ------------------------------------------------------------------ pickle, state_dict
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__() | {name: getattr(self, name) for name in self.plain_attributes}
-        return state | {_NAMES: self.parameter_names()} if self._known_names else state
+        return checkpointing.with_names(self, state)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         before = dict(self.__dict__)
         try:
-            self._take_state(state)
+            checkpointing.take_state(self, state, super().__setstate__)
         except BaseException:
             self.__dict__.update(before)  # a load that fails has changed nothing
             raise
-
-    def _take_state(self, state: dict[str, Any]) -> None:
-        copied = "_stats" not in self.__dict__  # or unpickled
-        if copied:
-            self._forget()
-        super().__setstate__(state)
-        if copied:
-            self._remember_given()
-        self.defaults.pop("differentiable", None)  # torch.optim adds it
-        if self._loading is not None:
-            in_tables, direction = self.is_partitioned(), self.exp_avg_dtype
-            self._store.restore(self.state, self.param_groups, *self._loading, direction, in_tables=in_tables)
-        self._complete_groups(self.param_groups)
-        if self._loading is not None:
-            self._replace_groups(self._loading[1])
-            self._store.forget()
-            self._store.take_tables([group for group, _ in self._given], self.given_groups())
-        if _NAMES in self.__dict__:  # after a copy or unpickling the parameters are others, their places are not
-            self._known_names = names_by_id(
-                zip(self.__dict__.pop(_NAMES), dict.fromkeys(self._parameters()), strict=True)
-            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a ``state_dict`` of this class, or one of its plain counterpart (AdamW for AMAdamW) in mid-run.
@@ -511,27 +543,8 @@ class AdaptiveMemoryOptimizer(PlacedOptimizer):
             ValueError: it is no state dict, or that of another optimizer or model; the text names the parameter or the
                 group, and nothing has changed.
         """
-
-        def remember(_: Optimizer, saved: dict[str, Any]) -> None:
-            who, finite = type(self).__name__, self.nonfinite == "skip" and not self.is_partitioned()
-            self._check_options()
-            groups, names = self.param_groups, self._known_names
-            check_loadable(saved, Expected(who, groups, self.moments, names, self._check_saved_options, finite))
-            self._loading = saved, groups
-
-        check_mapping(state_dict)  # torch.optim copies it; the user's hooks may make a state dict of it
-        last = self.register_load_state_dict_pre_hook(remember)  # sees what the user's own hooks made of it
-        try:
+        with checkpointing.checked_load(self, state_dict):
             super().load_state_dict(state_dict)
-        finally:
-            last.remove()
-            self._loading = None
-
-    def _check_saved_options(self, saved: dict[str, Any], live: dict[str, Any]) -> None:
-        trial = dict(saved)
-        param_state.restore_options(trial, live, self.cap_key)
-        self._check_group(group_checks.with_any_lr(trial))
-        group_checks.check_magnitudes(trial)
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch.optim. Where a parameter holds many tensors, the groups carry their adaptive scalars by name."""

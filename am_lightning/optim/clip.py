@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from am_lightning.distributed import ShardLayout, local_grad, redistributed_grad
+from am_lightning.distributed import local_grad, redistributed_grad
 from am_lightning.optim.adaptive_scalars import sums_live_on
 from am_lightning.optim.argument_hints import with_cures
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
@@ -62,13 +62,14 @@ def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float, *, in_s
         )
     if math.isnan(max_norm) or max_norm < 0:
         raise ValueError(f"Invalid max_norm: {max_norm} (max_norm must be a number >= 0)")
-    if optimizer.is_partitioned():
+    engine = optimizer.param_layout.engine(optimizer.param_groups)
+    if engine is not None:
         raise ValueError(
-            "clip_grad_norm_ cannot clip under DeepSpeed ZeRO, whose engine holds the gradients and clips them itself: "
-            "set gradient_clipping in its configuration"
+            f"clip_grad_norm_ cannot clip under {engine.name}, whose engine holds the gradients and clips them itself: "
+            f"{engine.clipping}"
         )
     layout = optimizer.current_layout()
-    _check_exact(layout)
+    layout.check_exact("the global gradient norm")
     for param in dict.fromkeys(row.param for row in layout.logical_params):
         if param.grad is not None:
             param.grad = redistributed_grad(param)  # Partial sums once, not again in step()
@@ -90,13 +91,3 @@ def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float, *, in_s
         scale_(gradients, GradientClip(norm, max_norm).factor())
     optimizer.remember_grad_norm(norm)
     return norm
-
-
-def _check_exact(layout: ShardLayout) -> None:
-    layout.check_whole_model("the global gradient norm")
-    if not layout.sizes_known:
-        raise ValueError(
-            "FSDP1's process groups are not known to the optimizer, so copies of a shard cannot be told from shards: "
-            "call optimizer.bind_model(model) with the FSDP module first (the AdaptiveMemory callback and the attach "
-            "functions do so)"
-        )

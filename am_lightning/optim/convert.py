@@ -61,7 +61,7 @@ def convert_adamw(
     converted: AMAdamW = optimizer  # type: ignore[assignment]
     converted.configure(scope=scope, nonfinite="skip")
     converted.fused_dropped = dropped
-    converted._remember_given()
+    converted.param_layout.given.remember(converted.param_groups)
     for group, cap in zip(converted.param_groups, caps, strict=True):
         _convert_options(group, lambd, cap)
     _convert_options(converted.defaults, lambd, _cap(own, lambd, beta1_max))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from am_lightning.distributed.names import strip_wrappers
-from am_lightning.distributed.strategies.fsdp1 import is_managed
+from am_lightning.distributed.strategies import logical_ndims
 from am_lightning.optim import AMSGD, AMAdamW
 
 _NORMS = (
@@ -129,41 +129,17 @@ def parameter_groups(
 
 def _without_decay(model: nn.Module, decay_embeddings: bool) -> set[int]:
     """ids of parameters that get no weight decay: by module type, by name, and by their logical shape."""
-    shapes = _logical_ndim(model)
+    trainer = getattr(model, "_trainer", None)  # a LightningModule: the outermost FSDP module is around it
+    ndims = logical_ndims(getattr(trainer, "model", None) or model)
     result: set[int] = set()
     for module in model.modules():
         norm = isinstance(module, _NORMS) or "norm" in type(module).__name__.lower()
         embedding = isinstance(module, nn.Embedding | nn.EmbeddingBag)
         for name, param in module.named_parameters(recurse=False):
             bias = name == "bias" or name.endswith("_bias") or bool(re.match(r"bias_[ih]h", name))
-            whole = getattr(param, "ds_shape", param.shape)  # of what DeepSpeed's zero.Init has cut into flat pieces
-            thin = shapes.get(id(param), len(whole)) <= 1
+            thin = ndims.get(id(param), param.ndim) <= 1
             if norm or bias or thin or (embedding and not decay_embeddings):
                 result.add(id(param))
-    return result
-
-
-def _logical_ndim(model: nn.Module) -> dict[int, int]:
-    """``id(parameter) -> ndim`` of what FSDP1 shows as flat 1-D views."""
-    managed = {id(param): name for name, param in model.named_parameters() if is_managed(param)}
-    if not managed:
-        return {}
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    trainer = getattr(model, "_trainer", None)  # a LightningModule: the outermost FSDP module is around it
-    result = {}
-    for module in FullyShardedDataParallel.fsdp_modules(getattr(trainer, "model", None) or model):
-        handle = module._handle
-        if handle is not None and handle.flat_param._params is not None:
-            shapes = zip(handle.flat_param._params, handle.flat_param._shapes, strict=True)
-            result.update({id(param): len(shape) for param, shape in shapes})
-    unknown = [name for key, name in managed.items() if key not in result]
-    if unknown:
-        raise ValueError(
-            f"FSDP1 shows parameter {strip_wrappers(unknown[0])!r} without its shape, so whether it gets weight decay "
-            "cannot be told: give the FSDP module itself, not one inside it (Lightning: self or self.trainer.model), "
-            "built with use_orig_params=True"
-        )
     return result
 
 

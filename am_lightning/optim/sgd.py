@@ -13,10 +13,11 @@ from torch.optim.optimizer import ParamsT
 
 from am_lightning.distributed import ShardLayout, local_shard
 from am_lightning.optim.argument_hints import SGD, with_cures
-from am_lightning.optim.base import AdaptiveMemoryOptimizer, Prepared, RowOptions
+from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.closed_form import AdaptiveScalars, Decision, Sums
 from am_lightning.optim.kernels.inputs import GroupOptions
 from am_lightning.optim.squares import square_sum
+from am_lightning.optim.step_inputs import RowOptions, StepInputs
 from am_lightning.optim.validation import (
     LOSS_GAPS,
     check_choice,
@@ -209,7 +210,7 @@ class AMSGD(AdaptiveMemoryOptimizer):
                 gradients = gradients + square_sum(grad, like)
         return _Shared(value, torch.ones_like(zero), penalty, gradients)
 
-    def _decide(self, sums: Sums, local: Prepared, layout: ShardLayout, shared: _Shared | None) -> Decision:
+    def _decide(self, sums: Sums, local: StepInputs, layout: ShardLayout, shared: _Shared | None) -> Decision:
         assert local.options is not None
         gap = gradients = None
         if shared is not None and self.loss_gap == "exact":

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from am_lightning.distributed.names import group_names
 from am_lightning.distributed.shard import my_rank, world_size
-from am_lightning.distributed.strategies.dtensor import is_dtensor, local
+from am_lightning.distributed.strategies import describe_placement, local, placement_of
 from am_lightning.optim.param_state import OPTIONS, SCALARS, TABLE, has_coupled_decay, untouched
 from am_lightning.optim.validation import as_float, check_flag, check_names, described, is_one_number
 
@@ -210,10 +210,10 @@ def _check_moments(name: str, state: dict[str, Any], param: Tensor, expected: Ex
                 f"{_SUBJECT} has {key!r} of shape {tuple(value.shape)} for parameter {name!r}, "
                 f"which has shape {tuple(param.shape)}: it is a checkpoint of another model"
             )
-        if _placement(value) != _placement(param):
+        if placement_of(value) != placement_of(param):
             raise ValueError(
-                f"{_SUBJECT} has {key!r} for parameter {name!r} as {_placed(value)}, but the parameter is "
-                f"{_placed(param)}. {_cure(value, param)}"
+                f"{_SUBJECT} has {key!r} for parameter {name!r} as {describe_placement(value)}, but the parameter is "
+                f"{describe_placement(param)}. {_cure(value, param)}"
             )
         if expected.finite:
             _check_finite(f"{key!r} for parameter {name!r}", value, param.dtype, square=key in expected.moments[1:])
@@ -281,24 +281,11 @@ def _shown(keys: Mapping[Any, Any]) -> str:
     return ", ".join(map(repr, list(keys)[:4])) + (", ..." if len(keys) > 4 else "") or "nothing"
 
 
-def _placement(tensor: Any) -> tuple[Any, ...] | None:
-    """What two DTensors must share for their local pieces to hold the same elements; None for a plain tensor."""
-    return (tuple(tensor.placements), tensor.device_mesh.mesh.tolist()) if is_dtensor(tensor) else None
-
-
-def _placed(tensor: Any) -> str:
-    if not is_dtensor(tensor):
-        return "a plain tensor"
-    ranks = tensor.device_mesh.mesh.flatten().tolist()
-    listed = f"{', '.join(map(str, ranks[:8]))}{', ...' if len(ranks) > 8 else ''}"  # in the order of the mesh
-    return f"a DTensor placed ({', '.join(map(str, tensor.placements))}) on the mesh of ranks {listed}"
-
-
 def _cure(state: Any, param: Any) -> str:
     load = "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict(model, optimizer, state_dict"
-    if not is_dtensor(state):  # whole, as saved with full_state_dict=True
+    if placement_of(state) is None:  # whole, as saved with full_state_dict=True
         return f"Load a full state dict with {load}, options=StateDictOptions(full_state_dict=True)), which splits it"
-    if not is_dtensor(param):
+    if placement_of(param) is None:
         return "Gather it first: tensor.full_tensor() on all ranks, or save with StateDictOptions(full_state_dict=True)"
     return f"Save and load with torch.distributed.checkpoint (dcp.save, dcp.load, then {load})), which moves the pieces"
 

@@ -166,8 +166,8 @@ def compare(
 
         attach_engine(engine)
     local = patch.object(ShardLayout, "all_reduce", lambda self, packed, shared=None: (packed, shared))
-    counter = Mock(wraps=layout.summed)  # every sum over ranks goes through it
-    counted = patch.multiple(layout, summed=counter), patch("am_lightning.deepspeed.engine.summed", counter)
+    counter = Mock(wraps=layout.all_reduce)  # every sum over ranks goes through it
+    counted = patch.multiple(layout, all_reduce=counter), patch("am_lightning.deepspeed.engine.all_reduce", counter)
     with local if naive else nullcontext(), counted[0], counted[1]:
         seen = advance(engine, optimizer, scope, range(STEPS), accumulate)
     single = alone(scope, accumulate=accumulate)

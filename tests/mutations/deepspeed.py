@@ -81,16 +81,16 @@ MUTATIONS = [
     ),
     Mutation(
         "a scope that spans several calls needs no attach",
-        "am_lightning/optim/param_layout.py",
-        'if wanted & here or self.scope == "global":',
-        'if wanted & here and self.scope == "tensor":',
+        _ZERO,
+        'if missing and (demand.scope == "global" or',
+        'if missing and (demand.scope == "tensor" and',
         (f"{_REFUSED}[global_without_attach]",),
     ),
     Mutation(
         "the sums of the partitions stay on their rank",
         _ATTACH,
-        "vector = summed(vector, group)",
-        "vector = vector + 0 * summed(vector.clone(), group)",
+        "vector = all_reduce(vector, group)",
+        "vector = vector + 0 * all_reduce(vector.clone(), group)",
         (f"{_SHARED}[stage=2-scope=global]",),
     ),
     Mutation(

@@ -82,7 +82,7 @@ MUTATIONS = [
     Mutation(
         "a layout is kept when the model is moved",
         "am_lightning/optim/param_layout.py",
-        "if self._partitioned:\n            return ids",
+        "if self._replaced:\n            return ids",
         "if True:\n            return ids",
         (f"{_MOVED}::test_a_model_that_goes_to_another_device_after_a_step[AMAdamW]",),
     ),
@@ -102,7 +102,7 @@ MUTATIONS = [
     ),
     Mutation(
         "what was given is held by weak references",
-        "am_lightning/optim/param_layout.py",
+        "am_lightning/distributed/given_params.py",
         "return cls(id(param), None if is_lazy(param) else param.shape)",
         "__import__('weakref').finalize(param, print)\n        return cls(id(param), param.shape)",
         (f"{_MOVED}::test_nothing_of_ours_is_a_weak_reference_to_a_parameter[AMAdamW]",),

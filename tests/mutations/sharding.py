@@ -35,15 +35,15 @@ MUTATIONS = [
     Mutation(
         "replicas' sums are all counted",
         _LAYOUT,
-        "return replica == 0 and row.shard.is_owner and",
-        "return row.shard.is_owner and",
+        "return replica == 0 and shard.is_owner and",
+        "return shard.is_owner and",
         ("tests/sharding/test_clip.py::test_as_torch_clips_in_one_process[ddp-2]",),
     ),
     Mutation(
         "a tensor that every slice of a larger mesh holds is counted in each",
         _LAYOUT,
-        "row.shard.is_owner and min(ranks) in row.shard.ranks",
-        "row.shard.is_owner",
+        "shard.is_owner and min(ranks) in shard.ranks",
+        "shard.is_owner",
         (f"{_ONE_PROCESS}[fsdp2_tp_sequence-4]",),
     ),
     Mutation(
@@ -56,8 +56,8 @@ MUTATIONS = [
     Mutation(
         "ranks do not compare their rows at the first step",
         _LAYOUT,
-        "check_agreement(rows, held, reduction.groups)",
-        "del rows, held",
+        "check_agreement(params, held, reduction.groups)",
+        "del params, held",
         (f"{_REFUSALS}::test_one_rank_of_fsdp2_with_another_model[2-count]",),
     ),
     Mutation(
@@ -77,8 +77,8 @@ MUTATIONS = [
     Mutation(
         "DTensor: a replicated piece is counted on every rank",
         _DTENSOR,
-        "counted = all(c == 0 or isinstance(p, splits) for c, p in copies)",
-        "counted = all(c >= 0 or isinstance(p, splits) for c, p in copies)",
+        "is_owner = all(c == 0 or isinstance(p, splits) for c, p in copies)",
+        "is_owner = all(c >= 0 or isinstance(p, splits) for c, p in copies)",
         (f"{_ONE_PROCESS}[tp_sequence-2]",),
     ),
     Mutation(
@@ -119,8 +119,8 @@ MUTATIONS = [
     Mutation(
         "names are left out of the comparison between ranks",
         _AGREEMENT,
-        "_number((row.name, row.shard.numel, row.group_index))",
-        "_number((row.shard.numel, row.group_index))",
+        "_number((logical.name, logical.shard.numel, logical.group_index))",
+        "_number((logical.shard.numel, logical.group_index))",
         (f"{_REFUSALS}::test_replicas_with_another_model[name-(2,)]",),
     ),
     Mutation(
@@ -147,7 +147,7 @@ MUTATIONS = [
     Mutation(
         "a new replica group is not used, for the layout is kept",
         _PLACEMENT,
-        "self._replica_group = group\n        self._forget_layout()",
+        "self._replica_group = group\n        self.drop()",
         "self._replica_group = group",
         (f"{_REFUSALS}::test_copies_are_warned_of_once_until_they_are_named",),
     ),
@@ -161,8 +161,8 @@ MUTATIONS = [
     Mutation(
         "a sharded state of another placement is loaded",
         "am_lightning/optim/state_dict_checks.py",
-        "if _placement(value) != _placement(param):",
-        "if (_placement(value) is None) != (_placement(param) is None):",
+        "if placement_of(value) != placement_of(param):",
+        "if (placement_of(value) is None) != (placement_of(param) is None):",
         (f"{_CHECKPOINTS}::test_a_state_of_another_placement_or_model_is_refused",),
     ),
     Mutation(

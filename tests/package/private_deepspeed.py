@@ -8,7 +8,6 @@ from __future__ import annotations
 from tests.package.private_names import Private
 
 _ZERO = "am_lightning/distributed/strategies/deepspeed_zero.py"
-_GROUPS = "am_lightning/optim/param_groups.py"
 _ENGINE = "am_lightning/deepspeed/engine.py"
 _WEIGHTS = "am_lightning/pretrain/model/initial_weights.py"
 _STAGE_1 = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
@@ -44,9 +43,9 @@ DEEPSPEED = [
     Private(_PARAM_3, "_z3_optimizer", (_ZERO,), "reach the optimizer that holds a parameter's partition"),
     Private(_PARAM_3, "ds_numel", (_ZERO,), "know a tensor's size, for padding follows its last element"),
     Private(_PARAM_3, "partition_numel", (_ZERO,), "know the size of this rank's piece"),
-    Private(_PARAM_3, "ds_shape", (_GROUPS, _WEIGHTS), "know the shape of what is cut in pieces"),
+    Private(_PARAM_3, "ds_shape", (_ZERO, _WEIGHTS), "know the shape of what is cut in pieces"),
     Private(_PARAM_3, "ds_id", (_WEIGHTS,), "know a parameter that ZeRO-3 has cut"),
-    Private("deepspeed.DeepSpeedEngine", "data_parallel_group", ("am_lightning/distributed/call_stack.py",),
+    Private("deepspeed.DeepSpeedEngine", "data_parallel_group", ("am_lightning/distributed/call_stack.py", _ENGINE),
             "know the ranks whose gradients are averaged"),
 ]  # fmt: skip
 

@@ -1,1 +1,95 @@
-"""One module for each way to shard parameters."""
+"""The ways to spread parameters over ranks, one module each, and the questions that the rest of the package asks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from am_lightning.distributed.given_params import GivenParams, ParamGroups
+from am_lightning.distributed.shard import ShardInfo
+from am_lightning.distributed.strategies.deepspeed_zero import ZeroStrategy
+from am_lightning.distributed.strategies.dtensor import (
+    DTensorStrategy,
+    describe_placement,
+    local,
+    placement_of,
+    redistributed_grad,
+)
+from am_lightning.distributed.strategies.fsdp1 import FSDP1Strategy
+from am_lightning.distributed.strategies.strategy import Cover, Demand, Strategy, Surroundings
+from am_lightning.distributed.strategies.unsharded import UnshardedStrategy
+
+__all__ = [
+    "STRATEGIES",
+    "Demand",
+    "Strategy",
+    "Surroundings",
+    "averaging_group",
+    "check_demand",
+    "check_engines",
+    "check_exact",
+    "cover",
+    "describe_placement",
+    "loaded_engines",
+    "local",
+    "logical_ndims",
+    "placement_of",
+    "redistributed_grad",
+]
+
+# The first that holds a parameter serves it.
+STRATEGIES: tuple[type[Strategy], ...] = (
+    ZeroStrategy,  # before the others: its flat partitions look like plain tensors
+    DTensorStrategy,
+    FSDP1Strategy,
+    UnshardedStrategy,  # takes every tensor
+)
+
+
+def loaded_engines() -> list[type[Strategy]]:
+    """Strategies that may put flat partitions in the place of given parameters."""
+    return [strategy for strategy in STRATEGIES if strategy.engine in sys.modules]
+
+
+def averaging_group() -> Any:
+    """Process group of the ranks whose gradients an engine up the stack has averaged, or None."""
+    return next((group for strategy in STRATEGIES if (group := strategy.replicas()) is not None), None)
+
+
+def check_engines(
+    param_groups: ParamGroups, given: GivenParams, model: nn.Module | None, *, attached: bool, replaced: bool
+) -> None:
+    """``Strategy.check_engine`` of all."""
+    for strategy in STRATEGIES:
+        strategy.check_engine(param_groups, given, model, attached=attached, replaced=replaced)
+
+
+def check_demand(params: Sequence[Any], demand: Demand) -> None:
+    """``Strategy.check_demand`` of those that hold one of the LogicalParams ``params``."""
+    for strategy in STRATEGIES:
+        if any(param.strategy is strategy for param in params):
+            strategy.check_demand(params, demand)
+
+
+def check_exact(params: Sequence[Any]) -> None:
+    """``Strategy.check_exact`` of those that hold one of the LogicalParams ``params``."""
+    for strategy in STRATEGIES:
+        if any(param.strategy is strategy for param in params):
+            strategy.check_exact(params)
+
+
+def cover(shards: Sequence[ShardInfo]) -> Cover | None:
+    """One reduction that serves all ``shards``; None where there is none such."""
+    return next((found for strategy in STRATEGIES if (found := strategy.cover(shards)) is not None), None)
+
+
+def logical_ndims(root: nn.Module) -> dict[int, int]:
+    """``id(parameter) -> ndim`` of the whole tensor, where the parameter shows another.
+
+    Raises:
+        ValueError: that is not known.
+    """
+    return {key: ndim for strategy in STRATEGIES for key, ndim in strategy.logical_ndims(root).items()}

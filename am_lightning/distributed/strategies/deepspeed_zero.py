@@ -9,31 +9,92 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor, nn
 
-from am_lightning.distributed.shard import ShardInfo, ranks_of
-
-Named = Sequence[tuple[str, Any]]  # (name, parameter that the optimizer was given)
-
-
-@dataclass(frozen=True, eq=False)
-class FlatSlice:
-    """A logical tensor in a flat partition: where its elements lie there, and its shards among the ranks."""
-
-    name: str
-    shard: ShardInfo
-    span: slice
+from am_lightning.distributed.call_stack import deepspeed_owner, deepspeed_replicas, inside_pipeline_engine
+from am_lightning.distributed.given_params import GivenParams, NamedParams, ParamGroups
+from am_lightning.distributed.shard import ShardInfo, TensorSlice, ranks_of
+from am_lightning.distributed.strategies.strategy import Demand, Strategy, Surroundings
 
 
-def is_partitioned(param: Any) -> bool:
-    """True for a parameter that ZeRO keeps in a flat partition."""
-    return hasattr(param, "_z3_optimizer") or hasattr(param, "_dp_group")
+class ZeroStrategy(Strategy):
+    """DeepSpeed's engine puts flat partitions into the groups, and steps some of them at a time."""
+
+    name = "DeepSpeed ZeRO"
+    one_state_dtype = True
+    partitioned = True
+    engine = "deepspeed"
+    clipping = "set gradient_clipping in its configuration"
+
+    def __init__(self, surroundings: Surroundings) -> None:
+        self._replaced, self._all_replaced = surroundings.replaced, surroundings.all_replaced
+
+    def holds(self, param: Tensor) -> bool:
+        return bool(self._all_replaced)
+
+    def slices(self, param: Tensor, name: str, group_index: int) -> list[TensorSlice]:
+        return flat_slices_of(param, self._replaced[group_index], self._all_replaced)
+
+    @classmethod
+    def replaces(cls, given: Tensor) -> bool:
+        return hasattr(given, "_z3_optimizer") or hasattr(given, "_dp_group")
+
+    @classmethod
+    def replicas(cls) -> Any:
+        return deepspeed_replicas()  # stage 0
+
+    @classmethod
+    def check_engine(
+        cls, param_groups: ParamGroups, given: GivenParams, model: nn.Module | None, *, attached: bool, replaced: bool
+    ) -> None:
+        if not attached:
+            owner = deepspeed_owner(param_groups)
+            if owner is None:
+                return
+            if inside_pipeline_engine():
+                raise ValueError(
+                    "adaptive memory does not support DeepSpeed's PipelineEngine, whose stages hold other tensors and "
+                    "tied copies: use ZeRO, no PipelineModule"
+                )
+            check_supported(owner, given.held(given.alive(model), param_groups)[1])
+        if not replaced:
+            _check_copies(param_groups, given)
+
+    @classmethod
+    def check_demand(cls, params: Sequence[Any], demand: Demand) -> None:
+        """The tensors of the scope must all be in this call of step()."""
+        if demand.scope == "tensor" or demand.whole_step:
+            return
+        here = {param.name for param in params}
+        for names in demand.group_names:
+            missing = sorted(set(names) - here)
+            if missing and (demand.scope == "global" or not here.isdisjoint(names)):
+                raise ValueError(
+                    f"scope={demand.scope!r} needs the sums of {missing[0]!r}, but DeepSpeed calls step() for a part "
+                    "of the parameters at a time: call am_lightning.deepspeed.attach(engine) after "
+                    "deepspeed.initialize (the callback and the other attach functions do so), or use "
+                    "scope='tensor'"
+                )
+
+    @classmethod
+    def logical_ndims(cls, root: nn.Module) -> dict[int, int]:
+        """Of what zero.Init has cut into flat pieces."""
+        return {id(param): len(param.ds_shape) for param in root.parameters() if hasattr(param, "ds_shape")}
 
 
-def check_supported(owner: Any, given: Named) -> None:
+def _check_copies(param_groups: ParamGroups, given: GivenParams) -> None:
+    """Every parameter is a given one or a copy of it in its place."""
+    known = given.named()
+    for group in param_groups:
+        named = next((named for other, named in known if other is group), [])
+        if [param.shape for param in group["params"]] != [one.shape for _, one in named]:
+            raise ValueError(cannot_map(named, "any stage", "neither _dp_group nor _z3_optimizer is on it"))
+
+
+def check_supported(owner: Any, given: NamedParams) -> None:
     """Refuse engines whose sums would be wrong, or whose checkpoints could not be resumed.
 
     Args:
@@ -41,7 +102,7 @@ def check_supported(owner: Any, given: Named) -> None:
         given: (name, parameter) of what the optimizer was given.
 
     Raises:
-        ValueError: naming a parameter, the feature and the cure; on every rank alike, for all have one configuration.
+        ValueError: naming a parameter, the feature and the cure; on every rank alike: all have one configuration.
     """
     refused = [
         ("swap_optimizer", "NVMe offload of the optimizer", "offload to the CPU: offload_optimizer.device: cpu"),
@@ -61,7 +122,7 @@ def check_supported(owner: Any, given: Named) -> None:
             raise ValueError(_refused([(name, param)], "tensor parallelism", "use ZeRO alone, or FSDP2 with DTensors"))
 
 
-def _refused(given: Named, what: str, cure: str) -> str:
+def _refused(given: NamedParams, what: str, cure: str) -> str:
     name = given[0][0] if given else "(none)"
     return (
         f"adaptive memory does not support {what} of DeepSpeed {_version()} (first parameter: {name!r}): beta_t, or "
@@ -69,8 +130,8 @@ def _refused(given: Named, what: str, cure: str) -> str:
     )
 
 
-def flat_slices_of(flat: Any, group: Named, everything: Named) -> list[FlatSlice]:
-    """The logical tensors in ``flat``, the same list on every rank, with empty spans for what is elsewhere.
+def flat_slices_of(flat: Any, group: NamedParams, everything: NamedParams) -> list[TensorSlice]:
+    """The logical tensors in ``flat``, the same list on every rank, with empty spans where a tensor is elsewhere.
 
     Args:
         flat: this rank's partition, as the engine put it into a parameter group.
@@ -80,7 +141,7 @@ def flat_slices_of(flat: Any, group: Named, everything: Named) -> list[FlatSlice
     Raises:
         ValueError: they cannot be found; naming a parameter, the stage and the DeepSpeed version.
     """
-    engine = next((param._z3_optimizer for _, param in everything if hasattr(param, "_z3_optimizer")), None)
+    engine: Any = next((param._z3_optimizer for _, param in everything if hasattr(param, "_z3_optimizer")), None)
     if engine is not None:
         return _slices_of_stage_3(engine, flat, everything)
     held = [(name, param) for name, param in group if hasattr(param, "_dp_group")]
@@ -89,7 +150,7 @@ def flat_slices_of(flat: Any, group: Named, everything: Named) -> list[FlatSlice
     raise ValueError(cannot_map(group, "any stage", "neither _dp_group nor _z3_optimizer is on its parameters"))
 
 
-def _slices_of_stage_3(engine: Any, flat: Any, everything: Named) -> list[FlatSlice]:
+def _slices_of_stage_3(engine: Any, flat: Any, everything: NamedParams) -> list[TensorSlice]:
     place = next((k for k, other in enumerate(engine.fp32_partitioned_groups_flat) if other is flat), None)
     if place is None:
         raise ValueError(cannot_map(everything, "stage 3", "fp32_partitioned_groups_flat does not hold its partition"))
@@ -102,16 +163,18 @@ def _slices_of_stage_3(engine: Any, flat: Any, everything: Named) -> list[FlatSl
         size = param.partition_numel()
         real = max(0, min(size, param.ds_numel - rank * size))  # what follows is padding: uninitialised memory
         parts.append(
-            FlatSlice(names[id(param)], _shard_info(group, param.ds_numel, "ZeRO stage 3"), slice(start, start + real))
+            TensorSlice(
+                names[id(param)], _shard_info(group, param.ds_numel, "ZeRO stage 3"), slice(start, start + real)
+            )
         )
         start += size
     return parts
 
 
-def _slices_of_stages_1_and_2(flat: Any, held: Named) -> list[FlatSlice]:
+def _slices_of_stages_1_and_2(flat: Any, held: NamedParams) -> list[TensorSlice]:
     """Every parameter is a view of one flat buffer, of which ``flat`` is the copy of this rank's slice.
 
-    ``_hp_mapping`` would say it too, but wrongly where ``round_robin_gradients`` reorders the buffer.
+    DeepSpeed's ``_hp_mapping`` is wrong where ``round_robin_gradients`` reorders the buffer.
     """
     name, first = held[0]
     storages = {param.data.untyped_storage().data_ptr() for _, param in held}
@@ -124,7 +187,7 @@ def _slices_of_stages_1_and_2(flat: Any, held: Named) -> list[FlatSlice]:
         offset = param.data.storage_offset() - begin
         low, high = max(offset, 0), min(offset + param.numel(), flat.numel())
         span = slice(low, high) if high > low else slice(0, 0)
-        parts.append(FlatSlice(name, _shard_info(group, param.numel(), "ZeRO stage 1 or 2"), span))
+        parts.append(TensorSlice(name, _shard_info(group, param.numel(), "ZeRO stage 1 or 2"), span))
     return parts
 
 
@@ -132,7 +195,7 @@ def _shard_info(group: Any, numel: int, description: str) -> ShardInfo:
     return ShardInfo(ranks_of(group), True, lambda: (group,), numel, description)
 
 
-def cannot_map(named: Named, stage: str, why: str) -> str:
+def cannot_map(named: Sequence[tuple[str, object]], stage: str, why: str) -> str:
     """The text of a refusal: parameter, DeepSpeed's version, stage, reason and cure."""
     version = _version()
     name = named[0][0] if named else "(none)"

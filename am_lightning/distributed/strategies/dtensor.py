@@ -10,7 +10,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from am_lightning.distributed.shard import Groups, ShardInfo, my_rank
+from am_lightning.distributed.shard import Groups, ShardInfo, TensorSlice, my_rank
+from am_lightning.distributed.strategies.strategy import Cover, Strategy
+
+
+class DTensorStrategy(Strategy):
+    """A DTensor says itself where it lives."""
+
+    name = "DTensor"
+
+    def holds(self, param: Tensor) -> bool:
+        return is_dtensor(param)
+
+    def slices(self, param: Tensor, name: str, group_index: int) -> list[TensorSlice]:
+        return [TensorSlice(name, shard_info_of(param, name))]
+
+    @classmethod
+    def cover(cls, shards: Sequence[ShardInfo]) -> Cover | None:
+        if any(shard.mesh is None for shard in shards):
+            return None
+        found = span_of_root([shard.mesh for shard in shards])
+        if found is None:
+            return None
+        ranks, mesh = found
+        return ranks, lambda: mesh_groups(mesh)
 
 
 def is_dtensor(tensor: object) -> bool:
@@ -24,9 +47,9 @@ def local(tensor: Any) -> Tensor:
     if not is_dtensor(tensor):
         return tensor  # type: ignore[no-any-return]
     with torch.no_grad():
-        piece = tensor.to_local()
-    wait = getattr(piece, "wait", None)  # an AsyncCollectiveTensor
-    return piece if wait is None else wait()  # type: ignore[no-any-return]
+        shard = tensor.to_local()
+    wait = getattr(shard, "wait", None)  # an AsyncCollectiveTensor
+    return shard if wait is None else wait()  # type: ignore[no-any-return]
 
 
 def redistributed_grad(param: Tensor) -> Tensor:
@@ -41,11 +64,25 @@ def redistributed_grad(param: Tensor) -> Tensor:
     return grad
 
 
+def placement_of(tensor: Any) -> tuple[Any, ...] | None:
+    """What two DTensors must share for their local shards to hold the same elements; None for a plain tensor."""
+    return (tuple(tensor.placements), tensor.device_mesh.mesh.tolist()) if is_dtensor(tensor) else None
+
+
+def describe_placement(tensor: Any) -> str:
+    """For messages: the placements, and the ranks in the order of the mesh."""
+    if not is_dtensor(tensor):
+        return "a plain tensor"
+    ranks = tensor.device_mesh.mesh.flatten().tolist()
+    listed = f"{', '.join(map(str, ranks[:8]))}{', ...' if len(ranks) > 8 else ''}"
+    return f"a DTensor placed ({', '.join(map(str, tensor.placements))}) on the mesh of ranks {listed}"
+
+
 def shard_info_of(param: Any, name: str) -> ShardInfo:
     """Where a DTensor lives.
 
     Raises:
-        ValueError: a placement that neither splits nor copies, or a mesh that this rank is no part of.
+        ValueError: a placement neither splits nor copies, or this rank is not in the mesh.
     """
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.placement_types import _StridedShard
@@ -66,10 +103,10 @@ def shard_info_of(param: Any, name: str) -> ShardInfo:
             f"{my_rank()} is none. Give each rank's optimizer only parameters of meshes that the rank is in"
         )
     copies = zip(coordinate, placements, strict=True)
-    counted = all(c == 0 or isinstance(p, splits) for c, p in copies)
+    is_owner = all(c == 0 or isinstance(p, splits) for c, p in copies)
     return ShardInfo(
         frozenset(mesh.mesh.flatten().tolist()),
-        counted,
+        is_owner,
         lambda: mesh_groups(mesh),
         param.numel(),
         f"({', '.join(str(p) for p in placements)}) on {_mesh_description(mesh)}",

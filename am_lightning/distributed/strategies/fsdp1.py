@@ -2,15 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from am_lightning.distributed.names import strip_wrappers
-from am_lightning.distributed.shard import ShardInfo, my_rank, ranks_of, world_size
+from am_lightning.distributed.shard import ShardInfo, TensorSlice, my_rank, ranks_of, world_size
+from am_lightning.distributed.strategies.strategy import Demand, Strategy, Surroundings
+
+BIND_THE_MODEL = (
+    "call optimizer.bind_model(model) with the FSDP module first (the AdaptiveMemory callback and the attach functions "
+    "do so)"
+)
+
+
+class FSDP1Strategy(Strategy):
+    """FSDP1: its module knows the process groups, its parameters do not."""
+
+    name = "FSDP1"
+    one_state_dtype = True
+
+    def __init__(self, surroundings: Surroundings) -> None:
+        self._managed = managed_parameters(surroundings.model)
+
+    def holds(self, param: Tensor) -> bool:
+        return is_managed(param)
+
+    def slices(self, param: Tensor, name: str, group_index: int) -> list[TensorSlice]:
+        known = self._managed.get(id(param)) or without_model(param)
+        return [
+            TensorSlice(inner or name, replace(known.shard, numel=numel), span) for inner, numel, span in known.parts
+        ]
+
+    @classmethod
+    def check_demand(cls, params: Sequence[Any], demand: Demand) -> None:
+        if demand.scope == "tensor":
+            _refuse_flat(params)
+        elif any(param.shard.numel is None for param in params) and (
+            demand.exact_sums or any(param.shard.description == "plain" for param in params)
+        ):
+            raise ValueError(
+                f"scope={demand.scope!r} needs FSDP1's process groups here, because copies of a shard would be counted "
+                f"more often than other parameters or the loss: {BIND_THE_MODEL}"
+            )
+
+    @classmethod
+    def check_exact(cls, params: Sequence[Any]) -> None:
+        if any(param.shard.numel is None for param in params):
+            raise ValueError(
+                "FSDP1's process groups are not known to the optimizer, so copies of a shard cannot be told from "
+                f"shards: {BIND_THE_MODEL}"
+            )
+
+    @classmethod
+    def logical_ndims(cls, root: nn.Module) -> dict[int, int]:
+        return _ndims_of_views(root)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,3 +152,40 @@ def _refuse_tensor_parallel(flat: Any, prefix: str) -> None:
                 "hides the first split from the optimizer. Use FSDP2 (torch.distributed.fsdp.fully_shard; in Lightning "
                 "ModelParallelStrategy), which is supported together with tensor parallel"
             )
+
+
+def _refuse_flat(params: Sequence[Any]) -> None:
+    """A flat parameter has one 0-dim state, not one for each of its tensors; FSDP1 saves no more."""
+    names: dict[int, str] = {}
+    for param in params:
+        if id(param.param) in names and param.strategy is FSDP1Strategy:
+            raise ValueError(
+                f"parameters {names[id(param.param)]!r} and {param.name!r} are in one flat parameter (FSDP1 with "
+                "use_orig_params=False), which has one state for both: scope='tensor' cannot be saved and resumed. "
+                "Set use_orig_params=True (Lightning: the default; Accelerate: fsdp_use_orig_params: true), or use "
+                "scope='global' or 'group'"
+            )
+        names[id(param.param)] = param.name
+
+
+def _ndims_of_views(root: nn.Module) -> dict[int, int]:
+    """``id(parameter) -> ndim`` of what FSDP1 shows as flat 1-D views."""
+    managed = {id(param): name for name, param in root.named_parameters() if is_managed(param)}
+    if not managed:
+        return {}
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    result = {}
+    for module in FullyShardedDataParallel.fsdp_modules(root):
+        handle = module._handle
+        if handle is not None and handle.flat_param._params is not None:
+            shapes = zip(handle.flat_param._params, handle.flat_param._shapes, strict=True)
+            result.update({id(param): len(shape) for param, shape in shapes})
+    unknown = [name for key, name in managed.items() if key not in result]
+    if unknown:
+        raise ValueError(
+            f"FSDP1 shows parameter {strip_wrappers(unknown[0])!r} without its shape, so whether it gets weight decay "
+            "cannot be told: give the FSDP module itself, not one inside it (Lightning: self or self.trainer.model), "
+            "built with use_orig_params=True"
+        )
+    return result

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from am_lightning.bench.reduce import message_bytes
+from am_lightning.distributed.layout import message_bytes
 from am_lightning.pretrain.commands.plan.layout import Layout
 from am_lightning.pretrain.model.network import LlamaShape, count_parameters, count_tensors
 

@@ -1,0 +1,20 @@
+"""Plain tensors: whole on every rank that has them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from am_lightning.distributed.shard import ShardInfo, TensorSlice, my_rank
+from am_lightning.distributed.strategies.strategy import Strategy
+
+
+class UnshardedStrategy(Strategy):
+    """One process, or copies (DDP): whether others hold copies is not written on a tensor."""
+
+    name = "no sharding"
+
+    def holds(self, param: Tensor) -> bool:
+        return True
+
+    def slices(self, param: Tensor, name: str, group_index: int) -> list[TensorSlice]:
+        return [TensorSlice(name, ShardInfo(frozenset([my_rank()]), True, tuple, param.numel(), "plain"))]

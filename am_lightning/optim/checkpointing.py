@@ -1,0 +1,106 @@
+"""How an optimizer is loaded, copied and unpickled: torch.optim's ways, and what they do not know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from am_lightning.distributed.names import names_by_id
+from am_lightning.optim import group_checks, param_state
+from am_lightning.optim.param_layout import ParamLayout, params_of
+from am_lightning.optim.state_dict_checks import Expected, check_loadable, check_mapping
+from am_lightning.optim.state_store import StateStore
+
+_NAMES = "_names_of_unnamed"  # in a pickle: what name_parameters() gave
+
+
+class Loadable(Protocol):
+    """The part of an optimizer that is read and written here."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+    defaults: dict[str, Any]
+    cap_key: str
+    moments: tuple[str, ...]
+    nonfinite: str
+    exp_avg_dtype: torch.dtype | None
+    param_layout: ParamLayout
+    _store: StateStore
+    _loading: tuple[dict[str, Any], list[dict[str, Any]]] | None
+
+    def parameter_names(self) -> list[str]: ...
+    def given_groups(self) -> list[dict[str, Any]]: ...
+    def is_partitioned(self) -> bool: ...
+    def register_load_state_dict_pre_hook(self, hook: Any) -> Any: ...
+    def _forget(self) -> None: ...
+    def _check_options(self) -> None: ...
+    def _check_group(self, group: dict[str, Any]) -> dict[str, Any]: ...
+    def _complete_groups(self, groups: list[dict[str, Any]]) -> None: ...
+
+
+def with_names(optimizer: Loadable, state: dict[str, Any]) -> dict[str, Any]:
+    """What is pickled: parameters are others afterwards, but their places are the same."""
+    known = optimizer.param_layout.given.known_names
+    return state | {_NAMES: optimizer.parameter_names()} if known else state
+
+
+def take_state(optimizer: Loadable, state: dict[str, Any], set_state: Callable[[dict[str, Any]], None]) -> None:
+    """After a load, a copy or unpickling.
+
+    Args:
+        set_state: torch.optim's ``__setstate__``.
+    """
+    copied = "_stats" not in optimizer.__dict__  # or unpickled
+    if copied:
+        optimizer._forget()
+    set_state(state)
+    given, store, loading = optimizer.param_layout.given, optimizer._store, optimizer._loading
+    if copied:
+        given.remember(optimizer.param_groups)
+    optimizer.defaults.pop("differentiable", None)  # torch.optim adds it
+    if loading is not None:
+        in_tables, direction = optimizer.is_partitioned(), optimizer.exp_avg_dtype
+        store.restore(optimizer.state, optimizer.param_groups, *loading, direction, in_tables=in_tables)
+    optimizer._complete_groups(optimizer.param_groups)
+    if loading is not None:
+        given.replace_groups(loading[1], optimizer.param_groups)
+        store.forget()
+        store.take_tables(given.groups, optimizer.given_groups())
+    if _NAMES in optimizer.__dict__:
+        params: dict[Tensor, None] = dict.fromkeys(params_of(optimizer.param_groups))
+        given.known_names = names_by_id(zip(optimizer.__dict__.pop(_NAMES), params, strict=True))
+
+
+@contextmanager
+def checked_load(optimizer: Loadable, state_dict: Any) -> Iterator[None]:
+    """While torch.optim loads ``state_dict``: it is checked as a whole before anything changes.
+
+    Raises:
+        ValueError: it cannot be loaded; the text names the parameter or the group.
+    """
+
+    def remember(_: Optimizer, saved: dict[str, Any]) -> None:
+        who, finite = type(optimizer).__name__, optimizer.nonfinite == "skip" and not optimizer.is_partitioned()
+        optimizer._check_options()
+        groups, names = optimizer.param_groups, optimizer.param_layout.given.known_names
+        check_loadable(saved, Expected(who, groups, optimizer.moments, names, check_options, finite))
+        optimizer._loading = saved, groups
+
+    def check_options(saved: dict[str, Any], live: dict[str, Any]) -> None:
+        trial = dict(saved)
+        param_state.restore_options(trial, live, optimizer.cap_key)
+        optimizer._check_group(group_checks.with_any_lr(trial))
+        group_checks.check_magnitudes(trial)
+
+    check_mapping(state_dict)  # torch.optim copies it; the user's hooks may make a state dict of it
+    last = optimizer.register_load_state_dict_pre_hook(remember)  # sees what the user's own hooks made of it
+    try:
+        yield
+    finally:
+        last.remove()
+        optimizer._loading = None
