@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from am_lightning.distributed import LogicalParam, ShardLayout, local_grad, local_shard
+from am_lightning.distributed import ShardLayout
 from am_lightning.distributed.call_stack import (
     called_by_zero_redundancy,
     inside_deepspeed_warm_up,
@@ -23,12 +24,12 @@ from am_lightning.optim.adaptive_scalars import Scalars, sums_live_on
 from am_lightning.optim.closed_form import AdaptiveScalars, Decision, Sums, decide, loss_gap_factor
 from am_lightning.optim.kernels.agreement import agree_on_kernels, choice_of, drop_fused
 from am_lightning.optim.kernels.inputs import GradientClip, GroupOptions
-from am_lightning.optim.kernels.plan import KernelPlan, StepTensors
+from am_lightning.optim.kernels.plan import KernelPlan
 from am_lightning.optim.kernels.transfer import refuse_in_capture
 from am_lightning.optim.kernels.workspace import Workspace
 from am_lightning.optim.param_layout import ParamLayout, checked_params_of
 from am_lightning.optim.state_store import StateStore
-from am_lightning.optim.step_inputs import InKernels, RowOptions, StepInputs, inputs_in_kernels, inputs_of
+from am_lightning.optim.step_inputs import InKernels, RowOptions, StepInputs, inputs_of, row_options, step_tensors
 from am_lightning.optim.step_stats import StepStats
 from am_lightning.optim.validation import NONFINITE, SCOPES, WHOLE_OPTIMIZER, check_choice
 
@@ -91,6 +92,11 @@ class AdaptiveMemoryOptimizer(Optimizer):
         one_plus_k = 1 + loss_gap_factor(lr, scalars.prev_lr, mu)
         return {"one_plus_k": one_plus_k, "lr": lr, "decay_factor": 1 - mu * lr, "step": scalars.step}
 
+    def _inputs(self, plan: KernelPlan, scalars: Scalars, layout: ShardLayout) -> StepInputs:
+        """The coefficients, and what they are made of."""
+        options = row_options(plan, self.param_groups, layout.sizes, self.cap_key, self._group_options)
+        return inputs_of(plan, scalars, options, self._coefficients, self._workspace)
+
     def _omega(self, decision: Decision, sums: Sums) -> Tensor:
         """``[rows]``, the weight of the gradient in d' = d + omega (g - d) / q."""
         return 1 - decision.beta
@@ -136,7 +142,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         if not inside_state_creation():
             return False
         params = self.param_layout.logical_params(self.param_groups)
-        self._check_direction(params)
+        param_state.check_direction(self.exp_avg_dtype, params)
         here = [logical for logical in params if logical.param.grad is not None]
         self._store.moments(self.state, here, self.param_groups, self.exp_avg_dtype)
         return True
@@ -155,7 +161,9 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     def prepare(self, layout: ShardLayout) -> StepInputs:
         """Read-only, except that states that do not exist yet are made."""
-        tensors = self._tensors(layout)
+        tensors = step_tensors(
+            layout, self._store, self.state, self.param_groups, self.exp_avg_dtype, type(self).__name__
+        )
         device, dtype = sums_live_on([logical.param for logical in layout.logical_params])
         options = [(self._group_options(group), choice_of(group)) for group in self.param_groups]
         of_rows = [options[layout.logical_params[row].group_index] for row in tensors.rows]
@@ -165,28 +173,9 @@ class AdaptiveMemoryOptimizer(Optimizer):
             plan = KernelPlan(tensors, of_rows, self._workspace, row_count=count, device=device, dtype=dtype)
             self._plans[layout] = plan
         self._plan = plan
-        clip = self._workspace.take_clip()
-        inputs = self._inputs(plan, layout, clip)
-        if clip is not None and self._workspace.gradient_factor is None:
-            self._workspace.gradient_factor = clip.factor()
+        inputs = self._inputs(plan, self._scalars(layout), layout)
         plan.begin(tensors)
         return inputs
-
-    def _tensors(self, layout: ShardLayout) -> StepTensors:
-        """Parameters that have a gradient here. All are checked before the first state is made."""
-        rows = tuple([i for i, logical in enumerate(layout.logical_params) if logical.param.grad is not None])
-        here = [layout.logical_params[i] for i in rows]
-        grads: Sequence[Any] = [logical.param.grad for logical in here]
-        for logical, grad in zip(here, grads, strict=True):
-            if grad.layout is not torch.strided or grad.is_complex():
-                _refuse_gradient(logical, type(self).__name__)
-        moments = self._store.moments(self.state, here, self.param_groups, self.exp_avg_dtype)
-        x: Sequence[Any] = [logical.param for logical in here]
-        if not layout.holds_whole_tensors:
-            x, grads = [local_shard(p, p.param) for p in here], [local_grad(p) for p in here]
-            moments = [[local_shard(*pair) for pair in zip(here, column, strict=True)] for column in moments]
-        x, g, d, *v = (_at_least_1d(column) for column in (x, grads, *moments))
-        return StepTensors(rows, x, g, d, v[0] if v else None)
 
     def local_sums(self, local: StepInputs) -> Tensor:
         """Pass 1, read-only: ``[rows, 4]``, N, D, whether there is a gradient here, whether it is the row's first."""
@@ -235,21 +224,6 @@ class AdaptiveMemoryOptimizer(Optimizer):
         return self._workspace.constants.vector(tuple(place[logical.name] for logical in params), device)
 
     # ------------------------------------------------------------------ coefficients
-    def _inputs(self, plan: KernelPlan, layout: ShardLayout, clip: GradientClip | None) -> StepInputs:
-        groups, store = self.param_groups, self._scalars(layout)
-        if self.pre_pass is None and len(self.moments) > 1:
-            inputs = inputs_in_kernels(
-                plan, store, layout, groups, self.scope, self._row_options, self._workspace, clip
-            )
-            if inputs is not None:
-                return inputs
-        options = RowOptions(
-            beta_max=plan.column("beta_max", [group[self.cap_key] for group in groups], layout.sizes),
-            lr=plan.column("lr", [group["lr"] for group in groups], layout.sizes),
-            weight_decay=plan.column("mu", [self._group_options(group).mu for group in groups], layout.sizes),
-        )
-        return inputs_of(plan, store, options, self._coefficients)
-
     def _scalars(self, layout: ShardLayout) -> Scalars:
         return self._store.scalars(self.state, layout, self.param_groups, type(self).__name__)
 
@@ -257,10 +231,6 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """``[rows]``: an option of every row's group."""
         assert self._plan is not None and self.layout is not None  # step() has made them
         return self._plan.column(name, values, self.layout.sizes)
-
-    def _row_options(self, group: dict[str, Any]) -> list[float | Tensor]:
-        """cap, lr, mu, beta2, eps, for kernels that do a step's arithmetic of rows; where P is AdamW's."""
-        raise NotImplementedError
 
     def _finish_in_kernels(self, packed: Tensor, local: StepInputs, rows: InKernels) -> None:
         """From the reduced sums to the end of the step."""
@@ -347,29 +317,13 @@ class AdaptiveMemoryOptimizer(Optimizer):
         found = group_checks.options_of(self.param_groups)
         if len(found) == len(self._checked_options) and all(map(operator.is_, found, self._checked_options)):
             return
-        self._complete_foreign_groups()
+        complete = partial(group_checks.complete_groups, defaults=self.defaults, check=self._check_group)
+        if group_checks.complete_foreign_groups(self.param_groups, {*self.defaults, self.cap_key}, complete):
+            self.param_layout.given.remember(self.param_groups)
         for index, group in enumerate(self.param_groups):
             with group_checks.naming_group(index):
                 self._check_group(group_checks.as_unread(group, self.cap_key))
         self._checked_options = group_checks.options_of(self.param_groups)
-
-    def _complete_foreign_groups(self) -> None:
-        group_checks.check_groups(self.param_groups)
-        needed = {*self.defaults, self.cap_key}
-        foreign = [(i, group) for i, group in enumerate(self.param_groups) if not needed <= group.keys()]
-        for index, group in foreign:
-            with group_checks.naming_group(index):
-                self._complete_groups([group])
-        if foreign:
-            self.param_layout.given.remember(self.param_groups)
-
-    def _complete_groups(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Fill in options that are missing, from the optimizer's own."""
-        for group in groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
-            for key, value in self._check_group(group_checks.with_any_lr(group)).items():
-                group.setdefault(key, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; its options are checked before anything changes."""
@@ -505,21 +459,10 @@ class AdaptiveMemoryOptimizer(Optimizer):
                 f"and its cap stays in the group's {self.cap_key!r}. Pass cycle_momentum=False to the scheduler.",
                 stacklevel=7,  # whoever calls step(), past torch's decorators
             )
-        self._check_direction(layout.logical_params)
+        param_state.check_direction(self.exp_avg_dtype, layout.logical_params)
         if not agree_on_kernels(layout, self.param_groups, self._workspace, self.fused_dropped, self.exp_avg_dtype):
             drop_fused([*self.param_groups, self.defaults])
         param_state.follow(self.state, [logical.param for logical in layout.logical_params])
-
-    def _check_direction(self, params: Sequence[LogicalParam]) -> None:
-        """Refuse a direction of its own dtype where an engine packs the states of many tensors into one."""
-        if self.exp_avg_dtype is None:
-            return
-        for logical in params:
-            if logical.strategy.one_state_dtype:
-                raise ValueError(
-                    f"Invalid exp_avg_dtype: {self.exp_avg_dtype} ({logical.strategy.name}, which holds parameter {logical.name!r}, "
-                    "saves states of one dtype only: exp_avg_dtype must be None there; FSDP2 and DDP take it)"
-                )
 
     # ------------------------------------------------------------------ pickle, state_dict
     def __getstate__(self) -> dict[str, Any]:
@@ -551,21 +494,3 @@ class AdaptiveMemoryOptimizer(Optimizer):
         saved = super().state_dict()
         self._store.save_tables(saved["param_groups"])
         return saved
-
-
-def _at_least_1d(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """A 0-dim operand would take the dtype of a 0-dim number."""
-    return tensors if all([t.ndim for t in tensors]) else [t if t.ndim else t.reshape(1) for t in tensors]
-
-
-def _refuse_gradient(logical: LogicalParam, who: str) -> None:
-    grad = logical.param.grad
-    assert grad is not None
-    if grad.layout is not torch.strided:
-        raise RuntimeError(
-            f"{who} does not support sparse gradients: parameter {logical.name!r} has a gradient of layout {grad.layout}"
-        )
-    raise RuntimeError(
-        f"{who} does not support complex parameters: parameter {logical.name!r} is {logical.param.dtype}; use "
-        "view_as_real"
-    )

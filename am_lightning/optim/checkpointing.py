@@ -40,7 +40,6 @@ class Loadable(Protocol):
     def _forget(self) -> None: ...
     def _check_options(self) -> None: ...
     def _check_group(self, group: dict[str, Any]) -> dict[str, Any]: ...
-    def _complete_groups(self, groups: list[dict[str, Any]]) -> None: ...
 
 
 def with_names(optimizer: Loadable, state: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +65,7 @@ def take_state(optimizer: Loadable, state: dict[str, Any], set_state: Callable[[
     if loading is not None:
         in_tables, direction = optimizer.is_partitioned(), optimizer.exp_avg_dtype
         store.restore(optimizer.state, optimizer.param_groups, *loading, direction, in_tables=in_tables)
-    optimizer._complete_groups(optimizer.param_groups)
+    group_checks.complete_groups(optimizer.param_groups, defaults=optimizer.defaults, check=optimizer._check_group)
     if loading is not None:
         given.replace_groups(loading[1], optimizer.param_groups)
         store.forget()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any
@@ -44,6 +44,37 @@ def check_groups(param_groups: Any) -> None:
         params = group["params"]
         if not isinstance(params, Collection) or isinstance(params, (Tensor, str, bytes)):
             raise TypeError(f"parameter group {index} has {described(params)} as 'params', not a list of parameters")
+
+
+def complete_groups(
+    groups: Iterable[dict[str, Any]], *, defaults: dict[str, Any], check: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    """Fill in options that are missing, from the optimizer's own.
+
+    Args:
+        check: validates a group's options, and returns those to normalise.
+    """
+    for group in groups:
+        for key, value in defaults.items():
+            group.setdefault(key, value)
+        for key, value in check(with_any_lr(group)).items():
+            group.setdefault(key, value)
+
+
+def complete_foreign_groups(
+    param_groups: Any, needed: set[str], complete: Callable[[Iterable[dict[str, Any]]], None]
+) -> bool:
+    """Complete groups that others have put in place; True where there were some.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: a group or an option is of the wrong kind; the text has its number.
+    """
+    check_groups(param_groups)
+    foreign = [(i, group) for i, group in enumerate(param_groups) if not needed <= group.keys()]
+    for index, group in foreign:
+        with naming_group(index):
+            complete([group])
+    return bool(foreign)
 
 
 @contextmanager

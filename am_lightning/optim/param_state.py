@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from am_lightning.distributed import LogicalParam
 from am_lightning.optim.validation import WHOLE_OPTIMIZER, check_betas
 
 SCALARS = ("beta_prod", "beta", "prev_lr")  # prod of beta_i, last beta_t, eta_{t-1}
@@ -60,6 +61,20 @@ def as_stored(values: Tensor, params: list[Tensor]) -> Tensor:
 def direction_dtype(param: Tensor, wanted: torch.dtype | None) -> torch.dtype:
     """Of the direction d: ``wanted`` (``exp_avg_dtype``) beside float32 parameters, else the parameter's."""
     return wanted if wanted is not None and param.dtype == torch.float32 else param.dtype
+
+
+def check_direction(wanted: torch.dtype | None, params: Iterable[LogicalParam]) -> None:
+    """Refuse a direction of its own dtype where an engine packs the states of many tensors into one.
+
+    Raises:
+        ValueError: naming the engine and the parameter.
+    """
+    for logical in params if wanted is not None else ():
+        if logical.strategy.one_state_dtype:
+            raise ValueError(
+                f"Invalid exp_avg_dtype: {wanted} ({logical.strategy.name}, which holds parameter {logical.name!r}, "
+                "saves states of one dtype only: exp_avg_dtype must be None there; FSDP2 and DDP take it)"
+            )
 
 
 def create(
