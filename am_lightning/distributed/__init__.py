@@ -1,7 +1,7 @@
 """Where a logical tensor lives, and the one reduction that sums over its shards."""
 
 from am_lightning.distributed.layout import ShardLayout
-from am_lightning.distributed.logical_param import LogicalParam, local_grad, local_shard, logical_params_of
-from am_lightning.distributed.strategies import redistributed_grad
+from am_lightning.distributed.logical_param import local_grad, local_shard, logical_params_of
+from am_lightning.distributed.strategies import LogicalParam, redistributed_grad
 
 __all__ = ["LogicalParam", "ShardLayout", "local_grad", "local_shard", "logical_params_of", "redistributed_grad"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -55,15 +55,18 @@ def inside_engine_warm_up() -> bool:
 inside_deepspeed_warm_up = inside_engine_warm_up
 
 
-def inside_state_creation() -> bool:
+def inside_state_creation(param_groups: Sequence[dict[str, Any]] = ()) -> bool:
     """True where torch.distributed.checkpoint makes a step at lr 0 with zero gradients, so that there is a state.
 
     Each rank whose optimizer has no state makes it, and nothing of it must be left. With FSDP1 that may be one rank
     alone, which holds no element of the optimizer's parameters and so has no state in mid-run either: a collective
     would wait for ever, and neither lr nor gradients tell this rank whether the others are here too.
+
+    Args:
+        param_groups: where one has another lr than 0, this is no such step, and the stack is not looked at.
     """
     module = sys.modules.get("torch.distributed.checkpoint.state_dict")
-    if module is None:
+    if module is None or any(isinstance(lr := group.get("lr"), (int, float)) and lr != 0 for group in param_groups):
         return False
     maker = getattr(module, "_init_optim_state", None)
     if maker is None:  # no error: a run that saves no such checkpoint does not need it

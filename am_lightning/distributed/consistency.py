@@ -9,9 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from am_lightning.distributed.logical_param import LogicalParam
 from am_lightning.distributed.shard import Groups, backend_device, my_rank, ranks_of, shown
-from am_lightning.distributed.strategies import local
+from am_lightning.distributed.strategies import LogicalParam, local
 
 _PRIME = 2**61 - 1  # checksums are modulo this: they fit int64
 

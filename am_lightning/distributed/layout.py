@@ -14,7 +14,7 @@ from torch import Tensor
 
 from am_lightning.distributed import strategies
 from am_lightning.distributed.consistency import check_agreement, check_stages
-from am_lightning.distributed.logical_param import LogicalParam, local_shard
+from am_lightning.distributed.logical_param import local_shard
 from am_lightning.distributed.shard import (
     Groups,
     ShardInfo,
@@ -25,6 +25,7 @@ from am_lightning.distributed.shard import (
     smallest_groups,
     world_size,
 )
+from am_lightning.distributed.strategies import LogicalParam
 
 NUMBERS, BYTES = 4, 8  # of each logical tensor in the packed vector: N, D, present, first; float64
 

@@ -30,7 +30,9 @@ class StepLog(ABC):
         """``after_each_step``: registers what an engine calls that steps the optimizer several times in a step."""
         self.readings = readings
         self._hooks = []
+        self._had_state = True  # before the step that runs
         if after_each_step is None:
+            self._hooks.append(readings.optimizer.register_step_pre_hook(self._look_at_state))
             self._hooks.append(readings.optimizer.register_step_post_hook(self))
         else:
             after_each_step(lambda: self(readings.optimizer, (), {}))
@@ -44,13 +46,16 @@ class StepLog(ABC):
         ]
         self.steps = max(steps, default=0)
 
+    def _look_at_state(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._had_state = bool(optimizer.state)
+
     def remove(self) -> None:
         """Take the hooks away: nothing is logged any more. Of a DeepSpeedEngine ``every = None`` does it."""
         while self._hooks:
             self._hooks.pop().remove()
 
     def __call__(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if inside_state_creation():
+        if not self._had_state and inside_state_creation(optimizer.param_groups):
             return
         self.steps += 1
         if self.every is not None and self.steps % self.every == 0 and self.is_main():

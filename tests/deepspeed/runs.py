@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import Mock, patch
 
 from tests.device import DEVICE
+from tests.sharding.frames import count_frames
 
 os.environ.setdefault("DS_ACCELERATOR", DEVICE.type)
 os.environ["PATH"] = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"  # ninja is beside python
@@ -184,6 +185,21 @@ def compare(
         "sums": counter.call_count,
         "partitions": len(getattr(engine.optimizer, "fp32_partitioned_groups_flat", groups_of(engine.module, scope))),
     }
+
+
+def frames_walked(stage: int, attach: bool) -> list[int]:
+    """How many frames of the call stack each of five steps looks at."""
+    engine, optimizer = start(stage, "tensor", config_of(stage))
+    if attach:
+        from am_lightning.deepspeed import attach as attach_engine
+
+        attach_engine(engine)
+    found = []
+    for step in range(5):
+        with count_frames() as counter:
+            advance(engine, optimizer, "tensor", range(step, step + 1))
+        found.append(counter[0])
+    return found
 
 
 def compare_in_16_bit(stage: int, scope: str = "tensor", dtype: str = "bfloat16", **zero: Any) -> dict[str, Any]:

@@ -100,3 +100,14 @@ def test_four_ranks(pool) -> None:
     for case in ({"stage": 2}, {"stage": 3}, {"stage": 3, "scope": "global", "attach": True}, hpz):
         ranks = pool(4).run(f"{RUNS}:compare", timeout=START_UP, **case)
         check(ranks, beta=5e-6, weights=5e-6)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_the_call_stack_is_looked_at_once(pool, stage: int) -> None:
+    """And for less where attach has told what the engine is."""
+    first = {}
+    for attach in (False, True):
+        for rank in pool(2).run(f"{RUNS}:frames_walked", timeout=START_UP, stage=stage, attach=attach):
+            first[attach], *later = rank
+            assert later == [0] * 4
+    assert 0 < first[True] < first[False]

@@ -71,8 +71,8 @@ MUTATIONS = [
     Mutation(
         "Accelerate: saving a fresh optimizer counts as a step",
         _STEP_LOG,
-        "if inside_state_creation():\n            return\n        self.steps += 1",
-        "self.steps += 1",
+        "if not self._had_state and inside_state_creation",
+        "if self._had_state and inside_state_creation",
         (f"{_ACCELERATE}::test_trackers_get_the_curves_at_optimizer_steps[fsdp2]",),
     ),
     Mutation(

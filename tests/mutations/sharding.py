@@ -172,4 +172,25 @@ MUTATIONS = [
         "if self.others_hold_the_rest and self.reductions:",
         (f"{_GENERIC_ZERO}::test_sums_over_several_tensors_are_refused[2-global-adamw]",),
     ),
+    Mutation(
+        "a log looks for a checkpoint's own step at every step",
+        "am_lightning/loggers/step_logger.py",
+        "self._had_state = bool(optimizer.state)",
+        "self._had_state = False",
+        ("tests/sharding/test_call_stack.py::test_no_step_after_the_first_walks_the_stack[tensor lr-True]",),
+    ),
+    Mutation(
+        "flat partitions are taken for plain tensors",
+        "am_lightning/distributed/strategies/__init__.py",
+        "strategy.engine in sys.modules",
+        "strategy.engine is None and strategy.engine in sys.modules",
+        ("tests/deepspeed/test_stages.py::test_each_tensor_has_its_own_beta[stage=2]",),
+    ),
+    Mutation(
+        "the engine is searched for on the call stack, although attach has told it",
+        "am_lightning/optim/param_layout.py",
+        "self._attached, self._averaging_group = True, averaging_group",
+        "self._attached, self._averaging_group = False, averaging_group",
+        ("tests/deepspeed/test_stages.py::test_the_call_stack_is_looked_at_once[2]",),
+    ),
 ]

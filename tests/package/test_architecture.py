@@ -112,6 +112,22 @@ def test_no_import_cycles() -> None:
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which shows the cycle
 
 
+STRATEGIES = "am_lightning.distributed.strategies"
+NAMES_A_STRATEGY = {"am_lightning.optim.base"}  # to go
+
+
+def test_nothing_above_the_strategies_names_one() -> None:
+    """A new strategy is one file there and one line in its table; adapters of a framework may know its own."""
+    found = {
+        module
+        for module, path in PATHS.items()
+        if FLOORS[_prefix(module, FLOORS)] <= CORE and not f"{module}.".startswith(f"{STRATEGIES}.")
+        for name, _ in _imports(path, local=True)
+        if name.startswith(f"{STRATEGIES}.")
+    }
+    assert found == NAMES_A_STRATEGY
+
+
 @pytest.mark.parametrize("path", sources(PACKAGE, RECIPES), ids=lambda path: path.name)
 def test_sizes(path: Path) -> None:
     """Files of at most 400 lines, functions of at most 60."""

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from am_lightning import AMSGD, AMAdamW, clip_grad_norm_
 from am_lightning.distributed.names import strip_wrappers
+from tests.sharding.frames import count_frames
 from tests.sharding.layouts import everyone
 from tests.sharding.model import RATES, groups_of, make_net, raw_betas, train
 from tests.sharding.steps import STEPS, raw_error, reference
@@ -93,6 +94,17 @@ def clip_the_inner_optimizer() -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def frames_walked(kind: str) -> list[int]:
+    """How many frames of the call stack each of five steps looks at."""
+    model, optimizer = wrapped(make_net(DTYPE), kind, "tensor")
+    found = []
+    for number in range(5):
+        with count_frames() as counter:
+            train(model, optimizer, range(number, number + 1), DTYPE, share=everyone())
+        found.append(counter[0])
+    return found
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -19,12 +19,13 @@ from am_lightning.distributed.strategies.dtensor import (
     redistributed_grad,
 )
 from am_lightning.distributed.strategies.fsdp1 import FSDP1Strategy
-from am_lightning.distributed.strategies.strategy import Cover, Demand, Strategy, Surroundings
+from am_lightning.distributed.strategies.strategy import Cover, Demand, LogicalParam, Strategy, Surroundings
 from am_lightning.distributed.strategies.unsharded import UnshardedStrategy
 
 __all__ = [
     "STRATEGIES",
     "Demand",
+    "LogicalParam",
     "Strategy",
     "Surroundings",
     "averaging_group",
@@ -67,15 +68,15 @@ def check_engines(
         strategy.check_engine(param_groups, given, model, attached=attached, replaced=replaced)
 
 
-def check_demand(params: Sequence[Any], demand: Demand) -> None:
-    """``Strategy.check_demand`` of those that hold one of the LogicalParams ``params``."""
+def check_demand(params: Sequence[LogicalParam], demand: Demand) -> None:
+    """``Strategy.check_demand`` of those that hold one of ``params``."""
     for strategy in STRATEGIES:
         if any(param.strategy is strategy for param in params):
             strategy.check_demand(params, demand)
 
 
-def check_exact(params: Sequence[Any]) -> None:
-    """``Strategy.check_exact`` of those that hold one of the LogicalParams ``params``."""
+def check_exact(params: Sequence[LogicalParam]) -> None:
+    """``Strategy.check_exact`` of those that hold one of ``params``."""
     for strategy in STRATEGIES:
         if any(param.strategy is strategy for param in params):
             strategy.check_exact(params)

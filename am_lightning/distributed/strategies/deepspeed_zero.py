@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from am_lightning.distributed.call_stack import deepspeed_owner, deepspeed_replicas, inside_pipeline_engine
 from am_lightning.distributed.given_params import GivenParams, NamedParams, ParamGroups
 from am_lightning.distributed.shard import ShardInfo, TensorSlice, ranks_of
-from am_lightning.distributed.strategies.strategy import Demand, Strategy, Surroundings
+from am_lightning.distributed.strategies.strategy import Demand, LogicalParam, Strategy, Surroundings
 
 
 class ZeroStrategy(Strategy):
@@ -64,7 +64,7 @@ class ZeroStrategy(Strategy):
             _check_copies(param_groups, given)
 
     @classmethod
-    def check_demand(cls, params: Sequence[Any], demand: Demand) -> None:
+    def check_demand(cls, params: Sequence[LogicalParam], demand: Demand) -> None:
         """The tensors of the scope must all be in this call of step()."""
         if demand.scope == "tensor" or demand.whole_step:
             return

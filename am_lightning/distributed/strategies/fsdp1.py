@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from am_lightning.distributed.names import strip_wrappers
 from am_lightning.distributed.shard import ShardInfo, TensorSlice, my_rank, ranks_of, world_size
-from am_lightning.distributed.strategies.strategy import Demand, Strategy, Surroundings
+from am_lightning.distributed.strategies.strategy import Demand, LogicalParam, Strategy, Surroundings
 
 BIND_THE_MODEL = (
     "call optimizer.bind_model(model) with the FSDP module first (the AdaptiveMemory callback and the attach functions "
@@ -38,7 +38,7 @@ class FSDP1Strategy(Strategy):
         ]
 
     @classmethod
-    def check_demand(cls, params: Sequence[Any], demand: Demand) -> None:
+    def check_demand(cls, params: Sequence[LogicalParam], demand: Demand) -> None:
         if demand.scope == "tensor":
             _refuse_flat(params)
         elif any(param.shard.numel is None for param in params) and (
@@ -50,7 +50,7 @@ class FSDP1Strategy(Strategy):
             )
 
     @classmethod
-    def check_exact(cls, params: Sequence[Any]) -> None:
+    def check_exact(cls, params: Sequence[LogicalParam]) -> None:
         if any(param.shard.numel is None for param in params):
             raise ValueError(
                 "FSDP1's process groups are not known to the optimizer, so copies of a shard cannot be told from "
@@ -154,7 +154,7 @@ def _refuse_tensor_parallel(flat: Any, prefix: str) -> None:
             )
 
 
-def _refuse_flat(params: Sequence[Any]) -> None:
+def _refuse_flat(params: Sequence[LogicalParam]) -> None:
     """A flat parameter has one 0-dim state, not one for each of its tensors; FSDP1 saves no more."""
     names: dict[int, str] = {}
     for param in params:

@@ -29,6 +29,34 @@ class Surroundings:
     all_replaced: NamedParams = ()
 
 
+@dataclass(frozen=True, eq=False)
+class LogicalParam:
+    """What a model calls one parameter: this process's shard of it, and whether that counts in the reduced sums.
+
+    Attributes:
+        param: the parameter that the optimizer has, which may be a flat one of several tensors.
+        group_index: of its parameter group; not the group itself, because load_state_dict replaces the dicts.
+        name: distinct among all.
+        shard: where its elements live among the ranks.
+        strategy: what has placed it.
+        is_owner: this rank's elements count in the sums; False where another rank counts them.
+        span: its elements in this rank's part of ``param``; None: all of them.
+    """
+
+    param: Tensor
+    group_index: int
+    name: str
+    shard: ShardInfo
+    strategy: type[Strategy]
+    is_owner: bool = True
+    span: slice | None = None
+
+    @property
+    def partitioned(self) -> bool:
+        """It has its own adaptive scalars within a flat parameter, kept by name."""
+        return self.strategy.partitioned
+
+
 @dataclass(frozen=True)
 class Demand:
     """What an optimizer asks of its layout.
@@ -106,15 +134,15 @@ class Strategy:
         """
 
     @classmethod
-    def check_demand(cls, params: Sequence[Any], demand: Demand) -> None:
-        """Refuse sums over these LogicalParams that cannot be formed, or whose states cannot be saved.
+    def check_demand(cls, params: Sequence[LogicalParam], demand: Demand) -> None:
+        """Refuse sums over ``params`` that cannot be formed, or whose states cannot be saved.
 
         Raises:
             ValueError: on every rank alike.
         """
 
     @classmethod
-    def check_exact(cls, params: Sequence[Any]) -> None:
+    def check_exact(cls, params: Sequence[LogicalParam]) -> None:
         """Refuse sums in which an element might count more than once, as copies of it do that nobody named.
 
         Raises:
