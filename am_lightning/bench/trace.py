@@ -1,15 +1,15 @@
-"""What one ordinary step enters: python -m am_lightning.bench.trace [--optimizer NAME] [--lines]
+"""What one ordinary step enters: ``python -m am_lightning.bench.trace [--optimizer NAME] [--lines]``.
 
-Five steps are made, the sixth is traced. Functions are those of this package that are entered, each counted once;
-"changes" is how often the step goes from one of its files to another. torch's and this package's optimizers can be
-compared: ``--optimizer AdamW`` counts torch.optim's functions.
+Five steps are made, the sixth is traced. Functions are those of this package (``--optimizer AdamW``: of torch.optim),
+each counted once; "changes" is how often the step goes from one file to another. Comprehensions are no functions.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -19,10 +19,15 @@ import torch
 import am_lightning
 
 _WARM_UP = 5
+_OPTIMIZERS: dict[str, Any] = {
+    "AMAdamW": am_lightning.AMAdamW,
+    "AMSGD": am_lightning.AMSGD,
+    "AdamW": torch.optim.AdamW,
+}
 
 
 class Call(NamedTuple):
-    """A function that was entered: its file, relative to the package, and its name."""
+    """A function that was entered: how deep in the step, its file relative to the package, and its name."""
 
     depth: int
     file: str
@@ -36,17 +41,12 @@ def trace(run: Callable[[], Any], folder: Path) -> list[Call]:
 
     def profile(frame: FrameType, event: str, _: Any) -> None:
         nonlocal depth
-        path = Path(frame.f_code.co_filename)
-        if event not in ("call", "return") or folder not in path.parents:
+        path, code = Path(frame.f_code.co_filename), frame.f_code
+        if event not in ("call", "return") or folder not in path.parents or code.co_name.startswith("<"):
             return
         if event == "call":
-            calls.append(
-                Call(
-                    depth,
-                    str(path.relative_to(folder)),
-                    frame.f_code.co_qualname if sys.version_info >= (3, 11) else frame.f_code.co_name,
-                )
-            )
+            name = getattr(code, "co_qualname", code.co_name)  # Python 3.10 has the plain one only
+            calls.append(Call(depth, str(path.relative_to(folder)), name))
         depth += 1 if event == "call" else -1
 
     sys.setprofile(profile)
@@ -57,12 +57,11 @@ def trace(run: Callable[[], Any], folder: Path) -> list[Call]:
     return calls
 
 
-def a_step(name: str) -> tuple[Callable[[], Any], Path]:
-    """An ordinary step of the optimizer called ``name`` on a small model, and the folder of its code."""
+def an_ordinary_step(name: str) -> tuple[Callable[[], Any], Path]:
+    """A step of the optimizer called ``name`` on a small model after some others, and the folder of its code."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 4))
-    kinds: dict[str, Any] = {"AMAdamW": am_lightning.AMAdamW, "AMSGD": am_lightning.AMSGD, "AdamW": torch.optim.AdamW}
-    optimizer = kinds[name](model.named_parameters(), lr=1e-3)
+    optimizer = _OPTIMIZERS[name](model.named_parameters(), lr=1e-3)
     data = torch.randn(32, 8)
 
     def backward() -> None:
@@ -74,23 +73,25 @@ def a_step(name: str) -> tuple[Callable[[], Any], Path]:
         optimizer.step()
     backward()
     module = torch.optim if name == "AdamW" else am_lightning
-    return optimizer.step, Path(module.__file__).parent
+    return optimizer.step, Path(str(module.__file__)).parent
 
 
-def main() -> None:
+def main(args: Sequence[str] | None = None) -> None:
     """Print the functions of a step, and how many there are."""
     parser = argparse.ArgumentParser(prog="python -m am_lightning.bench.trace", description=__doc__)
-    parser.add_argument("--optimizer", choices=["AMAdamW", "AMSGD", "AdamW"], default="AMAdamW")
+    parser.add_argument("--optimizer", choices=[*_OPTIMIZERS], default="AMAdamW")
     parser.add_argument("--lines", action="store_true", help="print each call, indented by its depth")
-    options = parser.parse_args()
-    calls = trace(*a_step(options.optimizer))
+    options = parser.parse_args(args)
+    calls = trace(*an_ordinary_step(options.optimizer))
     if options.lines:
         for call in calls:
             print(f"{'  ' * call.depth}{call.name}  ({call.file})")
     files = [call.file for call in calls]
-    changes = sum(a != b for a, b in zip(files, files[1:], strict=False))
+    changes = sum(a != b for a, b in itertools.pairwise(files))
+    functions = {(call.file, call.name) for call in calls}
     print(
-        f"{options.optimizer}: {len(set(files))} files, {len({c[1:] for c in calls})} functions, {changes} changes of file, {len(calls)} calls"
+        f"{options.optimizer}: {len(set(files))} files, {len(functions)} functions, {changes} changes of file, "
+        f"{len(calls)} calls"
     )
 
 

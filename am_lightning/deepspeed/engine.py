@@ -17,8 +17,7 @@ from am_lightning.distributed import ShardLayout
 from am_lightning.distributed.layout import all_reduce
 from am_lightning.distributed.strategies.deepspeed_zero import check_supported
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
-from am_lightning.optim.closed_form import Decision, Sums
-from am_lightning.optim.step_inputs import RowOptions
+from am_lightning.optim.closed_form import Decision, RowOptions, Sums
 from am_lightning.optim.unwrap import innermost
 
 try:

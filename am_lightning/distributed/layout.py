@@ -84,6 +84,7 @@ class ShardLayout:
         self.others_hold_the_rest = others_hold_the_rest
         self.sizes_known = all(logical.shard.numel is not None for logical in self.logical_params)
         self.holds_whole_tensors = all(local_shard(p, p.param) is p.param for p in self.logical_params)
+        self.partitioned = any(logical.partitioned for logical in self.logical_params)
         self._constants: dict[torch.device, tuple[Tensor, list[Tensor]]] = {}
 
     @classmethod

@@ -8,17 +8,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from am_lightning.distributed import ShardLayout
-from am_lightning.optim.adaptive_scalars import Scalars, StateScalars
 from am_lightning.optim.argument_hints import ADAMW, with_cures
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
-from am_lightning.optim.closed_form import AdaptiveScalars, bias_correction
-from am_lightning.optim.kernels.agreement import row_kernels
+from am_lightning.optim.closed_form import RowOptions
 from am_lightning.optim.kernels.inputs import GroupOptions
-from am_lightning.optim.kernels.plan import KernelPlan
 from am_lightning.optim.kernels.registry import require_fused
 from am_lightning.optim.param_state import FOREIGN_OPTIONS
-from am_lightning.optim.step_inputs import RowOptions, StepInputs, inputs_in_kernels
 from am_lightning.optim.validation import (
     check_betas,
     check_exp_avg_dtype,
@@ -134,15 +129,8 @@ class AMAdamW(AdaptiveMemoryOptimizer):
         beta2, lambd, decay = group["betas"][1], group["lambd"], group["weight_decay"]
         return GroupOptions(float(beta2), float(lambd), float(decay), 0.0, group["maximize"])
 
-    def _inputs(self, plan: KernelPlan, scalars: Scalars, layout: ShardLayout) -> StepInputs:
-        groups = self.param_groups
-        kernels = None if self.pre_pass else row_kernels(layout, groups, self.scope, scalars, self._workspace)
-        if kernels is None:
-            return super()._inputs(plan, scalars, layout)
-        assert isinstance(scalars, StateScalars)
-        keys = (self.cap_key, "lr", "weight_decay")
-        options = [[*(group[key] for key in keys), group["betas"][1], group["eps"]] for group in groups]
-        return inputs_in_kernels(plan, scalars, kernels, options, self._workspace)
+    def _row_options(self, group: dict[str, Any]) -> RowOptions:
+        return RowOptions(group[self.cap_key], group["lr"], group["weight_decay"], group["betas"][1], group["eps"])
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch.optim; the saved groups have all options of AdamW's, which some loaders ask for."""
@@ -150,11 +138,3 @@ class AMAdamW(AdaptiveMemoryOptimizer):
         for group in saved["param_groups"]:
             group.update(FOREIGN_OPTIONS)
         return saved
-
-    def _coefficients(self, scalars: AdaptiveScalars, options: RowOptions) -> dict[str, Tensor]:
-        """With those of P = c_t (sqrt(v' / (1 - beta2^t)) + eps)."""
-        beta2 = self._column("beta2", [group["betas"][1] for group in self.param_groups])
-        eps = self._column("eps", [group["eps"] for group in self.param_groups])
-        c = bias_correction(options.beta_max, scalars.beta_prod)
-        root = torch.sqrt(1 - beta2 ** (scalars.step + 1))
-        return super()._coefficients(scalars, options) | {"c_root": c / root, "c_eps": c * eps}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,16 +20,18 @@ from am_lightning.distributed.call_stack import (
     inside_state_creation,
 )
 from am_lightning.optim import checkpointing, group_checks, param_state
-from am_lightning.optim.adaptive_scalars import Scalars, sums_live_on
-from am_lightning.optim.closed_form import AdaptiveScalars, Decision, Sums, decide, loss_gap_factor
-from am_lightning.optim.kernels.agreement import agree_on_kernels, choice_of, drop_fused
+from am_lightning.optim.closed_form import Decision, RowOptions, Sums, coefficients, decide
+from am_lightning.optim.kernels.agreement import agree_on_kernels, choice_of, drop_fused, row_kernels
 from am_lightning.optim.kernels.inputs import GradientClip, GroupOptions
-from am_lightning.optim.kernels.plan import KernelPlan
+from am_lightning.optim.kernels.plan import KernelPlan, step_tensors
+from am_lightning.optim.kernels.registry import Choice
 from am_lightning.optim.kernels.transfer import refuse_in_capture
+from am_lightning.optim.kernels.triton.row_launch import RowKernels
 from am_lightning.optim.kernels.workspace import Workspace
 from am_lightning.optim.param_layout import ParamLayout, checked_params_of
+from am_lightning.optim.param_state import sums_live_on
 from am_lightning.optim.state_store import StateStore
-from am_lightning.optim.step_inputs import InKernels, RowOptions, StepInputs, inputs_of, row_options, step_tensors
+from am_lightning.optim.step_inputs import InKernels, StepInputs, inputs_in_kernels
 from am_lightning.optim.step_stats import StepStats
 from am_lightning.optim.validation import NONFINITE, SCOPES, WHOLE_OPTIMIZER, check_choice
 
@@ -73,7 +75,9 @@ class AdaptiveMemoryOptimizer(Optimizer):
         self._workspace = Workspace()
         self._plans: dict[ShardLayout, KernelPlan] = {}  # of the last step of each layout
         self._plan: KernelPlan | None = None  # of the last step
+        self._row_kernels: dict[ShardLayout, RowKernels | None] = {}  # as long as no option changes
         self._checked_options: list[Any] = []
+        self._kernel_options: list[tuple[GroupOptions, Choice]] = []  # of each group
         self._loading: tuple[dict[str, Any], list[dict[str, Any]]] | None = None
         self.param_layout = ParamLayout()
         self.pre_pass: Callable[[ShardLayout], Any] | None = None  # DeepSpeed's: sums and decision for a layout
@@ -86,16 +90,9 @@ class AdaptiveMemoryOptimizer(Optimizer):
     def _group_options(self, group: dict[str, Any]) -> GroupOptions:
         raise NotImplementedError
 
-    def _coefficients(self, scalars: AdaptiveScalars, options: RowOptions) -> dict[str, Tensor]:
-        """The columns that are known before the sums."""
-        lr, mu = options.lr, options.weight_decay
-        one_plus_k = 1 + loss_gap_factor(lr, scalars.prev_lr, mu)
-        return {"one_plus_k": one_plus_k, "lr": lr, "decay_factor": 1 - mu * lr, "step": scalars.step}
-
-    def _inputs(self, plan: KernelPlan, scalars: Scalars, layout: ShardLayout) -> StepInputs:
-        """The coefficients, and what they are made of."""
-        options = row_options(plan, self.param_groups, layout.sizes, self.cap_key, self._group_options)
-        return inputs_of(plan, scalars, options, self._coefficients, self._workspace)
+    def _row_options(self, group: dict[str, Any]) -> RowOptions:
+        """Of one group; numbers of the host, or tensors of one element."""
+        raise NotImplementedError
 
     def _omega(self, decision: Decision, sums: Sums) -> Tensor:
         """``[rows]``, the weight of the gradient in d' = d + omega (g - d) / q."""
@@ -120,19 +117,21 @@ class AdaptiveMemoryOptimizer(Optimizer):
         self._check_options()
         loss = self._evaluate(closure)
         layout = self._find_layout()
-        local = self.prepare(layout)  # this step's tensors, and the kernels that serve them
+        local = self.prepare(layout)  # this step's tensors, the kernels that serve them, and coefficients
         if self.pre_pass is None:
             packed, shared = self._reduce(self.local_sums(local), layout, loss)  # the one collective
             if local.in_kernels is not None:
                 self._finish_in_kernels(packed, local, local.in_kernels)
                 return loss
             sums = Sums.unpack(packed)
-            decision = self._decide(sums, local, layout, shared)
+            decision = self.decide(sums, local.options, layout.sizes, layout, shared)
         else:
             sums, decision = self.pre_pass(layout)  # DeepSpeed calls step() for some of the parameters at a time
-        local.coefficients.add("omega", self._omega(decision, sums))
+        local.coefficients["omega"] = self._omega(decision, sums)
         local.plan.update(local.coefficients, decision.active)
-        self._advance(local, decision, layout)
+        local.store.write(local.scalars.advanced(decision, local.options.lr), decision.active)
+        positions = self._positions(layout) if layout.partitioned else None
+        self._stats.observe(decision, positions, again=layout is not self.param_layout.first)
         return loss
 
     def _only_makes_states(self) -> bool:
@@ -144,16 +143,11 @@ class AdaptiveMemoryOptimizer(Optimizer):
         params = self.param_layout.logical_params(self.param_groups)
         param_state.check_direction(self.exp_avg_dtype, params)
         here = [logical for logical in params if logical.param.grad is not None]
-        self._store.moments(self.state, here, self.param_groups, self.exp_avg_dtype)
+        self._store.moments(self.state, self.param_groups, self.exp_avg_dtype, here)
         return True
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
         """The loss, or None."""
-        check = getattr(self, "_accelerator_graph_capture_health_check", None) or self._cuda_graph_capture_health_check
-        if all("capturable" in group for group in self.param_groups):
-            check()
-        if self.layout is None:
-            self._check_time()
         if closure is None:
             return None
         with torch.enable_grad():
@@ -161,19 +155,27 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     def prepare(self, layout: ShardLayout) -> StepInputs:
         """Read-only, except that states that do not exist yet are made."""
-        tensors = step_tensors(
-            layout, self._store, self.state, self.param_groups, self.exp_avg_dtype, type(self).__name__
-        )
-        device, dtype = sums_live_on([logical.param for logical in layout.logical_params])
-        options = [(self._group_options(group), choice_of(group)) for group in self.param_groups]
-        of_rows = [options[layout.logical_params[row].group_index] for row in tensors.rows]
-        plan = self._plans.get(layout)
+        moments = partial(self._store.moments, self.state, self.param_groups, self.exp_avg_dtype)
+        tensors = step_tensors(layout, moments, type(self).__name__)
+        of_rows = [self._kernel_options[layout.logical_params[row].group_index] for row in tensors.rows]
+        plan = self._plan = self._plans.get(layout)
         if plan is None or not plan.serves(tensors, of_rows):
-            count = len(layout.logical_params)
-            plan = KernelPlan(tensors, of_rows, self._workspace, row_count=count, device=device, dtype=dtype)
-            self._plans[layout] = plan
-        self._plan = plan
-        inputs = self._inputs(plan, self._scalars(layout), layout)
+            plan = self._plan = self._plans[layout] = KernelPlan(tensors, of_rows, self._workspace, layout)
+        options = [self._row_options(group) for group in self.param_groups]
+        workspace, who = self._workspace, type(self).__name__
+        store = self._store.scalars(self.state, layout, self.param_groups, who)
+        clip, workspace.gradient_clip = workspace.gradient_clip, None
+        if layout not in self._row_kernels:
+            self._row_kernels[layout] = row_kernels(layout, self.param_groups, self.scope, store, workspace)
+        in_kernels = self._row_kernels[layout]
+        if in_kernels is not None and self.pre_pass is None:
+            inputs = inputs_in_kernels(plan, store, in_kernels, options, clip)
+            workspace.gradient_factor = inputs.in_kernels.found.factor if inputs.in_kernels else None
+        else:
+            scalars, over_rows = store.read(), plan.over_rows(options, layout.sizes)
+            columns = coefficients(scalars, over_rows, second_moment=len(self.moments) > 1)
+            inputs = StepInputs(plan, columns, store, scalars, over_rows, None)
+            workspace.gradient_factor = None if clip is None else clip.factor()
         plan.begin(tensors)
         return inputs
 
@@ -182,19 +184,30 @@ class AdaptiveMemoryOptimizer(Optimizer):
         sums = local.plan.sums(local.coefficients)
         if local.in_kernels is not None:
             return torch.cat([sums, local.in_kernels.found.tail], 1)
-        first = local.plan.present * (local.coefficients.columns["step"] == 0)
+        first = local.plan.present * (local.coefficients["step"] == 0)
         return torch.cat([sums, local.plan.present[:, None].to(sums), first[:, None].to(sums)], 1)
 
     def _reduce(self, packed: Tensor, layout: ShardLayout, loss: Any) -> tuple[Tensor, Any]:
         """Sum over ranks; with it what a subclass needs besides the sums."""
         return (layout.all_reduce(packed)[0] if layout.reductions else packed), None
 
-    def _decide(self, sums: Sums, local: StepInputs, layout: ShardLayout, shared: Any) -> Decision:
-        assert local.options is not None
-        return self.decide(sums, local.options, layout.sizes, reduce_over_stages=layout.stage_reduction())
+    def decide(
+        self,
+        sums: Sums,
+        options: RowOptions,
+        sizes: Sequence[int],
+        layout: ShardLayout | None = None,
+        shared: Any = None,
+        **known: Any,
+    ) -> Decision:
+        """beta_t of rows whose reduced sums are known.
 
-    def decide(self, sums: Sums, options: RowOptions, sizes: list[int], **more: Any) -> Decision:
-        """beta_t of rows whose reduced sums are known; ``sizes`` says how many rows each group has."""
+        Args:
+            sizes: how many rows each group has.
+            layout: of the rows, where they are those of one; its pipeline is summed over.
+            shared: what ``_reduce`` gave besides the sums.
+        """
+        piped = layout is not None and layout.pipeline_group is not None
         return decide(
             sums,
             cap=options.beta_max,
@@ -203,43 +216,24 @@ class AdaptiveMemoryOptimizer(Optimizer):
             sizes=sizes,
             first_takes_cap=self.first_takes_cap,
             nonfinite=self.nonfinite,
-            **more,
+            reduce_over_stages=layout.reduce_over_stages if layout is not None and piped else None,
+            **known,
         )
 
-    def _advance(self, local: StepInputs, decision: Decision, layout: ShardLayout) -> None:
-        """Keep the adaptive scalars and the statistics of the step."""
-        assert local.scalars is not None and local.options is not None
-        self._scalars(layout).write(local.scalars.advanced(decision, local.options.lr), decision.active)
-        self._stats.observe(
-            decision, self._positions(layout), again=layout is not next(iter(self.param_layout.layouts.values()))
-        )
-
-    def _positions(self, layout: ShardLayout) -> Tensor | None:
-        """``[rows]``: where this layout's rows are in ``parameter_names``; None where they are all of them."""
-        params = layout.logical_params
-        if not params or not params[0].partitioned:
-            return None
+    def _positions(self, layout: ShardLayout) -> Tensor:
+        """``[rows]``: where this layout's rows are in ``parameter_names``."""
         place = {name: i for i, name in enumerate(self.parameter_names())}
-        device, _ = sums_live_on([params[0].param])
-        return self._workspace.constants.vector(tuple(place[logical.name] for logical in params), device)
-
-    # ------------------------------------------------------------------ coefficients
-    def _scalars(self, layout: ShardLayout) -> Scalars:
-        return self._store.scalars(self.state, layout, self.param_groups, type(self).__name__)
-
-    def _column(self, name: str, values: list[float | Tensor]) -> Tensor:
-        """``[rows]``: an option of every row's group."""
-        assert self._plan is not None and self.layout is not None  # step() has made them
-        return self._plan.column(name, values, self.layout.sizes)
+        device, _ = sums_live_on([layout.logical_params[0].param])
+        return self._workspace.constants.vector(tuple(place[one.name] for one in layout.logical_params), device)
 
     def _finish_in_kernels(self, packed: Tensor, local: StepInputs, rows: InKernels) -> None:
         """From the reduced sums to the end of the step."""
-        kernels, found, store, table = rows
+        kernels, found, table = rows
         stats = self._stats.buffers(packed.device)
         omega, active = kernels.decide(packed, found.columns, table, *stats, skip=self.nonfinite == "skip")
-        local.coefficients.add("omega", omega)
+        local.coefficients["omega"] = omega
         local.plan.update(local.coefficients, active)
-        store.take(table, active)
+        local.store.take(table, active)
 
     # ------------------------------------------------------------------ public face
     @property
@@ -313,17 +307,22 @@ class AdaptiveMemoryOptimizer(Optimizer):
         Raises:
             TypeError, ValueError, RuntimeError: a group or an option is of the wrong kind; the text has its number.
         """
-        self._store.take_tables(self.param_layout.given.groups, self.given_groups())
-        found = group_checks.options_of(self.param_groups)
+        check = getattr(self, "_accelerator_graph_capture_health_check", None) or self._cuda_graph_capture_health_check
+        if all(["capturable" in group for group in self.param_groups]):
+            check()
+        found = [option for group in self.param_groups for option in (group, *group.values())]
         if len(found) == len(self._checked_options) and all(map(operator.is_, found, self._checked_options)):
             return
+        checkpointing.take_tables(self)
         complete = partial(group_checks.complete_groups, defaults=self.defaults, check=self._check_group)
         if group_checks.complete_foreign_groups(self.param_groups, {*self.defaults, self.cap_key}, complete):
             self.param_layout.given.remember(self.param_groups)
         for index, group in enumerate(self.param_groups):
             with group_checks.naming_group(index):
                 self._check_group(group_checks.as_unread(group, self.cap_key))
-        self._checked_options = group_checks.options_of(self.param_groups)
+        self._checked_options = [option for group in self.param_groups for option in (group, *group.values())]
+        self._row_kernels = {}
+        self._kernel_options = [(self._group_options(group), choice_of(group)) for group in self.param_groups]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; its options are checked before anything changes."""
@@ -436,7 +435,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     def _forget_layout(self) -> None:
         self._store.forget_layouts()
-        self._plans = {}
+        self._plans, self._row_kernels = {}, {}
         self.param_layout.drop()
 
     def _check_time(self) -> None:
@@ -492,5 +491,5 @@ class AdaptiveMemoryOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As in torch.optim. Where a parameter holds many tensors, the groups carry their adaptive scalars by name."""
         saved = super().state_dict()
-        self._store.save_tables(saved["param_groups"])
+        checkpointing.save_tables(self, saved["param_groups"])
         return saved

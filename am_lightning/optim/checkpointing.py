@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer
 from am_lightning.distributed.names import names_by_id
 from am_lightning.optim import group_checks, param_state
 from am_lightning.optim.param_layout import ParamLayout, params_of
+from am_lightning.optim.param_state import OPTIONS, TABLE
 from am_lightning.optim.state_dict_checks import Expected, check_loadable, check_mapping
 from am_lightning.optim.state_store import StateStore
 
@@ -58,18 +59,17 @@ def take_state(optimizer: Loadable, state: dict[str, Any], set_state: Callable[[
     if copied:
         optimizer._forget()
     set_state(state)
-    given, store, loading = optimizer.param_layout.given, optimizer._store, optimizer._loading
+    given, loading = optimizer.param_layout.given, optimizer._loading
     if copied:
         given.remember(optimizer.param_groups)
     optimizer.defaults.pop("differentiable", None)  # torch.optim adds it
     if loading is not None:
-        in_tables, direction = optimizer.is_partitioned(), optimizer.exp_avg_dtype
-        store.restore(optimizer.state, optimizer.param_groups, *loading, direction, in_tables=in_tables)
+        _restore(optimizer, *loading)
     group_checks.complete_groups(optimizer.param_groups, defaults=optimizer.defaults, check=optimizer._check_group)
     if loading is not None:
         given.replace_groups(loading[1], optimizer.param_groups)
-        store.forget()
-        store.take_tables(given.groups, optimizer.given_groups())
+        optimizer._store.take_tables({})
+        take_tables(optimizer)
     if _NAMES in optimizer.__dict__:
         params: dict[Tensor, None] = dict.fromkeys(params_of(optimizer.param_groups))
         given.known_names = names_by_id(zip(optimizer.__dict__.pop(_NAMES), params, strict=True))
@@ -103,3 +103,50 @@ def checked_load(optimizer: Loadable, state_dict: Any) -> Iterator[None]:
     finally:
         last.remove()
         optimizer._loading = None
+
+
+def _restore(optimizer: Loadable, saved: dict[str, Any], live: list[dict[str, Any]]) -> None:
+    """torch.optim has put a checkpoint's groups and states in place of the ``live`` ones: make them ours."""
+    in_tables, cap_key, d = optimizer.is_partitioned(), optimizer.cap_key, optimizer.moments[0]
+    for group, saved_group, live_group in zip(optimizer.param_groups, saved["param_groups"], live, strict=True):
+        param_state.restore_options(group, live_group, cap_key)
+        cap = group[cap_key]
+        beta1 = param_state.betas_of(saved_group)[0] if "betas" in saved_group and "betas" in group else cap
+        for param, index in zip(group["params"], saved_group["params"], strict=True):
+            before = saved["state"].get(index)
+            if before and not in_tables:
+                state = optimizer.state[param]
+                param_state.restore_scalars(state, before, param, beta1=beta1, lr=group["lr"], cap=cap)
+                # torch.optim has cast d to the parameter's dtype
+                state[d] = state[d].to(param_state.direction_dtype(param, optimizer.exp_avg_dtype))
+
+
+def save_tables(optimizer: Loadable, groups: list[dict[str, Any]]) -> None:
+    """Put the tables of adaptive scalars, and every group's options, into the groups of a state_dict."""
+    tables = optimizer._store.tables()
+    if tables:
+        options = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        for group in groups:
+            group |= {TABLE: tables, OPTIONS: options}
+
+
+def take_tables(optimizer: Loadable) -> None:
+    """Take out what a checkpoint, or an engine that loaded one, has put into the groups."""
+    groups, live, cap_key = optimizer.param_layout.given.groups, optimizer.given_groups(), optimizer.cap_key
+    if not any(TABLE in group or OPTIONS in group for group in groups):
+        return
+    tables = [group.pop(TABLE, None) for group in groups]
+    options = [group.pop(OPTIONS, None) for group in groups]
+    if any(tables):
+        optimizer._store.take_tables(next(table for table in tables if table))
+    saved: list[dict[str, Any]] = next((entry for entry in options if entry), [])
+    if len(saved) != len(live):
+        return
+    copied = ("lr", "betas", cap_key, "params")
+    for group, own in zip(live, saved, strict=True):
+        kept = {key: value for key, value in own.items() if key in group and key not in copied}
+        if any(group[key] != saved[0].get(key) for key in kept):
+            continue  # its own options are there
+        group.update(kept)  # one engine copies the first group's options onto all
+        if group["lr"] == saved[0].get("lr"):
+            group["lr"] = own["lr"]

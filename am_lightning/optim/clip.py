@@ -9,10 +9,10 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from am_lightning.distributed import local_grad, redistributed_grad
-from am_lightning.optim.adaptive_scalars import sums_live_on
 from am_lightning.optim.argument_hints import with_cures
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.kernels.inputs import GradientClip, scale_
+from am_lightning.optim.param_state import sums_live_on
 from am_lightning.optim.squares import square_sums, total_norm
 from am_lightning.optim.unwrap import innermost
 

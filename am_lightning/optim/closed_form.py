@@ -42,6 +42,16 @@ class AdaptiveScalars(NamedTuple):
         )
 
 
+class RowOptions(NamedTuple):
+    """Options that enter a step's coefficients: ``[rows]`` of every row's group, or of one group as users give them."""
+
+    beta_max: Tensor
+    lr: Tensor
+    weight_decay: Tensor  # decoupled
+    beta2: Tensor
+    eps: Tensor
+
+
 class Sums(NamedTuple):
     """The reduced packed sums, each ``[rows]``: N, D, and whether any rank has a gradient / has its first step."""
 
@@ -81,6 +91,26 @@ def loss_gap_factor(lr: Tensor, prev_lr: Tensor, decay: Tensor) -> Tensor:
 def bias_correction(cap: Tensor, beta_prod: Tensor) -> Tensor:
     """c_t = 1 - cap * prod_{i<t} beta_i: the bias correction of a momentum that varies."""
     return 1 - cap * beta_prod
+
+
+def coefficients(scalars: AdaptiveScalars, options: RowOptions, *, second_moment: bool) -> dict[str, Tensor]:
+    """What the kernels multiply a row by, as far as it is known before the sums; see ``kernels.inputs.Coefficients``.
+
+    Args:
+        options: ``[rows]`` each.
+        second_moment: P = c_t (sqrt(v' / (1 - beta2^t)) + eps); False: P = 1.
+    """
+    cap, lr, mu, beta2, eps = options
+    known = {
+        "one_plus_k": 1 + loss_gap_factor(lr, scalars.prev_lr, mu),
+        "lr": lr,
+        "decay_factor": 1 - mu * lr,
+        "step": scalars.step,
+    }
+    if second_moment:
+        c = bias_correction(cap, scalars.beta_prod)
+        known |= {"c_root": c / torch.sqrt(1 - beta2 ** (scalars.step + 1)), "c_eps": c * eps}
+    return known
 
 
 def scope_totals(values: Tensor, scope: str, sizes: Sequence[int]) -> Tensor:

@@ -59,6 +59,7 @@ class ParamLayout:
     Attributes:
         given: what the groups were given, and the names of unnamed parameters.
         layouts: of the steps so far, in the order of their first use.
+        first: the first of them.
         last: the layout of the step that runs, or of the last one; None before the first.
         generation: changes whenever layouts are dropped; what is kept for a layout is stale then.
     """
@@ -66,6 +67,7 @@ class ParamLayout:
     def __init__(self) -> None:
         self.given = GivenParams()
         self.layouts: dict[Hashable, ShardLayout] = {}
+        self.first: ShardLayout | None = None
         self.last: ShardLayout | None = None
         self.generation = 0
         self._last_key: Hashable = None
@@ -169,7 +171,7 @@ class ParamLayout:
 
         A model may be moved or cast in place. An engine moves its partitions to and fro, which changes nothing.
         """
-        params = params_of(param_groups)
+        params = list(chain.from_iterable(map(_params_of, param_groups)))
         ids = *map(len, map(_params_of, param_groups)), *map(id, params)
         if self._replaced:
             return ids
@@ -217,12 +219,13 @@ class ParamLayout:
         check(layout)
         key = self.key(param_groups)
         self.layouts[key] = self.last = layout
+        self.first = self.first or layout
         self._last_key = key
         return layout
 
     def drop(self) -> None:
         """Let go of all layouts: the next step builds its own."""
-        self.layouts, self.last, self._last_key = {}, None, None
+        self.layouts, self.first, self.last, self._last_key = {}, None, None, None
         self.generation += 1
 
     def check_scope(self, layout: ShardLayout, scope: str, *, exact_sums: bool, whole_step: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,12 @@ def widest_dtype(device: torch.device) -> torch.dtype:
 @functools.cache
 def _xpu_has_float64(device: torch.device) -> bool:
     return bool(getattr(torch.xpu.get_device_properties(device), "has_fp64", True))
+
+
+def sums_live_on(params: Sequence[Tensor]) -> tuple[torch.device, torch.dtype]:
+    """Where the packed sums live: beside the first parameter, in the widest dtype of its device."""
+    device = params[0].device if params else torch.device("cpu")
+    return device, widest_dtype(device)
 
 
 def as_stored(values: Tensor, params: list[Tensor]) -> Tensor:

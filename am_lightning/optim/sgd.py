@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -14,10 +14,10 @@ from torch.optim.optimizer import ParamsT
 from am_lightning.distributed import ShardLayout, local_shard
 from am_lightning.optim.argument_hints import SGD, with_cures
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
-from am_lightning.optim.closed_form import AdaptiveScalars, Decision, Sums
+from am_lightning.optim.closed_form import Decision, RowOptions, Sums
 from am_lightning.optim.kernels.inputs import GroupOptions
 from am_lightning.optim.squares import square_sum
-from am_lightning.optim.step_inputs import RowOptions, StepInputs
+from am_lightning.optim.step_inputs import StepInputs
 from am_lightning.optim.validation import (
     LOSS_GAPS,
     check_choice,
@@ -133,10 +133,17 @@ class AMSGD(AdaptiveMemoryOptimizer):
         mu, l2 = (decay, 0.0) if decoupled else (0.0, decay)
         return GroupOptions(0.0, float(group["lambd"]), mu, l2, group["maximize"])
 
+    def _row_options(self, group: dict[str, Any]) -> RowOptions:
+        numbers: Any = (group[self.cap_key], group["lr"], self._group_options(group).mu, 0.0, 0.0)
+        return RowOptions(*numbers)
+
     def _omega(self, decision: Decision, sums: Sums) -> Tensor:
         # d_0 = g_0: a fresh buffer is zero, and 0 + (1 + lambda) (g - 0) / (1 + lambda) = g
-        lambd = self._column("lambd", [group["lambd"] for group in self.param_groups])
-        return torch.where(sums.first, 1 + lambd, 1 - decision.beta)
+        beta = decision.beta
+        sizes = self.layout.sizes if self.layout is not None else []
+        parts = zip(torch.split(beta, sizes), self.param_groups, strict=True)
+        lambd = torch.cat([torch.full_like(part, group["lambd"]) for part, group in parts])
+        return torch.where(sums.first, 1 + lambd, 1 - beta)
 
     # ------------------------------------------------------------------ the exact gap
     def _needs_exact_sums(self) -> bool:
@@ -146,6 +153,7 @@ class AMSGD(AdaptiveMemoryOptimizer):
         loss = super()._evaluate(closure)
         if self.loss_gap == "exact":
             self._check_loss(loss, closure)
+            self._check_one_step_size()
         return loss
 
     def _check_loss(self, loss: Any, closure: Callable[[], Any] | None) -> None:
@@ -162,7 +170,6 @@ class AMSGD(AdaptiveMemoryOptimizer):
             raise ValueError(
                 f"loss_gap='exact' needs a closure that returns a real scalar loss, but it returned {shown}"
             )
-        self._check_one_step_size()
 
     def _check_one_step_size(self) -> None:
         """Delta_t / eta_t has a meaning only where the whole model moves with one eta (and one mu).
@@ -179,11 +186,12 @@ class AMSGD(AdaptiveMemoryOptimizer):
                         f"loss_gap='exact' needs one {key} for all groups, but got {first[key]} and {group[key]}"
                     )
 
-    def _coefficients(self, scalars: AdaptiveScalars, options: RowOptions) -> dict[str, Tensor]:
-        columns = super()._coefficients(scalars, options)
-        if self.loss_gap == "exact":  # the known Delta_t replaces k <g, d>
-            columns["one_plus_k"] = torch.ones_like(columns["one_plus_k"])
-        return columns
+    def prepare(self, layout: ShardLayout) -> StepInputs:
+        """As every optimizer's; the known Delta_t replaces k <g, d>."""
+        inputs = super().prepare(layout)
+        if self.loss_gap == "exact":
+            inputs.coefficients["one_plus_k"] = torch.ones_like(inputs.coefficients["one_plus_k"])
+        return inputs
 
     def _reduce(self, packed: Tensor, layout: ShardLayout, loss: Any) -> tuple[Tensor, _Shared | None]:
         mine = self._shared(layout, loss, packed)
@@ -210,22 +218,28 @@ class AMSGD(AdaptiveMemoryOptimizer):
                 gradients = gradients + square_sum(grad, like)
         return _Shared(value, torch.ones_like(zero), penalty, gradients)
 
-    def _decide(self, sums: Sums, local: StepInputs, layout: ShardLayout, shared: _Shared | None) -> Decision:
-        assert local.options is not None
-        gap = gradients = None
-        if shared is not None and self.loss_gap == "exact":
-            gap = self._known_gap(shared, local.options)
-        if shared is not None and any(self._coupled_decays()):
-            gradients = shared.gradients
-        decision = self.decide(
+    def decide(
+        self,
+        sums: Sums,
+        options: RowOptions,
+        sizes: Sequence[int],
+        layout: ShardLayout | None = None,
+        shared: _Shared | None = None,
+        **known: Any,
+    ) -> Decision:
+        """With the loss gap, where it is known, and f(x_t) for the next step."""
+        if shared is None:
+            return super().decide(sums, options, sizes, layout)
+        exact = self.loss_gap == "exact"
+        decision = super().decide(
             sums,
-            local.options,
-            layout.sizes,
-            reduce_over_stages=layout.stage_reduction(),
-            loss_gap=gap,
-            gradients=gradients,
+            options,
+            sizes,
+            layout,
+            loss_gap=self._known_gap(shared, options) if exact else None,
+            gradients=shared.gradients if any(self._coupled_decays()) else None,
         )
-        if shared is not None and self.loss_gap == "exact":  # a skipped step leaves it
+        if exact:  # a skipped step leaves it
             now = torch.where(decision.skipped, self._prev_loss(shared.loss), self._objective(shared))
             for group in self.param_groups:
                 group[_PREV_LOSS] = now

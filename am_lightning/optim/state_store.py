@@ -1,23 +1,193 @@
-"""Moments and adaptive scalars of an optimizer's parameters: created, read, saved and loaded."""
+"""Moments and adaptive scalars of an optimizer's parameters: where they live, read and written."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import MutableMapping, Sequence
-from operator import itemgetter
-from typing import Any
+from itertools import chain
+from operator import is_, itemgetter
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from am_lightning.distributed import LogicalParam, ShardLayout
 from am_lightning.optim import param_state
-from am_lightning.optim.adaptive_scalars import Scalars, StateScalars, TableScalars
-from am_lightning.optim.kernels.transfer import refuse_in_capture
-from am_lightning.optim.param_state import OPTIONS, TABLE
+from am_lightning.optim.closed_form import AdaptiveScalars
+from am_lightning.optim.kernels.transfer import is_capturing, moved, refuse_in_capture
+from am_lightning.optim.validation import described
 
 State = MutableMapping[Tensor, Any]
 Groups = Sequence[dict[str, Any]]
+DEFAULTS = {"step": 0.0, "beta_prod": 1.0, "beta": param_state.NO_BETA, "prev_lr": 0.0}  # AdaptiveScalars' order
+_scalars_of = itemgetter(*DEFAULTS)
+
+
+class Scalars(Protocol):
+    """The adaptive scalars of every row of one layout."""
+
+    state: State  # of which these are numbers; somebody may have given the optimizer another
+
+    def read(self) -> AdaptiveScalars:
+        """``[rows]`` each, on the device of the sums."""
+
+    def write(self, new: AdaptiveScalars, active: Tensor) -> None:
+        """Keep new values; ``active`` (``[rows]`` bool) says which rows took part in the step."""
+
+    def betas(self) -> Tensor:
+        """``[rows]``: beta_t of each row's last step, nan before its first."""
+
+
+def _started_anew(scalars: AdaptiveScalars) -> AdaptiveScalars:
+    """Whoever sets ``step`` to 0 resets the optimizer, as in AdamW: no step is in the product, none was before."""
+    fresh = scalars.step == 0
+    return scalars._replace(
+        beta_prod=scalars.beta_prod.masked_fill(fresh, DEFAULTS["beta_prod"]),
+        prev_lr=scalars.prev_lr.masked_fill(fresh, DEFAULTS["prev_lr"]),
+    )
+
+
+class Packed:
+    """``[4, rows]``, of which the 0-dim states are views: reading and writing them all is one operation each.
+
+    Whoever puts other tensors into the state (a load, a user) replaces ``views``, and they are packed anew.
+    """
+
+    def __init__(self, states: Sequence[dict[str, Any]]) -> None:
+        columns = AdaptiveScalars(*(torch.stack([state[key] for state in states]) for key in DEFAULTS))
+        self.table = torch.stack(_started_anew(columns))
+        views = list(zip(*(line.unbind() for line in self.table), strict=True))
+        for state, own in zip(states, views, strict=True):
+            state.update(zip(DEFAULTS, own, strict=True))
+        self.views = list(chain.from_iterable(views))
+
+
+class StateScalars:
+    """0-dim tensors in the state of each row's parameter.
+
+    A rank that holds no element of a tensor may hold no state of it either; its last beta is kept beside.
+    """
+
+    def __init__(self, state: State, params: Sequence[LogicalParam]) -> None:
+        self.state = state
+        self._params, self._names = [logical.param for logical in params], [logical.name for logical in params]
+        self._device, self._dtype = param_state.sums_live_on(self._params)
+        self._last: Tensor | None = None
+        plain = all(p.device == self._device and p.dtype != torch.float64 for p in self._params)
+        self.device_of_float32 = self._device if self._params and plain else None  # where all states are, in float32
+        self._distinct = len({id(param) for param in self._params}) == len(self._params)
+        self._packed: Packed | None = None
+
+    def read(self) -> AdaptiveScalars:
+        self._packed = self._pack()
+        if self._packed is not None:
+            return _started_anew(AdaptiveScalars(*self._packed.table.to(self._dtype, copy=True).unbind()))
+        return _started_anew(AdaptiveScalars(*(self._stack(key, default) for key, default in DEFAULTS.items())))
+
+    def write(self, new: AdaptiveScalars, active: Tensor) -> None:
+        table = torch.stack(new)
+        if self._packed is not None:
+            self._packed.table.copy_(table)
+            return
+        last = torch.full_like(new.beta, param_state.NO_BETA) if self._last is None else self._last
+        self._last = torch.where(active, new.beta, last)
+        known = [i for i, param in enumerate(self._params) if self.state.get(param)]
+        for device, members in _by_device([self._params[i] for i in known]).items():
+            here = [known[i] for i in members]
+            for key, column in zip(DEFAULTS, moved(table, device), strict=True):  # one copy, not one for each number
+                values = column.unbind()
+                torch._foreach_copy_([self.state[self._params[i]][key] for i in here], [values[i] for i in here])
+
+    def table(self) -> Tensor:
+        """``[4, rows]`` float32: the states themselves where they are one tensor, else a copy, which ``take`` keeps."""
+        self._packed = self._pack()
+        if self._packed is not None:
+            return self._packed.table
+        return torch.stack([self._stack(key, default) for key, default in DEFAULTS.items()]).to(torch.float32)
+
+    def take(self, table: Tensor, active: Tensor) -> None:
+        """Keep what a kernel has made of ``table``; ``active`` as in ``write``."""
+        if self._packed is None:
+            self.write(AdaptiveScalars(*table.to(self._dtype).unbind()), active)
+
+    def betas(self) -> Tensor:
+        betas = self._stack("beta", DEFAULTS["beta"])
+        if self._last is not None:
+            betas = torch.where(betas >= 0, betas, param_state.as_stored(self._last, self._params))
+        return _nan_before_first(betas)
+
+    def _pack(self) -> Packed | None:
+        """The states in one tensor, where every row has one of its own and all are of one dtype on one device."""
+        states = [self.state[param] for param in self._params if param in self.state]
+        if not self._distinct or len(states) != len(self._params):
+            return None
+        if self._packed is not None:
+            values = [state.get(key) for state in states for key in DEFAULTS]
+            if all(map(is_, values, self._packed.views)):
+                return self._packed
+        if is_capturing(self._device):  # packing would be recorded, and undo every replay's step at the next
+            return None
+        values = [state.get(key) for state in states for key in DEFAULTS]
+        kinds = {(v.dtype, v.device, v.dim()) if isinstance(v, Tensor) else None for v in values}
+        return Packed(states) if len(kinds) == 1 and next(iter(kinds)) in self._packable else None
+
+    @property
+    def _packable(self) -> set[tuple[torch.dtype, torch.device, int]]:
+        return {(torch.float32, self._device, 0)}
+
+    def _stack(self, key: str, default: float) -> Tensor:
+        missing = torch.full((), default, dtype=self._dtype, device=self._device)
+        found = [self.state[p].get(key, missing) if p in self.state else missing for p in self._params]
+        values = [_one_number(value, key, name) for value, name in zip(found, self._names, strict=True)]
+        if not values:
+            return missing.new_empty(0)
+        groups = _by_device(values)
+        if len(groups) == 1:
+            return moved(torch.stack(values), self._device, self._dtype)
+        stacks = [moved(torch.stack([values[i] for i in at]), self._device, self._dtype) for at in groups.values()]
+        columns, places = torch.cat(stacks).unbind(), chain.from_iterable(groups.values())
+        return torch.stack([column for _, column in sorted(zip(places, columns, strict=True), key=itemgetter(0))])
+
+
+class TableScalars:
+    """Vectors over flat parameters that hold many logical parameters each. A checkpoint holds them by name."""
+
+    def __init__(self, state: State, params: Sequence[LogicalParam], saved: dict[str, list[float]]) -> None:
+        """``saved``: name -> the four numbers, from a checkpoint; names that it lacks start anew."""
+        self.state = state
+        self.params = list(params)
+        self._device, self._dtype = param_state.sums_live_on([logical.param for logical in params])
+        fresh = list(DEFAULTS.values())
+        table = [saved.get(logical.name, fresh) for logical in params]
+        columns = torch.tensor(table, dtype=self._dtype, device=self._device).reshape(len(table), 4).unbind(1)
+        self._columns = AdaptiveScalars(*columns)
+
+    def read(self) -> AdaptiveScalars:
+        return self._columns
+
+    def write(self, new: AdaptiveScalars, active: Tensor) -> None:
+        self._columns = AdaptiveScalars(*(column.to(torch.float32).to(self._dtype) for column in new))
+        for logical, step in zip(self.params, self._columns.step.unbind(), strict=True):
+            if self.state.get(logical.param):
+                self.state[logical.param]["step"] = step.to(torch.float32)  # an engine may have left a number there
+
+    def betas(self) -> Tensor:
+        return _nan_before_first(self._columns.beta)
+
+    def saved(self) -> dict[str, list[float]]:
+        """Name -> the four numbers, as floats. Waits for the device."""
+        table = torch.stack(self._columns, 1).tolist()
+        return {logical.name: numbers for logical, numbers in zip(self.params, table, strict=True)}
+
+
+def _one_number(value: Any, key: str, name: str) -> Tensor:
+    """0-dim. AdamW takes any tensor of one element, too, and nothing else."""
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise RuntimeError(
+            f"the state of parameter {name!r} has {described(value)} as {key!r}, which must be a tensor of one number: "
+            f"state[{key!r}] = torch.tensor({DEFAULTS[key]})"
+        )
+    return value if value.dim() == 0 else value.reshape(())
 
 
 class StateStore:
@@ -39,7 +209,7 @@ class StateStore:
 
     # ------------------------------------------------------------------ moments
     def moments(
-        self, state: State, params: Sequence[LogicalParam], groups: Groups, direction: torch.dtype | None
+        self, state: State, groups: Groups, direction: torch.dtype | None, params: Sequence[LogicalParam]
     ) -> list[list[Tensor]]:
         """The moments of the parameters, each a list; those that do not exist yet are made.
 
@@ -71,7 +241,7 @@ class StateStore:
     def scalars(self, state: State, layout: ShardLayout, groups: Groups, who: str) -> Scalars:
         """The adaptive scalars of a layout's rows; ``who`` is the optimizer, for a warning."""
         found = self._scalars.get(layout)
-        if found is None or not found.reads(state):
+        if found is None or found.state is not state:
             params = layout.logical_params
             found = self._scalars[layout] = (
                 TableScalars(state, params, self._take_tables(state, params, groups, who))
@@ -108,7 +278,7 @@ class StateStore:
             layout: of the parameters; None: there was no step yet.
         """
         found = None if layout is None else self._scalars.get(layout)
-        return (found if found is not None and found.reads(state) else StateScalars(state, params)).betas()
+        return (found if found is not None and found.state is state else StateScalars(state, params)).betas()
 
     def betas_by_name(self, names: Sequence[str]) -> Tensor:
         """``[names]`` beta_t, from the flat parameters that have stepped."""
@@ -128,70 +298,25 @@ class StateStore:
             self._tables.update(table.saved())
         self._scalars = {}
 
-    # ------------------------------------------------------------------ checkpoints
-    def save_tables(self, groups: Groups) -> None:
-        """Put the tables, and every group's options, into the groups of a state_dict."""
+    def tables(self) -> dict[str, list[float]]:
+        """Name -> the adaptive scalars of logical parameters whose states cannot hold them."""
         tables = dict(self._tables)
         for table in self._table_scalars():
             tables.update(table.saved())
-        if tables:
-            options = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-            for group in groups:
-                group |= {TABLE: tables, OPTIONS: options}
+        return tables
 
-    def take_tables(self, groups: Groups, live: Groups) -> None:
-        """Take out what a checkpoint, or an engine that loaded one, has put into the groups.
+    def take_tables(self, tables: dict[str, list[float]]) -> None:
+        """Of a checkpoint that was loaded: nothing of before counts."""
+        self._scalars, self._tables = {}, dict(tables)
 
-        Args:
-            groups: all that were given parameters or options.
-            live: those that were given parameters, in the order in which ``save_tables`` saw them.
-        """
-        if not any(TABLE in group or OPTIONS in group for group in groups):
-            return
-        tables = [group.pop(TABLE, None) for group in groups]
-        options = [group.pop(OPTIONS, None) for group in groups]
-        if any(tables):
-            self._scalars, self._tables = {}, dict(next(table for table in tables if table))
-        saved: list[dict[str, Any]] = next((entry for entry in options if entry), [])
-        if len(saved) != len(live):
-            return
-        copied = ("lr", "betas", self._cap_key, "params")
-        for group, own in zip(live, saved, strict=True):
-            kept = {key: value for key, value in own.items() if key in group and key not in copied}
-            if any(group[key] != saved[0].get(key) for key in kept):
-                continue  # its own options are there
-            group.update(kept)  # one engine copies the first group's options onto all
-            if group["lr"] == saved[0].get("lr"):
-                group["lr"] = own["lr"]
 
-    def restore(
-        self,
-        state: State,
-        groups: Groups,
-        saved: dict[str, Any],
-        live: Groups,
-        direction: torch.dtype | None,
-        *,
-        in_tables: bool,
-    ) -> None:
-        """torch.optim has put a checkpoint's groups and states in place of the ``live`` ones: make them ours.
+def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
+    """Device -> indices."""
+    groups: dict[torch.device, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        groups.setdefault(tensor.device, []).append(i)
+    return groups
 
-        Args:
-            direction: ``exp_avg_dtype``.
-            in_tables: an engine holds flat parameters, whose adaptive scalars are in the groups.
-        """
-        for group, saved_group, live_group in zip(groups, saved["param_groups"], live, strict=True):
-            param_state.restore_options(group, live_group, self._cap_key)
-            cap = group[self._cap_key]
-            beta1 = param_state.betas_of(saved_group)[0] if "betas" in saved_group and "betas" in group else cap
-            for param, index in zip(group["params"], saved_group["params"], strict=True):
-                before = saved["state"].get(index)
-                if before and not in_tables:
-                    own = state[param]
-                    param_state.restore_scalars(own, before, param, beta1=beta1, lr=group["lr"], cap=cap)
-                    dtype = param_state.direction_dtype(param, direction)  # torch.optim has cast d to the parameter's
-                    own[self._moments[0]] = own[self._moments[0]].to(dtype)
 
-    def forget(self) -> None:
-        """A checkpoint has replaced the state: nothing of before counts."""
-        self._scalars, self._tables = {}, {}
+def _nan_before_first(betas: Tensor) -> Tensor:
+    return betas.masked_fill(~(betas >= 0), float("nan"))

@@ -6,7 +6,7 @@ from tests.mutations.mutation import Mutation
 
 _ATTACH = "am_lightning/deepspeed/engine.py"
 _ZERO = "am_lightning/distributed/strategies/deepspeed_zero.py"
-_SCALARS = "am_lightning/optim/adaptive_scalars.py"
+_SCALARS = "am_lightning/optim/state_store.py"
 _PERSISTENCE = "am_lightning/optim/state_store.py"
 _BASE = "am_lightning/optim/base.py"
 

@@ -6,7 +6,7 @@ from tests.mutations.mutation import Mutation
 
 _STATE = "am_lightning/optim/param_state.py"
 _LOADABLE = "am_lightning/optim/state_dict_checks.py"
-_SCALARS = "am_lightning/optim/adaptive_scalars.py"
+_SCALARS = "am_lightning/optim/state_store.py"
 _PERSISTENCE = "am_lightning/optim/state_store.py"
 _CONVERT = "am_lightning/optim/convert.py"
 _RECORD = "am_lightning/optim/step_stats.py"
@@ -158,7 +158,7 @@ MUTATIONS = [
     ),
     Mutation(
         "an optimizer that is reset by hand keeps its product of betas",
-        "am_lightning/optim/adaptive_scalars.py",
+        "am_lightning/optim/state_store.py",
         'columns["beta_prod"].masked_fill(fresh, DEFAULTS["beta_prod"])',
         'columns["beta_prod"]',
         ("tests/optim/test_state_replaced.py::test_a_reset_by_hand_is_a_fresh_start",),

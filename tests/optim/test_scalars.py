@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from am_lightning import AMAdamW
-from am_lightning.optim import adaptive_scalars as scalars
+from am_lightning.optim import state_store as scalars
 from am_lightning.optim import param_state as state
 from tests.optim.harness import assert_bitwise, snapshot
 

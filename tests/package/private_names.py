@@ -134,7 +134,7 @@ TORCH = [
     Private("torch", "_foreach_norm", ("am_lightning/optim/squares.py", _GUARD),
             "norms of many tensors in one launch"),
     Private("torch", "_foreach_mul_", ("am_lightning/optim/kernels/inputs.py",), "scale many tensors in one launch"),
-    Private("torch", "_foreach_copy_", (_PACKS, "am_lightning/optim/adaptive_scalars.py"), "write many tensors in one launch"),
+    Private("torch", "_foreach_copy_", (_PACKS, "am_lightning/optim/state_store.py"), "write many tensors in one launch"),
     Private("torch", "_foreach_zero_", (_PACKS,), "clear many tensors in one launch"),
 ]  # fmt: skip
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from am_lightning.distributed import LogicalParam, ShardLayout
-from am_lightning.optim.adaptive_scalars import Scalars, StateScalars, sums_live_on
 from am_lightning.optim.kernels import registry
 from am_lightning.optim.kernels.cpu.build import load_library
 from am_lightning.optim.kernels.registry import CPP, TRITON, Choice, fused_kernel, kernels_for
@@ -18,7 +17,8 @@ from am_lightning.optim.kernels.transfer import is_fake
 from am_lightning.optim.kernels.triton.check import Kind
 from am_lightning.optim.kernels.triton.row_launch import RowKernels
 from am_lightning.optim.kernels.workspace import Workspace
-from am_lightning.optim.param_state import direction_dtype
+from am_lightning.optim.param_state import direction_dtype, sums_live_on
+from am_lightning.optim.state_store import Scalars, StateScalars
 
 Groups = Sequence[dict[str, Any]]
 

@@ -87,7 +87,7 @@ class CompiledPasses:
 
     def _table(self, coefficients: Coefficients, active: Tensor | None) -> list[Tensor]:
         """Each shard's vector on its device, in its compute dtype."""
-        columns = coefficients.columns
+        columns = coefficients
         whole = torch.stack([columns.get(name, columns["one_plus_k"]) for name in _COLUMNS], 1)
         keep = torch.ones_like(whole[:, 0]) if active is None else active.to(whole.dtype)
         host = [[0.0, 0.0, 0.0, 0.0]] * len(whole)
@@ -108,7 +108,7 @@ class CompiledPasses:
 def _seed(shard: LocalShard, coefficients: Coefficients) -> Tensor | None:
     if not is_stochastic(shard):
         return None
-    return seed_of(moved(coefficients.columns["step"][shard.row], shard.x.device), shard.row)
+    return seed_of(moved(coefficients["step"][shard.row], shard.x.device), shard.row)
 
 
 def _parts(tensors: list[Tensor]) -> list[list[Tensor]]:

@@ -58,14 +58,14 @@ class _Tables:
 
     def __init__(self, coefficients: Coefficients, names: Sequence[str]) -> None:
         self.coefficients = coefficients
-        self._names = [name for name in names if name in coefficients.columns]
+        self._names = [name for name in names if name in coefficients]
         self._made: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def of(self, bucket: Bucket, shard: LocalShard) -> dict[str, Tensor]:
         """``[blocks, 1]`` each, in the compute dtype."""
         device, dtype = shard.x.device, shard.compute_dtype
         if (device, dtype) not in self._made:
-            table = torch.stack([self.coefficients.columns[name] for name in self._names], 1)
+            table = torch.stack([self.coefficients[name] for name in self._names], 1)
             self._made[device, dtype] = moved(table, device, dtype)
         chosen = self._made[device, dtype].index_select(0, bucket.rows)
         return {name: column[:, None] for name, column in zip(self._names, chosen.unbind(1), strict=True)}
@@ -158,5 +158,5 @@ def _rounded(bucket: Bucket, like: LocalShard, new: Tensor, tables: _Tables) -> 
     """d' as it is stored, where that takes more than a cast."""
     if not is_stochastic(like):
         return new
-    steps = moved(tables.coefficients.columns["step"], new.device, torch.int64).index_select(0, bucket.rows)
+    steps = moved(tables.coefficients["step"], new.device, torch.int64).index_select(0, bucket.rows)
     return stochastic_at(new, seeds_of(steps, bucket.rows)[:, None], bucket.starts)

@@ -65,35 +65,20 @@ class GradientClip(NamedTuple):
         return (self.max_norm / (self.norm + 1e-6)).clamp(max=1.0)
 
 
-class Coefficients:
-    """This step's coefficients of every row: ``columns[name]`` is ``[rows]``, on the device of the sums.
+# This step's coefficients of every row: name -> ``[rows]`` on the device of the sums. ``one_plus_k`` is 1 + k, ``lr``
+# eta_t, ``decay_factor`` 1 - mu eta_t, ``step`` the steps before this one; with a second moment ``c_root`` is
+# c_t / sqrt(1 - beta2^t) and ``c_eps`` c_t eps; after the reduction ``omega`` is 1 - beta_t.
+Coefficients: TypeAlias = "dict[str, Tensor]"
 
-    ``one_plus_k`` is 1 + k, ``lr`` eta_t, ``decay_factor`` 1 - mu eta_t, ``step`` the steps before this one; with a
-    second moment ``c_root`` is c_t / sqrt(1 - beta2^t) and ``c_eps`` c_t eps; after the reduction ``omega`` is
-    1 - beta_t. Kernels read them as vectors, as floats (``on_host``) or as 0-dim tensors (``on``).
-    """
 
-    def __init__(self, columns: dict[str, Tensor]) -> None:
-        self.columns = columns
-        self._cache: dict[torch.device | None, dict[str, Sequence[Scalar]]] = {}
+def on_host(coefficients: Coefficients) -> dict[str, list[float]]:
+    """The coefficients as floats. Waits for the device that holds them; free where that is the CPU."""
+    return {name: column.tolist() for name, column in coefficients.items()}
 
-    def add(self, name: str, column: Tensor) -> None:
-        """One more column, ``[rows]``."""
-        self.columns[name] = column
 
-    def on_host(self) -> dict[str, Sequence[Scalar]]:
-        """Lists of floats. Waits for the device that holds the coefficients; free where that is the CPU."""
-        lists = self._cache.setdefault(None, {})
-        for name in self.columns.keys() - lists.keys():
-            lists[name] = self.columns[name].tolist()
-        return lists
-
-    def on(self, device: torch.device) -> dict[str, Sequence[Scalar]]:
-        """Lists of 0-dim tensors on ``device``, without waiting."""
-        lists = self._cache.setdefault(device, {})
-        for name in self.columns.keys() - lists.keys():
-            lists[name] = moved(self.columns[name], device).unbind()
-        return lists
+def on_device(coefficients: Coefficients, device: torch.device) -> dict[str, Sequence[Tensor]]:
+    """The coefficients as 0-dim tensors on ``device``, without waiting."""
+    return {name: moved(column, device).unbind() for name, column in coefficients.items()}
 
 
 def too_large(dtype: torch.dtype) -> float:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from itertools import repeat
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from am_lightning.distributed import LogicalParam, ShardLayout, local_grad, local_shard
+from am_lightning.optim.closed_form import RowOptions
 from am_lightning.optim.kernels.inputs import (
     Coefficients,
     GroupOptions,
@@ -16,8 +20,11 @@ from am_lightning.optim.kernels.inputs import (
     scale_,
 )
 from am_lightning.optim.kernels.registry import FUSED, Choice, Kernel, Passes, fused_kernel, kernels_for
-from am_lightning.optim.kernels.transfer import is_capturing, is_fake, moved
+from am_lightning.optim.kernels.transfer import is_capturing, moved
 from am_lightning.optim.kernels.workspace import Workspace
+from am_lightning.optim.param_state import sums_live_on
+
+_ndim = attrgetter("ndim")
 
 
 class StepTensors(NamedTuple):
@@ -38,8 +45,8 @@ class StepTensors(NamedTuple):
         """Everything that the choice of kernels depends on; the numbers and addresses of the tensors are not in it."""
         columns = (self.x, self.g, self.d) if self.v is None else (self.x, self.g, self.d, self.v)
         layouts = [[(tensor.dtype, tensor.stride()) for tensor in column] for column in columns]
-        places = [tensor.device for tensor in self.x]
-        return self.rows, layouts, places, [tensor.shape for tensor in self.x], is_fake()
+        shapes = [(tensor.shape, tensor.device) for tensor in self.x]
+        return self.rows, layouts, shapes, set(map(type, self.x))  # of fake tensors
 
 
 class KernelPlan:
@@ -55,18 +62,17 @@ class KernelPlan:
         tensors: StepTensors,
         options: Sequence[tuple[GroupOptions, Choice]],
         workspace: Workspace,
-        *,
-        row_count: int,
-        device: torch.device,
-        dtype: torch.dtype,
+        layout: ShardLayout,
     ) -> None:
-        """``options``: of every row that has a gradient; ``device``, ``dtype``: of the sums."""
-        self._workspace, self._row_count, self._device, self._dtype = workspace, row_count, device, dtype
+        """``options``: of every row that has a gradient."""
+        params = [logical.param for logical in layout.logical_params]
+        self._workspace, self._row_count = workspace, len(params)
+        self._device, self._dtype = sums_live_on(params)
         self._kinds, self._options = tensors.kinds(), list(options)
-        self._columns: dict[str, tuple[list[float | Tensor], Tensor]] = {}
+        self._columns: dict[int, tuple[tuple[float | Tensor, ...], Tensor]] = {}
         here = set(tensors.rows)
-        present = tuple(int(row in here) for row in range(row_count))
-        self.present = workspace.constants.vector(present, device, dtype)
+        present = tuple(int(row in here) for row in range(self._row_count))
+        self.present = workspace.constants.vector(present, self._device, self._dtype)
         second: Sequence[Tensor | None] = [None] * len(tensors.rows) if tensors.v is None else tensors.v
         self._shards = [
             LocalShard(row, x, g, d, v, of)
@@ -121,16 +127,21 @@ class KernelPlan:
         """This step's local gradients."""
         return [shard.g for shard in self._shards]
 
-    def column(self, name: str, values: list[float | Tensor], sizes: Sequence[int]) -> Tensor:
-        """``[rows]`` on the device of the sums: an option of every row's group. Host numbers are not copied there.
+    def over_rows(self, options: Sequence[RowOptions], sizes: Sequence[int]) -> RowOptions:
+        """``[rows]`` each, on the device of the sums: the options of every row's group.
+
+        Host numbers are filled in on the device, and kept as long as they are the same: no copy, no sync.
 
         Args:
-            values: of each group.
+            options: of each group.
             sizes: rows of each group.
         """
-        on_host = not any([isinstance(value, Tensor) for value in values])
-        if on_host and name in self._columns and self._columns[name][0] == values:
-            return self._columns[name][1]
+        return RowOptions(*map(self._column, range(len(RowOptions._fields)), zip(*options, strict=True), repeat(sizes)))
+
+    def _column(self, place: int, values: tuple[float | Tensor, ...], sizes: Sequence[int]) -> Tensor:
+        on_host = not any(isinstance(value, Tensor) for value in values)
+        if on_host and place in self._columns and self._columns[place][0] == values:
+            return self._columns[place][1]
         parts = []
         for value, size in zip(values, sizes, strict=True):
             if isinstance(value, Tensor):
@@ -139,7 +150,7 @@ class KernelPlan:
                 parts.append(torch.full((size,), float(value), dtype=self._dtype, device=self._device))
         column = torch.cat(parts)
         if on_host and not is_capturing(self._device):  # what is made in a capture is filled at replays only
-            self._columns[name] = values, column
+            self._columns[place] = values, column
         return column
 
     def sums(self, coefficients: Coefficients) -> Tensor:
@@ -147,7 +158,8 @@ class KernelPlan:
         everything = tuple(range(self._row_count))
         out: Tensor | None = None
         for rows, passes in self._passes:
-            pairs = moved(passes.sums(coefficients, self._dtype), self._device)
+            pairs = passes.sums(coefficients, self._dtype)
+            pairs = pairs if pairs.device == self._device else moved(pairs, self._device)
             if rows == everything:
                 return pairs
             if out is None:
@@ -175,3 +187,46 @@ def _like_parameter(shard: LocalShard) -> Tensor:
     """A copy of the gradient with the parameter's strides, which the fused kernels can walk along with the rest."""
     like = torch.empty_like(shard.x, dtype=shard.g.dtype, memory_format=torch.preserve_format)
     return like.copy_(shard.g)
+
+
+def step_tensors(
+    layout: ShardLayout, moments_of: Callable[[list[LogicalParam]], list[list[Tensor]]], who: str
+) -> StepTensors:
+    """Parameters that have a gradient here. All are checked before the first state is made.
+
+    Args:
+        moments_of: gives the moments of logical parameters, and makes those that do not exist yet.
+        who: the optimizer, for messages.
+
+    Raises:
+        RuntimeError: a gradient is sparse or complex.
+    """
+    rows = tuple([i for i, logical in enumerate(layout.logical_params) if logical.param.grad is not None])
+    here = [layout.logical_params[i] for i in rows]
+    x: Sequence[Any] = [logical.param for logical in here]
+    grads: Sequence[Any] = [param.grad for param in x]
+    for logical, grad in zip(here, grads, strict=True):
+        if grad.layout is not torch.strided or grad.is_complex():
+            _refuse_gradient(logical, who)
+    moments: Sequence[Sequence[Tensor]] = moments_of(here)
+    if not layout.holds_whole_tensors:
+        x, grads = [local_shard(p, p.param) for p in here], [local_grad(p) for p in here]
+        moments = [[local_shard(*pair) for pair in zip(here, column, strict=True)] for column in moments]
+    columns: Sequence[Sequence[Any]] = (x, grads, *moments)
+    if not all(map(_ndim, x)):  # a 0-dim operand would take the dtype of a 0-dim number
+        columns = [[tensor if tensor.ndim else tensor.reshape(1) for tensor in column] for column in columns]
+    x, g, d, *v = columns
+    return StepTensors(rows, x, g, d, v[0] if v else None)
+
+
+def _refuse_gradient(logical: LogicalParam, who: str) -> None:
+    param = logical.param
+    assert param.grad is not None
+    if param.grad.layout is not torch.strided:
+        raise RuntimeError(
+            f"{who} does not support sparse gradients: parameter {logical.name!r} has a gradient of layout "
+            f"{param.grad.layout}"
+        )
+    raise RuntimeError(
+        f"{who} does not support complex parameters: parameter {logical.name!r} is {param.dtype}; use view_as_real"
+    )

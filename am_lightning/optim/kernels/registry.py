@@ -69,7 +69,7 @@ CHUNKED = Kernel("chunked", frozenset({"cpu"}), chunked.supports, chunked.Chunke
 FOREACH = Kernel("foreach", None, lambda shard: True, foreach.ForeachPasses)
 SINGLE_TENSOR = Kernel("single_tensor", None, lambda shard: True, single_tensor.SingleTensorPasses)
 
-FUSED_BY_DEFAULT = frozenset({"cuda"})  # device types on which ``fused=None`` tries the fused kernel
+FUSED_BY_DEFAULT = frozenset({"cuda", "cpu"})  # device types on which ``fused=None`` tries the fused kernel
 KERNELS = (TRITON, CPP, COMPILED, CHUNKED, FOREACH, SINGLE_TENSOR)
 FUSED = (TRITON, CPP, COMPILED)
 

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from am_lightning.optim.kernels.inputs import Coefficients, LocalShard, Scalar, too_large
+from am_lightning.optim.kernels.inputs import Coefficients, LocalShard, on_device, on_host, too_large
 from am_lightning.optim.kernels.rounding import is_stochastic, seed_of, stochastic_in_parts
 from am_lightning.optim.kernels.transfer import moved
 from am_lightning.optim.kernels.workspace import Workspace
+
+
+class _Rows:
+    """The coefficients row by row: floats on the CPU, 0-dim tensors of the compute dtype elsewhere."""
+
+    def __init__(self, coefficients: Coefficients) -> None:
+        self._coefficients = coefficients
+        self._columns: dict[torch.device, dict[str, Any]] = {}
+
+    def of(self, shard: LocalShard) -> dict[str, Any]:
+        """The row's numbers, by name."""
+        device, on_cpu = shard.x.device, shard.x.device.type == "cpu"
+        if device not in self._columns:
+            there = on_host(self._coefficients) if on_cpu else on_device(self._coefficients, device)
+            self._columns[device] = dict(there)
+        row = {name: column[shard.row] for name, column in self._columns[device].items()}
+        return row if on_cpu else {name: number.to(shard.compute_dtype) for name, number in row.items()}
 
 
 class SingleTensorPasses:
@@ -25,25 +43,26 @@ class SingleTensorPasses:
         N = sum (d - (1 + k) g) (d / P + mu x),  D = sum (d - g)^2 / (P q),  q = 1 + lambda P. D is nan where v' does
         not fit in its dtype: finite gradients whose square overflows hide from the sums, because they are divided by P.
         """
-        device = self._shards[0].x.device
-        return torch.stack([moved(_sums(shard, coefficients, accumulate), device) for shard in self._shards])
+        device, rows = self._shards[0].x.device, _Rows(coefficients)
+        return torch.stack([moved(_sums(shard, rows, accumulate), device) for shard in self._shards])
 
     def update(self, coefficients: Coefficients, active: Tensor) -> None:
         """Pass 2, which writes: d' = d + omega (g - d) / q,  x' = (1 - mu eta) x - eta d' / P,  v'.
 
         For shards on the CPU ``active`` is read on the host, once; elsewhere nothing waits for the device.
         """
+        rows = _Rows(coefficients)
         host = active.tolist() if self._shards[0].x.device.type == "cpu" else None
         for shard in self._shards:
             if host is None:
-                _update(shard, coefficients, moved(active[shard.row], shard.x.device))
+                _update(shard, rows, moved(active[shard.row], shard.x.device))
             elif host[shard.row]:
-                _update(shard, coefficients, None)
+                _update(shard, rows, None)
 
 
-def _sums(shard: LocalShard, coefficients: Coefficients, accumulate: torch.dtype) -> Tensor:
+def _sums(shard: LocalShard, rows: _Rows, accumulate: torch.dtype) -> Tensor:
     """``[2]``, N and D."""
-    c = _of_row(shard, coefficients)
+    c = rows.of(shard)
     g, d, x = _operands(shard)
     v, precond = _precond(shard, g, c)
     q = 1 + shard.options.lambd * precond
@@ -55,9 +74,9 @@ def _sums(shard: LocalShard, coefficients: Coefficients, accumulate: torch.dtype
     return torch.stack([num, den])
 
 
-def _update(shard: LocalShard, coefficients: Coefficients, active: Tensor | None) -> None:
+def _update(shard: LocalShard, rows: _Rows, active: Tensor | None) -> None:
     """``active``: 0-dim bool, nothing is written where it is False; None writes."""
-    c = _of_row(shard, coefficients)
+    c = rows.of(shard)
     g, d, x = _operands(shard)
     v, precond = _precond(shard, g, c)
     q = 1 + shard.options.lambd * precond
@@ -71,18 +90,6 @@ def _update(shard: LocalShard, coefficients: Coefficients, active: Tensor | None
             old.copy_(new if active is None else torch.where(active, new, old))
 
 
-def _of_row(shard: LocalShard, coefficients: Coefficients) -> dict[str, Scalar]:
-    """This row's coefficients: floats on the CPU, 0-dim tensors of the compute dtype elsewhere."""
-    device = shard.x.device
-    if device.type == "cpu":
-        return {name: column[shard.row] for name, column in coefficients.on_host().items()}
-    return {name: _scalar(column[shard.row], shard.compute_dtype) for name, column in coefficients.on(device).items()}
-
-
-def _scalar(value: Scalar, dtype: torch.dtype) -> Scalar:
-    return value.to(dtype) if isinstance(value, Tensor) else value
-
-
 def _operands(shard: LocalShard) -> tuple[Tensor, Tensor, Tensor]:
     """g (ascent and coupled decay folded in), d, x in the compute dtype."""
     dtype = shard.compute_dtype
@@ -94,7 +101,7 @@ def _operands(shard: LocalShard) -> tuple[Tensor, Tensor, Tensor]:
     return g, d, x
 
 
-def _precond(shard: LocalShard, g: Tensor, c: dict[str, Scalar]) -> tuple[Tensor | None, Tensor | float]:
+def _precond(shard: LocalShard, g: Tensor, c: dict[str, Any]) -> tuple[Tensor | None, Tensor | float]:
     """v' and P = c (sqrt(v' / (1 - beta2^t)) + eps); 1 without a second moment."""
     if shard.v is None:
         return None, 1.0

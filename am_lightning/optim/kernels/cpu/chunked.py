@@ -16,15 +16,15 @@ from am_lightning.optim.kernels.inputs import (
     SUM_BLOCK,
     Coefficients,
     LocalShard,
-    Scalar,
     flat,
     is_flat,
+    on_host,
     too_large,
 )
 from am_lightning.optim.kernels.rounding import is_stochastic, seed_of, stochastic
 from am_lightning.optim.kernels.workspace import Workspace
 
-Host = dict[str, Sequence[Scalar]]  # the coefficients of every row, floats
+Host = dict[str, list[float]]  # the coefficients of every row
 
 _BUFFER_BYTES = 1 << 20  # 256 Ki float32 elements: the fastest of 32 Ki .. 1 Mi on a server CPU
 
@@ -87,19 +87,19 @@ class ChunkedPasses:
 
     def sums(self, coefficients: Coefficients, accumulate: torch.dtype) -> Tensor:
         """Pass 1, which only reads: ``[shards, 2]``, N and D of each."""
-        host = coefficients.on_host()
+        host = on_host(coefficients)
         return torch.stack([_sums(shard, host, accumulate, self._scratch) for shard in self._shards])
 
     def update(self, coefficients: Coefficients, active: Tensor) -> None:
         """Pass 2, which writes d, v and x of the rows where ``active`` (``[rows]`` bool) is True."""
-        host, writes = coefficients.on_host(), active.tolist()
+        host, writes = on_host(coefficients), active.tolist()
         for shard in self._shards:
             if writes[shard.row]:
                 _update(shard, host, self._scratch)
 
 
 def _sums(shard: LocalShard, host: Host, accumulate: torch.dtype, scratch: Scratch) -> Tensor:
-    one_plus_k, o = float(host["one_plus_k"][shard.row]), shard.options
+    one_plus_k, o = host["one_plus_k"][shard.row], shard.options
     partial = torch.zeros(2, _block_count(shard), dtype=shard.compute_dtype, device=shard.x.device)
     nums, dens = (iter(line.unbind()) for line in partial)
     for c in _chunks(shard, scratch):
@@ -124,7 +124,7 @@ def _sums(shard: LocalShard, host: Host, accumulate: torch.dtype, scratch: Scrat
 
 def _update(shard: LocalShard, host: Host, scratch: Scratch) -> None:
     o, row = shard.options, shard.row
-    omega, lr, decay_factor = (float(host[name][row]) for name in ("omega", "lr", "decay_factor"))
+    omega, lr, decay_factor = (host[name][row] for name in ("omega", "lr", "decay_factor"))
     seed = seed_of(torch.tensor(host["step"][row], device=shard.x.device), row) if is_stochastic(shard) else None
     for c in _chunks(shard, scratch):
         torch.sub(c.g, c.d, out=c.b)
@@ -170,7 +170,7 @@ def _second_moment(c: _Chunk, shard: LocalShard, out: Tensor) -> None:
 
 def _precond(c: _Chunk, shard: LocalShard, host: Host, v: Tensor, scale: float = 1.0) -> None:
     """c.a = P = c_t (sqrt(v' / (1 - beta2^t)) + eps), of v = v' / scale^2."""
-    c_root, c_eps = float(host["c_root"][shard.row]), float(host["c_eps"][shard.row])
+    c_root, c_eps = host["c_root"][shard.row], host["c_eps"][shard.row]
     torch.sqrt(v, out=c.a)
     torch.add(_as_scalar(c_eps, c.a), c.a, alpha=c_root * scale, out=c.a)
 

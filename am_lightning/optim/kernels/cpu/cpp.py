@@ -52,8 +52,8 @@ class CppPasses:
         self._call(self._library.update, coefficients, active.to("cpu").contiguous())
 
     def _call(self, function: Callable[..., None], coefficients: Coefficients, last: Tensor) -> None:
-        columns = [coefficients.columns.get(name) for name in _COLUMNS]
-        nothing = torch.zeros_like(coefficients.columns["lr"])
+        columns = [coefficients.get(name) for name in _COLUMNS]
+        nothing = torch.zeros_like(coefficients["lr"])
         table = torch.stack([nothing if column is None else column for column in columns], 1)
         table = table.to("cpu", torch.float64)
         shards = self._shards

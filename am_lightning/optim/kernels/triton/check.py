@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from am_lightning.optim.closed_form import Sums, bias_correction, decide, loss_gap_factor
-from am_lightning.optim.kernels.inputs import Coefficients, GradientClip, GroupOptions, LocalShard
+from am_lightning.optim.kernels.inputs import GradientClip, GroupOptions, LocalShard
 from am_lightning.optim.kernels.single_tensor import SingleTensorPasses
 from am_lightning.optim.kernels.triton.launch import DTYPES, TritonPasses, require_triton
 from am_lightning.optim.kernels.triton.row_launch import RowKernels
@@ -74,7 +74,7 @@ def _difference(kind: Kind) -> str:
     shards = _shards(kind)
     plain = copy.deepcopy(shards)
     count = len(shards)
-    coefficients = Coefficients({k: torch.full((count,), v, device=kind.device).double() for k, v in _NUMBERS.items()})
+    coefficients = {k: torch.full((count,), v, device=kind.device).double() for k, v in _NUMBERS.items()}
     host = torch.ones(count, dtype=torch.bool, device="cpu")
     host[1] = False  # a row that is not to be written
     active = host.to(kind.device)

@@ -77,7 +77,7 @@ class TritonPasses:
                 new = torch.empty if alone else torch.zeros
                 parts[device] = new(len(self._shards), 2, dtype=torch.float64, device=device)
             partial = torch.empty(group.chunk_count, 2, dtype=torch.float64, device=device)
-            columns = [_on(coefficients.columns[name], device) for name in ("one_plus_k", "c_root", "c_eps")]
+            columns = [_on(coefficients[name], device) for name in ("one_plus_k", "c_root", "c_eps")]
             with current(device):
                 if group.chunk_count:
                     self._kernels.sums_kernel[(group.chunk_count,)](
@@ -105,8 +105,8 @@ class TritonPasses:
             if not group.chunk_count:
                 continue
             names = ("c_root", "c_eps", "lr", "decay_factor", "omega")
-            columns = [_on(coefficients.columns[name], device) for name in names]
-            steps = _on(coefficients.columns["step"], device) if kind.stochastic else None
+            columns = [_on(coefficients[name], device) for name in names]
+            steps = _on(coefficients["step"], device) if kind.stochastic else None
             with current(device):
                 self._kernels.update_kernel[(group.chunk_count,)](
                     addresses, group.chunks, group.tensors, options, *columns,

@@ -66,7 +66,7 @@ class RowKernels:
                 table, values, self._group_of, present, None if clip is None else clip.norm, columns, tail, factor,
                 self._rows, LARGEST_K=LARGEST_K, BLOCK=_BLOCK, **LAUNCH_OPTIONS,
             )  # fmt: skip
-        return RowCoefficients(columns, Coefficients(dict(zip(_NAMES, columns.unbind(), strict=True))), tail, factor)
+        return RowCoefficients(columns, dict(zip(_NAMES, columns.unbind(), strict=True)), tail, factor)
 
     def decide(
         self, packed: Tensor, columns: Tensor, table: Tensor, record: Tensor, skipped: Tensor, *, skip: bool
