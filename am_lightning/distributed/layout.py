@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,6 +84,8 @@ class ShardLayout:
         self.others_hold_the_rest = others_hold_the_rest
         self.sizes_known = all(logical.shard.numel is not None for logical in self.logical_params)
         self.holds_whole_tensors = all(local_shard(p, p.param) is p.param for p in self.logical_params)
+        self._positions: tuple[Sequence[str], Tensor] | None = None
+        self.stage_reduction = None if pipeline_group is None else self.reduce_over_stages
         self.partitioned = any(logical.partitioned for logical in self.logical_params)
         self._constants: dict[torch.device, tuple[Tensor, list[Tensor]]] = {}
 
@@ -158,10 +160,6 @@ class ShardLayout:
             self._constants[device] = mask, [torch.tensor(r.members, device=device) for r in self.reductions]
         return self._constants[device]
 
-    def stage_reduction(self) -> Callable[[Tensor], Tensor] | None:
-        """``reduce_over_stages`` where there is a pipeline."""
-        return None if self.pipeline_group is None else self.reduce_over_stages
-
     def reduce_over_stages(self, totals: Tensor) -> Tensor:
         """Sum numbers that are already those of a stage over the stages of the pipeline."""
         return totals if self.pipeline_group is None else all_reduce(totals, self.pipeline_group)
@@ -211,6 +209,15 @@ class ShardLayout:
         if self.pipeline_group is not None:
             device = self.logical_params[0].param.device if self.logical_params else torch.device("cpu")
             check_stages(description, self.pipeline_group, device)
+
+    def positions_in(self, names: Sequence[str]) -> Tensor:
+        """``[rows]`` beside the first parameter: where this layout's tensors are among ``names``."""
+        if self._positions is None or self._positions[0] != names:
+            place = {name: i for i, name in enumerate(names)}
+            device = self.logical_params[0].param.device
+            found = torch.tensor([place[logical.name] for logical in self.logical_params], device=device)
+            self._positions = names, found
+        return self._positions[1]
 
     @property
     def collectives(self) -> int:

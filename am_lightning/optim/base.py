@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -22,18 +21,17 @@ from am_lightning.distributed.call_stack import (
 from am_lightning.optim import checkpointing, group_checks, param_state
 from am_lightning.optim.closed_form import Decision, RowOptions, Sums, coefficients, decide
 from am_lightning.optim.kernels.agreement import agree_on_kernels, choice_of, drop_fused, row_kernels
-from am_lightning.optim.kernels.inputs import GradientClip, GroupOptions
+from am_lightning.optim.kernels.inputs import GroupOptions
 from am_lightning.optim.kernels.plan import KernelPlan, step_tensors
 from am_lightning.optim.kernels.registry import Choice
 from am_lightning.optim.kernels.transfer import refuse_in_capture
 from am_lightning.optim.kernels.triton.row_launch import RowKernels
 from am_lightning.optim.kernels.workspace import Workspace
 from am_lightning.optim.param_layout import ParamLayout, checked_params_of
-from am_lightning.optim.param_state import sums_live_on
 from am_lightning.optim.state_store import StateStore
-from am_lightning.optim.step_inputs import InKernels, StepInputs, inputs_in_kernels
+from am_lightning.optim.step_inputs import StepInputs, finish_in_kernels, inputs_in_kernels
 from am_lightning.optim.step_stats import StepStats
-from am_lightning.optim.validation import NONFINITE, SCOPES, WHOLE_OPTIMIZER, check_choice
+from am_lightning.optim.validation import NONFINITE, SCOPES, check_choice
 
 
 class AdaptiveMemoryOptimizer(Optimizer):
@@ -45,23 +43,19 @@ class AdaptiveMemoryOptimizer(Optimizer):
     plain_attributes: tuple[str, ...] = ("scope", "nonfinite")  # survive pickle and deepcopy
 
     nonfinite: str
+    needs_exact_sums = False  # they, and not only their ratio, decide beta_t
     exp_avg_dtype: torch.dtype | None = None  # of the direction d; None: the parameter's
     fused_dropped: bool | None = None  # convert_adamw found fused=True, and could not keep it here; None: found none
 
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], *, scope: str, nonfinite: str, replica_group: Any
     ) -> None:
-        given: Any = params
-        if isinstance(given, torch.nn.Module) and not isinstance(given, torch.nn.ParameterList):
-            raise TypeError(
-                f"Invalid params: {type(given).__name__} (params must be an iterable of parameters: "
-                "model.parameters(); am_lightning.am_adamw and am_sgd take a model)"
-            )
+        group_checks.refuse_module(params)
         self.configure(scope=scope, nonfinite=nonfinite, replica_group=replica_group)
         super().__init__(params, defaults)
 
     def configure(self, *, scope: str, nonfinite: str, replica_group: Any = None) -> None:
-        """Everything but parameters and groups; ``convert_adamw`` calls it for an optimizer that has those."""
+        """Set all but parameters and groups, which an optimizer that ``convert_adamw`` converts has already."""
         check_choice("scope", scope, SCOPES)
         check_choice("nonfinite", nonfinite, NONFINITE)
         self.scope, self.nonfinite = scope, nonfinite
@@ -121,16 +115,17 @@ class AdaptiveMemoryOptimizer(Optimizer):
         if self.pre_pass is None:
             packed, shared = self._reduce(self.local_sums(local), layout, loss)  # the one collective
             if local.in_kernels is not None:
-                self._finish_in_kernels(packed, local, local.in_kernels)
+                finish_in_kernels(local, packed, self._stats, skip=self.nonfinite == "skip")
                 return loss
             sums = Sums.unpack(packed)
-            decision = self.decide(sums, local.options, layout.sizes, layout, shared)
+            stages = layout.stage_reduction
+            decision = self.decide(sums, local.options, layout.sizes, shared, reduce_over_stages=stages)
         else:
             sums, decision = self.pre_pass(layout)  # DeepSpeed calls step() for some of the parameters at a time
         local.coefficients["omega"] = self._omega(decision, sums)
         local.plan.update(local.coefficients, decision.active)
         local.store.write(local.scalars.advanced(decision, local.options.lr), decision.active)
-        positions = self._positions(layout) if layout.partitioned else None
+        positions = layout.positions_in(self.parameter_names()) if layout.partitioned else None
         self._stats.observe(decision, positions, again=layout is not self.param_layout.first)
         return loss
 
@@ -192,48 +187,15 @@ class AdaptiveMemoryOptimizer(Optimizer):
         return (layout.all_reduce(packed)[0] if layout.reductions else packed), None
 
     def decide(
-        self,
-        sums: Sums,
-        options: RowOptions,
-        sizes: Sequence[int],
-        layout: ShardLayout | None = None,
-        shared: Any = None,
-        **known: Any,
+        self, sums: Sums, options: RowOptions, sizes: Sequence[int], shared: Any = None, **known: Any
     ) -> Decision:
-        """beta_t of rows whose reduced sums are known.
-
-        Args:
-            sizes: how many rows each group has.
-            layout: of the rows, where they are those of one; its pipeline is summed over.
-            shared: what ``_reduce`` gave besides the sums.
-        """
-        piped = layout is not None and layout.pipeline_group is not None
-        return decide(
-            sums,
-            cap=options.beta_max,
-            lr=options.lr,
-            scope=self.scope,
-            sizes=sizes,
-            first_takes_cap=self.first_takes_cap,
-            nonfinite=self.nonfinite,
-            reduce_over_stages=layout.reduce_over_stages if layout is not None and piped else None,
-            **known,
-        )
-
-    def _positions(self, layout: ShardLayout) -> Tensor:
-        """``[rows]``: where this layout's rows are in ``parameter_names``."""
-        place = {name: i for i, name in enumerate(self.parameter_names())}
-        device, _ = sums_live_on([layout.logical_params[0].param])
-        return self._workspace.constants.vector(tuple(place[one.name] for one in layout.logical_params), device)
-
-    def _finish_in_kernels(self, packed: Tensor, local: StepInputs, rows: InKernels) -> None:
-        """From the reduced sums to the end of the step."""
-        kernels, found, table = rows
-        stats = self._stats.buffers(packed.device)
-        omega, active = kernels.decide(packed, found.columns, table, *stats, skip=self.nonfinite == "skip")
-        local.coefficients["omega"] = omega
-        local.plan.update(local.coefficients, active)
-        local.store.take(table, active)
+        """beta_t of rows whose sums are known; ``sizes``: rows of each group."""
+        rule: dict[str, Any] = {
+            "scope": self.scope,
+            "first_takes_cap": self.first_takes_cap,
+            "nonfinite": self.nonfinite,
+        }
+        return decide(sums, cap=options.beta_max, lr=options.lr, sizes=sizes, **rule, **known)
 
     # ------------------------------------------------------------------ public face
     @property
@@ -263,22 +225,6 @@ class AdaptiveMemoryOptimizer(Optimizer):
         params = self.param_layout.logical_params(self.param_groups)
         return self._store.betas(self.state, layout, params)
 
-    def remember_grad_norm(self, norm: Tensor) -> None:
-        """Keep the global gradient norm for ``report``."""
-        self._stats.grad_norm = norm.detach()
-
-    def clip_gradients_in_step(self, norm: Tensor, max_norm: float) -> None:
-        """The next ``step`` clips its gradients, whose ``norm`` (0-dim) is known; ``zero_grad`` takes this back.
-
-        Triton kernels multiply in registers and leave the gradients as they are, others multiply in place.
-        """
-        self._workspace.gradient_clip = GradientClip(norm, max_norm)
-
-    def spread(self, values: Tensor, here: tuple[int, ...], rows: int) -> Tensor:
-        """``[here]`` -> ``[rows]``: each number at its row, zero elsewhere."""
-        out = values.new_zeros(rows)
-        return out.index_copy_(0, self._workspace.constants.vector(here, values.device), values)
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all optimized parameters, as in torch.optim."""
         self._workspace.gradient_clip = None
@@ -293,13 +239,6 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """The cap of beta_t of each parameter, in the order of ``parameter_names``."""
         return [float(group[self.cap_key]) for group in self.groups_of_parameters()]
 
-    def _describe_kernels(self) -> str:
-        if self._plan is None:
-            return ""
-        parts = [f"{kernel.describe()} for {count}" for kernel, count in self._plan.kernels.items()]
-        why = self._workspace.why_no_fused
-        return f"; kernels: {', '.join(parts)}{f' (no fused kernel: {why})' if why else ''}" if parts else ""
-
     # ------------------------------------------------------------------ groups
     def _check_options(self) -> None:
         """Others may put groups in place: those of a checkpoint of AdamW, or dicts without ``add_param_group``.
@@ -308,7 +247,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
             TypeError, ValueError, RuntimeError: a group or an option is of the wrong kind; the text has its number.
         """
         check = getattr(self, "_accelerator_graph_capture_health_check", None) or self._cuda_graph_capture_health_check
-        if all(["capturable" in group for group in self.param_groups]):
+        if all("capturable" in group for group in self.param_groups):
             check()
         found = [option for group in self.param_groups for option in (group, *group.values())]
         if len(found) == len(self._checked_options) and all(map(operator.is_, found, self._checked_options)):
@@ -328,11 +267,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """Add a group of parameters; its options are checked before anything changes."""
         checked = {}
         if isinstance(param_group, dict):
-            for name in set(WHOLE_OPTIMIZER).intersection(param_group):
-                # ZeroRedundancyOptimizer repeats all arguments in the groups
-                if param_group[name] != getattr(self, name, ...) or not called_by_zero_redundancy():
-                    raise ValueError(f"Invalid {name} in a parameter group: {name} is an option of the whole optimizer")
-                param_group = {key: value for key, value in param_group.items() if key != name}
+            repeated = called_by_zero_redundancy()
+            param_group = group_checks.without_whole_options(param_group, self, repeated=repeated)
             checked = self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         self.param_groups[-1].update(checked)
@@ -343,10 +279,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
     # ------------------------------------------------------------------ layouts
     @property
     def replica_group(self) -> Any:
-        """Process group whose ranks hold the same parameters (DDP); the first one's sums serve all. Not saved.
-
-        Setting it raises TypeError for what is no process group.
-        """
+        """Process group of ranks with the same parameters (DDP), else TypeError; the first one's sums serve all."""
         return self.param_layout.replica_group
 
     @replica_group.setter
@@ -356,11 +289,10 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     @property
     def pipeline_group(self) -> Any:
-        """Process group of one rank of each pipeline stage, this one included. Not saved.
+        """Process group of one rank of each pipeline stage, this one included; else TypeError. Not saved.
 
         With it ``scope="global"`` (and "group") sums over the stages and a step that one stage skips is skipped by all,
-        for one more small collective a step; without it only ``scope="tensor"`` serves a pipeline. Setting it raises
-        TypeError for what is no process group.
+        for one more small collective a step; without it only ``scope="tensor"`` serves a pipeline.
         """
         return self.param_layout.pipeline_group
 
@@ -370,33 +302,23 @@ class AdaptiveMemoryOptimizer(Optimizer):
         self._forget_layout()
 
     def name_parameters(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Give unnamed parameters the names of ``module.named_parameters()``, for ``momentum`` and messages.
-
-        Args:
-            named_parameters: (name, parameter) pairs; parameters that this optimizer does not have are ignored.
-        """
+        """Give unnamed parameters the names of ``module.named_parameters()``; those of other parameters are ignored."""
         self.param_layout.name_parameters(named_parameters)
         self._forget_layout()
 
     def bind_model(self, model: torch.nn.Module) -> None:
-        """Give the optimizer the module whose parameters it has: their names, and FSDP1's process groups.
+        """Take names and FSDP1's process groups from the module that holds the parameters. Not saved.
 
-        The callback and the ``attach`` functions do so. Not saved.
+        The callback and the ``attach`` functions do so.
 
         Args:
-            model: the outermost module, as it is trained (wrapped by FSDP or DDP).
-
-        Raises:
-            TypeError: ``model`` is no torch.nn.Module.
+            model: the outermost module, as it is trained (wrapped by FSDP or DDP); else TypeError.
         """
         self.param_layout.bind_model(model)
         self._forget_layout()
 
     def parameter_names(self) -> list[str]:
-        """The distinct name of each parameter, in the order of the groups, as ``momentum`` uses them.
-
-        A flat parameter (FSDP1 with ``use_orig_params=False``, DeepSpeed ZeRO) has the names of the tensors in it.
-        """
+        """The distinct names, in the order of the groups; a flat parameter has those of the tensors in it."""
         return self.param_layout.names(self.param_groups)
 
     def given_groups(self) -> list[dict[str, Any]]:
@@ -415,19 +337,18 @@ class AdaptiveMemoryOptimizer(Optimizer):
     def describe(self) -> str:
         """Tensors, reductions and kernels of the steps so far; of every ``step()`` call that an engine makes."""
         text = "; then ".join(layout.describe() for layout in self.param_layout.layouts.values())
-        return f"{text}{self._describe_kernels()}" if text else "no step made yet"
+        return f"{text}{self._plan.describe() if self._plan else ''}" if text else "no step made yet"
 
     def current_layout(self) -> ShardLayout:
-        """Logical parameters and reductions. Built (collectively) at the first step, and again when the parameters are
-        others, or the same ones elsewhere: a model that was moved or cast.
-        """
+        """As ``layout``; built, collectively, at the first step and when parameters are others, moved or cast."""
         self._check_options()
         return self._find_layout()
 
     def _find_layout(self) -> ShardLayout:
         layout = self.param_layout.find(self.param_groups)
         if layout is None:
-            self._check_time()
+            for param in checked_params_of(self.param_groups):  # a layout takes copies, collectives, kernels to build
+                refuse_in_capture(param)
             if not self.is_partitioned():
                 self._forget_layout()
             layout = self.param_layout.build(self.param_groups, self._check_layout)
@@ -438,26 +359,11 @@ class AdaptiveMemoryOptimizer(Optimizer):
         self._plans, self._row_kernels = {}, {}
         self.param_layout.drop()
 
-    def _check_time(self) -> None:
-        for param in checked_params_of(
-            self.param_groups
-        ):  # a layout takes copies, collectives, kernels that are built and tried
-            refuse_in_capture(param)
-
-    def _needs_exact_sums(self) -> bool:
-        """Sums, and not only their ratio, decide beta_t."""
-        return False
-
     def _check_layout(self, layout: ShardLayout) -> None:
         """Refuse a layout whose sums the scope cannot have, before anything moves; then agree on kernels."""
         whole_step = self.pre_pass is not None
-        self.param_layout.check_scope(layout, self.scope, exact_sums=self._needs_exact_sums(), whole_step=whole_step)
-        if any("max_momentum" in group for group in self.param_groups):
-            warnings.warn(
-                "the learning rate scheduler cycles betas[0], which adaptive memory does not use: beta_t is computed, "
-                f"and its cap stays in the group's {self.cap_key!r}. Pass cycle_momentum=False to the scheduler.",
-                stacklevel=7,  # whoever calls step(), past torch's decorators
-            )
+        self.param_layout.check_scope(layout, self.scope, exact_sums=self.needs_exact_sums, whole_step=whole_step)
+        group_checks.warn_of_cycled_momentum(self.param_groups, self.cap_key)
         param_state.check_direction(self.exp_avg_dtype, layout.logical_params)
         if not agree_on_kernels(layout, self.param_groups, self._workspace, self.fused_dropped, self.exp_avg_dtype):
             drop_fused([*self.param_groups, self.defaults])

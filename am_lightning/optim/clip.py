@@ -80,14 +80,20 @@ def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float, *, in_s
     if layout.reductions or layout.pipeline_group is not None:
         found = square_sums(gradients, like)
         if len(here) < len(layout.logical_params):
-            found = optimizer.spread(found, tuple(here), len(layout.logical_params))
+            found = _spread(found, optimizer, tuple(here), len(layout.logical_params))
         squares, _ = layout.all_reduce(found[:, None])
         norm = layout.reduce_over_stages(squares.sum().reshape(1)).reshape(()).sqrt()
     else:
         norm = total_norm(gradients, like)
     if in_step:
-        optimizer.clip_gradients_in_step(norm, max_norm)
+        optimizer._workspace.gradient_clip = GradientClip(norm, max_norm)
     else:
         scale_(gradients, GradientClip(norm, max_norm).factor())
-    optimizer.remember_grad_norm(norm)
+    optimizer._stats.grad_norm = norm.detach()
     return norm
+
+
+def _spread(values: Tensor, optimizer: AdaptiveMemoryOptimizer, here: tuple[int, ...], rows: int) -> Tensor:
+    """``[here]`` -> ``[rows]``: each number at its row, zero elsewhere."""
+    out = values.new_zeros(rows)
+    return out.index_copy_(0, optimizer._workspace.constants.vector(here, values.device), values)

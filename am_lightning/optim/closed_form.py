@@ -157,7 +157,7 @@ def decide(
         cap, lr: ``[rows]``, the cap of beta_t and eta_t.
         first_takes_cap: a row's own first step uses the cap (AM-AdamW) or its scope's beta (AM-SGD).
         nonfinite: "skip" drops the step, "propagate" takes the cap where a sum is not finite, as AdamW would.
-        reduce_over_stages: sums numbers over the stages of a pipeline, whose rows are elsewhere; None: all rows are here.
+        reduce_over_stages: sums over the stages of a pipeline, whose rows are elsewhere; None: all rows are here.
         loss_gap: 0-dim, (1 + mu eta_t) Delta_t / eta_t where the loss gap is known (scope global), else None.
         gradients: 0-dim, 0 where all gradients are zero; None: D of first steps says it (no decay inside g).
     """

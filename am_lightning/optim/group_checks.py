@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Real
@@ -11,19 +12,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from am_lightning.optim.validation import as_float, check_names, check_number, described, is_one_number
+from am_lightning.optim.validation import WHOLE_OPTIMIZER, as_float, check_names, check_number, described, is_one_number
 
 
-def options_of(param_groups: Any) -> list[Any]:
-    """The groups and all of their options, in order: as long as these are the same objects nothing has changed."""
-    found: list[Any] = []
-    try:
-        for group in param_groups:
-            found.append(group)
-            found += [value for key, value in group.items() if key != "params"]
-    except (TypeError, AttributeError):  # no groups: the checks say what is there instead
-        return [object()]
-    return found
+def refuse_module(params: Any) -> None:
+    """A module in place of its parameters.
+
+    Raises:
+        TypeError: with the cure.
+    """
+    if isinstance(params, torch.nn.Module) and not isinstance(params, torch.nn.ParameterList):
+        raise TypeError(
+            f"Invalid params: {type(params).__name__} (params must be an iterable of parameters: model.parameters(); "
+            "am_lightning.am_adamw and am_sgd take a model)"
+        )
+
+
+def without_whole_options(group: dict[str, Any], optimizer: Any, *, repeated: bool) -> dict[str, Any]:
+    """A new group without options of the whole optimizer.
+
+    Args:
+        repeated: all arguments are repeated in the groups, as ZeroRedundancyOptimizer does.
+
+    Raises:
+        ValueError: it has one.
+    """
+    for name in set(WHOLE_OPTIMIZER).intersection(group):
+        if group[name] != getattr(optimizer, name, ...) or not repeated:
+            raise ValueError(f"Invalid {name} in a parameter group: {name} is an option of the whole optimizer")
+    return {key: value for key, value in group.items() if key not in WHOLE_OPTIMIZER}
+
+
+def warn_of_cycled_momentum(param_groups: Iterable[dict[str, Any]], cap_key: str) -> None:
+    """OneCycleLR and CyclicLR write ``betas[0]``."""
+    if any("max_momentum" in group for group in param_groups):
+        warnings.warn(
+            "the learning rate scheduler cycles betas[0], which adaptive memory does not use: beta_t is computed, "
+            f"and its cap stays in the group's {cap_key!r}. Pass cycle_momentum=False to the scheduler.",
+            stacklevel=8,  # whoever calls step(), past torch's decorators
+        )
 
 
 def check_groups(param_groups: Any) -> None:

@@ -158,7 +158,7 @@ def betas_of(saved: dict[str, Any]) -> tuple[float, float]:
 
 
 def restore_options(group: dict[str, Any], live: dict[str, Any], cap_key: str) -> None:
-    """GroupOptions after a load: the checkpoint's, this optimizer's where it has none, and always this optimizer's cap."""
+    """Options after a load: the checkpoint's, this optimizer's where it has none, and always this optimizer's cap."""
     for key in (*FOREIGN_OPTIONS, *WHOLE_OPTIMIZER):
         if key not in live:
             group.pop(key, None)

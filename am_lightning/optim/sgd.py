@@ -146,7 +146,9 @@ class AMSGD(AdaptiveMemoryOptimizer):
         return torch.where(sums.first, 1 + lambd, 1 - beta)
 
     # ------------------------------------------------------------------ the exact gap
-    def _needs_exact_sums(self) -> bool:
+    @property
+    def needs_exact_sums(self) -> bool:  # type: ignore[override]
+        """The loss gap is known, so that sums must count each element once."""
         return self.loss_gap == "exact"
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
@@ -223,21 +225,20 @@ class AMSGD(AdaptiveMemoryOptimizer):
         sums: Sums,
         options: RowOptions,
         sizes: Sequence[int],
-        layout: ShardLayout | None = None,
         shared: _Shared | None = None,
         **known: Any,
     ) -> Decision:
         """With the loss gap, where it is known, and f(x_t) for the next step."""
         if shared is None:
-            return super().decide(sums, options, sizes, layout)
+            return super().decide(sums, options, sizes, **known)
         exact = self.loss_gap == "exact"
         decision = super().decide(
             sums,
             options,
             sizes,
-            layout,
             loss_gap=self._known_gap(shared, options) if exact else None,
             gradients=shared.gradients if any(self._coupled_decays()) else None,
+            **known,
         )
         if exact:  # a skipped step leaves it
             now = torch.where(decision.skipped, self._prev_loss(shared.loss), self._objective(shared))

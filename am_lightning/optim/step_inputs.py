@@ -12,6 +12,7 @@ from am_lightning.optim.kernels.inputs import Coefficients, GradientClip
 from am_lightning.optim.kernels.plan import KernelPlan
 from am_lightning.optim.kernels.triton.row_launch import RowCoefficients, RowKernels
 from am_lightning.optim.state_store import Scalars, StateScalars
+from am_lightning.optim.step_stats import StepStats
 
 
 class InKernels(NamedTuple):
@@ -46,3 +47,17 @@ def inputs_in_kernels(
     table = store.table()
     found = kernels.coefficients(table, options, plan.present, clip)
     return StepInputs(plan, found.coefficients, store, None, None, InKernels(kernels, found, table))
+
+
+def finish_in_kernels(local: StepInputs, packed: Tensor, stats: StepStats, *, skip: bool) -> None:
+    """From the reduced sums to the end of the step.
+
+    Args:
+        skip: a sum that is not finite drops the step.
+    """
+    assert local.in_kernels is not None
+    kernels, found, table = local.in_kernels
+    omega, active = kernels.decide(packed, found.columns, table, *stats.buffers(packed.device), skip=skip)
+    local.coefficients["omega"] = omega
+    local.plan.update(local.coefficients, active)
+    local.store.take(table, active)

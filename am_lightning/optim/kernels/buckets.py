@@ -1,6 +1,6 @@
 """Many tensors as one matrix of blocks, so that what differs between rows is a column beside it.
 
-torch's multi-tensor route is closed to a list of 0-dim coefficients beside a list of tensors: that costs a launch for each
+torch's multi-tensor route is closed to a list of 0-dim numbers beside a list of tensors: that costs a launch for each
 tensor. Here the tensors of a bucket are copied into a matrix ``[blocks, elements of a block]`` (one list, one launch
 for some fifty tensors), every block within one tensor. A number of the rows is then ``[blocks, 1]`` and broadcasts,
 and sums of blocks are one reduction along the matrix.

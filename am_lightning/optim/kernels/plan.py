@@ -106,6 +106,12 @@ class KernelPlan:
                     return kernel
         raise AssertionError("the last kernel supports everything")
 
+    def describe(self) -> str:
+        """The kernels, and why the fused one does not serve by default."""
+        parts = [f"{kernel.describe()} for {count}" for kernel, count in self.kernels.items()]
+        why = self._workspace.why_no_fused
+        return f"; kernels: {', '.join(parts)}{f' (no fused kernel: {why})' if why else ''}" if parts else ""
+
     def serves(self, tensors: StepTensors, options: Sequence[tuple[GroupOptions, Choice]]) -> bool:
         """Whether the plan is one for these tensors."""
         return self._options == options and self._kinds == tensors.kinds()

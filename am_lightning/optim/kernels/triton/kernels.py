@@ -185,7 +185,8 @@ def _round(value, index, seed, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
 
 @triton.jit
 def update_kernel(
-    pointers, chunks, tensors, options, c_root_at, c_eps_at, lr_at, decay_factor_at, omega_at, active, steps, grad_scale,
+    pointers, chunks, tensors, options, c_root_at, c_eps_at, lr_at, decay_factor_at, omega_at,
+    active, steps, grad_scale,
     G: tl.constexpr, D: tl.constexpr, V: tl.constexpr, X: tl.constexpr, COMPUTE: tl.constexpr,
     ALIGNED_G: tl.constexpr, ALIGNED_STATE: tl.constexpr, ALIGNED_X: tl.constexpr,
     STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,

@@ -97,8 +97,8 @@ class TritonPasses:
         """Pass 2, which writes d, v and x of the rows where ``active`` (``[rows]`` bool, on the device) is True.
 
         Args:
-            coefficients: ``c_root``, ``c_eps``, ``lr``, ``decay_factor``, ``omega`` are read on the device, and ``step`` (the steps
-                that a row has made) where d is rounded stochastically.
+            coefficients: ``c_root``, ``c_eps``, ``lr``, ``decay_factor``, ``omega`` are read on the device, and
+                ``step`` (the steps that a row has made) where d is rounded stochastically.
         """
         for group, addresses, options in self._groups:
             kind, device = group.kind, group.kind.device
