@@ -142,7 +142,6 @@ class AdaptiveMemoryOptimizer(Optimizer):
         return True
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
-        """The loss, or None."""
         if closure is None:
             return None
         with torch.enable_grad():
