@@ -367,7 +367,7 @@ class PlacedOptimizer(Optimizer):
     _layouts = property(lambda self: self.param_layout.layouts)
     _layout = property(lambda self: self.param_layout.last)
     _model = property(lambda self: self.param_layout._model)
-    _given = property(lambda self: self.param_layout.given._entries)
+    _given = property(lambda self: self.param_layout.given.entries)
     _known_names = property(
         lambda self: self.param_layout.given.known_names,
         lambda self, names: setattr(self.param_layout.given, "known_names", names),

@@ -71,14 +71,14 @@ def check_engines(
 def check_demand(params: Sequence[LogicalParam], demand: Demand) -> None:
     """``Strategy.check_demand`` of those that hold one of ``params``."""
     for strategy in STRATEGIES:
-        if any(param.strategy is strategy for param in params):
+        if any(logical.strategy is strategy for logical in params):
             strategy.check_demand(params, demand)
 
 
 def check_exact(params: Sequence[LogicalParam]) -> None:
     """``Strategy.check_exact`` of those that hold one of ``params``."""
     for strategy in STRATEGIES:
-        if any(param.strategy is strategy for param in params):
+        if any(logical.strategy is strategy for logical in params):
             strategy.check_exact(params)
 
 

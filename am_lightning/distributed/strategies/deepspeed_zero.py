@@ -68,7 +68,7 @@ class ZeroStrategy(Strategy):
         """The tensors of the scope must all be in this call of step()."""
         if demand.scope == "tensor" or demand.whole_step:
             return
-        here = {param.name for param in params}
+        here = {logical.name for logical in params}
         for names in demand.group_names:
             missing = sorted(set(names) - here)
             if missing and (demand.scope == "global" or not here.isdisjoint(names)):
