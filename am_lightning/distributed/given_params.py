@@ -1,4 +1,4 @@
-"""What parameter groups were given, before an engine or a wrapper put other tensors in place of it."""
+"""What parameter groups were given, before an engine or a wrapper replaced the parameters."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Given(NamedTuple):
 class GivenParams:
     """The parameters that each group was given, and their names.
 
-    Accelerate's FSDP2 puts sharded parameters in their place, DeepSpeed master copies or flat partitions.
+    Accelerate's FSDP2 replaces them by sharded parameters, DeepSpeed by master copies or flat partitions.
 
     Attributes:
         entries: each group, and what it was given.
@@ -107,7 +107,7 @@ class GivenParams:
         return found
 
     def names_by_position(self, param_groups: ParamGroups) -> dict[int, str]:
-        """``id -> name`` of parameters that took the place of given ones: master copies, swapped DTensors."""
+        """``id -> name`` of parameters that replaced given ones: master copies, swapped DTensors."""
         result = {}
         for group, named in self.named():
             live = next((g for g in param_groups if g is group), None)

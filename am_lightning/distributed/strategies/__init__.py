@@ -51,7 +51,7 @@ STRATEGIES: tuple[type[Strategy], ...] = (
 
 
 def loaded_engines() -> list[type[Strategy]]:
-    """Strategies that may put flat partitions in the place of given parameters."""
+    """Strategies whose engine is imported, and may replace given parameters by flat partitions."""
     return [strategy for strategy in STRATEGIES if strategy.engine in sys.modules]
 
 
@@ -83,7 +83,7 @@ def check_exact(params: Sequence[LogicalParam]) -> None:
 
 
 def cover(shards: Sequence[ShardInfo]) -> Cover | None:
-    """One reduction that serves all ``shards``; None where there is none such."""
+    """One reduction that serves all ``shards``, or None."""
     return next((found for strategy in STRATEGIES if (found := strategy.cover(shards)) is not None), None)
 
 
