@@ -47,7 +47,7 @@ def attach(engine: Any) -> AdaptiveMemoryOptimizer:
 
     Raises:
         TypeError: ``engine`` is no DeepSpeedEngine, or has no AMAdamW or AMSGD inside.
-        ValueError: a feature of the engine that is not supported; the text has the cure.
+        ValueError: a feature of the engine that is not supported; the text has a hint.
     """
     if not isinstance(engine, DeepSpeedEngine):
         raise TypeError(
@@ -148,16 +148,16 @@ class PrePass:
         return self._optimizer.given_groups()
 
     def __call__(self, layout: ShardLayout) -> tuple[Sums, Decision]:
-        """The sums and the decision for the rows of ``layout``, which is that of one call of ``step()``."""
+        """The sums and the decision for the tensors of ``layout``, which is that of one call of ``step()``."""
         flat = layout.logical_params[0].param
         turn = next(k for k, other in enumerate(self._flats) if other is flat)
         if turn == 0:
             self._take_all()
         self._check(turn)
         assert self._sums is not None and self._decision is not None
-        rows, decision = self._slices[turn], self._decision
-        sums = Sums(*(column[rows] for column in self._sums))
-        return sums, Decision(decision.beta[rows], decision.active[rows], decision.skipped, decision.bad[rows])
+        members, decision = self._slices[turn], self._decision
+        sums = Sums(*(column[members] for column in self._sums))
+        return sums, Decision(decision.beta[members], decision.active[members], decision.skipped, decision.bad[members])
 
     def _take_all(self) -> None:
         """Pass 1 over every partition, one after the other: no more than one pending gradient is in memory."""

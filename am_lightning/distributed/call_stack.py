@@ -1,8 +1,8 @@
 """Who steps an optimizer: wrappers and engines hold it and call it, and it has no pointer to them.
 
-An adapter that has the engine in hand says so instead (``am_lightning.deepspeed.attach``). What is left here is asked
-when a layout is built, and while an optimizer has no state: no later step walks the stack. An optimizer is known by
-its list ``param_groups``.
+An adapter that knows the engine tells the optimizer instead (``am_lightning.deepspeed.attach``). The questions here are
+asked when a layout is built, and while an optimizer has no state: no later step walks the stack. An optimizer is
+recognised by its list ``param_groups``.
 """
 
 from __future__ import annotations

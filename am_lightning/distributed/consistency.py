@@ -15,12 +15,12 @@ from am_lightning.distributed.strategies import LogicalParam, local
 _PRIME = 2**61 - 1  # checksums are modulo this: they fit int64
 
 
-def check_agreement(params: Sequence[LogicalParam], held: Sequence[int], groups: Groups) -> None:
+def check_agreement(params: Sequence[LogicalParam], numels: Sequence[int], groups: Groups) -> None:
     """Collective over ``groups``: one gather of three integers; more only to name what is wrong.
 
     Args:
         params: those of one reduction.
-        held: elements that this rank counts of each.
+        numels: elements of each that count on this rank.
 
     Raises:
         ValueError: other tensors on other ranks, or shards that do not add up; on every rank alike.
@@ -30,7 +30,7 @@ def check_agreement(params: Sequence[LogicalParam], held: Sequence[int], groups:
     names = _number(digests)
     known = [i for i, logical in enumerate(params) if logical.shard.numel is not None]
     weights = [1 + _number(i) for i in known]
-    mine = sum(held[i] * w for i, w in zip(known, weights, strict=True)) % _PRIME
+    mine = sum(numels[i] * w for i, w in zip(known, weights, strict=True)) % _PRIME
     expected = sum((params[i].shard.numel or 0) * w for i, w in zip(known, weights, strict=True)) % _PRIME
     total, alike = mine, True
     for group in groups:
@@ -40,11 +40,11 @@ def check_agreement(params: Sequence[LogicalParam], held: Sequence[int], groups:
     if not alike:
         _raise_for_tensors(params, digests, groups, device)
     if total != expected:
-        _raise_for_shards(params, held, groups, device)
+        _raise_for_shards(params, numels, groups, device)
 
 
 def check_stages(description: str, group: object, device: torch.device) -> None:
-    """Collective over a pipeline's ``group``: is what ``description`` says the same on all stages?
+    """Collective over a pipeline's ``group``: is ``description`` the same on all stages?
 
     Raises:
         ValueError: it is not; on every rank of the group.
@@ -91,16 +91,16 @@ def _shown_param(logical: LogicalParam) -> str:
 
 
 def _raise_for_shards(
-    params: Sequence[LogicalParam], held: Sequence[int], groups: Groups, device: torch.device
+    params: Sequence[LogicalParam], numels: Sequence[int], groups: Groups, device: torch.device
 ) -> None:
-    totals = torch.tensor(held, device=device)
+    totals = torch.tensor(numels, device=device)
     for group in groups:
         totals = _gathered(totals, group).sum(0)
     for logical, found in zip(params, totals.tolist(), strict=True):
         if logical.shard.numel not in (None, found):
             raise ValueError(
                 f"parameter {logical.name!r}, placed as {logical.shard.description}, has {logical.shard.numel} "
-                f"elements, but the pieces on ranks {_shown_ranks(groups)} have {found}: sums over it would be wrong. "
+                f"elements, but the shards on ranks {_shown_ranks(groups)} have {found}: sums over it would be wrong. "
                 "Shard the model before the optimizer is built, and leave its shards alone afterwards"
             )
 

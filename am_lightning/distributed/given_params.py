@@ -1,4 +1,4 @@
-"""What parameter groups were given, before an engine or a wrapper put other tensors in place of it."""
+"""What parameter groups were given, before an engine or a wrapper replaced the parameters."""
 
 from __future__ import annotations
 
@@ -32,58 +32,59 @@ class Given(NamedTuple):
 class GivenParams:
     """The parameters that each group was given, and their names.
 
-    Accelerate's FSDP2 puts sharded parameters in their place, DeepSpeed master copies or flat partitions.
+    Accelerate's FSDP2 replaces them by sharded parameters, DeepSpeed by master copies or flat partitions.
 
     Attributes:
+        entries: each group, and what it was given.
         known_names: ``id(parameter) -> name``, of parameters that were given without one.
     """
 
     def __init__(self) -> None:
-        self._entries: list[tuple[dict[str, Any], list[Given]]] = []
+        self.entries: list[tuple[dict[str, Any], list[Given]]] = []
         self.known_names: dict[int, str] = {}
 
     def remember(self, param_groups: ParamGroups) -> None:
         """Keep what groups that are new were given."""
-        known = {id(group) for group, _ in self._entries}
+        known = {id(group) for group, _ in self.entries}
         for group in param_groups:
             if id(group) not in known:
-                self._entries.append((group, [Given.of(param) for param in group["params"]]))
+                self.entries.append((group, [Given.of(param) for param in group["params"]]))
 
     def replace_groups(self, old: ParamGroups, new: ParamGroups) -> None:
         """torch.optim's load_state_dict has made ``new`` groups, in the order of the ``old`` ones."""
         successors = {id(before): after for before, after in zip(old, new, strict=True)}
-        self._entries = [(successors.get(id(group), group), given) for group, given in self._entries]
+        self.entries = [(successors.get(id(group), group), given) for group, given in self.entries]
 
     def take_present(self, param_groups: ParamGroups) -> None:
         """From now on the present parameters are the given ones; names of those before them pass on to them."""
         self.known_names |= self.names_by_position(param_groups)
-        self._entries = []
+        self.entries = []
         self.remember(param_groups)
 
     @property
     def groups(self) -> list[dict[str, Any]]:
         """Every group that is remembered, also while an engine shows only some of them."""
-        return [group for group, _ in self._entries]
+        return [group for group, _ in self.entries]
 
     def filled_groups(self) -> list[dict[str, Any]]:
         """Those of ``groups`` that were given parameters."""
-        return [group for group, given in self._entries if given]
+        return [group for group, given in self.entries if given]
 
     def group_of_each(self) -> list[dict[str, Any]]:
         """The group of each given parameter."""
-        return [group for group, given in self._entries for _ in given]
+        return [group for group, given in self.entries for _ in given]
 
     def keys(self) -> set[int]:
         """ids of all given parameters."""
-        return {one.key for _, given in self._entries for one in given}
+        return {one.key for _, given in self.entries for one in given}
 
     def named(self) -> list[tuple[dict[str, Any], list[tuple[str, Given]]]]:
         """``(group, [(name, given parameter)])``."""
-        groups = [{**group, "params": given} for group, given in self._entries]
-        known = {id(one): self.known_names.get(one.key) for _, given in self._entries for one in given}
+        groups = [{**group, "params": given} for group, given in self.entries]
+        known = {id(one): self.known_names.get(one.key) for _, given in self.entries for one in given}
         names = group_names(groups, {key: name for key, name in known.items() if name is not None})
         return [
-            (group, list(zip(of, given, strict=True))) for of, (group, given) in zip(names, self._entries, strict=True)
+            (group, list(zip(of, given, strict=True))) for of, (group, given) in zip(names, self.entries, strict=True)
         ]
 
     def held(self, alive: dict[int, Tensor], param_groups: ParamGroups) -> tuple[list[NamedParams], NamedParams]:
@@ -106,7 +107,7 @@ class GivenParams:
         return found
 
     def names_by_position(self, param_groups: ParamGroups) -> dict[int, str]:
-        """``id -> name`` of parameters that took the place of given ones: master copies, swapped DTensors."""
+        """``id -> name`` of parameters that replaced given ones: master copies, swapped DTensors."""
         result = {}
         for group, named in self.named():
             live = next((g for g in param_groups if g is group), None)

@@ -42,7 +42,7 @@ class Reduction:
     """Logical tensors that are summed over the same ranks.
 
     Attributes:
-        groups: process groups that do it, one after the other.
+        groups: process groups, reduced over one after the other.
         members: indices of the logical tensors.
         ranks: all of one replica that hold parts or copies of them.
         replicas: how many such sets of ranks there are.
@@ -168,7 +168,7 @@ class ShardLayout:
         """Refuse what needs the whole model where ranks beyond the reductions may hold other parts of it.
 
         Raises:
-            ValueError: naming ``what``, the ranks and the cure; on every rank alike.
+            ValueError: naming ``what``, the ranks and a hint; on every rank alike.
         """
         if self.others_hold_the_rest:
             raise ValueError(
@@ -192,13 +192,13 @@ class ShardLayout:
         """Refuse what needs each element of the whole model once.
 
         Raises:
-            ValueError: naming ``what``, or whose copies are not known, and the cure; on every rank alike.
+            ValueError: naming ``what``, or whose copies are not known, and a hint; on every rank alike.
         """
         self.check_whole_model(what)
         strategies.check_exact(self.logical_params)
 
     def check_stages(self, description: str) -> None:
-        """Collective over the pipeline. Refuse stages whose numbers would not match when they are pooled.
+        """Collective over the pipeline. Refuse stages whose sums would not match.
 
         Args:
             description: what all stages must have alike.
@@ -240,8 +240,8 @@ class ShardLayout:
         """Collective. Refuse tensors that differ between ranks or whose shards do not add up, on every rank alike."""
         for reduction in self.reductions:
             params = [self.logical_params[i] for i in reduction.members]
-            held = [local_shard(logical, logical.param).numel() if logical.is_owner else 0 for logical in params]
-            check_agreement(params, held, reduction.groups)
+            numels = [local_shard(logical, logical.param).numel() if logical.is_owner else 0 for logical in params]
+            check_agreement(params, numels, reduction.groups)
 
 
 def message_bytes(tensors: int) -> int:

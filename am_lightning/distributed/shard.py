@@ -17,7 +17,7 @@ class ShardInfo:
     """One logical tensor among the ranks.
 
     Attributes:
-        ranks: all that hold a part or a copy, as far as this tensor's own mesh or group says.
+        ranks: all that hold a part or a copy, as far as this tensor's own mesh or group tells.
         is_owner: this rank's part is the one that counts among the copies within ``ranks``.
         groups: gives the process groups whose product is ``ranks``; creating one is collective, so only on demand.
         numel: elements of the whole tensor; None where that is not known here.

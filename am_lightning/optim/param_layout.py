@@ -51,8 +51,8 @@ class ParamLayout:
     """The logical tensors behind an optimizer's parameters, their names, and the layouts of its steps.
 
     An optimizer holds one, and gives its live ``param_groups`` to each call, because users and engines replace them.
-    A layout is built at the first step, and again when the parameters are others. An engine such as DeepSpeed ZeRO puts
-    flat partitions into the groups and calls ``step()`` with some of them at a time: there is one layout for each call.
+    A layout is built at the first step, and again when the parameters are others. An engine may replace the parameters
+    by flat partitions and call ``step()`` with some of them at a time: there is one layout for each call.
 
     Nothing here is saved, pickled or copied with the optimizer.
 
@@ -132,7 +132,7 @@ class ParamLayout:
 
     # ------------------------------------------------------------------ tensors and names
     def engine(self, param_groups: ParamGroups) -> type[Strategy] | None:
-        """The strategy whose engine has put flat partitions in the place of the given parameters; None: none has."""
+        """The strategy whose engine has replaced the given parameters by flat partitions, or None."""
         engines = strategies.loaded_engines()
         if not engines or not self.given.keys().isdisjoint(map(id, params_of(param_groups))):
             return None
@@ -169,7 +169,7 @@ class ParamLayout:
     def key(self, param_groups: ParamGroups) -> Hashable:
         """What a layout is of: the parameters, how many each group has, and their devices and dtypes.
 
-        A model may be moved or cast in place. An engine moves its partitions to and fro, which changes nothing.
+        A model may be moved or cast in place. Where an engine moves its partitions, the layout stays.
         """
         params = list(chain.from_iterable(map(_params_of, param_groups)))
         ids = *map(len, map(_params_of, param_groups)), *map(id, params)
@@ -178,7 +178,7 @@ class ParamLayout:
         try:
             return ids, tuple(map(_device_and_dtype, params))
         except AttributeError:
-            checked_params_of(param_groups)  # one is no tensor: says which
+            checked_params_of(param_groups)  # names the one that is no tensor
             raise
 
     def find(self, param_groups: ParamGroups) -> ShardLayout | None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 from am_lightning import AMAdamW, clip_grad_norm_
-from am_lightning.distributed.layout import summed
+from am_lightning.distributed.layout import all_reduce
 from am_lightning.distributed.strategies.dtensor import local
 from tests.device import DEVICE, ON_GPU
 from tests.gpu.steps import no_sync
@@ -46,7 +46,7 @@ def compare(*, unseen: bool = False, **arguments: Any) -> dict[str, Any]:
 def reduced_on_the_accelerator() -> dict[str, Any]:
     """One rank's sums over NCCL, of float64: from the GPU, and from the CPU of offloaded parameters."""
     vector = torch.arange(5, dtype=torch.float64) / 3
-    sums = {where.type: summed(vector.to(where), dist.group.WORLD) for where in (DEVICE, CPU)}
+    sums = {where.type: all_reduce(vector.to(where), dist.group.WORLD) for where in (DEVICE, CPU)}
     return {
         "devices": {name: found.device.type for name, found in sums.items()},
         "equal": all(torch.equal(found.cpu(), vector) for found in sums.values()),

@@ -117,8 +117,8 @@ MUTATIONS = [
     Mutation(
         "every call of step() takes the betas of the first partition",
         _ATTACH,
-        "rows, decision = self._slices[turn], self._decision",
-        "rows, decision = slice(0, len(layout.logical_params)), self._decision",
+        "members, decision = self._slices[turn], self._decision",
+        "members, decision = slice(0, len(layout.logical_params)), self._decision",
         (f"{_SHARED}[stage=2-scope=group]",),
     ),
     Mutation(

@@ -54,10 +54,10 @@ MUTATIONS = [
         (f"{_SKIPS}[ddp-2-nan-gradient]",),
     ),
     Mutation(
-        "ranks do not compare their rows at the first step",
+        "ranks do not compare their tensors at the first step",
         _LAYOUT,
-        "check_agreement(params, held, reduction.groups)",
-        "del params, held",
+        "check_agreement(params, numels, reduction.groups)",
+        "del params, numels",
         (f"{_REFUSALS}::test_one_rank_of_fsdp2_with_another_model[2-count]",),
     ),
     Mutation(

@@ -53,13 +53,13 @@ def test_a_partial_parameter(pool: Callable[[int], Pool], world: int, scope: str
 @pytest.mark.parametrize("scope", ["tensor", "global"])
 def test_shards_that_do_not_add_up(pool: Callable[[int], Pool], world: int, scope: str) -> None:
     ranks = attempt(pool, world, "pieces_do_not_add_up", scope=scope)
-    found = f"'short.weight', placed as .* on mesh .*, has 15 elements, but the pieces on ranks .* have {6 * world}:"
+    found = f"'short.weight', placed as .* on mesh .*, has 15 elements, but the shards on ranks .* have {6 * world}:"
     assert_refused(ranks, f"{found}.*Shard the model before the optimizer is built")
 
 
 def test_one_shard_that_is_too_large(pool: Callable[[int], Pool]) -> None:
     ranks = attempt(pool, 4, "one_piece_too_large", scope="tensor")
-    assert_refused(ranks, "'long.weight', placed as .*, has 24 elements, but the pieces on ranks 0, 1, 2, 3 have 27")
+    assert_refused(ranks, "'long.weight', placed as .*, has 24 elements, but the shards on ranks 0, 1, 2, 3 have 27")
 
 
 @pytest.mark.parametrize("scope", ["tensor", "global"])

@@ -51,7 +51,7 @@ STRATEGIES: tuple[type[Strategy], ...] = (
 
 
 def loaded_engines() -> list[type[Strategy]]:
-    """Strategies that may put flat partitions in the place of given parameters."""
+    """Strategies whose engine is imported, and may replace given parameters by flat partitions."""
     return [strategy for strategy in STRATEGIES if strategy.engine in sys.modules]
 
 
@@ -71,19 +71,19 @@ def check_engines(
 def check_demand(params: Sequence[LogicalParam], demand: Demand) -> None:
     """``Strategy.check_demand`` of those that hold one of ``params``."""
     for strategy in STRATEGIES:
-        if any(param.strategy is strategy for param in params):
+        if any(logical.strategy is strategy for logical in params):
             strategy.check_demand(params, demand)
 
 
 def check_exact(params: Sequence[LogicalParam]) -> None:
     """``Strategy.check_exact`` of those that hold one of ``params``."""
     for strategy in STRATEGIES:
-        if any(param.strategy is strategy for param in params):
+        if any(logical.strategy is strategy for logical in params):
             strategy.check_exact(params)
 
 
 def cover(shards: Sequence[ShardInfo]) -> Cover | None:
-    """One reduction that serves all ``shards``; None where there is none such."""
+    """One reduction that serves all ``shards``, or None."""
     return next((found for strategy in STRATEGIES if (found := strategy.cover(shards)) is not None), None)
 
 

@@ -68,7 +68,7 @@ class ZeroStrategy(Strategy):
         """The tensors of the scope must all be in this call of step()."""
         if demand.scope == "tensor" or demand.whole_step:
             return
-        here = {param.name for param in params}
+        here = {logical.name for logical in params}
         for names in demand.group_names:
             missing = sorted(set(names) - here)
             if missing and (demand.scope == "global" or not here.isdisjoint(names)):
@@ -81,12 +81,12 @@ class ZeroStrategy(Strategy):
 
     @classmethod
     def logical_ndims(cls, root: nn.Module) -> dict[int, int]:
-        """Of what zero.Init has cut into flat pieces."""
+        """Of parameters that zero.Init has partitioned, which are 1-D here."""
         return {id(param): len(param.ds_shape) for param in root.parameters() if hasattr(param, "ds_shape")}
 
 
 def _check_copies(param_groups: ParamGroups, given: GivenParams) -> None:
-    """Every parameter is a given one or a copy of it in its place."""
+    """Refuse parameters that are neither given ones nor copies of them."""
     known = given.named()
     for group in param_groups:
         named = next((named for other, named in known if other is group), [])
@@ -102,7 +102,7 @@ def check_supported(owner: Any, given: NamedParams) -> None:
         given: (name, parameter) of what the optimizer was given.
 
     Raises:
-        ValueError: naming a parameter, the feature and the cure; on every rank alike: all have one configuration.
+        ValueError: naming a parameter, the feature and the hint; on every rank alike: all have one configuration.
     """
     refused = [
         ("swap_optimizer", "NVMe offload of the optimizer", "offload to the CPU: offload_optimizer.device: cpu"),
@@ -110,9 +110,9 @@ def check_supported(owner: Any, given: NamedParams) -> None:
         ("zenflow", "ZenFlow", "remove zenflow from zero_optimization"),
         ("torch_autocast_gradscaler", "torch_autocast in float16", "use bf16, or DeepSpeed's own fp16"),
     ]
-    for attribute, what, cure in refused:
+    for attribute, what, hint in refused:
         if getattr(owner, attribute, None):
-            raise ValueError(_refused(given, what, cure))
+            raise ValueError(_refused(given, what, hint))
     for name, param in given:
         if getattr(param, "allreduce", True) is False:  # how DeepSpeed marks an expert
             raise ValueError(
@@ -122,11 +122,11 @@ def check_supported(owner: Any, given: NamedParams) -> None:
             raise ValueError(_refused([(name, param)], "tensor parallelism", "use ZeRO alone, or FSDP2 with DTensors"))
 
 
-def _refused(given: NamedParams, what: str, cure: str) -> str:
+def _refused(given: NamedParams, what: str, hint: str) -> str:
     name = given[0][0] if given else "(none)"
     return (
         f"adaptive memory does not support {what} of DeepSpeed {_version()} (first parameter: {name!r}): beta_t, or "
-        f"its checkpoint, would be wrong. Cure: {cure}"
+        f"its checkpoint, would be wrong. Cure: {hint}"
     )
 
 
@@ -151,13 +151,13 @@ def flat_slices_of(flat: Any, group: NamedParams, everything: NamedParams) -> li
 
 
 def _slices_of_stage_3(engine: Any, flat: Any, everything: NamedParams) -> list[TensorSlice]:
-    place = next((k for k, other in enumerate(engine.fp32_partitioned_groups_flat) if other is flat), None)
-    if place is None:
+    index = next((k for k, other in enumerate(engine.fp32_partitioned_groups_flat) if other is flat), None)
+    if index is None:
         raise ValueError(cannot_map(everything, "stage 3", "fp32_partitioned_groups_flat does not hold its partition"))
     names = {id(param): name for name, param in everything}
-    group = engine.sub_group_process_groups[place]
+    group = engine.sub_group_process_groups[index]
     rank, parts, start = dist.get_rank(group), [], 0
-    for param in engine.fp16_groups[place]:
+    for param in engine.fp16_groups[index]:
         if id(param) not in names:
             raise ValueError(cannot_map(everything, "stage 3", "fp16_groups holds a parameter it was never given"))
         size = param.partition_numel()
@@ -196,7 +196,7 @@ def _shard_info(group: Any, numel: int, description: str) -> ShardInfo:
 
 
 def cannot_map(named: Sequence[tuple[str, object]], stage: str, why: str) -> str:
-    """The text of a refusal: parameter, DeepSpeed's version, stage, reason and cure."""
+    """The text of a refusal: parameter, DeepSpeed's version, stage, reason and hint."""
     version = _version()
     name = named[0][0] if named else "(none)"
     return (

@@ -15,7 +15,7 @@ from am_lightning.distributed.strategies.strategy import Cover, Strategy
 
 
 class DTensorStrategy(Strategy):
-    """A DTensor says itself where it lives."""
+    """A DTensor carries its mesh and placements."""
 
     name = "DTensor"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -32,17 +32,15 @@ class FSDP1Strategy(Strategy):
         return is_managed(param)
 
     def slices(self, param: Tensor, name: str, group_index: int) -> list[TensorSlice]:
-        known = self._managed.get(id(param)) or without_model(param)
-        return [
-            TensorSlice(inner or name, replace(known.shard, numel=numel), span) for inner, numel, span in known.parts
-        ]
+        found = self._managed.get(id(param)) or without_model(param)
+        return [replace(one, name=one.name or name) for one in found]
 
     @classmethod
     def check_demand(cls, params: Sequence[LogicalParam], demand: Demand) -> None:
         if demand.scope == "tensor":
             _refuse_flat(params)
-        elif any(param.shard.numel is None for param in params) and (
-            demand.exact_sums or any(param.shard.description == "plain" for param in params)
+        elif any(logical.shard.numel is None for logical in params) and (
+            demand.exact_sums or any(logical.shard.description == "plain" for logical in params)
         ):
             raise ValueError(
                 f"scope={demand.scope!r} needs FSDP1's process groups here, because copies of a shard would be counted "
@@ -51,7 +49,7 @@ class FSDP1Strategy(Strategy):
 
     @classmethod
     def check_exact(cls, params: Sequence[LogicalParam]) -> None:
-        if any(param.shard.numel is None for param in params):
+        if any(logical.shard.numel is None for logical in params):
             raise ValueError(
                 "FSDP1's process groups are not known to the optimizer, so copies of a shard cannot be told from "
                 f"shards: {BIND_THE_MODEL}"
@@ -60,19 +58,6 @@ class FSDP1Strategy(Strategy):
     @classmethod
     def logical_ndims(cls, root: nn.Module) -> dict[int, int]:
         return _ndims_of_views(root)
-
-
-@dataclass(frozen=True, eq=False)
-class Managed:
-    """A parameter that an FSDP module manages: one logical tensor, or a flat one of several.
-
-    Attributes:
-        shard: where its elements live; numel is None here.
-        parts: (name, elements of the whole tensor, where they lie in this rank's shard or None: the whole parameter).
-    """
-
-    shard: ShardInfo
-    parts: list[tuple[str | None, int | None, slice | None]]
 
 
 def is_managed(param: Tensor) -> bool:
@@ -85,8 +70,8 @@ def is_flat_parameter(param: Tensor) -> bool:
     return is_managed(param) and hasattr(param, "_fqns")
 
 
-def managed_parameters(model: nn.Module | None) -> dict[int, Managed]:
-    """``id(parameter) -> Managed`` of all FSDP modules in ``model``.
+def managed_parameters(model: nn.Module | None) -> dict[int, list[TensorSlice]]:
+    """``id(parameter) -> tensors in it`` of all FSDP modules in ``model``; without a name where it shows one tensor.
 
     Raises:
         ValueError: FSDP1 over tensor-parallel parameters, whose other dimension FSDP1 hides.
@@ -95,7 +80,7 @@ def managed_parameters(model: nn.Module | None) -> dict[int, Managed]:
         return {}
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    result: dict[int, Managed] = {}
+    result: dict[int, list[TensorSlice]] = {}
     for path, module in model.named_modules():
         handle = module._handle if isinstance(module, FullyShardedDataParallel) else None
         if handle is None:
@@ -105,20 +90,20 @@ def managed_parameters(model: nn.Module | None) -> dict[int, Managed]:
         _refuse_tensor_parallel(flat, prefix)
         shard = _shard_info(module, handle)
         if flat._params is None:
-            result[id(flat)] = Managed(shard, list(_parts(flat, prefix)))
+            result[id(flat)] = list(_tensors_in(flat, prefix, shard))
             continue
         for param, numel in zip(flat._params, flat._numels, strict=True):
-            result[id(param)] = Managed(shard, [(None, numel, None)])
+            result[id(param)] = [TensorSlice("", replace(shard, numel=numel))]
     return result
 
 
-def without_model(param: Any) -> Managed:
+def without_model(param: Any) -> list[TensorSlice]:
     """What can be said without the model: sums over all ranks. Copies under HYBRID_SHARD cancel in N / D."""
-    if is_flat_parameter(param):
-        _refuse_tensor_parallel(param, "")
     shard = ShardInfo(frozenset(range(world_size())), True, tuple, None, "FSDP1, groups not known")
-    parts = list(_parts(param, "")) if is_flat_parameter(param) else [(None, None, None)]
-    return Managed(shard, [(name, None, span) for name, _, span in parts])
+    if not is_flat_parameter(param):
+        return [TensorSlice("", shard)]
+    _refuse_tensor_parallel(param, "")
+    return [replace(one, shard=shard) for one in _tensors_in(param, "", shard)]
 
 
 def _shard_info(module: Any, handle: Any) -> ShardInfo:
@@ -135,13 +120,13 @@ def _shard_info(module: Any, handle: Any) -> ShardInfo:
     return ShardInfo(product, dist.get_rank(copies) == 0, lambda: (group, copies), None, description)
 
 
-def _parts(flat: Any, prefix: str) -> Iterator[tuple[str | None, int | None, slice | None]]:
+def _tensors_in(flat: Any, prefix: str, shard: ShardInfo) -> Iterator[TensorSlice]:
     """Logical tensors of a FlatParameter and where they lie in this rank's shard; padding is in none of them."""
     for fqn, numel, info in zip(flat._fqns, flat._numels, flat._shard_param_infos, strict=True):
         span = slice(0, 0)
         if info.in_shard:
             span = slice(info.offset_in_shard, info.offset_in_shard + info.numel_in_shard)
-        yield prefix + strip_wrappers(fqn), numel, span
+        yield TensorSlice(prefix + strip_wrappers(fqn), replace(shard, numel=numel), span)
 
 
 def _refuse_tensor_parallel(flat: Any, prefix: str) -> None:
@@ -157,15 +142,15 @@ def _refuse_tensor_parallel(flat: Any, prefix: str) -> None:
 def _refuse_flat(params: Sequence[LogicalParam]) -> None:
     """A flat parameter has one 0-dim state, not one for each of its tensors; FSDP1 saves no more."""
     names: dict[int, str] = {}
-    for param in params:
-        if id(param.param) in names and param.strategy is FSDP1Strategy:
+    for logical in params:
+        if id(logical.param) in names and logical.strategy is FSDP1Strategy:
             raise ValueError(
-                f"parameters {names[id(param.param)]!r} and {param.name!r} are in one flat parameter (FSDP1 with "
+                f"parameters {names[id(logical.param)]!r} and {logical.name!r} are in one flat parameter (FSDP1 with "
                 "use_orig_params=False), which has one state for both: scope='tensor' cannot be saved and resumed. "
                 "Set use_orig_params=True (Lightning: the default; Accelerate: fsdp_use_orig_params: true), or use "
                 "scope='global' or 'group'"
             )
-        names[id(param.param)] = param.name
+        names[id(logical.param)] = logical.name
 
 
 def _ndims_of_views(root: nn.Module) -> dict[int, int]:

@@ -1,4 +1,4 @@
-"""What a way to spread parameters over ranks says, so that sums over whole tensors can be formed."""
+"""The interface of a way to spread parameters over ranks: what sums over whole tensors need to know."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Surroundings:
 
     Attributes:
         model: the module that holds them, as it is trained.
-        replaced: for each parameter group, what it was given where an engine has put flat partitions in its place.
+        replaced: for each parameter group, the given parameters that an engine has replaced by flat partitions.
         all_replaced: those of all groups; empty: nothing was replaced.
     """
 
@@ -77,14 +77,14 @@ class Demand:
 class Strategy:
     """One way to spread parameters over ranks; an instance serves one set of parameter groups.
 
-    A new one is a file with a subclass, and a line in ``STRATEGIES``. ``holds`` and ``slices`` are needed; the defaults
-    of the rest say: nothing is refused.
+    A new one is a file with a subclass, and a line in ``STRATEGIES``. It needs ``holds`` and ``slices``;
+    by the defaults of the rest it refuses nothing.
 
     Class attributes:
         name: for messages.
         one_state_dtype: saves the states of many tensors as one, so that they must have one dtype.
         partitioned: the tensors in a parameter each have their own adaptive scalars, which are kept by name.
-        engine: the module that puts flat partitions in the place of given parameters.
+        engine: the package that replaces given parameters by flat partitions.
         clipping: how gradients are clipped where the engine holds them.
     """
 
@@ -111,12 +111,12 @@ class Strategy:
 
     @classmethod
     def replaces(cls, given: Tensor) -> bool:
-        """Flat partitions take the place of ``given``, a parameter that the optimizer was given."""
+        """``given``, a parameter that the optimizer was given, is replaced by a flat partition."""
         return False
 
     @classmethod
     def replicas(cls) -> Any:
-        """Process group of the ranks whose gradients an engine up the stack has averaged; None: there is none."""
+        """Process group of the ranks whose gradients an engine up the stack has averaged, or None."""
         return None
 
     @classmethod
@@ -127,7 +127,7 @@ class Strategy:
 
         Args:
             attached: an adapter has looked at the engine itself; otherwise it is searched for up the stack.
-            replaced: flat partitions have taken the place of the given parameters.
+            replaced: flat partitions have replaced the given parameters.
 
         Raises:
             ValueError: on every rank alike.
@@ -143,7 +143,7 @@ class Strategy:
 
     @classmethod
     def check_exact(cls, params: Sequence[LogicalParam]) -> None:
-        """Refuse sums in which an element might count more than once, as copies of it do that nobody named.
+        """Refuse sums in which an element might count more than once, because copies of it are not known.
 
         Raises:
             ValueError: on every rank alike.
@@ -151,7 +151,7 @@ class Strategy:
 
     @classmethod
     def cover(cls, shards: Sequence[ShardInfo]) -> Cover | None:
-        """One reduction that serves all ``shards``; None where there is none such."""
+        """One reduction that serves all ``shards``, or None."""
         return None
 
     @classmethod

@@ -9,7 +9,7 @@ from am_lightning.distributed.strategies.strategy import Strategy
 
 
 class UnshardedStrategy(Strategy):
-    """One process, or copies (DDP): whether others hold copies is not written on a tensor."""
+    """One process, or copies (DDP): a tensor does not know whether other ranks hold copies."""
 
     name = "no sharding"
 
