@@ -384,9 +384,9 @@ MUTATIONS = [
     ),
     Mutation(
         "a rehearsal becomes docs/gpu.md",
-        "am_lightning/bench/gpu_page.py",
+        "recipes/gpu/page.py",
         "if rehearsal and options.to",
         "if not rehearsal and options.to",
-        ("tests/optim/test_gpu_page.py::test_a_rehearsal_is_marked_and_is_never_docs",),
+        ("tests/recipes/test_gpu_page.py::test_a_rehearsal_is_marked_and_is_never_docs",),
     ),
 ]

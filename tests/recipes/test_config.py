@@ -15,6 +15,7 @@ import lightning as L
 import pytest
 import yaml
 
+from am_lightning import AdaptiveMemory
 from am_lightning.pretrain.commands.plan.command import make_plan, read_options
 from am_lightning.pretrain.commands.plan.table import duration_text
 from am_lightning.pretrain.model.network import count_parameters
@@ -155,6 +156,18 @@ def same(written: str, default: Any) -> bool:
     if isinstance(value, list):
         value = tuple(value)
     return bool(value == default) or str(value) == str(default)
+
+
+@pytest.mark.parametrize("path", ["am_lightning.AdaptiveMemory", "am_lightning.lightning.AdaptiveMemory"])
+def test_a_saved_configuration_names_the_callback_as_any_version_knows_it(path: str, tmp_path: Path) -> None:
+    """Both are public; the module that the class is in is not."""
+    callbacks = f'--trainer.callbacks=[{{"class_path": "{path}"}}]'
+    settings = read_settings(["--config", str(CONFIGS["laptop"]), callbacks])
+    settings.save(tmp_path / "config.yaml")
+    again = read_settings(["--config", str(tmp_path / "config.yaml")])
+    for read in (settings, again):
+        assert [callback["class_path"] for callback in read.config["trainer"]["callbacks"]] == [path]
+        assert isinstance(read._memory, AdaptiveMemory)
 
 
 @every_config
