@@ -84,7 +84,7 @@ def _with_sections(args: list[str]) -> list[str]:
 def _section(config: str) -> str:
     import yaml
 
-    from am_lightning.pretrain.runtime.locate import find_config
+    from am_lightning.pretrain.runtime.paths import find_config
 
     path = find_config(config)
     try:

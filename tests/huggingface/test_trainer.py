@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from am_lightning import AMSGD, AMAdamW
 from am_lightning.huggingface import AdaptiveMemoryCallback, AMAdamWFactory
-from am_lightning.optim.unwrap import innermost
+from am_lightning.optim.unwrap import unwrap_optimizer
 from tests.huggingface.events import scalars_in
 from tests.huggingface.launch import launch
 from tests.huggingface.trainer_runs import FORMS, LOG, SAVE, STEPS, Watch, make_model, make_trainer, run
@@ -195,7 +195,7 @@ class Replace(TrainerCallback):
         if state.global_step == self.after:
             self.trainer.optimizer = self.kind(model.parameters(), lr=0.05)
         elif self.kind is AMAdamW:
-            betas = innermost(self.trainer.optimizer).momentum().values()
+            betas = unwrap_optimizer(self.trainer.optimizer).momentum().values()
             self.seen.append(float(torch.stack(list(betas)).mean()))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from am_lightning.pretrain.runtime.locate import recipe_files
+from am_lightning.pretrain.runtime.paths import recipe_files
 from am_lightning.recipes.__main__ import main
 from tests.python import COLD
 

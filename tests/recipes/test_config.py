@@ -19,7 +19,7 @@ from am_lightning import AdaptiveMemory
 from am_lightning.pretrain.commands.plan.command import make_plan, read_options
 from am_lightning.pretrain.commands.plan.table import duration_text
 from am_lightning.pretrain.model.network import count_parameters
-from am_lightning.pretrain.runtime.run_config import Settings, _Parser, read_settings
+from am_lightning.pretrain.runtime.run_config import RunConfig, _Parser, read_run_config
 from am_lightning.recipes.__main__ import make_parser
 from tests.recipes.test_network import FAMILY
 
@@ -28,8 +28,8 @@ COMMENT = re.compile(r"\((?P<type>[^,()]+)(, (?P<default>[^()]+))?\)(?P<words>.*
 every_config = pytest.mark.parametrize("name", CONFIGS)
 
 
-def settings_of(name: str) -> Settings:
-    return read_settings(["--config", str(CONFIGS[name])])
+def settings_of(name: str) -> RunConfig:
+    return read_run_config(["--config", str(CONFIGS[name])])
 
 
 def keys(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, int, yaml.Node]]:
@@ -162,9 +162,9 @@ def same(written: str, default: Any) -> bool:
 def test_a_saved_configuration_names_the_callback_as_any_version_knows_it(path: str, tmp_path: Path) -> None:
     """Both are public; the module that the class is in is not."""
     callbacks = f'--trainer.callbacks=[{{"class_path": "{path}"}}]'
-    settings = read_settings(["--config", str(CONFIGS["laptop"]), callbacks])
+    settings = read_run_config(["--config", str(CONFIGS["laptop"]), callbacks])
     settings.save(tmp_path / "config.yaml")
-    again = read_settings(["--config", str(tmp_path / "config.yaml")])
+    again = read_run_config(["--config", str(tmp_path / "config.yaml")])
     for read in (settings, again):
         assert [callback["class_path"] for callback in read.config["trainer"]["callbacks"]] == [path]
         assert isinstance(read._memory, AdaptiveMemory)

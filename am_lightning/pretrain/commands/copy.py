@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from am_lightning.pretrain.runtime.errors import RecipeError
-from am_lightning.pretrain.runtime.locate import find_config, recipe_files, recipes_folder
+from am_lightning.pretrain.runtime.paths import find_config, recipe_files, recipes_folder
 
 # Of recipes/: those of the checkout alone, and what tools leave.
 _STAYS = {"configs", "quickstart.sh", "env.sh", "gpu", "studies", "runs", "__pycache__"}

@@ -17,8 +17,8 @@ from am_lightning.pretrain.commands.plan.table import print_plan
 from am_lightning.pretrain.commands.plan.traffic import traffic_of
 from am_lightning.pretrain.model.network import count_parameters, count_tensors
 from am_lightning.pretrain.runtime.errors import RecipeError, require
-from am_lightning.pretrain.runtime.locate import find_config
-from am_lightning.pretrain.runtime.run_config import Settings, read_settings
+from am_lightning.pretrain.runtime.paths import find_config
+from am_lightning.pretrain.runtime.run_config import RunConfig, read_run_config
 
 _USAGE = "python -m am_lightning.recipes plan CONFIG --gpus N [options] [--KEY VALUE ...]"
 
@@ -51,7 +51,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_options(args: argparse.Namespace) -> argparse.Namespace:
-    """Take plan's own options out of what stands behind CONFIG; `settings` are the rest, for read_settings.
+    """Take plan's own options out of what stands behind CONFIG; `settings` are the rest, for read_run_config.
 
     Raises:
         RecipeError: --gpus is missing. SystemExit: a value of the wrong type, or --help.
@@ -69,7 +69,7 @@ def read_options(args: argparse.Namespace) -> argparse.Namespace:
 def _run(args: argparse.Namespace) -> int:
     args = read_options(args)
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout when it is imported
-        settings = read_settings(args.settings)
+        settings = read_run_config(args.settings)
     plan = make_plan(settings, args)
     if args.json:
         print(json.dumps(as_json(plan), indent=2))
@@ -78,7 +78,7 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def make_plan(settings: Settings, args: argparse.Namespace) -> Plan:
+def make_plan(settings: RunConfig, args: argparse.Namespace) -> Plan:
     """The plan for a configuration and the options of the command line.
 
     Raises:

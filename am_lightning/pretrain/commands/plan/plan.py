@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from am_lightning.pretrain.commands.plan.layout import Layout
+from am_lightning.pretrain.commands.plan.layout import ParallelPlan
 from am_lightning.pretrain.commands.plan.memory import RESERVE, Memory
 from am_lightning.pretrain.commands.plan.speed import Speed
 from am_lightning.pretrain.commands.plan.traffic import Traffic
@@ -17,7 +17,7 @@ class Plan:
 
     parameters: int
     tensors: int
-    layout: Layout
+    layout: ParallelPlan
     memory: Memory
     gpu_memory: int
     traffic: Traffic
@@ -36,7 +36,7 @@ class Plan:
         return self.needed <= self.gpu_memory
 
 
-def checkpoint_bytes(parameters: int, layout: Layout) -> int:
+def checkpoint_bytes(parameters: int, layout: ParallelPlan) -> int:
     """Weights and two moments, as they are stored; DeepSpeed adds its 16-bit weights to the float32 ones."""
     if layout.kind == "zero":
         return parameters * (12 + (2 if layout.compute_bytes == 2 else 0))
