@@ -53,7 +53,7 @@ class StatsReader:
         self.optimizer, self.prefix = optimizer, prefix
         self.skipped_before = 0
         self.betas = torch.empty(0, device="cpu")
-        self.numbers = StepNumbers(0, 0, 0, math.nan)
+        self.numbers = StepNumbers(*(0.0 for _ in StepNumbers._fields))
         self.first_bad = ""
         self._warned_of = 0
         self._stats: MomentumStats | None = None
