@@ -21,6 +21,7 @@ pytest.importorskip("sklearn")
 from am_lightning import AMAdamW
 from am_lightning.pretrain.loss_spikes import count_spikes
 from am_lightning.pretrain.runtime.errors import RecipeError
+from am_lightning.pretrain.runtime.recipe_text import recipe_text
 from recipes.studies.convex.methods import METHODS, descend, make_optimizer
 from recipes.studies.convex.problems import LOGISTIC, logistic
 from recipes.studies.intervals import interval, paired
@@ -208,7 +209,7 @@ def test_momentum_is_fixed_in_mid_run() -> None:
 def tiny_recipe(tmp_path: Path, corpus_folder: Path) -> Path:
     import yaml
 
-    recipe = yaml.safe_load((RECIPES / "configs" / "laptop.yaml").read_text())
+    recipe = yaml.safe_load(recipe_text(RECIPES / "configs" / "laptop.yaml"))
     recipe["model"] |= {"hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "num_layers": 1, "seq_len": 16}
     recipe["data"] |= {"source": str(corpus_folder), "val_rows": 4, "final_val_rows": 8, "val_batch_size": 4}
     path = tmp_path / "tiny.yaml"

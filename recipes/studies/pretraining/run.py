@@ -16,6 +16,7 @@ from am_lightning.pretrain.model.initial_weights import SCHEME
 from am_lightning.pretrain.model.network import build_llama, token_loss
 from am_lightning.pretrain.model.schedule import learning_rate_factor
 from am_lightning.pretrain.runtime.paths import find_config
+from am_lightning.pretrain.runtime.recipe_text import recipe_text
 from am_lightning.pretrain.runtime.run_config import read_run_config
 from recipes.studies.ledger import Config, Result
 from recipes.studies.pretraining.methods import Method, fix_momentum, make_optimizer
@@ -55,7 +56,7 @@ def run_config(
 def setup_of(recipe: str) -> dict[str, str]:
     """What runs depend on beside their configuration: the recipe's text, how a seed becomes weights, and Python, whose
     library may be the data."""
-    text = find_config(recipe).read_text()
+    text = recipe_text(find_config(recipe))
     return {
         "recipe": hashlib.sha256(text.encode()).hexdigest()[:12],
         "initial weights": SCHEME,
