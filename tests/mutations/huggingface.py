@@ -167,4 +167,11 @@ MUTATIONS = [
         "and other.reader.prefix != prefix",
         ("tests/loggers/test_attach.py::test_removed_it_writes_no_more_and_twice_is_once",),
     ),
+    Mutation(
+        "a number that is counted in the step is not logged until somebody names it a second time",
+        "am_lightning/loggers/reader.py",
+        "if name not in _NOT_LOGGED and",
+        'if name in ("skipped_steps", "grad_norm") and',
+        ("tests/loggers/test_attach.py::test_a_new_field_is_written_with_the_others",),
+    ),
 ]

@@ -389,4 +389,19 @@ MUTATIONS = [
         "if not rehearsal and options.to",
         ("tests/recipes/test_gpu_page.py::test_a_rehearsal_is_marked_and_is_never_docs",),
     ),
+    # ------------------------------------------------------------------ recipes over their base
+    Mutation(
+        "a recipe's base is not read",
+        f"{_PACKAGE}/runtime/paths.py",
+        "files.insert(0, base)",
+        "return files",
+        ("tests/recipes/test_config.py::test_a_recipe_over_its_base_is_the_whole_text[130m]",),
+    ),
+    Mutation(
+        "a recipe written out whole loses its own comments",
+        f"{_PACKAGE}/runtime/recipe_text.py",
+        "    if entry.has_comment:\n        return",
+        "    if not base.line:\n        return",
+        ("tests/recipes/test_config.py::test_texts_are_merged_with_their_comments",),
+    ),
 ]

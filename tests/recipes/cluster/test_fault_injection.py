@@ -1,4 +1,4 @@
-"""A short drill, with what the other tests of this folder do not do; fault_injection.py is the long one."""
+"""A short run of kills, with what the other tests of this folder do not do; fault_injection.py is the long one."""
 
 from __future__ import annotations
 
