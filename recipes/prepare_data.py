@@ -84,11 +84,12 @@ def _with_sections(args: list[str]) -> list[str]:
 def _section(config: str) -> str:
     import yaml
 
-    from am_lightning.pretrain.runtime.locate import find_config
+    from am_lightning.pretrain.runtime.paths import find_config
+    from am_lightning.pretrain.runtime.recipe_text import recipe_text
 
     path = find_config(config)
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recipe = yaml.safe_load(recipe_text(path))
         data = dict(recipe.get("data") or {})
         linked = {key: recipe[section][key] for key, section in _LINKED.items() if key in recipe.get(section, {})}
         root = (recipe.get("trainer") or {}).get("default_root_dir")

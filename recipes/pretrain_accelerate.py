@@ -22,13 +22,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from am_lightning import AMSGD, AMAdamW
 from am_lightning.huggingface import attach
-from am_lightning.pretrain.checkpoints.accelerate import StateFolders
+from am_lightning.pretrain.checkpoints.accelerate import AccelerateCheckpoints
 from am_lightning.pretrain.data.text_data import TextData
 from am_lightning.pretrain.model.network import build_llama, token_loss
 from am_lightning.pretrain.runtime.collective_errors import Agreement, leave_together
 from am_lightning.pretrain.runtime.errors import RecipeError, require
 from am_lightning.pretrain.runtime.main import command_line
-from am_lightning.pretrain.runtime.run_config import Settings, read_settings
+from am_lightning.pretrain.runtime.run_config import RunConfig, read_run_config
 from am_lightning.pretrain.runtime.signals import StopSignal
 
 PRECISIONS = {"32-true": "no", "bf16-mixed": "bf16", "16-mixed": "fp16"}
@@ -37,7 +37,7 @@ PRECISIONS = {"32-true": "no", "bf16-mixed": "bf16", "16-mixed": "fp16"}
 def main(args: list[str] | None = None) -> None:
     """Run the command line `args` (sys.argv's where None)."""
     with command_line():
-        train(read_settings(args))
+        train(read_run_config(args))
 
 
 class Progress:
@@ -53,7 +53,7 @@ class Progress:
         self.step = state["step"]
 
 
-def train(settings: Settings) -> None:
+def train(settings: RunConfig) -> None:
     accelerator = make_accelerator(settings)
     stop = StopSignal()
     data = open_data(accelerator, settings)
@@ -61,7 +61,7 @@ def train(settings: Settings) -> None:
 
     progress = Progress()
     accelerator.register_for_checkpointing(schedule, progress, data)
-    checkpoints = StateFolders(accelerator, settings.checkpoints, settings.keep)
+    checkpoints = AccelerateCheckpoints(accelerator, settings.checkpoints, settings.keep)
     if settings.ckpt_path is not None:
         loaded = checkpoints.load(settings.ckpt_path)
         accelerator.print(f"going on from {loaded}" if loaded else "no checkpoint yet: starting from step 0")
@@ -115,7 +115,7 @@ def train(settings: Settings) -> None:
     leave_together(accelerator)
 
 
-def open_data(accelerator: Accelerator, settings: Settings) -> TextData:
+def open_data(accelerator: Accelerator, settings: RunConfig) -> TextData:
     """Its shards are made by one process of each machine, where they are not there yet."""
     with accelerator.local_main_process_first():
         if accelerator.is_local_main_process:
@@ -130,7 +130,7 @@ def share_of(accelerator: Accelerator) -> dict[str, Any]:
     return {"rank": accelerator.process_index, "world_size": accelerator.num_processes, "pin_memory": pinned}
 
 
-def make_model(accelerator: Accelerator, settings: Settings) -> tuple[nn.Module, Optimizer, LRScheduler]:
+def make_model(accelerator: Accelerator, settings: RunConfig) -> tuple[nn.Module, Optimizer, LRScheduler]:
     """Prepared, all but the schedule: Accelerate would step it once for each process."""
     set_seed(settings.seed)
     model = build_llama(settings.shape)
@@ -147,7 +147,7 @@ def is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def make_accelerator(settings: Settings) -> Accelerator:
+def make_accelerator(settings: RunConfig) -> Accelerator:
     """With TensorBoard curves in DIR/logs, and under DeepSpeed the recipe's sizes in its configuration."""
     require(settings.precision in PRECISIONS, "trainer.precision", settings.precision, " or ".join(PRECISIONS))
     accelerator = Accelerator(
@@ -178,7 +178,7 @@ def make_accelerator(settings: Settings) -> Accelerator:
     return accelerator
 
 
-def on_cpu(settings: Settings) -> dict[str, Any]:
+def on_cpu(settings: RunConfig) -> dict[str, Any]:
     """Arguments of Accelerator where there is no GPU or none is wanted: several processes find each other by gloo."""
     if settings.accelerator != "cpu" and torch.accelerator.is_available():
         return {}

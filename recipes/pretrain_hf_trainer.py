@@ -28,7 +28,7 @@ from am_lightning.pretrain.runtime.atomic_files import replacing
 from am_lightning.pretrain.runtime.collective_errors import Agreement, leave_together
 from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.main import command_line
-from am_lightning.pretrain.runtime.run_config import Settings, read_settings
+from am_lightning.pretrain.runtime.run_config import RunConfig, read_run_config
 from am_lightning.pretrain.runtime.signals import StopSignal
 
 CURVES = {"loss": "train/loss", "learning_rate": "lr", "grad_norm": "grad_norm", "eval_loss": "val/loss"}
@@ -38,20 +38,20 @@ DATA_FILE = "data.pt"  # in each checkpoint: which data it was trained on
 def main(args: list[str] | None = None) -> None:
     """Run the command line `args` (sys.argv's where None)."""
     with command_line():
-        train(read_settings(args))
+        train(read_run_config(args))
 
 
 class RecipeOptimizer:
     """The Trainer's factory form. (With options of your own: AMAdamWFactory from am_lightning.huggingface.)"""
 
-    def __call__(self, model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    def __call__(self, model: nn.Module, settings: RunConfig) -> torch.optim.Optimizer:
         return settings.make_optimizer(model)
 
 
 class RecipeTrainer(Trainer):
     """Trainer whose rows, loss and schedule are the recipe's."""
 
-    def __init__(self, settings: Settings, **options: Any) -> None:
+    def __init__(self, settings: RunConfig, **options: Any) -> None:
         self.settings = settings
         optimizer = (RecipeOptimizer, {"settings": settings})
         super().__init__(optimizer_cls_and_kwargs=optimizer, eval_dataset=[], **options)  # see get_eval_dataloader
@@ -131,7 +131,7 @@ class Curves(TrainerCallback):
 class DataOfCheckpoint(TrainerCallback):
     """Keeps with every checkpoint on which data it was trained, and refuses to go on with other data."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: RunConfig) -> None:
         self.data = settings.data
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -158,7 +158,7 @@ class StopAtStep(TrainerCallback):
             self.stopped = control.should_save = control.should_training_stop = True
 
 
-def train(settings: Settings) -> None:
+def train(settings: RunConfig) -> None:
     args = training_arguments(settings)
     stop = StopSignal()
     if settings.threads is not None:
@@ -199,7 +199,7 @@ def train(settings: Settings) -> None:
     leave_together(trainer.accelerator)
 
 
-def training_arguments(settings: Settings) -> TrainingArguments:
+def training_arguments(settings: RunConfig) -> TrainingArguments:
     """What the recipe says, in the Trainer's words."""
     cpu = settings.accelerator == "cpu" or not torch.accelerator.is_available()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -230,13 +230,13 @@ def training_arguments(settings: Settings) -> TrainingArguments:
     )
 
 
-def is_adaptive(settings: Settings) -> bool:
+def is_adaptive(settings: RunConfig) -> bool:
     """Whether the recipe's optimizer has a momentum to log."""
     optimizer = settings.make_optimizer(nn.Linear(1, 1))
     return isinstance(optimizer, AMAdamW | AMSGD)
 
 
-def checkpoint_of(settings: Settings) -> Path | None:
+def checkpoint_of(settings: RunConfig) -> Path | None:
     """The folder that --ckpt_path names. "last" is the newest whole one: what is written last is there."""
     if settings.ckpt_path is None:
         return None

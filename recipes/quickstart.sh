@@ -6,7 +6,7 @@
 #     recipes/quickstart.sh                             # 800 steps: about two minutes after the installation
 #     recipes/quickstart.sh --ckpt_path last            # go on after an interruption, to the same bits
 #     recipes/quickstart.sh --compare true              # also AdamW at beta1 0.9 and 0.8, and one picture of all
-#     recipes/quickstart.sh --trainer.max_steps 20      # any key of recipes/configs/laptop.yaml, which explains each
+#     recipes/quickstart.sh --trainer.max_steps 20      # any key of recipes/configs/base.yaml, which explains each
 #
 # All keys: .venv/bin/python recipes/pretrain.py fit --help, once .venv is there.
 # The run goes to runs/laptop in the repository unless --trainer.default_root_dir says otherwise.

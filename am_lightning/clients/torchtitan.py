@@ -20,7 +20,7 @@ except ImportError as error:
         f"am_lightning.clients.torchtitan needs torchtitan 0.3 or later: pip install torchtitan ({error})"
     ) from error
 
-from am_lightning.loggers.reader import Readings, prefix_of
+from am_lightning.loggers.reader import StatsReader, prefix_of
 from am_lightning.optim.adamw import AMAdamW
 from am_lightning.optim.convert import convert_adamw, is_adam
 
@@ -68,15 +68,15 @@ class MomentumMetrics(MetricsProcessor):  # type: ignore[misc]
         super().log(*args, extra_metrics=(extra_metrics or {}) | self._momentum(), **kwargs)
 
     def _momentum(self) -> dict[str, float]:
-        if not hasattr(self, "_readings"):  # the optimizers come after __init__
-            ours = [optimizer for optimizer in self.optimizers or () if isinstance(optimizer, AMAdamW)]
-            self._readings = [Readings(one, prefix_of(index)) for index, one in enumerate(ours)]
+        if not hasattr(self, "_readers"):  # the optimizers come after __init__
+            am_optimizers = [optimizer for optimizer in self.optimizers or () if isinstance(optimizer, AMAdamW)]
+            self._readers = [StatsReader(one, prefix_of(index)) for index, one in enumerate(am_optimizers)]
         scalars: dict[str, float] = {}
-        for readings in self._readings:
-            readings.read()
-            scalars |= readings.scalars()
-            if readings.newly_skipped():
-                logger.warning(readings.skip_warning())
+        for reader in self._readers:
+            reader.read()
+            scalars |= reader.scalars()
+            if reader.newly_skipped():
+                logger.warning(reader.skip_warning())
         return scalars
 
 

@@ -18,7 +18,7 @@ from am_lightning.distributed.layout import all_reduce
 from am_lightning.distributed.strategies.deepspeed_zero import check_supported
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.closed_form import Decision, RowOptions, Sums
-from am_lightning.optim.unwrap import innermost
+from am_lightning.optim.unwrap import unwrap_optimizer
 
 try:
     import deepspeed
@@ -76,7 +76,7 @@ def find_optimizer(engine: Any) -> AdaptiveMemoryOptimizer:
     Raises:
         TypeError: there is none of ours.
     """
-    inner = innermost(engine.optimizer)
+    inner = unwrap_optimizer(engine.optimizer)
     if not isinstance(inner, AdaptiveMemoryOptimizer):
         raise TypeError(
             f"Invalid engine: its optimizer is {type(inner).__name__} (pass optimizer=am_adamw(model, ...) to "

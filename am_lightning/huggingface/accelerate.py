@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
-from am_lightning.distributed.strategies.dtensor import is_dtensor
-from am_lightning.loggers.reader import Readings, prefix_of
-from am_lightning.loggers.step_logger import StepHook, StepLog, logs_of
+from am_lightning.loggers.reader import StatsReader
+from am_lightning.loggers.step_logger import StepHook, StepLogger, free_prefix, loggers_of
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
-from am_lightning.optim.unwrap import adaptive, innermost
+from am_lightning.optim.unwrap import am_optimizers, bind_distributed, require_am_optimizer, unwrap_optimizer
 from am_lightning.optim.validation import check_count
 
 try:
@@ -26,7 +23,7 @@ except ImportError as error:
     ) from error
 
 
-def attach(accelerator: Accelerator, optimizer: Any, *, log_every_n_steps: int | None = 50) -> Readings:
+def attach(accelerator: Accelerator, optimizer: Any, *, log_every_n_steps: int | None = 50) -> StatsReader:
     """Tell ``optimizer`` where its parameters are, and log its momentum to the accelerator's trackers.
 
     Call it on every process, after ``accelerator.prepare(...)`` and before the first step. Parameters get the names of
@@ -42,7 +39,7 @@ def attach(accelerator: Accelerator, optimizer: Any, *, log_every_n_steps: int |
             TensorBoard. It warns of dropped steps. Tags of a second optimizer start with ``am-1``. None: it does not.
 
     Returns:
-        The readings, for logging of one's own: ``readings.read()``, then ``readings.scalars()``.
+        The reader, for logging of one's own: ``reader.read()``, then ``reader.scalars()``.
 
     Raises:
         TypeError: not an Accelerator, or not an adaptive memory optimizer.
@@ -54,25 +51,25 @@ def attach(accelerator: Accelerator, optimizer: Any, *, log_every_n_steps: int |
         raise TypeError(f"Invalid accelerator: {type(accelerator).__name__} (must be an accelerate.Accelerator)")
     if log_every_n_steps is not None:
         check_count("log_every_n_steps", log_every_n_steps)
-    ours = adaptive(optimizer, "build AMAdamW(model.named_parameters(), ...) in place of it")
-    prepared = [innermost(other) for other in accelerator._optimizers]
-    if not any(other is ours for other in prepared):
+    am_optimizer = require_am_optimizer(optimizer, "build AMAdamW(model.named_parameters(), ...) in place of it")
+    prepared = [unwrap_optimizer(other) for other in accelerator._optimizers]
+    if not any(other is am_optimizer for other in prepared):
         raise RuntimeError(
-            f"this {type(ours).__name__} is not prepared by this accelerator: call model, optimizer = "
+            f"this {type(am_optimizer).__name__} is not prepared by this accelerator: call model, optimizer = "
             "accelerator.prepare(model, optimizer) first, then attach(accelerator, optimizer)"
         )
-    place(ours, accelerator._models, accelerator.distributed_type, accelerator.num_processes)
-    log = _log_of(ours)
-    if log is None:
-        others = sum(_log_of(other) is not None for other in prepared)
-        log = _StepLog(Readings(ours, prefix_of(others)), _step_hook(ours, accelerator))
-    log.accelerator, log.every = accelerator, log_every_n_steps
-    return log.readings
+    bind_models(am_optimizer, accelerator._models, accelerator.distributed_type, accelerator.num_processes)
+    logger = next(iter(_loggers_of(am_optimizer)), None)
+    if logger is None:
+        others = [other for one in am_optimizers(prepared) for other in _loggers_of(one)]
+        logger = _TrackerLogger(StatsReader(am_optimizer, free_prefix(others)), _step_hook(am_optimizer, accelerator))
+    logger.accelerator, logger.every = accelerator, log_every_n_steps
+    return logger.reader
 
 
 def engine_of(optimizer: AdaptiveMemoryOptimizer, models: Sequence[Any]) -> Any:
     """The DeepSpeedEngine among ``models`` that steps ``optimizer``, or None."""
-    return next((model for model in models if innermost(getattr(model, "optimizer", None)) is optimizer), None)
+    return next((model for model in models if unwrap_optimizer(getattr(model, "optimizer", None)) is optimizer), None)
 
 
 def _step_hook(optimizer: AdaptiveMemoryOptimizer, accelerator: Accelerator) -> StepHook | None:
@@ -84,12 +81,10 @@ def _step_hook(optimizer: AdaptiveMemoryOptimizer, accelerator: Accelerator) -> 
     return partial(after_each_step, engine_of(optimizer, accelerator._models))
 
 
-def place(
+def bind_models(
     optimizer: AdaptiveMemoryOptimizer, models: Sequence[nn.Module], distributed_type: DistributedType, processes: int
 ) -> None:
-    """Give ``optimizer`` the names and the FSDP1 groups of those ``models`` that hold its parameters; DDP's replicas.
-
-    Under DeepSpeed the engine is attached.
+    """``bind_distributed`` to those of ``models`` that hold the parameters; under DeepSpeed the engine is attached.
 
     Raises:
         ValueError: none of them does, or no DeepSpeed engine steps it.
@@ -118,13 +113,11 @@ def place(
             "optimizer is built"
         )
     whole = [model for model, held in found if held == wanted]
-    optimizer.bind_model(whole[0] if whole else nn.ModuleList(holders))
-    replicas = distributed_type.value.startswith("MULTI_") and not any(is_dtensor(param) for param in params)
-    if replicas and processes > 1 and optimizer.replica_group is None:
-        optimizer.replica_group = torch.distributed.group.WORLD
+    model = whole[0] if whole else nn.ModuleList(holders)
+    bind_distributed(optimizer, model, replicated=distributed_type.value.startswith("MULTI_") and processes > 1)
 
 
-class _StepLog(StepLog):
+class _TrackerLogger(StepLogger):
     """To the accelerator's trackers."""
 
     accelerator: Accelerator
@@ -132,17 +125,12 @@ class _StepLog(StepLog):
     def is_main(self) -> bool:
         return bool(self.accelerator.is_main_process)
 
-    def log(self) -> None:
-        readings, accelerator = self.readings, self.accelerator
-        readings.read()
-        if readings.newly_skipped():
-            warnings.warn(readings.skip_warning(), stacklevel=5)  # whoever calls the prepared step()
-        accelerator.log(readings.scalars(), step=self.steps)
-        seen = readings.stepped()
-        for tracker in accelerator.trackers:
-            if tracker.name == "tensorboard" and seen.numel():
-                tracker.tracker.add_histogram(f"{readings.prefix}/beta", seen, self.steps)
+    def write(self) -> None:
+        self.accelerator.log(self.reader.scalars(), step=self.steps)
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                self.reader.add_histogram(tracker.tracker, self.steps)
 
 
-def _log_of(optimizer: Any) -> _StepLog | None:
-    return next((log for log in logs_of(optimizer) if isinstance(log, _StepLog)), None)
+def _loggers_of(optimizer: Any) -> list[_TrackerLogger]:
+    return [logger for logger in loggers_of(optimizer) if isinstance(logger, _TrackerLogger)]

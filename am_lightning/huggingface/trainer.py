@@ -10,13 +10,13 @@ from typing import Any
 from torch import nn
 
 from am_lightning.distributed.call_stack import caller
-from am_lightning.huggingface.accelerate import place
-from am_lightning.loggers.reader import Readings
+from am_lightning.huggingface.accelerate import bind_models
+from am_lightning.loggers.reader import StatsReader
 from am_lightning.optim.adamw import AMAdamW
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.convert import default_cap
 from am_lightning.optim.param_groups import am_adamw
-from am_lightning.optim.unwrap import adaptive
+from am_lightning.optim.unwrap import require_am_optimizer
 
 try:
     from accelerate.state import AcceleratorState
@@ -46,7 +46,7 @@ class AdaptiveMemoryCallback(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self._readings: Readings | None = None
+        self._reader: StatsReader | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Go ahead of the reporting callbacks."""
@@ -69,9 +69,9 @@ class AdaptiveMemoryCallback(TrainerCallback):
                 "trainer.pop_callback(AdaptiveMemoryCallback)) before trainer.train()",
                 stacklevel=2,
             )
-        ours = adaptive(optimizer, _USE)
-        _place(ours, model, caller(Trainer))
-        unused = list(_unused(args, ours))
+        am_optimizer = require_am_optimizer(optimizer, _USE)
+        _bind(am_optimizer, model, caller(Trainer))
+        unused = list(_unused(args, am_optimizer))
         if unused and state.is_world_process_zero:
             warnings.warn(
                 f"{'; '.join(unused)}. A ready optimizer gets none of them, an optimizer class weight_decay and what "
@@ -79,11 +79,11 @@ class AdaptiveMemoryCallback(TrainerCallback):
                 "from the arguments",
                 stacklevel=2,
             )
-        if self._readings is None or self._readings.optimizer is not ours:
-            self._readings = Readings(ours)
+        if self._reader is None or self._reader.optimizer is not am_optimizer:
+            self._reader = StatsReader(am_optimizer)
         logged = [record["am/skipped_steps"] for record in state.log_history if "am/skipped_steps" in record]
         before = int(logged[-1]) if logged else 0
-        self._readings.skipped_before += before - self._readings.skipped_in_all()
+        self._reader.skipped_before += before - self._reader.skipped_in_all()
 
     def on_step_begin(
         self,
@@ -116,30 +116,30 @@ class AdaptiveMemoryCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add the momentum to the training loss: to what reporting callbacks get next, and to what is kept already."""
-        if self._readings is None or logs is None or "loss" not in logs:
+        if self._reader is None or logs is None or "loss" not in logs:
             return
         self._follow(kwargs.get("model"))
-        self._readings.read()
-        scalars = self._readings.scalars()
+        self._reader.read()
+        scalars = self._reader.scalars()
         logs.update(scalars)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(scalars)
-        if self._readings.newly_skipped():
-            text = self._readings.skip_warning()
+        if self._reader.newly_skipped():
+            text = self._reader.skip_warning()
             if state.is_world_process_zero:
                 warnings.warn(text, stacklevel=2)
 
     def _follow(self, model: nn.Module | None) -> None:
         """Read the optimizer that the Trainer has now; in mid-run it may have been given another."""
         trainer = caller(Trainer)
-        if self._readings is None or trainer is None:
+        if self._reader is None or trainer is None:
             return
-        ours = adaptive(trainer.optimizer, _USE)
-        if ours is not self._readings.optimizer:
-            skipped = self._readings.skipped_in_all()
-            _place(ours, model, trainer)
-            self._readings = Readings(ours)
-            self._readings.skipped_before = skipped
+        am_optimizer = require_am_optimizer(trainer.optimizer, _USE)
+        if am_optimizer is not self._reader.optimizer:
+            skipped = self._reader.skipped_in_all()
+            _bind(am_optimizer, model, trainer)
+            self._reader = StatsReader(am_optimizer)
+            self._reader.skipped_before = skipped
 
     def _go_first(self) -> bool:
         """Move to the head of the Trainer's callbacks; False where they cannot be found.
@@ -154,12 +154,12 @@ class AdaptiveMemoryCallback(TrainerCallback):
         return True
 
 
-def _place(optimizer: AdaptiveMemoryOptimizer, model: nn.Module | None, trainer: Trainer | None) -> None:
+def _bind(optimizer: AdaptiveMemoryOptimizer, model: nn.Module | None, trainer: Trainer | None) -> None:
     """Tell ``optimizer`` where its parameters are; DeepSpeed's engine is what the Trainer wraps the model in."""
     assert model is not None
     accelerate = AcceleratorState()
     models = [model] if trainer is None else [model, trainer.model_wrapped]
-    place(optimizer, models, accelerate.distributed_type, accelerate.num_processes)
+    bind_models(optimizer, models, accelerate.distributed_type, accelerate.num_processes)
 
 
 def _unused(args: TrainingArguments, optimizer: AdaptiveMemoryOptimizer) -> Iterator[str]:

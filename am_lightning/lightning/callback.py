@@ -12,20 +12,20 @@ import torch
 import am_lightning.lightning.compat as pl
 from am_lightning.lightning.compat import DeepSpeedStrategy, MisconfigurationException, rank_zero_info, rank_zero_warn
 from am_lightning.lightning.fabric import attach
-from am_lightning.lightning.loggers import Curves
-from am_lightning.lightning.patched_methods import Replacements
+from am_lightning.lightning.loggers import StatsLogger
+from am_lightning.lightning.patched_methods import PatchedMethods
 from am_lightning.lightning.trainer_patches import (
     allow_in_deepspeed,
+    bind_module,
     check_of_engine,
-    ours,
-    place,
-    replace_in,
+    patch_trainer,
     unwrapped,
 )
 from am_lightning.loggers.reader import prefix_of
 from am_lightning.optim.argument_hints import LAMBDA, with_cures
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.convert import convert_adamw, is_adam, what_to_return
+from am_lightning.optim.unwrap import am_optimizers
 from am_lightning.optim.validation import SCOPES, check_choice, check_count, check_flag, check_number
 
 __all__ = ["AdaptiveMemory", "attach"]
@@ -49,7 +49,7 @@ class _StateKey(property):
 
 
 class AdaptiveMemory(pl.Callback):
-    """One line: ``Trainer(callbacks=[AdaptiveMemory()])`` trains with adaptive memory and logs the momentum curves.
+    """One line: ``Trainer(callbacks=[AdaptiveMemory()])`` trains with adaptive memory and logs the momentum reader.
 
     Every ``torch.optim.AdamW`` that ``configure_optimizers`` returns or the Trainer is given in mid-run, and every Adam
     without coupled weight decay, is converted in place, so schedulers, manual optimization and the user's references go
@@ -103,11 +103,11 @@ class AdaptiveMemory(pl.Callback):
         self.per_layer, self.histogram = per_layer, histogram
         self.log_every_n_steps = log_every_n_steps
         self.max_consecutive_skips = max_consecutive_skips
-        self._replacements = Replacements()  # for the time of a fit
+        self._patches = PatchedMethods()  # for the time of a fit
         self._live: list[Any] = []  # the Trainer's optimizers, as the strategy was last given them
         self._untold: list[tuple[AdaptiveMemoryOptimizer, str]] = []  # converted, and what it was
         self._fitting = False
-        self._curves: list[Curves] = []
+        self._readers: list[StatsLogger] = []
         self._skipped_before: list[int] = []  # of each optimizer, from a checkpoint that this fit resumes
         self._skipped_at_end: list[int] = []  # of each optimizer, when the last fit ended
         self._last_step = 0
@@ -127,12 +127,12 @@ class AdaptiveMemory(pl.Callback):
         if stage != "fit":
             return
         strategy = trainer.strategy
-        self._replacements.add(strategy, "optimizers", partial(self._take, trainer))
+        self._patches.add(strategy, "optimizers", partial(self._take, trainer))
         if isinstance(strategy, DeepSpeedStrategy):
             allow_in_deepspeed(strategy)
-            self._replacements.add(strategy, "_init_optimizers", partial(self._take_for_engine, trainer))
-        replace_in(trainer, self._replacements)
-        self._curves, self._skipped_before = [], []
+            self._patches.add(strategy, "_init_optimizers", partial(self._take_for_engine, trainer))
+        patch_trainer(trainer, self._patches)
+        self._readers, self._skipped_before = [], []
 
     def on_after_setup(self, **_: Any) -> None:
         """Fabric's: ``Fabric(callbacks=[AdaptiveMemory()])`` would convert nothing, for the loop is the user's."""
@@ -143,7 +143,7 @@ class AdaptiveMemory(pl.Callback):
 
     def _leave(self) -> None:
         """Give the strategy and its precision plugin their own methods back, and forget the optimizers."""
-        self._replacements.undo()
+        self._patches.undo()
         self._live, self._untold, self._fitting = [], [], False
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -154,8 +154,8 @@ class AdaptiveMemory(pl.Callback):
         """Leave all as it was; keep the counts for a checkpoint that is saved after fit."""
         self._leave()
         if stage == "fit":
-            self._skipped_at_end = [curves.skipped_in_all() for curves in self._curves]
-            self._curves = []
+            self._skipped_at_end = [reader.skipped_in_all() for reader in self._readers]
+            self._readers = []
 
     def _take(self, trainer: pl.Trainer, original: Callable[[list[Any]], None], optimizers: list[Any]) -> None:
         """What assigning to ``strategy.optimizers`` does: before Lightning's wrappers imitate a class that changes."""
@@ -200,7 +200,7 @@ class AdaptiveMemory(pl.Callback):
                 "the callback's lambd, beta1_max and scope are not used."
             )
         for optimizer in (*converted, *own):  # now: a LearningRateFinder makes steps before on_fit_start
-            place(optimizer, trainer, trainer.lightning_module)
+            bind_module(optimizer, trainer, trainer.lightning_module)
 
     def _convert_each(
         self, plain: list[torch.optim.AdamW | torch.optim.Adam], ready: list[AdaptiveMemoryOptimizer]
@@ -228,23 +228,23 @@ class AdaptiveMemory(pl.Callback):
             attach_engine(trainer.strategy.model)
         elif not trainer.optimizers:
             self._convert(trainer, [])
-        self._curves, self._fitting = [], True
+        self._readers, self._fitting = [], True
         self._follow(trainer)
         self._count_from_checkpoint()
 
     def _follow(self, trainer: pl.Trainer) -> None:
-        """Curves of the optimizers that are there now; a successor counts dropped steps on from its predecessor."""
-        before, self._curves = self._curves, []
-        for index, optimizer in enumerate(ours(trainer.optimizers)):
+        """Readers of the optimizers that are there now; a successor counts dropped steps on from its predecessor."""
+        before, self._readers = self._readers, []
+        for index, optimizer in enumerate(am_optimizers(trainer.optimizers)):
             prefix = prefix_of(index)
-            curves = Curves(optimizer, prefix, per_layer=self.per_layer, histogram=self.histogram)
+            reader = StatsLogger(optimizer, prefix, per_layer=self.per_layer, histogram=self.histogram)
             same = next((old for old in before if old.optimizer is optimizer), None)
             if same is not None:
-                curves = same if same.prefix == prefix else curves
-                curves.skipped_before = same.skipped_before
+                reader = same if same.prefix == prefix else reader
+                reader.skipped_before = same.skipped_before
             elif index < len(before):
-                curves.skipped_before = before[index].skipped_in_all()
-            self._curves.append(curves)
+                reader.skipped_before = before[index].skipped_in_all()
+            self._readers.append(reader)
         self._next_look = self._steps + self.max_consecutive_skips
         while self._untold:
             optimizer, name = self._untold.pop(0)
@@ -286,12 +286,12 @@ class AdaptiveMemory(pl.Callback):
         logs = self._log_is_due(trainer, step + 1)
         if not logs and self._steps < self._next_look:
             return
-        for curves in self._curves:
-            curves.read()
+        for reader in self._readers:
+            reader.read()
             if logs and trainer.is_global_zero:
-                curves.log(trainer.loggers, step)
+                reader.log(trainer.loggers, step)
         if logs and trainer.is_global_zero:
-            Curves.arrange(self._curves, trainer.loggers, trainer.strategy)
+            StatsLogger.arrange(self._readers, trainer.loggers, trainer.strategy)
         self._look_at_skips(trainer, logs)
 
     def _every(self, trainer: pl.Trainer) -> int:
@@ -307,30 +307,30 @@ class AdaptiveMemory(pl.Callback):
         return over or trainer.should_stop
 
     def _look_at_skips(self, trainer: pl.Trainer, logs: bool) -> None:
-        for curves in self._curves:
-            if logs and curves.newly_skipped():
-                rank_zero_warn(curves.skip_warning())
-            if curves.skipped_in_a_row >= self.max_consecutive_skips:
-                self._give_up(trainer, curves)
-        in_a_row = max((curves.skipped_in_a_row for curves in self._curves), default=0)
+        for reader in self._readers:
+            if logs and reader.newly_skipped():
+                rank_zero_warn(reader.skip_warning())
+            if reader.skipped_in_a_row >= self.max_consecutive_skips:
+                self._give_up(trainer, reader)
+        in_a_row = max((reader.skipped_in_a_row for reader in self._readers), default=0)
         self._next_look = self._steps + self.max_consecutive_skips - in_a_row  # not before that can it be too many
 
-    def _give_up(self, trainer: pl.Trainer, curves: Curves) -> None:
+    def _give_up(self, trainer: pl.Trainer, reader: StatsLogger) -> None:
         """All ranks together, for all have the same counts: write a checkpoint of the last good weights, then raise."""
         checkpoint = trainer.checkpoint_callback
         folder = getattr(checkpoint, "dirpath", None) or trainer.default_root_dir
         path = os.path.join(folder, f"am-nonfinite-step={trainer.global_step}.ckpt")
         trainer.save_checkpoint(path)
         raise RuntimeError(
-            f"{curves.skipped_in_a_row} steps in a row were dropped because a sum over gradients was not finite; "
-            f"the first bad parameter is {curves.first_bad!r}. The weights are those of the last good step, saved in "
+            f"{reader.skipped_in_a_row} steps in a row were dropped because a sum over gradients was not finite; "
+            f"the first bad parameter is {reader.first_bad!r}. The weights are those of the last good step, saved in "
             f"{path}. Look at that layer's inputs and loss terms, lower the learning rate or clip gradients, and "
             f"resume; max_consecutive_skips is {self.max_consecutive_skips}."
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Skipped steps so far, so that the curve goes on after a resume."""
-        now = [curves.skipped_in_all() for curves in self._curves]
+        now = [reader.skipped_in_all() for reader in self._readers]
         return {"skipped_steps": now or self._skipped_at_end}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -339,7 +339,7 @@ class AdaptiveMemory(pl.Callback):
         self._count_from_checkpoint()
 
     def _count_from_checkpoint(self) -> None:
-        for curves, skipped in zip(self._curves, self._skipped_before, strict=False):
-            curves.skipped_before += skipped - curves.skipped_in_all()
-        if self._curves:
+        for reader, skipped in zip(self._readers, self._skipped_before, strict=False):
+            reader.skipped_before += skipped - reader.skipped_in_all()
+        if self._readers:
             self._skipped_before = []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import warnings
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -11,18 +9,16 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import nn
 
-from am_lightning.distributed.strategies.dtensor import is_dtensor
 from am_lightning.distributed.strategies.fsdp1 import is_managed, managed_parameters
 from am_lightning.lightning.compat import Fabric, FabricDDPStrategy, FabricDeepSpeedStrategy
-from am_lightning.lightning.loggers import Curves
-from am_lightning.loggers.reader import prefix_of
-from am_lightning.loggers.step_logger import StepHook, StepLog
+from am_lightning.lightning.loggers import StatsLogger
+from am_lightning.loggers.step_logger import StepHook, StepLogger, free_prefix, loggers_of
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
-from am_lightning.optim.unwrap import adaptive
+from am_lightning.optim.unwrap import bind_distributed, require_am_optimizer
 from am_lightning.optim.validation import check_count
 
 
-def attach(fabric: Fabric, model: nn.Module, optimizer: Any, *, log_every_n_steps: int | None = 50) -> Curves:
+def attach(fabric: Fabric, model: nn.Module, optimizer: Any, *, log_every_n_steps: int | None = 50) -> StatsLogger:
     """Tell ``optimizer`` where its parameters are, and log its momentum to the loggers of ``fabric``.
 
     Call it on every process, after ``fabric.setup(...)`` and before the first step. Parameters get the model's names
@@ -37,7 +33,7 @@ def attach(fabric: Fabric, model: nn.Module, optimizer: Any, *, log_every_n_step
             the number of optimizer steps, and warns of dropped steps. None: it does not.
 
     Returns:
-        The curves, for logging of one's own: ``curves.read()``, then ``curves.scalars()``.
+        The reader, for logging of one's own: ``reader.read()``, then ``reader.scalars()``.
 
     Raises:
         TypeError: an argument is of the wrong type, such as a torch.optim.AdamW; the text has the cure.
@@ -49,7 +45,7 @@ def attach(fabric: Fabric, model: nn.Module, optimizer: Any, *, log_every_n_step
         raise TypeError(f"Invalid fabric: {type(fabric).__name__} (must be a Fabric of lightning or lightning_fabric)")
     if not isinstance(model, nn.Module):
         raise TypeError(f"Invalid model: {type(model).__name__} (must be the module that fabric.setup returned)")
-    ours = adaptive(
+    am_optimizer = require_am_optimizer(
         optimizer,
         "build am_lightning.am_adamw(model, lr=...), or AMAdamW(model.named_parameters(), lr=...), in place of it "
         "before fabric.setup",
@@ -62,19 +58,21 @@ def attach(fabric: Fabric, model: nn.Module, optimizer: Any, *, log_every_n_step
 
         engine = getattr(model, "_forward_module", model)  # what Fabric's wrapper holds
         own = deepspeed_engine.attach(engine)
-        if own is not ours:
+        if own is not am_optimizer:
             raise ValueError(
                 f"the DeepSpeed engine in this model steps another {type(own).__name__}, and this "
-                f"{type(ours).__name__} never steps: give attach what one fabric.setup(model, optimizer) returned"
+                f"{type(am_optimizer).__name__} never steps: give attach what one fabric.setup(model, optimizer) returned"
             )
         after_each_step = partial(deepspeed_engine.after_each_step, engine)
     else:
-        _check_model(model, ours)
-        ours.bind_model(model)
-        _set_replicas(fabric, ours)
-    log = _log_of(fabric, ours) or _StepLog(fabric, ours, after_each_step)
-    log.every = log_every_n_steps
-    return log.curves
+        _check_model(model, am_optimizer)
+        bind_distributed(am_optimizer, model, replicated=_is_replicated(fabric, am_optimizer))
+    loggers = (logger for logger in loggers_of(am_optimizer) if isinstance(logger, _FabricLogger))
+    logger = next((logger for logger in loggers if logger.fabric is fabric), None)
+    if logger is None:
+        logger = _FabricLogger(fabric, am_optimizer, after_each_step)
+    logger.every = log_every_n_steps
+    return logger.reader
 
 
 def _check_model(model: nn.Module, optimizer: AdaptiveMemoryOptimizer) -> None:
@@ -95,53 +93,40 @@ def _check_model(model: nn.Module, optimizer: AdaptiveMemoryOptimizer) -> None:
         )
 
 
-def _set_replicas(fabric: Fabric, optimizer: AdaptiveMemoryOptimizer) -> None:
-    if (
-        not isinstance(fabric.strategy, FabricDDPStrategy)
-        or fabric.world_size == 1
-        or optimizer.replica_group is not None
-    ):
-        return
-    if not torch.distributed.is_initialized():
+def _is_replicated(fabric: Fabric, optimizer: AdaptiveMemoryOptimizer) -> bool:
+    """DDP over processes that are connected."""
+    if not isinstance(fabric.strategy, FabricDDPStrategy) or fabric.world_size == 1:
+        return False
+    if optimizer.replica_group is None and not torch.distributed.is_initialized():
         raise RuntimeError(
             f"{fabric.world_size} processes are not connected yet: call fabric.launch() and fabric.setup(model, "
             "optimizer) first, then attach"
         )
-    if not any(is_dtensor(param) for group in optimizer.param_groups for param in group["params"]):
-        optimizer.replica_group = torch.distributed.group.WORLD
+    return True
 
 
-class _StepLog(StepLog):
+class _FabricLogger(StepLogger):
     """To the loggers of ``fabric``."""
+
+    reader: StatsLogger
+    stacklevel = 7  # Fabric's optimizer is around ours
 
     def __init__(self, fabric: Fabric, optimizer: AdaptiveMemoryOptimizer, after_each_step: StepHook | None) -> None:
         self.fabric = fabric
-        others = _LOGS.setdefault(fabric, WeakSet())
-        self.curves = Curves(optimizer, _free_prefix(others), per_layer=True, histogram=True)
-        self.curves.read()  # its tags are known from now on
+        others = _LOGGERS.setdefault(fabric, WeakSet())
+        reader = StatsLogger(optimizer, free_prefix(others), per_layer=True, histogram=True)
+        reader.read()  # its tags are known from now on
         others.add(self)
-        super().__init__(self.curves, after_each_step)
+        super().__init__(reader, after_each_step)
 
     def is_main(self) -> bool:
         return bool(self.fabric.is_global_zero)
 
-    def log(self) -> None:
-        curves, loggers = self.curves, self.fabric.loggers
-        curves.read()
-        if curves.newly_skipped():
-            warnings.warn(curves.skip_warning(), stacklevel=7)  # whoever calls step() of Fabric's optimizer
-        curves.log(loggers, self.steps)
-        all_curves = sorted((log.curves for log in _LOGS[self.fabric]), key=lambda other: other.prefix)
-        Curves.arrange(all_curves, loggers, self.fabric.strategy)
+    def write(self) -> None:
+        loggers = self.fabric.loggers
+        self.reader.log(loggers, self.steps)
+        readers = sorted((other.reader for other in _LOGGERS[self.fabric]), key=lambda reader: reader.prefix)
+        StatsLogger.arrange(readers, loggers, self.fabric.strategy)
 
 
-_LOGS: WeakKeyDictionary[Fabric, WeakSet[_StepLog]] = WeakKeyDictionary()  # those attached, for their tags
-
-
-def _free_prefix(others: WeakSet[_StepLog]) -> str:
-    taken = {log.curves.prefix for log in others}
-    return next(name for name in map(prefix_of, itertools.count()) if name not in taken)
-
-
-def _log_of(fabric: Fabric, optimizer: Any) -> _StepLog | None:
-    return next((log for log in _LOGS.get(fabric, ()) if log.curves.optimizer is optimizer), None)
+_LOGGERS: WeakKeyDictionary[Fabric, WeakSet[_FabricLogger]] = WeakKeyDictionary()  # those attached, for their tags

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 _PLACES: dict[tuple[type, str], _Place] = {}
 
 
-class Replacements:
+class PatchedMethods:
     """Methods, or what assigning to a property does, of single objects, replaced until ``undo``.
 
     Nothing is set on the objects, so their copies and pickles have none of it: the class that defines a method calls
@@ -34,7 +34,7 @@ class Replacements:
             place, entry = self._made.pop()
             place.remove(entry)
 
-    def __reduce__(self) -> tuple[type[Replacements], tuple[()]]:
+    def __reduce__(self) -> tuple[type[PatchedMethods], tuple[()]]:
         return type(self), ()
 
 

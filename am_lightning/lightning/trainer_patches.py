@@ -24,24 +24,25 @@ from am_lightning.lightning.compat import (
     Precision,
     loaded,
 )
-from am_lightning.lightning.patched_methods import Replacements
+from am_lightning.lightning.patched_methods import PatchedMethods
+from am_lightning.loggers.reader import read_report
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.clip import clip_grad_norm_
 from am_lightning.optim.param_state import SCALARS
-from am_lightning.optim.unwrap import innermost
+from am_lightning.optim.unwrap import am_optimizers, bind_distributed, unwrap_optimizer
 
 
-def replace_in(trainer: pl.Trainer, replacements: Replacements) -> None:
-    """Make the trainer clip by our norm and load AdamW's distributed checkpoints, until the replacements are undone."""
+def patch_trainer(trainer: pl.Trainer, patches: PatchedMethods) -> None:
+    """Make the trainer clip by our norm and load AdamW's distributed checkpoints, until they are undone."""
     plugin, strategy = trainer.precision_plugin, trainer.strategy
     lightnings_own = [kind.clip_grad_by_norm for kind in (*loaded(Precision), *loaded(FSDPPrecision))]
     if type(plugin).clip_grad_by_norm in lightnings_own and "clip_grad_by_norm" not in plugin.__dict__:
-        replacements.add(plugin, "clip_grad_by_norm", _clip_by_norm)
+        patches.add(plugin, "clip_grad_by_norm", _clip_by_norm)
     if isinstance(strategy, ModelParallelStrategy):
-        replacements.add(strategy, "load_checkpoint", partial(_load_checkpoint, strategy))
+        patches.add(strategy, "load_checkpoint", partial(_load_checkpoint, strategy))
     for callback in trainer.callbacks:  # type: ignore[union-attr]
         if getattr(callback, "log_momentum", False) and hasattr(callback, "_extract_momentum"):  # LearningRateMonitor
-            replacements.add(callback, "_extract_momentum", partial(_show_momentum, trainer, callback, {}))
+            patches.add(callback, "_extract_momentum", partial(_show_momentum, trainer, callback, {}))
 
 
 def _clip_by_norm(original: Callable[..., None], optimizer: Optimizer, clip_val: float) -> None:
@@ -50,7 +51,7 @@ def _clip_by_norm(original: Callable[..., None], optimizer: Optimizer, clip_val:
     All of Lightning's ways to clip end there: gradient_clip_val, a module's own configure_gradient_clipping, and
     ``self.clip_gradients`` in manual optimization.
     """
-    inner = innermost(optimizer)
+    inner = unwrap_optimizer(optimizer)
     if isinstance(inner, AdaptiveMemoryOptimizer):
         clip_grad_norm_(inner, clip_val)
     else:
@@ -71,11 +72,11 @@ def _show_momentum(
     of an optimizer come in their order, so the device is ``read`` at the first of them, for all.
     """
     shown = original(param_group, **more)
-    for index, optimizer in enumerate(ours(trainer.optimizers)):
+    for index, optimizer in enumerate(am_optimizers(trainer.optimizers)):
         if not any(group is param_group for group in optimizer.param_groups):
             continue
         if index not in read or param_group is optimizer.param_groups[0]:
-            read[index] = optimizer.report()[:-4].cpu()
+            read[index], _ = read_report(optimizer)
         betas = read[index]
         own = [row for row, group in enumerate(optimizer.groups_of_parameters()) if group is param_group]
         beta = float(betas[own].nanmean())
@@ -132,22 +133,20 @@ def _showing_only(optimizer: AdaptiveMemoryOptimizer, saved: set[str], prefix: s
         handle.remove()
 
 
-def place(optimizer: AdaptiveMemoryOptimizer, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Give ``optimizer`` the module's names, FSDP1's process groups, and DDP's replicas."""
+def bind_module(optimizer: AdaptiveMemoryOptimizer, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """``bind_distributed`` to what the strategy trains."""
     strategy = trainer.strategy
     model = strategy.model if isinstance(strategy, FSDPStrategy) else pl_module
     assert model is not None
-    optimizer.bind_model(model)
     ddp = isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)  # which is one, by class
-    if ddp and trainer.world_size > 1 and optimizer.replica_group is None:
-        optimizer.replica_group = torch.distributed.group.WORLD
+    bind_distributed(optimizer, model, replicated=ddp and trainer.world_size > 1)
 
 
 def allow_in_deepspeed(strategy: DeepSpeedStrategy) -> None:
     """Set what DeepSpeed asks for where an optimizer is not one of its own.
 
     Raises:
-        MisconfigurationException: the configuration names an optimizer, which would be built in place of ours.
+        MisconfigurationException: the configuration names an optimizer, which would be built in its place.
     """
     config = strategy.config
     assert isinstance(config, dict)
@@ -167,9 +166,9 @@ def check_of_engine(strategy: DeepSpeedStrategy, optimizers: list[Any]) -> None:
     Raises:
         MisconfigurationException: another one, which would never step, and whose curves would stand still.
     """
-    own = innermost(strategy.model.optimizer)  # type: ignore[union-attr]
-    if [innermost(optimizer) for optimizer in optimizers] != [own]:
-        given = ", ".join(type(innermost(optimizer)).__name__ for optimizer in optimizers) or "no optimizer"
+    own = unwrap_optimizer(strategy.model.optimizer)  # type: ignore[union-attr]
+    if [unwrap_optimizer(optimizer) for optimizer in optimizers] != [own]:
+        given = ", ".join(type(unwrap_optimizer(optimizer)).__name__ for optimizer in optimizers) or "no optimizer"
         raise MisconfigurationException(
             f"the Trainer was given {given} in mid-run, but DeepSpeed's engine goes on with the {type(own).__name__} "
             "that it was built around: what is given would never step. Change the options in the param_groups of "
@@ -186,9 +185,3 @@ def unwrapped(optimizers: list[Any]) -> list[Any]:
 
 def _is_lightnings(optimizer: Any) -> bool:
     return any(cls.__name__ == "LightningOptimizer" for cls in type(optimizer).__mro__)
-
-
-def ours(optimizers: list[Optimizer]) -> list[AdaptiveMemoryOptimizer]:
-    """The adaptive memory optimizers, unwrapped."""
-    inner = [innermost(optimizer) for optimizer in optimizers]
-    return [optimizer for optimizer in inner if isinstance(optimizer, AdaptiveMemoryOptimizer)]

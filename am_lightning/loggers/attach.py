@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 from am_lightning.distributed.shard import my_rank
-from am_lightning.loggers.reader import Readings
-from am_lightning.loggers.step_logger import StepLog, logs_of
-from am_lightning.optim.unwrap import adaptive
+from am_lightning.loggers.reader import StatsReader
+from am_lightning.loggers.step_logger import StepLogger, loggers_of
+from am_lightning.optim.unwrap import require_am_optimizer
 from am_lightning.optim.validation import check_count
 
 Write = Callable[[dict[str, float], int], Any]
@@ -52,44 +51,43 @@ def attach(optimizer: Any, writer: Any, every: int = 50, *, prefix: str = "am") 
         TypeError: an argument is of the wrong type, such as a torch.optim.AdamW; the text has the cure.
         ValueError: ``every`` is below 1.
     """
-    ours = adaptive(optimizer, "build am_lightning.am_adamw(model, lr=...), or AMAdamW(...), in place of it")
+    am_optimizer = require_am_optimizer(
+        optimizer, "build am_lightning.am_adamw(model, lr=...), or AMAdamW(...), in place of it"
+    )
     check_count("every", every)
     if not isinstance(prefix, str) or not prefix:
         raise TypeError(f"Invalid prefix: {prefix!r} (prefix must be a text such as 'am')")
     write = _write_of(writer)
-    for other in logs_of(ours):
-        if isinstance(other, Log) and other.writer is writer and other.readings.prefix == prefix:
+    for other in loggers_of(am_optimizer):
+        if isinstance(other, Log) and other.writer is writer and other.reader.prefix == prefix:
             other.remove()
-    return Log(Readings(ours, prefix), writer, write, every)
+    return Log(StatsReader(am_optimizer, prefix), writer, write, every)
 
 
-class Log(StepLog):
+class Log(StepLogger):
     """What :func:`attach` returns.
 
     Attributes:
         every: steps between two writes; None pauses it.
-        readings: what was read last.
+        reader: what was read last.
     """
 
-    def __init__(self, readings: Readings, writer: Any, write: Write, every: int) -> None:
+    def __init__(self, reader: StatsReader, writer: Any, write: Write, every: int) -> None:
         self.every, self.writer, self._write = every, writer, write
-        super().__init__(readings)
+        super().__init__(reader)
+
+    @property
+    def readings(self) -> StatsReader:
+        """``reader``, by its earlier name."""
+        return self.reader
 
     def is_main(self) -> bool:
         return my_rank() == 0
 
-    def log(self) -> None:
-        readings = self.readings
-        readings.read()
-        if readings.newly_skipped():
-            warnings.warn(readings.skip_warning(), stacklevel=5)  # whoever calls step()
-        scalars = readings.scalars()
-        if readings.has_names():
-            scalars |= readings.report.layers(readings.betas)
-        self._write(scalars, self.steps)
-        seen = readings.stepped()
-        if hasattr(self.writer, "add_histogram") and seen.numel():
-            self.writer.add_histogram(f"{readings.prefix}/beta", seen, self.steps)
+    def write(self) -> None:
+        self._write(self.reader.scalars() | (self.reader.layers() if self.reader.has_names() else {}), self.steps)
+        if hasattr(self.writer, "add_histogram"):
+            self.reader.add_histogram(self.writer, self.steps)
 
 
 def _write_of(writer: Any) -> Write:

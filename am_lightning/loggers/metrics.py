@@ -1,4 +1,4 @@
-"""MomentumReport: beta_t of every tensor -> what a logger shows. No framework, no device."""
+"""MomentumStats: beta_t of every tensor -> what a logger shows. No framework, no device."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _last_words(path: str) -> str:
     return ".".join(words[-2:] if words[-1].isdigit() else words[-1:])
 
 
-class MomentumReport:
+class MomentumStats:
     """Turns one vector of beta_t into scalars.
 
     Args:

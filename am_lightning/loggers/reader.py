@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 
-from am_lightning.loggers.metrics import MomentumReport
+from am_lightning.loggers.metrics import MomentumStats
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 
 
@@ -16,60 +17,86 @@ def prefix_of(index: int) -> str:
     return f"am-{index}" if index else "am"
 
 
-class Readings:
-    """beta_t and skipped steps of ``optimizer`` under tags that start with ``prefix``.
+class StepNumbers(NamedTuple):
+    """What an optimizer counts beside beta_t, in the order in which ``report()`` ends with it.
+
+    A field is logged everywhere as ``<prefix>/<field>`` unless ``StatsReader.scalars`` leaves it out; nan is left out.
+    """
+
+    skipped_steps: float
+    skipped_in_a_row: float
+    first_bad: float  # index of a parameter
+    grad_norm: float  # nan where clip_grad_norm_ did not run
+
+
+_NOT_LOGGED = {"skipped_in_a_row", "first_bad"}  # for warnings
+
+
+def read_report(optimizer: AdaptiveMemoryOptimizer) -> tuple[torch.Tensor, StepNumbers]:
+    """``[tensors]`` beta_t on the CPU, nan for tensors that have never stepped, and the counts: one copy."""
+    report = optimizer.report().cpu()
+    split = len(StepNumbers._fields)
+    return report[:-split], StepNumbers(*report[-split:].tolist())
+
+
+class StatsReader:
+    """beta_t and what is counted of ``optimizer``, under tags that start with ``prefix``.
 
     Attributes:
         skipped_before: steps skipped before this process started, from a checkpoint.
-        skipped_in_a_row: up to the last ``read``.
-        first_bad: the parameter whose sum was not finite in the last skipped step.
         betas: ``[tensors]`` on the CPU, nan for tensors that have never stepped.
+        numbers: what was counted, up to the last ``read``.
+        first_bad: the parameter whose sum was not finite in the last skipped step.
     """
 
     def __init__(self, optimizer: AdaptiveMemoryOptimizer, prefix: str = "am") -> None:
         self.optimizer, self.prefix = optimizer, prefix
         self.skipped_before = 0
-        self.skipped_in_a_row = 0
-        self.first_bad = ""
         self.betas = torch.empty(0, device="cpu")
-        self._skipped = 0
+        self.numbers = StepNumbers(*(0.0 for _ in StepNumbers._fields))
+        self.first_bad = ""
         self._warned_of = 0
-        self._grad_norm = math.nan
-        self._report: MomentumReport | None = None
+        self._stats: MomentumStats | None = None
 
     def read(self) -> None:
         """The one copy from device to host."""
-        numbers = self.optimizer.report().cpu()
-        self.betas, counts = numbers[:-4], numbers[-4:].tolist()
-        self._skipped, self.skipped_in_a_row = int(counts[0]), int(counts[1])
-        self._grad_norm = counts[3]
+        self.betas, self.numbers = read_report(self.optimizer)
         names = self.optimizer.parameter_names()
-        self.first_bad = names[int(counts[2])] if names else ""
-        if self._report is None or self._report.names != names:  # a group was added
-            self._report = MomentumReport(names, self.optimizer.caps(), self.prefix)
+        self.first_bad = names[int(self.numbers.first_bad)] if names else ""
+        if self._stats is None or self._stats.names != names:  # a group was added
+            self._stats = MomentumStats(names, self.optimizer.caps(), self.prefix)
 
     @property
-    def report(self) -> MomentumReport:
+    def stats(self) -> MomentumStats:
         """How the tensors are grouped; known after the first ``read``."""
-        assert self._report is not None
-        return self._report
+        assert self._stats is not None
+        return self._stats
 
-    def stepped(self) -> torch.Tensor:
-        """``[tensors that have stepped]`` beta_t."""
-        return self.betas[~self.betas.isnan()]
+    @property
+    def skipped_in_a_row(self) -> int:
+        """Up to the last ``read``."""
+        return int(self.numbers.skipped_in_a_row)
 
     def has_names(self) -> bool:
         """Parameters are called otherwise than ``group.index``."""
-        return not all(name.replace(".", "").isdigit() for name in self.report.names)
+        return not all(name.replace(".", "").isdigit() for name in self.stats.names)
 
     def scalars(self) -> dict[str, float]:
         """Tag -> value of what ``read`` found: ``<prefix>/beta/...``, ``/clamp/...``, ``/skipped_steps``,
         ``/grad_norm`` where ``clip_grad_norm_`` ran."""
-        scalars = self.report.scalars(self.betas)
-        scalars[f"{self.prefix}/skipped_steps"] = float(self.skipped_before + self._skipped)
-        if not math.isnan(self._grad_norm):
-            scalars[f"{self.prefix}/grad_norm"] = self._grad_norm
-        return scalars
+        counted = self.numbers._replace(skipped_steps=self.numbers.skipped_steps + self.skipped_before)._asdict()
+        logged = {name: value for name, value in counted.items() if name not in _NOT_LOGGED and not math.isnan(value)}
+        return self.stats.scalars(self.betas) | {f"{self.prefix}/{name}": value for name, value in logged.items()}
+
+    def layers(self) -> dict[str, float]:
+        """``<prefix>/beta/layer/<layer>``: the mean of each layer's tensors."""
+        return self.stats.layers(self.betas)
+
+    def add_histogram(self, board: Any, step: int) -> None:
+        """beta_t of the tensors that have stepped, as ``<prefix>/beta``, to a ``SummaryWriter``."""
+        stepped = self.betas[~self.betas.isnan()]
+        if stepped.numel():
+            board.add_histogram(f"{self.prefix}/beta", stepped, step)
 
     def card(self, where: str) -> str:
         """Markdown: scope, lambda, caps, rows and how they are reduced.
@@ -90,19 +117,19 @@ class Readings:
 
     def newly_skipped(self) -> int:
         """Steps skipped since the last warning."""
-        return self._skipped - self._warned_of
+        return int(self.numbers.skipped_steps) - self._warned_of
 
     def skip_warning(self) -> str:
         """The warning for this log interval; the next counts from here."""
-        new, self._warned_of = self.newly_skipped(), self._skipped
+        new, self._warned_of = self.newly_skipped(), int(self.numbers.skipped_steps)
         return (
             f"{self.prefix}: {new} step{'s' if new > 1 else ''} since the last report dropped, because a sum over "
-            f"gradients was not finite (first in {self.first_bad!r}). Nothing was written; {self._skipped} in all."
+            f"gradients was not finite (first in {self.first_bad!r}). Nothing was written; {self._warned_of} in all."
         )
 
     def skipped_in_all(self) -> int:
         """Steps skipped by this run and those it resumed from."""
-        return self.skipped_before + int(self.optimizer.report()[-4])
+        return self.skipped_before + int(read_report(self.optimizer)[1].skipped_steps)
 
 
 def _several(values: Iterable[float]) -> str:

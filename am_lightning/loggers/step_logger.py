@@ -2,42 +2,57 @@
 
 from __future__ import annotations
 
+import itertools
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from am_lightning.distributed.call_stack import inside_state_creation
-from am_lightning.loggers.reader import Readings
+from am_lightning.loggers.reader import StatsReader, prefix_of
 
 StepHook = Callable[[Callable[[], None]], None]
 
 
-def logs_of(optimizer: Any) -> list[StepLog]:
+def loggers_of(optimizer: Any) -> list[StepLogger]:
     """Those that an optimizer owns."""
     owners = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_load_state_dict_post_hooks.values())
-    return [owner for owner in owners if isinstance(owner, StepLog)]
+    return [owner for owner in owners if isinstance(owner, StepLogger)]
 
 
-class StepLog(ABC):
-    """A hook after every training step: counts the steps, and calls ``log`` on one process at the interval.
+def free_prefix(others: Iterable[StepLogger]) -> str:
+    """The first of am, am-1, am-2, ... that none of the other loggers of the same place writes under."""
+    taken = {other.reader.prefix for other in others}
+    return next(prefix for prefix in map(prefix_of, itertools.count()) if prefix not in taken)
 
-    The optimizer owns it. ``every`` is the interval in optimizer steps; None: nothing is logged.
+
+class StepLogger(ABC):
+    """What every ``attach`` makes: a hook that counts training steps, and at the interval reads, warns and writes.
+
+    A framework says which process writes, and how (``is_main``, ``write``). The optimizer owns the logger.
+
+    Attributes:
+        reader: what was read last.
+        every: interval in optimizer steps; None: nothing is logged.
+        steps: optimizer steps so far, those before a resume included.
+        stacklevel: of the warning of dropped steps, up to whoever calls ``step()``.
     """
 
     every: int | None
+    stacklevel = 5
 
-    def __init__(self, readings: Readings, after_each_step: StepHook | None = None) -> None:
+    def __init__(self, reader: StatsReader, after_each_step: StepHook | None = None) -> None:
         """``after_each_step``: registers what an engine calls that steps the optimizer several times in a step."""
-        self.readings = readings
+        self.reader = reader
         self._hooks = []
         self._had_state = True  # before the step that runs
         if after_each_step is None:
-            self._hooks.append(readings.optimizer.register_step_pre_hook(self._look_at_state))
-            self._hooks.append(readings.optimizer.register_step_post_hook(self))
+            self._hooks.append(reader.optimizer.register_step_pre_hook(self._look_at_state))
+            self._hooks.append(reader.optimizer.register_step_post_hook(self))
         else:
-            after_each_step(lambda: self(readings.optimizer, (), {}))
-        self._hooks.append(readings.optimizer.register_load_state_dict_post_hook(self._count_from_state))
-        self._count_from_state(readings.optimizer)
+            after_each_step(lambda: self(reader.optimizer, (), {}))
+        self._hooks.append(reader.optimizer.register_load_state_dict_post_hook(self._count_from_state))
+        self._count_from_state(reader.optimizer)
 
     def _count_from_state(self, optimizer: Any) -> None:
         """A resumed run is where its checkpoint was; dropped steps are not in its state."""
@@ -59,12 +74,18 @@ class StepLog(ABC):
             return
         self.steps += 1
         if self.every is not None and self.steps % self.every == 0 and self.is_main():
-            self.log()
+            self._log()
+
+    def _log(self) -> None:
+        self.reader.read()
+        if self.reader.newly_skipped():
+            warnings.warn(self.reader.skip_warning(), stacklevel=self.stacklevel)
+        self.write()
 
     @abstractmethod
     def is_main(self) -> bool:
-        """This process logs."""
+        """This process writes."""
 
     @abstractmethod
-    def log(self) -> None:
-        """Read, warn of dropped steps, and write."""
+    def write(self) -> None:
+        """Write what ``reader`` has read, at ``steps``."""

@@ -14,7 +14,7 @@ from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.kernels.inputs import GradientClip, scale_
 from am_lightning.optim.param_state import sums_live_on
 from am_lightning.optim.squares import square_sums, total_norm
-from am_lightning.optim.unwrap import innermost
+from am_lightning.optim.unwrap import unwrap_optimizer
 
 _TORCHS = {
     "norm_type": "it clips by the 2-norm: leave it out",
@@ -50,7 +50,7 @@ def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float, *, in_s
         TypeError, ValueError: an argument is of the wrong type or out of range, or the norm of the whole model cannot
             be formed from what this optimizer holds.
     """
-    optimizer = innermost(optimizer)
+    optimizer = unwrap_optimizer(optimizer)
     if not isinstance(optimizer, AdaptiveMemoryOptimizer):
         raise TypeError(
             f"Invalid optimizer: {type(optimizer).__name__} (optimizer must be AMAdamW or AMSGD, where torch's "

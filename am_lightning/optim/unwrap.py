@@ -1,29 +1,53 @@
-"""What frameworks put around an optimizer."""
+"""What adapters of frameworks share: the optimizer inside their wrappers, and what it has to know of the model."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
+from torch import nn
+
+from am_lightning.distributed.strategies.dtensor import is_dtensor
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 
 
-def innermost(optimizer: Any) -> Any:
+def unwrap_optimizer(optimizer: Any) -> Any:
     """The optimizer inside the wrappers of Lightning, Fabric, Accelerate and DeepSpeed.
 
-    Lightning's and Fabric's imitate its class: they pass for it, but what is set on them does not reach it.
+    Lightning's and Fabric's imitate its class: isinstance takes them for it, but attributes set on them stay on them.
     """
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
 
 
-def adaptive(optimizer: Any, cure: str) -> AdaptiveMemoryOptimizer:
+def am_optimizers(optimizers: Iterable[Any]) -> list[AdaptiveMemoryOptimizer]:
+    """The adaptive memory optimizers among ``optimizers``, unwrapped."""
+    inner = map(unwrap_optimizer, optimizers)
+    return [optimizer for optimizer in inner if isinstance(optimizer, AdaptiveMemoryOptimizer)]
+
+
+def require_am_optimizer(optimizer: Any, hint: str) -> AdaptiveMemoryOptimizer:
     """The adaptive memory optimizer in ``optimizer``.
 
     Raises:
-        TypeError: there is none; the text ends with ``cure``.
+        TypeError: there is none; the text ends with ``hint``.
     """
-    inner = innermost(optimizer)
+    inner = unwrap_optimizer(optimizer)
     if not isinstance(inner, AdaptiveMemoryOptimizer):
-        raise TypeError(f"Invalid optimizer: {type(inner).__name__} (optimizer must be AMAdamW or AMSGD: {cure})")
+        raise TypeError(f"Invalid optimizer: {type(inner).__name__} (optimizer must be AMAdamW or AMSGD: {hint})")
     return inner
+
+
+def bind_distributed(optimizer: AdaptiveMemoryOptimizer, model: nn.Module, *, replicated: bool) -> None:
+    """Give ``optimizer`` the names and FSDP1's process groups of ``model``, and its ``replica_group`` where it is None.
+
+    Args:
+        replicated: all ranks hold the same parameters, as under DDP.
+    """
+    optimizer.bind_model(model)
+    if not replicated or optimizer.replica_group is not None:
+        return
+    if not any(is_dtensor(param) for group in optimizer.param_groups for param in group["params"]):
+        optimizer.replica_group = torch.distributed.group.WORLD

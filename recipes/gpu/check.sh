@@ -6,7 +6,7 @@
 #   recipes/gpu/check.sh --wheels runs/wheels  with what recipes/gpu/wheels.sh collected before
 #   recipes/gpu/check.sh --only right          one part, or the parts of a kind: facts, right, fast, worth; again if need be
 #   recipes/gpu/check.sh --device cpu --tiny --out runs/rehearsal   a rehearsal at toy sizes
-#   python -m am_lightning.bench.gpu_page runs/gpu                  makes docs/gpu.md
+#   python -m recipes.gpu.page runs/gpu                  makes docs/gpu.md
 #
 # It uses the machine's own Python ($AM_PYTHON, else the first of python3, python that can import torch) and installs nothing
 # into it: wheels go into a folder below --out, and so do all caches. No network and no writable home are needed.

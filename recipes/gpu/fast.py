@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import yaml
-from part import ROOT, Context, FailedError, path_of, read_json
+from part import Context, FailedError, path_of, read_json
 
 from am_lightning.bench.contenders import READ, Contender, make_contenders, make_others, make_parameters
 from am_lightning.bench.host import calls_of
@@ -17,6 +17,8 @@ from am_lightning.bench.models import MODELS, Llama
 from am_lightning.bench.table import rows_of
 from am_lightning.bench.training import Training
 from am_lightning.pretrain.model.network import LlamaShape
+from am_lightning.pretrain.runtime.paths import recipe_files
+from am_lightning.pretrain.runtime.recipe_text import recipe_text
 
 DECAYS = (0.1, 0.0)
 SLOW = ("AdamW single", "AMAdamW reference")  # nobody's way to step on a GPU
@@ -82,7 +84,7 @@ def _train(what: str, context: Context) -> dict[str, Any]:
 
 
 def _shape(recipe: str, tiny: bool) -> LlamaShape:
-    model = yaml.safe_load((ROOT / "recipes" / "configs" / f"{recipe}.yaml").read_text())["model"]
+    model = yaml.safe_load(recipe_text(recipe_files()[recipe]))["model"]
     names = {field.name for field in fields(LlamaShape)}
     values = {key: value for key, value in model.items() if key in names}
     return LlamaShape(**(values | TINY | {"vocab_size": 128, "seq_len": 64} if tiny else values))

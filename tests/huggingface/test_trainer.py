@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from am_lightning import AMSGD, AMAdamW
 from am_lightning.huggingface import AdaptiveMemoryCallback, AMAdamWFactory
-from am_lightning.optim.unwrap import innermost
+from am_lightning.optim.unwrap import unwrap_optimizer
 from tests.huggingface.events import scalars_in
 from tests.huggingface.launch import launch
 from tests.huggingface.trainer_runs import FORMS, LOG, SAVE, STEPS, Watch, make_model, make_trainer, run
@@ -195,7 +195,7 @@ class Replace(TrainerCallback):
         if state.global_step == self.after:
             self.trainer.optimizer = self.kind(model.parameters(), lr=0.05)
         elif self.kind is AMAdamW:
-            betas = innermost(self.trainer.optimizer).momentum().values()
+            betas = unwrap_optimizer(self.trainer.optimizer).momentum().values()
             self.seen.append(float(torch.stack(list(betas)).mean()))
 
 
@@ -252,7 +252,7 @@ class Names(TrainerCallback):
         self.seen: list[set[str]] = []
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
-        self.seen.append(set(innermost(self.trainer.optimizer).parameter_names()))
+        self.seen.append(set(unwrap_optimizer(self.trainer.optimizer).parameter_names()))
 
 
 @pytest.mark.parametrize("kind", [AMAdamW, torch.optim.AdamW])
@@ -276,7 +276,7 @@ def test_an_optimizer_given_in_mid_run_is_met_before_its_first_step(tmp_path, wa
         assert trainer.calls == (2 if way == "created again" else 3) and not trainer.optimizer.state
         return
     trainer.train()
-    assert {float(state["step"]) for state in innermost(trainer.optimizer).state.values()} == {3}
+    assert {float(state["step"]) for state in unwrap_optimizer(trainer.optimizer).state.values()} == {3}
     assert names.seen == [{name for name, _ in make_model().named_parameters()}] * (5 if ours else 0)
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from am_lightning import AdaptiveMemory, AMAdamW
-from am_lightning.lightning.loggers import Curves
+from am_lightning.lightning.loggers import StatsLogger
 from tests.lightning.model import Regression, batch_of, interior_share, quiet
 
 
@@ -68,7 +68,7 @@ def test_layers_and_the_histogram_are_for_tensorboard_and_leave_out_what_never_s
     params[0][1].grad = torch.ones(3)
     optimizer.step()
     board, csv = TensorBoardLogger(tmp_path / "board"), CSVLogger(tmp_path / "csv")
-    curves = Curves(optimizer, "am", per_layer=True, histogram=True)
+    curves = StatsLogger(optimizer, "am", per_layer=True, histogram=True)
     curves.read()
     curves.log([board, csv], 3)
     csv.save()

@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import Strategy
 
 from am_lightning import AdaptiveMemory, AMAdamW
-from am_lightning.lightning.patched_methods import Replacements
+from am_lightning.lightning.patched_methods import PatchedMethods
 from tests.lightning.model import Regression, quiet
 
 HOOKS = ("setup", "on_fit_start", "on_train_start", "on_train_batch_start", "on_train_batch_end", "teardown")
@@ -183,7 +183,7 @@ class Child(Owner):
 def test_replacements_are_of_one_object_and_leave_no_trace() -> None:
     method, value = Owner.__dict__["method"], Owner.__dict__["value"]
     first, second = Child(), Child()
-    of_first, of_both = Replacements(), Replacements()
+    of_first, of_both = PatchedMethods(), PatchedMethods()
     of_first.add(first, "method", lambda original, number: original(number) + 1)
     for owner in (first, second):
         of_both.add(owner, "method", lambda original, number: 10 * original(number))
@@ -203,7 +203,7 @@ def test_replacements_are_of_one_object_and_leave_no_trace() -> None:
 
 
 def test_what_somebody_else_has_put_in_place_stays() -> None:
-    owner, ours = Owner(), Replacements()
+    owner, ours = Owner(), PatchedMethods()
     own = Owner.__dict__["method"]
     ours.add(owner, "method", lambda original, number: 0)
     owner.method = lambda number: "on the object"

@@ -6,7 +6,7 @@ import copy
 import math
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from am_lightning import AMSGD, AMAdamW, clip_grad_norm_
-from am_lightning.loggers import attach
+from am_lightning.loggers import attach, reader
 from tests.huggingface.events import histograms_in, scalars_in
 from tests.sharding.pool import Pool
 
@@ -221,3 +221,28 @@ def test_rank_0_writes() -> None:
         assert pool.run(f"{__name__}:on_a_rank") == [[1, 2], []]
     finally:
         pool.stop()
+
+
+class MoreNumbers(NamedTuple):
+    """StepNumbers with one more, as CONTRIBUTING.md adds it."""
+
+    skipped_steps: float
+    skipped_in_a_row: float
+    first_bad: float
+    grad_norm: float
+    update_norm: float
+
+
+def test_a_new_field_is_written_with_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counting(AMAdamW):
+        def report(self) -> torch.Tensor:
+            return torch.cat([super().report(), torch.full((1,), 7.0)])
+
+    monkeypatch.setattr(reader, "StepNumbers", MoreNumbers)
+    model, _ = model_and()
+    optimizer, run = Counting(model.named_parameters(), lr=0.02), Run()
+    attach(optimizer, run, every=1)
+    betas = train(model, optimizer, 2)
+    assert [row["am/update_norm"] for row in run.rows.values()] == [7.0, 7.0]
+    assert run.rows[2]["am/beta/max"] == pytest.approx(max(betas[-1].values()))
+    assert not {"am/first_bad", "am/skipped_in_a_row", "am/grad_norm"} & run.rows[2].keys()

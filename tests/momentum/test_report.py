@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from am_lightning.distributed.names import strip_wrappers
-from am_lightning.loggers.metrics import MomentumReport, kind_of, layers_of
+from am_lightning.loggers.metrics import MomentumStats, kind_of, layers_of
 
 KINDS = {
     "model.embed_tokens.weight": "embed",
@@ -73,7 +73,7 @@ def test_an_adapter_is_in_the_layer_of_what_it_adapts() -> None:
 
 def test_scalars_leave_out_what_has_never_stepped() -> None:
     names = ["layers.0.mlp.up_proj.weight", "layers.0.norm.weight", "lm_head.weight", "layers.1.norm.weight"]
-    report = MomentumReport(names, [0.9, 0.9, 0.5, 0.9])
+    report = MomentumStats(names, [0.9, 0.9, 0.5, 0.9])
     scalars = report.scalars(torch.tensor([0.9, 0.0, 0.5, float("nan")]))
     assert scalars == pytest.approx(
         {

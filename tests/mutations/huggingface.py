@@ -15,8 +15,8 @@ MUTATIONS = [
     Mutation(
         "HF Trainer: the callback reads an optimizer that another has taken the place of",
         _TRAINER,
-        "if ours is not self._readings.optimizer:\n            skipped",
-        "if ours is None:\n            skipped",
+        "if am_optimizer is not self._reader.optimizer:\n            skipped",
+        "if am_optimizer is None:\n            skipped",
         ("tests/huggingface/test_trainer.py::test_an_optimizer_given_in_mid_run_is_read_or_refused[AMAdamW]",),
     ),
     Mutation(
@@ -36,22 +36,22 @@ MUTATIONS = [
     Mutation(
         "Accelerate: a second attach logs a second time",
         _ATTACH,
-        "    if log is None:\n",
-        "    if log is None or log.accelerator is accelerator:\n",
+        "    if logger is None:\n",
+        "    if logger is None or logger.accelerator is accelerator:\n",
         (f"{_ACCELERATE}::test_two_optimizers_and_attaching_twice",),
     ),
     Mutation(
         "Accelerate: the second optimizer writes under the first one's tags",
         _ATTACH,
-        "_StepLog(Readings(ours, prefix_of(others))",
-        "_StepLog(Readings(ours, prefix_of(0))",
+        "StatsReader(am_optimizer, free_prefix(others))",
+        "StatsReader(am_optimizer, free_prefix([]))",
         (f"{_ACCELERATE}::test_two_optimizers_and_attaching_twice",),
     ),
     Mutation(
         "Accelerate: one optimizer over two models gets the names of the first",
         _ATTACH,
-        "optimizer.bind_model(whole[0] if whole else nn.ModuleList(holders))",
-        "optimizer.bind_model(holders[0])",
+        "model = whole[0] if whole else nn.ModuleList(holders)",
+        "model = holders[0]",
         (f"{_ACCELERATE}::test_one_optimizer_over_two_models",),
     ),
     Mutation(
@@ -78,7 +78,7 @@ MUTATIONS = [
     Mutation(
         "Accelerate: an optimizer that was not prepared is taken",
         _ATTACH,
-        "if not any(other is ours for other in prepared):",
+        "if not any(other is am_optimizer for other in prepared):",
         "if not prepared:",
         (f"{_ACCELERATE}::test_wrong_arguments",),
     ),
@@ -92,9 +92,9 @@ MUTATIONS = [
     Mutation(
         "Accelerate: an earlier run's optimizer cannot be freed",
         _ATTACH,
-        "    log.accelerator, log.every = accelerator, log_every_n_steps\n",
-        "    log.accelerator, log.every = accelerator, log_every_n_steps\n"
-        "    globals().setdefault('_logs', []).append(log)\n",
+        "    logger.accelerator, logger.every = accelerator, log_every_n_steps\n",
+        "    logger.accelerator, logger.every = accelerator, log_every_n_steps\n"
+        "    globals().setdefault('_logs', []).append(logger)\n",
         (f"{_ACCELERATE}::test_a_later_run_of_the_process_starts_with_am_again",),
     ),
     Mutation(
@@ -107,8 +107,8 @@ MUTATIONS = [
     Mutation(
         "Trainer: the momentum is added to what an evaluation logs, too",
         _TRAINER,
-        'if self._readings is None or logs is None or "loss" not in logs:',
-        "if self._readings is None or logs is None:",
+        'if self._reader is None or logs is None or "loss" not in logs:',
+        "if self._reader is None or logs is None:",
         (f"{_RUNS}::test_optimizers_evaluation_and_a_callback_added_late",),
     ),
     Mutation(
@@ -121,8 +121,8 @@ MUTATIONS = [
     Mutation(
         "Trainer: a second train() counts the first one's skipped steps",
         _TRAINER,
-        "self._readings.skipped_before += before - self._readings.skipped_in_all()",
-        "self._readings.skipped_before += before",
+        "self._reader.skipped_before += before - self._reader.skipped_in_all()",
+        "self._reader.skipped_before += before",
         (f"{_RUNS}::test_a_second_train_of_one_trainer_counts_from_zero",),
     ),
     Mutation(
@@ -177,8 +177,15 @@ MUTATIONS = [
     Mutation(
         "attached twice, curves are written twice",
         "am_lightning/loggers/attach.py",
-        "and other.readings.prefix == prefix",
-        "and other.readings.prefix != prefix",
+        "and other.reader.prefix == prefix",
+        "and other.reader.prefix != prefix",
         ("tests/loggers/test_attach.py::test_removed_it_writes_no_more_and_twice_is_once",),
+    ),
+    Mutation(
+        "a number that is counted in the step is not logged until somebody names it a second time",
+        "am_lightning/loggers/reader.py",
+        "if name not in _NOT_LOGGED and",
+        'if name in ("skipped_steps", "grad_norm") and',
+        ("tests/loggers/test_attach.py::test_a_new_field_is_written_with_the_others",),
     ),
 ]

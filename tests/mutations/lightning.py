@@ -54,15 +54,15 @@ MUTATIONS = [
     Mutation(
         "curves are one step beside the Trainer's own metrics",
         _CALLBACK,
-        "curves.log(trainer.loggers, step)",
-        "curves.log(trainer.loggers, step + 1)",
+        "reader.log(trainer.loggers, step)",
+        "reader.log(trainer.loggers, step + 1)",
         (f"{_RUNS}::test_curves_in_tensorboard_and_csv_are_the_momentum",),
     ),
     Mutation(
         "one skipped step too many is allowed in a row",
         _CALLBACK,
-        "if curves.skipped_in_a_row >= self.max_consecutive_skips:",
-        "if curves.skipped_in_a_row > self.max_consecutive_skips:",
+        "if reader.skipped_in_a_row >= self.max_consecutive_skips:",
+        "if reader.skipped_in_a_row > self.max_consecutive_skips:",
         (f"{_LIFECYCLE}::test_too_many_skips_end_the_run_at_exactly_the_limit",),
     ),
     Mutation(
@@ -89,8 +89,8 @@ MUTATIONS = [
     Mutation(
         "skipped steps of before a resume are counted again in the next fit",
         _CALLBACK,
-        "self._curves, self._skipped_before = [], []",
-        "self._curves, self._skipped_before = [], self._skipped_at_end",
+        "self._readers, self._skipped_before = [], []",
+        "self._readers, self._skipped_before = [], self._skipped_at_end",
         (f"{_LIFECYCLE}::test_skips_are_in_a_checkpoint_saved_after_fit_and_not_in_the_next_fit",),
     ),
     Mutation(
@@ -104,7 +104,7 @@ MUTATIONS = [
         "curves stay with an optimizer that is gone",
         _CALLBACK,
         "if self._fitting:\n            self._follow(trainer)",
-        "if self._fitting and not self._curves:\n            self._follow(trainer)",
+        "if self._fitting and not self._readers:\n            self._follow(trainer)",
         (f"{_LIVE}::test_the_successor_is_converted_trained_and_shown[assigned-training_step]",),
     ),
     Mutation(
@@ -221,7 +221,7 @@ MUTATIONS = [
     ),
     Mutation(
         "under DDP no replica group is set",
-        _FITTING,
+        "am_lightning/optim/unwrap.py",
         "optimizer.replica_group = torch.distributed.group.WORLD",
         "optimizer.replica_group = None",
         ("tests/lightning/test_strategies.py::test_every_strategy_is_one_process[ddp-2-tensor]",),
@@ -264,8 +264,8 @@ MUTATIONS = [
     Mutation(
         "Fabric: a resumed run's curves begin at step 0",
         _STEP_LOG,
-        "readings.optimizer.register_load_state_dict_post_hook(self._count_from_state)",
-        "readings.optimizer.register_load_state_dict_post_hook(lambda _: None)",
+        "reader.optimizer.register_load_state_dict_post_hook(self._count_from_state)",
+        "reader.optimizer.register_load_state_dict_post_hook(lambda _: None)",
         (f"{_FABRIC_RUNS}::test_a_resumed_run_counts_from_its_checkpoint",),
     ),
     Mutation(
@@ -277,23 +277,23 @@ MUTATIONS = [
     ),
     Mutation(
         "Fabric: the second optimizer writes under the first one's tags",
-        _FABRIC,
-        "return next(name for name in map(prefix_of, itertools.count()) if name not in taken)",
-        "return prefix_of(0)",
+        _STEP_LOG,
+        "for prefix in map(prefix_of, itertools.count()) if prefix not in taken)",
+        "for prefix in map(prefix_of, itertools.count()))",
         (f"{_FABRIC_RUNS}::test_two_optimizers_and_skipped_steps",),
     ),
     Mutation(
         "Fabric: under DDP no replica group is set",
         _FABRIC,
-        "optimizer.replica_group = torch.distributed.group.WORLD",
-        "optimizer.replica_group = None",
+        "FabricDDPStrategy) or fabric.world_size == 1:",
+        "FabricDDPStrategy) or fabric.world_size >= 1:",
         (f"{_FABRIC_RUNS}::test_under_every_strategy_beta_is_one_process_and_is_logged_once[ddp]",),
     ),
     Mutation(
         "tensors that have never stepped are in the histogram",
-        _CURVES,
-        "seen = self.stepped()",
-        "seen = self.betas.nan_to_num()",
+        _READINGS,
+        "stepped = self.betas[~self.betas.isnan()]",
+        "stepped = self.betas.nan_to_num()",
         (f"{_RUNS}::test_layers_and_the_histogram_are_for_tensorboard_and_leave_out_what_never_stepped",),
     ),
     Mutation(
@@ -306,7 +306,7 @@ MUTATIONS = [
     Mutation(
         "the warning of skipped steps comes again at every interval",
         _READINGS,
-        "new, self._warned_of = self.newly_skipped(), self._skipped",
+        "new, self._warned_of = self.newly_skipped(), int(self.numbers.skipped_steps)",
         "new = self.newly_skipped()",
         (f"{_RUNS}::test_skipped_steps_are_counted_and_warned_about",),
     ),

@@ -13,7 +13,7 @@ _ORDER = f"{_PACKAGE}/data/order.py"
 _PERMUTATION = f"{_PACKAGE}/data/permutation.py"
 _STREAM = f"{_PACKAGE}/data/stream.py"
 _SHARDS = f"{_PACKAGE}/data/shards.py"
-_PIECES = f"{_PACKAGE}/data/pieces.py"
+_CHUNKS = f"{_PACKAGE}/data/chunks.py"
 _SCHEDULE = f"{_PACKAGE}/model/schedule.py"
 _GUARD = f"{_PACKAGE}/callbacks/loss_guard.py"
 _SIGNALS = f"{_PACKAGE}/callbacks/fault_tolerance.py"
@@ -27,7 +27,7 @@ _GUARDED = "tests/recipes/test_loss_guard.py"
 _STOPPED = "tests/recipes/test_fault_tolerance.py"
 _PLAN = "tests/recipes/test_plan.py"
 _GPU = "tests/recipes/test_gpu_check.py"
-_MONITORS = "tests/recipes/test_monitors.py"
+_MONITORS = "tests/recipes/test_throughput.py"
 
 MUTATIONS = [
     # ------------------------------------------------------------------ signals
@@ -97,7 +97,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the oldest whole checkpoint is chosen",
-        f"{_PACKAGE}/checkpoints/finding.py",
+        f"{_PACKAGE}/checkpoints/resume.py",
         "sorted(known, reverse=True)",
         "sorted(known)",
         (f"{_CHECKPOINTS}::test_without_last_ckpt_the_newest_step_is_chosen",),
@@ -135,7 +135,7 @@ MUTATIONS = [
         f"{_PACKAGE}/checkpoints/accelerate.py",
         'self.folder.glob(".step-*")',
         'self.folder.glob(".part-*")',
-        ("tests/recipes/test_state_folders.py",),
+        ("tests/recipes/test_accelerate_checkpoints.py",),
     ),
     # ------------------------------------------------------------------ the order of the data
     Mutation(
@@ -200,14 +200,14 @@ MUTATIONS = [
     ),
     Mutation(
         "ten times too few documents are held out",
-        _PIECES,
+        _CHUNKS,
         "return bucket % 10_000 < percent * 100",
         "return bucket % 10_000 < percent * 10",
         ("tests/recipes/test_sources.py::test_about_five_percent_are_held_out",),
     ),
     Mutation(
         "a line that begins where a file is cut is lost",
-        _PIECES,
+        _CHUNKS,
         "file.seek(self.start - 1)\n            position = self.start - 1 + len",
         "file.seek(self.start)\n            position = self.start + len",
         ("tests/recipes/test_sources.py::test_a_line_is_in_one_piece_at_every_size",),
@@ -384,9 +384,24 @@ MUTATIONS = [
     ),
     Mutation(
         "a rehearsal becomes docs/gpu.md",
-        "am_lightning/bench/gpu_page.py",
+        "recipes/gpu/page.py",
         "if rehearsal and options.to",
         "if not rehearsal and options.to",
-        ("tests/optim/test_gpu_page.py::test_a_rehearsal_is_marked_and_is_never_docs",),
+        ("tests/recipes/test_gpu_page.py::test_a_rehearsal_is_marked_and_is_never_docs",),
+    ),
+    # ------------------------------------------------------------------ recipes over their base
+    Mutation(
+        "a recipe's base is not read",
+        f"{_PACKAGE}/runtime/paths.py",
+        "files.insert(0, base)",
+        "return files",
+        ("tests/recipes/test_config.py::test_a_recipe_over_its_base_is_the_whole_text[130m]",),
+    ),
+    Mutation(
+        "a recipe written out whole loses its own comments",
+        f"{_PACKAGE}/runtime/recipe_text.py",
+        "    if entry.has_comment:\n        return",
+        "    if not base.line:\n        return",
+        ("tests/recipes/test_config.py::test_texts_are_merged_with_their_comments",),
     ),
 ]

@@ -56,7 +56,7 @@ class Terms:
 class Oracle:
     """Base of both references. ``groups`` are dicts with ``params`` (float64 arrays, copied) and options.
 
-    GroupOptions of every group: lr, weight_decay, lambd, cap, maximize; AM-AdamW also beta2 and eps, AM-SGD also decoupled.
+    Options of every group: lr, weight_decay, lambd, cap, maximize; AM-AdamW also beta2 and eps, AM-SGD also decoupled.
     """
 
     groups: list[dict[str, Any]]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from am_lightning import AMSGD, AMAdamW
-from am_lightning.optim import state_store as scalars
 from am_lightning.optim import base
+from am_lightning.optim import state_store as scalars
 from am_lightning.optim.param_state import SCALARS
 from tests.optim.harness import assert_bitwise, snapshot
 

@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from am_lightning import AMSGD, AMAdamW, clip_grad_norm_
-from am_lightning.loggers.reader import Readings
+from am_lightning.loggers.reader import StatsReader
 from am_lightning.optim.convert import convert_adamw
 from am_lightning.optim.kernels import fused
 from tests.optim.harness import assert_bitwise, named_params, params_of, snapshot
@@ -75,9 +75,9 @@ def train(kind: str, foreign: Callable[[], Any]) -> list[torch.Tensor]:
 
 
 def _read(optimizer: Any) -> None:
-    numbers = Readings(optimizer)
+    numbers = StatsReader(optimizer)
     numbers.read()
-    assert numbers.scalars()["am/grad_norm"] > 0 and numbers.report.layers(numbers.betas)
+    assert numbers.scalars()["am/grad_norm"] > 0 and numbers.layers()
     assert all(beta.device.type == "cpu" for beta in optimizer.momentum().values())
     assert not optimizer.last_step_skipped and "tensors" in optimizer.describe()
 

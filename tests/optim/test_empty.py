@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from am_lightning import AMSGD, AMAdamW, clip_grad_norm_
-from am_lightning.loggers.reader import Readings
+from am_lightning.loggers.reader import StatsReader
 
 
 @pytest.mark.parametrize("scope", ["tensor", "group", "global"])
@@ -20,7 +20,7 @@ def test_no_parameters(kind: type, scope: str) -> None:
     assert float(clip_grad_norm_(optimizer, 1.0)) == 0.0
     assert not optimizer.last_step_skipped
     assert optimizer.momentum() == {}
-    readings = Readings(optimizer)
+    readings = StatsReader(optimizer)
     readings.read()
     assert readings.scalars()["am/skipped_steps"] == 0.0
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from am_lightning import AMAdamW
-from am_lightning.optim import state_store as scalars
 from am_lightning.optim import param_state as state
+from am_lightning.optim import state_store as scalars
 from tests.optim.harness import assert_bitwise, snapshot
 
 COUNT = 30

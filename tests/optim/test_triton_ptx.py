@@ -94,7 +94,9 @@ def launch(dtypes: tuple[torch.dtype, ...], *, offset: int = 0, of: str = "gdvx"
     g, d, v, x = (torch.ones(41, dtype=dtype)[at : at + 40] for dtype, at in zip(dtypes, starts, strict=True))
     names = ("one_plus_k", "c_root", "c_eps", "lr", "decay_factor", "omega", "step")
     numbers = Coefficients({name: torch.ones(1, dtype=torch.float64) for name in names})
-    passes = triton_pair.TritonKernels([LocalShard(0, x, g, d, v, GroupOptions(0.999, 0.1, 0.01, 0.0, False))], Tables())
+    passes = triton_pair.TritonKernels(
+        [LocalShard(0, x, g, d, v, GroupOptions(0.999, 0.1, 0.01, 0.0, False))], Tables()
+    )
     passes.sums(numbers, torch.float64)
     passes.update(numbers, torch.ones(1, dtype=torch.bool))
 

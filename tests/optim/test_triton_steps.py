@@ -166,7 +166,9 @@ def test_gradients_live_until_the_step_is_done(no_kernels: Idle) -> None:
     tensors = [torch.zeros(4) for _ in range(4)]
     watched = weakref.ref(tensors[1])
     x, g, d, v = tensors
-    passes = triton_pair.TritonKernels([LocalShard(0, x, g, d, v, GroupOptions(0.9, 0.1, 0.0, 0.0, False))], triton_pair.Tables())
+    passes = triton_pair.TritonKernels(
+        [LocalShard(0, x, g, d, v, GroupOptions(0.9, 0.1, 0.0, 0.0, False))], triton_pair.Tables()
+    )
     del tensors, x, g, d, v
     assert watched() is not None
     del passes

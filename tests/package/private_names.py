@@ -69,6 +69,7 @@ _SETTINGS = "am_lightning/pretrain/runtime/run_config.py"
 _BOARD = "am_lightning/pretrain/callbacks/tensorboard.py"
 _GUARD = "am_lightning/pretrain/callbacks/loss_guard.py"
 _PATCHES = "am_lightning/lightning/trainer_patches.py"
+_STORE = "am_lightning/optim/state_store.py"
 _PACKS = "am_lightning/optim/kernels/buckets.py"
 
 _OPTIMIZER = "torch.optim.Optimizer"
@@ -134,7 +135,7 @@ TORCH = [
     Private("torch", "_foreach_norm", ("am_lightning/optim/squares.py", _GUARD),
             "norms of many tensors in one launch"),
     Private("torch", "_foreach_mul_", ("am_lightning/optim/kernels/inputs.py",), "scale many tensors in one launch"),
-    Private("torch", "_foreach_copy_", (_PACKS, "am_lightning/optim/state_store.py"), "write many tensors in one launch"),
+    Private("torch", "_foreach_copy_", (_PACKS, _STORE), "write many tensors in one launch"),
     Private("torch", "_foreach_zero_", (_PACKS,), "clear many tensors in one launch"),
 ]  # fmt: skip
 

@@ -44,7 +44,7 @@ def _metadata(wheel: Path) -> Message:
 
 
 def test_wheel_is_the_package_with_the_recipes_and_nothing_else(wheel: Path) -> None:
-    """No cache, nothing a run left: what git knows; recipes/ (without studies/) where locate.py looks."""
+    """No cache, nothing a run left: what git knows; recipes/ (without studies/) where paths.py looks."""
     package = {str(path.relative_to(ROOT)) for path in files() if PACKAGE in path.parents}
     package |= {
         f"am_lightning/recipes/files/{path.relative_to(RECIPES)}"

@@ -18,14 +18,14 @@ class Item:
         return self.marks.get(name)
 
 
-KILLS, DOORS = pytest.mark.nightly("kills"), pytest.mark.nightly("doors")
+KILLS, ENTRY_POINTS = pytest.mark.nightly("kills"), pytest.mark.nightly("programs")
 ITEMS = [
     Item("plain"),
     Item("slow", pytest.mark.slow),
     Item("kill 1", KILLS),
     Item("kill 2", KILLS, pytest.mark.slow),
-    Item("door 1", DOORS),
-    Item("door 2", DOORS, pytest.mark.sample),
+    Item("entry 1", ENTRY_POINTS),
+    Item("entry 2", ENTRY_POINTS, pytest.mark.sample),
 ]
 
 
@@ -34,8 +34,8 @@ ITEMS = [
     [
         ("fast", ["plain"]),
         ("full", ["plain", "slow"]),
-        ("ci", ["plain", "slow", "kill 1", "door 2"]),
-        ("nightly", ["plain", "slow", "kill 1", "kill 2", "door 1", "door 2"]),
+        ("ci", ["plain", "slow", "kill 1", "entry 2"]),
+        ("nightly", ["plain", "slow", "kill 1", "kill 2", "entry 1", "entry 2"]),
     ],
 )
 def test_a_gate_keeps(gate: str, names: list[str]) -> None:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from am_lightning import AdaptiveMemory, AMAdamW
 from am_lightning.distributed.names import strip_wrappers
-from am_lightning.optim.unwrap import innermost
+from am_lightning.optim.unwrap import unwrap_optimizer
 from am_lightning.pretrain.model.lightning_module import LlamaPretraining
 from tests.lightning.cluster import CPUFSDP, Memory, on_cpu
 from tests.lightning.model import quiet
@@ -46,7 +46,7 @@ def strategy_of(name: str, world: int) -> Any:
     if name == "fsdp1":
         return CPUFSDP(state_dict_type="sharded", timeout=LONGEST)
     if name.startswith("zero"):
-        from tests.deepspeed.doors import OnCPU, zero_config  # needs DeepSpeed's compiled operator
+        from tests.deepspeed.entry_points import OnCPU, zero_config  # needs DeepSpeed's compiled operator
 
         return OnCPU(config=zero_config(int(name[4:])))
     tensor = int(name.partition("tp")[2] or 1)
@@ -89,7 +89,7 @@ class Watched(LlamaPretraining):
         return loss
 
     def on_train_batch_end(self, *arguments: Any) -> None:
-        optimizer: Any = innermost(self.trainer.optimizers[0])
+        optimizer: Any = unwrap_optimizer(self.trainer.optimizers[0])
         self.betas.append({name: float(beta) for name, beta in optimizer.momentum().items()})
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from am_lightning.pretrain.commands.plan.layout import Layout
+from am_lightning.pretrain.commands.plan.layout import ParallelPlan
 from am_lightning.pretrain.commands.plan.memory import memory_of
 from am_lightning.pretrain.commands.plan.traffic import traffic_of
 from am_lightning.pretrain.model.network import LlamaShape
@@ -42,14 +42,14 @@ class Case:
         return ", ".join([*words, *(["checkpointing"] if self.checkpointing else [])])
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> ParallelPlan:
         kind, stage = "ddp" if self.ranks > 1 else "single", 0
         if self.strategy.startswith("zero"):
             kind, stage = "zero", int(self.strategy[4:])
         elif self.strategy.startswith(("fsdp", "tp")):
             kind = "fsdp"
         tensor = int(self.strategy.partition("tp")[2] or 1)
-        return Layout(kind, stage, self.ranks, self.ranks, tensor, self.accumulate, self.rows, self.precision)
+        return ParallelPlan(kind, stage, self.ranks, self.ranks, tensor, self.accumulate, self.rows, self.precision)
 
 
 CASES = (

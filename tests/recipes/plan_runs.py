@@ -89,7 +89,7 @@ def measure(
 def _strategy(name: str) -> Any:
     if not name.startswith("zero"):
         return strategy_of(name, dist.get_world_size())
-    from tests.deepspeed.doors import OnCPU, zero_config  # needs DeepSpeed's compiled operator
+    from tests.deepspeed.entry_points import OnCPU, zero_config  # needs DeepSpeed's compiled operator
 
     config = zero_config(int(name[4:]))
     del config["zero_optimization"]["sub_group_size"]  # so small that every tensor is cut up

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from am_lightning.pretrain.runtime.locate import recipe_files
+from am_lightning.pretrain.runtime.paths import recipe_files
+from am_lightning.pretrain.runtime.recipe_text import recipe_text
 from am_lightning.recipes.__main__ import main
 from tests.python import COLD
 
 from .commands import RECIPES, arguments
 
 ROOT = RECIPES.parent
-NAMES = sorted(path.stem for path in (RECIPES / "configs").glob("*.yaml"))
+NAMES = sorted(recipe_files())
 
 
 def tree(folder: Path) -> dict[str, bool]:
@@ -100,7 +101,7 @@ def test_cp_copies_what_a_run_needs_and_overwrites_nothing(tmp_path: Path) -> No
     assert (copy / "60m.yaml").read_text() == mine
     assert not (copy / "pretrain.py").exists()
     assert main(["cp", "60m", str(copy), "--force"]) == 0
-    assert (copy / "60m.yaml").read_text() == (RECIPES / "configs" / "60m.yaml").read_text()
+    assert (copy / "60m.yaml").read_text() == recipe_text(RECIPES / "configs" / "60m.yaml")
     with pytest.raises(SystemExit, match="Did you mean 60m"):
         main(["cp", "60n", str(copy)])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import inspect
 import re
@@ -15,20 +16,24 @@ import lightning as L
 import pytest
 import yaml
 
+from am_lightning import AdaptiveMemory
 from am_lightning.pretrain.commands.plan.command import make_plan, read_options
 from am_lightning.pretrain.commands.plan.table import duration_text
 from am_lightning.pretrain.model.network import count_parameters
-from am_lightning.pretrain.runtime.run_config import Settings, _Parser, read_settings
+from am_lightning.pretrain.runtime.errors import RecipeError
+from am_lightning.pretrain.runtime.paths import recipe_files
+from am_lightning.pretrain.runtime.recipe_text import merge_texts, recipe_text
+from am_lightning.pretrain.runtime.run_config import RunConfig, _Parser, read_run_config
 from am_lightning.recipes.__main__ import make_parser
 from tests.recipes.test_network import FAMILY
 
-CONFIGS = {path.stem: path for path in sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))}
+CONFIGS = recipe_files()
 COMMENT = re.compile(r"\((?P<type>[^,()]+)(, (?P<default>[^()]+))?\)(?P<words>.*)")
 every_config = pytest.mark.parametrize("name", CONFIGS)
 
 
-def settings_of(name: str) -> Settings:
-    return read_settings(["--config", str(CONFIGS[name])])
+def settings_of(name: str) -> RunConfig:
+    return read_run_config(["--config", str(CONFIGS[name])])
 
 
 def keys(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, int, yaml.Node]]:
@@ -55,7 +60,7 @@ def comment_at(lines: list[str], line: int) -> tuple[re.Match[str] | None, str]:
 
 @every_config
 def test_every_key_is_commented(name: str) -> None:
-    text = CONFIGS[name].read_text()
+    text = recipe_text(CONFIGS[name])
     found = list(keys(yaml.compose(text)))
     assert len(found) > 80
     for path, line, _ in found:
@@ -120,7 +125,7 @@ def default_of_class(path: str) -> Any:
 
 @every_config
 def test_comments_say_the_true_type_and_default(name: str, truth: dict[str, tuple[set[str], Any]]) -> None:
-    text = CONFIGS[name].read_text()
+    text = recipe_text(CONFIGS[name])
     config, checked = yaml.safe_load(text), 0
     for path, line, _ in keys(yaml.compose(text)):
         match, _ = comment_at(text.splitlines(), line)
@@ -158,6 +163,92 @@ def same(written: str, default: Any) -> bool:
 
 
 @every_config
+def test_a_recipe_over_its_base_is_the_whole_text(name: str, tmp_path: Path) -> None:
+    """What jsonargparse makes of the two files is what `cp` writes out; a recipe repeats little of its base."""
+    whole = tmp_path / "whole.yaml"
+    whole.write_text(recipe_text(CONFIGS[name]))
+    assert read_run_config(["--config", str(whole)]).config == settings_of(name).config
+    assert read_run_config(["--config", name]).config == settings_of(name).config
+    assert len(CONFIGS[name].read_text().splitlines()) < len(whole.read_text().splitlines()) * 2 / 3
+    assert max(map(len, whole.read_text().splitlines())) <= 120
+
+
+BASE = """# the base
+
+# how to read it
+
+steps: 10  # (int) how many; why
+
+model:  # (section) the model
+  # (int) the width
+  width: 4
+  depth: 2      # (int) layers
+  optimizer:  # (class) any
+    name: AdamW  # (str) which
+    lr: 0.1      # (float) peak
+  callbacks:  # (list)
+    - name: one  # (str) the first
+"""
+DIFFERENCE = """# mine
+# base: base.yaml
+
+model:
+  width: 8
+  depth: 12  # (int) many; because
+  optimizer: null  # (class) none
+  callbacks:
+    - name: two
+    - name: three
+more: 1
+"""
+MERGED = """# mine
+
+# how to read it
+
+steps: 10  # (int) how many; why
+
+model:  # (section) the model
+  # (int) the width
+  width: 8
+  depth: 12        # (int) many; because
+  optimizer: null  # (class) none
+  callbacks:  # (list)
+    - name: two
+    - name: three
+more: 1
+"""
+
+
+def test_texts_are_merged_with_their_comments() -> None:
+    assert merge_texts(BASE, DIFFERENCE) == MERGED
+    with pytest.raises(RecipeError, match="model: give the keys"):
+        merge_texts(BASE, "# mine\n\nmodel: {width: 8}\n")
+
+
+def test_a_new_size_is_a_short_yaml_and_a_lost_base_is_named(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("# base: base.yaml\n\nmodel: {num_layers: 3}\ntrainer: {max_steps: 7}\n")
+    with pytest.raises(RecipeError, match=r"mine.yaml says only what differs from .*base.yaml, which is not there"):
+        read_run_config(["--config", str(mine)])
+    (tmp_path / "base.yaml").write_text((CONFIGS["60m"].parent / "base.yaml").read_text())
+    settings = read_run_config([f"--config={mine}", "--trainer.max_steps", "8"])
+    assert settings.shape == dataclasses.replace(settings_of("60m").shape, num_layers=3)
+    assert settings.steps == 8 and settings.config["data"] == settings_of("60m").config["data"]
+
+
+@pytest.mark.parametrize("path", ["am_lightning.AdaptiveMemory", "am_lightning.lightning.AdaptiveMemory"])
+def test_a_saved_configuration_names_the_callback_as_any_version_knows_it(path: str, tmp_path: Path) -> None:
+    """Both are public; the module that the class is in is not."""
+    callbacks = f'--trainer.callbacks=[{{"class_path": "{path}"}}]'
+    settings = read_run_config(["--config", str(CONFIGS["laptop"]), callbacks])
+    settings.save(tmp_path / "config.yaml")
+    again = read_run_config(["--config", str(tmp_path / "config.yaml")])
+    for read in (settings, again):
+        assert [callback["class_path"] for callback in read.config["trainer"]["callbacks"]] == [path]
+        assert isinstance(read._memory, AdaptiveMemory)
+
+
+@every_config
 def test_the_model_has_the_published_shape(name: str) -> None:
     settings = settings_of(name)
     if name == "laptop":
@@ -172,7 +263,7 @@ def test_the_model_has_the_published_shape(name: str) -> None:
 @every_config
 def test_the_header_says_what_plan_says(name: str) -> None:
     """Tokens, tokens for every parameter, and the time, with the GPUs and the MFU that it names."""
-    header = " ".join(line.lstrip("# ") for line in CONFIGS[name].read_text().partition("\n\n")[0].splitlines())
+    header = " ".join(line.lstrip("# ") for line in recipe_text(CONFIGS[name]).partition("\n\n")[0].splitlines())
     if name == "laptop":
         assert "0.86 M parameters" in header
         return

@@ -54,7 +54,7 @@ def test_accelerates_checkpoints_fail_on_all_ranks_and_leave_the_good_ones(disk:
     """Only rank 0 meets the full disk; the other would wait for it."""
     with pools() as start:
         ends = start(2).run(
-            "tests.recipes.state_folders:save_until_the_disk_is_full", timeout=60, folder=str(disk / "c")
+            "tests.recipes.accelerate_checkpoints:save_until_the_disk_is_full", timeout=60, folder=str(disk / "c")
         )
     assert len(set(ends)) == 1, ends
     made, error = ends[0]

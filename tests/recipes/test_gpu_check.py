@@ -242,7 +242,7 @@ def test_a_file_of_tests_that_is_stopped_says_what_it_had(tmp_path: Path, module
 def test_training_runs_are_what_they_are_called(tmp_path: Path, modules: dict[str, ModuleType]) -> None:
     """By the recipes' own parser."""
     pytest.importorskip("jsonargparse")
-    from am_lightning.pretrain.runtime.run_config import read_settings
+    from am_lightning.pretrain.runtime.run_config import read_run_config
 
     worth, part = modules["worth"], modules["part"]
     context = part.Context(tmp_path, "cuda", False, 0.0)
@@ -252,7 +252,7 @@ def test_training_runs_are_what_they_are_called(tmp_path: Path, modules: dict[st
         words = ["--config", recipe]
         for key, value in values.items():
             words += [f"--{key}", json.dumps(value) if isinstance(value, list) else str(value)]
-        settings = read_settings(words)
+        settings = read_run_config(words)
         optimizer = settings.check_optimizer()
         group = optimizer.param_groups[0]
         assert type(optimizer).__name__ == ("AMAdamW" if name.startswith("worth/60m/AM") else "AdamW")

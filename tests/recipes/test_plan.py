@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from am_lightning.pretrain.commands.plan.layout import Layout, make_layout
+from am_lightning.pretrain.commands.plan.layout import ParallelPlan, make_layout
 from am_lightning.pretrain.commands.plan.memory import RESERVE, memory_of
 from am_lightning.pretrain.commands.plan.traffic import traffic_of
 from am_lightning.pretrain.model.network import LlamaShape, flops_per_token
@@ -36,8 +36,10 @@ def planned(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]
     return get
 
 
-def layout(kind: str, gpus: int, *, stage: int = 0, tensor: int = 1, accumulate: int = 1, rows: int = 1) -> Layout:
-    return Layout(kind, stage, gpus, min(8, gpus), tensor, accumulate, rows, "bf16-mixed")
+def layout(
+    kind: str, gpus: int, *, stage: int = 0, tensor: int = 1, accumulate: int = 1, rows: int = 1
+) -> ParallelPlan:
+    return ParallelPlan(kind, stage, gpus, min(8, gpus), tensor, accumulate, rows, "bf16-mixed")
 
 
 def test_the_60m_by_hand(planned: Callable[..., dict[str, Any]]) -> None:

@@ -12,6 +12,8 @@ import yaml
 
 from am_lightning.pretrain.data.shards import read_index
 from am_lightning.pretrain.data.text_data import TextData
+from am_lightning.pretrain.runtime.paths import recipe_files
+from am_lightning.pretrain.runtime.recipe_text import recipe_text
 
 from .commands import arguments
 from .test_tokenizers import t5_folder  # noqa: F401  (a fixture)
@@ -28,7 +30,7 @@ def shards(root: Path) -> dict[Path, int]:
 
 def test_pretrain_finds_what_it_made(tmp_path: Path, corpus_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The data section, the linked keys and the run's folder come from the recipe."""
-    recipe = yaml.safe_load((CONFIGS / "laptop.yaml").read_text())
+    recipe = yaml.safe_load(recipe_text(CONFIGS / "laptop.yaml"))
     recipe["data"]["source"] = str(corpus_folder)
     recipe["model"]["seq_len"] = 32
     recipe["trainer"]["default_root_dir"] = str(tmp_path / "run")
@@ -78,7 +80,7 @@ def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:.*suggested max number of worker.*")
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(recipe_files()))
 def test_a_recipe_reads_files_and_a_tokenizer_of_this_disk(
     tmp_path: Path,
     parquet: Path,
@@ -96,7 +98,7 @@ def test_a_recipe_reads_files_and_a_tokenizer_of_this_disk(
     for key, value in changes.items():
         args += [f"--data.{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
     prepare_data.main(args)
-    recipe = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    recipe = yaml.safe_load(recipe_text(recipe_files()[name]))
     shape = {key: recipe["model"][key] for key in ("seq_len", "vocab_size")}
     data = TextData(**{**recipe["data"], **shape, **changes})
     data.default_root_dir = str(tmp_path)

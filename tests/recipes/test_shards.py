@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from am_lightning.pretrain.data import prepare, shards
-from am_lightning.pretrain.data.prepare import check_shards, is_complete, source_parts, write_part, write_shards
+from am_lightning.pretrain.data.prepare import check_shards, is_complete, work_units, write_part, write_shards
 from am_lightning.pretrain.data.processes import run_all
 from am_lightning.pretrain.data.shards import SIDES, Shard, ShardedTokens, open_shards, read_index
 from am_lightning.pretrain.data.sources import find_source
@@ -57,7 +57,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def test_the_shards_hold_the_documents_in_order(source: Path, whole: Path) -> None:
     opened = open_shards(whole)
-    documents = [d for piece in find_source(str(source)).pieces(1 << 20) for d in piece.documents()]
+    documents = [d for chunk in find_source(str(source)).chunks(1 << 20) for d in chunk.documents()]
     for tokens, held_out in ((opened.train, False), (opened.val, True)):
         expected = [d.text for d in documents if d.is_validation(5.0) == held_out]
         assert bytes(tokens[:]).split(b"\0") == [*expected, b""]
@@ -71,7 +71,7 @@ def test_the_shards_hold_the_documents_in_order(source: Path, whole: Path) -> No
 def test_a_part_with_too_many_tokens_makes_several_files(source: Path, tmp_path: Path, whole: Path) -> None:
     """A text can have more tokens than bytes of its own: no file grows beyond the limit and one document."""
     job = prepare.Job(tmp_path, ByteTokenizer(), 5.0, 1 << 18)
-    record = write_part(job, source_parts(find_source(str(source)), 1)[0])
+    record = write_part(job, work_units(find_source(str(source)), 1)[0])
     assert len(record.train) == 4
     assert all(shard.tokens < (1 << 18) + 5000 for shard in record.train)
     tokens = ShardedTokens(tmp_path, record.train, "uint8")

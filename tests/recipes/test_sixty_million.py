@@ -1,4 +1,4 @@
-"""The 60m recipe for two steps on two processes, from a local parquet and a local tokenizer, through five doors."""
+"""The 60m recipe for two steps on two processes, from a local parquet and a local tokenizer, through five programs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from am_lightning.recipes.__main__ import main
 
-from .doors import DOORS, curve_of, launch
-from .test_doors import needs_compiler
+from .entry_points import ENTRY_POINTS, curve_of, launch
+from .test_entry_points import needs_compiler
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -79,12 +79,12 @@ def test_it_validates(settings: list[str], capsys: pytest.CaptureFixture[str]) -
     ],
 )
 def test_it_trains(name: str, settings: list[str], tmp_path: Path) -> None:
-    door, root = DOORS[name], tmp_path / "run"
-    done = launch(door, "60m", root, settings)
+    entry, root = ENTRY_POINTS[name], tmp_path / "run"
+    done = launch(entry, "60m", root, settings)
     shutil.rmtree(root / "checkpoints", ignore_errors=True)  # 0.7 GB
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-    curve = curve_of(door, root)
+    curve = curve_of(entry, root)
     assert list(curve) == [1, 2]
     first, second = (curve[step][0] for step in curve)
-    assert first == pytest.approx(10.4, abs=0.3)  # about log(32100): of the untrained model, by every door
+    assert first == pytest.approx(10.4, abs=0.3)  # about log(32100): of the untrained model, by every entry
     assert second < first - 0.2

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from am_lightning.pretrain.data.pieces import Document
+from am_lightning.pretrain.data.chunks import Document
 from am_lightning.pretrain.data.sources import FileSource, Source, find_source, group
 from am_lightning.pretrain.runtime.errors import RecipeError
 from tests.examples import examples
@@ -28,10 +28,10 @@ TEXTS = ["plain", "żółć 日本語 🙂", "a\0b", "half \ud83d of it", "two\n
 KEPT = [b"plain", "żółć 日本語 🙂".encode(), b"ab", b"half ? of it", b"two\nlines\r\n", b" "]
 
 
-def texts(source: Source, piece_bytes: int = 1 << 20) -> list[bytes]:
-    """Through pickled pieces, as another process gets them."""
-    pieces = pickle.loads(pickle.dumps(list(source.pieces(piece_bytes))))
-    return [document.text for piece in pieces for document in piece.documents()]
+def texts(source: Source, chunk_bytes: int = 1 << 20) -> list[bytes]:
+    """Through pickled chunks, as another process gets them."""
+    chunks = pickle.loads(pickle.dumps(list(source.chunks(chunk_bytes))))
+    return [document.text for chunk in chunks for document in chunk.documents()]
 
 
 def write_jsonl(path: Path, records: list[Any], field: str = "text") -> Path:
@@ -120,7 +120,7 @@ def test_a_file_without_a_last_line_end_and_with_blank_lines(tmp_path: Path) -> 
 
 def test_parquet_is_cut_at_row_groups(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "x.parquet", [str(i) for i in range(10)], rows=4)
-    assert len(list(find_source(str(path)).pieces(1))) == 3
+    assert len(list(find_source(str(path)).chunks(1))) == 3
     assert texts(find_source(str(path))) == [str(i).encode() for i in range(10)]
 
 
@@ -134,16 +134,16 @@ def test_the_datasets_library_streams(tmp_path: Path, builder: str) -> None:
             write_parquet(tmp_path / f"{number}.parquet", documents, "content")
     files = sorted(str(path) for path in tmp_path.iterdir())
     source = find_source(f"hf:{builder}", text_field="content", options={"data_files": files})
-    assert len(list(source.pieces(1))) == 3
+    assert len(list(source.chunks(1))) == 3
     assert texts(source) == [f"{number} {i} ż".encode() for number in range(3) for i in range(4)]
     assert source.description == f"hf:{builder}"
 
 
-def test_pieces_are_grouped_in_order(tmp_path: Path) -> None:
+def test_chunks_are_grouped_in_order(tmp_path: Path) -> None:
     for number, size in enumerate([30, 30, 50, 200, 10, 10]):
         (tmp_path / f"{number}.txt").write_text("x" * size)
-    parts = group(find_source(str(tmp_path)).pieces(100), 100)
-    assert [[piece.size for piece in part] for part in parts] == [[30, 30], [50], [200], [10, 10]]
+    parts = group(find_source(str(tmp_path)).chunks(100), 100)
+    assert [[chunk.size for chunk in part] for part in parts] == [[30, 30], [50], [200], [10, 10]]
 
 
 def test_a_fingerprint_follows_the_files_and_the_field(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_fingerprint_follows_the_files_and_the_field(tmp_path: Path) -> None:
 def test_the_split_is_of_paths_and_of_texts(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     write_jsonl(tmp_path / "b.jsonl", ["same", "same", "other"])
-    documents = [d for piece in find_source(str(tmp_path)).pieces(1 << 20) for d in piece.documents()]
+    documents = [d for chunk in find_source(str(tmp_path)).chunks(1 << 20) for d in chunk.documents()]
     assert [document.key for document in documents] == [b"a.txt", b"same", b"same", b"other"]
 
 
@@ -201,7 +201,7 @@ def test_a_wrong_line_is_named(tmp_path: Path, content: bytes, says: str) -> Non
 def test_a_wrong_column_is_named_before_anything_is_read(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "x.parquet", ["a"], "content")
     with pytest.raises(RecipeError, match=r"text is not in .*x.parquet, which has id, content"):
-        list(find_source(str(path)).pieces(1))
+        list(find_source(str(path)).chunks(1))
     write_jsonl(tmp_path / "x.jsonl", ["a"], "content")
     with pytest.raises(RecipeError, match=r"text is not in file 0 of hf:json, which has id, content"):
         texts(find_source("hf:json", options={"data_files": str(tmp_path / "x.jsonl")}))
@@ -210,11 +210,11 @@ def test_a_wrong_column_is_named_before_anything_is_read(tmp_path: Path) -> None
 def test_broken_files_are_named(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "x.parquet", [f"{i} text" for i in range(2000)], rows=1000)
     source = find_source(str(path))
-    pieces = list(source.pieces(1))
+    chunks = list(source.chunks(1))
     data = path.read_bytes()
     path.write_bytes(data[:4] + b"\xff" * (len(data) // 2) + data[4 + len(data) // 2 :])
     with pytest.raises(RecipeError, match=r"cannot read .*x.parquet"):
-        [list(piece.documents()) for piece in pieces]
+        [list(chunk.documents()) for chunk in chunks]
     path.write_bytes(b"not parquet at all")
     with pytest.raises(RecipeError, match=r"cannot read .*x.parquet"):
         texts(find_source(str(path)))
@@ -264,7 +264,7 @@ def test_what_may_not_be_read_is_named_and_not_passed_over(nobodys_folder: Path,
 
 def test_a_document_that_goes_away_is_named(tmp_path: Path) -> None:
     (tmp_path / "7.txt").write_text("text")
-    pieces = list(find_source(str(tmp_path)).pieces(1))
+    chunks = list(find_source(str(tmp_path)).chunks(1))
     (tmp_path / "7.txt").unlink()
     with pytest.raises(RecipeError, match=r"cannot read .*7.txt: No such file"):
-        [list(piece.documents()) for piece in pieces]
+        [list(chunk.documents()) for chunk in chunks]

@@ -14,13 +14,13 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from am_lightning.pretrain.data.prepare import Part
+from am_lightning.pretrain.data.prepare import WorkUnit
 from am_lightning.pretrain.data.stream import Position, Reader
 from am_lightning.pretrain.data.text_data import TextData
 from am_lightning.pretrain.data.tokenizer import ByteTokenizer
 from am_lightning.pretrain.runtime.errors import RecipeError
 
-from .pieces import Texts
+from .chunks import Texts
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -32,7 +32,7 @@ documents = st.lists(
 
 
 def reader(texts: list[list[bytes]], number: int = 0, readers: int = 1, percent: float = 20.0) -> Reader:
-    parts = tuple(Part(i, (Texts(tuple(part)),), str(i)) for i, part in enumerate(texts))
+    parts = tuple(WorkUnit(i, (Texts(tuple(part)),), str(i)) for i, part in enumerate(texts))
     return Reader(parts, ByteTokenizer(), percent, SEQ_LEN, 0, number, readers)
 
 

@@ -21,6 +21,7 @@ pytest.importorskip("sklearn")
 from am_lightning import AMAdamW
 from am_lightning.pretrain.loss_spikes import count_spikes
 from am_lightning.pretrain.runtime.errors import RecipeError
+from am_lightning.pretrain.runtime.recipe_text import recipe_text
 from recipes.studies.convex.methods import METHODS, descend, make_optimizer
 from recipes.studies.convex.problems import LOGISTIC, logistic
 from recipes.studies.intervals import interval, paired
@@ -208,7 +209,7 @@ def test_momentum_is_fixed_in_mid_run() -> None:
 def tiny_recipe(tmp_path: Path, corpus_folder: Path) -> Path:
     import yaml
 
-    recipe = yaml.safe_load((RECIPES / "configs" / "laptop.yaml").read_text())
+    recipe = yaml.safe_load(recipe_text(RECIPES / "configs" / "laptop.yaml"))
     recipe["model"] |= {"hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "num_layers": 1, "seq_len": 16}
     recipe["data"] |= {"source": str(corpus_folder), "val_rows": 4, "final_val_rows": 8, "val_batch_size": 4}
     path = tmp_path / "tiny.yaml"
@@ -290,21 +291,22 @@ def test_a_trial_of_each_task_of_images(task: Path, cifar: Path, tmp_path: Path)
     """Each network on its data for a few steps of few images, with both optimizers."""
     small = tmp_path / task.name
     small.write_text(re.sub(r"batch_size: \d+", "batch_size: 4", task.read_text()))
-    done = _run("vision.py", "--task", small, "--data-dir", cifar, "--try-steps", "3")
+    done = _run("vision", "--task", small, "--data-dir", cifar, "--try-steps", "3")
     errors = [float(error) for error in re.findall(r"'test_error': ([\d.]+)", done)]
     assert len(errors) == 2 and all(0 <= error <= 100 for error in errors), done
 
 
 @pytest.mark.slow
 def test_the_convex_study_in_small(tmp_path: Path) -> None:
-    printed = _run("convex.py", "--out", tmp_path, "--steps", "3", "--workers", "2")
+    printed = _run("convex", "--out", tmp_path, "--steps", "3", "--workers", "2")
     assert printed.strip() == (tmp_path / "convex.md").read_text().strip()
     assert {path.name for path in tmp_path.glob("*.png")} == {"convex-curves.png", "convex-step-sizes.png"}
 
 
-def _run(program: str, *args: object) -> str:
-    command = [PYTHON, str(STUDIES / program), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+def _run(study: str, *args: object) -> str:
+    """As docs/evidence.md starts it: from a checkout."""
+    command = [PYTHON, "-m", f"recipes.studies.{study}", *map(str, args)]
+    done = subprocess.run(command, cwd=RECIPES.parent, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

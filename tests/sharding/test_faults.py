@@ -88,7 +88,7 @@ def test_a_step_that_one_rank_leaves_out_is_said(pool: Callable[[int], Pool]) ->
 
 
 def launch(world: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """torchrun of the drill, on a free port."""
+    """torchrun of the failure tests, on a free port."""
     command = [PYTHON, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     command += ["-m", "tests.sharding.fault_run", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

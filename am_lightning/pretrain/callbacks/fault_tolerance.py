@@ -22,7 +22,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from am_lightning.lightning.patched_methods import Replacements
+from am_lightning.lightning.patched_methods import PatchedMethods
 from am_lightning.pretrain.checkpoints import LAST, RunCheckpoint
 from am_lightning.pretrain.runtime.collective_errors import Agreement
 from am_lightning.pretrain.runtime.early_signals import SAME_INTERRUPT_S, kept_signals
@@ -92,7 +92,7 @@ class FaultTolerance(L.Callback):
         self._trainer: L.Trainer | None = None
         self._process = 0  # whose signals these are
         self._handlers: dict[int, Any] = {}  # what was there before ours
-        self._replacements = Replacements()
+        self._replacements = PatchedMethods()
 
     @staticmethod
     def prepare(trainer: L.Trainer) -> None:

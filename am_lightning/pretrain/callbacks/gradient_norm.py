@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.clip import clip_grad_norm_
-from am_lightning.optim.unwrap import innermost
+from am_lightning.optim.unwrap import unwrap_optimizer
 
 
 @torch.no_grad()
@@ -26,7 +26,7 @@ def gradient_norm(trainer: L.Trainer, optimizer: Optimizer) -> Tensor | None:
     """
     if isinstance(trainer.strategy, DeepSpeedStrategy):
         return None
-    inner = innermost(optimizer)
+    inner = unwrap_optimizer(optimizer)
     if isinstance(inner, AdaptiveMemoryOptimizer):
         clips = bool(trainer.gradient_clip_val) and trainer.gradient_clip_algorithm != "value"
         return None if clips else clip_grad_norm_(inner, float("inf"))

@@ -15,9 +15,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from am_lightning.lightning.trainer_patches import ours
+from am_lightning.optim.unwrap import am_optimizers
 from am_lightning.pretrain.checkpoints import saved_step
-from am_lightning.pretrain.checkpoints.finding import by_age
+from am_lightning.pretrain.checkpoints.resume import by_age
 from am_lightning.pretrain.runtime.errors import RecipeError, require
 
 
@@ -81,7 +81,7 @@ class LossGuard(L.Callback):
         """Any optimizer passes over parameters without a gradient."""
         self._dropped = False
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        if scaled or isinstance(trainer.strategy, DeepSpeedStrategy) or any(ours([optimizer])):
+        if scaled or isinstance(trainer.strategy, DeepSpeedStrategy) or any(am_optimizers([optimizer])):
             return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         bad = _not_finite(gradients, trainer.strategy.root_device)
@@ -111,7 +111,7 @@ class LossGuard(L.Callback):
 
     def _was_dropped(self, trainer: L.Trainer) -> Tensor:
         dropped = torch.full_like(self._micro[0], float(self._dropped))  # filled there: no copy that waits
-        for optimizer in ours(trainer.optimizers):
+        for optimizer in am_optimizers(trainer.optimizers):
             dropped = torch.maximum(dropped, optimizer.last_step_skipped.to(dropped))
         return dropped
 

@@ -7,8 +7,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 
-from am_lightning.lightning.trainer_patches import ours
-from am_lightning.loggers.reader import Readings
+from am_lightning.loggers.reader import StatsReader
+from am_lightning.optim.unwrap import am_optimizers
 from am_lightning.pretrain.callbacks.throughput import TrainingMonitor
 
 PROGRESS_EVERY = 10  # batches between two updates
@@ -29,11 +29,11 @@ class _RunMetrics(ProgressBar):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, TrainingMonitor) and (rate := callback.tokens_per_second(trainer)):
                 shown["tok/s"] = f"{rate:,.0f}"
-        for optimizer in ours(trainer.optimizers)[:1]:
-            readings = Readings(optimizer)
-            readings.read()
-            if bool((~readings.betas.isnan()).any()):
-                shown["beta"] = f"{float(readings.betas.nanmean()):.3f}"
+        for optimizer in am_optimizers(trainer.optimizers)[:1]:
+            reader = StatsReader(optimizer)
+            reader.read()
+            if bool((~reader.betas.isnan()).any()):
+                shown["beta"] = f"{float(reader.betas.nanmean()):.3f}"
         return shown
 
 

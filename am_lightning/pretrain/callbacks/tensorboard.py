@@ -12,8 +12,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from am_lightning.lightning.trainer_patches import ours
-from am_lightning.loggers.reader import Readings, prefix_of
+from am_lightning.loggers.reader import StatsReader, prefix_of
+from am_lightning.optim.unwrap import am_optimizers
 from am_lightning.pretrain.callbacks.throughput import TrainingMonitor
 from am_lightning.pretrain.commands.report.runs import parameters
 
@@ -37,7 +37,7 @@ _LAYOUT: dict[str, dict[str, list[object]]] = {
 }
 
 
-class RunConfig(SaveConfigCallback):
+class SaveRunConfig(SaveConfigCallback):
     """LightningCLI's config.yaml beside the event file; the same as a text card and as a row on the HParams page."""
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -52,7 +52,7 @@ class RunConfig(SaveConfigCallback):
             writer.add_summary(start)
 
 
-class Board(Callback):
+class TensorBoardLayout(Callback):
     """Arranges TensorBoard's Custom Scalars page, and logs `final/val_loss` of the validation after the last step."""
 
     def __init__(self) -> None:
@@ -68,10 +68,10 @@ class Board(Callback):
         pages = {title: dict(charts) for title, charts in _LAYOUT.items()}
         if not any(isinstance(c, TrainingMonitor) and c.peak_flops for c in trainer.callbacks):  # type: ignore[attr-defined]
             del pages["throughput"][_MFU]
-        for number, optimizer in enumerate(ours(trainer.optimizers)):
-            readings = Readings(optimizer, prefix_of(number))
-            readings.read()
-            pages |= readings.report.custom_scalars()
+        for number, optimizer in enumerate(am_optimizers(trainer.optimizers)):
+            reader = StatsReader(optimizer, prefix_of(number))
+            reader.read()
+            pages |= reader.stats.custom_scalars()
         for board in _boards(trainer):
             board.add_custom_scalars(pages)
 

@@ -2,8 +2,8 @@
 
 from am_lightning.pretrain.checkpoints.atomic import AtomicCheckpointIO, replace_with_link
 from am_lightning.pretrain.checkpoints.callback import RunCheckpoint
-from am_lightning.pretrain.checkpoints.finding import LAST, check_readable, newest_whole, saved_step
 from am_lightning.pretrain.checkpoints.position import restore_position
+from am_lightning.pretrain.checkpoints.resume import LAST, check_readable, newest_whole, saved_step
 
 __all__ = [
     "LAST",

@@ -17,7 +17,7 @@ from am_lightning.pretrain.runtime.errors import RecipeError
 _CURE = "Free some space; --ckpt_path last goes on from the checkpoint before."
 
 
-class StateFolders:
+class AccelerateCheckpoints:
     """`step-N` folders that accelerator.save_state fills. Every process calls every method.
 
     Args:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from am_lightning.pretrain.checkpoints.finding import check_readable
 from am_lightning.pretrain.checkpoints.manifest import CURE, remove_manifest, write_manifest
+from am_lightning.pretrain.checkpoints.resume import check_readable
 from am_lightning.pretrain.runtime.atomic_files import disk_error, replacing, sync_folder, write_failure
 
 

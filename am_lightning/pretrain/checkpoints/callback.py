@@ -12,11 +12,11 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from am_lightning.lightning.patched_methods import Replacements
+from am_lightning.lightning.patched_methods import PatchedMethods
 from am_lightning.pretrain.checkpoints.atomic import replace_with_link
-from am_lightning.pretrain.checkpoints.finding import LAST, by_age, check_readable, newest_whole
 from am_lightning.pretrain.checkpoints.manifest import manifest_of, remove_manifest, write_manifest
 from am_lightning.pretrain.checkpoints.position import restore_position
+from am_lightning.pretrain.checkpoints.resume import LAST, by_age, check_readable, newest_whole
 from am_lightning.pretrain.checkpoints.writer import CheckpointWriter
 from am_lightning.pretrain.runtime.errors import RecipeError
 
@@ -68,7 +68,7 @@ class RunCheckpoint(ModelCheckpoint):
         self.save_at_batch_end = False
         self._last_is_wanted = False  # ckpt_path="last"
         self._writer: CheckpointWriter | None = None
-        self._replacements = Replacements()
+        self._replacements = PatchedMethods()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

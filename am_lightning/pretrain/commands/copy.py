@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from am_lightning.pretrain.runtime.errors import RecipeError
-from am_lightning.pretrain.runtime.locate import find_config, recipe_files, recipes_folder
+from am_lightning.pretrain.runtime.paths import find_config, recipe_files, recipes_folder
+from am_lightning.pretrain.runtime.recipe_text import recipe_text
 
 # Of recipes/: those of the checkout alone, and what tools leave.
 _STAYS = {"configs", "quickstart.sh", "env.sh", "gpu", "studies", "runs", "__pycache__"}
@@ -33,7 +34,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def copy_recipe(name: str, folder: Path, *, force: bool = False) -> None:
-    """Put `NAME.yaml`, the programs, `configs/` of launchers and engines and `launch/` into `folder`.
+    """Put `NAME.yaml`, written out whole, the programs, `configs/` of engines and `launch/` into `folder`.
 
     Raises:
         RecipeError: there is no such recipe, or a file is there already and differs; then nothing is written.
@@ -41,20 +42,22 @@ def copy_recipe(name: str, folder: Path, *, force: bool = False) -> None:
     if name not in recipe_files():
         find_config(name)  # raises, with the names, unless it is a file
         raise RecipeError(f"NAME is {name!r}, a file: cp copies recipes by name ({', '.join(recipe_files())})")
-    pairs = list(_pairs(name, folder))
-    differing = [target for source, target in pairs if target.exists() and not _same(source, target)]
+    recipe, text = folder / f"{name}.yaml", recipe_text(recipe_files()[name]).encode()
+    pairs = list(_pairs(folder))
+    differing = [recipe] if recipe.exists() and not _holds(recipe, text) else []
+    differing += [target for source, target in pairs if target.exists() and not _holds(target, source.read_bytes())]
     if differing and not force:
         shown = ", ".join(map(str, differing[:3])) + (", ..." if len(differing) > 3 else "")
         raise RecipeError(f"{shown}: there already, and other than the recipe's. Use another DIR, or --force")
     for source, target in pairs:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, target)
+    recipe.write_bytes(text)
 
 
-def _pairs(name: str, folder: Path) -> Iterator[tuple[Path, Path]]:
-    """Every file and its place in the copy."""
+def _pairs(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """Every file of the programs, and its place in the copy."""
     root = recipes_folder()
-    yield root / "configs" / f"{name}.yaml", folder / f"{name}.yaml"
     for path in sorted(root.rglob("*")):
         relative = path.relative_to(root)
         engine = relative.parts[0] == "configs" and len(relative.parts) > 2
@@ -62,5 +65,5 @@ def _pairs(name: str, folder: Path) -> Iterator[tuple[Path, Path]]:
             yield path, folder / relative
 
 
-def _same(left: Path, right: Path) -> bool:
-    return right.is_file() and left.read_bytes() == right.read_bytes()
+def _holds(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == content

@@ -6,8 +6,8 @@ import argparse
 from typing import Any
 
 from am_lightning.pretrain.model.network import count_parameters
-from am_lightning.pretrain.runtime.locate import recipe_files
-from am_lightning.pretrain.runtime.run_config import Settings, read_settings
+from am_lightning.pretrain.runtime.paths import recipe_files
+from am_lightning.pretrain.runtime.run_config import RunConfig, read_run_config
 
 _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
@@ -19,7 +19,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    recipes = {name: read_settings(["--config", str(path)]) for name, path in recipe_files().items()}
+    recipes = {name: read_run_config(["--config", str(path)]) for name, path in recipe_files().items()}
     rows = [("NAME", "PARAMETERS", "TOKENS", "ROW", "STEPS", "STRATEGY", "")]
     for name in sorted(recipes, key=lambda name: count_parameters(recipes[name].shape)):
         rows.append((name, *_columns(recipes[name]), _headline(recipe_files()[name].read_text())))
@@ -30,7 +30,7 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _columns(settings: Settings) -> tuple[str, str, str, str, str]:
+def _columns(settings: RunConfig) -> tuple[str, str, str, str, str]:
     shape = settings.shape
     tokens = settings.steps * settings.data.batch_size * shape.seq_len
     return (

@@ -15,14 +15,14 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from am_lightning.pretrain.commands.list import short, strategy_name
 from am_lightning.pretrain.commands.plan.layout import read_engine
-from am_lightning.pretrain.data.pieces import DATA_EXTRA
+from am_lightning.pretrain.data.chunks import DATA_EXTRA
 from am_lightning.pretrain.data.sources import HUB
 from am_lightning.pretrain.data.tokenizer import BYTES, bpe_size, check_vocabulary
 from am_lightning.pretrain.model.network import count_parameters, count_tensors
 from am_lightning.pretrain.model.parallelize import check_tensor_parallel
 from am_lightning.pretrain.runtime.errors import RecipeError, require
-from am_lightning.pretrain.runtime.locate import find_config
-from am_lightning.pretrain.runtime.run_config import Settings, read_settings
+from am_lightning.pretrain.runtime.paths import find_config
+from am_lightning.pretrain.runtime.run_config import RunConfig, read_run_config
 
 
 def add_parser(subparsers: Any) -> None:
@@ -39,7 +39,7 @@ def add_parser(subparsers: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     path = find_config(args.config)
-    settings = read_settings(["--config", str(path), *args.settings])
+    settings = read_run_config(["--config", str(path), *args.settings])
     lines = list(check(settings))
     print(f"OK: {path}")
     for name, text in lines:
@@ -47,7 +47,7 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check(settings: Settings) -> Iterator[tuple[str, str]]:
+def check(settings: RunConfig) -> Iterator[tuple[str, str]]:
     """What a run would be, in (what, words), found by doing it without weights.
 
     Raises:
@@ -59,7 +59,7 @@ def check(settings: Settings) -> Iterator[tuple[str, str]]:
     yield "folders", _folders(settings)
 
 
-def _model(settings: Settings) -> str:
+def _model(settings: RunConfig) -> str:
     """The model and its optimizer, on the meta device."""
     shape, optimizer = settings.shape, settings.check_optimizer()
     settings.make_schedule(optimizer)
@@ -71,7 +71,7 @@ def _model(settings: Settings) -> str:
     )
 
 
-def _step(settings: Settings) -> str:
+def _step(settings: RunConfig) -> str:
     """The rows of a step are shared evenly."""
     trainer, data = settings.config["trainer"], settings.data
     _check_strategy(trainer["strategy"])
@@ -151,7 +151,7 @@ def tensor_parallel_size(trainer: dict[str, Any], processes: int) -> int:
     return tensor
 
 
-def _data(settings: Settings) -> str:
+def _data(settings: RunConfig) -> str:
     """The documents are there, and the model has an embedding for every token."""
     data = settings.data
     pipeline = data.pipeline()
@@ -177,7 +177,7 @@ def _missing_library(source: str) -> str:
     return f"; making its shards needs the datasets library, which is not installed here: {DATA_EXTRA}"
 
 
-def _folders(settings: Settings) -> str:
+def _folders(settings: RunConfig) -> str:
     """What is to be written can be, what is to be read is there."""
     for key, folder in {"trainer.default_root_dir": settings.root, "checkpoint.dirpath": settings.checkpoints}.items():
         nearest = next(path for path in (folder, *folder.parents) if path.exists())

@@ -13,10 +13,10 @@ from typing import Any
 from am_lightning.pretrain.data.prepare import (
     MEGABYTE,
     Job,
-    Part,
+    WorkUnit,
     check_shards,
     is_complete,
-    source_parts,
+    work_units,
     write_held_out,
     write_shards,
 )
@@ -104,9 +104,9 @@ class Pipeline:
         return find_source(self.source, text_field=self.text_field, options=self.source_options)
 
     @functools.cached_property
-    def parts(self) -> list[Part]:
-        """The documents as `prepare.source_parts` cuts them."""
-        return source_parts(self.documents, self.shard_mb)
+    def parts(self) -> list[WorkUnit]:
+        """The documents as `prepare.work_units` cuts them."""
+        return work_units(self.documents, self.shard_mb)
 
     def load_tokenizer(self, *, train: bool = False) -> Tokenizer:
         """The tokenizer.

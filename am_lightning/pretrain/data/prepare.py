@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from am_lightning.pretrain.data.pieces import Document, Piece
+from am_lightning.pretrain.data.chunks import DataChunk, Document
 from am_lightning.pretrain.data.processes import cores, run_all
 from am_lightning.pretrain.data.shards import (
     DISK_CURE,
@@ -40,22 +40,22 @@ _CHECK_ALONE = 256 * MEGABYTE  # reading so much takes less time than starting p
 
 
 @dataclass(frozen=True)
-class Part:
+class WorkUnit:
     """Documents that one process tokenizes in one go.
 
     Attributes:
         number: in the order of the data set.
-        pieces: of the data set.
-        key: changes when the pieces do.
+        chunks: of the data set.
+        key: changes when the chunks do.
     """
 
     number: int
-    pieces: tuple[Piece, ...]
+    chunks: tuple[DataChunk, ...]
     key: str
 
     def documents(self) -> Iterator[Document]:
-        for piece in self.pieces:
-            yield from piece.documents()
+        for chunk in self.chunks:
+            yield from chunk.documents()
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,14 @@ class Job:
         return token_dtype(self.tokenizer.vocab_size)
 
 
-def source_parts(source: Source, shard_mb: int) -> list[Part]:
+def work_units(source: Source, shard_mb: int) -> list[WorkUnit]:
     """The parts of a data set: a function of the data and `shard_mb`, and of nothing else.
 
     Raises:
         RecipeError: a file of it cannot be read.
     """
-    pieces = group(source.pieces(shard_mb * MEGABYTE), shard_mb * MEGABYTE)
-    return [Part(i, part, hashlib.sha256(repr(part).encode()).hexdigest()) for i, part in enumerate(pieces)]
+    chunks = group(source.chunks(shard_mb * MEGABYTE), shard_mb * MEGABYTE)
+    return [WorkUnit(i, part, hashlib.sha256(repr(part).encode()).hexdigest()) for i, part in enumerate(chunks)]
 
 
 def write_shards(
@@ -134,12 +134,12 @@ def write_shards(
             for leftover in folder.rglob(".*.part"):  # of a killed process
                 leftover.unlink(missing_ok=True)
         job = Job(folder, tokenizer, val_percent, shard_mb * MEGABYTE)
-        parts = source_parts(source, shard_mb)
+        parts = work_units(source, shard_mb)
         records = run_all(partial(write_part, job), parts, min(workers or cores(), len(parts)), "tokenizing")
         _finish(job, source, records, SIDES)
 
 
-def write_held_out(job: Job, source: Source, parts: Sequence[Part], tokens: int) -> None:
+def write_held_out(job: Job, source: Source, parts: Sequence[WorkUnit], tokens: int) -> None:
     """Make a folder with the first `tokens` or a few more held-out tokens and no training tokens: what a stream needs.
 
     Raises:
@@ -181,7 +181,7 @@ def _check(folder: Path, dtype: str, content: bool, shard: Shard) -> None:
     check_shard(folder, shard, dtype, content=content)
 
 
-def write_part(job: Job, part: Part) -> PartRecord:
+def write_part(job: Job, part: WorkUnit) -> PartRecord:
     """Tokenize the documents of a part and write its shards; or only check them, where they are there.
 
     Raises:
@@ -233,7 +233,7 @@ class _SideWriter:
         self._arrays, self._bytes = [], 0
 
 
-def _read_record(path: Path, job: Job, part: Part) -> PartRecord | None:
+def _read_record(path: Path, job: Job, part: WorkUnit) -> PartRecord | None:
     try:
         fields = json.loads(path.read_bytes())
         sides = {side: tuple(Shard(**shard) for shard in fields[side]) for side in SIDES}

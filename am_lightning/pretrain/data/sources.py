@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from am_lightning.pretrain.data.pieces import (
+from am_lightning.pretrain.data.chunks import (
+    DataChunk,
     HubShard,
     JsonLines,
     ParquetGroup,
-    Piece,
     TextFile,
     load_hub,
     no_field,
@@ -52,8 +52,8 @@ class Source(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
-    def pieces(self, piece_bytes: int) -> Iterator[Piece]:
-        """In a fixed order; files that can be read from the middle are cut into pieces of about `piece_bytes`."""
+    def chunks(self, chunk_bytes: int) -> Iterator[DataChunk]:
+        """In a fixed order; files that can be read from the middle are cut into chunks of about `chunk_bytes`."""
         ...
 
 
@@ -73,17 +73,17 @@ class FileSource:
     description: str
     fingerprint: str
 
-    def pieces(self, piece_bytes: int) -> Iterator[Piece]:
+    def chunks(self, chunk_bytes: int) -> Iterator[DataChunk]:
         for name in self.names:
             path = self.root / name
             if name.endswith(".parquet"):
                 yield from self._row_groups(str(path))
             elif name.endswith(_RECORDS):
-                yield from self._line_ranges(path, piece_bytes)
+                yield from self._line_ranges(path, chunk_bytes)
             else:
                 yield TextFile(str(self.root), name, _stat(path).st_size)
 
-    def _row_groups(self, path: str) -> Iterator[Piece]:
+    def _row_groups(self, path: str) -> Iterator[DataChunk]:
         with parquet_file(path) as file:
             columns = file.schema_arrow.names
             if self.text_field not in columns:
@@ -91,19 +91,19 @@ class FileSource:
             for group in range(file.num_row_groups):
                 yield ParquetGroup(path, self.text_field, group, file.metadata.row_group(group).total_byte_size)
 
-    def _line_ranges(self, path: Path, piece_bytes: int) -> Iterator[Piece]:
+    def _line_ranges(self, path: Path, chunk_bytes: int) -> Iterator[DataChunk]:
         size = _stat(path).st_size
         if path.suffix == ".gz":  # can only be read from its beginning
             yield JsonLines(str(path), self.text_field, 0, 0, size)
             return
-        for start in range(0, size, piece_bytes):
-            stop = min(start + piece_bytes, size)
+        for start in range(0, size, chunk_bytes):
+            stop = min(start + chunk_bytes, size)
             yield JsonLines(str(path), self.text_field, start, stop, stop - start)
 
 
 @dataclass(frozen=True)
 class HubSource:
-    """A data set that the `datasets` library streams; each of its files is a piece.
+    """A data set that the `datasets` library streams; each of its files is a chunk.
 
     The fingerprint is of what the user wrote: a training node without a network must find the shards, too. Pin a
     `revision` in the options where the data set may change.
@@ -121,10 +121,10 @@ class HubSource:
     def fingerprint(self) -> str:
         return hashlib.sha256(f"{self.name}\0{self.options}\0{self.text_field}".encode()).hexdigest()
 
-    def pieces(self, piece_bytes: int) -> Iterator[Piece]:
+    def chunks(self, chunk_bytes: int) -> Iterator[DataChunk]:
         count = load_hub(self.name, self.options).num_shards
         for index in range(count):
-            yield HubShard(self.name, self.options, self.text_field, index, count, piece_bytes)
+            yield HubShard(self.name, self.options, self.text_field, index, count, chunk_bytes)
 
 
 def find_source(source: str, *, text_field: str = "text", options: dict[str, Any] | None = None) -> Source:
@@ -156,17 +156,17 @@ def find_source(source: str, *, text_field: str = "text", options: dict[str, Any
     return FileSource(root, names, text_field, description, _fingerprint(root, names, text_field))
 
 
-def group(pieces: Iterator[Piece], part_bytes: int) -> list[tuple[Piece, ...]]:
+def group(chunks: Iterator[DataChunk], part_bytes: int) -> list[tuple[DataChunk, ...]]:
     """Pieces that follow each other, together about `part_bytes` of text: what one process does in one go."""
-    parts: list[tuple[Piece, ...]] = []
-    part: list[Piece] = []
+    parts: list[tuple[DataChunk, ...]] = []
+    part: list[DataChunk] = []
     size = 0
-    for piece in pieces:
-        if part and size + piece.size > part_bytes:
+    for chunk in chunks:
+        if part and size + chunk.size > part_bytes:
             parts.append(tuple(part))
             part, size = [], 0
-        part.append(piece)
-        size += piece.size
+        part.append(chunk)
+        size += chunk.size
     return [*parts, tuple(part)] if part else parts
 
 

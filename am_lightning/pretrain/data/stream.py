@@ -1,6 +1,6 @@
 """Rows straight from the documents, without shards: every reader has its own documents and knows where it is.
 
-The parts of the data set (see `prepare.source_parts`) are shuffled anew for every pass; documents inside a part come in
+The parts of the data set (see `prepare.work_units`) are shuffled anew for every pass; documents inside a part come in
 their order. There is no shuffle buffer, whose content a resumed run could not have again.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from am_lightning.pretrain.data.permutation import sample_rows
-from am_lightning.pretrain.data.prepare import Part
+from am_lightning.pretrain.data.prepare import WorkUnit
 from am_lightning.pretrain.data.tokenizer import Tokenizer, encode_all
 from am_lightning.pretrain.runtime.errors import RecipeError
 
@@ -48,7 +48,7 @@ class Reader:
         number, readers: this reader, and how many there are.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[WorkUnit, ...]
     tokenizer: Tokenizer
     val_percent: float
     seq_len: int

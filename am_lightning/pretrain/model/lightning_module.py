@@ -108,7 +108,7 @@ class LlamaPretraining(L.LightningModule):
     def configure_model(self) -> None:
         """Build the network. Strategies that shard call this hook where the weights are to live; it may come again.
 
-        Under ModelParallelStrategy it is split over the strategy's mesh (parallel.py); under FSDPStrategy every layer
+        Under ModelParallelStrategy the mesh splits it (parallelize.py); under FSDPStrategy every layer
         becomes a unit; DeepSpeed, DDP and one device take it whole.
         """
         if self.model is not None:

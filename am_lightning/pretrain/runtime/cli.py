@@ -19,7 +19,7 @@ from am_lightning.pretrain.callbacks.deepspeed_loss import LossDividedOnce
 from am_lightning.pretrain.callbacks.fault_tolerance import FaultTolerance
 from am_lightning.pretrain.callbacks.loss_guard import LossGuard
 from am_lightning.pretrain.callbacks.progress import BARS
-from am_lightning.pretrain.callbacks.tensorboard import Board, RunConfig
+from am_lightning.pretrain.callbacks.tensorboard import SaveRunConfig, TensorBoardLayout
 from am_lightning.pretrain.callbacks.throughput import TrainingClock, TrainingMonitor
 from am_lightning.pretrain.checkpoints import (
     LAST,
@@ -34,7 +34,7 @@ from am_lightning.pretrain.commands.report.summary import RunResult, print_summa
 from am_lightning.pretrain.data.text_data import TextData
 from am_lightning.pretrain.model.lightning_module import LlamaPretraining, check_optimizer
 from am_lightning.pretrain.runtime.errors import RecipeError, require
-from am_lightning.pretrain.runtime.locate import with_paths
+from am_lightning.pretrain.runtime.paths import with_paths
 
 CHECKPOINTS_PER_RUN = 5  # where the configuration does not say how often
 # What a run leaves in its folder; a new run there moves it away first.
@@ -75,7 +75,7 @@ class PretrainCLI(LightningCLI):
             LlamaPretraining,
             TextData,
             seed_everything_default=0,
-            save_config_callback=RunConfig,
+            save_config_callback=SaveRunConfig,
             save_config_kwargs={"overwrite": True},  # a resumed run writes it again
             auto_configure_optimizers=False,  # groups and schedule are the module's
             parser_class=PretrainParser,
@@ -128,7 +128,7 @@ class PretrainCLI(LightningCLI):
         plugins = config.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         kwargs["use_distributed_sampler"] = False  # the data's order knows the ranks
-        callbacks = [*(config.callbacks or []), self.clock, Board(), LossDividedOnce()]
+        callbacks = [*(config.callbacks or []), self.clock, TensorBoardLayout(), LossDividedOnce()]
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             # The same bar everywhere: Lightning's default depends on whether rich is installed.
             # Redrawn where the Trainer logs and so waits for the device, too.

@@ -24,7 +24,7 @@ from am_lightning.pretrain.runtime.errors import RecipeError, require
 
 
 @dataclass(frozen=True)
-class Settings:
+class RunConfig:
     """What a training program needs to know, from a YAML and a command line.
 
     Attributes:
@@ -90,7 +90,7 @@ class Settings:
             file.write(yaml.safe_dump(self.config, sort_keys=False).encode())
 
 
-def read_settings(args: Sequence[str] | None = None) -> Settings:
+def read_run_config(args: Sequence[str] | None = None) -> RunConfig:
     """Parse the command line of `fit` (sys.argv's where None): the YAMLs and keys that pretrain.py takes.
 
     Raises:
@@ -129,7 +129,7 @@ class _Parser(PretrainCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         pass
 
-    def settings(self) -> Settings:
+    def settings(self) -> RunConfig:
         config, made = self.config_dump, self.config_init.fit
         root = Path(config["trainer"]["default_root_dir"])
         made.data.default_root_dir = str(root)
@@ -138,7 +138,7 @@ class _Parser(PretrainCLI):
         require(type(seed) is int, "seed_everything", seed, "a whole number (true and false are for pretrain.py)")
         accumulate = trainer["accumulate_grad_batches"]
         require(accumulate >= 1, "trainer.accumulate_grad_batches", accumulate, "a whole number >= 1")
-        return Settings(
+        return RunConfig(
             root=root,
             seed=seed,
             shape=made.model.shape,

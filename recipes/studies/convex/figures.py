@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
 
+from recipes.studies.convex.gaps import Gaps
 from recipes.studies.convex.problems import LOGISTIC
 from recipes.studies.convex.protocol import STEP_SIZES
 from recipes.studies.figures import COLOURS, new_figure, save, style
-
-if TYPE_CHECKING:
-    from recipes.studies.convex.results import Gaps
 
 SHOWN_STEP_SIZES = (0.5, 2.0, 16.0)
 _FLOOR = 1e-12

@@ -15,8 +15,9 @@ from am_lightning.pretrain.data.text_data import TextData
 from am_lightning.pretrain.model.initial_weights import SCHEME
 from am_lightning.pretrain.model.network import build_llama, token_loss
 from am_lightning.pretrain.model.schedule import learning_rate_factor
-from am_lightning.pretrain.runtime.locate import find_config
-from am_lightning.pretrain.runtime.run_config import read_settings
+from am_lightning.pretrain.runtime.paths import find_config
+from am_lightning.pretrain.runtime.recipe_text import recipe_text
+from am_lightning.pretrain.runtime.run_config import read_run_config
 from recipes.studies.ledger import Config, Result
 from recipes.studies.pretraining.methods import Method, fix_momentum, make_optimizer
 
@@ -55,7 +56,7 @@ def run_config(
 def setup_of(recipe: str) -> dict[str, str]:
     """What runs depend on beside their configuration: the recipe's text, how a seed becomes weights, and Python, whose
     library may be the data."""
-    text = find_config(recipe).read_text()
+    text = recipe_text(find_config(recipe))
     return {
         "recipe": hashlib.sha256(text.encode()).hexdigest()[:12],
         "initial weights": SCHEME,
@@ -90,7 +91,7 @@ class Pretraining:
             "seed_everything": seed,
             "trainer.max_steps": str(config["steps"]),
         }
-        settings = read_settings([part for key, value in options.items() for part in (f"--{key}", value)])
+        settings = read_run_config([part for key, value in options.items() for part in (f"--{key}", value)])
         settings.data.prepare()
         settings.data.open()
         torch.manual_seed(config["seed"])

@@ -4,48 +4,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import math
 import sys
 from typing import Any
 
-from am_lightning.pretrain.commands.plan.layout import Layout, make_layout
-from am_lightning.pretrain.commands.plan.memory import RESERVE, Memory, memory_of
-from am_lightning.pretrain.commands.plan.speed import GPUS, Speed, peak_tflops, speed_of
+from am_lightning.pretrain.commands.plan.layout import make_layout
+from am_lightning.pretrain.commands.plan.memory import memory_of
+from am_lightning.pretrain.commands.plan.plan import Plan, as_json, checkpoint_bytes
+from am_lightning.pretrain.commands.plan.speed import GPUS, peak_tflops, speed_of
 from am_lightning.pretrain.commands.plan.table import print_plan
-from am_lightning.pretrain.commands.plan.traffic import Traffic, traffic_of
+from am_lightning.pretrain.commands.plan.traffic import traffic_of
 from am_lightning.pretrain.model.network import count_parameters, count_tensors
 from am_lightning.pretrain.runtime.errors import RecipeError, require
-from am_lightning.pretrain.runtime.locate import find_config
-from am_lightning.pretrain.runtime.run_config import Settings, read_settings
+from am_lightning.pretrain.runtime.paths import find_config
+from am_lightning.pretrain.runtime.run_config import RunConfig, read_run_config
 
 _USAGE = "python -m am_lightning.recipes plan CONFIG --gpus N [options] [--KEY VALUE ...]"
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a run takes; bytes, unless a name says otherwise."""
-
-    parameters: int
-    tensors: int
-    layout: Layout
-    memory: Memory
-    gpu_memory: int
-    traffic: Traffic
-    speed: Speed
-    mfu: float
-    steps: int
-    checkpoint_bytes: int
-
-    @property
-    def needed(self) -> int:
-        """The peak and the reserve."""
-        return self.memory.total(self.memory.peak) + RESERVE
-
-    @property
-    def fits(self) -> bool:
-        return self.needed <= self.gpu_memory
 
 
 def add_parser(subparsers: Any) -> None:
@@ -76,7 +51,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_options(args: argparse.Namespace) -> argparse.Namespace:
-    """Take plan's own options out of what stands behind CONFIG; `settings` are the rest, for read_settings.
+    """Take plan's own options out of what stands behind CONFIG; `settings` are the rest, for read_run_config.
 
     Raises:
         RecipeError: --gpus is missing. SystemExit: a value of the wrong type, or --help.
@@ -94,7 +69,7 @@ def read_options(args: argparse.Namespace) -> argparse.Namespace:
 def _run(args: argparse.Namespace) -> int:
     args = read_options(args)
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout when it is imported
-        settings = read_settings(args.settings)
+        settings = read_run_config(args.settings)
     plan = make_plan(settings, args)
     if args.json:
         print(json.dumps(as_json(plan), indent=2))
@@ -103,7 +78,7 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def make_plan(settings: Settings, args: argparse.Namespace) -> Plan:
+def make_plan(settings: RunConfig, args: argparse.Namespace) -> Plan:
     """The plan for a configuration and the options of the command line.
 
     Raises:
@@ -152,24 +127,3 @@ def make_plan(settings: Settings, args: argparse.Namespace) -> Plan:
         steps=settings.steps,
         checkpoint_bytes=checkpoint_bytes(parameters, layout),
     )
-
-
-def checkpoint_bytes(parameters: int, layout: Layout) -> int:
-    """Weights and two moments, as they are stored; DeepSpeed adds its 16-bit weights to the float32 ones."""
-    if layout.kind == "zero":
-        return parameters * (12 + (2 if layout.compute_bytes == 2 else 0))
-    return 3 * layout.weight_bytes * parameters
-
-
-def as_json(plan: Plan) -> dict[str, Any]:
-    """The plan as plain values."""
-    moments = {name: plan.memory.total(name) for name in plan.memory.moments}
-    return {
-        **dataclasses.asdict(plan),
-        "layout": {**dataclasses.asdict(plan.layout), "data": plan.layout.data, "nodes": plan.layout.nodes},
-        "memory": {**dataclasses.asdict(plan.memory), "totals": moments, "peak": moments[plan.memory.peak]},
-        "traffic": {**dataclasses.asdict(plan.traffic), "total": plan.traffic.total},
-        "reserve": RESERVE,
-        "needed": plan.needed,
-        "fits": plan.fits,
-    }

@@ -18,7 +18,7 @@ _DEEPSPEED_STAGES = {"deepspeed": 2, "deepspeed_stage_1": 1, "deepspeed_stage_2"
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class ParallelPlan:
     """A run over GPUs.
 
     Attributes:
@@ -70,7 +70,7 @@ def make_layout(
     precision: str,
     gpus: int,
     gpus_per_node: int,
-) -> Layout:
+) -> ParallelPlan:
     """The layout of a strategy, as a configuration names it, over `gpus`.
 
     Args:
@@ -103,7 +103,7 @@ def make_layout(
             f" (trainer.accumulate_grad_batches). Numbers of GPUs near {gpus} that fit: {', '.join(map(str, near))};"
             f" batch sizes: {batch_size // shares * shares or shares}, {(batch_size // shares + 1) * shares}"
         )
-    return Layout(kind, stage, gpus, per_node, tensor, accumulate, batch_size // shares, precision)
+    return ParallelPlan(kind, stage, gpus, per_node, tensor, accumulate, batch_size // shares, precision)
 
 
 def read_engine(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from am_lightning.pretrain.commands.plan.layout import Layout
+from am_lightning.pretrain.commands.plan.layout import ParallelPlan
 from am_lightning.pretrain.model.network import LlamaShape, count_parameters
 
 GIB = 1 << 30
@@ -40,7 +40,7 @@ class Memory:
 
 def memory_of(
     shape: LlamaShape,
-    layout: Layout,
+    layout: ParallelPlan,
     *,
     checkpointing: bool,
     scratch: int | None = None,
@@ -72,7 +72,7 @@ def memory_of(
 class _Sizes:
     """Elements of the weights on one GPU of a tensor parallel group."""
 
-    def __init__(self, shape: LlamaShape, layout: Layout) -> None:
+    def __init__(self, shape: LlamaShape, layout: ParallelPlan) -> None:
         h, t = shape.hidden_size, layout.tensor
         vocabulary = shape.vocab_size * h
         norms = (2 * shape.num_layers + 1) * h  # every GPU of a group has them
@@ -83,7 +83,7 @@ class _Sizes:
         self.products = self.all - (0 if shape.tie_word_embeddings else vocabulary // t)
 
 
-def layer_activations(shape: LlamaShape, layout: Layout) -> int:
+def layer_activations(shape: LlamaShape, layout: ParallelPlan) -> int:
     """Bytes that a decoder layer keeps for its backward pass, on one GPU.
 
     For a token, in elements (width h, keys k, MLP m), from transformers' LlamaDecoderLayer and fused attention:
@@ -104,20 +104,20 @@ def layer_activations(shape: LlamaShape, layout: Layout) -> int:
     return _tokens(shape, layout) * ((split + statistics) // layout.tensor + gathered)
 
 
-def layer_input(shape: LlamaShape, layout: Layout) -> int:
+def layer_input(shape: LlamaShape, layout: ParallelPlan) -> int:
     """Bytes of a layer's input, which is all that activation checkpointing keeps of it."""
     width = 4 if _autocast(layout) else layout.compute_bytes
     return _tokens(shape, layout) * shape.hidden_size * width // layout.tensor
 
 
-def head_activations(shape: LlamaShape, layout: Layout) -> int:
+def head_activations(shape: LlamaShape, layout: ParallelPlan) -> int:
     """Bytes that the last norm and the head keep: 3 h, of which the gathered input of the head is not split."""
     h = shape.hidden_size
     split, gathered = (8 * h, 4 * h) if layout.compute_bytes == 4 else (6 * h, 2 * h)
     return _tokens(shape, layout) * (split // layout.tensor + gathered)
 
 
-def loss_buffers(shape: LlamaShape, layout: Layout) -> int:
+def loss_buffers(shape: LlamaShape, layout: ParallelPlan) -> int:
     """Bytes of logits, their log-softmax and its gradient, where they are largest: three times float32.
 
     They are never all there: forward: logits, the copy without the last position, log-softmax; backward: log-softmax,
@@ -128,16 +128,18 @@ def loss_buffers(shape: LlamaShape, layout: Layout) -> int:
     return _tokens(shape, layout) * shape.vocab_size * 4 * times // layout.tensor
 
 
-def _tokens(shape: LlamaShape, layout: Layout) -> int:
+def _tokens(shape: LlamaShape, layout: ParallelPlan) -> int:
     return layout.rows * shape.seq_len
 
 
-def _autocast(layout: Layout) -> bool:
+def _autocast(layout: ParallelPlan) -> bool:
     """torch.autocast casts: FSDP2 and DeepSpeed give bfloat16 weights, so that there is nothing to cast."""
     return layout.precision.endswith("mixed") and layout.kind in ("single", "ddp")
 
 
-def _replicated(sizes: _Sizes, layout: Layout, activations: int, recomputed: int, loss: int, scratch: int) -> Memory:
+def _replicated(
+    sizes: _Sizes, layout: ParallelPlan, activations: int, recomputed: int, loss: int, scratch: int
+) -> Memory:
     """One GPU, and DDP, whose reducer has buckets of the gradients' size beside them."""
     w = layout.weight_bytes
     held = {"weights": w * sizes.all, "AM-AdamW moments": 2 * w * sizes.all}
@@ -159,7 +161,7 @@ def _replicated(sizes: _Sizes, layout: Layout, activations: int, recomputed: int
     )
 
 
-def _sharded(sizes: _Sizes, layout: Layout, activations: int, recomputed: int, loss: int, scratch: int) -> Memory:
+def _sharded(sizes: _Sizes, layout: ParallelPlan, activations: int, recomputed: int, loss: int, scratch: int) -> Memory:
     """FSDP2: pieces of everything; layers are gathered as they are needed, what is outside of them for the whole step.
 
     A gathered layer lies beside the next one's buffer; a layer's gradients beside the buffer they are reduced from.
@@ -195,7 +197,7 @@ def _sharded(sizes: _Sizes, layout: Layout, activations: int, recomputed: int, l
 
 
 def _zero(
-    sizes: _Sizes, layout: Layout, activations: int, recomputed: int, loss: int, scratch: int, bucket: int
+    sizes: _Sizes, layout: ParallelPlan, activations: int, recomputed: int, loss: int, scratch: int, bucket: int
 ) -> Memory:
     """DeepSpeed: (2 + 2 + 12) bytes a parameter in bfloat16, (4 + 4 + 12) in float32, of which stage 1 splits the last
     (master weights and moments), stage 2 the gradients too, stage 3 all (Rajbhandari et al. 2020, section 3).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from am_lightning.pretrain.commands.plan.layout import Layout
+from am_lightning.pretrain.commands.plan.layout import ParallelPlan
 from am_lightning.pretrain.commands.plan.traffic import Traffic
 from am_lightning.pretrain.model.network import LlamaShape, flops_per_token
 from am_lightning.pretrain.runtime.errors import RecipeError
@@ -60,7 +60,7 @@ def peak_tflops(gpu: str, precision: str) -> float:
 
 def speed_of(
     shape: LlamaShape,
-    layout: Layout,
+    layout: ParallelPlan,
     traffic: Traffic,
     *,
     steps: int,

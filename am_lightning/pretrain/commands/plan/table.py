@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from am_lightning.pretrain.commands.plan.memory import RESERVE
-
-if TYPE_CHECKING:
-    from am_lightning.pretrain.commands.plan.command import Plan
+from am_lightning.pretrain.commands.plan.plan import Plan
 
 
 def print_plan(plan: Plan, args: argparse.Namespace) -> None:

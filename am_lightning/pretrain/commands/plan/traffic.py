@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from am_lightning.distributed.layout import message_bytes
-from am_lightning.pretrain.commands.plan.layout import Layout
+from am_lightning.pretrain.commands.plan.layout import ParallelPlan
 from am_lightning.pretrain.model.network import LlamaShape, count_parameters, count_tensors
 
 
@@ -32,7 +32,7 @@ class Traffic:
         return sum(self.data.values()) + sum(self.tensor.values()) + self.beta
 
 
-def traffic_of(shape: LlamaShape, layout: Layout, *, checkpointing: bool, backend: str = "nccl") -> Traffic:
+def traffic_of(shape: LlamaShape, layout: ParallelPlan, *, checkpointing: bool, backend: str = "nccl") -> Traffic:
     """Bytes sent by one GPU in a step.
 
     Args:
@@ -44,7 +44,7 @@ def traffic_of(shape: LlamaShape, layout: Layout, *, checkpointing: bool, backen
     return Traffic(_gradients_and_weights(shape, layout, backend), tensor, beta)
 
 
-def _gradients_and_weights(shape: LlamaShape, layout: Layout, backend: str) -> dict[str, int]:
+def _gradients_and_weights(shape: LlamaShape, layout: ParallelPlan, backend: str) -> dict[str, int]:
     n, t, micro = layout.data, layout.tensor, layout.accumulate
     w, c = layout.weight_bytes, layout.compute_bytes
     norms = (2 * shape.num_layers + 1) * shape.hidden_size
@@ -73,7 +73,7 @@ def _gradients_and_weights(shape: LlamaShape, layout: Layout, backend: str) -> d
     return {"all-reduce of gradients": _all_reduce(w * parameters, n)}
 
 
-def _between_layers(shape: LlamaShape, layout: Layout, checkpointing: bool, backend: str) -> dict[str, int]:
+def _between_layers(shape: LlamaShape, layout: ParallelPlan, checkpointing: bool, backend: str) -> dict[str, int]:
     """Sequence parallel: around attention and around the MLP a gather and a scatter of the residual stream, backward
     the same the other way round; where the forward is recomputed, its gathers again and the scatter after attention,
     because the layer's output is not needed. Embedding and head have half of it."""

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from am_lightning import AdaptiveMemory, am_adamw
 from am_lightning.huggingface import attach as attach_accelerator
 from am_lightning.lightning import attach as attach_fabric
-from am_lightning.optim.unwrap import innermost
+from am_lightning.optim.unwrap import unwrap_optimizer
 from tests.deepspeed.runs import CLIP, RATES, alone, batch_of, config_of, groups_of, make_net, schedule, whole_weights
 from tests.huggingface.events import histograms_in, scalars_in
 from tests.huggingface.trainer_runs import FORMS, Watch, make_trainer
@@ -271,7 +271,7 @@ class WatchInside(Watch):
     """Through DeepSpeed's optimizer, too."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        betas = innermost(optimizer).momentum()
+        betas = unwrap_optimizer(optimizer).momentum()
         self.seen.append({name: float(beta) for name, beta in betas.items()})
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .doors import DOORS, Curve, curve_of, launch
+from .entry_points import ENTRY_POINTS, Curve, curve_of, launch
 
 pytestmark = pytest.mark.nightly("programs and engines")
 
@@ -24,21 +24,21 @@ needs_compiler = pytest.mark.skipif(
 
 
 def run_of(name: str, root: Path, corpus: Path, *extra: str) -> Curve:
-    door = DOORS[name]
-    done = launch(door, "laptop", root, [*SETTINGS, "--data.source", str(corpus), *extra])
+    entry = ENTRY_POINTS[name]
+    done = launch(entry, "laptop", root, [*SETTINGS, "--data.source", str(corpus), *extra])
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     assert "validation loss" in done.stdout
-    return curve_of(door, root)
+    return curve_of(entry, root)
 
 
 @pytest.fixture(scope="module")
 def curve(tmp_path_factory: pytest.TempPathFactory, corpus_folder: Path) -> Callable[[str], Curve]:
-    """`curve(NAME)`: the door's run, made once."""
+    """`curve(NAME)`: the entry's run, made once."""
     runs: dict[str, Curve] = {}
 
     def get(name: str) -> Curve:
         if name not in runs:
-            runs[name] = run_of(name, tmp_path_factory.mktemp("door") / "run", corpus_folder)
+            runs[name] = run_of(name, tmp_path_factory.mktemp("entry") / "run", corpus_folder)
         return runs[name]
 
     return get
@@ -63,7 +63,9 @@ def marks_of(name: str) -> list[pytest.MarkDecorator]:
     return [needs_compiler] if "DeepSpeed" in name else [pytest.mark.sample] if name == "HF Trainer DDP" else []
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(name)) for name in DOORS if name != REFERENCE])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=marks_of(name)) for name in ENTRY_POINTS if name != REFERENCE]
+)
 def test_the_same_curve(curve: Callable[[str], Curve], name: str) -> None:
     loss, beta = errors(curve(name), curve(REFERENCE))
     print(f"{name}: losses within {loss:.1e} relative, mean beta_t within {beta:.1e}")

@@ -8,7 +8,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-DOORS = "tests.deepspeed.doors"
+ENTRY_POINTS = "tests.deepspeed.entry_points"
 START_UP = 300
 TAGS = {"am/beta/mean", "am/beta/min", "am/beta/max", "am/clamp/at_max", "am/clamp/at_zero", "am/skipped_steps"}
 
@@ -27,7 +27,7 @@ def check(ranks: list[dict], *, steps: int = 6) -> None:
 )
 def test_lightning(pool, tmp_path: Path, stage: int, scope: str) -> None:
     """A converted AdamW; unbroken, and saved and resumed half way."""
-    ranks = pool(2).run(f"{DOORS}:lightning", timeout=START_UP, folder=str(tmp_path), stage=stage, scope=scope)
+    ranks = pool(2).run(f"{ENTRY_POINTS}:lightning", timeout=START_UP, folder=str(tmp_path), stage=stage, scope=scope)
     check(ranks)
     assert all(rank["resumed"]["beta"] <= 5e-6 and rank["resumed"]["weights"] <= 1e-5 for rank in ranks)
     assert "am/beta" in ranks[0]["histograms"]
@@ -35,29 +35,29 @@ def test_lightning(pool, tmp_path: Path, stage: int, scope: str) -> None:
 
 
 def test_lightning_with_offload_sets_what_the_engine_asks_for(pool, tmp_path: Path) -> None:
-    check(pool(2).run(f"{DOORS}:lightning", timeout=START_UP, folder=str(tmp_path), stage=3, offload=True))
+    check(pool(2).run(f"{ENTRY_POINTS}:lightning", timeout=START_UP, folder=str(tmp_path), stage=3, offload=True))
 
 
 def test_lightning_refuses_an_optimizer_in_the_configuration(pool) -> None:
-    for text in pool(2).run(f"{DOORS}:named_in_config", timeout=START_UP, stage=2):
+    for text in pool(2).run(f"{ENTRY_POINTS}:named_in_config", timeout=START_UP, stage=2):
         assert text.startswith("MisconfigurationException")
         assert "remove 'optimizer' from it" in text
 
 
 @pytest.mark.parametrize(("stage", "scope"), [(2, "tensor"), (3, "global")])
 def test_fabric(pool, tmp_path: Path, stage: int, scope: str) -> None:
-    check(pool(2).run(f"{DOORS}:fabric", timeout=START_UP, folder=str(tmp_path), stage=stage, scope=scope))
+    check(pool(2).run(f"{ENTRY_POINTS}:fabric", timeout=START_UP, folder=str(tmp_path), stage=stage, scope=scope))
 
 
 @pytest.mark.parametrize(("stage", "scope"), [(0, "tensor"), (2, "tensor"), (3, "global")])
 def test_accelerate(pool, tmp_path: Path, stage: int, scope: str) -> None:
     """save_state and load_state in mid-run, too."""
-    check(pool(2).run(f"{DOORS}:accelerate", timeout=START_UP, folder=str(tmp_path), stage=stage, scope=scope))
+    check(pool(2).run(f"{ENTRY_POINTS}:accelerate", timeout=START_UP, folder=str(tmp_path), stage=stage, scope=scope))
 
 
 @pytest.mark.parametrize(("stage", "form"), [(2, "class"), (3, "factory")])
 def test_trainer(pool, tmp_path: Path, stage: int, form: str) -> None:
-    ranks = pool(2).run(f"{DOORS}:trainer", timeout=START_UP, folder=str(tmp_path), stage=stage, form=form)
+    ranks = pool(2).run(f"{ENTRY_POINTS}:trainer", timeout=START_UP, folder=str(tmp_path), stage=stage, form=form)
     for rank in ranks:
         assert rank["engine"] == "DeepSpeedEngine"
         assert rank["share"] > 0.2

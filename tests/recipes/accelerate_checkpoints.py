@@ -12,7 +12,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
-from am_lightning.pretrain.checkpoints.accelerate import StateFolders
+from am_lightning.pretrain.checkpoints.accelerate import AccelerateCheckpoints
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 
@@ -31,7 +31,7 @@ def save_one_step_twice(folder: str) -> tuple[list[str], bool]:
     """What lies in the folder, and whether a load gives what was saved last."""
     with fresh_accelerator() as accelerator:
         params = list(accelerator.prepare(torch.nn.Linear(3, 3)).requires_grad_(False).parameters())
-        folders = StateFolders(accelerator, Path(folder))
+        folders = AccelerateCheckpoints(accelerator, Path(folder))
         for value in (1.0, 2.0):
             torch._foreach_zero_(params)
             torch._foreach_add_(params, value)
@@ -45,7 +45,7 @@ def save_until_the_disk_is_full(folder: str) -> tuple[int, str]:
     """How many checkpoints were made, and the error."""
     with fresh_accelerator() as accelerator:
         accelerator.prepare(torch.nn.Linear(500, 500))  # 1 MB
-        folders = StateFolders(accelerator, Path(folder))
+        folders = AccelerateCheckpoints(accelerator, Path(folder))
         for step in range(1, 9):
             try:
                 folders.save(step)

@@ -20,7 +20,7 @@ Curve = dict[int, tuple[float, float]]  # step -> loss over all rows of the step
 
 
 @dataclass(frozen=True)
-class Door:
+class EntryPoint:
     """A program, and the settings and variables that choose the engine."""
 
     program: str
@@ -33,16 +33,16 @@ class Door:
         return self.program in ("pretrain.py", "lightning_fsdp2.py")
 
 
-def _lightning(strategy: str, program: str = "pretrain.py", **options: object) -> Door:
+def _lightning(strategy: str, program: str = "pretrain.py", **options: object) -> EntryPoint:
     settings = ["--trainer.devices", "2", "--trainer.strategy", strategy]
     for key, value in options.items():
         settings += [f"--trainer.strategy.{key}", str(value)]
-    return Door(program, tuple(settings))
+    return EntryPoint(program, tuple(settings))
 
 
-def _accelerate(config: str) -> Door:
+def _accelerate(config: str) -> EntryPoint:
     variables = {"ACCELERATE_CONFIG": str(RECIPES / "launch" / "accelerate" / config), "ACCELERATE_USE_CPU": "true"}
-    return Door("pretrain_accelerate.py", variables=variables, launcher="accelerate.sh")
+    return EntryPoint("pretrain_accelerate.py", variables=variables, launcher="accelerate.sh")
 
 
 def _deepspeed(stage: int) -> dict[str, str]:
@@ -52,7 +52,7 @@ def _deepspeed(stage: int) -> dict[str, str]:
     }
 
 
-DOORS = {
+ENTRY_POINTS = {
     "Lightning DDP": _lightning("ddp"),
     "Lightning FSDP2": _lightning(
         "lightning.pytorch.strategies.ModelParallelStrategy",
@@ -60,33 +60,33 @@ DOORS = {
         data_parallel_size=2,
         tensor_parallel_size=1,
     ),
-    "Lightning DeepSpeed": _lightning("tests.deepspeed.doors.OnCPU", config=ZERO / "zero2.json"),
+    "Lightning DeepSpeed": _lightning("tests.deepspeed.entry_points.OnCPU", config=ZERO / "zero2.json"),
     "Accelerate DDP": _accelerate("ddp.yaml"),
-    "Accelerate FSDP2": Door("accelerate_fsdp2.py"),
+    "Accelerate FSDP2": EntryPoint("accelerate_fsdp2.py"),
     "Accelerate DeepSpeed": _accelerate("deepspeed.yaml"),
-    "Accelerate DeepSpeed 3": Door("pretrain_accelerate.py", variables=_deepspeed(3)),
-    "HF Trainer DDP": Door("pretrain_hf_trainer.py"),
+    "Accelerate DeepSpeed 3": EntryPoint("pretrain_accelerate.py", variables=_deepspeed(3)),
+    "HF Trainer DDP": EntryPoint("pretrain_hf_trainer.py"),
 }
 
 
-def launch(door: Door, recipe: str, root: Path, settings: list[str]) -> subprocess.CompletedProcess[str]:
+def launch(entry: EntryPoint, recipe: str, root: Path, settings: list[str]) -> subprocess.CompletedProcess[str]:
     """Train `recipe` on two processes; a first start of DeepSpeed compiles its operator, which takes minutes."""
-    path = RECIPES / door.program
+    path = RECIPES / entry.program
     if not path.exists():
-        path = Path(__file__).parent / door.program
-    port, variables = str(free_port()), _environment(door)
-    if door.launcher is None:
+        path = Path(__file__).parent / entry.program
+    port, variables = str(free_port()), _environment(entry)
+    if entry.launcher is None:
         command = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command += [str(path), "fit", "--config", recipe, "--trainer.default_root_dir", str(root)]
     else:
-        command = [str(RECIPES / "launch" / door.launcher)]
+        command = [str(RECIPES / "launch" / entry.launcher)]
         variables |= {"PROGRAM": str(path), "CONFIG": recipe, "RUN_DIR": str(root), "PYTHON": PYTHON}
         variables |= {"NODES": "1", "GPUS_PER_NODE": "2", "MASTER_PORT": port, "MAX_RESTARTS": "0"}
-    command += [*settings, *door.settings, "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    command += [*settings, *entry.settings, "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
     return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=900)
 
 
-def _environment(door: Door) -> dict[str, str]:
+def _environment(entry: EntryPoint) -> dict[str, str]:
     launched = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return {
         **{key: value for key, value in os.environ.items() if key not in launched},
@@ -94,11 +94,11 @@ def _environment(door: Door) -> dict[str, str]:
         "PYTHONPATH": str(ROOT),
         "TOKENIZERS_PARALLELISM": "false",
         **operator_build.variables(),
-        **door.variables,
+        **entry.variables,
     }
 
 
-def curve_of(door: Door, root: Path) -> Curve:
+def curve_of(entry: EntryPoint, root: Path) -> Curve:
     """What a run logged, step by step; Lightning numbers steps from 0 where it logs."""
-    curves, shift = scalars_in(root / "logs"), int(door.lightning)
+    curves, shift = scalars_in(root / "logs"), int(entry.lightning)
     return {step + shift: (loss, curves["am/beta/mean"][step]) for step, loss in curves["train/loss"].items()}

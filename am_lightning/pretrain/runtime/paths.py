@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from am_lightning.pretrain.runtime.errors import RecipeError
 _PACKAGE = Path(__file__).resolve().parents[2]
 _PACKAGE_DATA = _PACKAGE / "recipes" / "files"  # made by the build, see pyproject.toml
 _CHECKOUT = _PACKAGE.parent / "recipes"
+
+BASE = re.compile(r"^# base: (\S+)$", re.MULTILINE)  # a YAML that says only what differs from another one beside it
 
 
 def recipes_folder() -> Path:
@@ -27,7 +30,8 @@ def recipes_folder() -> Path:
 
 def recipe_files() -> dict[str, Path]:
     """Name -> YAML of every recipe, by name."""
-    return {path.stem: path for path in sorted((recipes_folder() / "configs").glob("*.yaml"))}
+    paths = sorted((recipes_folder() / "configs").glob("*.yaml"))
+    return {path.stem: path for path in paths if path.stem != "base"}
 
 
 def find_config(name_or_path: str) -> Path:
@@ -53,8 +57,41 @@ def find_config(name_or_path: str) -> Path:
     )
 
 
+def base_of(path: Path) -> Path | None:
+    """The YAML that the one at `path` differs from: its line `# base: FILE`, None where it has none.
+
+    Raises:
+        RecipeError: it is not there.
+    """
+    try:
+        found = BASE.search(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        return None  # whoever reads it says so
+    if found is None:
+        return None
+    base = path.parent / found[1]
+    if not base.is_file():
+        raise RecipeError(
+            f"{path} says only what differs from {base}, which is not there: "
+            "python -m am_lightning.recipes cp NAME DIR writes a recipe out whole"
+        )
+    return base
+
+
+def config_files(name_or_path: str) -> list[Path]:
+    """The YAMLs that make up a configuration, the base first.
+
+    Raises:
+        RecipeError: a name or path that stands for nothing.
+    """
+    files = [find_config(name_or_path)]
+    while (base := base_of(files[0])) is not None:
+        files.insert(0, base)
+    return files
+
+
 def with_paths(args: Sequence[str]) -> list[str]:
-    """A command line whose `--config NAME` and `fit NAME` are paths.
+    """A command line whose `--config NAME` and `fit NAME` are paths, each after its base.
 
     Raises:
         RecipeError: a name or path that stands for nothing.
@@ -63,11 +100,12 @@ def with_paths(args: Sequence[str]) -> list[str]:
     for position, arg in enumerate(args):
         before = args[position - 1] if position else ""
         if before in ("--config", "-c"):
-            result.append(str(find_config(arg)))
+            result.pop()
+            result += [f"--config={path}" for path in config_files(arg)]
         elif arg.startswith("--config="):
-            result.append(f"--config={find_config(arg.partition('=')[2])}")
+            result += [f"--config={path}" for path in config_files(arg.partition("=")[2])]
         elif position == 1 and not arg.startswith("-") and not before.startswith("-"):
-            result += ["--config", str(find_config(arg))]
+            result += [f"--config={path}" for path in config_files(arg)]
         else:
             result.append(arg)
     return result

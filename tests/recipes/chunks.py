@@ -1,11 +1,11 @@
-"""A piece of a data set that is given, not read."""
+"""A chunk of a data set that is given, not read."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from am_lightning.pretrain.data.pieces import Document
+from am_lightning.pretrain.data.chunks import Document
 
 
 @dataclass(frozen=True)

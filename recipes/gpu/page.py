@@ -1,4 +1,4 @@
-"""``python -m am_lightning.bench.gpu_page OUT``: docs/gpu.md from what ``recipes/gpu/check.sh`` wrote into OUT."""
+"""``python -m recipes.gpu.page OUT``: docs/gpu.md from what ``recipes/gpu/check.sh`` wrote into OUT."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REHEARSAL = """\
 HEAD = """\
 # Measured on a GPU
 
-`recipes/gpu/check.sh` runs what only a GPU can answer, and `python -m am_lightning.bench.gpu_page OUT` writes this page
+`recipes/gpu/check.sh` runs what only a GPU can answer, and `python -m recipes.gpu.page OUT` writes this page
 from its answers; nothing here is written by hand. [How to run it](gpu_check.md);
 [what is counted and checked without a GPU](performance_gpu.md)."""
 BASE = "AdamW 0.9 warmup"  # what the other runs are compared with
@@ -33,7 +33,7 @@ SKIPPED_SHOWN, FAILED_LINES = 12, 12
 
 def main(arguments: list[str] | None = None) -> None:
     """Write the page; the process ends with a message where there is nothing to read, or a rehearsal is to be docs."""
-    parser = argparse.ArgumentParser(prog="python -m am_lightning.bench.gpu_page", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m recipes.gpu.page", description=__doc__)
     parser.add_argument(
         "out", type=Path, metavar="OUT", help="folder that check.sh wrote; an empty one: nothing measured"
     )
@@ -223,7 +223,7 @@ def _runs(answers: Answers, recipe: str, to: Path) -> list[str]:
         cells = [run["name"], f"{run['lr']:g}", str(run["seed"]), f"{loss:.4f}"]
         rows.append([*cells, *(_number(value, form) for value, form in numbers)])
     header = ["run", "lr", "seed", "final validation loss", f"minus {BASE}", "spikes", "beta_t", "tokens/s", "MFU"]
-    from am_lightning.bench.gpu_figures import draw_betas, draw_losses  # matplotlib, where there is something to draw
+    from recipes.gpu.figures import draw_betas, draw_losses  # matplotlib, where there is something to draw
 
     pictures = [f"![Training losses, {recipe}]({draw_losses(to, recipe, done)})"]
     pictures += [f"![beta_t of {name}, layers over steps]({file})" for name, file in draw_betas(to, recipe, done)]

@@ -1,4 +1,4 @@
-"""python -m am_lightning.bench.gpu_page: what the answers say stands on the page, and nothing else does."""
+"""python -m recipes.gpu.page: what the answers say stands on the page, and nothing else does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from am_lightning.bench.gpu_page import DEFAULT, HEAD, NOT_MEASURED, main, page
+from recipes.gpu.page import DEFAULT, HEAD, NOT_MEASURED, main, page
 
 pytest.importorskip("matplotlib")
 COMMAND = "recipes/gpu/check.sh --minutes 9 --out /some/place"

@@ -1,6 +1,6 @@
-"""The drill: kill runs over two nodes at random moments; every one ends with the bits of an unbroken run.
+"""Fault injection: kill runs over two nodes at random moments; every one ends with the bits of an unbroken run.
 
-    python -m tests.recipes.cluster.drill --kills 20 --seed 0
+    python -m tests.recipes.cluster.fault_injection --kills 20 --seed 0
 
 Needs root, iproute2 and, for SIGUSR1, slurm-wlm and munge. Every run trains the laptop recipe with a tiny model over
 two nodes (network namespaces with a torchrun agent each, or two nodes of a SLURM) and is hit several times, by a kind
@@ -84,7 +84,7 @@ def moments(count: int, rng: random.Random, steps: int) -> list[int]:
     return [0 if rng.random() < EARLY else int(part * (i + rng.random())) for i in range(count)]
 
 
-class Drill:
+class FaultInjection:
     """Runs in one folder, compared with an unbroken one.
 
     Args:
@@ -177,12 +177,12 @@ def main() -> int:
         cluster = None if no_slurm else stack.enter_context(slurm.two_node_slurm())
         options_of_runs = options(corpus(folder), STEPS, EVERY)
         unbroken(folder / "unbroken", options_of_runs)
-        drill = Drill(folder, options_of_runs, STEPS, folder / "unbroken", rng)
+        injection = FaultInjection(folder, options_of_runs, STEPS, folder / "unbroken", rng)
         print(HEADER, flush=True)
         for number, kinds in enumerate(plan(args.kills, rng, cluster is not None), start=1):
-            drill.run(number, kinds, cluster)
-    print(f"\n{args.kills} kills, seed {args.seed}: {drill.failures} runs failed")
-    return int(drill.failures > 0)
+            injection.run(number, kinds, cluster)
+    print(f"\n{args.kills} kills, seed {args.seed}: {injection.failures} runs failed")
+    return int(injection.failures > 0)
 
 
 @contextlib.contextmanager
@@ -191,7 +191,7 @@ def _folder(given: Path | None) -> Iterator[Path]:
         given.mkdir(parents=True, exist_ok=True)
         yield given.resolve()
         return
-    with tempfile.TemporaryDirectory(prefix="am-drill-") as made:
+    with tempfile.TemporaryDirectory(prefix="am-injection-") as made:
         yield Path(made)
 
 

@@ -35,7 +35,7 @@ class Document:
         return bucket % 10_000 < percent * 100
 
 
-class Piece(Protocol):
+class DataChunk(Protocol):
     """A picklable description; `size` is the text's in bytes, about, or 0 where nobody knows."""
 
     @property
@@ -82,7 +82,7 @@ class JsonLines:
 
     def _documents(self, file: BinaryIO) -> Iterator[Document]:
         position = self.start
-        if self.start:  # a line that began before belongs to the piece before
+        if self.start:  # a line that began before belongs to the chunk before
             file.seek(self.start - 1)
             position = self.start - 1 + len(file.readline())
         while not self.stop or position < self.stop:

@@ -1,4 +1,4 @@
-"""A short drill, with what the other tests of this folder do not do; drill.py is the long one."""
+"""A short run of kills, with what the other tests of this folder do not do; fault_injection.py is the long one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from . import drill, namespaces
+from . import fault_injection, namespaces
 from .conftest import STEPS
 
 
@@ -17,7 +17,7 @@ def test_a_run_outlives_a_broken_checkpoint_and_a_full_disk(
 ) -> None:
     if reason := namespaces.missing():
         pytest.skip(reason)
-    short = drill.Drill(tmp_path, run_options, STEPS, unbroken, random.Random(0), pause=0.2)
+    short = fault_injection.FaultInjection(tmp_path, run_options, STEPS, unbroken, random.Random(0), pause=0.2)
     short.run(1, ["truncated checkpoint", "full disk"], None)
     rows = capsys.readouterr().out
     assert short.failures == 0, rows
@@ -26,17 +26,17 @@ def test_a_run_outlives_a_broken_checkpoint_and_a_full_disk(
 
 
 def test_the_plan_is_the_seeds_and_has_every_kind() -> None:
-    plans = [drill.plan(20, random.Random(seed), with_slurm=True) for seed in (0, 0, 1)]
+    plans = [fault_injection.plan(20, random.Random(seed), with_slurm=True) for seed in (0, 0, 1)]
     assert plans[0] == plans[1] != plans[2]
     kinds = [kind for run in plans[0] for kind in run]
     assert len(kinds) == 20
-    assert min(kinds.count(kind) for kind in (*drill.kills.KINDS, "SIGUSR1")) >= 3
-    assert all(len(run) <= drill.KILLS_PER_RUN for run in plans[0])
+    assert min(kinds.count(kind) for kind in (*fault_injection.kills.KINDS, "SIGUSR1")) >= 3
+    assert all(len(run) <= fault_injection.KILLS_PER_RUN for run in plans[0])
     assert all(set(run) == {"SIGUSR1"} for run in plans[0] if "SIGUSR1" in run)
 
 
 def test_kills_come_before_the_run_can_end() -> None:
     for seed in range(100):
-        steps = drill.moments(4, random.Random(seed), 240)
+        steps = fault_injection.moments(4, random.Random(seed), 240)
         assert len(steps) == 4
-        assert max(steps) < drill.LATEST * 240
+        assert max(steps) < fault_injection.LATEST * 240

@@ -16,5 +16,5 @@ def test_a_step_saved_again_replaces_the_first_and_clears_what_a_kill_left(tmp_p
         (folder / name).mkdir(parents=True)
         (folder / name / "half").touch()
     with pools() as start:
-        ends = start(2).run("tests.recipes.state_folders:save_one_step_twice", timeout=60, folder=str(folder))
+        ends = start(2).run("tests.recipes.accelerate_checkpoints:save_one_step_twice", timeout=60, folder=str(folder))
     assert ends == [(["step-000005"], True)] * 2

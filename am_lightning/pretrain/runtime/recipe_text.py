@@ -1,0 +1,120 @@
+"""A recipe's YAML says only what differs from its base; here the two become one text, comments and all.
+
+The programs need no more than `--config BASE --config RECIPE`, which jsonargparse merges (see `paths.with_paths`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from am_lightning.pretrain.runtime.errors import RecipeError
+from am_lightning.pretrain.runtime.paths import BASE, base_of
+
+_WIDTH = 120
+
+
+class _Entry(NamedTuple):
+    """A key: the comment lines above it, its own line, and what is indented below."""
+
+    key: str
+    above: list[str]
+    line: str
+    inside: list[_Entry]
+
+    @property
+    def has_comment(self) -> bool:
+        return any(self.above) or "  # " in self.line
+
+
+def recipe_text(path: Path) -> str:
+    """The YAML at `path`, whole: over its base where it names one.
+
+    Raises:
+        RecipeError: the base is not there, or a section in braces.
+    """
+    base = base_of(path)
+    text = path.read_text(encoding="utf-8")
+    return text if base is None else merge_texts(recipe_text(base), text)
+
+
+def merge_texts(base: str, difference: str) -> str:
+    """`base` with the values, and where there are some the comments, of `difference`; the headline is the latter's."""
+    _, base_body = _without_headline(base)
+    headline, body = _without_headline(difference)
+    lines = base_body.splitlines()
+    first = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+    while first and lines[first - 1]:
+        first -= 1
+    entries = _merged(_parse(lines[first:]), _parse(body.splitlines()))
+    headline = "".join(f"{line}\n" for line in headline.splitlines() if not BASE.fullmatch(line))
+    return headline + "\n" + "\n".join([*lines[:first], *_lines(entries)]) + "\n"
+
+
+def _without_headline(text: str) -> tuple[str, str]:
+    headline, _, body = text.partition("\n\n")
+    return headline, body
+
+
+def _parse(lines: Sequence[str]) -> list[_Entry]:
+    top: list[_Entry] = []
+    open_entries: list[tuple[int, list[_Entry]]] = [(-1, top)]
+    above: list[str] = []
+    for line in lines:
+        code = line.strip()
+        if not code or code.startswith("#"):
+            above.append(line)
+            continue
+        indent = len(line) - len(line.lstrip())
+        while open_entries[-1][0] >= indent:
+            open_entries.pop()
+        key = code.partition("  # ")[0] if code.startswith("- ") else code.partition(":")[0]
+        entry = _Entry(key, above, line.rstrip(), [])
+        open_entries[-1][1].append(entry)
+        open_entries.append((indent, entry.inside))
+        above = []
+    return top
+
+
+def _merged(base: list[_Entry], difference: list[_Entry]) -> list[_Entry]:
+    if any(entry.key.startswith("- ") for entry in difference):  # a list is replaced as a whole
+        return difference
+    other = {entry.key: entry for entry in difference}
+    return [_over(entry, other.pop(entry.key, entry)) for entry in base] + list(other.values())
+
+
+def _over(base: _Entry, entry: _Entry) -> _Entry:
+    blank = list(itertools.takewhile(lambda line: not line, base.above))
+    if base.inside and entry.inside:
+        first = entry if entry.has_comment else base
+        return _Entry(base.key, base.above, first.line, _merged(base.inside, entry.inside))
+    if base.inside and "{" in entry.line.partition("  # ")[0]:
+        raise RecipeError(f"{entry.key}: give the keys that differ from the base lines of their own, not {{...}}")
+    if entry.has_comment:
+        return entry._replace(above=blank + [line for line in entry.above if line])
+    _, mark, comment = base.line.partition("  # ")
+    return entry._replace(above=base.above, line=f"{entry.line}{mark}{comment}")
+
+
+def _lines(entries: list[_Entry]) -> Iterator[str]:
+    run: list[str] = []  # lines whose comments stand in one column
+    for entry in entries:
+        longer = [*run, entry.line]
+        if entry.inside or entry.above or "  # " not in entry.line or max(map(len, _aligned(longer))) > _WIDTH:
+            yield from _aligned(run)
+            yield from entry.above
+            run = []
+        if entry.inside or "  # " not in entry.line:
+            yield from _aligned([entry.line])
+            yield from _lines(entry.inside)
+        else:
+            run.append(entry.line)
+    yield from _aligned(run)
+
+
+def _aligned(lines: list[str]) -> list[str]:
+    parts = [line.partition("  # ") for line in lines]
+    width = max((len(code.rstrip()) for code, _, _ in parts), default=0)
+    return [f"{code.rstrip():<{width}}{mark}{comment.strip()}" if mark else code for code, mark, comment in parts]
