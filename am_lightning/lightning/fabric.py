@@ -61,7 +61,8 @@ def attach(fabric: Fabric, model: nn.Module, optimizer: Any, *, log_every_n_step
         if own is not am_optimizer:
             raise ValueError(
                 f"the DeepSpeed engine in this model steps another {type(own).__name__}, and this "
-                f"{type(am_optimizer).__name__} never steps: give attach what one fabric.setup(model, optimizer) returned"
+                f"{type(am_optimizer).__name__} never steps: give attach what one fabric.setup(model, "
+                "optimizer) returned"
             )
         after_each_step = partial(deepspeed_engine.after_each_step, engine)
     else:
