@@ -76,6 +76,7 @@ class ParamLayout:
         self._model: nn.Module | None = None
         self._attached = False  # an adapter has looked at the engine
         self._averaging_group: Any = None
+        self._without_engine: Hashable = None  # parameters of which no engine was found: looking takes 0.1 s
         self._replaced: dict[int, Tensor] = {}  # id -> given parameter that an engine has replaced, and keeps
 
     # ------------------------------------------------------------------ what is told
@@ -136,9 +137,13 @@ class ParamLayout:
         engines = strategies.loaded_engines()
         if not engines or not self.given.keys().isdisjoint(map(id, params_of(param_groups))):
             return None
+        looked = tuple(map(id, params_of(param_groups))), frozenset(self.given.keys())
+        if looked == self._without_engine:
+            return None
         alive = self._replaced or self.given.alive(self._model)
         found = next((one for one in engines if any(map(one.replaces, alive.values()))), None)
         self._replaced = {} if found is None else alive
+        self._without_engine = looked if found is None and looked[0] else None
         return found
 
     def names(self, param_groups: ParamGroups) -> list[str]:
@@ -200,6 +205,8 @@ class ParamLayout:
         Raises:
             ValueError: the sums of a tensor cannot be formed; on every rank alike.
         """
+        if self._attached or strategies.is_stepped_by_engine(param_groups):
+            self._without_engine = None  # it may have been looked for before the engine was complete
         replaced = self.engine(param_groups) is not None
         strategies.check_engines(param_groups, self.given, self._model, attached=self._attached, replaced=replaced)
         params, sizes = self._find_logical_params(param_groups)

@@ -142,7 +142,7 @@ class AMSGD(AdaptiveMemoryOptimizer):
         beta = decision.beta
         sizes = self.layout.sizes if self.layout is not None else []
         parts = zip(torch.split(beta, sizes), self.param_groups, strict=True)
-        lambd = torch.cat([torch.full_like(part, group["lambd"]) for part, group in parts])
+        lambd = torch.cat([torch.full_like(part, float(group["lambd"])) for part, group in parts])
         return torch.where(sums.first, 1 + lambd, 1 - beta)
 
     # ------------------------------------------------------------------ the exact gap

@@ -110,4 +110,5 @@ def compare(layout: str, kind: str, scope: str, dtype: str, **options: Any) -> d
         "share": single["share"],
         "expected": placed.collectives,
         "partial": placed.partial,
+        "votes": placed.collectives if "fused" in optimizer.param_groups[0] else 0,
     }

@@ -34,12 +34,15 @@ def check(ranks: list[dict[str, Any]], dtype: str) -> None:
 
 
 def check_collectives(rank: dict[str, Any]) -> None:
-    """One all-reduce for the sums; a functional one for each Partial gradient; the first step also compares ranks."""
+    """One all-reduce for the sums; a functional one for each Partial gradient.
+
+    The first step also compares what ranks hold, and AMAdamW's asks them for the kernels that all of them have.
+    """
     regular = {"c10d.allreduce_": rank["expected"], "c10d_functional.all_reduce": rank["partial"]}
     regular = {operator: count for operator, count in regular.items() if count}
     at_first, later = rank["collectives"]
     assert later == regular
-    assert at_first == {"c10d.allgather_": 1, **regular}
+    assert at_first == {"c10d.allgather_": 1, **regular, "c10d.allreduce_": rank["expected"] + rank["votes"]}
     assert f"{rank['expected']} all-reduce a step: 18 x 4 numbers over" in rank["described"]
 
 

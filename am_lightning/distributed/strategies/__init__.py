@@ -34,6 +34,7 @@ __all__ = [
     "check_exact",
     "cover",
     "describe_placement",
+    "is_stepped_by_engine",
     "loaded_engines",
     "local",
     "logical_ndims",
@@ -53,6 +54,11 @@ STRATEGIES: tuple[type[Strategy], ...] = (
 def loaded_engines() -> list[type[Strategy]]:
     """Strategies whose engine is imported, and may replace given parameters by flat partitions."""
     return [strategy for strategy in STRATEGIES if strategy.engine in sys.modules]
+
+
+def is_stepped_by_engine(param_groups: ParamGroups) -> bool:
+    """An engine up the stack steps the optimizer that has these groups."""
+    return any(strategy.steps(param_groups) for strategy in STRATEGIES)
 
 
 def averaging_group() -> Any:

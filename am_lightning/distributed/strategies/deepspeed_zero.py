@@ -47,6 +47,10 @@ class ZeroStrategy(Strategy):
         return deepspeed_replicas()  # stage 0
 
     @classmethod
+    def steps(cls, param_groups: ParamGroups) -> bool:
+        return deepspeed_owner(param_groups) is not None
+
+    @classmethod
     def check_engine(
         cls, param_groups: ParamGroups, given: GivenParams, model: nn.Module | None, *, attached: bool, replaced: bool
     ) -> None:

@@ -115,6 +115,11 @@ class Strategy:
         return False
 
     @classmethod
+    def steps(cls, param_groups: ParamGroups) -> bool:
+        """An engine of this strategy up the stack steps the optimizer that has these groups."""
+        return False
+
+    @classmethod
     def replicas(cls) -> Any:
         """Process group of the ranks whose gradients an engine up the stack has averaged, or None."""
         return None
