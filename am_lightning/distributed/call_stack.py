@@ -52,9 +52,6 @@ def inside_engine_warm_up() -> bool:
     return any(frame.f_code.co_name == "initialize_optimizer_states" for frame in _frames_of("deepspeed"))
 
 
-inside_deepspeed_warm_up = inside_engine_warm_up
-
-
 def inside_state_creation(param_groups: Sequence[dict[str, Any]] = ()) -> bool:
     """True where torch.distributed.checkpoint makes a step at lr 0 with zero gradients, so that there is a state.
 

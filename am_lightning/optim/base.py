@@ -15,7 +15,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from am_lightning.distributed import ShardLayout
 from am_lightning.distributed.call_stack import (
     called_by_zero_redundancy,
-    inside_deepspeed_warm_up,
+    inside_engine_warm_up,
     inside_state_creation,
 )
 from am_lightning.optim import checkpointing, group_checks, param_state
@@ -130,10 +130,10 @@ class AdaptiveMemoryOptimizer(Optimizer):
         return loss
 
     def _only_makes_states(self) -> bool:
-        """A step that torch.distributed.checkpoint or DeepSpeed make on a fresh optimizer, of which little is left."""
-        if inside_deepspeed_warm_up():
+        """A step that torch.distributed.checkpoint or an engine make on a fresh optimizer, of which little is left."""
+        if self.layout is None and inside_engine_warm_up():
             return True
-        if not inside_state_creation():
+        if not inside_state_creation(self.param_groups):
             return False
         params = self.param_layout.logical_params(self.param_groups)
         param_state.check_direction(self.exp_avg_dtype, params)

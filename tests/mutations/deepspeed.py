@@ -145,8 +145,8 @@ MUTATIONS = [
     Mutation(
         "the warm-up step that DeepSpeed makes decays the weights",
         _BASE,
-        "if not self.state and inside_deepspeed_warm_up():",
-        "if self.state and inside_deepspeed_warm_up():",
+        "if self.layout is None and inside_engine_warm_up():",
+        "if self.state and inside_engine_warm_up():",
         ("tests/deepspeed/test_stages.py::test_bfloat16[0-tensor]",),
     ),
 ]
