@@ -54,3 +54,46 @@ def test_a_folder_that_refuses_is_replaced(monkeypatch: pytest.MonkeyPatch, tmp_
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
     assert _folder().name.startswith("am_lightning_")
+
+
+def test_the_folder_is_private(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also under a umask that lets others write."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    before = os.umask(0)
+    try:
+        assert _folder().stat().st_mode & 0o777 == 0o700
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
+def test_one_that_others_may_write_to_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: int) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (tmp_path / "am_lightning").mkdir()
+    (tmp_path / "am_lightning").chmod(mode)
+    used = _folder()
+    assert used.name.startswith("am_lightning_") and used.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_one_of_another_user_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (tmp_path / "am_lightning").mkdir(mode=0o700)
+    os.chown(tmp_path / "am_lightning", 12345, -1)
+    assert _folder().name.startswith("am_lightning_")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file away")
+def test_a_library_that_another_user_planted_is_built_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It would run with this user's rights; one without our functions is built anew, too."""
+    monkeypatch.setattr(compiler, "_folder", lambda: tmp_path)
+    built = compiler.load_library.__wrapped__()
+    (path,) = tmp_path.glob("loop_*.so")
+    whole = path.read_bytes()
+    for owner, planted in ((12345, whole), (0, b"no library")):
+        path.unlink()  # the one that is loaded stays as it is
+        path.write_bytes(planted)
+        os.chown(path, owner, -1)
+        assert compiler.load_library.__wrapped__().build == built.build
+        assert path.stat().st_uid == 0 and path.read_bytes()[:4] == b"\x7fELF"

@@ -77,7 +77,7 @@ def load_library() -> Library:
         options = [*_ALWAYS, *extra, *(["-Wl,-z,defs"] if sys.platform == "linux" else [])]
         path = _folder() / f"loop_{_key([version, *command, *options, *libraries])}.so"
         try:
-            if path.exists():
+            if path.exists() and _is_ours_alone(path):
                 try:
                     return Library(path, version, options)
                 except (OSError, AttributeError):  # damaged, or made where another C library is: build it anew
@@ -153,15 +153,27 @@ def _cpu() -> str:
 
 @functools.cache
 def _folder() -> Path:
-    """torch's cache of extensions, or a folder of this process's where that cannot be written."""
+    """In torch's cache of extensions; a folder of this process's where that cannot be written, or others can.
+
+    What lies there is loaded as code: a folder that another user owns or may write to is not used.
+    """
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     folder = (Path(root) if root else _user_cache() / "torch_extensions") / "am_lightning"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return folder
+            if _is_ours_alone(folder):
+                return folder
     except OSError:
-        return Path(tempfile.mkdtemp(prefix="am_lightning_"))
+        pass
+    return Path(tempfile.mkdtemp(prefix="am_lightning_"))
+
+
+def _is_ours_alone(path: Path) -> bool:
+    """This user owns it, and nobody else may write to it."""
+    found = path.stat()
+    return found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 def _user_cache() -> Path:
