@@ -1,7 +1,7 @@
 """The kernels: one line each. What they have in common, what each needs, and which serves a group on a device.
 
 A kernel is a class with two methods: ``sums`` (pass 1, read-only: N and D of each shard) and ``update`` (pass 2, which
-writes d, v and x). All give the same result up to rounding. A new one is one file and one line of ``KERNELS``.
+writes d, v and x); ``begin`` tells it that the shards have a step's tensors. All give the same result up to rounding. A new one is one file and one line of ``KERNELS``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from am_lightning.optim.kernels.workspace import Workspace
 
 class Passes(Protocol):
     """Both passes over the shards that a kernel serves, in as many steps as the shards' kinds stay the same."""
+
+    def begin(self) -> None:
+        """The shards have this step's tensors; there may be a step with pass 2 alone."""
 
     def sums(self, coefficients: Coefficients, accumulate: torch.dtype) -> Tensor:
         """Pass 1, read-only: ``[shards, 2]``, N and D of each, in ``accumulate``."""
@@ -120,7 +123,7 @@ def require_fused(device: torch.device) -> None:
     """
     if is_fake() or device.type == "meta":  # where a model waits for its real device: step() will see that one
         return
-    if device.type == "cpu":
+    if fused_kernel(device) is CPP:
         build.require_compiler()
     elif is_capturing(device):  # nothing may be built or waited for; what has not stepped before is refused later
         launch.require_triton()

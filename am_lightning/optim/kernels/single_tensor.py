@@ -19,6 +19,9 @@ class SingleTensorPasses:
     def __init__(self, shards: Sequence[LocalShard], workspace: Workspace | None = None) -> None:
         self._shards = shards
 
+    def begin(self) -> None:
+        """Both passes read the shards' tensors themselves."""
+
     def sums(self, coefficients: Coefficients, accumulate: torch.dtype) -> Tensor:
         """Pass 1, which only reads: ``[shards, 2]``, N and D of each.
 

@@ -85,6 +85,9 @@ class ChunkedPasses:
     def __init__(self, shards: Sequence[LocalShard], workspace: Workspace) -> None:
         self._shards, self._scratch = shards, workspace.keep(Scratch)
 
+    def begin(self) -> None:
+        """Both passes read the shards' tensors themselves."""
+
     def sums(self, coefficients: Coefficients, accumulate: torch.dtype) -> Tensor:
         """Pass 1, which only reads: ``[shards, 2]``, N and D of each."""
         host = coefficients.on_host()

@@ -41,6 +41,9 @@ class CppPasses:
             options += [shard.options.beta2, shard.options.lambd, shard.options.mu]
         self._facts, self._options = array("q", facts), array("d", options)
 
+    def begin(self) -> None:
+        """Both passes read the shards' tensors themselves."""
+
     def sums(self, coefficients: Coefficients, accumulate: torch.dtype) -> Tensor:
         """Pass 1, which only reads: ``[shards, 2]``, N and D."""
         out = torch.empty(len(self._shards), 2, dtype=torch.float64, device="cpu")
