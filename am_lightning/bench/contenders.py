@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from am_lightning.bench.models import Shape
 from am_lightning.optim import AMAdamW
-from am_lightning.optim.kernels.fused import SWITCH, TRITON_DEVICES
+from am_lightning.optim.kernels.registry import CPP, fused_kernel
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -25,26 +24,16 @@ class Contender:
         same: the AdamW of the same kind, by name.
         optimizer: made with it.
         bytes_moved: of one step, as the word model counts them.
-        switch: which fused kernels on the CPU; None elsewhere.
     """
 
     name: str
     same: str
     optimizer: torch.optim.Optimizer
     bytes_moved: int
-    switch: str | None = None
 
     def step(self) -> None:
         """One optimizer step."""
-        before = os.environ.get(SWITCH)
-        if self.switch is not None:
-            os.environ[SWITCH] = self.switch
-        try:
-            self.optimizer.step()
-        finally:
-            os.environ.pop(SWITCH, None)
-            if before is not None:
-                os.environ[SWITCH] = before
+        self.optimizer.step()
 
     def share_moments(self, moments: dict[Tensor, dict[str, Tensor]]) -> None:
         """Take the moments that others have already, where they are of its dtype; give its own where none have."""
@@ -126,7 +115,7 @@ def make_contenders(
             missing[f"AdamW {kind}"] = str(error)
     reads = bytes_of_first_pass(elements, size, decays=decay > 0)
     result.append(Contender(READ, "AdamW fused", ReadOnce(params, decays=decay > 0), reads))
-    for kind, (same, switch, how) in _kinds(device, params[0].dtype).items():
+    for kind, (same, how) in _kinds(device, params[0].dtype).items():
         try:
             ours = AMAdamW(params, **options, scope=scope, **how)
         except RuntimeError as error:
@@ -134,7 +123,7 @@ def make_contenders(
             continue
         direction = 2 if ours.exp_avg_dtype is not None else size
         moved = bytes_of_amadamw(elements, size, decays=decay > 0, direction=direction)
-        result.append(Contender(f"AMAdamW {kind}", f"AdamW {same}", ours, moved, switch))
+        result.append(Contender(f"AMAdamW {kind}", f"AdamW {same}", ours, moved))
     return result, missing
 
 
@@ -171,19 +160,15 @@ ADAMW: dict[str, dict[str, Any]] = {
 }
 
 
-def _kinds(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[str, str | None, dict[str, Any]]]:
-    """Kind of AMAdamW -> the kind of AdamW it is compared with, the switch, its options."""
-    on_cpu = device.type == "cpu"
-    fused: dict[str, str | None] = {"C++ loop": "cpp", "torch.compile": "compile"}
-    if not on_cpu:
-        fused = {"Triton" if device.type in TRITON_DEVICES else "torch.compile": None}
-    kinds: dict[str, tuple[str, str | None, dict[str, Any]]] = {"reference": ("single", None, {"foreach": False})}
-    if on_cpu:
-        kinds["eager"] = ("foreach", None, {})
-    kinds["foreach"] = ("foreach", None, {"foreach": True})
-    for name, switch in fused.items():
-        kinds[f"fused, {name}"] = ("fused", switch, {"fused": True})
+def _kinds(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Kind of AMAdamW -> the kind of AdamW it is compared with, its options."""
+    kinds: dict[str, tuple[str, dict[str, Any]]] = {"single_tensor": ("single", {"foreach": False})}
+    if device.type == "cpu":
+        kinds["eager"] = ("foreach", {})
+    kinds["foreach"] = ("foreach", {"foreach": True})
+    kernel = fused_kernel(device)
+    if kernel is not None:
+        kinds[f"fused, {'C++ loop' if kernel is CPP else kernel.name}"] = ("fused", {"fused": True})
     if dtype == torch.float32:
-        low = {"fused": True, "exp_avg_dtype": torch.bfloat16}
-        kinds["fused, bfloat16 exp_avg"] = ("fused", next(iter(fused.values())), low)
+        kinds["fused, bfloat16 exp_avg"] = ("fused", {"fused": True, "exp_avg_dtype": torch.bfloat16})
     return kinds

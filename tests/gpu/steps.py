@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from am_lightning import AMAdamW
-from am_lightning.optim.kernels import fused
+from am_lightning.optim.kernels.registry import require_fused
 from tests.device import DEVICE, ON_GPU
 from tests.optim.harness import params_of
 
@@ -34,11 +34,11 @@ only_cuda = pytest.mark.skipif(not ON_GPU, reason="a CPU has no CUDA graphs and 
 def words_of(kernel: str) -> str:
     """What ``describe`` calls a kernel on this device."""
     if kernel in ("foreach", "plain"):
-        return {"foreach": "foreach", "plain": "reference"}[kernel]
+        return {"foreach": "foreach", "plain": "single_tensor"}[kernel]
     if not ON_GPU:
         return {"triton": "C++ loop", "default": ""}[kernel]
     try:
-        fused.require_fused(DEVICE)
+        require_fused(DEVICE)
     except RuntimeError:
         assert kernel == "default", "Triton can neither build nor launch here"
         return "foreach"

@@ -10,15 +10,31 @@ import numpy as np
 import torch
 
 from am_lightning import AMSGD, AMAdamW
+from am_lightning.optim.kernels import agreement, registry
 from tests.optim.oracle import Oracle, OracleAdamW, OracleSGD
 
-# What `foreach` selects: the blocked kernel (None on CPU), the plain reference, the bucketed lists.
+# What `foreach` selects: the chunked kernel (None on CPU), single_tensor, the bucketed lists.
 KERNELS = (None, False, True)
 SCOPES = ("tensor", "group", "global")
 BETA_TOL = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 STATE_TOL = {torch.float64: 1e-12, torch.float32: 1e-5}
 # Low precision: one rounding of the stored value (half a unit in the last place), relative, and a bit of float32's own.
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def compile_on_cpu(patch: Any) -> None:
+    """``fused=True`` on the CPU is torch.compile, as on devices that are not here."""
+    compiled = registry.COMPILED._replace(device_types=frozenset({"cpu"}))
+    patch.setattr(registry, "FUSED", (registry.TRITON, compiled))
+
+
+def triton_on_cpu(patch: Any, **changes: Any) -> None:
+    """The CPU passes for a GPU; ``changes``: fields of Triton's line in the table of kernels."""
+    triton = registry.TRITON._replace(device_types=frozenset({"cpu"}), **changes)
+    for module in (registry, agreement):
+        patch.setattr(module, "TRITON", triton)
+    patch.setattr(registry, "FUSED", (triton, registry.COMPILED))
+    patch.setattr(registry, "FUSED_BY_DEFAULT", frozenset({"cpu"}))
 
 
 def to_numpy(t: torch.Tensor) -> np.ndarray:

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
-from am_lightning.optim.kernels import Coefficients, GroupOptions, LocalShard
+from am_lightning.optim.kernels.inputs import Coefficients, GroupOptions, LocalShard
 from am_lightning.optim.kernels.triton import kernels as triton_kernels
-from am_lightning.optim.kernels.triton.launch import Tables, TritonKernels
+from am_lightning.optim.kernels.triton.launch import Tables, TritonPasses
+from am_lightning.optim.kernels.workspace import Workspace
 from tests.optim.harness import to_numpy
 from tests.optim.oracle import OracleAdamW
 
@@ -90,7 +91,7 @@ class Case:
             "omega": 0.15 + 0.01 * (np.arange(len(slots)) % 50),
             "step": t - 1,
         }
-        return Coefficients({name: torch.tensor(column, dtype=torch.float64) for name, column in columns.items()})
+        return {name: torch.tensor(column, dtype=torch.float64) for name, column in columns.items()}
 
     def check_sums(self, sums: torch.Tensor, tol: float) -> None:
         """1 - N / D beside the oracle's unclipped beta_t."""
@@ -105,7 +106,7 @@ class Case:
 
     def step(self, numbers: Coefficients, rows: range | list[int]) -> None:
         """The oracle's update with the omegas of ``numbers``."""
-        omega = numbers.columns["omega"].tolist()
+        omega = numbers["omega"].tolist()
         for row in rows:
             self.oracle.update(self.oracle.slots[row], self.terms[row], 1 - omega[row], float("nan"))
 
@@ -133,11 +134,17 @@ def _pair_dtypes(names: list[str]) -> tuple[torch.dtype, ...]:
     return tuple(getattr(torch, name) for name in names)
 
 
+def begun(shards: list[LocalShard], workspace: Workspace | None = None) -> TritonPasses:
+    passes = TritonPasses(shards, Workspace() if workspace is None else workspace)
+    passes.begin()
+    return passes
+
+
 def both_passes(sizes: list[int], dtypes: list[str], *, offset: int = 0, **options: Any) -> None:
     """Both passes beside the oracle, nothing written outside the tensors, and pass 1 the same to the bit twice."""
     case = Case(sizes, _pair_dtypes(dtypes), offset=offset, **options)
-    numbers, tables = case.numbers(), Tables()
-    passes = TritonKernels(case.pieces, tables)
+    numbers = case.numbers()
+    passes = begun(case.pieces)
     before = [t.clone() for piece in case.pieces for t in piece.tensors()]
     sums = passes.sums(numbers, torch.float64)
     assert sums.dtype == torch.float64 and sums.shape == (len(sizes), 2)
@@ -167,16 +174,16 @@ def mixed_kinds() -> None:
         piece = cases[c].pieces[r]
         pieces.append(LocalShard(last - slot, piece.x, piece.g, piece.d, piece.v, piece.options))
     for c, r in order[::-1]:
-        for name, column in cases[c].numbers().columns.items():
+        for name, column in cases[c].numbers().items():
             columns.setdefault(name, []).append(column[r] + (name == "omega") * 0.05 * c)
-    numbers = Coefficients({name: torch.stack(column) for name, column in columns.items()})
-    passes = TritonKernels(pieces, Tables())
+    numbers = {name: torch.stack(column) for name, column in columns.items()}
+    passes = begun(pieces)
     sums = passes.sums(numbers, torch.float64)
     passes.update(numbers, torch.ones(len(pieces), dtype=torch.bool))
     for c, case in enumerate(cases):
         case.check_sums(torch.stack([sums[order.index((c, r))] for r in range(2)]), BETA_TOL)
         own = case.numbers()
-        own.columns["omega"] += 0.05 * c
+        own["omega"] += 0.05 * c
         case.step(own, range(2))
         case.check_stored()
 
@@ -185,9 +192,9 @@ def alone_or_among_many() -> None:
     """A tensor's sums have one order, whatever steps beside it: the same bits."""
     case = Case([100, 20_001, 5], _pair_dtypes(["float32"] * 4))
     numbers = case.numbers()
-    together = TritonKernels(case.pieces, Tables()).sums(numbers, torch.float64)
+    together = begun(case.pieces).sums(numbers, torch.float64)
     for piece, pair in zip(case.pieces, together, strict=True):
-        assert torch.equal(TritonKernels([piece], Tables()).sums(numbers, torch.float64)[0], pair)
+        assert torch.equal(begun([piece]).sums(numbers, torch.float64)[0], pair)
 
 
 def uncounted_rows() -> None:
@@ -196,7 +203,7 @@ def uncounted_rows() -> None:
     case.pieces[1].g[17] = float("nan")
     numbers = case.numbers()
     before = [t.clone() for t in case.pieces[1].tensors()]
-    passes = TritonKernels(case.pieces, Tables())
+    passes = begun(case.pieces)
     assert torch.isfinite(passes.sums(numbers, torch.float64)).all(1).tolist() == [True, False, True]
     passes.update(numbers, torch.tensor([True, False, True]))
     for now, old in zip(case.pieces[1].tensors(), before, strict=True):
@@ -213,7 +220,9 @@ def scaled_gradients(dtype: str) -> None:
     for piece in scaled.pieces:
         piece.g *= 4.0
     numbers, scale, counts = plain.numbers(), torch.tensor(0.25), torch.ones(2, dtype=torch.bool)
-    passes = TritonKernels(scaled.pieces, Tables(), scale)
+    workspace = Workspace()
+    workspace.gradient_factor = scale
+    passes = begun(scaled.pieces, workspace)
     plain.check_sums(passes.sums(numbers, torch.float64), BETA_TOL)
     passes.update(numbers, counts)
     plain.step(numbers, range(2))
@@ -240,7 +249,7 @@ def launches(count: int) -> list[str]:
     try:
         for name, kernel in kept.items():
             setattr(triton_kernels, name, Counter(kernel, made, name))
-        passes = TritonKernels(case.pieces, Tables())
+        passes = begun(case.pieces)
         case.check_sums(passes.sums(numbers, torch.float64), BETA_TOL)
         passes.update(numbers, torch.ones(count, dtype=torch.bool))
     finally:
@@ -254,8 +263,9 @@ def launches(count: int) -> list[str]:
 def other_addresses() -> None:
     """Gradients made anew and changed options are seen; nothing else is made again."""
     case = Case([300, 9000], _pair_dtypes(["float32"] * 4))
-    numbers, tables = case.numbers(), Tables()
-    TritonKernels(case.pieces, tables).sums(numbers, torch.float64)
+    numbers, workspace = case.numbers(), Workspace()
+    tables = workspace.keep(Tables)
+    begun(case.pieces, workspace).sums(numbers, torch.float64)
     (first,) = tables.prepare(case.pieces)
     old = [piece.g for piece in case.pieces]
     for piece in case.pieces:
@@ -266,7 +276,7 @@ def other_addresses() -> None:
     for piece in case.pieces:
         piece.options = piece.options._replace(maximize=True)
     other.terms = Case([300, 9000], _pair_dtypes(["float32"] * 4)).terms
-    other.check_sums(TritonKernels(case.pieces, tables).sums(numbers, torch.float64), BETA_TOL)
+    other.check_sums(begun(case.pieces, workspace).sums(numbers, torch.float64), BETA_TOL)
     (second,) = tables.prepare(case.pieces)
     assert second.group is first.group
     (third,) = tables.prepare(case.pieces)
@@ -293,8 +303,8 @@ def stochastic_rounding() -> None:
     counts = torch.ones(2, dtype=torch.bool)
     for each in (case, again, later):
         numbers = each.numbers()
-        numbers.columns["step"] += 1 if each is later else 0
-        TritonKernels(each.pieces, Tables()).update(numbers, counts)
+        numbers["step"] += 1 if each is later else 0
+        begun(each.pieces).update(numbers, counts)
         each.step(numbers, range(2))
         each.check_stored()
     for row, piece in enumerate(case.pieces):

@@ -89,7 +89,7 @@ def beside_closed_form(scope: str, nonfinite: str) -> None:
             if clip is not None and found.factor is not None:
                 close(found.factor, clip.factor())
             for name, expected in case.numbers().items():
-                close(found.numbers.columns[name], expected)
+                close(found.coefficients[name], expected)
             first = case.present * (case.table[0] == 0)
             assert torch.equal(found.tail, torch.stack([case.present, first], 1))
             packed = torch.cat([case.sums, found.tail], 1)
@@ -101,7 +101,7 @@ def beside_closed_form(scope: str, nonfinite: str) -> None:
             omega, counts = kernels.decide(
                 packed, found.columns, case.table, *ours.buffers(CPU), skip=nonfinite == "skip"
             )
-            assert torch.equal(counts, expected.counts)
+            assert torch.equal(counts, expected.active)
             close(torch.where(counts, omega, 0.0), torch.where(counts, 1 - expected.beta, 0.0))
             new = torch.stack([before[0] + 1, product * expected.beta, expected.beta, case.lr]).to(torch.float32)
             kept = torch.where(counts, new, before)

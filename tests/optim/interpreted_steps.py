@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from am_lightning import AMAdamW, clip_grad_norm_
-from am_lightning.optim.kernels import fused
 from am_lightning.optim.kernels.triton import check as triton_check
 from am_lightning.optim.kernels.triton import kernels as triton_kernels
 from tests.optim import huge
@@ -23,11 +22,12 @@ from tests.optim.harness import (
     run_bowl,
     snapshot,
     to_numpy,
+    triton_on_cpu,
 )
 from tests.optim.test_every_step import SHAPES as EVERY_STEP_SHAPES
 from tests.optim.test_every_step import drop_some, make_twin, schedule
 
-fused.TRITON_DEVICES = {"cpu"}
+triton_on_cpu(pytest.MonkeyPatch())  # as long as the process
 SHAPES = [(33, 31), (7,), (), (0,), (1100,)]
 TRITON = "Triton"
 

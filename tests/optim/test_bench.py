@@ -24,7 +24,6 @@ from am_lightning.bench.contenders import (
 from am_lightning.bench.host import calls_of
 from am_lightning.bench.measure import measure
 from am_lightning.bench.table import rows_of, text_of
-from am_lightning.optim.kernels.fused import SWITCH
 from tests.python import COLD
 
 CPU = torch.device("cpu")
@@ -50,16 +49,15 @@ def test_a_row_for_each_optimizer() -> None:
 
 
 @pytest.mark.slow
-def test_each_kind_runs_its_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(SWITCH, "cpp")
+def test_each_kind_runs_its_own_kernels() -> None:
     params = make_parameters([(64, 3), (9,)], torch.float32, CPU)
     contenders, missing = make_contenders(params, decay=0.1, scope="tensor", device=CPU)
     measured, failed = measure(contenders, 1, CPU)
     kernels = {row["optimizer"]: str(row["kernels"]) for row in rows_of(measured, 1.0)}
     assert not missing and not failed
-    for kind in ("reference", "foreach", "C++ loop", "torch.compile"):
+    for kind in ("single_tensor", "foreach", "C++ loop"):
         assert any(kind in name and kind in words for name, words in kernels.items()), kind
-    assert "blocked" in kernels["AMAdamW eager"] and kernels["AdamW fused"] == "torch.optim"
+    assert "chunked" in kernels["AMAdamW eager"] and kernels["AdamW fused"] == "torch.optim"
     kept = {id(m.contender.optimizer.state[params[0]]["exp_avg"]) for m in measured}
     assert len(kept) == 2, "one for all in float32, one in bfloat16"
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from am_lightning import AMSGD, AMAdamW
-from am_lightning.optim import base
 from am_lightning.optim import state_store as scalars
+from am_lightning.optim.kernels import transfer
 from am_lightning.optim.param_state import SCALARS
 from tests.optim.harness import assert_bitwise, snapshot
 
@@ -32,7 +32,7 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def begin() -> Any:
         context = monkeypatch.context()
-        context.__enter__().setattr(base, "is_capturing", lambda device: True)
+        context.__enter__().setattr(transfer, "is_capturing", lambda device: True)
         return context
 
     return begin

@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from am_lightning import AMSGD, AMAdamW, clip_grad_norm_
-from tests.optim.harness import assert_bitwise, named_params, params_of, snapshot
+from tests.optim.harness import assert_bitwise, compile_on_cpu, named_params, params_of, snapshot
 
 SHAPES = [(6, 4), (9,), (3,), (70,)]
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -114,7 +114,7 @@ def test_a_whole_training_step() -> None:
 @pytest.mark.slow
 def test_the_compiled_kernels_inside(monkeypatch: pytest.MonkeyPatch) -> None:
     """fused=True through torch.compile compiles its two passes inside the step that is left out."""
-    monkeypatch.setenv("AM_LIGHTNING_FUSED", "compile")
+    compile_on_cpu(monkeypatch)
     found, _ = train("fused", Counting(), whole=False)
     assert counters["stats"]["unique_graphs"] > 0
     expected, _ = train("fused", None, whole=False)

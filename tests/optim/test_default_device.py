@@ -15,20 +15,19 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from am_lightning import AMSGD, AMAdamW, clip_grad_norm_
 from am_lightning.loggers.reader import StatsReader
 from am_lightning.optim.convert import convert_adamw
-from am_lightning.optim.kernels import fused
-from tests.optim.harness import assert_bitwise, named_params, params_of, snapshot
+from tests.optim.harness import assert_bitwise, compile_on_cpu, named_params, params_of, snapshot
 from tests.sharding.pool import Pool
 
 SHAPES = [(6, 4), (), (70_001,), (0,)]
 KINDS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "AdamW": (torch.optim.AdamW, {}),
-    "blocked": (AMAdamW, {}),
-    "reference": (AMAdamW, {"foreach": False}),
+    "chunked": (AMAdamW, {}),
+    "single_tensor": (AMAdamW, {"foreach": False}),
     "foreach": (AMAdamW, {"foreach": True}),
     "cpp": (AMAdamW, {"fused": True}),
     "compile": (AMAdamW, {"fused": True}),
     "bfloat16": (AMAdamW, {"exp_avg_dtype": torch.bfloat16}),
-    "bfloat16 reference": (AMAdamW, {"exp_avg_dtype": torch.bfloat16, "foreach": False}),
+    "bfloat16 single_tensor": (AMAdamW, {"exp_avg_dtype": torch.bfloat16, "foreach": False}),
     "bfloat16 foreach": (AMAdamW, {"exp_avg_dtype": torch.bfloat16, "foreach": True}),
     "group": (AMAdamW, {"scope": "group", "nonfinite": "propagate"}),
     "sgd": (AMSGD, {"weight_decay": 0.1}),
@@ -85,8 +84,8 @@ def _read(optimizer: Any) -> None:
 @pytest.mark.parametrize("way", list(WAYS))
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow if k == "compile" else ()) for k in KINDS])
 def test_every_path(kind: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kind in ("cpp", "compile"):
-        monkeypatch.setenv(fused.SWITCH, kind)
+    if kind == "compile":
+        compile_on_cpu(monkeypatch)
     try:
         found = train(kind, lambda: WAYS[way]("meta"))
     except RuntimeError as error:
@@ -131,7 +130,7 @@ def test_what_was_not_made_by_a_step() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("kind", ["AdamW", "blocked", "reference", "foreach", "cpp"])
+@pytest.mark.parametrize("kind", ["AdamW", "chunked", "single_tensor", "foreach", "cpp"])
 def test_of_fake_tensors(kind: str, device: str) -> None:
     """Memory and shapes of a step without numbers, as tools for planning a run make it."""
     if device == "cuda" and not torch.backends.cuda.is_built():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import PIPE
@@ -16,14 +15,16 @@ from torch._dynamo.utils import counters
 from torch.testing._internal.two_tensor import TwoTensor
 
 from am_lightning import AMAdamW
-from am_lightning.optim.kernels import fused
+from am_lightning.optim.kernels import registry
 from am_lightning.optim.kernels.cpu import build as compiler
+from am_lightning.optim.kernels.triton.check import Kind
 from tests.optim.harness import (
     SCOPES,
     Bowl,
     Twin,
     assert_bitwise,
     build,
+    compile_on_cpu,
     make_oracle,
     named_params,
     run_bowl,
@@ -41,7 +42,8 @@ IMPLEMENTATIONS = ["cpp", pytest.param("compile", marks=pytest.mark.slow)]
 
 @pytest.fixture
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv(fused.SWITCH, request.param)
+    if request.param == "compile":
+        compile_on_cpu(monkeypatch)
     return str(request.param)
 
 
@@ -107,7 +109,7 @@ def test_strides(implementation: str) -> None:
     twin = twin_of(params, "global")
     run_bowl(twin, Bowl.around(shapes, seed=5), rates(8), scatter_strides)
     assert [p.stride() for p in params] == strides
-    assert "for 4" in twin.optimizer.describe() and "reference for 1" in twin.optimizer.describe()
+    assert "for 4" in twin.optimizer.describe() and "single_tensor for 1" in twin.optimizer.describe()
 
 
 @each_implementation
@@ -210,10 +212,9 @@ def test_a_resumed_run_goes_on_to_the_bit(implementation: str) -> None:
 def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(fused, "_inductor_has_compiler", lambda: False)
-    fused._on_cpu.cache_clear()
+    compiler.load_library.cache_clear()
     yield
-    fused._on_cpu.cache_clear()
+    compiler.load_library.cache_clear()
 
 
 def test_no_compiler_is_an_error_that_says_what_to_install(no_compiler: None) -> None:
@@ -229,37 +230,30 @@ def test_no_compiler_is_an_error_that_says_what_to_install(no_compiler: None) ->
     assert torch.equal(params[0].detach(), torch.ones(3))
 
 
-def test_a_compiler_that_fails_leaves_torch_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_compiler_that_fails_is_an_error_with_what_it_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "broken compiler"
     broken.write_text("#!/bin/sh\necho no such header >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", f"'{broken}'")
-    monkeypatch.setattr(fused, "_inductor_has_compiler", lambda: True)
-    fused._on_cpu.cache_clear()
     compiler.load_library.cache_clear()
     try:
-        with pytest.warns(UserWarning, match="through torch.compile: .*no such header"):
-            assert fused.fused_tier(torch.device("cpu")) == fused.COMPILED
-        monkeypatch.setenv(fused.SWITCH, "cpp")
-        with pytest.raises(RuntimeError, match="no such header"):
-            fused.fused_tier(torch.device("cpu"))
+        param = torch.nn.Parameter(torch.ones(3))
+        optimizer = AMAdamW([param], fused=True)
+        param.grad = torch.ones(3)
+        with pytest.raises(RuntimeError, match="no such header.*or use fused=None"):
+            optimizer.step()
+        assert not optimizer.state and torch.equal(param.detach(), torch.ones(3))
     finally:
-        fused._on_cpu.cache_clear()
         compiler.load_library.cache_clear()
 
 
 def test_a_device_without_kernels_is_named() -> None:
-    for ask in (fused.require_fused, fused.fused_tier):
+    asks = (registry.require_fused, lambda device: registry.require_kernel(Kind(device)))
+    for ask in asks:
         with pytest.raises(RuntimeError, match=r"no kernels for parameters on 'hpu' .*cpu, cuda, .*xpu.*fused=None"):
             ask(torch.device("hpu"))
         ask(torch.device("xpu"))
     AMAdamW([torch.nn.Parameter(torch.empty(3, device="meta"))], fused=True)  # it will get a device before it steps
-
-
-def test_a_wrong_switch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(fused.SWITCH, "c++")
-    with pytest.raises(ValueError, match=r"Invalid AM_LIGHTNING_FUSED: 'c\+\+'.*'cpp' \| 'compile'"):
-        AMAdamW([torch.nn.Parameter(torch.ones(3))], fused=True)
 
 
 @pytest.mark.slow
@@ -278,39 +272,6 @@ def test_a_damaged_library_is_built_anew(tmp_path: Path) -> None:
     library.write_bytes(whole[:100])
     assert build_it() == first
     assert len(library.read_bytes()) == len(whole)
-
-
-def others(*votes: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The sum over this rank and one that voted so."""
-    return lambda mine: mine + torch.tensor(votes, dtype=mine.dtype)
-
-
-def test_ranks_with_other_builds_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    build = compiler.load_library().build
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert fused.agreed_on_cpu(others(1, 0, 0, build, build**2)) == fused.LOOP
-        assert fused.agreed_on_cpu(others(0, 1, 0, 0, 0)) == fused.COMPILED
-    with pytest.warns(UserWarning, match="different compilers or for different CPUs"):
-        assert fused.agreed_on_cpu(others(1, 0, 0, build + 1, (build + 1) ** 2)) == fused.LOOP
-    with pytest.raises(RuntimeError, match="1 of the other ranks cannot build"):
-        fused.agreed_on_cpu(others(0, 0, 1, 0, 0))
-
-
-@pytest.mark.parametrize(("variable", "value"), [(fused.SWITCH, "c++"), ("CXX", "'g++")])
-def test_a_rank_with_a_wrong_setting_votes_all_the_same(
-    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
-) -> None:
-    """The others wait for its vote, and none for ever."""
-    monkeypatch.setenv(variable, value)
-    asked = []
-    fused._on_cpu.cache_clear()
-    try:
-        with pytest.raises(RuntimeError, match=rf"Invalid {variable}"):
-            fused.agreed_on_cpu(lambda votes: asked.append(votes) or votes)
-    finally:
-        fused._on_cpu.cache_clear()
-    assert asked[0].tolist() == [0, 0, 1, 0, 0]
 
 
 def test_tensors_that_wrap_others_are_not_walked_by_address() -> None:
@@ -341,7 +302,7 @@ def test_processes_that_build_at_once_and_a_killed_build(tmp_path: Path) -> None
     folder = tmp_path / "a folder" / "am_lightning"
     folder.mkdir(parents=True)
     (folder / "building_killed.so").write_bytes(b"\x7fELF half of a libr")
-    program = "from am_lightning.optim.kernels.cpu.build import load_library as load; print(load().words)"
+    program = "from am_lightning.optim.kernels.cpu.build import load_library as load; print(load().description)"
     env = os.environ | {"TORCH_EXTENSIONS_DIR": str(folder.parent), "OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen([COLD, "-c", program], env=env, cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True)

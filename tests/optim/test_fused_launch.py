@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -11,20 +12,23 @@ import torch
 from torch import Tensor
 
 from am_lightning import AMAdamW, clip_grad_norm_
-from am_lightning.optim import base
 from am_lightning.optim.convert import convert_adamw
-from am_lightning.optim.kernels import fused
-from am_lightning.optim.kernels.plan import Choice, tiers
+from am_lightning.optim.kernels import registry, transfer
+from am_lightning.optim.kernels.agreement import agree_on_kernels, drop_fused
+from am_lightning.optim.kernels.cpu import build as compiler
+from am_lightning.optim.kernels.registry import Choice, Kernel, kernels_for
 from am_lightning.optim.kernels.triton import check as triton_check
 from am_lightning.optim.kernels.triton import launch as triton_pair
 from am_lightning.optim.kernels.triton import row_launch as triton_rows
+from am_lightning.optim.kernels.workspace import Workspace
+from tests.optim.harness import triton_on_cpu
 
 CPU = torch.device("cpu")
 KIND = triton_check.Kind(CPU)
 TEXT = r"fused=True .* cannot be built or launched on cpu \(.*no C compiler\).*gcc.*Python\.h.*libcuda.*fused=None"
 
 
-class Kernel:
+class StandIn:
     """Stands in for a Triton kernel that has no compiler, or for one that does nothing."""
 
     def __init__(self, error: Exception | None) -> None:
@@ -39,9 +43,9 @@ class Kernel:
         return launch
 
 
-def stand_in(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> Kernel:
+def stand_in(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> StandIn:
     """The CPU passes for a GPU."""
-    kernel = Kernel(error)
+    kernel = StandIn(error)
     module = SimpleNamespace(
         tl=SimpleNamespace(float32=0, float64=0), sums_kernel=kernel, reduce_kernel=kernel, update_kernel=kernel
     )
@@ -49,7 +53,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> Kernel
         monkeypatch.setattr(user, "require_triton", lambda: module)
     rows = SimpleNamespace(coefficients_kernel=kernel, decide_kernel=kernel)
     monkeypatch.setattr(triton_rows, "_kernels", lambda: rows)
-    monkeypatch.setattr(fused, "TRITON_DEVICES", {"cpu"})
+    triton_on_cpu(monkeypatch)
     return kernel
 
 
@@ -63,20 +67,20 @@ def looked_at_anew() -> Iterator[None]:
 
 
 @pytest.fixture
-def broken(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+def broken(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     """Kernels that cannot be built."""
     monkeypatch.setenv("PATH", "")
     return stand_in(monkeypatch, RuntimeError("Failed to find\nno C compiler"))
 
 
 @pytest.fixture
-def idle(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+def idle(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     """Kernels that are launched and do nothing."""
     return stand_in(monkeypatch, None)
 
 
 @pytest.fixture
-def working(idle: Kernel, monkeypatch: pytest.MonkeyPatch) -> Kernel:
+def working(idle: StandIn, monkeypatch: pytest.MonkeyPatch) -> StandIn:
     """Kernels whose numbers are taken for right: the interpreter's tests look at those."""
     look = triton_check._difference
     monkeypatch.setattr(triton_check, "_difference", lambda kind: look(kind)[:0])
@@ -87,20 +91,20 @@ def params() -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(torch.ones(3))]
 
 
-def test_the_constructor_says_what_is_missing(broken: Kernel) -> None:
-    for ask in (fused.require_fused, fused.fused_tier):
+def test_the_constructor_says_what_is_missing(broken: StandIn) -> None:
+    for ask in (lambda: registry.require_fused(CPU), lambda: registry.require_kernel(KIND)):
         with pytest.raises(RuntimeError, match=TEXT):
-            ask(CPU)
+            ask()
     with pytest.raises(RuntimeError, match=TEXT):
         AMAdamW(params(), fused=True)
 
 
-def test_wrong_numbers_are_an_error(idle: Kernel) -> None:
+def test_wrong_numbers_are_an_error(idle: StandIn) -> None:
     with pytest.raises(RuntimeError, match=r"differ from the plain kernels \(.*\bd by .*\bx by .*fused=None"):
         AMAdamW(params(), fused=True)
 
 
-def test_a_small_step_is_made_once(working: Kernel) -> None:
+def test_a_small_step_is_made_once(working: StandIn) -> None:
     AMAdamW(params(), fused=True)
     made = working.launches
     assert made > 0
@@ -108,76 +112,108 @@ def test_a_small_step_is_made_once(working: Kernel) -> None:
     assert working.launches == made
 
 
-def test_nothing_is_launched_in_a_capture(working: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "is_capturing", lambda device: True)
-    monkeypatch.setattr(fused, "require_triton", lambda: None)
-    assert fused.fused_tier(CPU) == fused.TRITON
+def test_nothing_is_launched_in_a_capture(working: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "is_capturing", lambda device: True)
+    AMAdamW(params(), fused=True)
     assert working.launches == 0
 
 
-def test_a_converted_run_goes_on_and_warns(broken: Kernel) -> None:
+def test_a_converted_run_goes_on_and_warns(broken: StandIn) -> None:
     optimizer: Any = torch.optim.AdamW(params(), fused=True)
     with pytest.warns(UserWarning, match=r"becomes AMAdamW with fused=None: .*no C compiler"):
         convert_adamw(optimizer)
     assert optimizer.param_groups[0]["fused"] is None and optimizer.fused_dropped is True
     optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
     optimizer.step()
-    assert "blocked for 1 (no Triton: those for torch.float32 cannot be built" in optimizer.describe()
-
-
-def others(*votes: float) -> Callable[[Tensor], Tensor]:
-    """The sum over this rank and one that voted so: asked and failed, default and failed, fallen back."""
-    return lambda mine: mine + torch.tensor(votes, dtype=mine.dtype)
-
-
-def test_a_failure_of_another_rank_is_an_error_here(working: Kernel) -> None:
-    assert fused.agree_on_gpu(others(0, 0, 0), {KIND}, {KIND}, dropped=False) == (True, "")
-    assert not fused.agree_on_gpu(others(0, 0, 1), {KIND}, set(), dropped=False).fused
-    assert not fused.agree_on_gpu(others(0, 0, 0), set(), set(), dropped=True).fused
-    with pytest.raises(RuntimeError, match="it does not work on 1 of the other ranks"):
-        fused.agree_on_gpu(others(1, 0, 0), {KIND}, set(), dropped=False)
-
-
-def test_the_default_needs_triton_on_every_rank(working: Kernel) -> None:
-    agreed = fused.agree_on_gpu(others(0, 1, 0), set(), {KIND}, dropped=False)
-    assert agreed == (True, "it does not work on 1 of the other ranks")
-
-
-def test_a_rank_that_fails_votes_all_the_same(broken: Kernel) -> None:
-    asked: list[list[float]] = []
-
-    def summed(votes: Tensor) -> Tensor:
-        asked.append(votes.tolist())
-        return votes
-
-    with pytest.raises(RuntimeError, match=TEXT):
-        fused.agree_on_gpu(summed, {KIND}, {KIND}, dropped=False)
-    assert asked == [[1, 1, 0]]
+    assert "chunked for 1 (no fused kernel: those for torch.float32 cannot be built" in optimizer.describe()
 
 
 class Together:
-    """A layout of one tensor that another rank shares, whose vote is known."""
+    """A layout of tensors that another rank shares, whose vote is known.
+
+    A vote: asked and failed, default and failed, fallen back, has the C++ loop, its build and that number's square.
+    """
 
     def __init__(self, optimizer: Any, *vote: float) -> None:
-        self.rows, self.reductions, self.vote = optimizer._rows(), [object()], vote
+        self.logical_params, self.reductions = optimizer._rows(), [object()]
+        self.vote, self.own = (*vote, *[0.0] * (6 - len(vote))), []
 
     def all_reduce(self, packed: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
+        self.own.append(shared.tolist())
         return packed, shared + torch.tensor(self.vote, dtype=shared.dtype)
 
 
-def agree(optimizer: Any, *vote: float) -> None:
-    base.AdaptiveMemoryOptimizer._agree_on_kernels(optimizer, Together(optimizer, *vote))  # type: ignore[arg-type]
+def agree(optimizer: Any, *vote: float) -> Together:
+    """The agreement of the first step, with another rank's vote; as ``step`` does."""
+    layout: Any = Together(optimizer, *vote)
+    if not agree_on_kernels(layout, optimizer.param_groups, optimizer._workspace, optimizer.fused_dropped, None):
+        drop_fused(optimizer.param_groups)
+    return layout
 
 
-def test_ranks_agree_at_the_first_step(working: Kernel) -> None:
+def default_of(optimizer: Any) -> Kernel:
+    space: Workspace = optimizer._workspace
+    default = registry.fused_kernel(CPU) if "cpu" in space.fused_by_default else None
+    return kernels_for(CPU, Choice(None, None), default)[0]
+
+
+def test_the_default_needs_triton_on_every_rank(working: StandIn) -> None:
+    optimizer: Any = AMAdamW(params())
+    agree(optimizer, 0, 1)
+    assert optimizer._workspace.why_no_fused == "it does not work on 1 of the other ranks"
+    assert default_of(optimizer) is not registry.TRITON
+    agree(optimizer)  # another layout of the same optimizer
+    assert default_of(optimizer) is not registry.TRITON
+    other: Any = AMAdamW(params())
+    agree(other)
+    assert default_of(other) is registry.TRITON
+
+
+def test_a_rank_that_fails_votes_all_the_same(broken: StandIn) -> None:
+    optimizer: Any = AMAdamW(params())
+    optimizer.param_groups[0]["fused"] = True
+    layout: Any = Together(optimizer)
+    with pytest.raises(RuntimeError, match=TEXT):
+        agree_on_kernels(layout, optimizer.param_groups, optimizer._workspace, None, None)
+    assert layout.own == [[1, 0, 0, 0, 0, 0]]
+
+
+def test_ranks_agree_at_the_first_step(working: StandIn) -> None:
     optimizer: Any = torch.optim.AdamW(params(), fused=True)
     convert_adamw(optimizer)
     assert optimizer.fused_dropped is False
-    with pytest.raises(RuntimeError, match="1 of the other ranks"):
-        agree(optimizer, 1, 0, 0)
+    with pytest.raises(RuntimeError, match="it does not work on 1 of the other ranks"):
+        agree(optimizer, 1)
     with pytest.warns(UserWarning, match="fused=True becomes fused=None, as on another rank"):
         agree(optimizer, 0, 1, 1)
     assert optimizer.param_groups[0]["fused"] is None
+
+
+def test_ranks_with_other_builds_of_the_cpp_loop_are_told() -> None:
+    build = compiler.load_library().build
+    optimizer: Any = AMAdamW(params(), fused=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        agree(optimizer, 0, 0, 0, 1, build, build**2)
+        agree(optimizer)  # a rank whose parameters lie elsewhere has no loop
+    with pytest.warns(UserWarning, match="different compilers or for different CPUs"):
+        agree(optimizer, 0, 0, 0, 1, build + 1, (build + 1) ** 2)
+    with pytest.raises(RuntimeError, match="on the CPU needs C.*it does not work on 1 of the other ranks"):
+        agree(optimizer, 1)
+
+
+def test_a_rank_whose_compiler_is_no_command_votes_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait for its vote, and none for ever."""
+    optimizer: Any = AMAdamW(params(), fused=True)
+    monkeypatch.setenv("CXX", "'g++")
+    compiler.load_library.cache_clear()
+    layout: Any = Together(optimizer)
+    try:
+        with pytest.raises(RuntimeError, match="Invalid CXX"):
+            agree_on_kernels(layout, optimizer.param_groups, optimizer._workspace, None, None)
+    finally:
+        compiler.load_library.cache_clear()
+    assert layout.own == [[1, 0, 0, 0, 0, 0]]
 
 
 def stepped(**options: Any) -> str:
@@ -187,7 +223,7 @@ def stepped(**options: Any) -> str:
     return str(optimizer.describe())
 
 
-def test_triton_is_the_default_where_it_works(working: Kernel) -> None:
+def test_triton_is_the_default_where_it_works(working: StandIn) -> None:
     assert stepped().endswith("kernels: Triton for 1")
     converted: Any = convert_adamw(torch.optim.AdamW(params()))
     converted.param_groups[0]["params"][0].grad = torch.ones(3)
@@ -197,24 +233,16 @@ def test_triton_is_the_default_where_it_works(working: Kernel) -> None:
 
 @pytest.mark.parametrize(
     ("options", "kernels"),
-    [({"fused": False}, "blocked"), ({"foreach": True}, "foreach"), ({"foreach": False}, "reference")],
+    [({"fused": False}, "chunked"), ({"foreach": True}, "foreach"), ({"foreach": False}, "single_tensor")],
 )
-def test_what_is_set_is_taken(idle: Kernel, options: dict[str, bool], kernels: str) -> None:
+def test_what_is_set_is_taken(idle: StandIn, options: dict[str, bool], kernels: str) -> None:
     """And nothing is built or tried for it."""
     assert stepped(**options).endswith(f"kernels: {kernels} for 1")
     assert idle.launches == 0
 
 
-def test_where_triton_gives_wrong_numbers_the_default_is_another(idle: Kernel) -> None:
-    assert "blocked for 1 (no Triton: on cpu those for torch.float32 differ from" in stepped()
-
-
-def test_a_rank_without_triton_decides_for_all(working: Kernel) -> None:
-    optimizer: Any = AMAdamW(params())
-    agree(optimizer, 0, 1, 0)
-    assert tiers(CPU, Choice(None, None), optimizer._workspace)[0] != fused.TRITON
-    agree(optimizer, 0, 0, 0)  # another layout of the same optimizer
-    assert tiers(CPU, Choice(None, None), optimizer._workspace)[0] != fused.TRITON
+def test_where_triton_gives_wrong_numbers_the_default_is_another(idle: StandIn) -> None:
+    assert "chunked for 1 (no fused kernel: on cpu those for torch.float32 differ from" in stepped()
 
 
 def test_dtypes_that_the_device_lacks_are_seen_at_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,8 +255,8 @@ def test_dtypes_that_the_device_lacks_are_seen_at_the_first_step(monkeypatch: py
     assert "no bfloat16 here" in stepped(exp_avg_dtype=torch.bfloat16)
 
 
-def test_nothing_is_tried_in_a_capture(working: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "is_capturing", lambda device: True)
+def test_nothing_is_tried_in_a_capture(working: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "is_capturing", lambda device: True)
     optimizer = AMAdamW(params())
     for first in (optimizer.step, lambda: clip_grad_norm_(optimizer, 1.0)):
         with pytest.raises(RuntimeError, match="a CUDA graph is being captured"):
@@ -236,7 +264,7 @@ def test_nothing_is_tried_in_a_capture(working: Kernel, monkeypatch: pytest.Monk
     assert working.launches == 0
 
 
-def test_a_lack_of_memory_is_not_remembered(working: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lack_of_memory_is_not_remembered(working: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first step's check found no room: that optimizer does without, and the next one looks again."""
     look, full = triton_check._difference, [True]
 
@@ -248,6 +276,6 @@ def test_a_lack_of_memory_is_not_remembered(working: Kernel, monkeypatch: pytest
     monkeypatch.setattr(triton_check, "_difference", crowded)
     with pytest.raises(torch.OutOfMemoryError):
         triton_check.why_not(KIND)
-    assert fused.agree_on_gpu(None, [], [KIND], dropped=False).why_not == "no room for the check"
+    assert "no room for the check" in stepped()
     full[0] = False
-    assert fused.agree_on_gpu(None, [], [KIND], dropped=False).why_not == ""
+    assert stepped().endswith("kernels: Triton for 1")

@@ -8,30 +8,28 @@ from typing import Any
 import pytest
 import torch
 
-from am_lightning.optim.kernels import fused
 from tests.optim import huge
-from tests.optim.harness import build, named_params, params_of
+from tests.optim.harness import build, compile_on_cpu, named_params, params_of
 from tests.sharding.pool import Pool
 
-# Kernels: options of AMAdamW, what AM_LIGHTNING_FUSED says, and what describe() calls them.
-KERNELS: dict[str, tuple[dict[str, Any], str | None, str]] = {
-    "blocked": ({}, None, "blocked for 4"),
-    "reference": ({"foreach": False}, None, "reference for 4"),
-    "foreach": ({"foreach": True}, None, "foreach for 4"),
-    "cpp": ({"fused": True}, "cpp", "C++ loop"),
-    "compile": ({"fused": True}, "compile", "torch.compile for 4"),
+# Kernels: options of AMAdamW, and what describe() calls them.
+KERNELS: dict[str, tuple[dict[str, Any], str]] = {
+    "chunked": ({}, "chunked for 4"),
+    "single_tensor": ({"foreach": False}, "single_tensor for 4"),
+    "foreach": ({"foreach": True}, "foreach for 4"),
+    "cpp": ({"fused": True}, "C++ loop"),
+    "compile": ({"fused": True}, "torch.compile for 4"),
 }
-EAGER = ["blocked", "reference", "foreach"]
+EAGER = ["chunked", "single_tensor", "foreach"]
 DTYPES = ["float32", "bfloat16", "float16", "float64"]
 PLACES = [0, 2]  # a small tensor, and the end of one that takes several blocks
 
 
 @pytest.fixture
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[dict[str, Any], str]]:
-    options, switch, words = KERNELS[request.param]
-    if switch is not None:
-        monkeypatch.setenv(fused.SWITCH, switch)
-    yield options, words
+    if request.param == "compile":
+        compile_on_cpu(monkeypatch)
+    yield KERNELS[request.param]
 
 
 each_kernel = pytest.mark.parametrize("kernel", [*EAGER, "cpp"], indirect=True)

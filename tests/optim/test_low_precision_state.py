@@ -10,14 +10,22 @@ import torch
 from am_lightning import AMAdamW, am_adamw
 from am_lightning.optim.kernels import buckets as packs
 from am_lightning.optim.kernels import rounding
-from am_lightning.optim.kernels.fused import SWITCH
 from am_lightning.optim.kernels.rounding import seed_of, seeds_of, stochastic, stochastic_at
-from tests.optim.harness import Bowl, Twin, assert_bitwise, make_oracle, named_params, run_bowl, snapshot
+from tests.optim.harness import (
+    Bowl,
+    Twin,
+    assert_bitwise,
+    compile_on_cpu,
+    make_oracle,
+    named_params,
+    run_bowl,
+    snapshot,
+)
 from tests.optim.test_every_step import RATES
 
 TIERS: dict[str, dict[str, Any]] = {
-    "blocked": {},
-    "reference": {"foreach": False},
+    "chunked": {},
+    "single_tensor": {"foreach": False},
     "foreach": {"foreach": True},
     "fused": {"fused": True},
     "compile": {"fused": True},
@@ -30,7 +38,8 @@ SHAPES = [(33, 7), (3001,), (), (0,), (5,)]
 
 @pytest.fixture
 def tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv(SWITCH, "compile" if request.param == "compile" else "cpp")
+    if request.param == "compile":
+        compile_on_cpu(monkeypatch)
     return str(request.param)
 
 
@@ -91,7 +100,7 @@ def test_runs_repeat_and_resume_to_the_bit(tier: str) -> None:
 def test_tiers_round_alike() -> None:
     """The same hash everywhere: from one state the tiers differ where the last bit of float32 decides, if at all."""
     stored = []
-    for tier in ("blocked", "reference", "foreach", "fused"):
+    for tier in ("chunked", "single_tensor", "foreach", "fused"):
         optimizer = make(tier)
         step(optimizer, 0)
         stored.append(torch.cat([s["exp_avg"].flatten() for s in optimizer.state.values()]))
@@ -103,7 +112,7 @@ def test_tiers_round_a_long_tensor_alike(monkeypatch: pytest.MonkeyPatch) -> Non
     """It is walked in chunks, and in parts: the noise of an element is that of its place in the whole."""
     monkeypatch.setattr(packs, "_BUCKET_ELEMENTS", 100_000)
     stored = []
-    for tier in ("reference", "blocked", "foreach", "fused"):
+    for tier in ("single_tensor", "chunked", "foreach", "fused"):
         optimizer = make(tier, named_params([(600_001,)], torch.float32))
         step(optimizer, 0)
         (state,) = optimizer.state.values()
@@ -156,7 +165,7 @@ def test_blocks_of_several_rows_round_like_each_row() -> None:
         assert torch.equal(found[i], expected)
 
 
-@pytest.mark.parametrize("tier", ["blocked", "fused"], indirect=True)
+@pytest.mark.parametrize("tier", ["chunked", "fused"], indirect=True)
 def test_what_is_not_finite_stays(tier: str) -> None:
     p = torch.nn.Parameter(torch.ones(20))
     optimizer = make(tier, [p], nonfinite="propagate")
@@ -221,13 +230,13 @@ def test_beta_and_loss_follow_the_float32_run() -> None:
 
 
 def test_checkpoints_of_adamw_and_of_both_dtypes_load() -> None:
-    low, plain = make("blocked"), AMAdamW(named_params(SHAPES, torch.float32))
+    low, plain = make("chunked"), AMAdamW(named_params(SHAPES, torch.float32))
     adamw = torch.optim.AdamW([p.detach().clone().requires_grad_() for _, p in named_params(SHAPES, torch.float32)])
     for optimizer in (low, plain, adamw):
         for index in range(2):
             step(optimizer, index)  # type: ignore[arg-type]
     for saved in (plain, adamw):
-        other = make("blocked")
+        other = make("chunked")
         other.load_state_dict(saved.state_dict())
         step(other, 2)
         assert all(s["exp_avg"].dtype == torch.bfloat16 for s in other.state.values())
@@ -240,7 +249,7 @@ def test_checkpoints_of_adamw_and_of_both_dtypes_load() -> None:
 
 def test_other_dtypes_of_parameters_keep_theirs() -> None:
     params = [torch.nn.Parameter(torch.ones(3, dtype=t)) for t in (torch.float64, torch.float16, torch.bfloat16)]
-    optimizer = make("blocked", params)
+    optimizer = make("chunked", params)
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()

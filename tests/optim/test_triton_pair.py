@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from am_lightning.optim import kernels
-from am_lightning.optim.kernels import GroupOptions, LocalShard
+from am_lightning.optim.kernels import triton as kernels
+from am_lightning.optim.kernels.inputs import GroupOptions, LocalShard
 from am_lightning.optim.kernels.triton.launch import require_triton, supports
 from tests.sharding.pool import Pool
 
@@ -123,6 +123,6 @@ def test_what_is_left_to_other_tiers() -> None:
 def test_without_triton_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "am_lightning.optim.kernels.triton.kernels", raising=False)
-    monkeypatch.delattr(kernels, "triton_kernels", raising=False)
+    monkeypatch.delattr(kernels, "kernels", raising=False)
     with pytest.raises(RuntimeError, match=r"Triton cannot be imported .* pip install 'am-lightning\[triton\]'"):
         require_triton()

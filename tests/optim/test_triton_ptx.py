@@ -18,12 +18,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from am_lightning.optim.kernels import Coefficients, GroupOptions, LocalShard
-from am_lightning.optim.kernels.inputs import SUM_BLOCK, GradientClip
+from am_lightning.optim.kernels.inputs import SUM_BLOCK, GradientClip, GroupOptions, LocalShard
 from am_lightning.optim.kernels.triton import launch as triton_pair
 from am_lightning.optim.kernels.triton import row_kernels as triton_row_kernels
 from am_lightning.optim.kernels.triton import row_launch as triton_rows
-from am_lightning.optim.kernels.triton.tables import BLOCK, BLOCKS, Tables
+from am_lightning.optim.kernels.triton.tables import BLOCK, BLOCKS
+from am_lightning.optim.kernels.workspace import Workspace
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 ALL_F32, ALL_BF16 = (F32,) * 4, (BF16,) * 4
@@ -93,10 +93,10 @@ def launch(dtypes: tuple[torch.dtype, ...], *, offset: int = 0, of: str = "gdvx"
     starts = [offset if name in of else 0 for name in "gdvx"]
     g, d, v, x = (torch.ones(41, dtype=dtype)[at : at + 40] for dtype, at in zip(dtypes, starts, strict=True))
     names = ("one_plus_k", "c_root", "c_eps", "lr", "decay_factor", "omega", "step")
-    numbers = Coefficients({name: torch.ones(1, dtype=torch.float64) for name in names})
-    passes = triton_pair.TritonKernels(
-        [LocalShard(0, x, g, d, v, GroupOptions(0.999, 0.1, 0.01, 0.0, False))], Tables()
-    )
+    numbers = {name: torch.ones(1, dtype=torch.float64) for name in names}
+    shard = LocalShard(0, x, g, d, v, GroupOptions(0.999, 0.1, 0.01, 0.0, False))
+    passes = triton_pair.TritonPasses([shard], Workspace())
+    passes.begin()
     passes.sums(numbers, torch.float64)
     passes.update(numbers, torch.ones(1, dtype=torch.bool))
 

@@ -12,11 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from am_lightning import AMAdamW, clip_grad_norm_
 from am_lightning.optim import squares
-from am_lightning.optim.kernels import GroupOptions, LocalShard, fused
-from am_lightning.optim.kernels.triton import check as triton_check
+from am_lightning.optim.kernels.inputs import GroupOptions, LocalShard
 from am_lightning.optim.kernels.triton import launch as triton_pair
 from am_lightning.optim.kernels.triton import row_launch as triton_rows
 from am_lightning.optim.kernels.triton import tables as triton_tables
+from am_lightning.optim.kernels.workspace import Workspace
+from tests.optim.harness import triton_on_cpu
 from tests.optim.launches import Launches
 from tests.optim.test_no_sync import step_unread
 from tests.sharding.pool import Pool
@@ -94,9 +95,7 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> Idle:
     rows = SimpleNamespace(coefficients_kernel=idle, decide_kernel=idle)
     monkeypatch.setattr(triton_rows, "_kernels", lambda: rows)
     monkeypatch.setattr(triton_pair, "require_triton", lambda: module)
-    monkeypatch.setattr(triton_check, "why_not", lambda kind: "")
-    monkeypatch.setattr(fused, "why_not", lambda kind: "")
-    monkeypatch.setattr(fused, "TRITON_DEVICES", {"cpu"})
+    triton_on_cpu(monkeypatch, why_not=lambda kind: "")
     return idle
 
 
@@ -166,10 +165,10 @@ def test_gradients_live_until_the_step_is_done(no_kernels: Idle) -> None:
     tensors = [torch.zeros(4) for _ in range(4)]
     watched = weakref.ref(tensors[1])
     x, g, d, v = tensors
-    passes = triton_pair.TritonKernels(
-        [LocalShard(0, x, g, d, v, GroupOptions(0.9, 0.1, 0.0, 0.0, False))], triton_pair.Tables()
-    )
-    del tensors, x, g, d, v
+    shard = LocalShard(0, x, g, d, v, GroupOptions(0.9, 0.1, 0.0, 0.0, False))
+    passes = triton_pair.TritonPasses([shard], Workspace())
+    passes.begin()
+    del tensors, shard, x, g, d, v
     assert watched() is not None
     del passes
     assert watched() is None
@@ -180,7 +179,7 @@ def test_what_is_kept_is_bounded(no_kernels: Idle) -> None:
     tables = triton_pair.Tables()
     for row in range(100):
         tensors = [torch.zeros(4) for _ in range(4)]
-        triton_pair.TritonKernels([LocalShard(row, *tensors, GroupOptions(0.9, 0.1, 0.0, 0.0, False))], tables)
+        tables.prepare([LocalShard(row, *tensors, GroupOptions(0.9, 0.1, 0.0, 0.0, False))])
     assert len(tables._groups) <= 32
 
 
@@ -203,4 +202,4 @@ def test_a_capture_before_any_step_is_refused(no_kernels: Idle, monkeypatch: pyt
     monkeypatch.setattr(triton_tables, "is_capturing", lambda device: True)
     piece = LocalShard(0, *(torch.zeros(4) for _ in range(4)), GroupOptions(0.9, 0.1, 0.0, 0.0, False))
     with pytest.raises(RuntimeError, match="1 tensors in it have never stepped together: make a step"):
-        triton_pair.TritonKernels([piece], triton_pair.Tables())
+        triton_pair.TritonPasses([piece], Workspace()).begin()

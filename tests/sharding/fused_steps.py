@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -13,8 +12,9 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from am_lightning.distributed.strategies.dtensor import local
-from am_lightning.optim.kernels import fused
+from am_lightning.optim.kernels.cpu import build as compiler
 from tests.device import DEVICE
+from tests.optim.harness import triton_on_cpu
 from tests.sharding.layouts import LAYOUTS, Placed
 from tests.sharding.model import RATES, train
 from tests.sharding.steps import optimizer_of
@@ -74,31 +74,26 @@ def refused_direction(layout: str) -> str:
     return str(caught.value)
 
 
-def other_kernels_here(what: dict[int, str], layout: str) -> dict[str, Any]:
-    """Two steps where ranks have other compilers: ``what`` is the switch of a rank, or "none" for no compiler."""
-    here = what[dist.get_rank()]
+def without_compiler(rank: int, layout: str) -> dict[str, Any]:
+    """A step with ``fused=True`` where this rank has no C++ compiler."""
     placed, optimizer = start(layout, fused=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(os.environ, fused.SWITCH, "" if here == "none" else here)
-        if here == "none":
-            patch.setattr(fused, "find_compiler", lambda: None)
-            patch.setattr(fused, "_inductor_has_compiler", lambda: False)
-        fused._on_cpu.cache_clear()
+        if dist.get_rank() == rank:
+            patch.setattr(compiler, "find_compiler", lambda: None)
+        compiler.load_library.cache_clear()
         try:
-            go(placed, optimizer, range(2))
-        except RuntimeError as error:
-            return {"error": str(error), "state": len(optimizer.state)}
+            with pytest.raises(RuntimeError) as caught:
+                go(placed, optimizer, range(1))
         finally:
-            fused._on_cpu.cache_clear()
-    return {"bits": bits(placed.model, optimizer), "described": optimizer.describe()}
+            compiler.load_library.cache_clear()
+    return {"error": str(caught.value), "state": len(optimizer.state)}
 
 
 def triton_on_some(reasons: dict[int, str], layout: str, **options: Any) -> dict[str, Any]:
     """Two steps where the CPU passes for a GPU, and ranks have reasons why Triton does not work ("": it does)."""
     placed, optimizer = start(layout, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "TRITON_DEVICES", {"cpu"})
-        patch.setattr(fused, "why_not", lambda kind: reasons[dist.get_rank()])
+        triton_on_cpu(patch, why_not=lambda kind: reasons[dist.get_rank()])
         try:
             go(placed, optimizer, range(2))
         except RuntimeError as error:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from am_lightning import clip_grad_norm_
 from am_lightning.distributed.strategies.dtensor import local
-from am_lightning.optim.kernels import fused
 from tests.device import DEVICE
+from tests.optim.harness import compile_on_cpu
 from tests.sharding.fault_steps import held, spoil
 from tests.sharding.layouts import LAYOUTS, Placed
 from tests.sharding.model import RATES, batch_of, train
@@ -29,7 +29,7 @@ def loss_of(placed: Placed, dtype: torch.dtype) -> float:
 
 
 def huge_gradient(
-    layout: str, dtype: str, value: float = 1e30, switch: str = "cpp", clip: float | None = None, **options: Any
+    layout: str, dtype: str, value: float = 1e30, compiled: bool = False, clip: float | None = None, **options: Any
 ) -> dict[str, Any]:
     """The last rank's gradient is huge in one step, and in the very first."""
     torch.manual_seed(0)
@@ -39,7 +39,8 @@ def huge_gradient(
     if "loss_gap" in options:
         kind, rate = "sgd", 0.5
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(fused.SWITCH, switch)
+        if compiled:
+            compile_on_cpu(patch)
         optimizer = optimizer_of(placed, kind, "tensor", **options)
         before: list[Any] = []
 

@@ -10,11 +10,11 @@ import pytest
 from tests.sharding.pool import Pool
 
 KERNELS: dict[str, dict[str, Any]] = {
-    "blocked": {},
-    "reference": {"foreach": False},
+    "chunked": {},
+    "single_tensor": {"foreach": False},
     "foreach": {"foreach": True},
     "C++ loop": {"fused": True},
-    "torch.compile": {"fused": True, "switch": "compile"},
+    "torch.compile": {"fused": True, "compiled": True},
 }
 EACH = [pytest.param(name, marks=pytest.mark.slow if name == "torch.compile" else ()) for name in KERNELS]
 

@@ -53,18 +53,16 @@ class CompiledPasses:
 
     def __init__(self, shards: Sequence[LocalShard], workspace: Workspace | None = None) -> None:
         self._shards = shards
-        self._flat: list[list[Tensor]] = []
 
     def sums(self, coefficients: Coefficients, accumulate: torch.dtype) -> Tensor:
         """Pass 1, which only reads: ``[shards, 2]``, N and D."""
         table = self._table(coefficients, None)
-        self._flat = [[flat(tensor) for tensor in shard.tensors()] for shard in self._shards]  # of this step
         run = _graphs()[0]
         # Parts of one shape are added up together, for each call of an operator costs as much as a small tensor.
         by_shape: dict[tuple[int, torch.dtype], list[tuple[int, Tensor]]] = {}
         with _many_graphs():
-            for i, (shard, tensors, vector) in enumerate(zip(self._shards, self._flat, table, strict=True)):
-                for part in _parts(tensors):
+            for i, (shard, vector) in enumerate(zip(self._shards, table, strict=True)):
+                for part in _parts(_flat(shard)):
                     sums = run(*part, vector, shard.options.mu != 0, shard.options.maximize)
                     by_shape.setdefault((len(sums), sums.dtype), []).append((i, sums))
         pairs: list[Tensor | None] = [None] * len(self._shards)
@@ -81,9 +79,9 @@ class CompiledPasses:
         table = self._table(coefficients, active)
         run = _graphs()[1]
         with _many_graphs():
-            for shard, tensors, vector in zip(self._shards, self._flat, table, strict=True):
+            for shard, vector in zip(self._shards, table, strict=True):
                 if shard.x.numel():
-                    run(*tensors, vector, _seed(shard, coefficients), shard.options.maximize)
+                    run(*_flat(shard), vector, _seed(shard, coefficients), shard.options.maximize)
 
     def _table(self, coefficients: Coefficients, active: Tensor | None) -> list[Tensor]:
         """Each shard's vector on its device, in its compute dtype."""
@@ -103,6 +101,10 @@ class CompiledPasses:
                 # Copies, for the place of a view in its storage is one more number that a graph is made for.
                 there[key] = [vector.clone() for vector in moved(whole, *key).unbind()]
         return [there[shard.x.device, shard.compute_dtype][shard.row] for shard in self._shards]
+
+
+def _flat(shard: LocalShard) -> list[Tensor]:
+    return [flat(tensor) for tensor in shard.tensors()]
 
 
 def _seed(shard: LocalShard, coefficients: Coefficients) -> Tensor | None:

@@ -26,7 +26,6 @@ class ForeachPasses:
 
     def __init__(self, shards: Sequence[LocalShard], workspace: Workspace) -> None:
         self._shards = shards
-        self._parts: list[LocalShard] = []
         device, owned = shards[0].x.device, in_parts(shards)
         self._plan: BucketPlan = workspace.constants.made(key_of(shards), device, lambda: plan_of(shards, owned))
 
@@ -36,20 +35,19 @@ class ForeachPasses:
         Sums are in the compute dtype inside a block, of at most 64 Ki elements, and in ``accumulate`` across blocks.
         """
         device = self._shards[0].x.device
-        self._parts = [part for _, part in in_parts(self._shards)]  # of this step's tensors
-        tables = _Tables(coefficients, _READ)
+        tables, of_shards = _Tables(coefficients, _READ), [part for _, part in in_parts(self._shards)]
         partial = [torch.empty(2, 0, dtype=accumulate, device=device)]
         for bucket in self._plan.buckets:
-            parts = [self._parts[i] for i in bucket.members]
+            parts = [of_shards[i] for i in bucket.members]
             partial.append(moved(_sums(bucket, parts, tables), device, accumulate))
         return self._plan.over_blocks(torch.cat(partial, 1))
 
     def update(self, coefficients: Coefficients, active: Tensor) -> None:
         """Pass 2, which writes d, v and x of the rows where ``active`` (``[rows]`` bool) is True."""
-        tables = _Tables(coefficients, _WRITTEN)
-        kept = {p.x.device: moved(active, p.x.device) for p in {q.x.device: q for q in self._parts}.values()}
+        tables, of_shards = _Tables(coefficients, _WRITTEN), [part for _, part in in_parts(self._shards)]
+        kept = {p.x.device: moved(active, p.x.device) for p in {q.x.device: q for q in of_shards}.values()}
         for bucket in self._plan.buckets:
-            parts = [self._parts[i] for i in bucket.members]
+            parts = [of_shards[i] for i in bucket.members]
             _update(bucket, parts, tables, kept[parts[0].x.device].index_select(0, bucket.rows)[:, None])
 
 

@@ -19,12 +19,15 @@ from am_lightning.optim.kernels.inputs import (
     is_flat,
     scale_,
 )
-from am_lightning.optim.kernels.registry import FUSED, Choice, Kernel, Passes, fused_kernel, kernels_for
+from am_lightning.optim.kernels.registry import Choice, Kernel, Passes, Prepares, fused_kernel, kernels_for
 from am_lightning.optim.kernels.transfer import is_capturing, moved
 from am_lightning.optim.kernels.workspace import Workspace
 from am_lightning.optim.param_state import sums_live_on
 
 _ndim = attrgetter("ndim")
+
+
+_NOTHING = torch.empty(0, device="cpu")
 
 
 class StepTensors(NamedTuple):
@@ -92,14 +95,16 @@ class KernelPlan:
             (tuple(shard.row for shard in shards), kernel.passes(shards, workspace))
             for (kernel, _), shards in served.items()
         ]
+        self._begins = [passes.begin for _, passes in self._passes if isinstance(passes, Prepares)]
 
     def _kernel_of(self, shard: LocalShard, choice: Choice) -> Kernel:
         device = shard.x.device
-        default = fused_kernel(device) if device.type in self._workspace.fused_by_default else None
+        fused = fused_kernel(device)
+        default = fused if device.type in self._workspace.fused_by_default else None
         for kernel in kernels_for(device, choice, default):
             if kernel.supports(shard):
                 return kernel
-            if kernel in FUSED and _has_other_gradient_strides(shard):
+            if kernel is fused and _has_other_gradient_strides(shard):
                 shard.g = _like_parameter(shard)
                 if kernel.supports(shard):
                     self._copied.append(shard)
@@ -128,6 +133,8 @@ class KernelPlan:
         factor = self._workspace.gradient_factor
         if factor is not None and self._unscaled:
             scale_([shard.g for shard in self._unscaled], factor)
+        for begin in self._begins:
+            begin()
 
     def gradients(self) -> list[Tensor]:
         """This step's local gradients."""
@@ -182,6 +189,15 @@ class KernelPlan:
         for _, passes in self._passes:
             passes.update(coefficients, active)
         self._workspace.gradient_factor = None
+        for shard in self._shards:  # as release() does
+            shard.x = shard.g = shard.d = _NOTHING
+            shard.v = None if shard.v is None else _NOTHING
+
+    def release(self) -> None:
+        """Nothing of a step is kept alive until the next one: the gradients of a model are as large as it is."""
+        for shard in self._shards:
+            shard.x = shard.g = shard.d = _NOTHING
+            shard.v = None if shard.v is None else _NOTHING
 
 
 def _has_other_gradient_strides(shard: LocalShard) -> bool:

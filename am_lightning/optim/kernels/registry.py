@@ -7,7 +7,7 @@ writes d, v and x). All give the same result up to rounding. A new one is one fi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -28,6 +28,14 @@ class Passes(Protocol):
 
     def update(self, coefficients: Coefficients, active: Tensor) -> None:
         """Pass 2: write d, v and x of the rows where ``active`` (``[rows]`` bool) is True."""
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """A kernel that makes something of a step's tensors before its passes; there may be a step with pass 2 alone."""
+
+    def begin(self) -> None:
+        """The shards have this step's tensors."""
 
 
 class Kernel(NamedTuple):
@@ -120,7 +128,7 @@ def require_fused(device: torch.device) -> None:
     """
     if is_fake() or device.type == "meta":  # where a model waits for its real device: step() will see that one
         return
-    if device.type == "cpu":
+    if fused_kernel(device) is CPP:
         build.require_compiler()
     elif is_capturing(device):  # nothing may be built or waited for; what has not stepped before is refused later
         launch.require_triton()

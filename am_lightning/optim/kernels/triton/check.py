@@ -79,6 +79,7 @@ def _difference(kind: Kind) -> str:
     host[1] = False  # a row that is not to be written
     active = host.to(kind.device)
     passes = TritonPasses(shards, Workspace())
+    passes.begin()
     sums = passes.sums(coefficients, _F64)
     passes.update(coefficients, active)
     plain_passes = SingleTensorPasses(plain)

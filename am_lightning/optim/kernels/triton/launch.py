@@ -61,6 +61,10 @@ class TritonPasses:
         self._groups: list[Prepared] = []
         self._kernels = require_triton()
 
+    def begin(self) -> None:
+        """Sort this step's tensors by kind; their addresses go to the device where they have changed."""
+        self._groups = self._workspace.keep(Tables).prepare(self._shards)
+
     def sums(self, coefficients: Coefficients, accumulate: torch.dtype) -> Tensor:
         """Pass 1, which only reads: ``[shards, 2]``, N and D, on the device of the first shard.
 
@@ -68,7 +72,6 @@ class TritonPasses:
             coefficients: ``one_plus_k``, ``c_root`` and ``c_eps`` are read on the device.
             accumulate: dtype of the result; the kernels sum in float64.
         """
-        self._groups = self._workspace.keep(Tables).prepare(self._shards)
         parts: dict[torch.device, Tensor] = {}
         alone = len({group.kind.device for group, _, _ in self._groups}) == 1  # then every slot is written
         for group, addresses, options in self._groups:
