@@ -142,6 +142,9 @@ class AdaptiveMemoryOptimizer(Optimizer):
         return True
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
+        check = getattr(self, "_accelerator_graph_capture_health_check", None) or self._cuda_graph_capture_health_check
+        if all("capturable" in group for group in self.param_groups):
+            check()
         if closure is None:
             return None
         with torch.enable_grad():
@@ -245,10 +248,10 @@ class AdaptiveMemoryOptimizer(Optimizer):
         Raises:
             TypeError, ValueError, RuntimeError: a group or an option is of the wrong kind; the text has its number.
         """
-        check = getattr(self, "_accelerator_graph_capture_health_check", None) or self._cuda_graph_capture_health_check
-        if all("capturable" in group for group in self.param_groups):
-            check()
-        found = [option for group in self.param_groups for option in (group, *group.values())]
+        try:
+            found = [option for group in self.param_groups for option in (group, *group.values())]
+        except (AttributeError, RuntimeError, TypeError):  # no groups: the checks below say what is there instead
+            found = []
         if len(found) == len(self._checked_options) and all(map(operator.is_, found, self._checked_options)):
             return
         checkpointing.take_tables(self)
@@ -374,12 +377,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
         return checkpointing.with_names(self, state)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        before = dict(self.__dict__)
-        try:
+        with checkpointing.undone_if_it_fails(self):
             checkpointing.take_state(self, state, super().__setstate__)
-        except BaseException:
-            self.__dict__.update(before)  # a load that fails has changed nothing
-            raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a ``state_dict`` of this class, or one of its plain counterpart (AdamW for AMAdamW) in mid-run.

@@ -49,6 +49,21 @@ def with_names(optimizer: Loadable, state: dict[str, Any]) -> dict[str, Any]:
     return state | {_NAMES: optimizer.parameter_names()} if known else state
 
 
+@contextmanager
+def undone_if_it_fails(optimizer: Any) -> Iterator[None]:
+    """A load that fails, whatever the reason, has changed nothing."""
+    held = [optimizer]
+    if "_store" in optimizer.__dict__:  # not before unpickling
+        held += [optimizer._store, optimizer.param_layout.given]
+    before = [(one, dict(one.__dict__)) for one in held]
+    try:
+        yield
+    except BaseException:
+        for one, attributes in before:
+            one.__dict__.update(attributes)
+        raise
+
+
 def take_state(optimizer: Loadable, state: dict[str, Any], set_state: Callable[[dict[str, Any]], None]) -> None:
     """After a load, a copy or unpickling.
 

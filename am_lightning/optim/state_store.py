@@ -218,7 +218,7 @@ class StateStore:
         """
         try:
             for logical in params:
-                self._complete(state[logical.param])
+                self._complete(state.get(logical.param, {}))
         except KeyError:
             for logical in params:
                 self._ready(state, logical, groups[logical.group_index], direction)

@@ -51,7 +51,7 @@ def test_beta_is_that_of_one_process(ranks, name: str) -> None:
         for given, beta in row.items():
             theirs = single[given.removeprefix("mine.")]
             if beta == beta or theirs == theirs:
-                assert beta == pytest.approx(theirs, rel=2e-5, abs=2e-6), given
+                assert beta == pytest.approx(theirs, rel=5e-5, abs=5e-6), given
                 compared += 1
     assert compared >= 7 * len(alone["names"])
     assert [{n: b.hex() for n, b in step.items()} for step in ours["seen"]] == [

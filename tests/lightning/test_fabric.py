@@ -36,7 +36,7 @@ def test_under_every_strategy_beta_is_one_process_and_is_logged_once(
     for ours, theirs in zip(first["seen"], seen, strict=True):
         assert ours == pytest.approx(theirs, abs=2e-5)
     assert (first["logged"], second["logged"]) == (STEPS // EVERY, 0)
-    assert first["all_reduces"] == 2 * STEPS  # the norm's and the sums'
+    assert first["all_reduces"] == 1 + 2 * STEPS  # the first vote on kernels; the norm's and the sums'
     assert first["replicas"] == (placed == "ddp")
     assert ("the module that fabric.setup returned" in first["refused"]) == (placed == "fsdp1")
     found = events(tmp_path / placed / "run")

@@ -58,7 +58,9 @@ def check_norms(ranks: list[dict[str, Any]], tolerance: float = 1e-12) -> None:
 def test_every_strategy_is_one_process(pool: Ranks, placed: str, world: int, scope: str) -> None:
     ranks = pool(world).run(FIT, placed=placed, scope=scope)
     check(ranks)
-    assert {rank["all_reduces"] for rank in ranks} == {STEPS}  # one a step, the optimizer's own
+    assert {rank["all_reduces"] for rank in ranks} == {
+        1 + STEPS
+    }  # one a step, the optimizer's own; the first also votes on kernels
     assert not any(rank["norms"] for rank in ranks)
 
 
@@ -68,7 +70,7 @@ def test_clipping_by_norm(pool: Ranks, placed: str, world: int) -> None:
     ranks = pool(world).run(FIT, placed=placed, clip=CLIP)
     check(ranks)
     check_norms(ranks)
-    assert {rank["all_reduces"] for rank in ranks} == {2 * STEPS}
+    assert {rank["all_reduces"] for rank in ranks} == {1 + 2 * STEPS}
 
 
 PLACES = [("ddp", 2), ("fsdp1", 2), ("fsdp2", 2), four("fsdp2_tp", 4)]
@@ -108,7 +110,7 @@ def test_manual_optimization_under_an_outer_fsdp1_is_not_lightnings(pool: Ranks,
 def test_accumulation(pool: Ranks, placed: str, world: int) -> None:
     ranks = pool(world).run(FIT, placed=placed, pieces=2)
     check(ranks)
-    assert {rank["all_reduces"] for rank in ranks} == {STEPS}
+    assert {rank["all_reduces"] for rank in ranks} == {1 + STEPS}
 
 
 @pytest.mark.parametrize(("placed", "world"), [*PLACES, ("fsdp1_inside", 2)])
@@ -136,7 +138,7 @@ def test_precisions(pool: Ranks, placed: str, world: int, precision: str) -> Non
     ranks = pool(world).run(FIT, placed=placed, dtype=torch.float32, precision=precision, clip=CLIP)
     first = ranks[0]
     if precision == "32-true":
-        check(ranks, 2e-5)
+        check(ranks, 5e-5)
     for rank in ranks:
         assert rank["bits"] == first["bits"] and rank["share"] > 0.2
         assert rank["dtypes"] == {"torch.float32"} | ({"torch.bfloat16"} if precision == "bf16-true" else set())

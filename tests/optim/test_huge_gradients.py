@@ -14,7 +14,7 @@ from tests.sharding.pool import Pool
 
 # Kernels: options of AMAdamW, and what describe() calls them.
 KERNELS: dict[str, tuple[dict[str, Any], str]] = {
-    "chunked": ({}, "chunked for 4"),
+    "chunked": ({"fused": False}, "chunked for 4"),
     "single_tensor": ({"foreach": False}, "single_tensor for 4"),
     "foreach": ({"foreach": True}, "foreach for 4"),
     "cpp": ({"fused": True}, "C++ loop"),

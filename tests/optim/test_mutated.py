@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from am_lightning import AMSGD, AMAdamW
+from am_lightning.optim import checkpointing
 from tests.optim import mutated
 from tests.optim.mutated_values import same
 
@@ -137,7 +138,7 @@ def test_a_load_that_fails_in_the_middle_changes_nothing(monkeypatch: pytest.Mon
     def fail(*_: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(optimizer, "_read_tables", fail)
+    monkeypatch.setattr(checkpointing, "take_tables", fail)
     with pytest.raises(MemoryError):
         optimizer.load_state_dict(saved)
     monkeypatch.undo()
