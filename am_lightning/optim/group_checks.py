@@ -15,13 +15,13 @@ from am_lightning.optim.validation import as_float, check_names, check_number, d
 
 
 def options_of(param_groups: Any) -> list[Any]:
-    """The groups and all of their options, in order: as long as these are the same objects nothing has changed."""
+    """The groups, their options and what holds their parameters, in order: as long as these are the same objects nothing has changed."""
     found: list[Any] = []
     try:
         for group in param_groups:
-            found.append(group)
+            found += [group, type(group["params"])]
             found += [value for key, value in group.items() if key != "params"]
-    except (TypeError, AttributeError):  # no groups: the checks say what is there instead
+    except (TypeError, AttributeError, KeyError):  # no groups: the checks say what is there instead
         return [object()]
     return found
 

@@ -48,7 +48,7 @@ class StateStore:
         """
         try:
             for logical in params:
-                self._complete(state[logical.param])
+                self._complete(state.get(logical.param, {}))  # asking for it would make an entry
         except KeyError:
             for logical in params:
                 self._ready(state, logical, groups[logical.group_index], direction)
