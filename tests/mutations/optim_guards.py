@@ -14,7 +14,10 @@ MUTATIONS = [
         f"{_KERNELS}/single_tensor.py",
         "(v < too_large(shard.v.dtype)).all()",
         "(v >= 0).all()",
-        (f"{_HUGE}::test_far_beyond[-2e+19-single_tensor]", f"{_HUGE}::test_the_step_is_dropped[0-float16-single_tensor]"),
+        (
+            f"{_HUGE}::test_far_beyond[-2e+19-single_tensor]",
+            f"{_HUGE}::test_the_step_is_dropped[0-float16-single_tensor]",
+        ),
     ),
     Mutation(
         "chunked: a gradient whose square overflows is taken where v' / beta2 is finite",

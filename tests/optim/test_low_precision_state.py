@@ -11,7 +11,16 @@ from am_lightning import AMAdamW, am_adamw
 from am_lightning.optim.kernels import buckets as packs
 from am_lightning.optim.kernels import rounding
 from am_lightning.optim.kernels.rounding import seed_of, seeds_of, stochastic, stochastic_at
-from tests.optim.harness import Bowl, Twin, assert_bitwise, compile_on_cpu, make_oracle, named_params, run_bowl, snapshot
+from tests.optim.harness import (
+    Bowl,
+    Twin,
+    assert_bitwise,
+    compile_on_cpu,
+    make_oracle,
+    named_params,
+    run_bowl,
+    snapshot,
+)
 from tests.optim.test_every_step import RATES
 
 TIERS: dict[str, dict[str, Any]] = {

@@ -18,8 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from am_lightning.optim.kernels.inputs import Coefficients, GroupOptions, LocalShard
-from am_lightning.optim.kernels.inputs import SUM_BLOCK, GradientClip
+from am_lightning.optim.kernels.inputs import SUM_BLOCK, Coefficients, GradientClip, GroupOptions, LocalShard
 from am_lightning.optim.kernels.triton import launch as triton_pair
 from am_lightning.optim.kernels.triton import row_kernels as triton_row_kernels
 from am_lightning.optim.kernels.triton import row_launch as triton_rows

@@ -19,7 +19,6 @@ from am_lightning.optim.kernels.registry import Choice, Kernel, Passes, fused_ke
 from am_lightning.optim.kernels.transfer import is_capturing, is_fake, moved
 from am_lightning.optim.kernels.workspace import Workspace
 
-
 _NOTHING = torch.empty(0, device="cpu")
 
 

@@ -1,7 +1,8 @@
 """The kernels: one line each. What they have in common, what each needs, and which serves a group on a device.
 
-A kernel is a class with two methods: ``sums`` (pass 1, read-only: N and D of each shard) and ``update`` (pass 2, which
-writes d, v and x); ``begin`` tells it that the shards have a step's tensors. All give the same result up to rounding. A new one is one file and one line of ``KERNELS``.
+A kernel is a class with two passes: ``sums`` (read-only: N and D of each shard) and ``update`` (writes d, v and x);
+``begin`` tells it that the shards have a step's tensors. All give the same result up to rounding. A new one is one file
+and one line of ``KERNELS``.
 """
 
 from __future__ import annotations
