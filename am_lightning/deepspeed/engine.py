@@ -130,7 +130,6 @@ class PrePass:
         self._norm: Any = None
         self._layouts: list[ShardLayout] = []
         self._slices: list[slice] = []
-        self._sums: Sums | None = None
         self._decision: Decision | None = None
         self._predicted: list[Tensor] = []
         self._steps = 0
@@ -147,17 +146,17 @@ class PrePass:
         """All parameter groups, in the engine's order; the dicts are others after a checkpoint was loaded."""
         return self._optimizer.given_groups()
 
-    def __call__(self, layout: ShardLayout) -> tuple[Sums, Decision]:
-        """The sums and the decision for the tensors of ``layout``, which is that of one call of ``step()``."""
+    def __call__(self, layout: ShardLayout) -> Decision:
+        """The decision for the tensors of ``layout``, which is that of one call of ``step()``."""
         flat = layout.logical_params[0].param
         turn = next(k for k, other in enumerate(self._flats) if other is flat)
         if turn == 0:
             self._take_all()
         self._check(turn)
-        assert self._sums is not None and self._decision is not None
+        assert self._decision is not None
         members, decision = self._slices[turn], self._decision
-        sums = Sums(*(column[members] for column in self._sums))
-        return sums, Decision(decision.beta[members], decision.active[members], decision.skipped, decision.bad[members])
+        beta, omega, active, skipped, bad = decision
+        return Decision(beta[members], omega[members], active[members], skipped, bad[members])
 
     def _take_all(self) -> None:
         """Pass 1 over every partition, one after the other: no more than one pending gradient is in memory."""
@@ -169,7 +168,6 @@ class PrePass:
                 layout = self._optimizer.current_layout()
                 local = self._optimizer.prepare(layout)
                 packed = self._optimizer.local_sums(local)
-                local.plan.release()
                 self._predicted.append(self._flats[k].grad.sum())
             found.append((packed, local.options))
             self._layouts.append(layout)
@@ -181,9 +179,9 @@ class PrePass:
                 f"scope={self._optimizer.scope!r} cannot be formed: the partitions lie on different sets of ranks. Use "
                 "scope='tensor'"
             )
-        self._sums = Sums.unpack(self._over_ranks(torch.cat([packed for packed, _ in found])))
+        sums = Sums.unpack(self._over_ranks(torch.cat([packed for packed, _ in found])))
         options = RowOptions(*map(torch.cat, zip(*(options for _, options in found), strict=True)))
-        self._decision = self._optimizer.decide(self._sums, options, sizes)
+        self._decision = self._optimizer.decide(sums, options, sizes)
         with self._as_call(0):
             self._optimizer.current_layout()
 

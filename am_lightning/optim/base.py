@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from am_lightning.distributed import ShardLayout
-from am_lightning.distributed.call_stack import (
-    called_by_zero_redundancy,
-    inside_engine_warm_up,
-    inside_state_creation,
-)
+from am_lightning.distributed.call_stack import called_by_zero_redundancy
 from am_lightning.optim import checkpointing, group_checks, param_state
 from am_lightning.optim.closed_form import Decision, RowOptions, Sums, coefficients, decide
 from am_lightning.optim.kernels.agreement import agree_on_kernels, choice_of, drop_fused, row_kernels
@@ -32,6 +28,21 @@ from am_lightning.optim.state_store import StateStore
 from am_lightning.optim.step_inputs import StepInputs, finish_in_kernels, inputs_in_kernels
 from am_lightning.optim.step_stats import StepStats
 from am_lightning.optim.validation import NONFINITE, SCOPES, check_choice
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def outside_graphs(function: _F) -> _F:
+    """``torch.compiler.disable``, which imports the compiler, at the first call and not while this is imported."""
+    disabled: list[Any] = []
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+        return disabled[0](*args, **kwargs)
+
+    return cast(_F, call)
 
 
 class AdaptiveMemoryOptimizer(Optimizer):
@@ -88,12 +99,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """Of one group; numbers of the host, or tensors of one element."""
         raise NotImplementedError
 
-    def _omega(self, decision: Decision, sums: Sums) -> Tensor:
-        """``[rows]``, the weight of the gradient in d' = d + omega (g - d) / q."""
-        return 1 - decision.beta
-
     # ------------------------------------------------------------------ the step
-    @_disable_dynamo  # torch.compile would cut it into many graphs, and make them again for other numbers
+    @outside_graphs  # torch.compile would cut it into many graphs, and make them again for other numbers
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step; where ``torch.compile`` meets it, it runs as it is.
@@ -106,7 +113,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
             ValueError: at the first step, on every rank: a layout or scope that cannot be summed rightly (the text has
                 the cure).
         """
-        if not self.state and self._only_makes_states():
+        if not self.state and checkpointing.only_makes_states(self):
             return None
         self._check_options()
         loss = self._evaluate(closure)
@@ -121,25 +128,13 @@ class AdaptiveMemoryOptimizer(Optimizer):
             stages = layout.stage_reduction
             decision = self.decide(sums, local.options, layout.sizes, shared, reduce_over_stages=stages)
         else:
-            sums, decision = self.pre_pass(layout)  # DeepSpeed calls step() for some of the parameters at a time
-        local.coefficients["omega"] = self._omega(decision, sums)
+            decision = self.pre_pass(layout)  # DeepSpeed calls step() for some of the parameters at a time
+        local.coefficients["omega"] = decision.omega
         local.plan.update(local.coefficients, decision.active)
         local.store.write(local.scalars.advanced(decision, local.options.lr), decision.active)
         positions = layout.positions_in(self.parameter_names()) if layout.partitioned else None
         self._stats.observe(decision, positions, again=layout is not self.param_layout.first)
         return loss
-
-    def _only_makes_states(self) -> bool:
-        """A step that torch.distributed.checkpoint or an engine make on a fresh optimizer, of which little is left."""
-        if self.layout is None and inside_engine_warm_up():
-            return True
-        if not inside_state_creation(self.param_groups):
-            return False
-        params = self.param_layout.logical_params(self.param_groups)
-        param_state.check_direction(self.exp_avg_dtype, params)
-        here = [logical for logical in params if logical.param.grad is not None]
-        self._store.moments(self.state, self.param_groups, self.exp_avg_dtype, here)
-        return True
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
         check = getattr(self, "_accelerator_graph_capture_health_check", None) or self._cuda_graph_capture_health_check

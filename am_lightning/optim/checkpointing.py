@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from am_lightning.distributed.call_stack import inside_engine_warm_up, inside_state_creation
 from am_lightning.distributed.names import names_by_id
 from am_lightning.optim import group_checks, param_state
 from am_lightning.optim.param_layout import ParamLayout, params_of
@@ -47,6 +48,19 @@ def with_names(optimizer: Loadable, state: dict[str, Any]) -> dict[str, Any]:
     """What is pickled: parameters are others afterwards, but their places are the same."""
     known = optimizer.param_layout.given.known_names
     return state | {_NAMES: optimizer.parameter_names()} if known else state
+
+
+def only_makes_states(optimizer: Any) -> bool:
+    """A step that torch.distributed.checkpoint or an engine make on a fresh optimizer, of which little is left."""
+    if optimizer.layout is None and inside_engine_warm_up():
+        return True
+    if not inside_state_creation(optimizer.param_groups):
+        return False
+    params = optimizer.param_layout.logical_params(optimizer.param_groups)
+    param_state.check_direction(optimizer.exp_avg_dtype, params)
+    here = [logical for logical in params if logical.param.grad is not None]
+    optimizer._store.moments(optimizer.state, optimizer.param_groups, optimizer.exp_avg_dtype, here)
+    return True
 
 
 @contextmanager

@@ -6,11 +6,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from am_lightning.distributed import local_grad, redistributed_grad
 from am_lightning.optim.argument_hints import with_cures
-from am_lightning.optim.base import AdaptiveMemoryOptimizer
+from am_lightning.optim.base import AdaptiveMemoryOptimizer, outside_graphs
 from am_lightning.optim.kernels.inputs import GradientClip, scale_
 from am_lightning.optim.param_state import sums_live_on
 from am_lightning.optim.squares import square_sums, total_norm
@@ -25,7 +24,7 @@ _TORCHS = {
 }
 
 
-@_disable_dynamo
+@outside_graphs
 @with_cures(_TORCHS, "clip_grad_norm_(optimizer, max_norm); it clips by the 2-norm, there is no norm_type")
 @torch.no_grad()
 def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float, *, in_step: bool = False) -> Tensor:

@@ -71,12 +71,14 @@ class Decision(NamedTuple):
 
     Attributes:
         beta: ``[rows]``, beta_t; meaningless where ``active`` is False.
+        omega: ``[rows]``, the weight of the gradient in d' = d + omega (g - d) / q.
         active: ``[rows]`` bool, the row takes part in this step.
         skipped: 0-dim bool, the whole step is dropped.
         bad: ``[rows]`` bool, a sum of this row is not finite.
     """
 
     beta: Tensor
+    omega: Tensor
     active: Tensor
     skipped: Tensor
     bad: Tensor
@@ -181,7 +183,8 @@ def decide(
         beta = torch.where(lost > 0, cap, beta)
     if first_takes_cap:
         beta = torch.where(sums.first, cap, beta)
-    return Decision(beta, sums.present & ~skipped & ~_is_dcp_init_step(sums, lr, gradients), skipped, bad)
+    active = sums.present & ~skipped & ~_is_dcp_init_step(sums, lr, gradients)
+    return Decision(beta, 1 - beta, active, skipped, bad)
 
 
 def _over_stages(reduce: Callable[[Tensor], Tensor], scope: str, *totals: Tensor) -> tuple[Tensor, ...]:

@@ -137,14 +137,6 @@ class AMSGD(AdaptiveMemoryOptimizer):
         numbers: Any = (group[self.cap_key], group["lr"], self._group_options(group).mu, 0.0, 0.0)
         return RowOptions(*numbers)
 
-    def _omega(self, decision: Decision, sums: Sums) -> Tensor:
-        # d_0 = g_0: a fresh buffer is zero, and 0 + (1 + lambda) (g - 0) / (1 + lambda) = g
-        beta = decision.beta
-        sizes = self.layout.sizes if self.layout is not None else []
-        parts = zip(torch.split(beta, sizes), self.param_groups, strict=True)
-        lambd = torch.cat([torch.full_like(part, float(group["lambd"])) for part, group in parts])
-        return torch.where(sums.first, 1 + lambd, 1 - beta)
-
     # ------------------------------------------------------------------ the exact gap
     @property
     def needs_exact_sums(self) -> bool:  # type: ignore[override]
@@ -229,22 +221,23 @@ class AMSGD(AdaptiveMemoryOptimizer):
         **known: Any,
     ) -> Decision:
         """With the loss gap, where it is known, and f(x_t) for the next step."""
-        if shared is None:
-            return super().decide(sums, options, sizes, **known)
         exact = self.loss_gap == "exact"
         decision = super().decide(
             sums,
             options,
             sizes,
-            loss_gap=self._known_gap(shared, options) if exact else None,
-            gradients=shared.gradients if any(self._coupled_decays()) else None,
+            loss_gap=self._known_gap(shared, options) if shared is not None and exact else None,
+            gradients=shared.gradients if shared is not None and any(self._coupled_decays()) else None,
             **known,
         )
-        if exact:  # a skipped step leaves it
+        if shared is not None and exact:  # a skipped step leaves it
             now = torch.where(decision.skipped, self._prev_loss(shared.loss), self._objective(shared))
             for group in self.param_groups:
                 group[_PREV_LOSS] = now
-        return decision
+        # d_0 = g_0: a fresh buffer is zero, and 0 + (1 + lambda) (g - 0) / (1 + lambda) = g
+        parts = zip(torch.split(decision.beta, list(sizes)), self.param_groups, strict=True)
+        lambd = torch.cat([torch.full_like(part, float(group["lambd"])) for part, group in parts])
+        return decision._replace(omega=torch.where(sums.first, 1 + lambd, decision.omega))
 
     def _coupled_decays(self) -> list[float]:
         """The L2 penalty of each group, 0 where its decay is decoupled."""

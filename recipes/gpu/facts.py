@@ -104,7 +104,7 @@ def _copy_rate(device: torch.device) -> float:
 def _first_steps(device: torch.device, context: Context) -> list[tuple[str, Callable[[], str]]]:
     low = {"fused": True, "exp_avg_dtype": torch.bfloat16}
     kinds: dict[str, dict[str, Any]] = {
-        "AMAdamW reference": {"foreach": False, "fused": False},
+        "AMAdamW single_tensor": {"foreach": False, "fused": False},
         "AMAdamW foreach": {"foreach": True},
         "AMAdamW default": {},
         "AMAdamW fused": {"fused": True},

@@ -21,7 +21,7 @@ from am_lightning.pretrain.runtime.paths import recipe_files
 from am_lightning.pretrain.runtime.recipe_text import recipe_text
 
 DECAYS = (0.1, 0.0)
-SLOW = ("AdamW single", "AMAdamW reference")  # nobody's way to step on a GPU
+SLOW = ("AdamW single", "AMAdamW single_tensor")  # nobody's way to step on a GPU
 TRAIN = {"130m": ("130m", 512), "1b": ("1b", 128)}  # recipe, and the most rows that are tried
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "num_key_value_heads": 2, "num_layers": 2}
 

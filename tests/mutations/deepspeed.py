@@ -138,8 +138,8 @@ MUTATIONS = [
     Mutation(
         "the moments of AdamW in a flat partition are taken for a first step",
         _PERSISTENCE,
-        'found[row.name] = [step, cap**step, cap, float(group["lr"])]',
-        'found[row.name] = [step, 1.0, cap, float(group["lr"])]',
+        'found[logical.name] = [step, cap**step, cap, float(group["lr"])]',
+        'found[logical.name] = [step, 1.0, cap, float(group["lr"])]',
         ("tests/deepspeed/test_checkpoints.py::test_a_checkpoint_of_adamw_is_taken_over_with_a_warning[1]",),
     ),
     Mutation(

@@ -123,7 +123,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a layer that is added in mid-run has no name",
-        "am_lightning/optim/state_store.py",
+        "am_lightning/optim/base.py",
         "if self._model is not None:  # a layer",
         "if self._model is None:  # a layer",
         (f"{_LIVE}::test_a_layer_that_is_added_has_its_name",),

@@ -240,7 +240,7 @@ def test_a_compiler_that_fails_is_an_error_with_what_it_said(monkeypatch: pytest
         param = torch.nn.Parameter(torch.ones(3))
         optimizer = AMAdamW([param], fused=True)
         param.grad = torch.ones(3)
-        with pytest.raises(RuntimeError, match="no such header.*or use fused=None"):
+        with pytest.raises(RuntimeError, match=r"no such header.*or use fused=None"):
             optimizer.step()
         assert not optimizer.state and torch.equal(param.detach(), torch.ones(3))
     finally:

@@ -198,7 +198,7 @@ def test_ranks_with_other_builds_of_the_cpp_loop_are_told() -> None:
         agree(optimizer)  # a rank whose parameters lie elsewhere has no loop
     with pytest.warns(UserWarning, match="different compilers or for different CPUs"):
         agree(optimizer, 0, 0, 0, 1, build + 1, (build + 1) ** 2)
-    with pytest.raises(RuntimeError, match="on the CPU needs C.*it does not work on 1 of the other ranks"):
+    with pytest.raises(RuntimeError, match=r"on the CPU needs C.*it does not work on 1 of the other ranks"):
         agree(optimizer, 1)
 
 

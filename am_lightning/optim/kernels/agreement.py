@@ -119,9 +119,8 @@ def _summed(votes: list[Any], layout: ShardLayout) -> list[int]:
         return [int(vote) for vote in votes]
     device, dtype = sums_live_on([logical.param for logical in layout.logical_params])
     nothing = torch.zeros(len(layout.logical_params), 1, dtype=dtype, device=device)
-    total: Tensor | None = layout.all_reduce(
-        nothing, torch.tensor([float(vote) for vote in votes], device="cpu").to(nothing)
-    )[1]
+    numbers = torch.tensor(votes, dtype=torch.float64, device="cpu")  # the square of a build has up to 40 bits
+    total: Tensor | None = layout.all_reduce(nothing, numbers.to(nothing))[1]
     assert total is not None
     return [int(number) for number in total.tolist()]
 

@@ -26,7 +26,6 @@ from am_lightning.optim.param_state import sums_live_on
 
 _ndim = attrgetter("ndim")
 
-
 _NOTHING = torch.empty(0, device="cpu")
 
 
