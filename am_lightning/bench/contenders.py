@@ -163,8 +163,9 @@ ADAMW: dict[str, dict[str, Any]] = {
 def _kinds(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[str, dict[str, Any]]]:
     """Kind of AMAdamW -> the kind of AdamW it is compared with, its options."""
     kinds: dict[str, tuple[str, dict[str, Any]]] = {"single_tensor": ("single", {"foreach": False})}
+    kinds["default"] = ("foreach", {})
     if device.type == "cpu":
-        kinds["eager"] = ("foreach", {})
+        kinds["chunked"] = ("foreach", {"fused": False})
     kinds["foreach"] = ("foreach", {"foreach": True})
     kernel = fused_kernel(device)
     if kernel is not None:

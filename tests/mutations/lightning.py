@@ -123,9 +123,9 @@ MUTATIONS = [
     ),
     Mutation(
         "a layer that is added in mid-run has no name",
-        "am_lightning/optim/base.py",
-        "if self._model is not None:  # a layer",
-        "if self._model is None:  # a layer",
+        "am_lightning/optim/param_layout.py",
+        "if self._model is not None:",
+        "if self._model is None:",
         (f"{_LIVE}::test_a_layer_that_is_added_has_its_name",),
     ),
     Mutation(
@@ -200,14 +200,14 @@ MUTATIONS = [
     ),
     Mutation(
         "LearningRateMonitor: the device is read once for each group",
-        "am_lightning/fitting.py",
+        "am_lightning/lightning/trainer_patches.py",
         "if index not in read or param_group is optimizer.param_groups[0]:",
         "if index >= 0:",
         ("tests/lightning/test_momentum_tag.py::test_the_device_is_read_once_for_all_groups",),
     ),
     Mutation(
         "LearningRateMonitor: the momentum of the first step stays",
-        "am_lightning/fitting.py",
+        "am_lightning/lightning/trainer_patches.py",
         "if index not in read or param_group is optimizer.param_groups[0]:",
         "if index not in read:",
         ("tests/lightning/test_momentum_tag.py::test_momentum_is_beta_of_the_group[Own]",),

@@ -99,7 +99,7 @@ MUTATIONS = [
     Mutation(
         "torch.compile cuts the step into graphs",
         "am_lightning/optim/base.py",
-        "@_disable_dynamo  # torch.compile",
+        "@outside_graphs  # torch.compile",
         "# torch.compile",
         ("tests/optim/test_compiled_step.py::test_few_graphs_and_none_anew[chunked-step]",),
     ),
