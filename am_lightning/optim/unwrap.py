@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from am_lightning.distributed.strategies.dtensor import is_dtensor
+from am_lightning.distributed.strategies import placement_of
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 
 
@@ -49,5 +49,5 @@ def bind_distributed(optimizer: AdaptiveMemoryOptimizer, model: nn.Module, *, re
     optimizer.bind_model(model)
     if not replicated or optimizer.replica_group is not None:
         return
-    if not any(is_dtensor(param) for group in optimizer.param_groups for param in group["params"]):
+    if not any(placement_of(param) is not None for group in optimizer.param_groups for param in group["params"]):
         optimizer.replica_group = torch.distributed.group.WORLD

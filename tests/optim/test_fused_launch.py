@@ -135,7 +135,8 @@ class Together:
     """
 
     def __init__(self, optimizer: Any, *vote: float) -> None:
-        self.logical_params, self.reductions = optimizer._rows(), [object()]
+        params = optimizer.param_layout.logical_params(optimizer.param_groups)
+        self.logical_params, self.reductions = params, [object()]
         self.vote, self.own = (*vote, *[0.0] * (6 - len(vote))), []
 
     def all_reduce(self, packed: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:

@@ -126,7 +126,7 @@ def test_the_exact_gap_reads_nothing() -> None:
 def test_what_a_bad_step_of_partitions_leaves_reads_nothing() -> None:
     """DeepSpeed's rows are some of all tensors; the first bad one is looked up among all."""
     record, bad = StepStats(), torch.tensor([False, False, True])
-    decision = Decision(torch.zeros(3), ~bad, torch.tensor(True), bad)
+    decision = Decision(torch.zeros(3), torch.ones(3), ~bad, torch.tensor(True), bad)
     positions = torch.tensor([4, 1, 7])
     with RefuseMethods(), RefuseDispatch():
         record.observe(decision, positions)

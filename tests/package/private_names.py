@@ -128,8 +128,6 @@ TORCH = [
     Private(_C10D, "_set_pg_timeout", (_FAULTS,), "give hang_timeout_s to the groups of device meshes"),
     Private("torch._dynamo", "config.patch", ("am_lightning/optim/kernels/compiled.py",),
             "raise the number of graphs of one function"),
-    Private("torch._compile", "_disable_dynamo", ("am_lightning/optim/base.py", "am_lightning/optim/clip.py"),
-            "leave step() out of torch.compile's graphs, without the second that importing torch._dynamo takes"),
     Private("torch.utils.tensorboard.SummaryWriter", "_get_file_writer", (_BOARD,),
             "write the HParams row into the run's own event file", needs=("tensorboard",)),
     Private("torch", "_foreach_norm", ("am_lightning/optim/squares.py", _GUARD),

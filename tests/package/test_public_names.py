@@ -100,7 +100,6 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         *("--model", "--dtype", "--device", "--threads", "--repeats", "--weight-decay", "--scope", "--only"),
         *("--others", "--tokens", "--cpu-time", "--cold", "--json", "--reduce"),
     ),
-    "bench.gpu_page": ("OUT", "--to"),
 }
 
 
