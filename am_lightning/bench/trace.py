@@ -62,7 +62,7 @@ def an_ordinary_step(name: str) -> tuple[Callable[[], Any], Path]:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 4))
     optimizer = _OPTIMIZERS[name](model.named_parameters(), lr=1e-3)
-    data = torch.randn(32, 8, device=model[0].weight.device)
+    data = torch.randn(32, 8, device=next(model.parameters()).device)
 
     def backward() -> None:
         optimizer.zero_grad()
