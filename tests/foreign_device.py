@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import am_lightning
-from am_lightning.optim import clip
+from am_lightning.optim import gradient_clipping as clip
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 
 VARIABLE = "AM_TESTS_DEFAULT_DEVICE"

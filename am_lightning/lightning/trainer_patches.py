@@ -27,7 +27,7 @@ from am_lightning.lightning.compat import (
 from am_lightning.lightning.patched_methods import PatchedMethods
 from am_lightning.loggers.reader import read_report
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
-from am_lightning.optim.clip import clip_grad_norm_
+from am_lightning.optim.gradient_clipping import clip_grad_norm_
 from am_lightning.optim.param_state import SCALARS
 from am_lightning.optim.unwrap import am_optimizers, bind_distributed, unwrap_optimizer
 

@@ -243,10 +243,12 @@ class AdaptiveMemoryOptimizer(Optimizer):
         Raises:
             TypeError, ValueError, RuntimeError: a group or an option is of the wrong kind; the text has its number.
         """
+        found: list[Any] = []  # no parameters: those that groups had before may be a whole model
         try:
-            found = [option for group in self.param_groups for option in (group, *group.values())]
-        except (AttributeError, RuntimeError, TypeError):  # no groups: the checks below say what is there instead
-            found = []
+            for group in self.param_groups:
+                found += [group, type(group["params"]), *[value for key, value in group.items() if key != "params"]]
+        except (AttributeError, KeyError, RuntimeError, TypeError):  # no groups: the checks say what is there instead
+            found = [object()]
         if len(found) == len(self._checked_options) and all(map(operator.is_, found, self._checked_options)):
             return
         checkpointing.take_tables(self)
@@ -256,7 +258,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         for index, group in enumerate(self.param_groups):
             with group_checks.naming_group(index):
                 self._check_group(group_checks.as_unread(group, self.cap_key))
-        self._checked_options = [option for group in self.param_groups for option in (group, *group.values())]
+        self._checked_options = found  # without options that were filled in: those are checked once more
         self._row_kernels = {}
         self._kernel_options = [(self._group_options(group), choice_of(group)) for group in self.param_groups]
 

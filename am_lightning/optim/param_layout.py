@@ -167,6 +167,8 @@ class ParamLayout:
         surroundings = Surroundings(self._model)
         if self.engine(param_groups) is not None:
             surroundings = Surroundings(self._model, *self.given.held(self._replaced, param_groups))
+        if self._model is not None:  # a layer that took another's place may have an id that was the other's
+            self.given.known_names |= names_by_id(self._model.named_parameters())
         names = {**self.given.names_by_position(param_groups), **self.given.known_names}
         return logical_params_of(param_groups, surroundings=surroundings, known_names=names)
 

@@ -11,7 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from am_lightning import AMAdamW
-from am_lightning.optim.clip import clip_grad_norm_
+from am_lightning.optim.gradient_clipping import clip_grad_norm_
 from am_lightning.optim.kernels import transfer
 from am_lightning.optim.kernels.transfer import Constants
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
-from am_lightning.optim.clip import clip_grad_norm_
+from am_lightning.optim.gradient_clipping import clip_grad_norm_
 from am_lightning.optim.unwrap import unwrap_optimizer
 
 
