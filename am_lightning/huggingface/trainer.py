@@ -41,7 +41,7 @@ class AdaptiveMemoryCallback(TrainerCallback):
 
     Raises:
         TypeError: when training begins, or when the Trainer was given another in mid-run, its optimizer is not AMAdamW
-            or AMSGD; the text has the cure.
+            or AMSGD; the text has the hint.
         ValueError: then, a feature of DeepSpeed that is not supported.
     """
 

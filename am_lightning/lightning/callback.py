@@ -22,7 +22,7 @@ from am_lightning.lightning.trainer_patches import (
     unwrapped,
 )
 from am_lightning.loggers.reader import prefix_of
-from am_lightning.optim.argument_hints import LAMBDA, with_cures
+from am_lightning.optim.argument_hints import LAMBDA, with_hints
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.convert import convert_adamw, is_adam, what_to_return
 from am_lightning.optim.unwrap import am_optimizers
@@ -31,7 +31,7 @@ from am_lightning.optim.validation import SCOPES, check_choice, check_count, che
 __all__ = ["AdaptiveMemory", "attach"]
 
 _OPTIMIZERS = "the optimizer's own: give it to torch.optim.AdamW in configure_optimizers"
-_CURES = {
+_HINTS = {
     **dict.fromkeys(("lr", "learning_rate", "weight_decay", "eps", "beta2", "fused", "foreach"), _OPTIMIZERS),
     **dict.fromkeys(("beta1", "beta", "betas", "beta_max", "momentum", "cap"), "the cap of beta_t is beta1_max=..."),
     **dict.fromkeys(LAMBDA, "write lambd=..."),
@@ -75,10 +75,10 @@ class AdaptiveMemory(pl.Callback):
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range.
         MisconfigurationException: when fit starts, an optimizer that cannot be converted, or a strategy that is not
-            supported; the text has the cure.
+            supported; the text has the hint.
     """
 
-    @with_cures(_CURES, "AdaptiveMemory(beta1_max=...), or lambd=...; it takes neither a module nor an optimizer")
+    @with_hints(_HINTS, "AdaptiveMemory(beta1_max=...), or lambd=...; it takes neither a module nor an optimizer")
     def __init__(
         self,
         *,

@@ -36,7 +36,7 @@ def attach(fabric: Fabric, model: nn.Module, optimizer: Any, *, log_every_n_step
         The reader, for logging of one's own: ``reader.read()``, then ``reader.scalars()``.
 
     Raises:
-        TypeError: an argument is of the wrong type, such as a torch.optim.AdamW; the text has the cure.
+        TypeError: an argument is of the wrong type, such as a torch.optim.AdamW; the text has the hint.
         ValueError: ``log_every_n_steps`` is below 1, the model does not have the optimizer's parameters, its DeepSpeed
             engine steps another optimizer, or FSDP1's process groups are not known from it.
         RuntimeError: DDP before ``fabric.launch()``.

@@ -48,7 +48,7 @@ def attach(optimizer: Any, writer: Any, every: int = 50, *, prefix: str = "am") 
         place of what was there.
 
     Raises:
-        TypeError: an argument is of the wrong type, such as a torch.optim.AdamW; the text has the cure.
+        TypeError: an argument is of the wrong type, such as a torch.optim.AdamW; the text has the hint.
         ValueError: ``every`` is below 1.
     """
     am_optimizer = require_am_optimizer(

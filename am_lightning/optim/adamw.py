@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from am_lightning.optim.argument_hints import ADAMW, with_cures
+from am_lightning.optim.argument_hints import ADAMW, with_hints
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.closed_form import RowOptions
 from am_lightning.optim.kernels.inputs import GroupOptions
@@ -74,7 +74,7 @@ class AMAdamW(AdaptiveMemoryOptimizer):
     first_takes_cap = True
     plain_attributes = ("scope", "nonfinite", "exp_avg_dtype")
 
-    @with_cures(ADAMW, "lambd=..., scope=... and what follows by name; AdamW's amsgrad does not exist here")
+    @with_hints(ADAMW, "lambd=..., scope=... and what follows by name; AdamW's amsgrad does not exist here")
     def __init__(
         self,
         params: ParamsT,

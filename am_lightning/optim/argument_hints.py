@@ -37,11 +37,11 @@ SGD = {
 }
 
 
-def with_cures(cures: Mapping[str, str], keywords: str) -> Callable[[F], F]:
-    """A function whose TypeError for unknown or too many arguments ends with the cure.
+def with_hints(hints: Mapping[str, str], keywords: str) -> Callable[[F], F]:
+    """A function whose TypeError for unknown or too many arguments ends with the hint.
 
     Args:
-        cures: name of an argument that it does not have -> what to do.
+        hints: name of an argument that it does not have -> what to do.
         keywords: how to write what was given by position.
     """
 
@@ -63,7 +63,7 @@ def with_cures(cures: Mapping[str, str], keywords: str) -> Callable[[F], F]:
             name = min(wrong)
             near = difflib.get_close_matches(name, known, 1)
             otherwise = f"write {near[0]}=..." if near else f"its arguments are {', '.join(known)}"
-            return f"has no argument {name!r}: {cures.get(name, otherwise)}"
+            return f"has no argument {name!r}: {hints.get(name, otherwise)}"
 
         return cast(F, checked)
 

@@ -111,7 +111,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         Raises:
             RuntimeError: a gradient is sparse or complex, or a number in a state is no tensor; nothing has moved.
             ValueError: at the first step, on every rank: a layout or scope that cannot be summed rightly (the text has
-                the cure).
+                the hint).
         """
         if not self.state and checkpointing.only_makes_states(self):
             return None

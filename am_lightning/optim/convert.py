@@ -94,13 +94,13 @@ def _refuse(optimizer: Any) -> None:
             f"{name} is not exactly torch.optim.AdamW or Adam, so what its step() adds would be lost: "
             "return torch.optim.AdamW, or am_lightning.AMAdamW itself"
         )
-    cures = {
+    hints = {
         "amsgrad": f"adaptive memory has no amsgrad form: build {kind} with amsgrad=False",
         "differentiable": f"AMAdamW.step() cannot be differentiated through: build {kind} with differentiable=False",
     }
-    for key, cure in cures.items():
+    for key, hint in hints.items():
         if any(group.get(key) for group in optimizer.param_groups):
-            raise ValueError(f"{kind} with {key}=True cannot be converted: {cure}")
+            raise ValueError(f"{kind} with {key}=True cannot be converted: {hint}")
     if has_coupled_decay(optimizer.param_groups, decoupled=type(optimizer) is torch.optim.AdamW):
         raise ValueError(
             "Adam adds weight decay to the gradient, which adaptive memory has no form of: return torch.optim.AdamW, "

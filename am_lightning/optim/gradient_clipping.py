@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from am_lightning.distributed import local_grad, redistributed_grad
-from am_lightning.optim.argument_hints import with_cures
+from am_lightning.optim.argument_hints import with_hints
 from am_lightning.optim.base import AdaptiveMemoryOptimizer, outside_graphs
 from am_lightning.optim.kernels.inputs import GradientClip, scale_
 from am_lightning.optim.param_state import sums_live_on
@@ -25,7 +25,7 @@ _TORCHS = {
 
 
 @outside_graphs
-@with_cures(_TORCHS, "clip_grad_norm_(optimizer, max_norm); it clips by the 2-norm, there is no norm_type")
+@with_hints(_TORCHS, "clip_grad_norm_(optimizer, max_norm); it clips by the 2-norm, there is no norm_type")
 @torch.no_grad()
 def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float, *, in_step: bool = False) -> Tensor:
     """Scale the gradients of all of the optimizer's parameters so that their global 2-norm is at most ``max_norm``.

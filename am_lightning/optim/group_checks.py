@@ -19,7 +19,7 @@ def refuse_module(params: Any) -> None:
     """A module in place of its parameters.
 
     Raises:
-        TypeError: with the cure.
+        TypeError: with the hint.
     """
     if isinstance(params, torch.nn.Module) and not isinstance(params, torch.nn.ParameterList):
         raise TypeError(

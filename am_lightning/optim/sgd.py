@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from am_lightning.distributed import ShardLayout, local_shard
-from am_lightning.optim.argument_hints import SGD, with_cures
+from am_lightning.optim.argument_hints import SGD, with_hints
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.closed_form import Decision, RowOptions, Sums
 from am_lightning.optim.kernels.inputs import GroupOptions
@@ -82,7 +82,7 @@ class AMSGD(AdaptiveMemoryOptimizer):
 
     loss_gap: str
 
-    @with_cures(SGD, "lambd=..., scope=... and what follows by name; SGD's dampening and nesterov do not exist here")
+    @with_hints(SGD, "lambd=..., scope=... and what follows by name; SGD's dampening and nesterov do not exist here")
     def __init__(
         self,
         params: ParamsT,

@@ -292,7 +292,7 @@ def _cure(state: Any, param: Any) -> str:
 
 def _check_scalars(states: list[tuple[str, dict[str, Any]]]) -> None:
     """All three adaptive scalars of a parameter or none (AdamW's checkpoint), and alike for all that have stepped."""
-    cure = (
+    hint = (
         f"Save the whole state_dict(), or remove {', '.join(map(repr, SCALARS))} of every parameter to go on as from a "
         "checkpoint of AdamW"
     )
@@ -302,14 +302,14 @@ def _check_scalars(states: list[tuple[str, dict[str, Any]]]) -> None:
         if missing and len(missing) < len(SCALARS):
             raise ValueError(
                 f"{_SUBJECT} lacks {' and '.join(map(repr, missing))} for parameter {name!r}, of which it has "
-                f"other adaptive scalars, so beta_t could not go on. {cure}"
+                f"other adaptive scalars, so beta_t could not go on. {hint}"
             )
         if float(state["step"]) > 0:
             full, bare = (full, name) if missing else (name, bare)
         if full is not None and bare is not None:
             raise ValueError(
                 f"{_SUBJECT} has the adaptive scalars ({', '.join(SCALARS)}) for parameter {full!r} but not for "
-                f"{bare!r}, though both have stepped. {cure}"
+                f"{bare!r}, though both have stepped. {hint}"
             )
 
 

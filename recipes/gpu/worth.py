@@ -85,9 +85,9 @@ def run(name: str, context: Context) -> dict[str, Any]:
         FailedError: the run ended with an error.
         OutOfTimeError: it did not end; the next call goes on from its newest checkpoint.
     """
-    for module, cure in NEEDS.items():
+    for module, hint in NEEDS.items():
         if importlib.util.find_spec(module) is None:
-            raise NotMeasuredError(f"{module} is not installed: {cure}")
+            raise NotMeasuredError(f"{module} is not installed: {hint}")
     recipe, which = _table(context.tiny)[name]
     root = context.work / "runs" / name.removeprefix("worth/")
     text = corpus(context)

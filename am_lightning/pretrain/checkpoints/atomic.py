@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from am_lightning.pretrain.checkpoints.manifest import CURE, remove_manifest, write_manifest
+from am_lightning.pretrain.checkpoints.manifest import HINT, remove_manifest, write_manifest
 from am_lightning.pretrain.checkpoints.resume import check_readable
 from am_lightning.pretrain.runtime.atomic_files import disk_error, replacing, sync_folder, write_failure
 
@@ -34,7 +34,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise TypeError(f"storage_options is {storage_options!r}; AtomicCheckpointIO takes none")
         path = Path(path)
         require_space(path, tensor_bytes(checkpoint))
-        with replacing(path, CURE) as file:
+        with replacing(path, HINT) as file:
             torch.save(checkpoint, file)
             file.flush()
             remove_manifest(path)  # of the file that is replaced now
@@ -74,7 +74,7 @@ def require_space(path: Path, needed: int) -> None:
     folder = next(p for p in path.parents if p.exists())
     if shutil.disk_usage(folder).free < needed:
         reason = f"{os.strerror(errno.ENOSPC)}: about {needed / 1e6:.1f} MB are needed"
-        raise write_failure(path, OSError(errno.ENOSPC, reason), CURE)
+        raise write_failure(path, OSError(errno.ENOSPC, reason), HINT)
 
 
 def replace_with_link(target: Path, link: Path) -> None:
@@ -99,7 +99,7 @@ def replace_with_link(target: Path, link: Path) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
-        raise write_failure(link, disk_error(error) or error, CURE) from error
+        raise write_failure(link, disk_error(error) or error, HINT) from error
 
 
 def _link_file(target: Path, part: Path) -> None:

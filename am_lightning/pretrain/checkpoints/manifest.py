@@ -16,7 +16,7 @@ from am_lightning.pretrain.runtime.atomic_files import replacing
 NAME = "manifest.json"  # inside a folder; FILE.manifest.json beside a file
 _BLOCK = 1 << 20
 _THREADS = 8  # hashing releases the interpreter's lock
-CURE = "Free some space and give the same command with --ckpt_path last: the last good checkpoint is still there."
+HINT = "Free some space and give the same command with --ckpt_path last: the last good checkpoint is still there."
 
 _found_whole: set[tuple[Any, ...]] = set()  # states of files that this process has read already
 
@@ -33,7 +33,7 @@ def write_manifest(path: Path, target: Path | None = None) -> None:
         RecipeError: the disk refuses.
     """
     files = {name: {"size": file.stat().st_size, "sha256": digest} for name, file, digest in _digests(path)}
-    with replacing(target or manifest_of(path), CURE) as out:
+    with replacing(target or manifest_of(path), HINT) as out:
         out.write(json.dumps({"version": 1, "files": files}, indent=1).encode())
 
 

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import staging
 from torch.distributed.checkpoint.api import CheckpointException
 
 from am_lightning.pretrain.checkpoints.atomic import require_space, tensor_bytes
-from am_lightning.pretrain.checkpoints.manifest import CURE, sync_files, write_manifest
+from am_lightning.pretrain.checkpoints.manifest import HINT, sync_files, write_manifest
 from am_lightning.pretrain.runtime.atomic_files import DISK_FULL, disk_error, sync_folder, write_failure
 from am_lightning.pretrain.runtime.collective_errors import raising_together
 from am_lightning.pretrain.runtime.errors import RecipeError
@@ -187,7 +187,7 @@ def _refusal(path: Path | None, problem: BaseException) -> RecipeError | None:
     for cause in [problem, *_causes(problem)]:
         refused = disk_error(cause)
         if refused is not None and (refused.errno in DISK_FULL or path is not None):
-            return write_failure(path or Path(refused.filename or ".").absolute(), refused, CURE)
+            return write_failure(path or Path(refused.filename or ".").absolute(), refused, HINT)
     return None
 
 

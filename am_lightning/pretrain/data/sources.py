@@ -146,13 +146,13 @@ def find_source(source: str, *, text_field: str = "text", options: dict[str, Any
         root = Path(sysconfig.get_paths()["stdlib"])
         names = _walk(root, _STDLIB_SUFFIXES)
         description = f"the standard library of Python {platform.python_version()}"
-        cure = "This Python comes without its source: set data.source to a folder of text files."
+        hint = "This Python comes without its source: set data.source to a folder of text files."
     else:
         root, names = _files(source)
         description = f"the text in {source}"
-        cure = "Put text files there (binary and hidden ones are passed over), or set data.source to something else."
+        hint = "Put text files there (binary and hidden ones are passed over), or set data.source to something else."
     if not names:
-        raise RecipeError(f"data.source {source}: found no text in {root}. {cure}")
+        raise RecipeError(f"data.source {source}: found no text in {root}. {hint}")
     return FileSource(root, names, text_field, description, _fingerprint(root, names, text_field))
 
 

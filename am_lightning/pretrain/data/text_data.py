@@ -268,14 +268,14 @@ class TextData(L.LightningDataModule):
                 continue
             if name == "tokens_sha256":
                 text = f"the checkpoint was trained on another text than {self._opened().folder} holds"
-                cure = "Set data.source, data.tokenizer and data.cache_dir as they were (stdlib: run the same Python)"
+                hint = "Set data.source, data.tokenizer and data.cache_dir as they were (stdlib: run the same Python)"
             elif name == "documents_sha256":
                 text = f"the checkpoint was trained on another text or tokenizer than data.source {self.source} has now"
-                cure = "Set data.source, data.source_options and data.tokenizer as they were"
+                hint = "Set data.source, data.source_options and data.tokenizer as they were"
             else:
                 text = f"data.{name} is {value}, the checkpoint was trained with {saved.get(name)}"
-                cure = "Set it back"
-            raise RecipeError(f"{text}. {cure}, or start a new run in another folder.")
+                hint = "Set it back"
+            raise RecipeError(f"{text}. {hint}, or start a new run in another folder.")
         if self._streams:
             self._stream.load(saved["stream"])
 

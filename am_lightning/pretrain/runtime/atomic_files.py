@@ -29,17 +29,17 @@ def disk_error(error: BaseException) -> OSError | None:
     return seen
 
 
-def write_failure(path: Path, error: OSError, cure: str) -> RecipeError:
-    """The RecipeError for a file that could not be written: which one, why, the space left there, the cure."""
+def write_failure(path: Path, error: OSError, hint: str) -> RecipeError:
+    """The RecipeError for a file that could not be written: which one, why, the space left there, the hint."""
     text = f"cannot write {path}: {error.strerror or error}"
     if error.errno in DISK_FULL:
         folder = next(p for p in [path.parent, *path.parent.parents] if p.exists())
         text += f" ({shutil.disk_usage(folder).free / 1e6:.1f} MB free in {folder})"
-    return RecipeError(f"{text}. {cure}")
+    return RecipeError(f"{text}. {hint}")
 
 
 @contextlib.contextmanager
-def replacing(path: Path, cure: str) -> Iterator[BinaryIO]:
+def replacing(path: Path, hint: str) -> Iterator[BinaryIO]:
     """A binary file that becomes `path` when the block ends well.
 
     It is written beside `path`, flushed to the disk and renamed, so that a kill, a full disk or a second process that
@@ -48,7 +48,7 @@ def replacing(path: Path, cure: str) -> Iterator[BinaryIO]:
 
     Args:
         path: the file to make or replace; its folder is made.
-        cure: what the user can do when the disk refuses; ends the error's text.
+        hint: what the user can do when the disk refuses; ends the error's text.
 
     Raises:
         RecipeError: the file cannot be written. What was at `path` before is untouched.
@@ -67,7 +67,7 @@ def replacing(path: Path, cure: str) -> Iterator[BinaryIO]:
             part.unlink()
         refused = disk_error(error)
         if refused is not None and not isinstance(error, RecipeError):
-            raise write_failure(path, refused, cure) from error
+            raise write_failure(path, refused, hint) from error
         raise
 
 

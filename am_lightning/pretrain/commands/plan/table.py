@@ -81,10 +81,10 @@ def _verdict(plan: Plan, args: argparse.Namespace) -> str:
     if plan.fits:
         return f"yes: {sums}"
     static = sum(plan.memory.held.values())
-    cures = ["a larger trainer.accumulate_grad_batches", "--model.activation_checkpointing true"]
+    hints = ["a larger trainer.accumulate_grad_batches", "--model.activation_checkpointing true"]
     if static > plan.gpu_memory // 2:
-        cures = ["ModelParallelStrategy (FSDP2) over more GPUs", *cures]
-    return f"NO: {sums}. Try {', '.join(cures)}"
+        hints = ["ModelParallelStrategy (FSDP2) over more GPUs", *hints]
+    return f"NO: {sums}. Try {', '.join(hints)}"
 
 
 def _bytes(size: float) -> str:
