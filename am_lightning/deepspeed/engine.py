@@ -168,6 +168,7 @@ class PrePass:
                 layout = self._optimizer.current_layout()
                 local = self._optimizer.prepare(layout)
                 packed = self._optimizer.local_sums(local)
+                local.plan.release()
                 self._predicted.append(self._flats[k].grad.sum())
             found.append((packed, local.options))
             self._layouts.append(layout)

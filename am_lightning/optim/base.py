@@ -85,7 +85,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         self._kernel_options: list[tuple[GroupOptions, Choice]] = []  # of each group
         self._loading: tuple[dict[str, Any], list[dict[str, Any]]] | None = None
         self.param_layout = ParamLayout()
-        self.pre_pass: Callable[[ShardLayout], Any] | None = None  # DeepSpeed's: sums and decision for a layout
+        self.pre_pass: Callable[[ShardLayout], Decision] | None = None  # DeepSpeed's
 
     # ------------------------------------------------------------------ what a subclass says
     def _check_group(self, group: dict[str, Any]) -> dict[str, Any]:
@@ -118,8 +118,10 @@ class AdaptiveMemoryOptimizer(Optimizer):
         self._check_options()
         loss = self._evaluate(closure)
         layout = self._find_layout()
+        # DeepSpeed calls step() for some of the parameters at a time: all sums are formed in the first of the calls
+        decision = None if self.pre_pass is None else self.pre_pass(layout)
         local = self.prepare(layout)  # this step's tensors, the kernels that serve them, and coefficients
-        if self.pre_pass is None:
+        if decision is None:
             packed, shared = self._reduce(self.local_sums(local), layout, loss)  # the one collective
             if local.in_kernels is not None:
                 finish_in_kernels(local, packed, self._stats, skip=self.nonfinite == "skip")
@@ -127,8 +129,6 @@ class AdaptiveMemoryOptimizer(Optimizer):
             sums = Sums.unpack(packed)
             stages = layout.stage_reduction
             decision = self.decide(sums, local.options, layout.sizes, shared, reduce_over_stages=stages)
-        else:
-            decision = self.pre_pass(layout)  # DeepSpeed calls step() for some of the parameters at a time
         local.coefficients["omega"] = decision.omega
         local.plan.update(local.coefficients, decision.active)
         local.store.write(local.scalars.advanced(decision, local.options.lr), decision.active)
@@ -151,7 +151,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         tensors = step_tensors(layout, moments, type(self).__name__)
         of_rows = [self._kernel_options[layout.logical_params[row].group_index] for row in tensors.rows]
         plan = self._plan = self._plans.get(layout)
-        if plan is None or not plan.serves(tensors, of_rows):
+        if plan is None or plan.made_for != (tensors.kinds(), of_rows):
             plan = self._plan = self._plans[layout] = KernelPlan(tensors, of_rows, self._workspace, layout)
         options = [self._row_options(group) for group in self.param_groups]
         workspace, who = self._workspace, type(self).__name__

@@ -55,6 +55,7 @@ class KernelPlan:
     """Both passes over the shards of one layout, each through the kernel that serves it.
 
     Attributes:
+        made_for: the kinds of the tensors and the options that it serves.
         present: ``[rows]``, 1 where this rank has a gradient, on the device and in the dtype of the sums.
         kernels: kernel -> how many shards it serves.
     """
@@ -70,7 +71,7 @@ class KernelPlan:
         params = [logical.param for logical in layout.logical_params]
         self._workspace, self._row_count = workspace, len(params)
         self._device, self._dtype = sums_live_on(params)
-        self._kinds, self._options = tensors.kinds(), list(options)
+        self.made_for = tensors.kinds(), options
         self._columns: dict[int, tuple[tuple[float | Tensor, ...], Tensor]] = {}
         here = set(tensors.rows)
         present = tuple(int(row in here) for row in range(self._row_count))
@@ -115,10 +116,6 @@ class KernelPlan:
         parts = [f"{kernel.describe()} for {count}" for kernel, count in self.kernels.items()]
         why = self._workspace.why_no_fused
         return f"; kernels: {', '.join(parts)}{f' (no fused kernel: {why})' if why else ''}" if parts else ""
-
-    def serves(self, tensors: StepTensors, options: Sequence[tuple[GroupOptions, Choice]]) -> bool:
-        """Whether the plan is one for these tensors."""
-        return self._options == options and self._kinds == tensors.kinds()
 
     def begin(self, tensors: StepTensors) -> None:
         """Take this step's tensors, and multiply gradients that a clip has left as they were."""
@@ -188,9 +185,7 @@ class KernelPlan:
         for _, passes in self._passes:
             passes.update(coefficients, active)
         self._workspace.gradient_factor = None
-        for shard in self._shards:  # as release() does
-            shard.x = shard.g = shard.d = _NOTHING
-            shard.v = None if shard.v is None else _NOTHING
+        self.release()
 
     def release(self) -> None:
         """Nothing of a step is kept alive until the next one: the gradients of a model are as large as it is."""
