@@ -17,8 +17,8 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from am_lightning import AdaptiveMemory, AMAdamW, am_adamw
 from am_lightning.huggingface import AdaptiveMemoryCallback
 from am_lightning.lightning import attach as attach_fabric
-from am_lightning.optim.wrapped import innermost
-from tests.deepspeed.doors import FabricOnCPU, Module, OnCPU, zero_config
+from am_lightning.optim.unwrap import unwrap_optimizer
+from tests.deepspeed.entry_points import FabricOnCPU, Module, OnCPU, zero_config
 from tests.deepspeed.runs import config_of, make_net
 from tests.huggingface.trainer_runs import FORMS, make_trainer
 from tests.lightning.model import quiet
@@ -113,5 +113,5 @@ def fabric(stage: int = 2) -> list[str]:
     runner.launch()
     net = make_net().float()
     model, wrapped = runner.setup(net, am_adamw(net, lr=0.1))
-    other = AMAdamW(innermost(wrapped).param_groups[0]["params"], lr=0.1)
+    other = AMAdamW(unwrap_optimizer(wrapped).param_groups[0]["params"], lr=0.1)
     return [said(partial(attach_fabric, runner, model, optimizer)) for optimizer in (wrapped, other)]

@@ -39,6 +39,7 @@ def test_all_files_are_in_the_run_folder(tmp_path: Path, corpus_folder: Path) ->
     result = run(args, tmp_path / "elsewhere", HOME=str(tmp_path / "home"), TMPDIR=str(tmp_path / "temporary"))
     assert result.returncode == 0, result.stderr
     made = files(tmp_path) - {"home/.cache/huggingface/hub/version.txt"}  # transformers 4 writes it when it is imported
+    made = {name for name in made if not name.startswith("home/.cache/torch_extensions/")}  # the optimizer's C++ loop
     assert {name.split("/")[0] for name in made} == {"run"}
     expected = {f"checkpoints/{name}.ckpt" for name in ("step-000001", "step-000002", "step-000003", "last")}
     assert {f"run/{name}" for name in [*expected, "summary.png", "logs/config.yaml"]} <= made

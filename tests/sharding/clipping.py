@@ -117,6 +117,7 @@ def compare(layout: str, kind: str, scope: str) -> dict[str, Any]:
         "clips": clips,
         "steps": steps,
         "collectives": placed.collectives,
+        "votes": kind == "adamw",
         "partial": placed.partial,
         "share": single["share"],
         "clipped": [norm > limit for norm, limit in zip(single["norms"], LIMITS, strict=True)],
