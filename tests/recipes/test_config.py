@@ -236,15 +236,19 @@ def test_a_new_size_is_a_short_yaml_and_a_lost_base_is_named(tmp_path: Path) -> 
     assert settings.steps == 8 and settings.config["data"] == settings_of("60m").config["data"]
 
 
-@pytest.mark.parametrize("path", ["am_lightning.AdaptiveMemory", "am_lightning.lightning.AdaptiveMemory"])
+PUBLIC = ["am_lightning.AdaptiveMemory", "am_lightning.lightning.AdaptiveMemory"]
+
+
+@pytest.mark.parametrize("path", PUBLIC)
 def test_a_saved_configuration_names_the_callback_as_any_version_knows_it(path: str, tmp_path: Path) -> None:
-    """Both are public; the module that the class is in is not."""
+    """Both are public; the module that the class is in is not. Some versions of jsonargparse write the shorter one."""
     callbacks = f'--trainer.callbacks=[{{"class_path": "{path}"}}]'
     settings = read_run_config(["--config", str(CONFIGS["laptop"]), callbacks])
     settings.save(tmp_path / "config.yaml")
     again = read_run_config(["--config", str(tmp_path / "config.yaml")])
     for read in (settings, again):
-        assert [callback["class_path"] for callback in read.config["trainer"]["callbacks"]] == [path]
+        (callback,) = read.config["trainer"]["callbacks"]
+        assert callback["class_path"] in PUBLIC
         assert isinstance(read._memory, AdaptiveMemory)
 
 
