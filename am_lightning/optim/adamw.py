@@ -130,7 +130,8 @@ class AMAdamW(AdaptiveMemoryOptimizer):
         return GroupOptions(float(beta2), float(lambd), float(decay), 0.0, group["maximize"])
 
     def _row_options(self, group: dict[str, Any]) -> RowOptions:
-        return RowOptions(group[self.cap_key], group["lr"], group["weight_decay"], group["betas"][1], group["eps"])
+        beta2, lambd = group["betas"][1], group["lambd"]
+        return RowOptions(group[self.cap_key], group["lr"], group["weight_decay"], beta2, group["eps"], lambd)
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch.optim; the saved groups have all options of AdamW's, which some loaders ask for."""

@@ -16,7 +16,7 @@ from am_lightning.distributed import ShardLayout
 from am_lightning.distributed.call_stack import called_by_zero_redundancy
 from am_lightning.optim import checkpointing, group_checks, param_state
 from am_lightning.optim.closed_form import Decision, RowOptions, Sums, coefficients, decide
-from am_lightning.optim.kernels.agreement import agree_on_kernels, choice_of, drop_fused, row_kernels
+from am_lightning.optim.kernels.agreement import agree_on_kernels, drop_fused, row_kernels
 from am_lightning.optim.kernels.inputs import GroupOptions
 from am_lightning.optim.kernels.plan import KernelPlan, step_tensors
 from am_lightning.optim.kernels.registry import Choice
@@ -82,7 +82,6 @@ class AdaptiveMemoryOptimizer(Optimizer):
         self._plan: KernelPlan | None = None  # of the last step
         self._row_kernels: dict[ShardLayout, RowKernels | None] = {}  # as long as no option changes
         self._checked_options: list[Any] = []
-        self._kernel_options: list[tuple[GroupOptions, Choice]] = []  # of each group
         self._loading: tuple[dict[str, Any], list[dict[str, Any]]] | None = None
         self.param_layout = ParamLayout()
         self.pre_pass: Callable[[ShardLayout], Decision] | None = None  # DeepSpeed's
@@ -110,8 +109,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
         Raises:
             RuntimeError: a gradient is sparse or complex, or a number in a state is no tensor; nothing has moved.
-            ValueError: at the first step, on every rank: a layout or scope that cannot be summed rightly (the text has
-                the hint).
+            ValueError: at the first step, on every rank: a layout or scope that cannot be summed rightly.
         """
         if not self.state and checkpointing.only_makes_states(self):
             return None
@@ -119,7 +117,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         loss = self._evaluate(closure)
         layout = self._find_layout()
         # DeepSpeed calls step() for some of the parameters at a time: all sums are formed in the first of the calls
-        decision = None if self.pre_pass is None else self.pre_pass(layout)
+        decision, shared = None if self.pre_pass is None else self.pre_pass(layout), None
         local = self.prepare(layout)  # this step's tensors, the kernels that serve them, and coefficients
         if decision is None:
             packed, shared = self._reduce(self.local_sums(local), layout, loss)  # the one collective
@@ -132,6 +130,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
         local.coefficients["omega"] = decision.omega
         local.plan.update(local.coefficients, decision.active)
         local.store.write(local.scalars.advanced(decision, local.options.lr), decision.active)
+        if shared is not None:
+            self._remember(shared, decision)
         positions = layout.positions_in(self.parameter_names()) if layout.partitioned else None
         self._stats.observe(decision, positions, again=layout is not self.param_layout.first)
         return loss
@@ -143,32 +143,35 @@ class AdaptiveMemoryOptimizer(Optimizer):
         if closure is None:
             return None
         with torch.enable_grad():
-            return closure()
+            loss = closure()
+        self._check_options()  # a training step under Lightning runs in the closure, and may change them
+        return loss
 
     def prepare(self, layout: ShardLayout) -> StepInputs:
         """Read-only, except that states that do not exist yet are made."""
         moments = partial(self._store.moments, self.state, self.param_groups, self.exp_avg_dtype)
         tensors = step_tensors(layout, moments, type(self).__name__)
-        of_rows = [self._kernel_options[layout.logical_params[row].group_index] for row in tensors.rows]
+        groups = self.param_groups
+        of_groups = [(self._group_options(g), Choice(g["foreach"], g.get("fused"))) for g in groups]
+        of_rows = [of_groups[layout.logical_params[row].group_index] for row in tensors.rows]
         plan = self._plan = self._plans.get(layout)
         if plan is None or plan.made_for != (tensors.kinds(), of_rows):
             plan = self._plan = self._plans[layout] = KernelPlan(tensors, of_rows, self._workspace, layout)
-        options = [self._row_options(group) for group in self.param_groups]
-        workspace, who = self._workspace, type(self).__name__
-        store = self._store.scalars(self.state, layout, self.param_groups, who)
+        options = [self._row_options(group) for group in groups]
+        store, workspace = self._store.scalars(self.state, layout, groups, type(self).__name__), self._workspace
         clip, workspace.gradient_clip = workspace.gradient_clip, None
         if layout not in self._row_kernels:
-            self._row_kernels[layout] = row_kernels(layout, self.param_groups, self.scope, store, workspace)
+            found = row_kernels(layout, groups, self.scope, store, workspace) if len(self.moments) > 1 else None
+            self._row_kernels[layout] = found  # AMSGD's rule is not theirs
         in_kernels = self._row_kernels[layout]
         if in_kernels is not None and self.pre_pass is None:
-            inputs = inputs_in_kernels(plan, store, in_kernels, options, clip)
-            workspace.gradient_factor = inputs.in_kernels.found.factor if inputs.in_kernels else None
+            inputs = inputs_in_kernels(plan, store, in_kernels, options, clip, workspace)
         else:
             scalars, over_rows = store.read(), plan.over_rows(options, layout.sizes)
             columns = coefficients(scalars, over_rows, second_moment=len(self.moments) > 1)
             inputs = StepInputs(plan, columns, store, scalars, over_rows, None)
             workspace.gradient_factor = None if clip is None else clip.factor()
-        plan.begin(tensors)
+        plan.begin(tensors, in_kernels)
         return inputs
 
     def local_sums(self, local: StepInputs) -> Tensor:
@@ -182,6 +185,9 @@ class AdaptiveMemoryOptimizer(Optimizer):
     def _reduce(self, packed: Tensor, layout: ShardLayout, loss: Any) -> tuple[Tensor, Any]:
         """Sum over ranks; with it what a subclass needs besides the sums."""
         return (layout.all_reduce(packed)[0] if layout.reductions else packed), None
+
+    def _remember(self, shared: Any, decision: Decision) -> None:
+        """What the next step needs of what ``_reduce`` gave besides the sums."""
 
     def decide(
         self, sums: Sums, options: RowOptions, sizes: Sequence[int], shared: Any = None, **known: Any
@@ -238,16 +244,12 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     # ------------------------------------------------------------------ groups
     def _check_options(self) -> None:
-        """Others may put groups in place: those of a checkpoint of AdamW, or dicts without ``add_param_group``.
-
-        Raises:
-            TypeError, ValueError, RuntimeError: a group or an option is of the wrong kind; the text has its number.
-        """
+        """Complete and check groups that others have put in place or changed; an error has the group's number."""
         found: list[Any] = []  # no parameters: those that groups had before may be a whole model
         try:
             for group in self.param_groups:
                 found += [group, type(group["params"]), *[value for key, value in group.items() if key != "params"]]
-        except (AttributeError, KeyError, RuntimeError, TypeError):  # no groups: the checks say what is there instead
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # checked below
             found = [object()]
         if len(found) == len(self._checked_options) and all(map(operator.is_, found, self._checked_options)):
             return
@@ -260,7 +262,6 @@ class AdaptiveMemoryOptimizer(Optimizer):
                 self._check_group(group_checks.as_unread(group, self.cap_key))
         self._checked_options = found  # without options that were filled in: those are checked once more
         self._row_kernels = {}
-        self._kernel_options = [(self._group_options(group), choice_of(group)) for group in self.param_groups]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; its options are checked before anything changes."""
@@ -364,8 +365,11 @@ class AdaptiveMemoryOptimizer(Optimizer):
         self.param_layout.check_scope(layout, self.scope, exact_sums=self.needs_exact_sums, whole_step=whole_step)
         group_checks.warn_of_cycled_momentum(self.param_groups, self.cap_key)
         param_state.check_direction(self.exp_avg_dtype, layout.logical_params)
+        before = set(self._workspace.fused_by_default)
         if not agree_on_kernels(layout, self.param_groups, self._workspace, self.fused_dropped, self.exp_avg_dtype):
             drop_fused([*self.param_groups, self.defaults])
+        if self._workspace.fused_by_default != before:
+            self._plans, self._row_kernels = {}, {}  # one layout decides for all
         param_state.follow(self.state, [logical.param for logical in layout.logical_params])
 
     # ------------------------------------------------------------------ pickle, state_dict

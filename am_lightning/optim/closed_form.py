@@ -50,6 +50,7 @@ class RowOptions(NamedTuple):
     weight_decay: Tensor  # decoupled
     beta2: Tensor
     eps: Tensor
+    lambd: Tensor
 
 
 class Sums(NamedTuple):
@@ -102,7 +103,7 @@ def coefficients(scalars: AdaptiveScalars, options: RowOptions, *, second_moment
         options: ``[rows]`` each.
         second_moment: P = c_t (sqrt(v' / (1 - beta2^t)) + eps); False: P = 1.
     """
-    cap, lr, mu, beta2, eps = options
+    cap, lr, mu, beta2, eps, _ = options
     known = {
         "one_plus_k": 1 + loss_gap_factor(lr, scalars.prev_lr, mu),
         "lr": lr,

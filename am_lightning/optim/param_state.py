@@ -168,7 +168,9 @@ def restore_options(group: dict[str, Any], live: dict[str, Any], cap_key: str) -
     group[cap_key] = live[cap_key]
     if "betas" in live:
         group["betas"] = (live[cap_key], betas_of(group)[1])
-    if "fused" in live:
+    if "fused" not in live:
+        group.pop("fused", None)  # of torch.optim.SGD
+    else:
         group["fused"] = live["fused"]
         if live["fused"]:
             group["foreach"] = live["foreach"]  # the checkpoint's may be True, which does not go with it

@@ -134,7 +134,8 @@ class AMSGD(AdaptiveMemoryOptimizer):
         return GroupOptions(0.0, float(group["lambd"]), mu, l2, group["maximize"])
 
     def _row_options(self, group: dict[str, Any]) -> RowOptions:
-        numbers: Any = (group[self.cap_key], group["lr"], self._group_options(group).mu, 0.0, 0.0)
+        mu = self._group_options(group).mu
+        numbers: Any = (group[self.cap_key], group["lr"], mu, 0.0, 0.0, float(group["lambd"]))
         return RowOptions(*numbers)
 
     # ------------------------------------------------------------------ the exact gap
@@ -230,14 +231,16 @@ class AMSGD(AdaptiveMemoryOptimizer):
             gradients=shared.gradients if shared is not None and any(self._coupled_decays()) else None,
             **known,
         )
-        if shared is not None and exact:  # a skipped step leaves it
-            now = torch.where(decision.skipped, self._prev_loss(shared.loss), self._objective(shared))
-            for group in self.param_groups:
-                group[_PREV_LOSS] = now
         # d_0 = g_0: a fresh buffer is zero, and 0 + (1 + lambda) (g - 0) / (1 + lambda) = g
-        parts = zip(torch.split(decision.beta, list(sizes)), self.param_groups, strict=True)
-        lambd = torch.cat([torch.full_like(part, float(group["lambd"])) for part, group in parts])
-        return decision._replace(omega=torch.where(sums.first, 1 + lambd, decision.omega))
+        return decision._replace(omega=torch.where(sums.first, 1 + options.lambd, decision.omega))
+
+    def _remember(self, shared: _Shared, decision: Decision) -> None:
+        """f(x_t) of the exact gap; a skipped step leaves it."""
+        if self.loss_gap != "exact":
+            return
+        now = torch.where(decision.skipped, self._prev_loss(shared.loss), self._objective(shared))
+        for group in self.param_groups:
+            group[_PREV_LOSS] = now
 
     def _coupled_decays(self) -> list[float]:
         """The L2 penalty of each group, 0 where its decay is decoupled."""

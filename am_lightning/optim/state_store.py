@@ -203,7 +203,7 @@ class StateStore:
 
     def __init__(self, moments: tuple[str, ...], cap_key: str) -> None:
         self._moments, self._cap_key = moments, cap_key
-        self._complete = itemgetter(*moments, "prev_lr")
+        self._complete = itemgetter(*moments, *DEFAULTS)
         self._tables: dict[str, list[float]] = {}  # adaptive scalars by name that await their layout
         self._scalars: dict[ShardLayout, Scalars] = {}
 
@@ -228,7 +228,7 @@ class StateStore:
     def _ready(self, state: State, logical: LogicalParam, group: dict[str, Any], direction: torch.dtype | None) -> None:
         param, in_table = logical.param, logical.partitioned
         known = state.get(param, {})  # an engine may have left an empty dict
-        if self._moments[0] not in known or not (in_table or "prev_lr" in known):
+        if self._moments[0] not in known or not (in_table or DEFAULTS.keys() <= known.keys()):
             refuse_in_capture(param)
         own = state[param]
         if self._moments[0] not in own:

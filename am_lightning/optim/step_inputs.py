@@ -11,6 +11,7 @@ from am_lightning.optim.closed_form import RowOptions
 from am_lightning.optim.kernels.inputs import Coefficients, GradientClip
 from am_lightning.optim.kernels.plan import KernelPlan
 from am_lightning.optim.kernels.triton.row_launch import RowCoefficients, RowKernels
+from am_lightning.optim.kernels.workspace import Workspace
 from am_lightning.optim.state_store import Scalars, StateScalars
 from am_lightning.optim.step_stats import StepStats
 
@@ -35,17 +36,23 @@ class StepInputs(NamedTuple):
 
 
 def inputs_in_kernels(
-    plan: KernelPlan, store: Scalars, kernels: RowKernels, options: Sequence[RowOptions], clip: GradientClip | None
+    plan: KernelPlan,
+    store: Scalars,
+    kernels: RowKernels,
+    options: Sequence[RowOptions],
+    clip: GradientClip | None,
+    workspace: Workspace,
 ) -> StepInputs:
     """The coefficients by one Triton kernel.
 
     Args:
         options: of each group.
-        clip: of this step; its factor is ``in_kernels.found.factor``.
+        clip: of this step.
     """
     assert isinstance(store, StateScalars)
     table = store.table()
-    found = kernels.coefficients(table, options, plan.present, clip)
+    found = kernels.coefficients(table, [values[:5] for values in options], plan.present, clip)
+    workspace.gradient_factor = found.factor
     return StepInputs(plan, found.coefficients, store, None, None, InKernels(kernels, found, table))
 
 

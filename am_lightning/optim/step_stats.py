@@ -24,8 +24,9 @@ class StepStats:
             positions: ``[rows]``, where the decision's rows are among all tensors; None: they are all of them.
             again: one more call of a training step that an engine makes in several; it is skipped if any of them is.
         """
-        counts, _ = self.buffers(decision.skipped.device)
-        total, run, bad_row, run_before = counts.unbind()
+        if self.skipped.device != decision.skipped.device:
+            self.buffers(decision.skipped.device)
+        total, run, bad_row, run_before = self._counts.unbind()
         before = self.skipped & again
         if not again:
             run_before.copy_(run)

@@ -187,8 +187,8 @@ MUTATIONS = [
     Mutation(
         "AM-SGD's first direction is g / (1 + lambda)",
         "am_lightning/optim/sgd.py",
-        "torch.where(sums.first, 1 + lambd, decision.omega)",
-        "torch.where(sums.first, torch.ones_like(lambd), decision.omega)",
+        "torch.where(sums.first, 1 + options.lambd, decision.omega)",
+        "torch.where(sums.first, torch.ones_like(options.lambd), decision.omega)",
         (f"{_EVERY_STEP}[sgd-paper-tensor-None]",),
     ),
     Mutation(

@@ -105,10 +105,11 @@ class KernelPlan:
             if kernel.supports(shard):
                 return kernel
             if kernel is fused and _has_other_gradient_strides(shard):
-                shard.g = _like_parameter(shard)
+                given, shard.g = shard.g, _like_parameter(shard)
                 if kernel.supports(shard):
                     self._copied.append(shard)
                     return kernel
+                shard.g = given
         raise AssertionError("the last kernel supports everything")
 
     def describe(self) -> str:
@@ -117,8 +118,14 @@ class KernelPlan:
         why = self._workspace.why_no_fused
         return f"; kernels: {', '.join(parts)}{f' (no fused kernel: {why})' if why else ''}" if parts else ""
 
-    def begin(self, tensors: StepTensors) -> None:
-        """Take this step's tensors, and multiply gradients that a clip has left as they were."""
+    def begin(self, tensors: StepTensors, *read: Any) -> None:
+        """Take this step's tensors, and multiply gradients that a clip has left as they were.
+
+        Args:
+            read: what else the step reads, for a CUDA graph that may be captured.
+        """
+        if self._device.type == "cuda" and is_capturing(self._device):
+            self._workspace.captured += [self, *self._columns.values(), *read]
         for shard, x, g, d in zip(self._shards, tensors.x, tensors.g, tensors.d, strict=True):
             shard.x, shard.g, shard.d = x, g, d
         if tensors.v is not None:

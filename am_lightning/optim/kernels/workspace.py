@@ -21,6 +21,7 @@ class Workspace:
         gradient_clip: of the next step; None: it does not clip.
         gradient_factor: 0-dim, what the step that runs multiplies its gradients by; None: nothing.
         why_no_fused: the reason why ``fused=None`` is not a device's fused kernel, "" where it is or none was asked.
+        captured: what CUDA graphs read.
         fused_by_default: device types whose fused kernel serves ``fused=None``, as all ranks have agreed.
     """
 
@@ -30,6 +31,7 @@ class Workspace:
         self.gradient_factor: Tensor | None = None
         self.why_no_fused = ""
         self.fused_by_default: set[str] = set()
+        self.captured: list[Any] = []
         self._kept: dict[Callable[[], Any], Any] = {}
 
     def keep(self, make: Callable[[], _T]) -> _T:
@@ -37,8 +39,3 @@ class Workspace:
         if make not in self._kept:
             self._kept[make] = make()
         return self._kept[make]  # type: ignore[no-any-return]
-
-    def take_clip(self) -> GradientClip | None:
-        """The clip of the step that begins; no step after it clips."""
-        clip, self.gradient_clip, self.gradient_factor = self.gradient_clip, None, None
-        return clip
