@@ -207,6 +207,9 @@ def named_params(
 
 
 def build(name: str, params: Any, **kwargs: Any) -> torch.optim.Optimizer:
+    """``foreach=None`` is the chunked kernel; without it the C++ loop, the default, serves AMAdamW."""
+    if name == "adamw" and "foreach" in kwargs and kwargs["foreach"] is None:
+        kwargs.setdefault("fused", False)
     return {"adamw": AMAdamW, "sgd": AMSGD}[name](params, **kwargs)
 
 

@@ -15,7 +15,7 @@ from tests.optim.harness import assert_bitwise, compile_on_cpu, named_params, pa
 SHAPES = [(6, 4), (9,), (3,), (70,)]
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "AdamW": (torch.optim.AdamW, {}),
-    "blocked": (AMAdamW, {}),
+    "chunked": (AMAdamW, {"fused": False}),
     "foreach": (AMAdamW, {"foreach": True, "scope": "global"}),
     "fused": (AMAdamW, {"fused": True}),
     "sgd": (AMSGD, {}),
@@ -80,9 +80,9 @@ def test_few_graphs_and_none_anew(kind: str, whole: bool) -> None:
 
 def test_clipping_in_a_compiled_function() -> None:
     backend = Counting()
-    found, counted = train("blocked", backend, whole=True, clips=True)
+    found, counted = train("chunked", backend, whole=True, clips=True)
     assert backend.graphs == 0 and counted[1:] == [counted[1]] * 4
-    assert_bitwise(found, train("blocked", None, whole=True, clips=True)[0])
+    assert_bitwise(found, train("chunked", None, whole=True, clips=True)[0])
 
 
 def test_a_whole_training_step() -> None:

@@ -24,7 +24,7 @@ from tests.optim.harness import (
 from tests.optim.test_every_step import RATES
 
 TIERS: dict[str, dict[str, Any]] = {
-    "chunked": {},
+    "chunked": {"fused": False},
     "single_tensor": {"foreach": False},
     "foreach": {"foreach": True},
     "fused": {"fused": True},

@@ -15,8 +15,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 from am_lightning import AMSGD, AMAdamW, clip_grad_norm_
 from tests.optim.harness import assert_bitwise, assert_close, snapshot, to_numpy
 
-KERNELS: list[dict[str, Any]] = [{}, {"foreach": False}, {"foreach": True}, {"fused": True}]
-each_kernel = pytest.mark.parametrize("options", KERNELS, ids=["blocked", "reference", "foreach", "fused"])
+KERNELS: list[dict[str, Any]] = [{"fused": False}, {"foreach": False}, {"foreach": True}, {"fused": True}]
+each_kernel = pytest.mark.parametrize("options", KERNELS, ids=["chunked", "reference", "foreach", "fused"])
 
 
 @pytest.fixture(params=[True, False], ids=["swapped", "in place"])

@@ -13,7 +13,9 @@ STEPS = "tests.sharding.moved_steps:"
 LIMITS = {"cpu": 0.0, "double": 1e-4, "float64": 1e-4, "half": 3e-2, "bfloat16": 2e-1}
 
 
-@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}], ids=["blocked", "foreach", "fused"])
+@pytest.mark.parametrize(
+    "options", [{"fused": False}, {"foreach": True}, {"fused": True}], ids=["chunked", "foreach", "fused"]
+)
 @pytest.mark.parametrize(("layout", "scope"), [("ddp", "tensor"), ("fsdp2", "global"), ("fsdp1_full", "tensor")])
 def test_another_default_device(pool: Callable[[int], Pool], layout: str, scope: str, options: dict[str, Any]) -> None:
     ranks = pool(2).run(f"{STEPS}under_another_default_device", layout=layout, scope=scope, **options)
