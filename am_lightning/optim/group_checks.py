@@ -114,7 +114,7 @@ def naming_group(index: int) -> Iterator[None]:
 
 
 def check_magnitudes(group: dict[str, Any]) -> None:
-    """Coefficients that a kernel could not take, in the middle of a step.
+    """Numbers that a kernel could not take, in the middle of a step.
 
     Raises:
         ValueError: one is beyond float32.

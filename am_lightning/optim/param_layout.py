@@ -61,7 +61,6 @@ class ParamLayout:
         layouts: of the steps so far, in the order of their first use.
         first: the first of them.
         last: the layout of the step that runs, or of the last one; None before the first.
-        generation: changes whenever layouts are dropped; what is kept for a layout is stale then.
     """
 
     def __init__(self) -> None:
@@ -69,7 +68,6 @@ class ParamLayout:
         self.layouts: dict[Hashable, ShardLayout] = {}
         self.first: ShardLayout | None = None
         self.last: ShardLayout | None = None
-        self.generation = 0
         self._last_key: Hashable = None
         self._replica_group: Any = None
         self._pipeline_group: Any = None
@@ -235,7 +233,6 @@ class ParamLayout:
     def drop(self) -> None:
         """Let go of all layouts: the next step builds its own."""
         self.layouts, self.first, self.last, self._last_key = {}, None, None, None
-        self.generation += 1
 
     def check_scope(self, layout: ShardLayout, scope: str, *, exact_sums: bool, whole_step: bool) -> None:
         """Refuse a scope whose sums ``layout`` cannot form, before anything moves. Collective over a pipeline.

@@ -20,7 +20,6 @@ from am_lightning.optim.validation import described
 State = MutableMapping[Tensor, Any]
 Groups = Sequence[dict[str, Any]]
 DEFAULTS = {"step": 0.0, "beta_prod": 1.0, "beta": param_state.NO_BETA, "prev_lr": 0.0}  # AdaptiveScalars' order
-_scalars_of = itemgetter(*DEFAULTS)
 
 
 class Scalars(Protocol):
@@ -121,13 +120,11 @@ class StateScalars:
         states = [self.state[param] for param in self._params if param in self.state]
         if not self._distinct or len(states) != len(self._params):
             return None
-        if self._packed is not None:
-            values = [state.get(key) for state in states for key in DEFAULTS]
-            if all(map(is_, values, self._packed.views)):
-                return self._packed
+        values = [state.get(key) for state in states for key in DEFAULTS]
+        if self._packed is not None and all(map(is_, values, self._packed.views)):
+            return self._packed
         if is_capturing(self._device):  # packing would be recorded, and undo every replay's step at the next
             return None
-        values = [state.get(key) for state in states for key in DEFAULTS]
         kinds = {(v.dtype, v.device, v.dim()) if isinstance(v, Tensor) else None for v in values}
         return Packed(states) if len(kinds) == 1 and next(iter(kinds)) in self._packable else None
 
@@ -245,7 +242,7 @@ class StateStore:
             params = layout.logical_params
             found = self._scalars[layout] = (
                 TableScalars(state, params, self._take_tables(state, params, groups, who))
-                if any(logical.partitioned for logical in params)
+                if layout.partitioned
                 else StateScalars(state, params)
             )
         return found
@@ -294,9 +291,7 @@ class StateStore:
 
     def forget_layouts(self) -> None:
         """Layouts are made anew: the tables await them."""
-        for table in self._table_scalars():
-            self._tables.update(table.saved())
-        self._scalars = {}
+        self._scalars, self._tables = {}, self.tables()
 
     def tables(self) -> dict[str, list[float]]:
         """Name -> the adaptive scalars of logical parameters whose states cannot hold them."""

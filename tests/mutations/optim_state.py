@@ -48,8 +48,8 @@ MUTATIONS = [
     Mutation(
         "states that others put in place of the packed ones are not read",
         "am_lightning/optim/state_store.py",
-        "if all(map(is_, values, self._packed.views)):",
-        "if values:",
+        "self._packed is not None and all(map(is_, values, self._packed.views)):",
+        "self._packed is not None and values:",
         (f"{_LOADING}::test_a_state_that_somebody_replaces_is_read",),
     ),
     Mutation(

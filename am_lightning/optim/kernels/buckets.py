@@ -20,7 +20,7 @@ from am_lightning.optim.kernels.transfer import upload, uploaded
 _BUCKET_ELEMENTS = 4 << 20
 _SMALLEST_BLOCK = 64
 _BLOCKS_OF_A_TENSOR = 16  # on average, so that what fills up the last block is 3 % where tensors are not tiny
-_FAN_IN = 64  # coefficients that one level of the sum over blocks takes together
+_FAN_IN = 64  # numbers that one level of the sum over blocks takes together
 
 
 @dataclass(eq=False)
@@ -49,7 +49,7 @@ class Bucket:
         return self._filled_up(matrix).sum(1)
 
     def block_max(self, matrix: Tensor) -> Tensor:
-        """``[blocks]``, of coefficients >= 0; overwrites what fills up the blocks."""
+        """``[blocks]``, of numbers >= 0; overwrites what fills up the blocks."""
         return self._filled_up(matrix).amax(1)
 
     def _filled_up(self, matrix: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def plan_of(shards: Sequence[LocalShard], parts: Sequence[tuple[int, LocalShard]
 
 
 def in_parts(shards: Sequence[LocalShard]) -> list[tuple[int, LocalShard]]:
-    """Pieces of at most a bucket each, and which shard each belongs to."""
+    """Shards of at most a bucket each, and which shard each belongs to."""
     result = []
     for owner, shard in enumerate(shards):
         if shard.x.numel() <= _BUCKET_ELEMENTS or not is_flat(shard.tensors()):

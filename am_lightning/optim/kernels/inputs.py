@@ -15,8 +15,6 @@ from am_lightning.optim.kernels.transfer import moved
 SUM_BLOCK = 1 << 16  # elements summed in the working precision; across blocks sums are float64
 _TOO_LARGE = {torch.float16: 65520.0, torch.bfloat16: 2.0**128 - 2.0**119}  # half a unit above the largest number
 
-Scalar: TypeAlias = "float | Tensor"  # a host number, or a 0-dim tensor where the host must not wait for the device
-
 
 class GroupOptions(NamedTuple):
     """Options of a group that kernels take as numbers of the host."""

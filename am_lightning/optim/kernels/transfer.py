@@ -1,4 +1,4 @@
-"""Copies between host and devices: nothing waits, but for coefficients that the host is to read."""
+"""Copies between host and devices: nothing waits, but for numbers that the host is to read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def upload(host: Tensor, device: torch.device) -> Tensor:
 
 
 def uploaded(values: Sequence[Any], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """``upload`` of the host's coefficients, whatever the default device is."""
+    """``upload`` of the host's numbers, whatever the default device is."""
     return upload(torch.tensor(values, dtype=dtype, device="cpu"), device)
 
 

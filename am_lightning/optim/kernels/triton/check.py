@@ -1,4 +1,4 @@
-"""Whether the Triton kernels work on a device: they build, launch, and give the plain kernels' coefficients."""
+"""Whether the Triton kernels work on a device: they build, launch, and give the plain kernels' numbers."""
 
 from __future__ import annotations
 
