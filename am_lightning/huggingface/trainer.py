@@ -96,16 +96,7 @@ class AdaptiveMemoryCallback(TrainerCallback):
         """Before the step of an optimizer that took another's place; DeepSpeed's engine makes it in the backward."""
         self._follow(model)
 
-    def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Of one that was given while the step ran, too."""
-        self._follow(model)
+    on_pre_optimizer_step = on_step_begin  # also of one that was given while the step ran
 
     def on_log(
         self,

@@ -13,13 +13,11 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from am_lightning.distributed import ShardLayout
-from am_lightning.distributed.call_stack import called_by_zero_redundancy
 from am_lightning.optim import checkpointing, group_checks, param_state
 from am_lightning.optim.closed_form import Decision, RowOptions, Sums, coefficients, decide
 from am_lightning.optim.kernels.agreement import agree_on_kernels, drop_fused, row_kernels
 from am_lightning.optim.kernels.inputs import GroupOptions
-from am_lightning.optim.kernels.plan import KernelPlan, step_tensors
-from am_lightning.optim.kernels.registry import Choice
+from am_lightning.optim.kernels.plan import KernelPlan, choice_of, step_tensors
 from am_lightning.optim.kernels.transfer import refuse_in_capture
 from am_lightning.optim.kernels.triton.row_launch import RowKernels
 from am_lightning.optim.kernels.workspace import Workspace
@@ -115,7 +113,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
             return None
         self._check_options()
         loss = self._evaluate(closure)
-        layout = self._find_layout()
+        layout = self.param_layout.find(self.param_groups) or self._build_layout()
         # DeepSpeed calls step() for some of the parameters at a time: all sums are formed in the first of the calls
         decision, shared = None if self.pre_pass is None else self.pre_pass(layout), None
         local = self.prepare(layout)  # this step's tensors, the kernels that serve them, and coefficients
@@ -152,7 +150,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         moments = partial(self._store.moments, self.state, self.param_groups, self.exp_avg_dtype)
         tensors = step_tensors(layout, moments, type(self).__name__)
         groups = self.param_groups
-        of_groups = [(self._group_options(g), Choice(g["foreach"], g.get("fused"))) for g in groups]
+        of_groups = [(self._group_options(group), choice_of(group)) for group in groups]
         of_rows = [of_groups[layout.logical_params[row].group_index] for row in tensors.rows]
         plan = self._plan = self._plans.get(layout)
         if plan is None or plan.made_for != (tensors.kinds(), of_rows):
@@ -267,14 +265,13 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """Add a group of parameters; its options are checked before anything changes."""
         checked = {}
         if isinstance(param_group, dict):
-            repeated = called_by_zero_redundancy()
-            param_group = group_checks.without_whole_options(param_group, self, repeated=repeated)
+            param_group = group_checks.without_whole_options(param_group, self)
             checked = self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         self.param_groups[-1].update(checked)
         self.param_layout.given.remember(self.param_groups)
-        self.param_layout.rename_bound()  # a layer that was added to the model in mid-run has a name
-        self._forget_layout()
+        if self.param_layout.rename_bound():  # a layer that was added to the model in mid-run has a name
+            self._forget_layout()
 
     # ------------------------------------------------------------------ layouts
     @property
@@ -342,17 +339,14 @@ class AdaptiveMemoryOptimizer(Optimizer):
     def current_layout(self) -> ShardLayout:
         """As ``layout``; built, collectively, at the first step and when parameters are others, moved or cast."""
         self._check_options()
-        return self._find_layout()
+        return self.param_layout.find(self.param_groups) or self._build_layout()
 
-    def _find_layout(self) -> ShardLayout:
-        layout = self.param_layout.find(self.param_groups)
-        if layout is None:
-            for param in checked_params_of(self.param_groups):  # a layout takes copies, collectives, kernels to build
-                refuse_in_capture(param)
-            if not self.is_partitioned():
-                self._forget_layout()
-            layout = self.param_layout.build(self.param_groups, self._check_layout)
-        return layout
+    def _build_layout(self) -> ShardLayout:
+        for param in checked_params_of(self.param_groups):  # a layout takes copies, collectives, kernels to build
+            refuse_in_capture(param)
+        if not self.is_partitioned():
+            self._forget_layout()
+        return self.param_layout.build(self.param_groups, self._check_layout)
 
     def _forget_layout(self) -> None:
         self._store.forget_layouts()

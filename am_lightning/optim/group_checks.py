@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from am_lightning.distributed.call_stack import called_by_zero_redundancy
 from am_lightning.optim.validation import WHOLE_OPTIMIZER, as_float, check_names, check_number, described, is_one_number
 
 
@@ -28,17 +29,14 @@ def refuse_module(params: Any) -> None:
         )
 
 
-def without_whole_options(group: dict[str, Any], optimizer: Any, *, repeated: bool) -> dict[str, Any]:
-    """A new group without options of the whole optimizer.
-
-    Args:
-        repeated: all arguments are repeated in the groups, as ZeroRedundancyOptimizer does.
+def without_whole_options(group: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """A new group without options of the whole optimizer, which ZeroRedundancyOptimizer repeats in the groups.
 
     Raises:
-        ValueError: it has one.
+        ValueError: it has one, and is not ZeroRedundancyOptimizer's or has another value.
     """
     for name in set(WHOLE_OPTIMIZER).intersection(group):
-        if group[name] != getattr(optimizer, name, ...) or not repeated:
+        if group[name] != getattr(optimizer, name, ...) or not called_by_zero_redundancy():
             raise ValueError(f"Invalid {name} in a parameter group: {name} is an option of the whole optimizer")
     return {key: value for key, value in group.items() if key not in WHOLE_OPTIMIZER}
 

@@ -116,10 +116,11 @@ class ParamLayout:
         self._model = model
         self.name_parameters(model.named_parameters())
 
-    def rename_bound(self) -> None:
-        """Name layers that were added to the bound model since."""
+    def rename_bound(self) -> bool:
+        """Name layers that were added to the bound model since; False where no model is bound."""
         if self._model is not None:
             self.name_parameters(self._model.named_parameters())
+        return self._model is not None
 
     def bind_engine(self, averaging_group: Any) -> None:
         """An adapter has checked the engine around the optimizer, which is not searched for on the call stack then.
@@ -133,9 +134,12 @@ class ParamLayout:
     def engine(self, param_groups: ParamGroups) -> type[Strategy] | None:
         """The strategy whose engine has replaced the given parameters by flat partitions, or None."""
         engines = strategies.loaded_engines()
-        if not engines or not self.given.keys().isdisjoint(map(id, params_of(param_groups))):
+        if not engines:
             return None
-        looked = tuple(map(id, params_of(param_groups))), frozenset(self.given.keys())
+        ids = tuple(map(id, params_of(param_groups)))
+        if not self.given.keys().isdisjoint(ids):
+            return None
+        looked = ids, frozenset(self.given.keys())
         if looked == self._without_engine:
             return None
         alive = self._replaced or self.given.alive(self._model)

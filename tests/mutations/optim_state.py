@@ -195,8 +195,8 @@ MUTATIONS = [
     Mutation(
         "an option of the whole optimizer is taken in a group",
         "am_lightning/optim/group_checks.py",
-        "getattr(optimizer, name, ...) or not repeated:",
-        "getattr(optimizer, name, ...) and not repeated:",
+        "getattr(optimizer, name, ...) or not called_by_zero_redundancy():",
+        "getattr(optimizer, name, ...) and not called_by_zero_redundancy():",
         ("tests/generic/test_errors.py::test_an_option_of_the_whole_optimizer_is_refused_in_a_group",),
     ),
     Mutation(

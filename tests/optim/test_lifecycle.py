@@ -46,7 +46,9 @@ def test_a_group_added_in_mid_run(kind: str, scope: str, foreach: bool | None) -
     run_bowl(twin, Bowl.around(SHAPES, seed=1), [(r,) for r in RATES[kind]])
     late = [(f"late{i}", p) for i, (_, p) in enumerate(named_params(LATE, torch.float64, seed=9))]
     cap = {"betas": (0.6, 0.9)} if kind == "adamw" else {"beta_max": 0.5}
+    before = optimizer.describe()
     optimizer.add_param_group({"params": late, "lr": 0.3, "weight_decay": 0.05, **cap})
+    assert optimizer.layout is not None and optimizer.describe() == before != "no step made yet"  # of the steps so far
     group = optimizer.param_groups[-1]
     twin.oracle.add_group({"params": [to_numpy(p) for _, p in late], **oracle_options(optimizer, group)})
     assert list(optimizer.momentum()) == ["w0", "w1", "w2", "late0", "late1"]

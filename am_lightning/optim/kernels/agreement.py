@@ -12,7 +12,8 @@ from torch import Tensor
 from am_lightning.distributed import LogicalParam, ShardLayout
 from am_lightning.optim.kernels import registry
 from am_lightning.optim.kernels.cpu.build import load_library
-from am_lightning.optim.kernels.registry import CPP, TRITON, Choice, fused_kernel, kernels_for
+from am_lightning.optim.kernels.plan import choice_of
+from am_lightning.optim.kernels.registry import CPP, TRITON, fused_kernel, kernels_for
 from am_lightning.optim.kernels.transfer import is_fake
 from am_lightning.optim.kernels.triton.check import Kind
 from am_lightning.optim.kernels.triton.row_launch import RowKernels
@@ -21,11 +22,6 @@ from am_lightning.optim.param_state import direction_dtype, sums_live_on
 from am_lightning.optim.state_store import Scalars, StateScalars
 
 Groups = Sequence[dict[str, Any]]
-
-
-def choice_of(group: dict[str, Any]) -> Choice:
-    """A group's options; AMSGD's have no ``fused``."""
-    return Choice(group["foreach"], group.get("fused"))
 
 
 def agree_on_kernels(

@@ -29,6 +29,11 @@ _ndim = attrgetter("ndim")
 _NOTHING = torch.empty(0, device="cpu")
 
 
+def choice_of(group: dict[str, Any]) -> Choice:
+    """A group's kernel options; AMSGD's have no ``fused``."""
+    return Choice(group["foreach"], group.get("fused"))
+
+
 class StepTensors(NamedTuple):
     """This step's local tensors of the logical parameters that have a gradient here.
 
@@ -91,10 +96,11 @@ class KernelPlan:
         for (kernel, _), shards in served.items():
             self.kernels[kernel] = self.kernels.get(kernel, 0) + len(shards)
         self._unscaled = [shard for (kernel, _), of in served.items() if not kernel.scales_gradients for shard in of]
-        self._passes: list[tuple[tuple[int, ...], Passes]] = [
-            (tuple(shard.row for shard in shards), kernel.passes(shards, workspace))
-            for (kernel, _), shards in served.items()
-        ]
+        self._passes: list[tuple[tuple[int, ...] | None, Passes]] = []  # rows: None for all of them, in order
+        for (kernel, _), shards in served.items():
+            rows = tuple(shard.row for shard in shards)
+            every = rows == tuple(range(self._row_count))
+            self._passes.append((None if every else rows, kernel.passes(shards, workspace)))
         self._begins = [passes.begin for _, passes in self._passes if isinstance(passes, Prepares)]
 
     def _kernel_of(self, shard: LocalShard, choice: Choice) -> Kernel:
@@ -171,12 +177,11 @@ class KernelPlan:
 
     def sums(self, coefficients: Coefficients) -> Tensor:
         """Pass 1, read-only: ``[rows, 2]``, N and D; zero for rows without a gradient here."""
-        everything = tuple(range(self._row_count))
         out: Tensor | None = None
         for rows, passes in self._passes:
             pairs = passes.sums(coefficients, self._dtype)
             pairs = pairs if pairs.device == self._device else moved(pairs, self._device)
-            if rows == everything:
+            if rows is None:
                 return pairs
             if out is None:
                 out = torch.zeros(self._row_count, 2, dtype=self._dtype, device=self._device)
