@@ -270,8 +270,6 @@ class AdaptiveMemoryOptimizer(Optimizer):
         super().add_param_group(param_group)
         self.param_groups[-1].update(checked)
         self.param_layout.given.remember(self.param_groups)
-        if self.param_layout.rename_bound():  # a layer that was added to the model in mid-run has a name
-            self._forget_layout()
 
     # ------------------------------------------------------------------ layouts
     @property
@@ -282,7 +280,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
     @replica_group.setter
     def replica_group(self, group: Any) -> None:
         self.param_layout.replica_group = group
-        self._forget_layout()
+        self._forget_plans()
 
     @property
     def pipeline_group(self) -> Any:
@@ -296,12 +294,12 @@ class AdaptiveMemoryOptimizer(Optimizer):
     @pipeline_group.setter
     def pipeline_group(self, group: Any) -> None:
         self.param_layout.pipeline_group = group
-        self._forget_layout()
+        self._forget_plans()
 
     def name_parameters(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Give unnamed parameters the names of ``module.named_parameters()``; those of other parameters are ignored."""
         self.param_layout.name_parameters(named_parameters)
-        self._forget_layout()
+        self._forget_plans()
 
     def bind_model(self, model: torch.nn.Module) -> None:
         """Take names and FSDP1's process groups from the module that holds the parameters. Not saved.
@@ -312,7 +310,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
             model: the outermost module, as it is trained (wrapped by FSDP or DDP); else TypeError.
         """
         self.param_layout.bind_model(model)
-        self._forget_layout()
+        self._forget_plans()
 
     def parameter_names(self) -> list[str]:
         """The distinct names, in the order of the groups; a flat parameter has those of the tensors in it."""
@@ -345,13 +343,12 @@ class AdaptiveMemoryOptimizer(Optimizer):
         for param in checked_params_of(self.param_groups):  # a layout takes copies, collectives, kernels to build
             refuse_in_capture(param)
         if not self.is_partitioned():
-            self._forget_layout()
+            self._forget_plans()
         return self.param_layout.build(self.param_groups, self._check_layout)
 
-    def _forget_layout(self) -> None:
+    def _forget_plans(self) -> None:
         self._store.forget_layouts()
         self._plans, self._row_kernels = {}, {}
-        self.param_layout.drop()
 
     def _check_layout(self, layout: ShardLayout) -> None:
         """Refuse a layout whose sums the scope cannot have, before anything moves; then agree on kernels."""

@@ -116,12 +116,6 @@ class ParamLayout:
         self._model = model
         self.name_parameters(model.named_parameters())
 
-    def rename_bound(self) -> bool:
-        """Name layers that were added to the bound model since; False where no model is bound."""
-        if self._model is not None:
-            self.name_parameters(self._model.named_parameters())
-        return self._model is not None
-
     def bind_engine(self, averaging_group: Any) -> None:
         """An adapter has checked the engine around the optimizer, which is not searched for on the call stack then.
 
@@ -169,7 +163,7 @@ class ParamLayout:
         surroundings = Surroundings(self._model)
         if self.engine(param_groups) is not None:
             surroundings = Surroundings(self._model, *self.given.held(self._replaced, param_groups))
-        if self._model is not None:  # a layer that took another's place may have an id that was the other's
+        if self._model is not None:  # a layer may have been added, or have an id that was another's
             self.given.known_names |= names_by_id(self._model.named_parameters())
         names = {**self.given.names_by_position(param_groups), **self.given.known_names}
         return logical_params_of(param_groups, surroundings=surroundings, known_names=names)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from am_lightning.optim.kernels.cpu.build import find_compiler
+from am_lightning.optim.kernels.cpu.compiler import find_compiler
 from tests.device import ON_GPU
 from tests.gpu.steps import words_of
 from tests.sharding.pool import Pool, RankError

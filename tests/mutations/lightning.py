@@ -124,8 +124,8 @@ MUTATIONS = [
     Mutation(
         "a layer that is added in mid-run has no name",
         "am_lightning/optim/param_layout.py",
-        "if self._model is not None:\n            self.name_parameters",
-        "if self._model is None:\n            self.name_parameters",
+        "self.given.known_names |= names_by_id",
+        "names_by_id",
         (f"{_LIVE}::test_a_layer_that_is_added_has_its_name",),
     ),
     Mutation(

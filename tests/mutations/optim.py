@@ -12,6 +12,7 @@ _FOREACH = "am_lightning/optim/kernels/foreach.py"
 _PACKS = "am_lightning/optim/kernels/buckets.py"
 _BLOCKED = "am_lightning/optim/kernels/cpu/chunked.py"
 _LOOP = "am_lightning/optim/kernels/cpu/kernels.cpp"
+_PATHS = "am_lightning/optim/kernels/cpu/paths.cpp"
 _TABLES = "am_lightning/optim/kernels/triton/tables.py"
 _PASSES = "am_lightning/optim/kernels/plan.py"
 
@@ -314,7 +315,7 @@ MUTATIONS = [
     ),
     Mutation(
         "C++ loop: a tensor's sums are those of its last block",
-        _LOOP,
+        _PATHS,
         "out[2 * blocks[b].shard] += partial[2 * b];",
         "out[2 * blocks[b].shard] = partial[2 * b];",
         (f"{_FUSED}::test_float32_against_float64[tensor-plain-cpp]",),
@@ -322,16 +323,23 @@ MUTATIONS = [
     Mutation(
         "C++ loop: the update descends where it is to ascend",
         _LOOP,
-        "C* x = tile<C, native>(shard.x, shard.x_kind, first, n, sx);\n    if (shard.maximize) g = negated(g, n, sg);",
-        "C* x = tile<C, native>(shard.x, shard.x_kind, first, n, sx);",
+        "negated(g, n, sg);\n#pragma omp simd\n",
+        "g;\n#pragma omp simd\n",
         (f"{_FUSED}::test_float32_against_float64[tensor-maximize-cpp]",),
     ),
     Mutation(
         "C++ loop: tensors that do not count are written",
-        _LOOP,
+        _PATHS,
         "if (active && !active[facts[p].row]) continue;",
         "(void)active;",
         (f"{_FUSED}::test_a_step_that_is_not_finite_changes_nothing[nan-cpp]",),
+    ),
+    Mutation(
+        "C++ loop: products and sums are rounded together where a CPU can",
+        "am_lightning/optim/kernels/cpu/compiler.py",
+        '"-ffp-contract=off"',
+        '"-ffp-contract=fast"',
+        (f"{_FUSED}::test_all_instruction_sets_give_the_same_bits[float32]",),
     ),
     Mutation(
         "C++ loop: the noise of rounding is another tensor's",
@@ -395,13 +403,6 @@ MUTATIONS = [
         "workspace.why_no_fused = workspace.why_no_fused or why_not",
         "workspace.why_no_fused = why_not",
         ("tests/optim/test_fused_launch.py::test_the_default_needs_triton_on_every_rank",),
-    ),
-    Mutation(
-        "equal builds of the C++ loop look different, for their squares are sent in float32",
-        "am_lightning/optim/kernels/agreement.py",
-        "torch.tensor(votes, dtype=torch.float64, ",
-        "torch.tensor(votes, dtype=torch.float32, ",
-        ("tests/optim/test_fused_launch.py::test_ranks_with_other_builds_of_the_cpp_loop_are_told",),
     ),
     Mutation(
         "a kept plan holds the gradients of its last step",

@@ -89,7 +89,7 @@ def test_one_of_another_user_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_pa
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file away")
 def test_a_library_that_another_user_planted_is_built_anew(tmp_path: Path) -> None:
     """It would run with this user's rights; one without our functions is built anew, too."""
-    program = "from am_lightning.optim.kernels.cpu.build import load_library; print(load_library().build)"
+    program = "from am_lightning.optim.kernels.cpu.build import load_library; print(load_library().description)"
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
 
     def build() -> str:
@@ -97,7 +97,7 @@ def test_a_library_that_another_user_planted_is_built_anew(tmp_path: Path) -> No
         return done.stdout
 
     built = build()
-    (path,) = (tmp_path / "am_lightning").glob("loop_*.so")
+    (path,) = (tmp_path / "am_lightning").glob("kernels_*.so")
     for owner, planted in ((12345, path.read_bytes()), (0, b"no library")):
         path.write_bytes(planted)
         os.chown(path, owner, -1)

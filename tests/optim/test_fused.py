@@ -125,13 +125,15 @@ def test_unaligned_views(implementation: str) -> None:
     assert torch.equal(base[17_017:18_001], before)
 
 
-def run_steps(steps: int = 4, bad: int | None = None, start: int = 0, **options: Any) -> AMAdamW:
-    params = named_params(SHAPES, torch.float32)
+def run_steps(
+    steps: int = 4, bad: int | None = None, start: int = 0, dtype: torch.dtype = torch.float32, **options: Any
+) -> AMAdamW:
+    params = named_params(SHAPES, dtype)
     optimizer = AMAdamW(params, lr=0.05, weight_decay=0.1, fused=True, **options)
     for step in range(start, steps):
         generator = torch.Generator().manual_seed(step)
         for i, (_, p) in enumerate(params):
-            p.grad = torch.randn(p.shape, generator=generator) + 0.5 * p.detach()
+            p.grad = torch.randn(p.shape, generator=generator).to(dtype) + 0.5 * p.detach()
             if step == bad and i == 1:
                 p.grad[-1] = float("nan")
         optimizer.step()
@@ -151,6 +153,26 @@ def test_the_number_of_threads_does_not_matter(implementation: str, threads: Cal
         ends.append(snapshot(run_steps(scope="global")))
     assert_bitwise(ends[0], ends[1])
     assert_bitwise(ends[0], ends[2])
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float64, torch.bfloat16, torch.float16, "bfloat16 exp_avg"],
+    ids=lambda dtype: str(dtype).removeprefix("torch."),
+)
+def test_all_instruction_sets_give_the_same_bits(dtype: torch.dtype | str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So replicas on different CPUs stay equal, and a run goes on alike on another machine."""
+    library = compiler.load_library()
+    if len(library.paths) == 1:
+        pytest.skip(f"this CPU has {', '.join(library.paths)} alone")
+    low = {"exp_avg_dtype": torch.bfloat16} if isinstance(dtype, str) else {}
+    ends = {}
+    for name, path in library.paths.items():
+        monkeypatch.setattr(library, "path", path)
+        ends[name] = snapshot(run_steps(dtype=torch.float32 if isinstance(dtype, str) else dtype, **low))
+    first, *others = ends.values()
+    for other in others:
+        assert_bitwise(first, other)
 
 
 @each_implementation
@@ -258,7 +280,7 @@ def test_a_device_without_kernels_is_named() -> None:
 
 @pytest.mark.slow
 def test_a_damaged_library_is_built_anew(tmp_path: Path) -> None:
-    program = "from am_lightning.optim.kernels.cpu.build import load_library as load; print(load().build)"
+    program = "from am_lightning.optim.kernels.cpu.build import load_library as load; print(load().description)"
     env = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
 
     def build_it() -> str:
@@ -301,7 +323,8 @@ def test_processes_that_build_at_once_and_a_killed_build(tmp_path: Path) -> None
     """Nobody waits for anybody: leftovers of a killed build are in no one's way, a path may have spaces."""
     folder = tmp_path / "a folder" / "am_lightning"
     folder.mkdir(parents=True)
-    (folder / "building_killed.so").write_bytes(b"\x7fELF half of a libr")
+    (folder / "building_killed").mkdir()
+    (folder / "building_killed" / "library.so").write_bytes(b"\x7fELF half of a libr")
     program = "from am_lightning.optim.kernels.cpu.build import load_library as load; print(load().description)"
     env = os.environ | {"TORCH_EXTENSIONS_DIR": str(folder.parent), "OMP_NUM_THREADS": "1"}
     running = [
@@ -313,4 +336,4 @@ def test_processes_that_build_at_once_and_a_killed_build(tmp_path: Path) -> None
         assert process.returncode == 0, err
         assert "C++ loop" in out or "OpenMP" in out
     built = sorted(p.name for p in folder.iterdir())
-    assert len(built) == 2 and "building_killed.so" in built
+    assert len(built) == 2 and "building_killed" in built

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -131,13 +130,13 @@ def test_a_converted_run_goes_on_and_warns(broken: StandIn) -> None:
 class Together:
     """A layout of tensors that another rank shares, whose vote is known.
 
-    A vote: asked and failed, default and failed, fallen back, has the C++ loop, its build and that number's square.
+    A vote: asked and failed, default and failed, fallen back.
     """
 
     def __init__(self, optimizer: Any, *vote: float) -> None:
         params = optimizer.param_layout.logical_params(optimizer.param_groups)
         self.logical_params, self.reductions = params, [object()]
-        self.vote, self.own = (*vote, *[0.0] * (6 - len(vote))), []
+        self.vote, self.own = (*vote, *[0.0] * (3 - len(vote))), []
 
     def all_reduce(self, packed: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
         self.own.append(shared.tolist())
@@ -176,7 +175,7 @@ def test_a_rank_that_fails_votes_all_the_same(broken: StandIn) -> None:
     layout: Any = Together(optimizer)
     with pytest.raises(RuntimeError, match=TEXT):
         agree_on_kernels(layout, optimizer.param_groups, optimizer._workspace, None, None)
-    assert layout.own == [[1, 0, 0, 0, 0, 0]]
+    assert layout.own == [[1, 0, 0]]
 
 
 def test_ranks_agree_at_the_first_step(working: StandIn) -> None:
@@ -190,15 +189,9 @@ def test_ranks_agree_at_the_first_step(working: StandIn) -> None:
     assert optimizer.param_groups[0]["fused"] is None
 
 
-def test_ranks_with_other_builds_of_the_cpp_loop_are_told() -> None:
-    build = compiler.load_library().build
+def test_a_rank_that_lacks_the_cpp_loop_stops_all() -> None:
     optimizer: Any = AMAdamW(params(), fused=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        agree(optimizer, 0, 0, 0, 1, build, build**2)
-        agree(optimizer)  # a rank whose parameters lie elsewhere has no loop
-    with pytest.warns(UserWarning, match="different compilers or for different CPUs"):
-        agree(optimizer, 0, 0, 0, 1, build + 1, (build + 1) ** 2)
+    agree(optimizer)  # a rank whose parameters lie elsewhere needs none
     with pytest.raises(RuntimeError, match=r"on the CPU needs C.*it does not work on 1 of the other ranks"):
         agree(optimizer, 1)
 
@@ -214,7 +207,7 @@ def test_a_rank_whose_compiler_is_no_command_votes_all_the_same(monkeypatch: pyt
             agree_on_kernels(layout, optimizer.param_groups, optimizer._workspace, None, None)
     finally:
         compiler.load_library.cache_clear()
-    assert layout.own == [[1, 0, 0, 0, 0, 0]]
+    assert layout.own == [[1, 0, 0]]
 
 
 def stepped(**options: Any) -> str:

@@ -41,6 +41,7 @@ ADAPTERS = {
     "am_lightning.deepspeed.engine": {"deepspeed"},
     "am_lightning.clients.timm": {"timm"},
     "am_lightning.clients.torchtitan": {"torchtitan"},
+    "am_lightning.optim.kernels.cpu.wheel": {"hatchling"},
     "am_lightning.optim.kernels.triton.kernels": {"triton"},
     "am_lightning.optim.kernels.triton.row_kernels": {"triton"},
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import email
 import os
 import subprocess
+import sysconfig
 import tarfile
 import zipfile
 from email.message import Message
@@ -12,13 +13,17 @@ from pathlib import Path
 
 import pytest
 
+from am_lightning.optim.kernels.cpu.compiler import source_key
 from tests.package.tree import PACKAGE, RECIPES, ROOT, STUDIES, extras, files, version
 from tests.python import COLD
 
+LIBRARY = f"am_lightning/optim/kernels/cpu/kernels_{source_key()}.so"
 
-def _build(source: Path, out: Path, target: str) -> Path:
+
+def _build(source: Path, out: Path, target: str, **variables: str) -> Path:
     command = [COLD, "-m", "hatchling", "build", "-t", target, "-d", str(out)]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=120)
+    env = os.environ | variables
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=120, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = out.iterdir()
     return built
@@ -53,8 +58,10 @@ def test_wheel_is_the_package_with_the_recipes_and_nothing_else(wheel: Path) -> 
     }
     info = f"am_lightning-{version()}.dist-info"
     assert "am_lightning/py.typed" in package
-    assert _names(wheel) == package | {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")}
-    assert wheel.name == f"am_lightning-{version()}-py3-none-any.whl"
+    package |= {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")}
+    assert _names(wheel) == package | {LIBRARY}
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert wheel.name == f"am_lightning-{version()}-py3-none-{platform}.whl"
 
 
 def test_wheel_metadata(wheel: Path) -> None:
@@ -76,6 +83,28 @@ def test_scripts_stay_executable(wheel: Path) -> None:
     scripts = [path.relative_to(RECIPES) for path in files() if RECIPES in path.parents and os.access(path, os.X_OK)]
     assert Path("launch/torchrun.sh") in scripts
     assert all(modes[f"am_lightning/recipes/files/{path}"] & 0o111 for path in scripts)
+
+
+@pytest.mark.slow
+def test_a_wheel_brings_its_own_loop(wheel: Path, tmp_path: Path) -> None:
+    """Unpacked where no compiler is, it steps with it; one that is made without a compiler steps all the same."""
+    code = (
+        "import torch, am_lightning\n"
+        "param = torch.nn.Parameter(torch.ones(3)); param.grad = torch.ones(3)\n"
+        "optimizer = am_lightning.AMAdamW([param]); optimizer.step(); print(optimizer.describe())\n"
+        "am_lightning.AMAdamW([param], fused='C++' in optimizer.describe())\n"
+    )
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    pure = _build(ROOT, tmp_path / "pure", "wheel", PATH=str(tools), CXX="")
+    assert pure.name == f"am_lightning-{version()}-py3-none-any.whl" and LIBRARY not in _names(pure)
+    for built, kernel in ((wheel, "C++ loop"), (pure, "chunked for 1 (no fused kernel: $CXX, c++, g++")):
+        folder = tmp_path / kernel.partition(" ")[0]
+        zipfile.ZipFile(built).extractall(folder)
+        env = {"PATH": str(tools), "PYTHONPATH": str(folder), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+        done = subprocess.run([COLD, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert kernel in done.stdout and ("of the wheel" in done.stdout) == (built is wheel), done.stdout + done.stderr
+    assert not (tmp_path / "extensions").exists()
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from am_lightning.distributed import LogicalParam, ShardLayout
 from am_lightning.optim.kernels import registry
-from am_lightning.optim.kernels.cpu.build import load_library
 from am_lightning.optim.kernels.plan import choice_of
 from am_lightning.optim.kernels.registry import CPP, TRITON, fused_kernel, kernels_for
 from am_lightning.optim.kernels.transfer import is_fake
@@ -38,9 +37,6 @@ def agree_on_kernels(
 
     Raises:
         RuntimeError: ``fused=True`` does not work on some rank; on every rank alike.
-
-    Warns:
-        UserWarning: with ``fused=True`` the ranks' C++ loops were built by other compilers, or for other CPUs.
     """
     if is_fake():
         return True
@@ -48,24 +44,12 @@ def agree_on_kernels(
     if not (asked or default or dropped is not None):
         return True  # a converted optimizer may have fallen back on some ranks only, which vote too
     missing, reason = (next(filter(None, map(_why_not, sorted(kinds, key=str))), "") for kinds in (asked, default))
-    cpp = [kinds for kinds, why in ((asked, missing), (default, reason)) if not why and _on_cpu(kinds)]
-    build = load_library().build if cpp else 0
-    votes = [bool(missing), bool(reason), bool(dropped), bool(build), build, build * build]
-    failed, without, fallen, builds, total, squares = _summed(votes, layout)
+    failed, without, fallen = _summed([bool(missing), bool(reason), bool(dropped)], layout)
     if failed:
         others = f"it does not work on {failed} of the other ranks (their own errors say why): install it on all nodes"
         kernel = fused_kernel(sorted(asked, key=str)[0].device) or CPP
         raise RuntimeError(f"fused=True {registry.needs(kernel)}, but {missing or others}, or use fused=None")
-    same = builds * squares == total * total  # where all builds are, and nowhere else (Cauchy and Schwarz)
-    if not same and _on_cpu(asked):
-        warnings.warn(
-            "fused=True: the ranks' C++ loops were built by different compilers or for different CPUs, so that copies "
-            "of a parameter may come to differ in their last bits; fused=None avoids it",
-            stacklevel=2,
-        )
     why = reason or (f"it does not work on {without} of the other ranks" if without else "")
-    if not same and _on_cpu(default):
-        why = "the ranks' C++ loops were built by different compilers or for different CPUs"
     _take_default(workspace, {kind.device.type for kind in default}, why)
     return not fallen
 
@@ -94,10 +78,6 @@ def _kinds(
     return asked, default
 
 
-def _on_cpu(kinds: set[Kind]) -> bool:
-    return any(fused_kernel(kind.device) is CPP for kind in kinds)
-
-
 def _why_not(kind: Kind) -> str:
     kernel = fused_kernel(kind.device)
     if kernel is None:
@@ -109,14 +89,13 @@ def _why_not(kind: Kind) -> str:
         return str(error) or type(error).__name__
 
 
-def _summed(votes: list[Any], layout: ShardLayout) -> list[int]:
+def _summed(votes: list[bool], layout: ShardLayout) -> list[int]:
     """Over all ranks that share the layout's tensors."""
     if not layout.reductions:
         return [int(vote) for vote in votes]
     device, dtype = sums_live_on([logical.param for logical in layout.logical_params])
     nothing = torch.zeros(len(layout.logical_params), 1, dtype=dtype, device=device)
-    numbers = torch.tensor(votes, dtype=torch.float64, device="cpu")  # the square of a build has up to 40 bits
-    total: Tensor | None = layout.all_reduce(nothing, numbers.to(nothing))[1]
+    total: Tensor | None = layout.all_reduce(nothing, torch.tensor(votes, device="cpu").to(nothing))[1]
     assert total is not None
     return [int(number) for number in total.tolist()]
 

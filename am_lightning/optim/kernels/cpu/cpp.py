@@ -67,6 +67,8 @@ class CppPasses:
             ctypes.c_void_p(self._options.buffer_info()[0]),
             ctypes.c_void_p(table.data_ptr()),
             ctypes.c_int64(len(shards)),
+            ctypes.c_int(self._library.path),
             ctypes.c_int(torch.get_num_threads()),
+            ctypes.c_void_p(self._library.parallel),
             ctypes.c_void_p(last.data_ptr()),
         )

@@ -1,0 +1,116 @@
+"""Compiles the CPU's C++ loop with any compiler that takes GCC's options. Imports no torch: wheels are built with it.
+
+The library is good for every CPU of an architecture: one object for each instruction set, chosen when it is loaded. It
+needs the C and C++ libraries and nothing else, and so serves all versions of Python, torch and OpenMP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+_FOLDER = Path(__file__).parent
+_SOURCES = ("kernels.cpp", "paths.cpp", "work.h")
+# -ffp-contract=off: every operation is rounded by itself, so all compilers and instruction sets give the same bits.
+_OPTIONS = ["-O2", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fPIC"]
+_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+_PORTABLE: dict[str, list[str]] = {"am_portable": []}  # function -> options of its instruction set
+_X86 = {**_PORTABLE, "am_avx2": ["-mavx2"], "am_avx512": _AVX512}
+_SECONDS = 300
+NO_COMPILER = (
+    "$CXX, c++, g++ and clang++ cannot be run. Install one (Debian, Ubuntu: apt-get install g++; conda: conda install "
+    "cxx-compiler; macOS: xcode-select --install), set CXX to one that is elsewhere"
+)
+
+
+def find_compiler() -> list[str] | None:
+    """The command of a C++ compiler with GCC's options: ``$CXX``, else the first of c++, g++, clang++; None without.
+
+    Raises:
+        ValueError: ``$CXX`` is no command line.
+    """
+    if sys.platform == "win32":
+        return None
+    try:
+        candidates = [shlex.split(os.environ["CXX"])] if os.environ.get("CXX") else [["c++"], ["g++"], ["clang++"]]
+    except ValueError as error:
+        raise ValueError(f"Invalid CXX: {os.environ['CXX']!r} is no command line: {error}") from error
+    return next((command for command in candidates if command and shutil.which(command[0])), None)
+
+
+def version_of(command: Sequence[str]) -> str:
+    """What the compiler calls itself.
+
+    Raises:
+        RuntimeError: it cannot be run.
+    """
+    return _output([[*command, "--version"]])[0].partition("\n")[0]
+
+
+def source_key(*words: str) -> str:
+    """Twenty-four hexadecimal digits of the sources, the options and ``words``."""
+    parts = [*((_FOLDER / name).read_text() for name in _SOURCES), *_OPTIONS, *_AVX512, *words]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+def compile_library(command: Sequence[str], path: Path) -> None:
+    """Build the library. ``path`` appears when it is complete, and replaces what was there.
+
+    Raises:
+        RuntimeError: the compiler fails; the text holds what it said.
+        OSError: the folder cannot be written.
+    """
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    failures = []
+    for functions in [_X86, _PORTABLE] if x86 else [_PORTABLE]:  # old compilers know only some instruction sets
+        try:
+            with tempfile.TemporaryDirectory(prefix="building_", dir=path.parent) as folder:
+                _build(list(command), functions, Path(folder))
+                os.chmod(Path(folder, "library.so"), 0o755)
+                os.replace(Path(folder, "library.so"), path)
+            return
+        except RuntimeError as error:
+            failures.append(str(error))
+    raise RuntimeError(f"{shlex.join(command)} cannot build {_FOLDER / 'kernels.cpp'}: {failures[0]}")
+
+
+def _build(command: list[str], functions: dict[str, list[str]], folder: Path) -> None:
+    compile_one = [*command, *_OPTIONS, "-c", str(_FOLDER / "kernels.cpp")]
+    paths = [*command, *_OPTIONS, *(["-DAM_X86"] if functions is _X86 else [])]
+    objects = {name: str(folder / f"{name}.o") for name in [*functions, "paths"]}
+    commands = [[*compile_one, *more, f"-DAM_PATH={name}", "-o", objects[name]] for name, more in functions.items()]
+    _output([*commands, [*paths, "-c", str(_FOLDER / "paths.cpp"), "-o", objects["paths"]]])
+    complete = ["-Wl,-z,defs"] if sys.platform == "linux" else []
+    _output([[*paths, "-shared", *complete, *objects.values(), "-o", str(folder / "library.so")]])
+
+
+def _output(commands: Sequence[Sequence[str]]) -> list[str]:
+    """What each of some commands, which run side by side, prints."""
+    running: list[subprocess.Popen[str]] = []
+    printed = []
+    try:
+        for command in commands:
+            running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        for command, process in zip(commands, running, strict=True):
+            out, err = process.communicate(timeout=_SECONDS)
+            if process.returncode != 0:
+                raise RuntimeError(f"{shlex.join(command)} failed: {err.strip()[-2000:]}")
+            printed.append(out)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{shlex.join(error.cmd)} took more than {_SECONDS} s") from error
+    except OSError as error:
+        raise RuntimeError(f"{shlex.join(commands[len(running)])} cannot be run: {error}") from error
+    finally:
+        for process in running:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+    return printed
