@@ -3,12 +3,13 @@
 #
 #   tests/run.sh               everything that a change may break
 #   tests/run.sh --fast        the tests that take seconds, while writing
-#   tests/run.sh --nightly     also the many cases of what the others have one case of, and more random examples
+#   tests/run.sh --nightly     also the many cases of what the others have one case of, and more random examples; then
+#                              tests/clients.sh: programs of others, which it installs (9 GB, 3 GB of it CUDA for torch)
 #   tests/run.sh --ci          what .ci/run does: the first, and one case of each kind of --nightly
 #   tests/run.sh -k sgd -x     anything else goes to pytest; paths are relative to the repository's root
 #
 # A gate runs on all cores (pytest-xdist, a file at a time); with arguments for pytest, tests run in one process.
-# The exit status is pytest's.
+# The exit status is pytest's, with --nightly that of tests/clients.sh where all before it passed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source recipes/env.sh
@@ -29,4 +30,11 @@ for arg in "$@"; do
 done
 if [ "$gate" = nightly ]; then export HYPOTHESIS_PROFILE="${HYPOTHESIS_PROFILE:-nightly}"; fi
 if [ "$gate" != full ] || [ ${#parallel[@]} != 0 ]; then args+=(--gate "$gate"); fi
-exec "$PYTHON" -m pytest ${parallel[@]+"${parallel[@]}"} ${args[@]+"${args[@]}"}
+command=("$PYTHON" -m pytest ${parallel[@]+"${parallel[@]}"} ${args[@]+"${args[@]}"})
+if [ "$gate" != nightly ] || [ ${#parallel[@]} = 0 ]; then exec "${command[@]}"; fi
+status=0
+"${command[@]}" || status=$?
+clients=0
+tests/clients.sh || clients=$?
+if [ "$status" = 0 ]; then status="$clients"; fi
+exit "$status"

@@ -15,6 +15,7 @@
 # the page's table. The exit status is 0 where every test passed or was skipped and every run trained.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source tests/environments.sh
 
 FOLDER="$PWD/.versions"
 EXTRAS=(
@@ -27,33 +28,6 @@ GPU_IMAGE=(
     torchmetrics tensorboard matplotlib tokenizers numpy jinja2 pyyaml filelock tqdm hypothesis pytest pytest-xdist
 )
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-
-fail() {
-    printf 'error: %s\n' "$*" >&2
-    exit 1
-}
-
-find_python() { # $1: 3.X; prints an interpreter that runs: on PATH, else pyenv's
-    local candidate
-    for candidate in "python$1" "$(pyenv root 2>/dev/null || echo "$HOME/.pyenv")/versions/$1".*/bin/python; do
-        if "$candidate" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$1')" >/dev/null 2>&1; then
-            "$candidate" -c 'import sys; print(sys.executable)'
-            return
-        fi
-    done
-    fail "Python $1 is needed for this row: neither python$1 on PATH nor pyenv has one that runs"
-}
-
-find_uv() { # sets UV; one that is not on PATH is installed into an environment of its own
-    UV="$(command -v uv || true)"
-    if [ -z "$UV" ]; then
-        UV="$FOLDER/uv/bin/uv"
-        if [ ! -x "$UV" ]; then
-            python3 -m venv "$FOLDER/uv"
-            "$FOLDER/uv/bin/python" -m pip install --quiet --disable-pip-version-check uv
-        fi
-    fi
-}
 
 install() { # $1: row, $2: interpreter, then uv's arguments
     local python="$2"
@@ -132,10 +106,9 @@ print(" | ".join(found))
 PY
 }
 
-run_row() { # $1: row, $2: 3.X, then pytest's arguments; returns 1 where something failed
+run_row() { # $1: row, then pytest's arguments; returns 1 where something failed
     local row="$1" python="$FOLDER/$1/bin/python" log="$FOLDER/$1.log" trained failed
-    ensure_environment "$1" "$2"
-    shift 2
+    shift
     "$python" -m pytest -n auto --dist loadfile --gate fast -q -rsfE --tb=short -p no:cacheprovider "$@" >"$log" 2>&1 || true
     trained="$(laptop_run "$row")"
     failed=$(($(count failed "$log") + $(count errors? "$log")))
@@ -175,6 +148,7 @@ for row in "${rows[@]}"; do
         gpu-image) version=3.12 ;;
         newest) version=3.13 ;;
     esac
-    run_row "$row" "$version" "$@" || status=1
+    ensure_environment "$row" "$version"  # not in run_row: after || nothing that fails would end it
+    run_row "$row" "$@" || status=1
 done
 exit "$status"

@@ -1,0 +1,28 @@
+"""Programs of others with am_lightning, in their own releases: docs/clients, tests/clients.sh."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PAGES = Path(__file__).parents[2] / "docs" / "clients"
+REQUIRED_VARIABLE = "AM_CLIENTS_TESTS"  # "1" in tests/clients.sh, which has installed what its tests need
+
+
+def client(module: str) -> Any:
+    """Import a module of a client's. Where it is missing the test is skipped; in tests/clients.sh it fails."""
+    if os.environ.get(REQUIRED_VARIABLE) == "1":
+        return importlib.import_module(module)
+    return pytest.importorskip(module)
+
+
+def block(page: str, language: str) -> str:
+    """The first block of code of a language on a page of docs/clients."""
+    found = re.search(rf"^```{language}\n(.*?)\n```$", (PAGES / page).read_text(), re.MULTILINE | re.DOTALL)
+    assert found is not None, f"docs/clients/{page} has no block of {language}"
+    return found[1]

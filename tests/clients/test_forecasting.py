@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 from am_lightning import AdaptiveMemory, AMAdamW
+from tests.clients import client
 
 pytestmark = [pytest.mark.nightly("clients"), pytest.mark.slow]
 SERIES = np.sin(np.arange(120) / 5).astype(np.float32)
 
 
 def test_darts(tmp_path: Path) -> None:
-    pytest.importorskip("darts")
-    pytest.importorskip("pytorch_lightning")
+    client("darts")
+    client("pytorch_lightning")
     from darts import TimeSeries
     from darts.models import NBEATSModel
 
@@ -34,7 +35,7 @@ def test_darts(tmp_path: Path) -> None:
 
 
 def test_pytorch_forecasting(tmp_path: Path) -> None:
-    forecasting = pytest.importorskip("pytorch_forecasting")
+    forecasting = client("pytorch_forecasting")
     import lightning.pytorch as pl
     import pandas
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from am_lightning import AMSGD, AMAdamW
+from tests.clients import client
 from tests.python import PYTHON
 
 pytestmark = pytest.mark.nightly("clients")
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parents[2]
     ],
 )
 def test_timm_makes_them(name: str, kind: type, options: dict[str, object]) -> None:
-    optim = pytest.importorskip("timm.optim")
+    optim = client("timm.optim")
     import am_lightning.clients.timm  # noqa: F401
 
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
@@ -39,7 +40,7 @@ def test_timm_makes_them(name: str, kind: type, options: dict[str, object]) -> N
 
 
 def test_a_script_of_timms_finds_them(tmp_path: Path) -> None:
-    pytest.importorskip("timm")
+    client("timm")
     script = tmp_path / "train.py"
     script.write_text(
         "import sys\nfrom beside import NAME\nfrom timm.optim import list_optimizers\n"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.clients import client
 from tests.python import PYTHON
 
 pytestmark = [pytest.mark.nightly("clients"), pytest.mark.slow]
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_config_trains_logs_and_resumes(tmp_path: Path) -> None:
-    pytest.importorskip("torchtitan")
+    client("torchtitan")
     command = [PYTHON, "-m", "tests.clients.torchtitan_run", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -29,7 +30,7 @@ def test_a_config_trains_logs_and_resumes(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_converted_is_named() -> None:
-    pytest.importorskip("torchtitan")
+    client("torchtitan")
     from torchtitan.models.llama3 import config_registry
 
     from am_lightning.clients.torchtitan import AMOptimizersContainer, adaptive_memory

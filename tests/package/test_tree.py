@@ -34,7 +34,7 @@ def test_readme_command(heading: str, script: str) -> None:
     assert words[0] in (script, f"./{script}", "bash")
 
 
-@pytest.mark.parametrize("script", ["recipes/quickstart.sh", "tests/run.sh", ".ci/run"])
+@pytest.mark.parametrize("script", ["recipes/quickstart.sh", "tests/run.sh", "tests/clients.sh", ".ci/run"])
 def test_scripts_run_as_they_are(script: str) -> None:
     path = ROOT / script
     assert os.access(path, os.X_OK), f"{script} is not executable"
