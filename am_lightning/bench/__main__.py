@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
+import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,20 +17,24 @@ from typing import Any
 import torch
 
 from am_lightning.bench import reduce
-from am_lightning.bench.contenders import make_contenders, make_others, make_parameters
+from am_lightning.bench.contenders import Contender, import_all, make_contenders, make_parameters
 from am_lightning.bench.measure import measure
-from am_lightning.bench.models import LLAMAS, MODELS, forward_and_backward_seconds, row_of
-from am_lightning.bench.table import LEGEND, device_words, rows_of, text_of
+from am_lightning.bench.models import LLAMAS, MODELS, forward_and_backward_seconds, row_of, shapes_of
+from am_lightning.bench.peers import PEERS, make_peers
+from am_lightning.bench.table import BASE, LEGEND, device_words, rows_of, text_of
 
 CACHES = ("TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-BASE = "AdamW fused"
 TOKENS = {"cpu": 512, "accelerator": 16384}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(prog="python -m am_lightning.bench", description=__doc__)
-    parser.add_argument("--model", choices=sorted(MODELS), default="llama60m", help="whose parameters are stepped")
+    parser.add_argument(
+        "--model",
+        default="llama60m",
+        help=f"whose parameters are stepped: {', '.join(sorted(MODELS))}; or tensors:NxM, N tensors of M elements",
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
@@ -37,8 +44,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", metavar="TEXT", default=[], help="optimizers whose name has one of these, and AdamW fused"
     )
+    parser.add_argument("--without", nargs="+", metavar="TEXT", default=[], help="leave these out, but AdamW fused")
     parser.add_argument(
-        "--others", action="store_true", help="also RAdam, schedule-free AdamW, and AdamW and AMAdamW by their defaults"
+        "--peers", "--others", action="store_true", help=f"also what others have: {', '.join(p.name for p in PEERS)}"
     )
     parser.add_argument(
         "--tokens",
@@ -58,6 +66,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--reduce", action="store_true", help="instead: bytes and latency of the reduction of a step, under torchrun"
     )
     options = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    options.command = shlex.join(["python", "-m", "am_lightning.bench", *(w for w in words if w != "--json")])
+    try:
+        shapes_of(options.model)
+    except ValueError as error:
+        parser.error(f"--model {error}")
     if options.repeats < 1 or options.threads < 0:
         parser.error(f"--repeats must be >= 1 and --threads >= 0, but got {options.repeats} and {options.threads}")
     if not options.weight_decay >= 0:
@@ -84,7 +98,7 @@ def main() -> None:
     if options.reduce:
         reduce.run(options.device, options.repeats)
         return
-    with _caches(empty=options.cold):
+    with _caches(empty=options.cold), _collected():
         report = run(options)
     if options.json:
         print(json.dumps(report))
@@ -100,18 +114,15 @@ def main() -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """What ``--json`` prints."""
     device, dtype = options.device, getattr(torch, options.dtype)
+    params = make_parameters(shapes_of(options.model), dtype, device)
+    wanted, missing = _contenders(params, options)
     training = None if options.model not in LLAMAS or not options.tokens else _training_seconds(options, dtype)
-    params = make_parameters(MODELS[options.model](), dtype, device)
-    contenders, missing = make_contenders(params, decay=options.weight_decay, scope=options.scope, device=device)
-    if options.others:
-        others, lacking = make_others(params, decay=options.weight_decay)
-        contenders, missing = [*contenders, *others], missing | lacking
-    wanted = [c for c in contenders if not options.only or c.name == BASE or any(o in c.name for o in options.only)]
     measured, failed = measure(wanted, options.repeats, device, cpu_time=options.cpu_time)
     for name, reason in (missing | failed).items():
         print(f"{name} is left out: {reason}", file=sys.stderr)
     return {
         **vars(options),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "device": str(device),
         "threads": torch.get_num_threads(),
         "hardware": device_words(device),
@@ -122,6 +133,28 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "rows": rows_of(measured, training),
         "left out": missing | failed,
     }
+
+
+def _contenders(
+    params: list[torch.nn.Parameter], options: argparse.Namespace
+) -> tuple[list[Contender], dict[str, str]]:
+    """Those that ``--only`` and ``--without`` leave, and why others are missing.
+
+    Raises:
+        SystemExit: one of their words is in no name.
+    """
+    found, missing = make_contenders(params, decay=options.weight_decay, scope=options.scope, device=options.device)
+    if options.peers:
+        peers, lacking = make_peers(params, decay=options.weight_decay)
+        found, missing = [*found, *peers], missing | lacking
+    names = [*(each.name for each in found), *missing]
+    for text in [*options.only, *options.without]:
+        if not any(text in name for name in names):
+            sys.exit(f"error: {text!r} is in no name of {', '.join(names)}")
+    out = [name for name in names if name != BASE and any(text in name for text in options.without)]
+    kept = [name for name in names if name == BASE or not options.only or any(text in name for text in options.only)]
+    wanted = [each for each in found if each.name in kept and each.name not in out]
+    return wanted, {name: why for name, why in missing.items() if name not in out}
 
 
 def _training_seconds(options: argparse.Namespace, dtype: torch.dtype) -> float | None:
@@ -145,6 +178,18 @@ def _caches(*, empty: bool) -> Iterator[None]:
         for name in CACHES:
             os.environ[name] = os.path.join(folder, name.lower())
         yield
+
+
+@contextmanager
+def _collected() -> Iterator[None]:
+    """What is imported by now is not looked through again at the cost of whoever makes many objects."""
+    import_all()
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 if __name__ == "__main__":

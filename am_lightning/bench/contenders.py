@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,13 +26,28 @@ class Contender:
         name: as in the table.
         same: the AdamW of the same kind, by name.
         optimizer: made with it.
-        bytes_moved: of one step, as the word model counts them.
+        bytes_moved: of one step, as the word model counts them; None where that is not known.
+        made: seconds of making the optimizer; None where they were not taken.
+        shares: its moments mean what AdamW's do, so that one pair serves all.
+        overwrites: a step leaves other gradients behind.
     """
 
     name: str
     same: str
     optimizer: torch.optim.Optimizer
-    bytes_moved: int
+    bytes_moved: int | None
+    made: float | None = None
+    shares: bool = True
+    overwrites: bool = False
+
+    @classmethod
+    def timed(
+        cls, name: str, same: str, make: Callable[[], torch.optim.Optimizer], bytes_moved: int | None
+    ) -> Contender:
+        """One whose optimizer ``make`` makes now."""
+        start = time.perf_counter()
+        optimizer = make()
+        return cls(name, same, optimizer, bytes_moved, time.perf_counter() - start)
 
     def step(self) -> None:
         """One optimizer step."""
@@ -37,6 +55,8 @@ class Contender:
 
     def share_moments(self, moments: dict[Tensor, dict[str, Tensor]]) -> None:
         """Take the moments that others have already, where they are of its dtype; give its own where none have."""
+        if not self.shares:
+            return
         for param, state in self.optimizer.state.items():
             known = moments.setdefault(param, {})
             for key in MOMENTS:
@@ -48,7 +68,8 @@ class Contender:
         if isinstance(self.optimizer, ReadOnce):
             return "torch.dot"
         if not isinstance(self.optimizer, AMAdamW):
-            return "torch.optim"
+            package = type(self.optimizer).__module__.partition(".")[0]
+            return "torch.optim" if package == "torch" else package
         return self.optimizer.describe().rpartition("kernels: ")[2]
 
 
@@ -84,6 +105,11 @@ def make_parameters(shapes: list[Shape], dtype: torch.dtype, device: torch.devic
     return params
 
 
+def import_all() -> None:
+    """What torch imports when the first optimizer of a process is made: a second that is none of that one's."""
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1, device="cpu"))])
+
+
 def bytes_of_adamw(elements: int, size: int) -> int:
     """Read p g m v, write p m v."""
     return 7 * size * elements
@@ -106,54 +132,30 @@ def make_contenders(
     """All that run on the device, and why others do not: name -> reason."""
     elements, size = sum(p.numel() for p in params), params[0].element_size()
     options: dict[str, Any] = {"lr": 1e-6, "weight_decay": decay}
-    result, missing = [], {}
+    import_all()
+    wanted: list[tuple[str, str, Callable[[], torch.optim.Optimizer], int]] = []
     for kind, how in ADAMW.items():
-        try:
-            adamw = torch.optim.AdamW(params, **options, **how)
-            result.append(Contender(f"AdamW {kind}", f"AdamW {kind}", adamw, bytes_of_adamw(elements, size)))
-        except RuntimeError as error:
-            missing[f"AdamW {kind}"] = str(error)
+        make = partial(torch.optim.AdamW, params, **options, **how)
+        wanted.append((f"AdamW {kind}", f"AdamW {kind}", make, bytes_of_adamw(elements, size)))
     reads = bytes_of_first_pass(elements, size, decays=decay > 0)
-    result.append(Contender(READ, "AdamW fused", ReadOnce(params, decays=decay > 0), reads))
+    wanted.append((READ, "AdamW fused", partial(ReadOnce, params, decays=decay > 0), reads))
     for kind, (same, how) in _kinds(device, params[0].dtype).items():
-        try:
-            ours = AMAdamW(params, **options, scope=scope, **how)
-        except RuntimeError as error:
-            missing[f"AMAdamW {kind}"] = str(error)
-            continue
-        direction = 2 if ours.exp_avg_dtype is not None else size
+        direction = 2 if "exp_avg_dtype" in how else size
         moved = bytes_of_amadamw(elements, size, decays=decay > 0, direction=direction)
-        result.append(Contender(f"AMAdamW {kind}", f"AdamW {same}", ours, moved))
+        ours = partial(AMAdamW, params, **options, scope=scope, **how)
+        wanted.append((f"AMAdamW {kind}", f"AdamW {same}", ours, moved))
+    result, missing = [], {}
+    for each in wanted:
+        try:
+            result.append(Contender.timed(*each))
+        except RuntimeError as error:
+            missing[each[0]] = str(error)
     return result, missing
-
-
-def make_others(params: list[torch.nn.Parameter], *, decay: float) -> tuple[list[Contender], dict[str, str]]:
-    """What users have today, and the defaults: both AdamWs as they come, RAdam, schedule-free AdamW.
-
-    Returns:
-        The contenders, and why others are missing: name -> reason.
-    """
-    elements, size = sum(p.numel() for p in params), params[0].element_size()
-    plain = bytes_of_adamw(elements, size)
-    options: dict[str, Any] = {"lr": 1e-6, "weight_decay": decay}
-    ours = bytes_of_amadamw(elements, size, decays=decay > 0, direction=size)
-    radam = torch.optim.RAdam(params, **options, decoupled_weight_decay=True, foreach=True)
-    result = [
-        Contender("AdamW default", "AdamW default", torch.optim.AdamW(params, **options), plain),
-        Contender("AMAdamW default", "AdamW default", AMAdamW(params, **options), ours),
-        Contender("RAdam foreach", "AdamW foreach", radam, plain),
-    ]
-    try:
-        from schedulefree import AdamWScheduleFree
-    except ImportError:
-        return result, {"schedule-free AdamW": "schedulefree is not installed"}
-    free = AdamWScheduleFree(params, **options)
-    free.train()
-    return [*result, Contender("schedule-free AdamW", "AdamW foreach", free, plain)], {}  # reads p g z v, writes p z v
 
 
 READ = "(first pass: reads alone)"
 ADAMW: dict[str, dict[str, Any]] = {
+    "default": {},
     "single": {"foreach": False, "fused": False},
     "foreach": {"foreach": True},
     "fused": {"fused": True},
@@ -163,7 +165,7 @@ ADAMW: dict[str, dict[str, Any]] = {
 def _kinds(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[str, dict[str, Any]]]:
     """Kind of AMAdamW -> the kind of AdamW it is compared with, its options."""
     kinds: dict[str, tuple[str, dict[str, Any]]] = {"single_tensor": ("single", {"foreach": False})}
-    kinds["default"] = ("foreach", {})
+    kinds["default"] = ("default", {})
     if device.type == "cpu":
         kinds["chunked"] = ("foreach", {"fused": False})
     kinds["foreach"] = ("foreach", {"foreach": True})

@@ -14,6 +14,7 @@ from torch import Tensor
 from am_lightning.bench.contenders import Contender
 from am_lightning.bench.models import wait_for
 
+Pairs = list[tuple[Tensor, Tensor]]
 WARM_UP = 2  # untimed rounds after the first step
 
 
@@ -52,30 +53,49 @@ def measure(
     """
     clock = time.process_time if cpu_time else time.perf_counter
     moments: dict[Tensor, dict[str, Tensor]] = {}
+    kept = _gradients(contenders)
     seen, missing = [], {}
     for contender in contenders:
         try:
-            seen.append(Measured(contender, _seconds(contender, device, time.perf_counter)))
+            seen.append(Measured(contender, _seconds(contender, device, time.perf_counter, kept)))
         except RuntimeError as error:
             missing[contender.name] = str(error)
+            contender.optimizer.state.clear()  # of a step that ran out of memory midway
+            _restore(contender, kept)
             continue
         contender.share_moments(moments)  # memory for one optimizer, not for ten
     for _ in range(WARM_UP):
         for each in seen:
-            _seconds(each.contender, device, clock)
+            _seconds(each.contender, device, clock, kept)
     for each in seen:
         each.extra_bytes = _extra_bytes(each.contender, device)
+        _restore(each.contender, kept)
     for _ in range(repeats):
         for each in seen:
-            each.seconds.append(_seconds(each.contender, device, clock))
+            each.seconds.append(_seconds(each.contender, device, clock, kept))
     return seen, missing
 
 
-def _seconds(contender: Contender, device: torch.device, clock: Callable[[], float]) -> float:
+def _seconds(contender: Contender, device: torch.device, clock: Callable[[], float], gradients: Pairs) -> float:
     start = clock()
     contender.step()
     wait_for(device)
-    return clock() - start
+    seconds = clock() - start
+    _restore(contender, gradients)
+    return seconds
+
+
+def _gradients(contenders: Sequence[Contender]) -> Pairs:
+    """With copies, for those that overwrite them: all are to step on the same ones in every round."""
+    groups = (group for each in contenders if each.overwrites for group in each.optimizer.param_groups)
+    params = dict.fromkeys(param for group in groups for param in group["params"])
+    return [(param.grad, param.grad.clone()) for param in params]
+
+
+def _restore(contender: Contender, gradients: Pairs) -> None:
+    if contender.overwrites:
+        for gradient, copy in gradients:
+            gradient.copy_(copy)
 
 
 def _extra_bytes(contender: Contender, device: torch.device) -> int | None:

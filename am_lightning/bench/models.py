@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -56,6 +57,25 @@ MODELS: dict[str, Callable[[], list[Shape]]] = {
     "many-tiny": many_tiny,
     "ten-thousand": ten_thousand,
 }
+MOST_TENSORS = 1_000_000
+
+
+def shapes_of(name: str) -> list[Shape]:
+    """Of the model of that name, or of ``tensors:NxM``: N tensors of M elements.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    if name in MODELS:
+        return MODELS[name]()
+    match = re.fullmatch(r"tensors:([0-9]{1,7})x([0-9]{1,12})", name)
+    tensors, elements = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= tensors <= MOST_TENSORS or not elements:
+        known = ", ".join(sorted(MODELS))
+        raise ValueError(
+            f"must be one of {known}, or tensors:NxM, N tensors (at most {MOST_TENSORS:,}) of M elements, not {name!r}"
+        )
+    return [(elements,)] * tensors
 
 
 def row_of(tokens: int) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -14,16 +13,16 @@ import torch
 from am_lightning.bench import models
 from am_lightning.bench.__main__ import parse, run
 from am_lightning.bench.contenders import (
+    READ,
     Contender,
     bytes_of_adamw,
     bytes_of_amadamw,
     make_contenders,
-    make_others,
     make_parameters,
 )
 from am_lightning.bench.host import calls_of
-from am_lightning.bench.measure import measure
-from am_lightning.bench.table import rows_of, text_of
+from am_lightning.bench.measure import Measured, measure
+from am_lightning.bench.table import COLUMNS, rows_of, text_of
 from tests.python import COLD
 
 CPU = torch.device("cpu")
@@ -67,9 +66,9 @@ def test_what_cannot_run_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyP
         raise RuntimeError("needs a C++ compiler")
 
     monkeypatch.setattr("am_lightning.optim.adamw.require_fused", nothing)
-    report = run(parse(["--model", "many-tiny", "--repeats", "1", "--only", "foreach"]))
+    report = run(parse(["--model", "tensors:4x50", "--repeats", "1", "--only", "foreach"]))
     assert report["left out"]["AMAdamW fused, C++ loop"] == "needs a C++ compiler"
-    assert [row["optimizer"] for row in report["rows"]] == ["AdamW foreach", "AdamW fused", "AMAdamW foreach"]
+    assert {row["optimizer"] for row in report["rows"]} == {"AdamW foreach", "AdamW fused", "AMAdamW foreach"}
 
 
 @pytest.mark.parametrize(("size", "adamw", "plain", "decays"), [(4, 28, 40, 44), (2, 14, 20, 22)])
@@ -98,16 +97,29 @@ def test_extra_memory_is_what_a_step_takes() -> None:
     assert 60 * 2**20 < seen.extra_bytes < 80 * 2**20
 
 
-def test_others_step_on_the_same_moments() -> None:
-    params = make_parameters([(64, 3), (9,)], torch.float32, CPU)
-    others, missing = make_others(params, decay=0.1)
-    measured, failed = measure(others, 1, CPU)
-    assert not failed and {"AdamW default", "AMAdamW default", "RAdam foreach"} <= {m.contender.name for m in measured}
-    assert (missing == {}) == bool(find_spec("schedulefree"))
-    adamw, ours, radam = (m.contender.optimizer.state[params[0]] for m in measured[:3])
-    assert adamw["exp_avg"] is ours["exp_avg"] is radam["exp_avg"]
-    rows = {str(row["optimizer"]): row for row in rows_of(measured, None)}
-    assert rows["AMAdamW default"]["x same"] == pytest.approx(measured[1].seconds[0] / measured[0].seconds[0])
+def test_rows_are_sorted_and_what_others_are_held_against_is_marked() -> None:
+    params = make_parameters([(9,)], torch.float32, CPU)
+    contenders, _ = make_contenders(params, decay=0.1, scope="tensor", device=CPU)
+    seconds = {"AdamW default": 3.0, "AdamW fused": 2.0, READ: 0.5, "AMAdamW default": 4.0}
+    measured = [Measured(c, 1.0, None, [seconds[c.name]]) for c in contenders if c.name in seconds]
+    rows = rows_of(measured, None)
+    assert [row["optimizer"] for row in rows] == [READ, "AdamW fused", "AdamW default", "AMAdamW default"]
+    assert [row["mark"] for row in rows] == ["reads", "base", None, None]
+    assert [row["x fused"] for row in rows] == [0.25, 1.0, 1.5, 2.0] and rows[3]["x same"] == pytest.approx(4 / 3)
+    header, *lines = text_of(rows).splitlines()
+    assert [line[:2] for line in lines] == ["> ", "> ", "  ", "  "]
+    assert lines[1].split()[:5] == [">", "AdamW", "fused", "2000.00", "1.00"]
+    assert all(name in header for name in COLUMNS)
+
+
+def test_the_table_fits_a_line_and_making_is_timed() -> None:
+    params = make_parameters([(9,)] * 40, torch.float32, CPU)
+    contenders, _ = make_contenders(params, decay=0.1, scope="tensor", device=CPU)
+    assert all(c.made is not None and c.made > 0 for c in contenders)
+    rows = rows_of([Measured(c, 12.345, 2**30, [12.345]) for c in contenders], 1.0)
+    assert all(row["make s"] == c.made for row, c in zip(rows, contenders, strict=True))
+    lines = text_of(rows).splitlines()
+    assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 120
 
 
 def test_operations_of_the_host_are_counted_without_views() -> None:
@@ -165,10 +177,33 @@ def test_shapes_are_those_of_the_network_and_its_step_is_timed(monkeypatch: pyte
         (["--weight-decay", "-1"], "--weight-decay must be >= 0"),
         (["--device", "nonsense"], "--device nonsense cannot be used"),
         (["--tokens", "3000"], "or a multiple of it, not 3000"),
-        (["--model", "gpt"], "invalid choice: 'gpt'"),
+        (["--model", "gpt"], "--model must be one of llama1b, "),
+        (["--model", "tensors:0x5"], "tensors:NxM, N tensors (at most 1,000,000) of M elements, not 'tensors:0x5'"),
+        (["--model", "tensors:5x0"], "not 'tensors:5x0'"),
+        (["--model", "tensors:1000001x1"], "not 'tensors:1000001x1'"),
+        (["--model", "tensors:4"], "not 'tensors:4'"),
+        (["--model", "tensors:4x-1"], "not 'tensors:4x-1'"),
     ],
 )
 def test_wrong_arguments(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse(arguments)
     assert caught.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "tensors", "elements"), [("tensors:3x50", 3, 50), ("tensors:10000x100", 10_000, 100)])
+def test_tensors_of_any_number_and_size(name: str, tensors: int, elements: int) -> None:
+    assert models.shapes_of(parse(["--model", name]).model) == [(elements,)] * tensors
+
+
+def test_some_are_left_out_by_name_and_a_name_that_is_none_is_refused() -> None:
+    options = ["--model", "tensors:3x5", "--repeats", "1", "--json"]
+    report = run(parse([*options, "--only", "AdamW", "--without", "AMAdamW", "single", "fused"]))
+    assert {row["optimizer"] for row in report["rows"]} == {"AdamW default", "AdamW foreach", "AdamW fused"}
+    assert (report["tensors"], report["elements"]) == (3, 15)
+    assert (
+        report["command"].endswith("--only AdamW --without AMAdamW single fused") and "--json" not in report["command"]
+    )
+    for option in ("--only", "--without"):
+        with pytest.raises(SystemExit, match=r"'singel' is in no name of AdamW default, AdamW single"):
+            run(parse([*options, option, "singel"]))

@@ -98,8 +98,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "recipes report": ("RUN", "--output"),
     "bench": (
         *("--model", "--dtype", "--device", "--threads", "--repeats", "--weight-decay", "--scope", "--only"),
-        *("--others", "--tokens", "--cpu-time", "--cold", "--json", "--reduce"),
+        *("--without", "--peers", "--others", "--tokens", "--cpu-time", "--cold", "--json", "--reduce"),
     ),
+    "bench.page": ("RUN", "--to"),
 }
 
 

@@ -1,0 +1,123 @@
+"""The optimizers of others: what users have today, each as its package makes it, with AdamW's options."""
+
+from __future__ import annotations
+
+import io
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from am_lightning.bench.contenders import Contender
+
+LR = 1e-6
+# The learning rate of both is lr times a distance that they estimate; it begins at LR and is kept there.
+_ADAPTIVE: dict[str, Any] = {"lr": 1.0, "d0": LR, "decouple": True, "use_bias_correction": True}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An optimizer that is not this package's.
+
+    Attributes:
+        name: as in the table.
+        package: as PyPI has it.
+        path: module and class.
+        same: the AdamW that it is compared with.
+        words: read and written for an element in a step, were each read and written once in as few passes as the
+            method allows.
+        more_below_float32: such words in half precision.
+        options: beside ``weight_decay``.
+        shares, overwrites: as of a Contender.
+    """
+
+    name: str
+    package: str
+    path: tuple[str, str]
+    same: str
+    words: int = 7
+    more_below_float32: int = 0
+    options: dict[str, Any] = field(default_factory=lambda: {"lr": LR})
+    shares: bool = True
+    overwrites: bool = False
+
+    def make(self, params: list[torch.nn.Parameter], decay: float) -> Contender:
+        """The optimizer, ready to train.
+
+        Raises:
+            ImportError: its package is not installed.
+        """
+        kind = getattr(import_module(self.path[0]), self.path[1])
+        size, elements = params[0].element_size(), sum(p.numel() for p in params)
+        words = self.words + (self.more_below_float32 if size < 4 else 0)
+        with redirect_stdout(io.StringIO()):  # some say there what they were asked for
+            contender = Contender.timed(
+                self.name, self.same, lambda: kind(params, weight_decay=decay, **self.options), words * size * elements
+            )
+        if hasattr(contender.optimizer, "train"):  # schedule-free refuses to step elsewhere
+            contender.optimizer.train()
+        contender.shares, contender.overwrites = self.shares, self.overwrites
+        return contender
+
+
+# optimi: AdamW's 7 words; below float32 it adds a compensation (Kahan), read and written.
+# schedule-free: reads p g z v, writes p z v.
+# Prodigy: reads p g m v s and the first p, writes m v s; then p m v to write p, with epsilon times the new distance.
+# DAdaptAdam: reads p g m v s, writes p m v s; the new distance serves the next step.
+PEERS = (
+    Peer(
+        name="RAdam foreach",
+        package="torch",
+        path=("torch.optim", "RAdam"),
+        same="AdamW foreach",
+        options={"lr": LR, "decoupled_weight_decay": True, "foreach": True},
+    ),
+    Peer(
+        name="optimi AdamW",
+        package="torch-optimi",
+        path=("optimi", "AdamW"),
+        same="AdamW default",
+        more_below_float32=2,
+        options={"lr": LR, "betas": (0.9, 0.999), "eps": 1e-8},
+    ),
+    Peer(
+        name="schedule-free AdamW",
+        package="schedulefree",
+        path=("schedulefree", "AdamWScheduleFree"),
+        same="AdamW foreach",
+        overwrites=True,
+    ),
+    Peer(
+        name="Prodigy",
+        package="prodigyopt",
+        path=("prodigyopt", "Prodigy"),
+        same="AdamW default",
+        words=13,
+        options=_ADAPTIVE | {"d_coef": 0.0},
+        shares=False,
+    ),
+    Peer(
+        name="DAdaptAdam",
+        package="dadaptation",
+        path=("dadaptation", "DAdaptAdam"),
+        same="AdamW default",
+        words=9,
+        options=_ADAPTIVE | {"growth_rate": 1.0},
+        shares=False,
+    ),
+)
+
+
+def make_peers(params: list[torch.nn.Parameter], *, decay: float) -> tuple[list[Contender], dict[str, str]]:
+    """All that are installed, and why others are missing: name -> reason."""
+    result, missing = [], {}
+    for peer in PEERS:
+        try:
+            result.append(peer.make(params, decay))
+        except ImportError as error:
+            missing[peer.name] = (
+                f"needs {peer.package} ({error}): pip install 'am-lightning[studies]', or '.[studies]' in a checkout"
+            )
+    return result, missing
