@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import deepspeed
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from am_lightning.deepspeed import attach
 from tests.deepspeed.runs import batch_of, config_of, groups_of, make_net, start, train, whole_weights
+from tests.optim.every_size import chunked_for_every_size
 
 BAD, STEPS = (0, 3), 16
 
@@ -42,7 +44,15 @@ def huge_gradient(
     dtype: str = "float32",
     adamw: bool = False,
     value: float = 1e30,
+    chunked: bool = False,
     **options: Any,
+) -> dict[str, Any]:
+    with chunked_for_every_size() if chunked else nullcontext():
+        return _huge_gradient(stage, scope, dtype, adamw, value, options)
+
+
+def _huge_gradient(
+    stage: int, scope: str, dtype: str, adamw: bool, value: float, options: dict[str, Any]
 ) -> dict[str, Any]:
     config = config_of(stage, dtype, clip=0.0, **options.pop("zero", {}))
     engine, optimizer = engine_of_adamw(stage, config) if adamw else start(stage, scope, config, **options)

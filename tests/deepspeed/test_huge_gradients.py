@@ -17,7 +17,7 @@ CASES: dict[str, dict[str, Any]] = {
     **{f"ZeRO {stage}, bfloat16": {"stage": stage, "dtype": "bfloat16"} for stage in (0, 1, 2, 3)},
     "BF16_Optimizer": {"stage": 1, "dtype": "bfloat16, float32 sums"},
     **{f"ZeRO {stage}, offload, C++": {"stage": stage, "fused": True, **OFFLOAD} for stage in (1, 2, 3)},
-    "ZeRO 3, chunked": {"stage": 3, "fused": False},
+    "ZeRO 3, chunked": {"stage": 3, "fused": False, "chunked": True},
     "ZeRO 3, plain kernels": {"stage": 3, "foreach": False},
     "ZeRO 3, foreach": {"stage": 3, "foreach": True},
 }

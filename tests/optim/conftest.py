@@ -8,9 +8,16 @@ from collections.abc import Iterator
 import pytest
 
 from tests import foreign_device
+from tests.optim.every_size import chunked_for_every_size
 from tests.sharding.pool import Pool
 
 foreign_device.install()  # before the test modules are imported
+
+
+@pytest.fixture(autouse=True)
+def every_size() -> Iterator[None]:
+    with chunked_for_every_size():
+        yield
 
 
 @pytest.fixture(scope="session")

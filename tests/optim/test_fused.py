@@ -109,7 +109,7 @@ def test_strides(implementation: str) -> None:
     twin = twin_of(params, "global")
     run_bowl(twin, Bowl.around(shapes, seed=5), rates(8), scatter_strides)
     assert [p.stride() for p in params] == strides
-    assert "for 4" in twin.optimizer.describe() and "single_tensor for 1" in twin.optimizer.describe()
+    assert "for 4" in twin.optimizer.describe() and "foreach for 1" in twin.optimizer.describe()
 
 
 @each_implementation

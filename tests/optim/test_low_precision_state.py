@@ -110,7 +110,7 @@ def test_tiers_round_alike() -> None:
 
 def test_tiers_round_a_long_tensor_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is walked in chunks, and in parts: the noise of an element is that of its place in the whole."""
-    monkeypatch.setattr(packs, "_BUCKET_ELEMENTS", 100_000)
+    monkeypatch.setattr(packs, "_BUCKET_ELEMENTS_ON_CPU", 100_000)
     stored = []
     for tier in ("single_tensor", "chunked", "foreach", "fused"):
         optimizer = make(tier, named_params([(600_001,)], torch.float32))

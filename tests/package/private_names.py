@@ -134,7 +134,6 @@ TORCH = [
             "norms of many tensors in one launch"),
     Private("torch", "_foreach_mul_", ("am_lightning/optim/kernels/inputs.py",), "scale many tensors in one launch"),
     Private("torch", "_foreach_copy_", (_PACKS, _STORE), "write many tensors in one launch"),
-    Private("torch", "_foreach_zero_", (_PACKS,), "clear many tensors in one launch"),
 ]  # fmt: skip
 
 _LOOP = "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop"

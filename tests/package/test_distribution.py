@@ -98,7 +98,7 @@ def test_a_wheel_brings_its_own_loop(wheel: Path, tmp_path: Path) -> None:
     tools.mkdir()
     pure = _build(ROOT, tmp_path / "pure", "wheel", PATH=str(tools), CXX="")
     assert pure.name == f"am_lightning-{version()}-py3-none-any.whl" and LIBRARY not in _names(pure)
-    for built, kernel in ((wheel, "C++ loop"), (pure, "chunked for 1 (no fused kernel: $CXX, c++, g++")):
+    for built, kernel in ((wheel, "C++ loop"), (pure, "foreach for 1 (no fused kernel: $CXX, c++, g++")):
         folder = tmp_path / kernel.partition(" ")[0]
         zipfile.ZipFile(built).extractall(folder)
         env = {"PATH": str(tools), "PYTHONPATH": str(folder), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}

@@ -29,7 +29,13 @@ def loss_of(placed: Placed, dtype: torch.dtype) -> float:
 
 
 def huge_gradient(
-    layout: str, dtype: str, value: float = 1e30, compiled: bool = False, clip: float | None = None, **options: Any
+    layout: str,
+    dtype: str,
+    value: float = 1e30,
+    compiled: bool = False,
+    clip: float | None = None,
+    chunked: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
     """The last rank's gradient is huge in one step, and in the very first."""
     torch.manual_seed(0)
@@ -41,6 +47,8 @@ def huge_gradient(
     with pytest.MonkeyPatch.context() as patch:
         if compiled:
             compile_on_cpu(patch)
+        if chunked:
+            patch.setattr("am_lightning.optim.kernels.cpu.chunked._WORTH_IT", 0)
         optimizer = optimizer_of(placed, kind, "tensor", **options)
         before: list[Any] = []
 

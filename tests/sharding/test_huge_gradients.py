@@ -10,7 +10,7 @@ import pytest
 from tests.sharding.pool import Pool
 
 KERNELS: dict[str, dict[str, Any]] = {
-    "chunked": {"fused": False},
+    "chunked": {"fused": False, "chunked": True},
     "single_tensor": {"foreach": False},
     "foreach": {"foreach": True},
     "C++ loop": {"fused": True},

@@ -9,7 +9,7 @@ and sums of blocks are one reduction along the matrix.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,9 +18,27 @@ from am_lightning.optim.kernels.inputs import SUM_BLOCK, LocalShard, flat, is_fl
 from am_lightning.optim.kernels.transfer import upload, uploaded
 
 _BUCKET_ELEMENTS = 4 << 20
+_BUCKET_ELEMENTS_ON_CPU = 1 << 16  # a bucket and what is made of it stay in the cache
 _SMALLEST_BLOCK = 64
 _BLOCKS_OF_A_TENSOR = 16  # on average, so that what fills up the last block is 3 % where tensors are not tiny
 _FAN_IN = 64  # numbers that one level of the sum over blocks takes together
+
+
+class Matrices:
+    """The memory of an optimizer's buckets, which take turns: made when first needed, and used at every step."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, name: str, dtype: torch.dtype, device: torch.device, numel: int) -> Tensor:
+        """``[numel]``, uninitialised; the same memory for every bucket but one that is one large tensor."""
+        most, key = _most_elements(device), (name, dtype, device)
+        most += most // _BLOCKS_OF_A_TENSOR  # what fills up blocks
+        if numel > most:
+            return torch.empty(numel, dtype=dtype, device=device)
+        if key not in self._made:
+            self._made[key] = torch.empty(most, dtype=dtype, device=device)
+        return self._made[key][:numel]
 
 
 @dataclass(eq=False)
@@ -29,20 +47,40 @@ class Bucket:
 
     members: list[int]
     block: int
-    sizes: list[int]  # elements of a member, what fills up its last block, and so on
     is_flat: bool
+    places: list[int]  # of each member's first element in the matrix
     rows: Tensor  # the row of each block
     starts: Tensor  # the index of its first element in the row's shard
+    filling: Tensor | None  # ``[blocks, 1]``, the place in the block from which on it is filled up; None: nowhere
+    matrices: Matrices
+    views: dict[tuple[str, torch.dtype], tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
 
-    def pack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """``[blocks, block]`` in the dtype of the tensors; what fills up the blocks is undefined."""
-        matrix = torch.empty(len(self.rows), self.block, dtype=tensors[0].dtype, device=tensors[0].device)
-        torch._foreach_copy_(self._members_of(matrix, tensors), self._flats(tensors))
+    def pack(self, name: str, tensors: list[Tensor]) -> Tensor:
+        """``[blocks, block]`` in the dtype of the tensors; what fills up the blocks is undefined.
+
+        Args:
+            name: of the matrix, which is the same memory for all buckets of a plan.
+        """
+        matrix, members = self._views_of(name, tensors)
+        torch._foreach_copy_(members, tensors)
         return matrix
 
-    def unpack(self, matrix: Tensor, tensors: Sequence[Tensor]) -> None:
-        """Write what ``pack`` has read."""
-        torch._foreach_copy_(self._flats(tensors), self._members_of(matrix, tensors))
+    def unpack(self, name: str, tensors: list[Tensor]) -> None:
+        """Write what is in the matrix of this name and of the tensors' dtype."""
+        torch._foreach_copy_(tensors, self._views_of(name, tensors)[1])
+
+    def _views_of(self, name: str, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The matrix, and the part of each member: in the order of its storage where that has no gaps."""
+        first = tensors[0]
+        if (name, first.dtype) not in self.views:
+            line = self.matrices.take(name, first.dtype, first.device, len(self.rows) * self.block)
+            pairs = zip(tensors, self.places, strict=True)
+            if self.is_flat:
+                views = [line.as_strided(tensor.shape, tensor.stride(), at) for tensor, at in pairs]
+            else:
+                views = [line[at : at + tensor.numel()].view(tensor.shape) for tensor, at in pairs]
+            self.views[name, first.dtype] = line.view(len(self.rows), self.block), views
+        return self.views[name, first.dtype]
 
     def block_sums(self, matrix: Tensor) -> Tensor:
         """``[blocks]`` in the matrix' dtype; overwrites what fills up the blocks."""
@@ -53,19 +91,9 @@ class Bucket:
         return self._filled_up(matrix).amax(1)
 
     def _filled_up(self, matrix: Tensor) -> Tensor:
-        filling = [part for part in torch.split(matrix.view(-1), self.sizes)[1::2] if part.numel()]
-        if filling:
-            torch._foreach_zero_(filling)
+        if self.filling is not None:
+            matrix.masked_fill_(torch.arange(self.block, device=matrix.device) >= self.filling, 0)
         return matrix
-
-    def _members_of(self, matrix: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-        parts = torch.split(matrix.view(-1), self.sizes)[::2]
-        return list(parts) if self.is_flat else [p.view(t.shape) for p, t in zip(parts, tensors, strict=True)]
-
-    def _flats(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        if not self.is_flat:
-            return list(tensors)
-        return [t.view(-1) if t.is_contiguous() else flat(t) for t in tensors]
 
 
 @dataclass(eq=False)
@@ -85,45 +113,51 @@ class BucketPlan:
 
 def key_of(shards: Sequence[LocalShard]) -> Hashable:
     """What a plan depends on."""
-    return (_BUCKET_ELEMENTS, *((p.row, p.x.numel(), _kind(p)) for p in shards))
+    return (_most_elements(shards[0].x.device), *((p.row, p.x.shape, p.x.stride(), _kind(p)) for p in shards))
 
 
-def plan_of(shards: Sequence[LocalShard], parts: Sequence[tuple[int, LocalShard]]) -> BucketPlan:
-    """Parts of at most a bucket each, in buckets of at most 4 Mi elements.
+def plan_of(shards: Sequence[LocalShard], parts: Sequence[tuple[int, LocalShard]], matrices: Matrices) -> BucketPlan:
+    """Parts of at most a bucket each, in buckets of at most 4 Mi elements, 64 Ki on the CPU.
 
     Args:
         parts: what ``in_parts`` made of the shards.
+        matrices: what buckets are copied into.
     """
     kinds: dict[Hashable, list[list[int]]] = {}
     elements: dict[Hashable, int] = {}
     for at, (_, part) in enumerate(parts):
-        kind, numel = _kind(part), part.x.numel()
-        if not numel:
+        kind, numel = _kind(part), max(part.x.numel(), _SMALLEST_BLOCK)
+        if not part.x.numel():
             continue
-        if kind not in kinds or elements[kind] + numel > _BUCKET_ELEMENTS:
+        if kind not in kinds or elements[kind] + numel > _most_elements(part.x.device):
             kinds.setdefault(kind, []).append([])
             elements[kind] = 0
         kinds[kind][-1].append(at)
         elements[kind] += numel
     positions: list[list[int]] = [[] for _ in shards]
-    buckets, total = [], 0
+    buckets: list[Bucket] = []
+    total = 0
     for members in (members for lists in kinds.values() for members in lists):
         block = _block_of([parts[at][1].x.numel() for at in members])
         rows: list[int] = []
         starts: list[int] = []
-        sizes: list[int] = []
+        filling: list[int] = []
+        places: list[int] = []
         for at in members:
             owner, part = parts[at]
             numel = part.x.numel()
             count = -(-numel // block)
+            places.append(len(rows) * block)
             rows += [part.row] * count
             starts += range(part.first, part.first + count * block, block)
-            sizes += [numel, count * block - numel]
+            filling += [block] * (count - 1) + [numel - (count - 1) * block]
             positions[owner] += range(total, total + count)
             total += count
         first = parts[members[0]][1]
-        vectors = (uploaded(values, first.x.device, torch.int64) for values in (rows, starts))
-        buckets.append(Bucket(members, block, sizes, is_flat(first.tensors()), *vectors))
+        device = first.x.device
+        of_rows, of_starts = (uploaded(values, device, torch.int64) for values in (rows, starts))
+        ends = None if min(filling) == block else uploaded(filling, device, torch.int64)[:, None]
+        buckets.append(Bucket(members, block, is_flat(first.tensors()), places, of_rows, of_starts, ends, matrices))
     return BucketPlan(buckets, [upload(index, shards[0].x.device) for index in _tree(positions, total)])
 
 
@@ -131,14 +165,19 @@ def in_parts(shards: Sequence[LocalShard]) -> list[tuple[int, LocalShard]]:
     """Shards of at most a bucket each, and which shard each belongs to."""
     result = []
     for owner, shard in enumerate(shards):
-        if shard.x.numel() <= _BUCKET_ELEMENTS or not is_flat(shard.tensors()):
+        most = _most_elements(shard.x.device)
+        if shard.x.numel() <= most or not is_flat(shard.tensors()):
             result.append((owner, shard))  # one whose elements do not lie close together is taken whole
             continue
-        columns = zip(*(torch.split(flat(tensor), _BUCKET_ELEMENTS) for tensor in shard.tensors()), strict=True)
+        columns = zip(*(torch.split(flat(tensor), most) for tensor in shard.tensors()), strict=True)
         for i, (x, g, d, *v) in enumerate(columns):
-            first = i * _BUCKET_ELEMENTS
+            first = i * most
             result.append((owner, LocalShard(shard.row, x, g, d, v[0] if v else None, shard.options, first)))
     return result
+
+
+def _most_elements(device: torch.device) -> int:
+    return _BUCKET_ELEMENTS_ON_CPU if device.type == "cpu" else _BUCKET_ELEMENTS
 
 
 def _kind(shard: LocalShard) -> Hashable:

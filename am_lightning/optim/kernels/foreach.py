@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from am_lightning.optim.kernels.buckets import Bucket, BucketPlan, in_parts, key_of, plan_of
+from am_lightning.optim.kernels.buckets import Bucket, BucketPlan, Matrices, in_parts, key_of, plan_of
 from am_lightning.optim.kernels.inputs import Coefficients, LocalShard, too_large
 from am_lightning.optim.kernels.rounding import is_stochastic, seeds_of, stochastic_at
 from am_lightning.optim.kernels.transfer import moved
@@ -26,8 +26,11 @@ class ForeachPasses:
 
     def __init__(self, shards: Sequence[LocalShard], workspace: Workspace) -> None:
         self._shards = shards
-        device, owned = shards[0].x.device, in_parts(shards)
-        self._plan: BucketPlan = workspace.constants.made(key_of(shards), device, lambda: plan_of(shards, owned))
+        device, owned, matrices = shards[0].x.device, in_parts(shards), workspace.keep(Matrices)
+        self._plan: BucketPlan = workspace.constants.made(
+            key_of(shards), device, lambda: plan_of(shards, owned, matrices)
+        )
+        self._has_parts = len(owned) > len(shards)
 
     def sums(self, coefficients: Coefficients, accumulate: torch.dtype) -> Tensor:
         """Pass 1, which only reads: ``[shards, 2]``, N and D of each.
@@ -35,7 +38,7 @@ class ForeachPasses:
         Sums are in the compute dtype inside a block, of at most 64 Ki elements, and in ``accumulate`` across blocks.
         """
         device = self._shards[0].x.device
-        tables, of_shards = _Tables(coefficients, _READ), [part for _, part in in_parts(self._shards)]
+        tables, of_shards = _Tables(coefficients, _READ), self._parts()
         partial = [torch.empty(2, 0, dtype=accumulate, device=device)]
         for bucket in self._plan.buckets:
             parts = [of_shards[i] for i in bucket.members]
@@ -44,11 +47,14 @@ class ForeachPasses:
 
     def update(self, coefficients: Coefficients, active: Tensor) -> None:
         """Pass 2, which writes d, v and x of the rows where ``active`` (``[rows]`` bool) is True."""
-        tables, of_shards = _Tables(coefficients, _WRITTEN), [part for _, part in in_parts(self._shards)]
+        tables, of_shards = _Tables(coefficients, _WRITTEN), self._parts()
         kept = {p.x.device: moved(active, p.x.device) for p in {q.x.device: q for q in of_shards}.values()}
         for bucket in self._plan.buckets:
             parts = [of_shards[i] for i in bucket.members]
             _update(bucket, parts, tables, kept[parts[0].x.device].index_select(0, bucket.rows)[:, None])
+
+    def _parts(self) -> Sequence[LocalShard]:
+        return [part for _, part in in_parts(self._shards)] if self._has_parts else self._shards
 
 
 class _Tables:
@@ -76,14 +82,14 @@ def _sums(bucket: Bucket, parts: Sequence[LocalShard], tables: _Tables) -> Tenso
     """
     o, n = parts[0].options, tables.of(bucket, parts[0])
     dtype = parts[0].compute_dtype
-    g, d = _gradient(bucket, parts), bucket.pack([p.d for p in parts]).to(dtype)
+    g, d = _gradient(bucket, parts), bucket.pack("d", [p.d for p in parts]).to(dtype)
     diff, fits = torch.sub(d, g), None
     second = [p.v for p in parts if p.v is not None]
     if not second:
         weighted = torch.div(diff, 1 + o.lambd)
         slope = d.clone() if o.mu else d
     else:
-        v = bucket.pack(second).to(dtype)
+        v = bucket.pack("v", second).to(dtype)
         fits = bucket.block_max(v.lerp_(g * g, 1 - o.beta2)) < too_large(second[0].dtype)
         precond = _precond(v, n)
         del v
@@ -95,7 +101,7 @@ def _sums(bucket: Bucket, parts: Sequence[LocalShard], tables: _Tables) -> Tenso
         den.masked_fill_(~fits, torch.nan)
     del weighted
     if o.mu:
-        slope.add_(bucket.pack([p.x for p in parts]).to(dtype), alpha=o.mu)
+        slope.add_(bucket.pack("x", [p.x for p in parts]).to(dtype), alpha=o.mu)
     ahead = torch.addcmul(d, g, n["one_plus_k"], value=-1, out=diff)  # d - (1 + k) g
     return torch.stack([bucket.block_sums(ahead.mul_(slope)), den])
 
@@ -104,12 +110,12 @@ def _update(bucket: Bucket, parts: Sequence[LocalShard], tables: _Tables, keep: 
     """v', then d' = d + omega (g - d) / q, then x' = (1 - mu eta) x - eta d' / P."""
     o, n = parts[0].options, tables.of(bucket, parts[0])
     dtype = parts[0].compute_dtype
-    g, d = _gradient(bucket, parts), bucket.pack([p.d for p in parts])
+    g, d = _gradient(bucket, parts), bucket.pack("d", [p.d for p in parts])
     precond, second = None, [p.v for p in parts if p.v is not None]
     if second:
-        v = bucket.pack(second)
+        v = bucket.pack("v", second)
         new_v = torch.lerp(v.to(dtype), g * g, 1 - o.beta2)
-        _write(bucket, second, v, new_v, keep)
+        _write(bucket, "v", second, v, new_v, keep)
         del v
         precond = _precond(new_v, n)
         del new_v
@@ -118,24 +124,24 @@ def _update(bucket: Bucket, parts: Sequence[LocalShard], tables: _Tables, keep: 
     move = move.div_(1 + o.lambd) if precond is None else move.div_(precond.mul(o.lambd).add_(1.0))
     move.add_(work)  # d'
     del work
-    _write(bucket, [p.d for p in parts], d, _rounded(bucket, parts[0], move, tables), keep)
+    _write(bucket, "d", [p.d for p in parts], d, _rounded(bucket, parts[0], move, tables), keep)
     del d
     move = (move if precond is None else move.div_(precond)).mul_(n["lr"])
-    x = bucket.pack([p.x for p in parts])
+    x = bucket.pack("x", [p.x for p in parts])
     new_x = x.to(dtype)
     if o.mu:
         new_x = torch.mul(new_x, n["decay_factor"])
-    _write(bucket, [p.x for p in parts], x, torch.sub(new_x, move, out=move), keep)
+    _write(bucket, "x", [p.x for p in parts], x, torch.sub(new_x, move, out=move), keep)
 
 
 def _gradient(bucket: Bucket, parts: Sequence[LocalShard]) -> Tensor:
     """g in the compute dtype, ascent and coupled decay folded in; a copy."""
     o, dtype = parts[0].options, parts[0].compute_dtype
-    g = bucket.pack([p.g for p in parts]).to(dtype)
+    g = bucket.pack("g", [p.g for p in parts]).to(dtype)
     if o.maximize:
         g.neg_()
     if o.l2:
-        g.add_(bucket.pack([p.x for p in parts]).to(dtype), alpha=o.l2)
+        g.add_(bucket.pack("x", [p.x for p in parts]).to(dtype), alpha=o.l2)
     return g
 
 
@@ -144,12 +150,13 @@ def _precond(v: Tensor, n: dict[str, Tensor]) -> Tensor:
     return v.sqrt_().mul_(n["c_root"]).add_(n["c_eps"])
 
 
-def _write(bucket: Bucket, targets: Sequence[Tensor], old: Tensor, new: Tensor, keep: Tensor) -> None:
-    """New where kept, in the dtype of the targets; ``old`` is what they hold and is overwritten.
+def _write(bucket: Bucket, name: str, targets: list[Tensor], old: Tensor, new: Tensor, keep: Tensor) -> None:
+    """New where kept, in the dtype of the targets; ``old`` is what they hold, as packed under ``name``: overwritten.
 
     torch.where, not a product: NaN * 0 is NaN, and what is not kept must stay to the bit.
     """
-    bucket.unpack(torch.where(keep, new.to(old.dtype), old, out=old), targets)
+    torch.where(keep, new.to(old.dtype), old, out=old)
+    bucket.unpack(name, targets)
 
 
 def _rounded(bucket: Bucket, like: LocalShard, new: Tensor, tables: _Tables) -> Tensor:

@@ -111,7 +111,7 @@ def kernels_for(device: torch.device, choice: Choice, default: Kernel | None) ->
     on_cpu = device.type == "cpu"
     if is_fake():  # nothing to launch on, and no number for the host
         return (FOREACH,)
-    eager = (CHUNKED, SINGLE_TENSOR) if on_cpu else (FOREACH,)
+    eager = (CHUNKED, FOREACH) if on_cpu else (FOREACH,)
     fused = fused_kernel(device) if choice.fused else default if choice.by_default else None
     if fused is not None:
         return (fused, *eager)

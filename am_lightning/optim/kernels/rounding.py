@@ -49,12 +49,12 @@ def stochastic(y: Tensor, seed: Tensor, first: int = 0) -> Tensor:
     return _with_noise(y, (mix((index & _MASK) ^ seed) >> 16).to(torch.int32))
 
 
-def stochastic_in_parts(y: Tensor, seed: Tensor) -> Tensor:
+def stochastic_in_parts(y: Tensor, seed: Tensor, first: int = 0) -> Tensor:
     """``stochastic`` of a tensor of any size, with temporaries of at most 64 MiB."""
     out = torch.empty_like(y, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
     parts = zip(torch.split(y.reshape(-1), _PART), torch.split(out.view(-1), _PART), strict=True)
     for i, (part, target) in enumerate(parts):
-        target.copy_(stochastic(part, seed, i * _PART))
+        target.copy_(stochastic(part, seed, first + i * _PART))
     return out
 
 

@@ -1,4 +1,7 @@
-"""The two passes as plain formulas, one tensor at a time: the kernels that the others are compared with."""
+"""The two passes as plain formulas, one tensor at a time: the kernels that the others are compared with.
+
+Large tensors are taken in parts, so that the temporaries are small.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from am_lightning.optim.kernels.buckets import in_parts
 from am_lightning.optim.kernels.inputs import Coefficients, LocalShard, on_device, on_host, too_large
 from am_lightning.optim.kernels.rounding import is_stochastic, seed_of, stochastic_in_parts
 from am_lightning.optim.kernels.transfer import moved
@@ -44,7 +48,10 @@ class SingleTensorPasses:
         not fit in its dtype: finite gradients whose square overflows hide from the sums, because they are divided by P.
         """
         device, rows = self._shards[0].x.device, _Rows(coefficients)
-        return torch.stack([moved(_sums(shard, rows, accumulate), device) for shard in self._shards])
+        of_shards = [
+            torch.stack([_sums(part, rows, accumulate) for _, part in in_parts([s])]).sum(0) for s in self._shards
+        ]
+        return torch.stack([moved(pair, device) for pair in of_shards])
 
     def update(self, coefficients: Coefficients, active: Tensor) -> None:
         """Pass 2, which writes: d' = d + omega (g - d) / q,  x' = (1 - mu eta) x - eta d' / P,  v'.
@@ -53,11 +60,11 @@ class SingleTensorPasses:
         """
         rows = _Rows(coefficients)
         host = active.tolist() if self._shards[0].x.device.type == "cpu" else None
-        for shard in self._shards:
+        for _, part in in_parts(self._shards):
             if host is None:
-                _update(shard, rows, moved(active[shard.row], shard.x.device))
-            elif host[shard.row]:
-                _update(shard, rows, None)
+                _update(part, rows, moved(active[part.row], part.x.device))
+            elif host[part.row]:
+                _update(part, rows, None)
 
 
 def _sums(shard: LocalShard, rows: _Rows, accumulate: torch.dtype) -> Tensor:
@@ -83,7 +90,7 @@ def _update(shard: LocalShard, rows: _Rows, active: Tensor | None) -> None:
     d = d + c["omega"] * (g - d) / q
     x = c["decay_factor"] * x - c["lr"] * d / precond
     if is_stochastic(shard):
-        d = stochastic_in_parts(d, seed_of(torch.as_tensor(c["step"], device=d.device), shard.row))
+        d = stochastic_in_parts(d, seed_of(torch.as_tensor(c["step"], device=d.device), shard.row), shard.first)
     for old, new in ((shard.d, d), (shard.v, v), (shard.x, x)):
         if old is not None and new is not None:
             new = new.to(old.dtype)

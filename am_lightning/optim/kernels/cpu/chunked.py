@@ -1,6 +1,6 @@
 """The two passes on the CPU, cache-blocked: tensors are walked in chunks, a few buffers hold all temporaries.
 
-No full-size temporary exists (at most 7 MiB of scratch), and a chunk's temporaries stay in the cache.
+No full-size temporary exists (at most 5 MiB of scratch), and a chunk's temporaries stay in the cache.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from am_lightning.optim.kernels.inputs import (
 from am_lightning.optim.kernels.rounding import is_stochastic, seed_of, stochastic
 from am_lightning.optim.kernels.workspace import Workspace
 
+_WORTH_IT = 1 << 14  # elements; smaller shards are faster together, as foreach takes them
 Host = dict[str, list[float]]  # the coefficients of every row
 
-_BUFFER_BYTES = 1 << 20  # 256 Ki float32 elements: the fastest of 32 Ki .. 1 Mi on a server CPU
+_BUFFER_BYTES = 3 << 19  # 384 Ki float32 elements: more are hardly faster, and many threads want as many
 
 
 class Scratch:
@@ -37,11 +38,11 @@ class Scratch:
 
     def take(self, name: str, dtype: torch.dtype, numel: int) -> Tensor:
         """``[numel]`` uninitialised; the same memory at every call with this name and dtype."""
-        key = (dtype, name)
-        if key not in self._buffers or self._buffers[key].numel() < numel:
+        buffer = self._buffers.get((dtype, name))
+        if buffer is None or buffer.numel() < numel:
             self._release_other_dtypes(dtype)
-            self._buffers[key] = torch.empty(numel, dtype=dtype, device="cpu")
-        return self._buffers[key][:numel]
+            buffer = self._buffers[dtype, name] = torch.empty(numel, dtype=dtype, device="cpu")
+        return buffer if buffer.numel() == numel else buffer[:numel]
 
     def _release_other_dtypes(self, dtype: torch.dtype) -> None:
         self._buffers = {key: buffer for key, buffer in self._buffers.items() if key[0] == dtype}
@@ -75,8 +76,8 @@ class _Chunk:
 
 
 def supports(shard: LocalShard) -> bool:
-    """Whether one walk over the storage visits the same element of every tensor."""
-    return is_flat(shard.tensors())
+    """Whether one walk over the storage visits the same element of every tensor, and is worth some thirty calls."""
+    return shard.x.numel() >= _WORTH_IT and is_flat(shard.tensors())
 
 
 class ChunkedPasses:
@@ -100,6 +101,7 @@ class ChunkedPasses:
 
 def _sums(shard: LocalShard, host: Host, accumulate: torch.dtype, scratch: Scratch) -> Tensor:
     one_plus_k, o = host["one_plus_k"][shard.row], shard.options
+    c_eps = _as_scalar(host, "c_eps", shard)
     partial = torch.zeros(2, _block_count(shard), dtype=shard.compute_dtype, device=shard.x.device)
     nums, dens = (iter(line.unbind()) for line in partial)
     for c in _chunks(shard, scratch):
@@ -109,7 +111,7 @@ def _sums(shard: LocalShard, host: Host, accumulate: torch.dtype, scratch: Scrat
             _dots(c.b, c.q, dens)
             slope = torch.add(c.d, c.x, alpha=o.mu, out=c.a) if o.mu else c.d
         else:
-            if not _precond_for_sums(c, shard, host):
+            if not _precond_for_sums(c, shard, host, c_eps):
                 return torch.full((2,), math.nan, dtype=accumulate, device=shard.x.device)
             torch.addcmul(c.a, c.a, c.a, value=o.lambd, out=c.q)  # P q
             torch.div(c.b, c.q, out=c.q)
@@ -126,15 +128,16 @@ def _update(shard: LocalShard, host: Host, scratch: Scratch) -> None:
     o, row = shard.options, shard.row
     omega, lr, decay_factor = (host[name][row] for name in ("omega", "lr", "decay_factor"))
     seed = seed_of(torch.tensor(host["step"][row], device=shard.x.device), row) if is_stochastic(shard) else None
+    c_eps, rate = _as_scalar(host, "c_eps", shard), _as_scalar(host, "omega", shard)
+    one = torch.ones_like(rate)
     for c in _chunks(shard, scratch):
-        torch.sub(c.g, c.d, out=c.b)
         if c.v is None:
-            c.d.add_(c.b, alpha=omega / (1 + o.lambd))
+            c.d.lerp_(c.g, omega / (1 + o.lambd))
         else:
             _second_moment(c, shard, out=c.v)
-            _precond(c, shard, host, c.v)
-            torch.add(_as_scalar(1.0, c.a), c.a, alpha=o.lambd, out=c.q)
-            c.d.addcdiv_(c.b, c.q, value=omega)
+            _precond(c, c.v, c_eps, host["c_root"][row])
+            torch.add(one, c.a, alpha=o.lambd, out=c.q)
+            c.d.lerp_(c.g, torch.div(rate, c.q, out=c.q))
         if decay_factor != 1:
             c.x.mul_(decay_factor)
         if c.v is None:
@@ -144,20 +147,20 @@ def _update(shard: LocalShard, host: Host, scratch: Scratch) -> None:
         c.write_back(seed)
 
 
-def _precond_for_sums(c: _Chunk, shard: LocalShard, host: Host) -> bool:
+def _precond_for_sums(c: _Chunk, shard: LocalShard, host: Host, c_eps: Tensor) -> bool:
     """c.a = P, and nothing is written; False where v' does not fit in its dtype."""
     assert c.v is not None
-    beta2 = shard.options.beta2
+    beta2, c_root = shard.options.beta2, host["c_root"][shard.row]
     if beta2 > 0.5:  # v' / beta2 is one operation, and beta2 goes under the root
         rate = (1 - beta2) / beta2
         torch.addcmul(c.v, c.g, c.g, value=rate, out=c.a)
         # Below the first no g^2 overflows, below the second no v'; beyond either what is written decides.
         if float(c.a.amax()) < min(rate * torch.finfo(c.a.dtype).max, too_large(c.stored["v"].dtype)):
-            _precond(c, shard, host, c.a, math.sqrt(beta2))
+            _precond(c, c.a, c_eps, c_root * math.sqrt(beta2))
             return True
     _second_moment(c, shard, out=c.a)
     fits = float(c.a.amax()) < too_large(c.stored["v"].dtype)
-    _precond(c, shard, host, c.a)
+    _precond(c, c.a, c_eps, c_root)
     return fits
 
 
@@ -168,22 +171,29 @@ def _second_moment(c: _Chunk, shard: LocalShard, out: Tensor) -> None:
     torch.lerp(c.v, c.a, 1 - shard.options.beta2, out=out)
 
 
-def _precond(c: _Chunk, shard: LocalShard, host: Host, v: Tensor, scale: float = 1.0) -> None:
-    """c.a = P = c_t (sqrt(v' / (1 - beta2^t)) + eps), of v = v' / scale^2."""
-    c_root, c_eps = host["c_root"][shard.row], host["c_eps"][shard.row]
+def _precond(c: _Chunk, v: Tensor, c_eps: Tensor, c_root: float) -> None:
+    """c.a = P = c_root sqrt(v) + c_eps."""
     torch.sqrt(v, out=c.a)
-    torch.add(_as_scalar(c_eps, c.a), c.a, alpha=c_root * scale, out=c.a)
+    torch.add(c_eps, c.a, alpha=c_root, out=c.a)
 
 
-def _as_scalar(value: float, like: Tensor) -> Tensor:
-    """0-dim, so that value + alpha * tensor is one operation."""
-    return torch.full((), value, dtype=like.dtype, device=like.device)
+def _as_scalar(host: Host, name: str, shard: LocalShard) -> Tensor:
+    """A coefficient as 0-dim tensor: with a tensor's alpha, their sum or quotient is one operation."""
+    values = host.get(name)
+    value = 0.0 if values is None else values[shard.row]
+    return torch.full((), value, dtype=shard.compute_dtype, device=shard.x.device)
 
 
 def _dots(left: Tensor, right: Tensor, out: Iterator[Tensor]) -> None:
     """One dot product for each block of at most 64 Ki elements, so that no accumulator runs long."""
-    for a, b in zip(torch.split(left, SUM_BLOCK), torch.split(right, SUM_BLOCK), strict=True):
+    for a, b in zip(_blocks(left), _blocks(right), strict=True):
         torch.dot(a, b, out=next(out))
+
+
+def _blocks(tensor: Tensor) -> Sequence[Tensor]:
+    if tensor.numel() % SUM_BLOCK:
+        return torch.split(tensor, SUM_BLOCK)
+    return tensor.view(-1, SUM_BLOCK).unbind()
 
 
 def _chunk_size(shard: LocalShard) -> int:

@@ -1,0 +1,20 @@
+"""The chunked kernel for tensors of every size: it leaves small ones to foreach, and tests have few others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from am_lightning.optim.kernels.cpu import chunked
+
+WORTH_IT: int = chunked._WORTH_IT
+
+
+@contextmanager
+def chunked_for_every_size() -> Iterator[None]:
+    """In this process."""
+    before, chunked._WORTH_IT = chunked._WORTH_IT, 0
+    try:
+        yield
+    finally:
+        chunked._WORTH_IT = before

@@ -1,0 +1,71 @@
+"""Without a compiler small tensors are taken together, large ones in chunks; their sums meet in one step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from am_lightning.optim.kernels.cpu import chunked
+from tests.optim.every_size import WORTH_IT
+from tests.optim.harness import SCOPES, Bowl, Twin, assert_bitwise, build, make_oracle, named_params, run_bowl, snapshot
+from tests.optim.test_every_step import RATES
+
+SHAPES = [(WORTH_IT,), (7,), (130, 127), (), (33, 4), (0,), (WORTH_IT - 1,)]
+
+
+@pytest.fixture(autouse=True)
+def by_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "_WORTH_IT", WORTH_IT)
+
+
+def make(kind: str, dtype: torch.dtype, **options: Any) -> torch.optim.Optimizer:
+    optimizer = build(kind, named_params(SHAPES, dtype), lr=0.1, weight_decay=0.01, **options)
+    for group in optimizer.param_groups:
+        if "fused" in group:
+            group["fused"] = False
+    return optimizer
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_float64(kind: str, scope: str) -> None:
+    optimizer = make(kind, torch.float64, scope=scope)
+    twin = Twin(optimizer, make_oracle(optimizer, scope=scope))
+    run_bowl(twin, Bowl.around(SHAPES, seed=1), [(r,) for r in RATES[kind] * 2])
+    twin.assert_not_vacuous()
+    assert "chunked for 2" in optimizer.describe() and "foreach for 5" in optimizer.describe()
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_bad_gradient_of_either_leaves_both_alone(bad: int) -> None:
+    optimizer = make("adamw", torch.float32, scope="global")
+    params = optimizer.param_groups[0]["params"]
+    for step in range(3):
+        for param in params:
+            param.grad = torch.full_like(param, 0.1 * (step + 1))
+        if step == 2:
+            before = snapshot(optimizer)
+            params[bad].grad[-1] = 2e19  # finite, and its square is not
+        optimizer.step()
+    assert bool(optimizer.last_step_skipped)
+    assert_bitwise(snapshot(optimizer), before)
+
+
+def test_other_strides_and_shapes_under_a_kept_plan() -> None:
+    """A row may have as many elements in another shape, or in another order, from one step to the next."""
+    ends = []
+    for options in ({"fused": False}, {"foreach": False}):
+        param = torch.nn.Parameter(torch.arange(12.0).view(3, 4))
+        optimizer = build("adamw", [param], lr=0.1, **options)
+        for step in range(4):
+            gradient = torch.arange(12.0).view(3, 4).sin() * (step + 1)
+            param.grad = gradient.t().contiguous().t() if step % 2 else gradient
+            optimizer.step()
+            if step == 1:  # as FSDP2 and DeepSpeed do with what they flatten
+                for name in ("exp_avg", "exp_avg_sq"):
+                    optimizer.state[param][name] = optimizer.state[param][name].t().contiguous().t()
+                param.data = param.data.t().contiguous().t()
+        ends.append(param.detach().clone())
+    torch.testing.assert_close(*ends)
