@@ -20,7 +20,7 @@ from am_lightning.bench import reduce
 from am_lightning.bench.contenders import Contender, import_all, make_contenders, make_parameters
 from am_lightning.bench.measure import measure
 from am_lightning.bench.models import LLAMAS, MODELS, forward_and_backward_seconds, row_of, shapes_of
-from am_lightning.bench.peers import PEERS, make_peers
+from am_lightning.bench.peers import OFFLOAD, PEERS, make_peers
 from am_lightning.bench.table import BASE, LEGEND, device_words, rows_of, text_of
 
 CACHES = ("TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
@@ -48,6 +48,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--peers", "--others", action="store_true", help=f"also what others have: {', '.join(p.name for p in PEERS)}"
     )
+    parser.add_argument("--deepspeed", action="store_true", help=f"also {OFFLOAD.name}, on a CPU; builds it, in 40 s")
     parser.add_argument(
         "--tokens",
         type=int,
@@ -81,6 +82,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         torch.empty(1, device=options.device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         parser.error(f"--device {options.device} cannot be used: {str(error).partition(chr(10))[0]}")
+    if options.deepspeed and options.device.type != "cpu":
+        parser.error(f"--deepspeed steps parameters on a CPU, not on {options.device}: leave it out")
     if options.cpu_time and options.device.type != "cpu":
         parser.error(f"--cpu-time says nothing of a step on {options.device}: leave it out")
     if options.tokens is None:
@@ -144,8 +147,9 @@ def _contenders(
         SystemExit: one of their words is in no name.
     """
     found, missing = make_contenders(params, decay=options.weight_decay, scope=options.scope, device=options.device)
-    if options.peers:
-        peers, lacking = make_peers(params, decay=options.weight_decay)
+    wanted_peers = [*(PEERS if options.peers else ()), *([OFFLOAD] if options.deepspeed else ())]
+    if wanted_peers:
+        peers, lacking = make_peers(params, decay=options.weight_decay, peers=wanted_peers)
         found, missing = [*found, *peers], missing | lacking
     names = [*(each.name for each in found), *missing]
     for text in [*options.only, *options.without]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -31,6 +32,7 @@ class Peer:
         more_below_float32: such words in half precision.
         options: beside ``weight_decay``.
         shares, overwrites: as of a Contender.
+        extra: of ours that installs the package.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Peer:
     options: dict[str, Any] = field(default_factory=lambda: {"lr": LR})
     shares: bool = True
     overwrites: bool = False
+    extra: str = "studies"
 
     def make(self, params: list[torch.nn.Parameter], decay: float) -> Contender:
         """The optimizer, ready to train.
@@ -110,14 +113,28 @@ PEERS = (
 )
 
 
-def make_peers(params: list[torch.nn.Parameter], *, decay: float) -> tuple[list[Contender], dict[str, str]]:
+# What DeepSpeed's ZeRO-Offload asks for; built at its first use, in some 40 s: measured only where it is named.
+OFFLOAD = Peer(
+    name="DeepSpeedCPUAdam",
+    package="deepspeed",
+    path=("deepspeed.ops.adam", "DeepSpeedCPUAdam"),
+    same="AdamW fused",
+    options={"lr": LR, "adamw_mode": True},
+    extra="deepspeed",
+)
+
+
+def make_peers(
+    params: list[torch.nn.Parameter], *, decay: float, peers: Sequence[Peer] = PEERS
+) -> tuple[list[Contender], dict[str, str]]:
     """All that are installed, and why others are missing: name -> reason."""
     result, missing = [], {}
-    for peer in PEERS:
+    for peer in peers:
         try:
             result.append(peer.make(params, decay))
         except ImportError as error:
             missing[peer.name] = (
-                f"needs {peer.package} ({error}): pip install 'am-lightning[studies]', or '.[studies]' in a checkout"
+                f"needs {peer.package} ({error}): pip install 'am-lightning[{peer.extra}]', or '.[{peer.extra}]' in a "
+                "checkout"
             )
     return result, missing

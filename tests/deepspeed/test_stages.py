@@ -65,10 +65,11 @@ def test_scopes_that_span_several_calls(pool, case: dict[str, Any]) -> None:
     check(ranks, beta=5e-6, weights=2e-5)
 
 
+@pytest.mark.parametrize("asked", [{"fused": True}, {}], ids=["asked", "by default"])
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_the_fused_loop(pool, stage: int) -> None:
-    """What ZeRO-Offload's states are stepped with."""
-    ranks = pool(2).run(f"{RUNS}:compare", timeout=START_UP, stage=stage, fused=True, **(OFFLOAD if stage else {}))
+def test_the_fused_loop(pool, stage: int, asked: dict[str, bool]) -> None:
+    """What ZeRO-Offload's states are stepped with, also where nobody asks for it."""
+    ranks = pool(2).run(f"{RUNS}:compare", timeout=START_UP, stage=stage, **asked, **(OFFLOAD if stage else {}))
     check(ranks, beta=5e-6, weights=5e-6)
     assert all("C++ loop" in rank["kernels"] for rank in ranks)
 

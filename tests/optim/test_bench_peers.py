@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,8 +19,10 @@ from am_lightning.bench.contenders import make_contenders, make_parameters
 from am_lightning.bench.measure import measure
 from am_lightning.bench.peers import LR, PEERS, Peer, make_peers
 from am_lightning.bench.table import rows_of
+from tests import operator_build
+from tests.python import COLD
 
-CPU = torch.device("cpu")
+CPU, ROOT = torch.device("cpu"), Path(__file__).resolve().parents[2]
 SMALL = ["--model", "tensors:4x50", "--repeats", "1"]
 PACKAGES = [peer for peer in PEERS if peer.package != "torch"]
 
@@ -112,3 +117,17 @@ def test_words_of_half_precision() -> None:
     (optimi,) = (peer.make(params, 0.1) for peer in PEERS if peer.package == "torch-optimi")
     optimi.step()
     assert optimi.bytes_moved == 10 * 2 * 9 and optimi.optimizer.state[params[0]]["kahan_comp"].shape == (10,)
+
+
+@pytest.mark.slow
+def test_deepspeeds_own_beside_ours() -> None:
+    """In a process of its own: where DeepSpeed is loaded, engines are looked for."""
+    pytest.importorskip("deepspeed")
+    command = [COLD, "-m", "am_lightning.bench", *SMALL, "--deepspeed", "--json", "--only", "DeepSpeed", "AMAdamW def"]
+    env = os.environ | operator_build.variables()
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout[done.stdout.index("{") :])  # DeepSpeed prints what it builds
+    rows = {row["optimizer"]: row for row in report["rows"]}
+    assert rows.keys() == {"AdamW fused", "AMAdamW default", "DeepSpeedCPUAdam"}
+    assert rows["DeepSpeedCPUAdam"]["limit"] == 1.0 and "C++ loop" in rows["AMAdamW default"]["kernels"]

@@ -98,7 +98,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "recipes report": ("RUN", "--output"),
     "bench": (
         *("--model", "--dtype", "--device", "--threads", "--repeats", "--weight-decay", "--scope", "--only"),
-        *("--without", "--peers", "--others", "--tokens", "--cpu-time", "--cold", "--json", "--reduce"),
+        *("--without", "--peers", "--others", "--deepspeed", "--tokens", "--cpu-time", "--cold", "--json", "--reduce"),
     ),
     "bench.page": ("RUN", "--to"),
 }

@@ -10,12 +10,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
 from am_lightning.distributed.strategies.dtensor import local
 from am_lightning.optim.kernels.cpu import build as compiler
 from tests.device import DEVICE
 from tests.optim.harness import triton_on_cpu
-from tests.sharding.layouts import LAYOUTS, Placed
+from tests.sharding.layouts import LAYOUTS, Placed, everyone, make_net, mesh, shard
 from tests.sharding.model import RATES, train
 from tests.sharding.steps import optimizer_of
 
@@ -62,6 +63,18 @@ def low_precision(layout: str, where: str, **options: Any) -> dict[str, Any]:
         "whole": bits(placed.model, optimizer),
         "resumed": bits(resumed.model, other),
     }
+
+
+def offloaded() -> dict[str, Any]:
+    """FSDP2 that keeps its shards on the CPU between steps, with no option, beside one that does not."""
+    optimizers = []
+    for policy in (CPUOffloadPolicy(pin_memory=False), OffloadPolicy()):
+        net = shard(make_net(DTYPE), mesh=mesh(dist.get_world_size()), offload_policy=policy)
+        placed = Placed(net, everyone())
+        optimizers.append((placed, optimizer_of(placed, "adamw", "tensor")))
+        go(*optimizers[-1], range(4))
+    (there, first), (here, second) = optimizers
+    return {"described": first.describe(), "same": bits(there.model, first) == bits(here.model, second)}
 
 
 def refused_direction(layout: str) -> str:

@@ -40,6 +40,11 @@ def test_a_direction_in_bfloat16_is_saved_as_one_and_resumed_to_the_bit(
         assert layout != "ddp" or rank["whole"] == ranks[0]["whole"], "copies were rounded differently"
 
 
+def test_what_fsdp2_offloads_takes_the_loop_without_being_asked(pool: Callable[[int], Pool]) -> None:
+    for rank in pool(2).run("tests.sharding.fused_steps:offloaded"):
+        assert "kernels: C++ loop" in rank["described"] and rank["same"]
+
+
 def test_fsdp1_refuses_a_direction_of_its_own_dtype(pool: Callable[[int], Pool]) -> None:
     for text in pool(2).run(f"{STEPS}refused_direction", layout="fsdp1_full"):
         assert "FSDP1" in text and "exp_avg_dtype must be None there" in text
