@@ -66,6 +66,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--reduce", action="store_true", help="instead: bytes and latency of the reduction of a step, under torchrun"
     )
+    return _checked(parser, arguments)
+
+
+def _checked(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     words = sys.argv[1:] if arguments is None else arguments
     options.command = shlex.join(["python", "-m", "am_lightning.bench", *(w for w in words if w != "--json")])

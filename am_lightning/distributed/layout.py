@@ -114,7 +114,9 @@ class ShardLayout:
         _check_pipeline(reductions, pipeline_group)
         replica = 0 if replica_group is None else dist.get_rank(replica_group)
         owned = {i: _is_owner_here(params[i].shard, r.ranks, replica) for r in reductions for i in r.members}
-        params = [replace(logical, is_owner=owned.get(i, True)) for i, logical in enumerate(params)]
+        params = [
+            p if owned.get(i, True) == p.is_owner else replace(p, is_owner=not p.is_owner) for i, p in enumerate(params)
+        ]
         layout = cls(params, reductions, sizes, pipeline_group, others_hold_the_rest=others_hold_the_rest)
         layout._agree()
         if not (reductions or pipeline_group or others_hold_the_rest) and world_size() > 1:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.python import COLD
+from tests.python import COLD, PYTHON
 
 LIMIT_MIB = 8.0
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,11 +17,12 @@ ROOT = Path(__file__).resolve().parents[2]
 # A small optimizer runs first, so that code pages and torch's own pools are there. Then all that the first steps add
 # beyond the state is counted: what a step allocates and gives back, and scratch that the optimizer keeps.
 PROGRAM = """
+import json
 import sys
 import torch
 from am_lightning import AMSGD, AMAdamW
 
-kind, dtype = sys.argv[1], getattr(torch, sys.argv[2])
+kind, dtype, options = sys.argv[1], getattr(torch, sys.argv[2]), json.loads(sys.argv[3])
 torch.set_num_threads(1)
 n = 200 * 2**20 // torch.empty((), dtype=dtype).element_size()
 
@@ -29,7 +31,7 @@ def make(*shapes):
     params = [torch.nn.Parameter(torch.full(s, 0.5, dtype=dtype)) for s in shapes]
     for p in params:
         p.grad = torch.full_like(p, 0.1)
-    return {"adamw": AMAdamW, "sgd": AMSGD}[kind](params, lr=0.1, weight_decay=0.1)
+    return {"adamw": AMAdamW, "sgd": AMSGD}[kind](params, lr=0.1, weight_decay=0.1, **options)
 
 
 def status(key):
@@ -58,17 +60,78 @@ print(extra(lambda: two_steps(optimizer), state), extra(optimizer.step), extra(l
 """
 
 
+# Every path of the CPU; the default is the C++ loop for AMAdamW, chunked for AMSGD.
+KERNELS: dict[str, tuple[str, dict[str, bool]]] = {
+    "default": ("adamw", {}),
+    "chunked": ("adamw", {"fused": False}),
+    "foreach": ("adamw", {"foreach": True}),
+    "single_tensor": ("adamw", {"foreach": False}),
+    "sgd": ("sgd", {}),
+    "sgd, foreach": ("sgd", {"foreach": True}),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc/self/clear_refs")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
-def test_a_step_needs_less_than_8_mib(kind: str, dtype: str) -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_step_needs_less_than_8_mib(kernel: str, dtype: str) -> None:
+    kind, options = KERNELS[kernel]
     env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(
-        [COLD, "-c", PROGRAM, kind, dtype], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+        [COLD, "-c", PROGRAM, kind, dtype, json.dumps(options)],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     first, later, copy = map(float, done.stdout.split())
     assert copy > 40, f"the watermark does not work here: a large copy reads {copy} MiB"
     assert first > 0, f"scratch must show: {first} MiB"
     assert max(first, later) < LIMIT_MIB, f"{first:.1f}, then {later:.1f} MiB beyond parameters, gradients and state"
+
+
+GROWTH = """
+import json
+import sys
+import torch
+from am_lightning import AMAdamW, AMSGD
+
+kind, options = sys.argv[1], json.loads(sys.argv[2])
+torch.set_num_threads(1)
+params = [torch.nn.Parameter(torch.ones(shape)) for shape in ((300, 100), *[(40,)] * 20)]
+optimizer = {"adamw": AMAdamW, "sgd": AMSGD}[kind](params, lr=1e-3, weight_decay=0.1, **options)
+
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 / 2**20
+
+
+def steps(first, last):
+    for step in range(first, last):
+        for i, param in enumerate(params):
+            param.grad = None if i == step % 7 else torch.full_like(param, 0.1)  # the kernels are planned anew
+        optimizer.param_groups[0]["lr"] = 1e-3 / (1 + step)
+        optimizer.step()
+
+
+steps(0, 500)
+before = resident()
+steps(500, 2500)
+print(resident() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.access("/proc/self/statm", os.R_OK), reason="needs Linux's /proc/self/statm")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_nothing_grows_over_2000_steps(kernel: str) -> None:
+    kind, options = KERNELS[kernel]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [PYTHON, "-c", GROWTH, kind, json.dumps(options)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1.0, f"{done.stdout.strip()} MiB more than 2,000 steps before"

@@ -8,7 +8,7 @@ and sums of blocks are one reduction along the matrix.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -45,12 +45,13 @@ class Matrices:
 class Bucket:
     """Parts of equal options, device and dtypes. ``rows`` and ``starts`` are ``[blocks]`` on the device."""
 
-    members: list[int]
+    members: list[tuple[int, int]]  # shard, and the index of its first element that is here
     block: int
     is_flat: bool
     places: list[int]  # of each member's first element in the matrix
     rows: Tensor  # the row of each block
-    starts: Tensor  # the index of its first element in the row's shard
+    starts: Tensor  # the index of its first element in the row's shard, less ``first``
+    first: int
     filling: Tensor | None  # ``[blocks, 1]``, the place in the block from which on it is filled up; None: nowhere
     matrices: Matrices
     views: dict[tuple[str, torch.dtype], tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
@@ -73,6 +74,8 @@ class Bucket:
         """The matrix, and the part of each member: in the order of its storage where that has no gaps."""
         first = tensors[0]
         if (name, first.dtype) not in self.views:
+            if len(tensors) == 1:  # a part of a large tensor, one of very many
+                self.views.clear()
             line = self.matrices.take(name, first.dtype, first.device, len(self.rows) * self.block)
             pairs = zip(tensors, self.places, strict=True)
             if self.is_flat:
@@ -125,6 +128,7 @@ def plan_of(shards: Sequence[LocalShard], parts: Sequence[tuple[int, LocalShard]
     """
     kinds: dict[Hashable, list[list[int]]] = {}
     elements: dict[Hashable, int] = {}
+    vectors: dict[Hashable, Tensor] = {}
     for at, (_, part) in enumerate(parts):
         kind, numel = _kind(part), max(part.x.numel(), _SMALLEST_BLOCK)
         if not part.x.numel():
@@ -139,6 +143,7 @@ def plan_of(shards: Sequence[LocalShard], parts: Sequence[tuple[int, LocalShard]
     total = 0
     for members in (members for lists in kinds.values() for members in lists):
         block = _block_of([parts[at][1].x.numel() for at in members])
+        offset = parts[members[0]][1].first  # of parts of one tensor, which so have one vector
         rows: list[int] = []
         starts: list[int] = []
         filling: list[int] = []
@@ -149,31 +154,38 @@ def plan_of(shards: Sequence[LocalShard], parts: Sequence[tuple[int, LocalShard]
             count = -(-numel // block)
             places.append(len(rows) * block)
             rows += [part.row] * count
-            starts += range(part.first, part.first + count * block, block)
+            starts += range(part.first - offset, part.first - offset + count * block, block)
             filling += [block] * (count - 1) + [numel - (count - 1) * block]
             positions[owner] += range(total, total + count)
             total += count
         first = parts[members[0]][1]
         device = first.x.device
-        of_rows, of_starts = (uploaded(values, device, torch.int64) for values in (rows, starts))
-        ends = None if min(filling) == block else uploaded(filling, device, torch.int64)[:, None]
-        buckets.append(Bucket(members, block, is_flat(first.tensors()), places, of_rows, of_starts, ends, matrices))
+        keys = [(device, *values) for values in (rows, starts, filling)]
+        for key in keys:
+            if key not in vectors:
+                vectors[key] = uploaded(key[1:], device, torch.int64)
+        of_rows, of_starts, ends = (vectors[key] for key in keys)
+        of_filling = None if min(filling) == block else ends[:, None]
+        places_of = [(parts[at][0], parts[at][1].first) for at in members]
+        flat_ones = is_flat(first.tensors())
+        buckets.append(Bucket(places_of, block, flat_ones, places, of_rows, of_starts, offset, of_filling, matrices))
     return BucketPlan(buckets, [upload(index, shards[0].x.device) for index in _tree(positions, total)])
 
 
-def in_parts(shards: Sequence[LocalShard]) -> list[tuple[int, LocalShard]]:
+def in_parts(shards: Sequence[LocalShard]) -> Iterator[tuple[int, LocalShard]]:
     """Shards of at most a bucket each, and which shard each belongs to."""
-    result = []
     for owner, shard in enumerate(shards):
         most = _most_elements(shard.x.device)
-        if shard.x.numel() <= most or not is_flat(shard.tensors()):
-            result.append((owner, shard))  # one whose elements do not lie close together is taken whole
-            continue
-        columns = zip(*(torch.split(flat(tensor), most) for tensor in shard.tensors()), strict=True)
-        for i, (x, g, d, *v) in enumerate(columns):
-            first = i * most
-            result.append((owner, LocalShard(shard.row, x, g, d, v[0] if v else None, shard.options, first)))
-    return result
+        whole = shard.x.numel() <= most or not is_flat(shard.tensors())  # elements that do not lie close together
+        for first in (0,) if whole else range(0, shard.x.numel(), most):
+            yield owner, shard if whole else part_of(shard, first)
+
+
+def part_of(shard: LocalShard, first: int) -> LocalShard:
+    """The elements of a bucket from ``first`` on, of a shard that is larger."""
+    end = first + _most_elements(shard.x.device)
+    x, g, d, *v = (flat(tensor)[first:end] for tensor in shard.tensors())
+    return LocalShard(shard.row, x, g, d, v[0] if v else None, shard.options, first)
 
 
 def _most_elements(device: torch.device) -> int:

@@ -6,12 +6,13 @@ Rows are taken in buckets of bounded size, large ones in parts, so that the temp
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from am_lightning.optim.kernels.buckets import Bucket, BucketPlan, Matrices, in_parts, key_of, plan_of
+from am_lightning.optim.kernels.buckets import Bucket, BucketPlan, Matrices, in_parts, key_of, part_of, plan_of
 from am_lightning.optim.kernels.inputs import Coefficients, LocalShard, too_large
 from am_lightning.optim.kernels.rounding import is_stochastic, seeds_of, stochastic_at
 from am_lightning.optim.kernels.transfer import moved
@@ -26,11 +27,12 @@ class ForeachPasses:
 
     def __init__(self, shards: Sequence[LocalShard], workspace: Workspace) -> None:
         self._shards = shards
-        device, owned, matrices = shards[0].x.device, in_parts(shards), workspace.keep(Matrices)
+        device, matrices = shards[0].x.device, workspace.keep(Matrices)
         self._plan: BucketPlan = workspace.constants.made(
-            key_of(shards), device, lambda: plan_of(shards, owned, matrices)
+            key_of(shards), device, lambda: plan_of(shards, list(in_parts(shards)), matrices)
         )
-        self._has_parts = len(owned) > len(shards)
+        counts = Counter(owner for bucket in self._plan.buckets for owner, _ in bucket.members)
+        self._split = frozenset(owner for owner, count in counts.items() if count > 1)
 
     def sums(self, coefficients: Coefficients, accumulate: torch.dtype) -> Tensor:
         """Pass 1, which only reads: ``[shards, 2]``, N and D of each.
@@ -38,23 +40,24 @@ class ForeachPasses:
         Sums are in the compute dtype inside a block, of at most 64 Ki elements, and in ``accumulate`` across blocks.
         """
         device = self._shards[0].x.device
-        tables, of_shards = _Tables(coefficients, _READ), self._parts()
+        tables = _Tables(coefficients, _READ)
         partial = [torch.empty(2, 0, dtype=accumulate, device=device)]
         for bucket in self._plan.buckets:
-            parts = [of_shards[i] for i in bucket.members]
+            parts = self._parts(bucket)
             partial.append(moved(_sums(bucket, parts, tables), device, accumulate))
         return self._plan.over_blocks(torch.cat(partial, 1))
 
     def update(self, coefficients: Coefficients, active: Tensor) -> None:
         """Pass 2, which writes d, v and x of the rows where ``active`` (``[rows]`` bool) is True."""
-        tables, of_shards = _Tables(coefficients, _WRITTEN), self._parts()
-        kept = {p.x.device: moved(active, p.x.device) for p in {q.x.device: q for q in of_shards}.values()}
+        tables = _Tables(coefficients, _WRITTEN)
+        kept = {device: moved(active, device) for device in {shard.x.device for shard in self._shards}}
         for bucket in self._plan.buckets:
-            parts = [of_shards[i] for i in bucket.members]
+            parts = self._parts(bucket)
             _update(bucket, parts, tables, kept[parts[0].x.device].index_select(0, bucket.rows)[:, None])
 
-    def _parts(self) -> Sequence[LocalShard]:
-        return [part for _, part in in_parts(self._shards)] if self._has_parts else self._shards
+    def _parts(self, bucket: Bucket) -> list[LocalShard]:
+        shards, split = self._shards, self._split
+        return [part_of(shards[i], first) if i in split else shards[i] for i, first in bucket.members]
 
 
 class _Tables:
@@ -164,4 +167,4 @@ def _rounded(bucket: Bucket, like: LocalShard, new: Tensor, tables: _Tables) -> 
     if not is_stochastic(like):
         return new
     steps = moved(tables.coefficients["step"], new.device, torch.int64).index_select(0, bucket.rows)
-    return stochastic_at(new, seeds_of(steps, bucket.rows)[:, None], bucket.starts)
+    return stochastic_at(new, seeds_of(steps, bucket.rows)[:, None], bucket.starts + bucket.first)

@@ -23,7 +23,7 @@ def supports(shard: LocalShard) -> bool:
     if shard.v is None or shard.options.l2:
         return False
     tensors = shard.tensors()
-    return is_flat(tensors) and is_addressable(tensors) and {tensor.dtype for tensor in tensors} <= _KINDS.keys()
+    return all(tensor.dtype in _KINDS for tensor in tensors) and is_flat(tensors) and is_addressable(tensors)
 
 
 class CppPasses:

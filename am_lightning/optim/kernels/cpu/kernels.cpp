@@ -16,7 +16,7 @@
 
 namespace {
 
-constexpr int64_t TILE = 1024, LANES = 16;
+constexpr int64_t TILE = 1024, LANES = 32;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 template <class A, class B>
