@@ -132,7 +132,7 @@ def make_peers(
     for peer in peers:
         try:
             result.append(peer.make(params, decay))
-        except ImportError as error:
+        except Exception as error:  # one is built when it is made, and raises whatever goes wrong there
             missing[peer.name] = (
                 f"needs {peer.package} ({error}): pip install 'am-lightning[{peer.extra}]', or '.[{peer.extra}]' in a "
                 "checkout"

@@ -51,9 +51,9 @@ class AMAdamW(AdaptiveMemoryOptimizer):
         foreach: None picks the kernels for the device, True torch._foreach_*, False plain formulas.
         capturable: safe to capture in a CUDA graph (with a tensor lr).
         fused: True runs each pass as one kernel over all tensors: Triton on CUDA and ROCm, on the CPU a C++ loop that
-            is built at the first step, torch.compile elsewhere. None (with foreach None) does so on CUDA, ROCm and the
-            CPU where the kernels build and work on all ranks, which is tried in the first step; elsewhere the eager
-            kernels. False: eager kernels. ``describe`` says which, and why not the fused one.
+            the wheel brings or that is built at the first step, torch.compile elsewhere. None (with foreach None) does
+            so on CUDA, ROCm and the CPU where the kernels build and work on all ranks, which is tried in the first
+            step; elsewhere the eager kernels. False: eager kernels. ``describe`` says which, and why not the fused one.
         nonfinite: "skip" drops a step, on all ranks, in which a sum is not finite or ``exp_avg_sq`` would not be: a
             gradient's square overflows float32 (float64 for float64 parameters), or what float16 can hold of it.
             "propagate" does what AdamW does.

@@ -244,9 +244,9 @@ MUTATIONS = [
     ),
     Mutation(
         "foreach: the noise of rounding begins anew in every part",
-        _PACKS,
-        "starts += range(part.first, part.first + count * block, block)",
-        "starts += range(0, count * block, block)",
+        _FOREACH,
+        "bucket.starts + bucket.first)",
+        "bucket.starts)",
         (f"{_LOW}::test_tiers_round_a_long_tensor_alike",),
     ),
     Mutation(

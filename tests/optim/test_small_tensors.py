@@ -69,3 +69,34 @@ def test_other_strides_and_shapes_under_a_kept_plan() -> None:
                 param.data = param.data.t().contiguous().t()
         ends.append(param.detach().clone())
     torch.testing.assert_close(*ends)
+
+
+@pytest.mark.parametrize("numel", [1, 65, 100, 400, 1000])
+def test_the_memory_of_buckets_does_not_grow_with_their_number(numel: int) -> None:
+    """Whatever fills up their blocks, all take turns in the same matrices."""
+    params = [torch.nn.Parameter(torch.ones(numel)) for _ in range(300_000 // (numel + 63))]
+    optimizer: Any = build("adamw", params, fused=False)
+    for param in params:
+        param.grad = torch.full_like(param, 0.1)
+    optimizer.step()
+    (passes,) = (passes for _, passes in optimizer._plan._passes)
+    buckets = passes._plan.buckets
+    assert len(buckets) > 1
+    for name in "xgdv":
+        assert len({bucket.views[name, torch.float32][0].data_ptr() for bucket in buckets}) == 1
+
+
+def test_a_large_tensor_with_gaps_is_not_kept() -> None:
+    ends = []
+    for options in ({"fused": False}, {"foreach": False}):
+        param = torch.nn.Parameter(torch.arange(400_000.0).view(400, 1000).sin()[:, ::2])
+        optimizer: Any = build("adamw", [param], lr=0.1, weight_decay=0.1, **options)
+        for step in range(3):
+            param.grad = torch.cos(param.detach() * (step + 1))
+            optimizer.step()
+        if "fused" in options:
+            assert "foreach for 1" in optimizer.describe()
+            (bucket,) = optimizer._plan._passes[0][1]._plan.buckets
+            assert not bucket.views
+        ends.append(param.detach().clone())
+    torch.testing.assert_close(*ends)

@@ -31,7 +31,7 @@ class Matrices:
         self._made: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def take(self, name: str, dtype: torch.dtype, device: torch.device, numel: int) -> Tensor:
-        """``[numel]``, uninitialised; the same memory for every bucket but one that is one large tensor."""
+        """``[numel]``, uninitialised; the same memory for every bucket but one that is a large tensor with gaps."""
         most, key = _most_elements(device), (name, dtype, device)
         most += most // _BLOCKS_OF_A_TENSOR  # what fills up blocks
         if numel > most:
@@ -60,30 +60,31 @@ class Bucket:
         """``[blocks, block]`` in the dtype of the tensors; what fills up the blocks is undefined.
 
         Args:
-            name: of the matrix, which is the same memory for all buckets of a plan.
+            name: of the matrix, which is the same memory for all buckets.
         """
-        matrix, members = self._views_of(name, tensors)
+        first, key = tensors[0], (name, tensors[0].dtype)
+        if key in self.views:
+            matrix, members = self.views[key]
+        else:
+            matrix = self.matrices.take(name, first.dtype, first.device, len(self.rows) * self.block)
+            matrix = matrix.view(len(self.rows), self.block)
+            members = self._members_of(matrix, tensors)
+            if len(tensors) > 1:  # not of parts of a large tensor, which are very many and quickly made
+                self.views[key] = matrix, members
         torch._foreach_copy_(members, tensors)
         return matrix
 
-    def unpack(self, name: str, tensors: list[Tensor]) -> None:
-        """Write what is in the matrix of this name and of the tensors' dtype."""
-        torch._foreach_copy_(tensors, self._views_of(name, tensors)[1])
+    def unpack(self, name: str, matrix: Tensor, tensors: list[Tensor]) -> None:
+        """Write what is in the matrix that ``pack`` gave under this name."""
+        kept = self.views.get((name, matrix.dtype))
+        torch._foreach_copy_(tensors, self._members_of(matrix, tensors) if kept is None else kept[1])
 
-    def _views_of(self, name: str, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The matrix, and the part of each member: in the order of its storage where that has no gaps."""
-        first = tensors[0]
-        if (name, first.dtype) not in self.views:
-            if len(tensors) == 1:  # a part of a large tensor, one of very many
-                self.views.clear()
-            line = self.matrices.take(name, first.dtype, first.device, len(self.rows) * self.block)
-            pairs = zip(tensors, self.places, strict=True)
-            if self.is_flat:
-                views = [line.as_strided(tensor.shape, tensor.stride(), at) for tensor, at in pairs]
-            else:
-                views = [line[at : at + tensor.numel()].view(tensor.shape) for tensor, at in pairs]
-            self.views[name, first.dtype] = line.view(len(self.rows), self.block), views
-        return self.views[name, first.dtype]
+    def _members_of(self, matrix: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+        """The part of each tensor: in the order of its storage where that has no gaps."""
+        line, pairs = matrix.view(-1), zip(tensors, self.places, strict=True)
+        if self.is_flat:
+            return [line.as_strided(tensor.shape, tensor.stride(), line.storage_offset() + at) for tensor, at in pairs]
+        return [line[at : at + tensor.numel()].view(tensor.shape) for tensor, at in pairs]
 
     def block_sums(self, matrix: Tensor) -> Tensor:
         """``[blocks]`` in the matrix' dtype; overwrites what fills up the blocks."""
@@ -130,7 +131,7 @@ def plan_of(shards: Sequence[LocalShard], parts: Sequence[tuple[int, LocalShard]
     elements: dict[Hashable, int] = {}
     vectors: dict[Hashable, Tensor] = {}
     for at, (_, part) in enumerate(parts):
-        kind, numel = _kind(part), max(part.x.numel(), _SMALLEST_BLOCK)
+        kind, numel = _kind(part), -(-part.x.numel() // _SMALLEST_BLOCK) * _SMALLEST_BLOCK
         if not part.x.numel():
             continue
         if kind not in kinds or elements[kind] + numel > _most_elements(part.x.device):

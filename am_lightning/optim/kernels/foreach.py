@@ -1,7 +1,8 @@
-"""The two passes for accelerators: no host sync, no Python branch on a tensor, and no launch for each tensor.
+"""The two passes over many tensors at once: no host sync, no Python branch on a tensor, no launch for each tensor.
 
+For accelerators without Triton, for the small tensors of a CPU without the C++ loop, and where ``foreach=True`` asks.
 Rows are taken in buckets of bounded size, large ones in parts, so that the temporaries are at most a few buckets (of
-16 MiB in float32), not a few models or a few embeddings. ``buckets`` has why a bucket is copied into one matrix.
+16 MiB in float32, a quarter of one on a CPU), not a few models. ``buckets`` has why a bucket is copied into one matrix.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ def _write(bucket: Bucket, name: str, targets: list[Tensor], old: Tensor, new: T
     torch.where, not a product: NaN * 0 is NaN, and what is not kept must stay to the bit.
     """
     torch.where(keep, new.to(old.dtype), old, out=old)
-    bucket.unpack(name, targets)
+    bucket.unpack(name, old, targets)
 
 
 def _rounded(bucket: Bucket, like: LocalShard, new: Tensor, tables: _Tables) -> Tensor:

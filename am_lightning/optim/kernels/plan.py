@@ -19,7 +19,7 @@ from am_lightning.optim.kernels.inputs import (
     is_flat,
     scale_,
 )
-from am_lightning.optim.kernels.registry import FUSED, Choice, Kernel, Passes, Prepares, fused_kernel, kernels_for
+from am_lightning.optim.kernels.registry import Choice, Kernel, Passes, Prepares, fused_kernel, kernels_for
 from am_lightning.optim.kernels.transfer import is_capturing, moved
 from am_lightning.optim.kernels.workspace import Workspace
 from am_lightning.optim.param_state import sums_live_on
@@ -90,7 +90,7 @@ class KernelPlan:
         ]
         self._copied: list[LocalShard] = []  # whose gradients are copied, to be walked along with the rest
         served: dict[tuple[Kernel, str], list[LocalShard]] = {}
-        self._choices: dict[tuple[torch.device, Choice], tuple[Kernel, ...]] = {}
+        self._choices: dict[tuple[torch.device, Choice], tuple[Kernel | None, tuple[Kernel, ...]]] = {}
         for shard, (_, choice) in zip(self._shards, options, strict=True):
             served.setdefault((self._kernel_of(shard, choice), shard.x.device.type), []).append(shard)
         self.kernels: dict[Kernel, int] = {}
@@ -107,12 +107,14 @@ class KernelPlan:
     def _kernel_of(self, shard: LocalShard, choice: Choice) -> Kernel:
         device = shard.x.device
         if (device, choice) not in self._choices:
-            default = fused_kernel(device) if device.type in self._workspace.fused_by_default else None
-            self._choices[device, choice] = kernels_for(device, choice, default)
-        for kernel in self._choices[device, choice]:
+            fused = fused_kernel(device)
+            default = fused if device.type in self._workspace.fused_by_default else None
+            self._choices[device, choice] = fused, kernels_for(device, choice, default)
+        fused, kernels = self._choices[device, choice]
+        for kernel in kernels:
             if kernel.supports(shard):
                 return kernel
-            if kernel in FUSED and _has_other_gradient_strides(shard):
+            if kernel is fused and _has_other_gradient_strides(shard):
                 given, shard.g = shard.g, _like_parameter(shard)
                 if kernel.supports(shard):
                     self._copied.append(shard)

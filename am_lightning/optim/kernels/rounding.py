@@ -13,7 +13,7 @@ from am_lightning.optim.kernels.inputs import LocalShard
 
 _ROW = 0x9E3779B9
 _MASK = 0xFFFFFFFF
-_PART = 1 << 18  # elements, of some 250 bytes of temporaries each
+_PART = 1 << 15  # elements, of some 40 bytes of temporaries each
 
 
 def is_stochastic(shard: LocalShard) -> bool:
@@ -50,7 +50,7 @@ def stochastic(y: Tensor, seed: Tensor, first: int = 0) -> Tensor:
 
 
 def stochastic_in_parts(y: Tensor, seed: Tensor, first: int = 0) -> Tensor:
-    """``stochastic`` of a tensor of any size, with temporaries of at most 64 MiB."""
+    """``stochastic`` of a tensor of any size, with temporaries of some 2 MiB."""
     out = torch.empty_like(y, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
     parts = zip(torch.split(y.reshape(-1), _PART), torch.split(out.view(-1), _PART), strict=True)
     for i, (part, target) in enumerate(parts):

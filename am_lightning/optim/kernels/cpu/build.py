@@ -7,10 +7,12 @@ library is ever seen.
 
 from __future__ import annotations
 
+import _ctypes
 import ctypes
 import functools
 import os
 import platform
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -41,7 +43,11 @@ class Library:
 
     def __init__(self, path: Path, origin: str) -> None:
         self._loaded = ctypes.CDLL(str(path))
-        self.sums, self.update = self._loaded.am_sums, self._loaded.am_update
+        try:
+            self.sums, self.update = self._loaded.am_sums, self._loaded.am_update
+        except AttributeError:
+            _ctypes.dlclose(self._loaded._handle)  # else what is built in its place would not be loaded
+            raise
         self.sums.restype = self.update.restype = None
         self._loaded.am_path.restype = ctypes.c_char_p
         self.paths = {name.decode(): number for number, name in self._names() if name}
@@ -71,10 +77,10 @@ def load_library() -> Library:
     command = find_compiler()
     if command is None:
         raise RuntimeError(NO_COMPILER)
-    version = version_of(command)
-    # A home folder may be shared by machines of several kinds.
-    key = source_key(version, *command, platform.machine(), *platform.libc_ver())
     try:
+        version = version_of(command)
+        # A home folder may be shared by machines of several kinds.
+        key = source_key(version, *command, platform.machine(), *platform.libc_ver())
         path = _folder() / f"kernels_{key}.so"
         library = _loaded(path, version) if path.exists() and _is_ours_alone(path) else None
         if library is None:  # also where it is damaged
@@ -120,22 +126,28 @@ def _folder() -> Path:
     What lies there is loaded as code: a folder that another user owns or may write to is not used.
     """
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
-    folder = (Path(root) if root else _user_cache() / "torch_extensions") / "am_lightning"
     try:
+        folder = (Path(root) if root else _user_cache() / "torch_extensions") / "am_lightning"
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            if _is_ours_alone(folder):
+            if _is_ours_alone(folder) and not _can_be_renamed(folder):
                 return folder
-    except OSError:
+    except (OSError, RuntimeError):  # no home folder is known
         pass
     return Path(tempfile.mkdtemp(prefix="am_lightning_"))
 
 
 def _is_ours_alone(path: Path) -> bool:
     """This user owns it, and nobody else may write to it."""
-    found = path.stat()
+    found = path.lstat()
     return found.st_uid == os.getuid() and not found.st_mode & 0o022
+
+
+def _can_be_renamed(folder: Path) -> bool:
+    """Everybody may put another in its place."""
+    mode = folder.parent.stat().st_mode
+    return bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX
 
 
 def _user_cache() -> Path:

@@ -1,6 +1,6 @@
 """The two passes on the CPU, cache-blocked: tensors are walked in chunks, a few buffers hold all temporaries.
 
-No full-size temporary exists (at most 5 MiB of scratch), and a chunk's temporaries stay in the cache.
+No full-size temporary exists (at most 7 MiB of scratch), and a chunk's temporaries stay in the cache.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from am_lightning.optim.kernels.inputs import (
     on_host,
     too_large,
 )
-from am_lightning.optim.kernels.rounding import is_stochastic, seed_of, stochastic
+from am_lightning.optim.kernels.rounding import is_stochastic, seed_of, stochastic_in_parts
 from am_lightning.optim.kernels.workspace import Workspace
 
 _WORTH_IT = 1 << 14  # elements; smaller shards are faster together, as foreach takes them
 Host = dict[str, list[float]]  # the coefficients of every row
 
-_BUFFER_BYTES = 3 << 19  # 384 Ki float32 elements: more are hardly faster, and many threads want as many
+_BUFFER_BYTES = 5 << 18  # 320 Ki float32 elements: more are hardly faster, and up to five are needed
 
 
 class Scratch:
@@ -49,7 +49,7 @@ class Scratch:
 
 
 def chunk_elements(dtype: torch.dtype, *, copies: bool = False) -> int:
-    """Elements in a chunk whose working dtype is ``dtype``; half of them where all operands are copied to scratch."""
+    """Elements in a chunk whose working dtype is ``dtype``; half of them where operands are copied to scratch."""
     return _BUFFER_BYTES // dtype.itemsize // (2 if copies else 1)
 
 
@@ -71,7 +71,7 @@ class _Chunk:
         """Round what was worked on in scratch into the tensors; d stochastically with a seed."""
         for name, work in (("d", self.d), ("v", self.v), ("x", self.x)):
             if work is not None and work is not self.stored[name]:
-                rounded = work if seed is None or name != "d" else stochastic(work, seed, self.first)
+                rounded = work if seed is None or name != "d" else stochastic_in_parts(work, seed, self.first)
                 self.stored[name].copy_(rounded)
 
 
@@ -197,7 +197,8 @@ def _blocks(tensor: Tensor) -> Sequence[Tensor]:
 
 
 def _chunk_size(shard: LocalShard) -> int:
-    return chunk_elements(shard.compute_dtype, copies=shard.x.dtype != shard.compute_dtype)
+    copies = any(tensor.dtype != shard.compute_dtype for tensor in shard.tensors())
+    return chunk_elements(shard.compute_dtype, copies=copies)
 
 
 def _block_count(shard: LocalShard) -> int:

@@ -11,16 +11,21 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
 _SOURCES = ("kernels.cpp", "paths.cpp", "work.h")
 # -ffp-contract=off: every operation is rounded by itself, so all compilers and instruction sets give the same bits.
-_OPTIONS = ["-O2", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fPIC"]
+_OPTIONS = [
+    *("-O2", "-std=c++17", "-fno-fast-math", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+    *("-fopenmp-simd", "-fPIC"),
+]
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 _PORTABLE: dict[str, list[str]] = {"am_portable": []}  # function -> options of its instruction set
 _X86 = {**_PORTABLE, "am_avx2": ["-mavx2"], "am_avx512": _AVX512}
@@ -50,7 +55,7 @@ def version_of(command: Sequence[str]) -> str:
     """What the compiler calls itself.
 
     Raises:
-        RuntimeError: it cannot be run.
+        RuntimeError, TimeoutError: it cannot be run, or does not end.
     """
     return _output([[*command, "--version"]])[0].partition("\n")[0]
 
@@ -66,7 +71,7 @@ def compile_library(command: Sequence[str], path: Path) -> None:
 
     Raises:
         RuntimeError: the compiler fails; the text holds what it said.
-        OSError: the folder cannot be written.
+        OSError: the folder cannot be written, or the compiler does not end (TimeoutError).
     """
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     failures = []
@@ -93,24 +98,37 @@ def _build(command: list[str], functions: dict[str, list[str]], folder: Path) ->
 
 
 def _output(commands: Sequence[Sequence[str]]) -> list[str]:
-    """What each of some commands, which run side by side, prints."""
+    """What each of some commands, which run side by side, prints.
+
+    Raises:
+        RuntimeError: one fails or cannot be run.
+        TimeoutError: one does not end; it is killed, with all that it has started.
+    """
     running: list[subprocess.Popen[str]] = []
     printed = []
+    ends = time.monotonic() + _SECONDS
     try:
         for command in commands:
-            running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+            try:
+                process = subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+                )
+            except OSError as error:
+                raise RuntimeError(f"{shlex.join(command)} cannot be run: {error}") from error
+            running.append(process)
         for command, process in zip(commands, running, strict=True):
-            out, err = process.communicate(timeout=_SECONDS)
+            out, err = process.communicate(timeout=max(0.0, ends - time.monotonic()))
             if process.returncode != 0:
                 raise RuntimeError(f"{shlex.join(command)} failed: {err.strip()[-2000:]}")
             printed.append(out)
     except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"{shlex.join(error.cmd)} took more than {_SECONDS} s") from error
-    except OSError as error:
-        raise RuntimeError(f"{shlex.join(commands[len(running)])} cannot be run: {error}") from error
+        raise TimeoutError(f"{shlex.join(error.cmd)} took more than {_SECONDS} s") from error
     finally:
         for process in running:
             if process.poll() is None:
-                process.kill()
-            process.communicate()
+                os.killpg(process.pid, signal.SIGKILL)  # the compiler proper is a child of the command
+                process.wait()
+            for pipe in (process.stdout, process.stderr):
+                if pipe is not None:
+                    pipe.close()
     return printed

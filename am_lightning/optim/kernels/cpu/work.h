@@ -14,7 +14,7 @@ struct Facts {  // of one tensor, the same in every step
 struct LocalShard : Facts {
   void *x, *g, *d, *v;
   // addresses: [4, count], x, g, d and v of every tensor
-  LocalShard(const Facts* facts, void* const* addresses, int64_t count, int64_t i)
+  __attribute__((always_inline)) LocalShard(const Facts* facts, void* const* addresses, int64_t count, int64_t i)
       : Facts(facts[i]), x(addresses[i]), g(addresses[count + i]), d(addresses[2 * count + i]),
         v(addresses[3 * count + i]) {}
 };
