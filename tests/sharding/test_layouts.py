@@ -16,7 +16,7 @@ SMALLEST = [(layout, min(worlds)) for layout, (_, worlds) in LAYOUTS.items()]
 FOR_AMSGD = ("fsdp2_without_mesh", "fsdp2_ignored", "hsdp", "tp", "tp_ddp", "fsdp2_beside_tp", "two_roots")
 FOR_AMSGD += ("fsdp1_full", "fsdp1_no_shard", "fsdp1_ignored", "fsdp1_flat_hybrid", "fsdp1_unbound")
 WITH_EMPTY_SHARDS = ("fsdp2", "fsdp2_tp", "hsdp", "fsdp1_full", "fsdp1_hybrid", "fsdp1_unbound")
-LIMITS = {"float64": 1e-12, "float32": 2e-5}
+LIMITS = {"float64": 1e-12, "float32": 4e-5}
 
 # What torch's own lines say on the way.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

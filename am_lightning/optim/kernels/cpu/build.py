@@ -7,7 +7,6 @@ library is ever seen.
 
 from __future__ import annotations
 
-import _ctypes
 import ctypes
 import functools
 import os
@@ -43,11 +42,7 @@ class Library:
 
     def __init__(self, path: Path, origin: str) -> None:
         self._loaded = ctypes.CDLL(str(path))
-        try:
-            self.sums, self.update = self._loaded.am_sums, self._loaded.am_update
-        except AttributeError:
-            _ctypes.dlclose(self._loaded._handle)  # else what is built in its place would not be loaded
-            raise
+        self.sums, self.update = self._loaded.am_sums, self._loaded.am_update
         self.sums.restype = self.update.restype = None
         self._loaded.am_path.restype = ctypes.c_char_p
         self.paths = {name.decode(): number for number, name in self._names() if name}
@@ -84,8 +79,10 @@ def load_library() -> Library:
         path = _folder() / f"kernels_{key}.so"
         library = _loaded(path, version) if path.exists() and _is_ours_alone(path) else None
         if library is None:  # also where it is damaged
-            compile_library(command, path)
-            library = Library(path, version)
+            fresh = path.with_name(f"{path.stem}_{os.getpid()}.so")  # what was loaded from a path is loaded again
+            compile_library(command, fresh)
+            library = Library(fresh, version)
+            os.replace(fresh, path)
     except (OSError, AttributeError) as error:
         raise RuntimeError(f"the C++ loop cannot be built or loaded: {error}") from error
     return library
