@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from am_lightning import clip_grad_norm_
 from am_lightning.distributed.strategies.dtensor import local
 from tests.device import DEVICE
+from tests.optim.every_size import chunked_for_every_size
 from tests.optim.harness import compile_on_cpu
 from tests.sharding.fault_steps import held, spoil
 from tests.sharding.layouts import LAYOUTS, Placed
@@ -44,11 +46,9 @@ def huge_gradient(
     rate = 0.1 * RATES[kind]["tensor"]
     if "loss_gap" in options:
         kind, rate = "sgd", 0.5
-    with pytest.MonkeyPatch.context() as patch:
+    with chunked_for_every_size() if chunked else nullcontext(), pytest.MonkeyPatch.context() as patch:
         if compiled:
             compile_on_cpu(patch)
-        if chunked:
-            patch.setattr("am_lightning.optim.kernels.cpu.chunked._WORTH_IT", 0)
         optimizer = optimizer_of(placed, kind, "tensor", **options)
         before: list[Any] = []
 

@@ -16,7 +16,8 @@ SMALLEST = [(layout, min(worlds)) for layout, (_, worlds) in LAYOUTS.items()]
 FOR_AMSGD = ("fsdp2_without_mesh", "fsdp2_ignored", "hsdp", "tp", "tp_ddp", "fsdp2_beside_tp", "two_roots")
 FOR_AMSGD += ("fsdp1_full", "fsdp1_no_shard", "fsdp1_ignored", "fsdp1_flat_hybrid", "fsdp1_unbound")
 WITH_EMPTY_SHARDS = ("fsdp2", "fsdp2_tp", "hsdp", "fsdp1_full", "fsdp1_hybrid", "fsdp1_unbound")
-LIMITS = {"float64": 1e-12, "float32": 4e-5}
+LIMITS = {"float64": 1e-12, "float32": 2e-5}
+FLAT_LIMIT = 4e-5  # of float32 in FSDP1's flat parameters
 
 # What torch's own lines say on the way.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -27,8 +28,8 @@ def scopes_of(layout: str) -> tuple[str, str]:
     return ("global", "group") if layout.startswith("fsdp1_flat") else ("tensor", "global")
 
 
-def check(ranks: list[dict[str, Any]], dtype: str) -> None:
-    assert_as_one_process(ranks, LIMITS[dtype])
+def check(ranks: list[dict[str, Any]], dtype: str, limit: float | None = None) -> None:
+    assert_as_one_process(ranks, LIMITS[dtype] if limit is None else limit)
     for rank in ranks:
         check_collectives(rank)
 
@@ -82,7 +83,8 @@ def test_one_beta_for_each_group(pool: Callable[[int], Pool], layout: str) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "world"), SMALLEST)
 def test_in_float32(pool: Callable[[int], Pool], layout: str, world: int) -> None:
-    check(run(pool, layout, world, "adamw", scopes_of(layout)[0], "float32"), "float32")
+    limit = FLAT_LIMIT if layout.startswith("fsdp1_flat") else None
+    check(run(pool, layout, world, "adamw", scopes_of(layout)[0], "float32"), "float32", limit)
 
 
 @pytest.mark.parametrize("layout", ["fsdp2_ignored", "tp_sequence", "fsdp1_full"])

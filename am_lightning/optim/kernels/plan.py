@@ -90,9 +90,13 @@ class KernelPlan:
         ]
         self._copied: list[LocalShard] = []  # whose gradients are copied, to be walked along with the rest
         served: dict[tuple[Kernel, str], list[LocalShard]] = {}
-        self._choices: dict[tuple[torch.device, Choice], tuple[Kernel | None, tuple[Kernel, ...]]] = {}
+        choices: dict[tuple[torch.device, Choice], tuple[Kernel, ...]] = {}
         for shard, (_, choice) in zip(self._shards, options, strict=True):
-            served.setdefault((self._kernel_of(shard, choice), shard.x.device.type), []).append(shard)
+            device = shard.x.device
+            if (device, choice) not in choices:
+                default = fused_kernel(device) if device.type in workspace.fused_by_default else None
+                choices[device, choice] = kernels_for(device, choice, default)
+            served.setdefault((self._kernel_of(shard, choices[device, choice]), device.type), []).append(shard)
         self.kernels: dict[Kernel, int] = {}
         for (kernel, _), shards in served.items():
             self.kernels[kernel] = self.kernels.get(kernel, 0) + len(shards)
@@ -104,17 +108,11 @@ class KernelPlan:
             self._passes.append((None if every else rows, kernel.passes(shards, workspace)))
         self._begins = [passes.begin for _, passes in self._passes if isinstance(passes, Prepares)]
 
-    def _kernel_of(self, shard: LocalShard, choice: Choice) -> Kernel:
-        device = shard.x.device
-        if (device, choice) not in self._choices:
-            fused = fused_kernel(device)
-            default = fused if device.type in self._workspace.fused_by_default else None
-            self._choices[device, choice] = fused, kernels_for(device, choice, default)
-        fused, kernels = self._choices[device, choice]
+    def _kernel_of(self, shard: LocalShard, kernels: Sequence[Kernel]) -> Kernel:
         for kernel in kernels:
             if kernel.supports(shard):
                 return kernel
-            if kernel is fused and _has_other_gradient_strides(shard):
+            if kernel is fused_kernel(shard.x.device) and _has_other_gradient_strides(shard):
                 given, shard.g = shard.g, _like_parameter(shard)
                 if kernel.supports(shard):
                     self._copied.append(shard)

@@ -80,9 +80,12 @@ def load_library() -> Library:
         library = _loaded(path, version) if path.exists() and _is_ours_alone(path) else None
         if library is None:  # also where it is damaged
             fresh = path.with_name(f"{path.stem}_{os.getpid()}.so")  # what was loaded from a path is loaded again
-            compile_library(command, fresh)
-            library = Library(fresh, version)
-            os.replace(fresh, path)
+            try:
+                compile_library(command, fresh)
+                library = Library(fresh, version)
+                os.replace(fresh, path)
+            finally:
+                fresh.unlink(missing_ok=True)
     except (OSError, AttributeError) as error:
         raise RuntimeError(f"the C++ loop cannot be built or loaded: {error}") from error
     return library
@@ -111,7 +114,7 @@ def require_compiler() -> None:
 def _loaded(path: Path, origin: str) -> Library | None:
     """None where there is none, or where it is damaged or was made for another C library."""
     try:
-        return Library(path, origin) if path.exists() else None
+        return Library(path, origin)
     except (OSError, AttributeError):
         return None
 
