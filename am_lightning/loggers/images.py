@@ -1,0 +1,82 @@
+"""One picture into whatever a logger writes to, told apart by the package that its class is from."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Image = NDArray[np.uint8]
+    Send = Callable[[Any, str, Image, int], bool]
+
+_warned: set[str] = set()
+
+
+def tolerant(send: Send) -> Send:
+    """``send`` that returns False where it would raise, and warns once a kind of logger: no run dies of a picture."""
+
+    @wraps(send)
+    def guarded(logger: Any, tag: str, image: Image, step: int) -> bool:
+        try:
+            return send(logger, tag, image, step)
+        except Exception as error:
+            name = type(logger).__name__
+            if name not in _warned:
+                _warned.add(name)
+                warnings.warn(f"{name} did not take the picture {tag}: {type(error).__name__}: {error}", stacklevel=2)
+            return False
+
+    return guarded
+
+
+def package_of(run: Any) -> str:
+    """The package that ``run`` is an object of, or that it is: "wandb"."""
+    return (run.__name__ if isinstance(run, ModuleType) else type(run).__module__).partition(".")[0]
+
+
+def send_image(run: Any, tag: str, image: Image, step: int, axis: str | None = None) -> bool:
+    """Write a picture to a run; call it on the main process only.
+
+    Args:
+        run: a SummaryWriter, a run of MLflow's or Neptune's, an experiment of Comet's, a task of ClearML's, or of W&B,
+            Trackio and SwanLab the run or the module.
+        tag: ``am/beta/layers``.
+        image: uint8 ``[H, W, 3]``.
+        step: number of optimizer steps.
+        axis: W&B and Trackio: the key that steps are logged under, where the framework gives ``log`` no step.
+
+    Returns:
+        False: it is none of these.
+
+    Raises:
+        Exception: whatever the logger's package raises.
+    """
+    name = package_of(run)
+    package: Any = sys.modules.get(name)
+    match name:
+        case _ if hasattr(type(run), "add_image"):
+            run.add_image(tag, image, step, dataformats="HWC")
+        case "wandb" | "trackio" if axis:
+            run.log({tag: package.Image(image), axis: step})
+        case "wandb" | "trackio" | "swanlab":
+            run.log({tag: package.Image(image)}, step=step)
+        case "mlflow":
+            package.MlflowClient().log_image(run.info.run_id, image, key=tag, step=step)
+        case "comet_ml":
+            # Without image_minmax the darkest and the brightest value of an array become 0 and 255.
+            run.log_image(image, name=tag, image_minmax=(0, 255), step=step)
+        case "clearml":
+            title, _, series = tag.rpartition("/")
+            run.get_logger().report_image(title or tag, series, iteration=step, image=image)
+        case "neptune":
+            run[tag].append(package.types.File.as_image(image), step=step)
+        case _:
+            return False
+    return True
