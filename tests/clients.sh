@@ -5,7 +5,7 @@
 #   tests/clients.sh litgpt                 this row
 #   tests/clients.sh programs -- -k trl -x  what comes after -- goes to pytest
 #
-# programs   tests/clients/requirements.txt
+# programs   tests/clients/requirements.txt and loggers.txt
 # litgpt     tests/clients/litgpt.txt: it needs an older huggingface-hub than the others
 #
 # The environments are in .clients/, Python 3.11, 6 and 5 GB, most of it the torch of PyPI with 3 GB of CUDA (downloaded
@@ -23,7 +23,7 @@ export HF_HUB_OFFLINE=1   # tests make their models, tokenizers and data
 
 ensure_environment() { # $1: row, $2: its requirements
     local base stamp
-    stamp="$PWD $(cat "$2" pyproject.toml "${BASH_SOURCE[0]}" | cksum)"
+    stamp="$PWD $(cat "$2" tests/clients/loggers.txt pyproject.toml "${BASH_SOURCE[0]}" | cksum)"
     if [ -f "$FOLDER/$1.stamp" ] && "$FOLDER/$1/bin/python" -c '' >/dev/null 2>&1; then
         if [ "$(cat "$FOLDER/$1.stamp")" = "$stamp" ]; then return; fi
     fi
@@ -59,7 +59,7 @@ mkdir -p "$FOLDER"
 status=0
 for row in "${rows[@]}"; do
     case "$row" in
-        programs) requirements=requirements.txt tests=(tests/clients --ignore tests/clients/test_litgpt.py) ;;
+        programs) requirements=requirements.txt tests=(tests/clients tests/{lightning,huggingface}/test_images.py --ignore tests/clients/test_litgpt.py) ;;
         litgpt) requirements=litgpt.txt tests=(tests/clients/test_litgpt.py) ;;
     esac
     ensure_environment "$row" "tests/clients/$requirements"

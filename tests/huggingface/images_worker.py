@@ -22,7 +22,7 @@ def set_up(folder: Path) -> None:
     os.environ |= {
         "WANDB_MODE": "offline",
         "MLFLOW_ALLOW_FILE_STORE": "true",
-        "MLFLOW_TRACKING_URI": folder.as_uri(),
+        "MLFLOW_TRACKING_URI": (folder / "mlruns").as_uri(),
         "COMET_START_ONLINE": "false",
         "COMET_OFFLINE_DIRECTORY": str(folder),
         "COMET_DISABLE_AUTO_LOGGING": "1",

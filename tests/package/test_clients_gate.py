@@ -15,7 +15,7 @@ from tests.package.tree import ROOT
 
 CLIENTS = ROOT / "tests" / "clients"
 PYTEST = "bin/python -m pytest -n auto --dist loadfile --durations=5 -rs"
-PROGRAMS = f"programs/{PYTEST} tests/clients --ignore tests/clients/test_litgpt.py"
+PROGRAMS = f"programs/{PYTEST} tests/clients tests/lightning/test_images.py tests/huggingface/test_images.py --ignore tests/clients/test_litgpt.py"
 LITGPT = f"litgpt/{PYTEST} tests/clients/test_litgpt.py"
 
 # Both stand for Python, too: `uv venv` copies the second, as an environment's.
@@ -41,7 +41,14 @@ def checkout(tmp_path: Path) -> Path:
     root = tmp_path / "a checkout"
     for name in ("bin", "main/bin", "recipes", "tests/clients"):
         (root / name).mkdir(parents=True)
-    for name in ("run.sh", "clients.sh", "environments.sh", "clients/requirements.txt", "clients/litgpt.txt"):
+    for name in (
+        "run.sh",
+        "clients.sh",
+        "environments.sh",
+        "clients/requirements.txt",
+        "clients/litgpt.txt",
+        "clients/loggers.txt",
+    ):
         shutil.copy(ROOT / "tests" / name, root / "tests" / name)
     for name, text in {"bin/uv": UV, "bin/python3.11": PYTHON, "main/bin/python": PYTHON}.items():
         (root / name).write_text(text)
