@@ -15,7 +15,8 @@ from tests.package.tree import ROOT
 
 CLIENTS = ROOT / "tests" / "clients"
 PYTEST = "bin/python -m pytest -n auto --dist loadfile --durations=5 -rs"
-PROGRAMS = f"programs/{PYTEST} tests/clients tests/lightning/test_images.py tests/huggingface/test_images.py --ignore tests/clients/test_litgpt.py"
+PICTURES = "tests/lightning/test_images.py tests/huggingface/test_images.py"
+PROGRAMS = f"programs/{PYTEST} tests/clients {PICTURES} --ignore tests/clients/test_litgpt.py"
 LITGPT = f"litgpt/{PYTEST} tests/clients/test_litgpt.py"
 
 # Both stand for Python, too: `uv venv` copies the second, as an environment's.
