@@ -35,6 +35,8 @@ CORE = 3  # this floor and those below import torch and the standard library onl
 # Packages of floor 4 know one framework each; this one serves several, for its engine is inside them.
 SHARED = {"am_lightning.deepspeed"}
 ADAPTERS = {
+    "am_lightning.loggers.heatmap": {"numpy"},
+    "am_lightning.loggers.heatmap_image": {"numpy", "PIL"},
     "am_lightning.lightning.compat": {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"},
     "am_lightning.huggingface.accelerate": {"accelerate"},
     "am_lightning.huggingface.trainer": {"accelerate", "transformers"},

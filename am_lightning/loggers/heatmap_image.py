@@ -1,0 +1,199 @@
+"""The picture of a heat map, with numpy and Pillow alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import ImageDraw, ImageFont
+
+    Fonts = Mapping[int, ImageFont.FreeTypeFont | ImageFont.ImageFont]
+
+# matplotlib's magma: lightness rises evenly, also for colour-blind eyes. 0 is black and the cap is cream.
+_ANCHORS = (
+    (0, 0, 4), (16, 11, 45), (44, 17, 95), (81, 18, 124), (114, 31, 129), (147, 43, 128), (183, 55, 121),
+    (216, 69, 108), (241, 96, 93), (252, 137, 97), (254, 176, 120), (254, 215, 153), (252, 253, 191),
+)  # fmt: skip
+_SHADES = 32  # of the table that are used: noise in 256 would make files three times as large
+_BLANK, _PAPER, _INK, _SOFT = 205, 255, 0, 85  # greys
+_GREYS = 85
+
+PANEL_WIDTH = 800
+_LEFT, _RIGHT = 128, 72
+_BAR, _BAR_WIDTH = _LEFT + PANEL_WIDTH + 14, 14
+_PANEL_HEIGHT, _THICKEST = 300, 48  # of a panel, of a row
+_ABOVE, _BETWEEN, _BELOW = 56, 32, 56
+_LINE_APART = 17  # pixels from a name to the next, at least
+_NAME_IN_REMARK = 150
+
+
+class Cells(NamedTuple):
+    """What to draw.
+
+    Attributes:
+        rows: names.
+        mean: ``[rows, columns]``, nan where nothing was measured.
+        lowest: the same.
+        first: the step before the first column.
+        last: where the last column ends, or stops early.
+        span: steps of a column; 0 where there are none.
+    """
+
+    rows: Sequence[str]
+    mean: np.ndarray
+    lowest: np.ndarray
+    first: int
+    last: int
+    span: int
+
+
+def draw(cells: Cells, cap: float, *, title: str, caption: str, remarks: Sequence[tuple[str, str]]) -> np.ndarray:
+    """uint8 ``[height, width, 3]``: the panels "mean" and "lowest" one above the other, with axes and a colour bar.
+
+    Args:
+        cells: what the panels show.
+        cap: beta_t of the light end of the colours; the dark end is 0.
+        title: the first line.
+        caption: the last line.
+        remarks: (name, text) to the right above the lower panel, as many as there is room for.
+
+    Raises:
+        ImportError: Pillow is not installed.
+    """
+    try:
+        from PIL import Image, ImageDraw, ImageFont
+
+        fonts = {size: ImageFont.load_default(size) for size in (12, 15)}
+    except (ImportError, TypeError) as error:  # TypeError: an older Pillow, whose font has one size
+        raise ImportError("the heat map needs Pillow 10.1 or newer: pip install --upgrade pillow") from error
+    row = max(2, min(_THICKEST, round(_PANEL_HEIGHT / len(cells.rows))))
+    panel = row * len(cells.rows)
+    tops = (_ABOVE, _ABOVE + panel + _BETWEEN)
+    bottom = tops[1] + panel
+    image = Image.new("L", (_LEFT + PANEL_WIDTH + _RIGHT, bottom + _BELOW), 255)
+    pen = _Pen(ImageDraw.Draw(image), fonts)
+    pen.text(_LEFT, 16, pen.shorten(title, 0.8 * PANEL_WIDTH), size=15)  # measured at size 12
+    for top, name in zip(tops, ("mean", "lowest"), strict=True):
+        pen.frame(_LEFT, top, PANEL_WIDTH, panel)
+        pen.text(_LEFT, top - 11, f"{name} beta_t")
+        _draw_names(pen, cells.rows, top, row)
+        _draw_steps(pen, cells, top + panel, labels=top == tops[1])
+    _draw_remarks(pen, remarks, tops[1] - 11)
+    _draw_scale(pen, cap, _ABOVE, bottom)
+    pen.text(_LEFT, bottom + 41, caption, grey=_SOFT)
+    # Smooth edges of letters in few greys: a third of the file's size.
+    pixels = (np.array(image, dtype=int) + _GREYS // 2) // _GREYS * _GREYS
+    picture: np.ndarray = np.minimum(pixels, 255).astype(np.uint8)[..., None].repeat(3, axis=-1)
+    for top, values in zip(tops, (cells.mean, cells.lowest), strict=True):
+        picture[top : top + panel, _LEFT : _LEFT + PANEL_WIDTH] = _panel(values, cells, cap, row)
+    picture[_ABOVE:bottom, _BAR : _BAR + _BAR_WIDTH] = _colours(np.linspace(1, 0, bottom - _ABOVE))[:, None]
+    return picture
+
+
+def _colours(share: np.ndarray) -> np.ndarray:
+    """uint8 ``[..., 3]`` of 0 .. 1."""
+    anchors = np.array(_ANCHORS, dtype=float)
+    share = (np.clip(share, 0, 1) * _SHADES).round() / _SHADES * (len(anchors) - 1)
+    channels = [np.interp(share, np.arange(len(anchors)), channel) for channel in anchors.T]
+    return np.stack(channels, axis=-1).round().astype(np.uint8)
+
+
+def _panel(values: np.ndarray, cells: Cells, cap: float, row: int) -> np.ndarray:
+    """uint8 ``[rows * row, PANEL_WIDTH, 3]``."""
+    pixels = np.full((len(cells.rows), PANEL_WIDTH, 3), _BLANK, dtype=np.uint8)
+    if cells.span:
+        # Every column is wider than two pixels, so the middles of pixels meet them all.
+        steps = (np.arange(PANEL_WIDTH) + 0.5) * (cells.last - cells.first) / PANEL_WIDTH
+        columns = (steps // cells.span).astype(int)
+        pixels = np.where(np.isnan(values)[..., None], pixels[:, :1], _colours(np.nan_to_num(values) / cap))[:, columns]
+    pixels = pixels.repeat(row, axis=0)
+    if row >= 8:
+        pixels[row - 1 : -1 : row] = _PAPER
+    return pixels
+
+
+def _draw_names(pen: _Pen, names: Sequence[str], top: int, row: int) -> None:
+    every = -(-_LINE_APART // row)
+    shown = list(range(0, len(names), every))
+    if len(names) > 1 and shown[-1] != len(names) - 1:
+        shown[-1 if len(shown) > 1 else len(shown) :] = [len(names) - 1]
+    for index in shown:
+        y = top + index * row + row / 2
+        pen.text(_LEFT - 8, y, pen.shorten(names[index], _LEFT - 14), align="r")
+        pen.line(_LEFT - 5, y, _LEFT - 1, y)
+
+
+def _draw_steps(pen: _Pen, cells: Cells, y: int, *, labels: bool) -> None:
+    if not cells.span:
+        return
+    ticks = [tick for tick in round_numbers(cells.first, cells.last, 8) if tick.is_integer()]
+    unit, letter = (1e6, "M") if cells.last >= 1e6 else (1e3, "k") if cells.last >= 1e4 else (1, "")
+    for tick in ticks:
+        x = _LEFT + (tick - cells.first) / (cells.last - cells.first) * (PANEL_WIDTH - 1)
+        pen.line(x, y, x, y + 4)
+        if labels:
+            pen.text(x, y + 14, f"{tick / unit:.9g}{letter if tick else ''}", align="m")
+    if labels:
+        pen.text(_LEFT - 32, y + 14, "step", align="r", grey=_SOFT)
+
+
+def _draw_remarks(pen: _Pen, remarks: Sequence[tuple[str, str]], y: int) -> None:
+    texts = [f"{pen.shorten(name, _NAME_IN_REMARK)} {text}" for name, text in remarks]
+    while texts:
+        line = "deepest: " + ";  ".join(texts)
+        if pen.width(line) <= PANEL_WIDTH - 60:
+            pen.text(_LEFT + PANEL_WIDTH, y, line, align="r", grey=_SOFT)
+            return
+        texts.pop()
+
+
+def _draw_scale(pen: _Pen, cap: float, top: int, bottom: int) -> None:
+    x = _BAR + _BAR_WIDTH
+    pen.frame(_BAR, top, _BAR_WIDTH, bottom - top)
+    ticks = [tick for tick in round_numbers(0, cap, 6) if tick < 0.96 * cap]
+    for tick in [*ticks, cap]:
+        y = bottom - 1 - tick / cap * (bottom - top - 1)
+        pen.line(x, y, x + 3, y)
+        pen.text(x + 6, y, f"{tick:.3g}")
+
+
+def round_numbers(low: float, high: float, most: int) -> list[float]:
+    """About ``most`` multiples of 1, 2 or 5 times a power of ten, from ``low`` to ``high``."""
+    least = (high - low) / (most - 1)
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
+    return [round(float(index * step), 9) for index in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
+
+
+class _Pen:
+    """Text and lines on an image. A text's position is the middle of its line."""
+
+    def __init__(
+        self, image: ImageDraw.ImageDraw, fonts: Mapping[int, ImageFont.FreeTypeFont | ImageFont.ImageFont]
+    ) -> None:
+        self._image, self._fonts = image, fonts
+
+    def text(self, x: float, y: float, text: str, *, align: str = "l", size: int = 12, grey: int = _INK) -> None:
+        self._image.text((round(x), round(y)), text, fill=grey, font=self._fonts[size], anchor=f"{align}m")
+
+    def width(self, text: str) -> float:
+        return self._image.textlength(text, font=self._fonts[12])
+
+    def shorten(self, text: str, width: float) -> str:
+        """``text``, without its middle where it is wider than ``width`` pixels."""
+        short, kept = text, len(text) - 2
+        while self.width(short) > width and kept > 2:
+            short = f"{text[: kept // 2]}..{text[len(text) - kept + kept // 2 :]}"
+            kept -= 1
+        return short
+
+    def line(self, *ends: float) -> None:
+        self._image.line([round(end) for end in ends], fill=_SOFT)
+
+    def frame(self, left: int, top: int, width: int, height: int) -> None:
+        """A line around that many pixels."""
+        self._image.rectangle((left - 1, top - 1, left + width, top + height), outline=_SOFT)
