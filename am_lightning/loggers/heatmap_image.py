@@ -18,7 +18,8 @@ _ANCHORS = (
     (0, 0, 4), (16, 11, 45), (44, 17, 95), (81, 18, 124), (114, 31, 129), (147, 43, 128), (183, 55, 121),
     (216, 69, 108), (241, 96, 93), (252, 137, 97), (254, 176, 120), (254, 215, 153), (252, 253, 191),
 )  # fmt: skip
-_SHADES = 32  # of the table that are used: noise in 256 would make files three times as large
+_FEW_ROWS = 32
+_SHADES = 255, 32  # of the colours, for few rows and for more: noise of 100 rows in all of them makes a file of 150 kB
 _BLANK, _PAPER, _INK, _SOFT = 205, 255, 0, 85  # greys
 _GREYS = 85
 
@@ -74,6 +75,7 @@ def draw(cells: Cells, cap: float, *, title: str, caption: str, remarks: Sequenc
     panel = row * len(cells.rows)
     tops = (_ABOVE, _ABOVE + panel + _BETWEEN)
     bottom = tops[1] + panel
+    shades = _SHADES[len(cells.rows) > _FEW_ROWS]
     image = Image.new("L", (_LEFT + PANEL_WIDTH + _RIGHT, bottom + _BELOW), 255)
     pen = _Pen(ImageDraw.Draw(image), fonts)
     pen.text(_LEFT, 16, pen.shorten(title, 0.8 * PANEL_WIDTH), size=15)  # measured at size 12
@@ -85,31 +87,33 @@ def draw(cells: Cells, cap: float, *, title: str, caption: str, remarks: Sequenc
     _draw_remarks(pen, remarks, tops[1] - 11)
     _draw_scale(pen, cap, _ABOVE, bottom)
     pen.text(_LEFT, bottom + 41, caption, grey=_SOFT)
-    # Smooth edges of letters in few greys: a third of the file's size.
+    # Few greys in the edges of letters: files are a third smaller.
     pixels = (np.array(image, dtype=int) + _GREYS // 2) // _GREYS * _GREYS
     picture: np.ndarray = np.minimum(pixels, 255).astype(np.uint8)[..., None].repeat(3, axis=-1)
     for top, values in zip(tops, (cells.mean, cells.lowest), strict=True):
-        picture[top : top + panel, _LEFT : _LEFT + PANEL_WIDTH] = _panel(values, cells, cap, row)
-    picture[_ABOVE:bottom, _BAR : _BAR + _BAR_WIDTH] = _colours(np.linspace(1, 0, bottom - _ABOVE))[:, None]
+        picture[top : top + panel, _LEFT : _LEFT + PANEL_WIDTH] = _panel(values, cells, cap, row, shades)
+    picture[_ABOVE:bottom, _BAR : _BAR + _BAR_WIDTH] = _colours(np.linspace(1, 0, bottom - _ABOVE), shades)[:, None]
     return picture
 
 
-def _colours(share: np.ndarray) -> np.ndarray:
+def _colours(share: np.ndarray, shades: int) -> np.ndarray:
     """uint8 ``[..., 3]`` of 0 .. 1."""
     anchors = np.array(_ANCHORS, dtype=float)
-    share = (np.clip(share, 0, 1) * _SHADES).round() / _SHADES * (len(anchors) - 1)
+    share = (np.clip(share, 0, 1) * shades).round() / shades * (len(anchors) - 1)
     channels = [np.interp(share, np.arange(len(anchors)), channel) for channel in anchors.T]
     return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
-def _panel(values: np.ndarray, cells: Cells, cap: float, row: int) -> np.ndarray:
+def _panel(values: np.ndarray, cells: Cells, cap: float, row: int, shades: int) -> np.ndarray:
     """uint8 ``[rows * row, PANEL_WIDTH, 3]``."""
     pixels = np.full((len(cells.rows), PANEL_WIDTH, 3), _BLANK, dtype=np.uint8)
     if cells.span:
         # Every column is wider than two pixels, so the middles of pixels meet them all.
         steps = (np.arange(PANEL_WIDTH) + 0.5) * (cells.last - cells.first) / PANEL_WIDTH
         columns = (steps // cells.span).astype(int)
-        pixels = np.where(np.isnan(values)[..., None], pixels[:, :1], _colours(np.nan_to_num(values) / cap))[:, columns]
+        pixels = np.where(np.isnan(values)[..., None], pixels[:, :1], _colours(np.nan_to_num(values) / cap, shades))[
+            :, columns
+        ]
     pixels = pixels.repeat(row, axis=0)
     if row >= 8:
         pixels[row - 1 : -1 : row] = _PAPER
