@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from am_lightning.huggingface.images import track_image
 from am_lightning.loggers.reader import StatsReader
 from am_lightning.loggers.step_logger import StepHook, StepLogger, free_prefix, loggers_of
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
@@ -36,10 +37,11 @@ def attach(accelerator: Accelerator, optimizer: Any, *, log_every_n_steps: int |
         log_every_n_steps: every so many optimizer steps the main process logs ``am/beta/mean|min|max``,
             ``am/beta/<layer group>``, ``am/clamp/at_max|at_zero``, ``am/skipped_steps`` and, where
             ``clip_grad_norm_`` ran, ``am/grad_norm`` at the number of optimizer steps; the histogram ``am/beta`` to
-            TensorBoard. It warns of dropped steps. Tags of a second optimizer start with ``am-1``. None: it does not.
+    XX of dropped steps. Tags of a second optimizer start with ``am-1``. None: it does not.
 
     Returns:
-        The reader, for logging of one's own: ``reader.read()``, then ``reader.scalars()``.
+        The reader. For logging of one's own: ``reader.read()``, then ``reader.scalars()``, of the steps since it was
+        read before. With ``accelerator.register_for_checkpointing(reader)`` the curves have no gap after a resume.
 
     Raises:
         TypeError: not an Accelerator, or not an adaptive memory optimizer.
@@ -130,6 +132,8 @@ class _TrackerLogger(StepLogger):
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 self.reader.add_histogram(tracker.tracker, self.steps)
+        if self.reader.history.picture_is_due():
+            self.reader.draw([partial(track_image, tracker) for tracker in self.accelerator.trackers], self.steps)
 
 
 def _loggers_of(optimizer: Any) -> list[_TrackerLogger]:

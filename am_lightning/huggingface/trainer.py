@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 from torch import nn
 
 from am_lightning.distributed.call_stack import caller
 from am_lightning.huggingface.accelerate import bind_models
+from am_lightning.huggingface.images import report_image
 from am_lightning.loggers.reader import StatsReader
 from am_lightning.optim.adamw import AMAdamW
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
@@ -21,17 +23,19 @@ from am_lightning.optim.unwrap import require_am_optimizer
 try:
     from accelerate.state import AcceleratorState
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-    from transformers.trainer_callback import CallbackHandler
+    from transformers.trainer_callback import CallbackHandler, ExportableState
+    from transformers.utils import logging
 except ImportError as error:
     raise ImportError(
         "AdaptiveMemoryCallback and AMAdamWFactory need transformers: "
         "pip install 'am-lightning[transformers]', or '.[transformers]' in a checkout"
     ) from error
 
+_LOGGER = logging.get_logger(__name__)
 _USE = "pass Trainer(optimizer_cls_and_kwargs=(AMAdamW, {'lr': ...})), or optimizers=(AMAdamW(...), None)"
 
 
-class AdaptiveMemoryCallback(TrainerCallback):
+class AdaptiveMemoryCallback(TrainerCallback, ExportableState):
     """``Trainer(callbacks=[AdaptiveMemoryCallback()])``: the momentum goes where the Trainer's loss goes.
 
     Each time the Trainer logs the training loss, ``am/beta/mean|min|max``, ``am/beta/<layer group>``,
@@ -84,6 +88,11 @@ class AdaptiveMemoryCallback(TrainerCallback):
         logged = [record["am/skipped_steps"] for record in state.log_history if "am/skipped_steps" in record]
         before = int(logged[-1]) if logged else 0
         self._reader.skipped_before += before - self._reader.skipped_in_all()
+        # The Trainer saves what is in this dict already, and a checkpoint of before may have been without
+        saved = cast(dict[str, Any], state.stateful_callbacks).setdefault(type(self).__name__, {})
+        if state.global_step and isinstance(saved, dict) and "reader" in saved:
+            self._reader.load_state_dict(saved["reader"])
+        self._reader.begin(state.global_step)
 
     def on_step_begin(
         self,
@@ -110,7 +119,7 @@ class AdaptiveMemoryCallback(TrainerCallback):
         if self._reader is None or logs is None or "loss" not in logs:
             return
         self._follow(kwargs.get("model"))
-        self._reader.read()
+        self._reader.read(state.global_step)
         scalars = self._reader.scalars()
         logs.update(scalars)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
@@ -119,6 +128,34 @@ class AdaptiveMemoryCallback(TrainerCallback):
             text = self._reader.skip_warning()
             if state.is_world_process_zero:
                 warnings.warn(text, stacklevel=2)
+        if state.is_world_process_zero and self._reader.history.picture_is_due(state.max_steps):
+            self._draw(state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The last picture, and the run in one sentence."""
+        if self._reader is None or not state.is_world_process_zero:
+            return
+        self._draw(state.global_step)
+        if sentence := self._reader.sentence(state.global_step):
+            _LOGGER.info(f"AdaptiveMemory, {sentence}")
+
+    def _draw(self, step: int) -> None:
+        """To the reporting callbacks that take pictures."""
+        handler = caller(CallbackHandler)
+        if handler is not None and self._reader is not None:
+            sinks = [partial(report_image, other) for other in handler.callbacks]
+            self._reader.draw([lambda tag, *more, sink=sink: sink(f"train/{tag}", *more) for sink in sinks], step)
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer writes into a checkpoint's ``trainer_state.json``: the interval so far."""
+        exported: dict[str, Any] = {"args": {}, "attributes": {}}
+        if self._reader is not None:
+            saved = self._reader.state_dict()
+            exported["reader"] = saved | {"interval": saved["interval"].tolist()}
+            exported["reader"]["history"]["map"] = None
+        return exported
 
     def _follow(self, model: nn.Module | None) -> None:
         """Read the optimizer that the Trainer has now; in mid-run it may have been given another."""
@@ -127,10 +164,10 @@ class AdaptiveMemoryCallback(TrainerCallback):
             return
         am_optimizer = require_am_optimizer(trainer.optimizer, _USE)
         if am_optimizer is not self._reader.optimizer:
-            skipped = self._reader.skipped_in_all()
+            before = self._reader.state_dict()
             _bind(am_optimizer, model, trainer)
             self._reader = StatsReader(am_optimizer)
-            self._reader.skipped_before = skipped
+            self._reader.load_state_dict(before)
 
     def _go_first(self) -> bool:
         """Move to the head of the Trainer's callbacks; False where they cannot be found.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,7 +22,7 @@ from am_lightning.lightning.trainer_patches import (
     patch_trainer,
     unwrapped,
 )
-from am_lightning.loggers.reader import prefix_of
+from am_lightning.loggers.reader import prefix_of, settings_of
 from am_lightning.optim.argument_hints import LAMBDA, with_hints
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.convert import convert_adamw, is_adam, what_to_return
@@ -63,7 +64,8 @@ class AdaptiveMemory(pl.Callback):
         lambd: memory regularisation lambda.
         beta1_max: cap of beta_t; None: b - (1 - b) lambd, not below 0, where b is the AdamW's own beta1 (0.9 -> 0.89).
         scope: one beta_t for every "tensor", "group", or "global" for the model.
-        per_layer: with a TensorBoardLogger, one curve for each layer.
+        per_layer: with a TensorBoardLogger, curves of each layer of a model with up to 32; "all": of any model. The heat
+            map has all layers anyway.
         histogram: with a TensorBoardLogger, the histogram of beta_t over the tensors.
         log_every_n_steps: log interval; None: the Trainer's.
         max_consecutive_skips: so many steps in a row dropped for a non-finite sum end the run, after a checkpoint.
@@ -85,7 +87,7 @@ class AdaptiveMemory(pl.Callback):
         lambd: float = 0.1,
         beta1_max: float | None = None,
         scope: str = "tensor",
-        per_layer: bool = True,
+        per_layer: bool | Literal["all"] = True,
         histogram: bool = True,
         log_every_n_steps: int | None = None,
         max_consecutive_skips: int = 100,
@@ -94,7 +96,8 @@ class AdaptiveMemory(pl.Callback):
         if beta1_max is not None:
             check_number("beta1_max", beta1_max, upper=1, open_upper=True)
         check_choice("scope", scope, SCOPES)
-        check_flag("per_layer", per_layer)
+        if per_layer != "all":
+            check_flag("per_layer", per_layer)
         check_flag("histogram", histogram)
         if log_every_n_steps is not None:
             check_count("log_every_n_steps", log_every_n_steps)
@@ -108,12 +111,13 @@ class AdaptiveMemory(pl.Callback):
         self._untold: list[tuple[AdaptiveMemoryOptimizer, str]] = []  # converted, and what it was
         self._fitting = False
         self._readers: list[StatsLogger] = []
-        self._skipped_before: list[int] = []  # of each optimizer, from a checkpoint that this fit resumes
-        self._skipped_at_end: list[int] = []  # of each optimizer, when the last fit ended
+        self._saved: dict[str, Any] = {}  # from a checkpoint that this fit resumes
+        self._at_end: dict[str, Any] = {}  # of the last fit
         self._last_step = 0
         self._steps = 0  # in this fit
         self._next_look = 0  # at the count of skipped steps
         self._intervals = 0  # log intervals that are over
+        self._total: int | None = None  # steps of the fit
 
     @_StateKey
     def state_key(self) -> str:
@@ -132,7 +136,7 @@ class AdaptiveMemory(pl.Callback):
             allow_in_deepspeed(strategy)
             self._patches.add(strategy, "_init_optimizers", partial(self._take_for_engine, trainer))
         patch_trainer(trainer, self._patches)
-        self._readers, self._skipped_before = [], []
+        self._readers, self._saved = [], {}
 
     def on_after_setup(self, **_: Any) -> None:
         """Fabric's: ``Fabric(callbacks=[AdaptiveMemory()])`` would convert nothing, for the loop is the user's."""
@@ -154,8 +158,7 @@ class AdaptiveMemory(pl.Callback):
         """Leave all as it was; keep the counts for a checkpoint that is saved after fit."""
         self._leave()
         if stage == "fit":
-            self._skipped_at_end = [reader.skipped_in_all() for reader in self._readers]
-            self._readers = []
+            self._at_end, self._readers = self.state_dict(), []
 
     def _take(self, trainer: pl.Trainer, original: Callable[[list[Any]], None], optimizers: list[Any]) -> None:
         """What assigning to ``strategy.optimizers`` does: before Lightning's wrappers imitate a class that changes."""
@@ -199,6 +202,7 @@ class AdaptiveMemory(pl.Callback):
                 "AdaptiveMemory only logs here, for the module returns an adaptive memory optimizer itself: "
                 "the callback's lambd, beta1_max and scope are not used."
             )
+        self._untold += [(optimizer, type(optimizer).__name__) for optimizer in own]
         for optimizer in (*converted, *own):  # now: a LearningRateFinder makes steps before on_fit_start
             bind_module(optimizer, trainer, trainer.lightning_module)
 
@@ -243,16 +247,14 @@ class AdaptiveMemory(pl.Callback):
                 reader = same if same.prefix == prefix else reader
                 reader.skipped_before = same.skipped_before
             elif index < len(before):
-                reader.skipped_before = before[index].skipped_in_all()
+                reader.load_state_dict(before[index].state_dict())
             self._readers.append(reader)
         self._next_look = self._steps + self.max_consecutive_skips
         while self._untold:
             optimizer, name = self._untold.pop(0)
-            caps = sorted({group["beta1_max"] for group in optimizer.param_groups})
-            rank_zero_info(
-                f"AdaptiveMemory: {name} is now AMAdamW (scope {self.scope}, lambda {self.lambd:g}, "
-                f"cap of beta_t {', '.join(f'{cap:g}' for cap in caps)})"
-            )
+            kind = type(optimizer).__name__
+            what = f"{kind} of the module's own" if name == kind else f"{name} is now {kind}"
+            rank_zero_info(f"AdaptiveMemory: {what} ({settings_of(optimizer)})")
 
     def _look_again(self, trainer: pl.Trainer) -> None:
         """The list itself may have been changed, ``trainer.optimizers[0] = ...``, which the strategy is not told."""
@@ -264,7 +266,11 @@ class AdaptiveMemory(pl.Callback):
         """A resumed run is where its checkpoint was: count from there."""
         self._last_step = trainer.global_step
         self._steps, self._next_look = 0, self.max_consecutive_skips
-        self._intervals = trainer.fit_loop.epoch_loop._batches_that_stepped // (self._every(trainer) or 1)
+        now = trainer.fit_loop.epoch_loop._batches_that_stepped
+        self._intervals = now // (self._every(trainer) or 1)
+        self._total = _steps_of(trainer)
+        for reader in self._readers:
+            reader.begin(now)
 
     # ------------------------------------------------------------------ curves and skipped steps
     def on_train_batch_start(
@@ -286,13 +292,30 @@ class AdaptiveMemory(pl.Callback):
         logs = self._log_is_due(trainer, step + 1)
         if not logs and self._steps < self._next_look:
             return
-        for reader in self._readers:
-            reader.read()
-            if logs and trainer.is_global_zero:
-                reader.log(trainer.loggers, step)
-        if logs and trainer.is_global_zero:
-            StatsLogger.arrange(self._readers, trainer.loggers, trainer.strategy)
+        if logs:
+            self._log(trainer, step)
+        else:
+            for reader in self._readers:
+                reader.look()
         self._look_at_skips(trainer, logs)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The last picture, and the run in one sentence."""
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        for reader in self._readers if self._every(trainer) else ():
+            if trainer.is_global_zero:
+                reader.draw_in(trainer.loggers, step)
+            if sentence := reader.sentence(step):
+                rank_zero_info(f"AdaptiveMemory, {sentence}")
+
+    def _log(self, trainer: pl.Trainer, step: int) -> None:
+        """All ranks read, and have the same state for a checkpoint; one writes."""
+        for reader in self._readers:
+            reader.read(step)
+            if trainer.is_global_zero:
+                reader.log(trainer.loggers, step, self._total)
+        if trainer.is_global_zero:
+            StatsLogger.arrange(self._readers, trainer.loggers, trainer.strategy)
 
     def _every(self, trainer: pl.Trainer) -> int:
         return int(self.log_every_n_steps or trainer.log_every_n_steps)  # type: ignore[union-attr]
@@ -329,17 +352,27 @@ class AdaptiveMemory(pl.Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Skipped steps so far, so that the curve goes on after a resume."""
-        now = [reader.skipped_in_all() for reader in self._readers]
-        return {"skipped_steps": now or self._skipped_at_end}
+        """Skipped steps and the interval so far of each optimizer, so that its curves have no gap after a resume."""
+        if not self._readers:
+            return self._at_end or {"skipped_steps": []}
+        skipped = [reader.skipped_in_all() for reader in self._readers]
+        return {"skipped_steps": skipped, "readers": [reader.state_dict() for reader in self._readers]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what ``state_dict`` gave: before on_fit_start, or after it under FSDP and model parallel."""
-        self._skipped_before = list(state_dict.get("skipped_steps", []))
+        self._saved = dict(state_dict)
         self._count_from_checkpoint()
 
     def _count_from_checkpoint(self) -> None:
-        for reader, skipped in zip(self._readers, self._skipped_before, strict=False):
+        for reader, skipped in zip(self._readers, self._saved.get("skipped_steps", []), strict=False):
             reader.skipped_before += skipped - reader.skipped_in_all()
+        for reader, saved in zip(self._readers, self._saved.get("readers", []), strict=False):
+            reader.load_state_dict(saved)
         if self._readers:
-            self._skipped_before = []
+            self._saved = {}
+
+
+def _steps_of(trainer: pl.Trainer) -> int | None:
+    """How many optimizer steps the fit has; None: it has no end, or none that is known."""
+    steps = trainer.estimated_stepping_batches
+    return int(steps) if 0 < steps < math.inf else None

@@ -33,7 +33,8 @@ def attach(fabric: Fabric, model: nn.Module, optimizer: Any, *, log_every_n_step
             the number of optimizer steps, and warns of dropped steps. None: it does not.
 
     Returns:
-        The reader, for logging of one's own: ``reader.read()``, then ``reader.scalars()``.
+        The reader. For logging of one's own: ``reader.read()``, then ``reader.scalars()``, of the steps since it was
+        read before. In what ``fabric.save`` is given (``"am": reader``), the curves have no gap after a resume.
 
     Raises:
         TypeError: an argument is of the wrong type, such as a torch.optim.AdamW; the text has the hint.
@@ -116,7 +117,6 @@ class _FabricLogger(StepLogger):
         self.fabric = fabric
         others = _LOGGERS.setdefault(fabric, WeakSet())
         reader = StatsLogger(optimizer, free_prefix(others), per_layer=True, histogram=True)
-        reader.read()  # its tags are known from now on
         others.add(self)
         super().__init__(reader, after_each_step)
 

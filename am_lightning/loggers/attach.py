@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from am_lightning.distributed.shard import my_rank
+from am_lightning.loggers.images import send_image, tolerant
 from am_lightning.loggers.reader import StatsReader
 from am_lightning.loggers.step_logger import StepLogger, loggers_of
 from am_lightning.optim.unwrap import require_am_optimizer
@@ -85,9 +87,12 @@ class Log(StepLogger):
         return my_rank() == 0
 
     def write(self) -> None:
-        self._write(self.reader.scalars() | (self.reader.layers() if self.reader.has_names() else {}), self.steps)
+        layers = self.reader.layers() if self.reader.has_names() and self.reader.few_layers() else {}
+        self._write(self.reader.scalars() | layers, self.steps)
         if hasattr(self.writer, "add_histogram"):
             self.reader.add_histogram(self.writer, self.steps)
+        if self.reader.history.picture_is_due():
+            self.reader.draw([partial(tolerant(send_image), self.writer)], self.steps)
 
 
 def _write_of(writer: Any) -> Write:

@@ -1,4 +1,4 @@
-"""MomentumStats: beta_t of every tensor -> what a logger shows. No framework, no device."""
+"""MomentumStats: beta_t of every tensor over an interval of steps -> what a logger shows. No framework, no device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+
+from am_lightning.optim.intervals import Interval
 
 # The first pattern found says a parameter's kind. It is searched in the name without the last part (``weight``).
 _KINDS = (
@@ -63,68 +64,101 @@ def _last_words(path: str) -> str:
 
 
 class MomentumStats:
-    """Turns one vector of beta_t into scalars.
+    """Turns an ``Interval`` of beta_t into scalars.
 
     Args:
-        names: of the tensors, in the order of the vector.
+        names: of the tensors, in the order of the interval.
         caps: the cap of beta_t of each tensor.
         prefix: of all tags; the second optimizer's is ``am-1``.
     """
 
     def __init__(self, names: Sequence[str], caps: Sequence[float], prefix: str = "am") -> None:
-        self.names = list(names)
-        self.caps = torch.tensor(list(caps), dtype=torch.float64, device="cpu")
-        self.prefix = prefix
-        self._kinds = _index([kind_of(name) for name in names])
-        self._layers = _index(layers_of(names))
+        self.names, self.prefix = list(names), prefix
+        self.cap = max(caps, default=0.0)
+        self._kinds, self._layers = _Labels([kind_of(name) for name in names]), _Labels(layers_of(names))
 
-    def scalars(self, betas: Tensor) -> dict[str, float]:
-        """``<prefix>/beta/mean|min|max``, ``/beta/<layer group>``, ``/clamp/at_max|at_zero`` (shares of the tensors).
+    @property
+    def layer_names(self) -> list[str]:
+        """The layers, in the order of their first tensors."""
+        return self._layers.names
+
+    def scalars(self, interval: Interval) -> dict[str, float]:
+        """``<prefix>/beta/mean|min|max``, over all tensors and steps, ``/beta/cap``, the largest, ``/effective_steps``,
+        1 / (1 - mean), ``/clamp/at_max|at_zero``, shares of the tensors' steps, and of each layer group
+        ``/beta/<layer group>``, its mean, with ``/min`` and ``/max``.
 
         Args:
-            betas: ``[tensors]`` on the CPU; nan for tensors that have never stepped, which are left out.
+            interval: ``[tensors]`` each, on the CPU. Tensors without a step in it are left out; without any: no tags.
         """
-        betas = betas.to(torch.float64)
-        seen = ~betas.isnan()
-        if not bool(seen.any()):
+        total, at_max, at_zero, steps = (float(column.sum()) for column in interval[:4])
+        if not steps:
             return {}
-        known = betas[seen]
-        at_max = known >= self.caps[seen] - 1e-6  # the state keeps float32
+        mean = total / steps
         scalars = {
-            "beta/mean": known.mean(),
-            "beta/min": known.min(),
-            "beta/max": known.max(),
-            "clamp/at_max": at_max.double().mean(),
-            "clamp/at_zero": (known <= 0).double().mean(),
+            "beta/mean": mean,
+            "beta/min": float(interval.lowest.min()),
+            "beta/max": float(interval.highest.max()),
+            "beta/cap": self.cap,
+            "beta/effective_steps": 1 / (1 - mean),
+            "clamp/at_max": at_max / steps,
+            "clamp/at_zero": at_zero / steps,
         }
-        means = {f"{self.prefix}/{tag}": float(value) for tag, value in scalars.items()}
-        return means | _means(betas, self._kinds, f"{self.prefix}/beta")
+        groups = {f"beta/{tag}": value for tag, value in self._kinds.scalars(interval, highest=True).items()}
+        return {f"{self.prefix}/{tag}": value for tag, value in (scalars | groups).items()}
 
-    def layers(self, betas: Tensor) -> dict[str, float]:
-        """``<prefix>/beta/layer/<layer>``: the mean of each layer's tensors."""
-        return _means(betas.to(torch.float64), self._layers, f"{self.prefix}/beta/layer")
+    def layers(self, interval: Interval) -> dict[str, float]:
+        """``<prefix>/beta/layer/<layer>``: the mean over each layer's tensors and steps; with ``/min`` the lowest."""
+        found = self._layers.scalars(interval, highest=False)
+        return {f"{self.prefix}/beta/layer/{tag}": value for tag, value in found.items()}
+
+    def by_layer(self, interval: Interval) -> Interval:
+        """``[layers]`` each."""
+        return self._layers.sums(interval)
 
     def custom_scalars(self) -> dict[str, dict[str, list[object]]]:
-        """A TensorBoard Custom Scalars layout that overlays the layers, the layer groups, and the clamps."""
-        p = re.escape(self.prefix)
-        groups = "|".join(re.escape(kind) for kind in self._kinds)
+        """A TensorBoard Custom Scalars layout: the mean between the lowest and the highest, of all tensors and of each
+        layer group, and the shares at the clamps.
+        """
+        p = self.prefix
         charts: dict[str, list[object]] = {
-            "beta_t by layer": ["Multiline", [f"^{p}/beta/layer/.*"]],
-            "beta_t by layer group": ["Multiline", [f"^{p}/beta/(?:{groups})$"]],
-            "beta_t of all tensors": ["Multiline", [f"^{p}/beta/(?:mean|min|max)$"]],
-            "share of tensors at a clamp": ["Multiline", [f"^{p}/clamp/.*"]],
+            "beta_t of all tensors": ["Margin", [f"{p}/beta/{end}" for end in ("mean", "min", "max")]]
         }
-        return {f"adaptive momentum ({self.prefix})": charts}
+        for kind in self._kinds.names:
+            charts[f"beta_t of {kind}"] = ["Margin", [f"{p}/beta/{kind}{end}" for end in ("", "/min", "/max")]]
+        charts["share of tensors at a clamp"] = ["Multiline", [f"^{re.escape(p)}/clamp/.*"]]
+        charts["steps that the momentum reaches back"] = ["Multiline", [f"^{re.escape(p)}/beta/effective_steps$"]]
+        return {f"adaptive momentum ({p})": charts}
 
 
-def _index(labels: Sequence[str]) -> dict[str, list[int]]:
-    """label -> positions, in order of first appearance."""
-    result: dict[str, list[int]] = {}
-    for position, label in enumerate(labels):
-        result.setdefault(label, []).append(position)
-    return result
+class _Labels:
+    """Tensors with the same label go together.
 
+    Attributes:
+        names: the labels, in the order of their first appearance.
+    """
 
-def _means(betas: Tensor, index: dict[str, list[int]], prefix: str) -> dict[str, float]:
-    means = {f"{prefix}/{label}": float(betas[rows].nanmean()) for label, rows in index.items()}
-    return {tag: mean for tag, mean in means.items() if mean == mean}  # not nan
+    def __init__(self, labels: Sequence[str]) -> None:
+        place: dict[str, int] = {}
+        self._of = torch.tensor(
+            [place.setdefault(label, len(place)) for label in labels], dtype=torch.int64, device="cpu"
+        )
+        self.names = list(place)
+
+    def sums(self, interval: Interval) -> Interval:
+        """``[tensors]`` each -> ``[labels]`` each."""
+        count = len(self.names)
+        total, at_max, at_zero, steps = (of.new_zeros(count).index_add(0, self._of, of) for of in interval[:4])
+        lowest = total.new_full((count,), float("inf")).scatter_reduce(0, self._of, interval.lowest, "amin")
+        highest = total.new_full((count,), float("-inf")).scatter_reduce(0, self._of, interval.highest, "amax")
+        return Interval(total, at_max, at_zero, steps, lowest, highest)
+
+    def scalars(self, interval: Interval, *, highest: bool) -> dict[str, float]:
+        """Label -> its mean, ``<label>/min``, ``<label>/max``; labels without a step are left out."""
+        sums, scalars = self.sums(interval), {}
+        for place, label in enumerate(self.names):
+            if sums.steps[place] > 0:
+                scalars[label] = float(sums.total[place] / sums.steps[place])
+                scalars[f"{label}/min"] = float(sums.lowest[place])
+                if highest:
+                    scalars[f"{label}/max"] = float(sums.highest[place])
+        return scalars

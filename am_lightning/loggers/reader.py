@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from am_lightning.loggers.history import RunHistory
 from am_lightning.loggers.metrics import MomentumStats
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
+from am_lightning.optim.intervals import Interval, merged_by_name, nothing
 
 
 def prefix_of(index: int) -> str:
@@ -29,47 +32,115 @@ class StepNumbers(NamedTuple):
     grad_norm: float  # nan where clip_grad_norm_ did not run
 
 
+_FEW_LAYERS = 32
+_HOST = torch.empty(0, dtype=torch.float64, device="cpu")
 _NOT_LOGGED = {"skipped_in_a_row", "first_bad"}  # for warnings
 
 
 def read_report(optimizer: AdaptiveMemoryOptimizer) -> tuple[torch.Tensor, StepNumbers]:
     """``[tensors]`` beta_t on the CPU, nan for tensors that have never stepped, and the counts: one copy."""
-    report = optimizer.report().cpu()
+    return _split(optimizer.report().cpu())
+
+
+def _split(report: torch.Tensor) -> tuple[torch.Tensor, StepNumbers]:
     split = len(StepNumbers._fields)
     return report[:-split], StepNumbers(*report[-split:].tolist())
 
 
 class StatsReader:
-    """beta_t and what is counted of ``optimizer``, under tags that start with ``prefix``.
+    """beta_t over the steps since the last ``read``, and what is counted of ``optimizer``, under tags of ``prefix``.
+
+    Each reader has intervals of its own; its first has the steps that nobody has read. With ``state_dict`` in a
+    checkpoint (``fabric.save``, ``accelerator.register_for_checkpointing``) a resumed run goes on in its interval.
 
     Attributes:
         skipped_before: steps skipped before this process started, from a checkpoint.
-        betas: ``[tensors]`` on the CPU, nan for tensors that have never stepped.
+        betas: ``[tensors]`` of the last step on the CPU, nan for tensors that have never stepped.
+        interval: ``[tensors]`` each on the CPU, beta_t over the steps up to the last ``read``.
         numbers: what was counted, up to the last ``read``.
         first_bad: the parameter whose sum was not finite in the last skipped step.
+        history: of all intervals that were read with their step.
     """
 
     def __init__(self, optimizer: AdaptiveMemoryOptimizer, prefix: str = "am") -> None:
         self.optimizer, self.prefix = optimizer, prefix
         self.skipped_before = 0
         self.betas = torch.empty(0, device="cpu")
+        self.interval = Interval(*nothing(_HOST, 0))
         self.numbers = StepNumbers(*(0.0 for _ in StepNumbers._fields))
         self.first_bad = ""
+        self.history = RunHistory()
         self._warned_of = 0
         self._stats: MomentumStats | None = None
+        self._carried: tuple[list[str], torch.Tensor] = [], nothing(_HOST, 0)
+        optimizer.begin_interval(self, unread=True)
+        self.begin(0)
 
-    def read(self) -> None:
-        """The one copy from device to host."""
-        self.betas, self.numbers = read_report(self.optimizer)
+    def begin(self, step: int) -> None:
+        """What is logged begins after ``step``, except for what ``load_state_dict`` brought."""
+        self.optimizer.begin_interval(self.history)
+        self.history.begin(step)
+
+    def read(self, step: int | None = None) -> None:
+        """The one copy from device to host; ends the interval.
+
+        Args:
+            step: at which the interval of a logger ends, which begins where its last one ended. None: that of the
+                user's own reading, since the last one without a step; the logger's goes on.
+        """
         names = self.optimizer.parameter_names()
+        numbers = self._take(names, self if step is None else self.history)
+        if step is not None:
+            numbers = merged_by_name(numbers, names, self._carried[1], self._carried[0])
+            self._carried = [], nothing(_HOST, 0)
+        self.interval = Interval(*numbers)
+        if step is not None:
+            self.history.add(step, self.stats.layer_names, self.stats.by_layer(self.interval), self.stats.cap)
+
+    def _take(self, names: list[str], reader: Any) -> torch.Tensor:
+        """``[6, names]`` of the interval of ``reader``; with ``betas`` and ``numbers`` in one copy."""
+        interval, report = self.optimizer.interval(reader), self.optimizer.report()
+        copied = torch.cat([interval.to(report.device).reshape(-1), report]).cpu()
+        self._take_report(copied[interval.numel() :], names)
+        return copied[: interval.numel()].reshape(interval.shape).to(torch.float64)
+
+    def look(self) -> None:
+        """Read the counts only: the interval goes on."""
+        self._take_report(self.optimizer.report().cpu(), self.optimizer.parameter_names())
+
+    def _take_report(self, report: torch.Tensor, names: list[str]) -> None:
+        self.betas, self.numbers = _split(report)
         self.first_bad = names[int(self.numbers.first_bad)] if names else ""
-        if self._stats is None or self._stats.names != names:  # a group was added
-            self._stats = MomentumStats(names, self.optimizer.caps(), self.prefix)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs so that no step is missing in its curves; it takes no collective."""
+        self._carry()
+        return {
+            "names": list(self._carried[0]),
+            "interval": self._carried[1].clone(),
+            "skipped_steps": self.skipped_before + int(self.numbers.skipped_steps),
+            "history": self.history.state_dict(),
+        }
+
+    def _carry(self) -> None:
+        """Copy what was tallied so far of the interval from the device; it goes on."""
+        names = self.optimizer.parameter_names()
+        taken = self._take(names, self.history)
+        self._carried = names, merged_by_name(taken, names, self._carried[1], self._carried[0])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave."""
+        numbers = torch.as_tensor(state_dict["interval"], dtype=torch.float64, device="cpu")
+        self._carried = list(state_dict["names"]), numbers
+        self.skipped_before = state_dict["skipped_steps"] - int(read_report(self.optimizer)[1].skipped_steps)
+        self.history.load_state_dict(state_dict["history"])
 
     @property
     def stats(self) -> MomentumStats:
-        """How the tensors are grouped; known after the first ``read``."""
-        assert self._stats is not None
+        """How the tensors are grouped."""
+        names = self.optimizer.parameter_names()
+        if self._stats is None or self._stats.names != names:  # a group was added
+            self._stats = MomentumStats(names, self.optimizer.caps(), self.prefix)
         return self._stats
 
     @property
@@ -82,21 +153,35 @@ class StatsReader:
         return not all(name.replace(".", "").isdigit() for name in self.stats.names)
 
     def scalars(self) -> dict[str, float]:
-        """Tag -> value of what ``read`` found: ``<prefix>/beta/...``, ``/clamp/...``, ``/skipped_steps``,
-        ``/grad_norm`` where ``clip_grad_norm_`` ran."""
+        """Tag -> value of the interval: ``<prefix>/beta/...``, ``/clamp/...``, ``/skipped_steps`` so far, and
+        ``/grad_norm`` of the last step where ``clip_grad_norm_`` ran."""
         counted = self.numbers._replace(skipped_steps=self.numbers.skipped_steps + self.skipped_before)._asdict()
         logged = {name: value for name, value in counted.items() if name not in _NOT_LOGGED and not math.isnan(value)}
-        return self.stats.scalars(self.betas) | {f"{self.prefix}/{name}": value for name, value in logged.items()}
+        return self.stats.scalars(self.interval) | {f"{self.prefix}/{name}": value for name, value in logged.items()}
 
     def layers(self) -> dict[str, float]:
-        """``<prefix>/beta/layer/<layer>``: the mean of each layer's tensors."""
-        return self.stats.layers(self.betas)
+        """``<prefix>/beta/layer/<layer>``: the mean over each layer's tensors and steps; with ``/min`` the lowest."""
+        return self.stats.layers(self.interval)
+
+    def few_layers(self) -> bool:
+        """So few that a curve for each can be read."""
+        return len(self.stats.layer_names) <= _FEW_LAYERS
 
     def add_histogram(self, board: Any, step: int) -> None:
-        """beta_t of the tensors that have stepped, as ``<prefix>/beta``, to a ``SummaryWriter``."""
-        stepped = self.betas[~self.betas.isnan()]
-        if stepped.numel():
-            board.add_histogram(f"{self.prefix}/beta", stepped, step)
+        """The mean beta_t of each tensor that has stepped, as ``<prefix>/beta``, to a ``SummaryWriter``."""
+        stepped = self.interval.steps > 0
+        if bool(stepped.any()):
+            board.add_histogram(f"{self.prefix}/beta", (self.interval.total / self.interval.steps)[stepped], step)
+
+    def draw(self, sinks: Sequence[Callable[[str, Any, int], Any]], step: int) -> None:
+        """The heat map of the layers, as ``<prefix>/beta/layers``; nothing where there is no Pillow.
+
+        Args:
+            sinks: each takes the tag, uint8 ``[height, width, 3]``, and the step, up to which it is drawn.
+        """
+        picture = self._history_until(step).picture(f"{self.prefix}: beta_t by layer") if sinks else None
+        for sink in sinks if picture is not None else ():
+            sink(f"{self.prefix}/beta/layers", picture, step)
 
     def card(self, where: str) -> str:
         """Markdown: scope, lambda, caps, rows and how they are reduced.
@@ -130,6 +215,29 @@ class StatsReader:
     def skipped_in_all(self) -> int:
         """Steps skipped by this run and those it resumed from."""
         return self.skipped_before + int(read_report(self.optimizer)[1].skipped_steps)
+
+    def _history_until(self, step: int) -> RunHistory:
+        """``history`` with the steps since the last reading, whose interval goes on."""
+        if step <= self.history.step:
+            return self.history
+        self._carry()
+        whole, (names, numbers) = copy.deepcopy(self.history), self._carried
+        if names == self.stats.names:
+            whole.add(step, self.stats.layer_names, self.stats.by_layer(Interval(*numbers)), self.stats.cap)
+        return whole
+
+    def sentence(self, step: int) -> str:
+        """The run until ``step``; empty where no step was made."""
+        found, skipped = self._history_until(step).sentence(), self.skipped_in_all()
+        dropped = f"{skipped} step{'' if skipped == 1 else 's'} skipped" if skipped else "no step skipped"
+        return f"{self.prefix}: {found}; {dropped}" if found else ""
+
+
+def settings_of(optimizer: AdaptiveMemoryOptimizer) -> str:
+    """Scope, lambda, caps and the number of tensors, for a line of a log."""
+    groups, tensors = optimizer.param_groups, len(optimizer.parameter_names())
+    cap, lambd = (_several(group[key] for group in groups) for key in (optimizer.cap_key, "lambd"))
+    return f"scope {optimizer.scope}, lambda {lambd}, cap of beta_t {cap}, {tensors} tensors"
 
 
 def _several(values: Iterable[float]) -> str:

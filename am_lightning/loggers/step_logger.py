@@ -60,6 +60,7 @@ class StepLogger(ABC):
             int(state["step"]) for state in optimizer.state.values() if isinstance(state, dict) and "step" in state
         ]
         self.steps = max(steps, default=0)
+        self.reader.begin(self.steps)
 
     def _look_at_state(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._had_state = bool(optimizer.state)
@@ -77,7 +78,7 @@ class StepLogger(ABC):
             self._log()
 
     def _log(self) -> None:
-        self.reader.read()
+        self.reader.read(self.steps)
         if self.reader.newly_skipped():
             warnings.warn(self.reader.skip_warning(), stacklevel=self.stacklevel)
         self.write()

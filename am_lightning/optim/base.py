@@ -120,7 +120,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         if decision is None:
             packed, shared = self._reduce(self.local_sums(local), layout, loss)  # the one collective
             if local.in_kernels is not None:
-                finish_in_kernels(local, packed, self._stats, skip=self.nonfinite == "skip")
+                finish_in_kernels(local, packed, self._stats, layout, skip=self.nonfinite == "skip")
                 return loss
             sums = Sums.unpack(packed)
             stages = layout.stage_reduction
@@ -131,7 +131,8 @@ class AdaptiveMemoryOptimizer(Optimizer):
         if shared is not None:
             self._remember(shared, decision)
         positions = layout.positions_in(self.parameter_names()) if layout.partitioned else None
-        self._stats.observe(decision, positions, again=layout is not self.param_layout.first)
+        tally, again = self._stats.tally_of(layout, decision.beta), layout is not self.param_layout.first
+        self._stats.observe(decision, local.options.beta_max, tally, positions, again=again)
         return loss
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
@@ -215,8 +216,15 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     def report(self) -> Tensor:
         """``[parameters + 4]`` on the device: every beta_t, then what ``StepStats`` counts. No host sync."""
-        betas = self._betas()
-        return torch.cat([betas, self._stats.numbers(betas)])
+        return torch.cat([betas := self._betas(), self._stats.numbers(betas)])
+
+    def begin_interval(self, reader: Any, *, unread: bool = False) -> None:
+        """``reader``, held weakly, has an interval that begins now; ``unread``: with the steps that nobody has read."""
+        self._stats.begin_interval(reader, unread=unread)
+
+    def interval(self, reader: Any) -> Tensor:
+        """``[6, parameters]`` on the device: the ``Interval`` since ``reader`` read last, ended here. No host sync."""
+        return self._stats.interval(reader, self.parameter_names())
 
     def _betas(self) -> Tensor:
         """``[parameters]`` beta_t, nan where one has never stepped."""
@@ -348,6 +356,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     def _forget_plans(self) -> None:
         self._store.forget_layouts()
+        self._stats.forget_layouts()
         self._plans, self._row_kernels = {}, {}
 
     def _check_layout(self, layout: ShardLayout) -> None:

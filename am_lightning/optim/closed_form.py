@@ -168,13 +168,15 @@ def decide(
     if loss_gap is not None:
         bad = bad | (sums.present & ~torch.isfinite(loss_gap))
     enters = sums.present & ~sums.first & ~bad
-    columns = (torch.where(enters, sums.num, 0.0), torch.where(enters, sums.den, 0.0), bad.to(cap.dtype))
-    num, den, lost = (scope_totals(column, scope, sizes) for column in columns)
+    num, den, lost = torch.where(enters, sums.num, 0.0), torch.where(enters, sums.den, 0.0), bad.to(cap.dtype)
+    if scope != "tensor":
+        num, den, lost = (scope_totals(column, scope, sizes) for column in (num, den, lost))
     failed = bad.sum().to(cap.dtype)
     if reduce_over_stages is not None:
         num, den, lost, failed = _over_stages(reduce_over_stages, scope, num, den, lost, failed)
     skipped = failed > 0 if nonfinite == "skip" else torch.zeros_like(failed, dtype=torch.bool)
-    num, den, lost = (over_rows(total, scope, sizes) for total in (num, den, lost))
+    if scope != "tensor":
+        num, den, lost = (over_rows(total, scope, sizes) for total in (num, den, lost))
     if loss_gap is not None:
         num = num - loss_gap
     solved = den > 0

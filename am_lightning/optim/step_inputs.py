@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from am_lightning.distributed import ShardLayout
 from am_lightning.optim.closed_form import RowOptions
 from am_lightning.optim.kernels.inputs import Coefficients, GradientClip
 from am_lightning.optim.kernels.plan import KernelPlan
@@ -56,15 +57,17 @@ def inputs_in_kernels(
     return StepInputs(plan, found.coefficients, store, None, None, InKernels(kernels, found, table))
 
 
-def finish_in_kernels(local: StepInputs, packed: Tensor, stats: StepStats, *, skip: bool) -> None:
+def finish_in_kernels(local: StepInputs, packed: Tensor, stats: StepStats, layout: ShardLayout, *, skip: bool) -> None:
     """From the reduced sums to the end of the step.
 
     Args:
+        stats: in which the kernel counts the step.
         skip: a sum that is not finite drops the step.
     """
     assert local.in_kernels is not None
     kernels, found, table = local.in_kernels
-    omega, active = kernels.decide(packed, found.columns, table, *stats.buffers(packed.device), skip=skip)
+    tally = stats.tally_of(layout, packed).numbers
+    omega, active = kernels.decide(packed, found.columns, table, *stats.buffers(packed.device), tally, skip=skip)
     local.coefficients["omega"] = omega
     local.plan.update(local.coefficients, active)
     local.store.take(table, active)

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from am_lightning import AdaptiveMemory, AMAdamW
 from am_lightning.lightning.loggers import StatsLogger
 from tests.lightning.model import Regression, batch_of, interior_share, quiet
+from tests.loggers.intervals import assert_curves, curves_of
 
 
 def events(logger: TensorBoardLogger) -> EventAccumulator:
@@ -54,11 +55,8 @@ def test_curves_in_tensorboard_and_csv_are_the_momentum(tmp_path: Path) -> None:
     assert (
         [event.step for event in mean] == [event.step for event in found.Scalars("train/loss")] == [1, 3, 5, 7, 9, 11]
     )
-    for event in mean:
-        assert event.value == pytest.approx(sum(module.seen[event.step].values()) / 8, abs=1e-6)
-    at_max = [event.value for event in found.Scalars("am/clamp/at_max")]
-    expected = [sum(beta > 0.89 - 1e-6 for beta in module.seen[e.step].values()) / 8 for e in mean]
-    assert at_max == pytest.approx(expected)
+    expected = curves_of(module.seen, range(2, 13, 2))
+    assert_curves({tag: {e.step: e.value for e in found.Scalars(tag)} for tag in expected}, expected, axis=-1)
     assert "am/beta/mean" in (Path(csv.log_dir) / "metrics.csv").read_text().splitlines()[0]
 
 
@@ -66,15 +64,18 @@ def test_layers_and_the_histogram_are_for_tensorboard_and_leave_out_what_never_s
     params = [(f"layers.{i}.weight", torch.nn.Parameter(torch.ones(3))) for i in range(2)]
     optimizer = AMAdamW(params)
     params[0][1].grad = torch.ones(3)
-    optimizer.step()
     board, csv = TensorBoardLogger(tmp_path / "board"), CSVLogger(tmp_path / "csv")
     curves = StatsLogger(optimizer, "am", per_layer=True, histogram=True)
-    curves.read()
+    optimizer.step()
+    curves.read(1)
     curves.log([board, csv], 3)
     csv.save()
     board.experiment.flush()
     found = events(board)
-    assert [tag for tag in found.Tags()["scalars"] if "/layer/" in tag] == ["am/beta/layer/layers.0"]
+    assert [tag for tag in found.Tags()["scalars"] if "/layer/" in tag] == [
+        "am/beta/layer/layers.0",
+        "am/beta/layer/layers.0/min",
+    ]
     assert [event.histogram_value.num for event in found.Histograms("am/beta")] == [1.0]
     columns = (Path(csv.log_dir) / "metrics.csv").read_text().splitlines()[0]
     assert "am/beta/mean" in columns and "/layer/" not in columns

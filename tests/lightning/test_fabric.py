@@ -16,6 +16,7 @@ from am_lightning import AdaptiveMemory, AMAdamW, am_adamw, am_sgd, clip_grad_no
 from am_lightning.lightning import attach
 from tests.lightning.cluster_fabric import CLIP, EVERY, STEPS, alone
 from tests.lightning.model import batch_of, interior_share, make_net
+from tests.loggers.intervals import assert_curves, curves_of
 from tests.sharding.pool import Pool
 
 
@@ -42,9 +43,8 @@ def test_under_every_strategy_beta_is_one_process_and_is_logged_once(
     found = events(tmp_path / placed / "run")
     mean, logged = found.Scalars("am/beta/mean"), found.Scalars("am/grad_norm")
     assert [event.step for event in mean] == list(range(EVERY, STEPS + 1, EVERY))
-    for event in mean:
-        betas = first["seen"][event.step - 1].values()
-        assert event.value == pytest.approx(sum(betas) / len(betas), abs=1e-6)
+    expected = curves_of(first["seen"], range(EVERY, STEPS + 1, EVERY))
+    assert_curves({tag: {e.step: e.value for e in found.Scalars(tag)} for tag in expected}, expected)
     assert [event.value for event in logged] == pytest.approx(norms[EVERY - 1 :: EVERY], rel=2e-5)
     assert max(norms) > CLIP > min(norms)
     tags = found.Tags()

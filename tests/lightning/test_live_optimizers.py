@@ -92,9 +92,12 @@ def test_the_successor_is_converted_trained_and_shown(tmp_path: Path, way: str, 
     if way != "set_up_again":
         assert last.param_groups[0]["beta1_max"] == pytest.approx(0.78)
     logged = rows(Path(logger.log_dir))
-    assert sorted(logged) == [step for step in range(STEPS) if module.seen[step]["net.0.weight"] >= 0]
+    shown = [step for step in range(STEPS) if module.seen[step]["net.0.weight"] >= 0]  # by the successor
+    assert {*shown} - {BAD} <= set(logged) <= {*shown, AGAIN} - {BAD}  # that of the one before, which had no beta_t yet
+    assert AGAIN in logged or hook != "on_train_batch_end"
     for step, row in logged.items():
-        assert row["am/beta/mean"] == pytest.approx(sum(module.seen[step].values()) / 8, abs=1e-6)
+        if step in shown:
+            assert row["am/beta/mean"] == pytest.approx(sum(module.seen[step].values()) / 8, abs=1e-6)
         assert row["am/skipped_steps"] == (step >= BAD)  # counted on across the change
 
 

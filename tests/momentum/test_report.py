@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from am_lightning.distributed.names import strip_wrappers
 from am_lightning.loggers.metrics import MomentumStats, kind_of, layers_of
+from am_lightning.optim.intervals import Interval, nothing
 
 KINDS = {
     "model.embed_tokens.weight": "embed",
@@ -71,25 +74,35 @@ def test_an_adapter_is_in_the_layer_of_what_it_adapts() -> None:
     assert layers_of([names[3]]) == ["lm_head"] and layers_of([names[4]]) == ["default"]
 
 
-def test_scalars_leave_out_what_has_never_stepped() -> None:
+def test_scalars_leave_out_what_has_not_stepped() -> None:
+    """Three steps of two tensors, one of a third, none of a fourth, whose caps differ."""
     names = ["layers.0.mlp.up_proj.weight", "layers.0.norm.weight", "lm_head.weight", "layers.1.norm.weight"]
-    report = MomentumStats(names, [0.9, 0.9, 0.5, 0.9])
-    scalars = report.scalars(torch.tensor([0.9, 0.0, 0.5, float("nan")]))
-    assert scalars == pytest.approx(
+    stats = MomentumStats(names, [0.9, 0.9, 0.5, 0.9])
+    rows = [[2.4, 0.6, 0.5, 0], [1, 0, 1, 0], [0, 1, 0, 0], [3, 3, 1, 0], [0.7, 0.0, 0.5, math.inf]]
+    interval = Interval(*torch.tensor([*rows, [0.9, 0.4, 0.5, -math.inf]], dtype=torch.float64))
+    assert stats.scalars(interval) == pytest.approx(
         {
-            "am/beta/mean": 1.4 / 3,
+            "am/beta/mean": 0.5,
             "am/beta/min": 0.0,
             "am/beta/max": 0.9,
-            "am/clamp/at_max": 2 / 3,
-            "am/clamp/at_zero": 1 / 3,
-            "am/beta/mlp": 0.9,
-            "am/beta/norm": 0.0,
+            "am/beta/cap": 0.9,
+            "am/beta/effective_steps": 2.0,
+            "am/clamp/at_max": 2 / 7,
+            "am/clamp/at_zero": 1 / 7,
+            "am/beta/mlp": 0.8,
+            "am/beta/mlp/min": 0.7,
+            "am/beta/mlp/max": 0.9,
+            "am/beta/norm": 0.2,
+            "am/beta/norm/min": 0.0,
+            "am/beta/norm/max": 0.4,
             "am/beta/head": 0.5,
+            "am/beta/head/min": 0.5,
+            "am/beta/head/max": 0.5,
         }
     )
-    layers = report.layers(torch.tensor([0.9, 0.0, 0.5, float("nan")]))
-    assert layers == pytest.approx({"am/beta/layer/layers.0": 0.45, "am/beta/layer/lm_head": 0.5})
-    assert report.scalars(torch.full((4,), float("nan"))) == {}
+    layers = {"layers.0": 0.5, "layers.0/min": 0.0, "lm_head": 0.5, "lm_head/min": 0.5}
+    assert stats.layers(interval) == pytest.approx({f"am/beta/layer/{tag}": value for tag, value in layers.items()})
+    assert stats.scalars(Interval(*nothing(interval.total, 4))) == {}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from am_lightning.optim import base
 from am_lightning.optim.closed_form import Sums, bias_correction, decide, loss_gap_factor
 from am_lightning.optim.kernels.inputs import GradientClip
 from am_lightning.optim.kernels.triton.row_launch import RowKernels
-from am_lightning.optim.step_stats import StepStats
+from am_lightning.optim.step_stats import BetaTally, StepStats
 from tests.optim import interpreted_steps
 from tests.optim.harness import assert_bitwise, params_of, snapshot
 
@@ -80,6 +80,8 @@ def beside_closed_form(scope: str, nonfinite: str) -> None:
     active = skips = 0
     for sizes in SIZES:
         kernels, record, ours = RowKernels(sizes, scope, CPU), StepStats(), StepStats()
+        names = tuple(map(str, range(sum(sizes))))
+        tally, theirs = (BetaTally(names, torch.empty(0, dtype=F64)) for _ in range(2))
         for seed in range(8):
             case = Random(sizes, seed, bad=seed % 4 == 3, phantom=seed == 5)
             norm = torch.tensor(2.0 + seed, dtype=F64)
@@ -99,7 +101,7 @@ def beside_closed_form(scope: str, nonfinite: str) -> None:
             )  # fmt: skip
             before, product = case.table.clone(), case.before()[1]
             omega, counts = kernels.decide(
-                packed, found.columns, case.table, *ours.buffers(CPU), skip=nonfinite == "skip"
+                packed, found.columns, case.table, *ours.buffers(CPU), theirs.numbers, skip=nonfinite == "skip"
             )
             assert torch.equal(counts, expected.active)
             close(torch.where(counts, omega, 0.0), torch.where(counts, 1 - expected.beta, 0.0))
@@ -107,7 +109,8 @@ def beside_closed_form(scope: str, nonfinite: str) -> None:
             kept = torch.where(counts, new, before)
             torch.testing.assert_close(case.table, kept, rtol=2e-7, atol=1e-9)
             assert torch.equal(case.table[:, ~counts], before[:, ~counts])
-            record.observe(expected)
+            record.observe(expected, case.cap, tally)
+            close(theirs.numbers, tally.numbers)
             assert torch.equal(ours._counts, record._counts) and torch.equal(ours.skipped, record.skipped)
             active, skips = active + int(counts.sum()), skips + int(expected.skipped)
     assert active and (skips > 0) == (nonfinite == "skip")

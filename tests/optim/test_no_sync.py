@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from am_lightning.optim.closed_form import Decision
-from am_lightning.optim.step_stats import StepStats
+from am_lightning.optim.step_stats import BetaTally, StepStats
 from tests.optim.harness import SCOPES, build, named_params
 
 SHAPES = [(6, 4), (9,), (), (0,), (300,)]
@@ -129,7 +129,8 @@ def test_what_a_bad_step_of_partitions_leaves_reads_nothing() -> None:
     decision = Decision(torch.zeros(3), torch.ones(3), ~bad, torch.tensor(True), bad)
     positions = torch.tensor([4, 1, 7])
     with RefuseMethods(), RefuseDispatch():
-        record.observe(decision, positions)
+        tally = BetaTally(("a", "b", "c"), torch.empty(0))
+        record.observe(decision, torch.ones(3), tally, positions)
         numbers = record.numbers(torch.zeros(3))
     assert numbers[:3].tolist() == [1, 1, 7]
 

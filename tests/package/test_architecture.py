@@ -37,6 +37,7 @@ SHARED = {"am_lightning.deepspeed"}
 ADAPTERS = {
     "am_lightning.loggers.heatmap": {"numpy"},
     "am_lightning.loggers.heatmap_image": {"numpy", "PIL"},
+    "am_lightning.loggers.images": {"numpy"},
     "am_lightning.lightning.compat": {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"},
     "am_lightning.huggingface.accelerate": {"accelerate"},
     "am_lightning.huggingface.trainer": {"accelerate", "transformers"},

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 
-from am_lightning.loggers.reader import StatsReader
+from am_lightning.loggers.reader import read_report
 from am_lightning.optim.unwrap import am_optimizers
 from am_lightning.pretrain.callbacks.throughput import TrainingMonitor
 
@@ -30,10 +30,9 @@ class _RunMetrics(ProgressBar):
             if isinstance(callback, TrainingMonitor) and (rate := callback.tokens_per_second(trainer)):
                 shown["tok/s"] = f"{rate:,.0f}"
         for optimizer in am_optimizers(trainer.optimizers)[:1]:
-            reader = StatsReader(optimizer)
-            reader.read()
-            if bool((~reader.betas.isnan()).any()):
-                shown["beta"] = f"{float(reader.betas.nanmean()):.3f}"
+            betas, _ = read_report(optimizer)
+            if bool((~betas.isnan()).any()):
+                shown["beta"] = f"{float(betas.nanmean()):.3f}"
         return shown
 
 

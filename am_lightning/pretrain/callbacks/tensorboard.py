@@ -69,9 +69,7 @@ class TensorBoardLayout(Callback):
         if not any(isinstance(c, TrainingMonitor) and c.peak_flops for c in trainer.callbacks):  # type: ignore[attr-defined]
             del pages["throughput"][_MFU]
         for number, optimizer in enumerate(am_optimizers(trainer.optimizers)):
-            reader = StatsReader(optimizer, prefix_of(number))
-            reader.read()
-            pages |= reader.stats.custom_scalars()
+            pages |= StatsReader(optimizer, prefix_of(number)).stats.custom_scalars()
         for board in _boards(trainer):
             board.add_custom_scalars(pages)
 

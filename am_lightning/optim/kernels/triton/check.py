@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from am_lightning.optim.closed_form import Sums, bias_correction, decide, loss_gap_factor
+from am_lightning.optim.intervals import nothing
 from am_lightning.optim.kernels.inputs import GradientClip, GroupOptions, LocalShard
 from am_lightning.optim.kernels.single_tensor import SingleTensorPasses
 from am_lightning.optim.kernels.triton.launch import DTYPES, TritonPasses, require_triton
@@ -112,13 +113,16 @@ def _error_of_rows(device: torch.device) -> float:
         found = kernels.coefficients(table, options, torch.ones(3, dtype=_F64, device=device), clip)
         packed = torch.cat([sums.to(device), found.tail], 1)
         record = torch.zeros(4, dtype=torch.int64, device=device)
-        omega, _ = kernels.decide(packed, found.columns, table, record, record.new_zeros(()).bool(), skip=True)
+        tally, skipped = nothing(packed, 3), record.new_zeros(()).bool()
+        omega, _ = kernels.decide(packed, found.columns, table, record, skipped, tally, skip=True)
         beta = decide(
             Sums.unpack(packed.cpu()), cap=cap, lr=lr, scope=scope, sizes=sizes, first_takes_cap=True, nonfinite="skip"
         ).beta
-        ours += [found.columns, omega, table, found.factor]
+        ours += [found.columns, omega, table, found.factor, tally]
         theirs += [torch.stack([cap, lr, one_plus_k, c_root, c * eps, 1 - mu * lr, step]), 1 - beta]
         theirs += [torch.stack([step + 1, beta_prod * beta, beta, lr]), clip.factor()]
+        at_max, at_zero, steps = (beta == cap).double(), (beta == 0).double(), torch.ones_like(beta)
+        theirs += [torch.stack([beta, at_max, at_zero, steps, beta, beta])]
     pairs = zip(ours, theirs, strict=True)
     return float(torch.stack([(a.cpu() - b.cpu()).abs().max() for a, b in pairs if a is not None]).max())
 

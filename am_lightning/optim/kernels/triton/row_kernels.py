@@ -64,8 +64,20 @@ def _read(packed, o, inside):
 
 
 @triton.jit
+def _count(tally, rows, o, beta, cap, kept):
+    """As ``BetaTally.add``."""
+    at_max, at_zero = (beta == cap).to(tl.float64), (beta == 0).to(tl.float64)
+    tl.store(tally + o, tl.load(tally + o, kept, 0.0) + beta, kept)
+    tl.store(tally + rows + o, tl.load(tally + rows + o, kept, 0.0) + at_max, kept)
+    tl.store(tally + 2 * rows + o, tl.load(tally + 2 * rows + o, kept, 0.0) + at_zero, kept)
+    tl.store(tally + 3 * rows + o, tl.load(tally + 3 * rows + o, kept, 0.0) + 1, kept)
+    tl.store(tally + 4 * rows + o, tl.minimum(tl.load(tally + 4 * rows + o, kept, 0.0), beta), kept)
+    tl.store(tally + 5 * rows + o, tl.maximum(tl.load(tally + 5 * rows + o, kept, 0.0), beta), kept)
+
+
+@triton.jit
 def decide_kernel(
-    packed, columns, table, bounds, omega, active, record, skipped, rows, scopes,
+    packed, columns, table, bounds, omega, active, record, skipped, tally, rows, scopes,
     SHARED: tl.constexpr, SKIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """After the sums, one program: 1 - beta_t, which rows count, their new states, and what the step record keeps.
@@ -74,6 +86,7 @@ def decide_kernel(
         packed: ``[rows, 4]``, the reduced N, D, present, first.
         bounds: ``[scopes + 1]``, where the rows of each scope begin; with ``SHARED`` they have one N and D.
         record: int64: skipped steps in all, in a row, first bad row of the last, in a row before this step.
+        tally: ``[6, rows]``, as ``BetaTally``.
     """
     lanes = tl.arange(0, BLOCK)
     failed = tl.zeros((BLOCK,), tl.int32)
@@ -127,6 +140,7 @@ def decide_kernel(
             tl.store(table + rows + o, (beta_prod * beta).to(tl.float32), kept)
             tl.store(table + 2 * rows + o, beta.to(tl.float32), kept)
             tl.store(table + 3 * rows + o, lr.to(tl.float32), kept)
+            _count(tally, rows, o, beta, cap, kept)
     now = tl.max(skip.to(tl.int64), 0)
     run = tl.load(record + 1)
     tl.store(record, tl.load(record) + now)

@@ -69,7 +69,15 @@ class RowKernels:
         return RowCoefficients(columns, dict(zip(_NAMES, columns.unbind(), strict=True)), tail, factor)
 
     def decide(
-        self, packed: Tensor, columns: Tensor, table: Tensor, record: Tensor, skipped: Tensor, *, skip: bool
+        self,
+        packed: Tensor,
+        columns: Tensor,
+        table: Tensor,
+        record: Tensor,
+        skipped: Tensor,
+        tally: Tensor,
+        *,
+        skip: bool,
     ) -> tuple[Tensor, Tensor]:
         """After the sums: writes the states in ``table`` and what the step record keeps.
 
@@ -77,6 +85,7 @@ class RowKernels:
             packed: ``[rows, 4]`` float64, the reduced sums.
             columns: of ``coefficients``.
             record, skipped: of ``StepStats``.
+            tally: ``[6, rows]`` float64, of ``BetaTally``.
             skip: a sum that is not finite drops the step; False: its rows take the cap.
 
         Returns:
@@ -87,7 +96,7 @@ class RowKernels:
         with current(self._device):
             self._kernels.decide_kernel[(1,)](
                 packed, columns, table, self._bounds, omega, active.view(torch.uint8), record,
-                skipped.view(torch.uint8), self._rows, self._scopes,
+                skipped.view(torch.uint8), tally, self._rows, self._scopes,
                 SHARED=self._shared, SKIP=skip, BLOCK=_BLOCK, **LAUNCH_OPTIONS,
             )  # fmt: skip
         return omega, active

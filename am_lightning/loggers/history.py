@@ -1,0 +1,136 @@
+"""beta_t of a whole run, by layer: the heat map, when it is drawn, and the run in one sentence."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from am_lightning.optim.intervals import Interval
+
+if TYPE_CHECKING:
+    from am_lightning.loggers.heatmap import HeatMap
+    from am_lightning.loggers.images import Image
+
+_REDRAWS = 38  # over a run of known length; with the first and the last picture there are 40
+_GROWTH = 1.4  # of the steps between two pictures where the length is not known
+_DIPS = 3  # layers that the sentence names
+
+
+class Dip(NamedTuple):
+    """The lowest beta_t of a layer, in which of the steps."""
+
+    lowest: float
+    after: int  # the first step is the next one
+    until: int
+
+    def __str__(self) -> str:
+        when = f"step {self.until}" if self.until == self.after + 1 else f"steps {self.after + 1} to {self.until}"
+        return f"{self.lowest:.2g} in {when}"
+
+
+class RunHistory:
+    """What is known of beta_t of each layer since the run began. Its size does not grow with the steps.
+
+    Attributes:
+        step: up to which it is known.
+    """
+
+    def __init__(self) -> None:
+        self.step = 0
+        self._map: HeatMap | None = None
+        self._layers: list[str] = []
+        self._dips: dict[str, Dip] = {}
+        self._sums = [0.0] * 4  # of all tensors, as Interval has them
+        self._saved_map: dict[str, Any] | None = None
+        self._loaded = False
+        self._drawn = -1  # number of the last picture
+        self._pictures = 0
+
+    def begin(self, step: int) -> None:
+        """The run goes on from here; what a checkpoint brought goes up to its last reading."""
+        if step < self.step or not (self._loaded or self._sums[3]):
+            self.step = step
+
+    def add(self, step: int, layers: Sequence[str], by_layer: Interval, cap: float) -> None:
+        """Take in an interval.
+
+        Args:
+            step: at which it ends.
+            by_layer: ``[layers]`` each, on the CPU.
+            cap: the largest of beta_t.
+        """
+        after, self.step = min(self.step, step), step
+        self._sums = [before + float(column.sum()) for before, column in zip(self._sums, by_layer[:4], strict=True)]
+        for layer, value in zip(layers, by_layer.lowest.tolist(), strict=True):
+            if value < self._dips.get(layer, Dip(math.inf, 0, 0)).lowest:
+                self._dips[layer] = Dip(value, after, step)
+        heat_map = self._map_of(layers, cap)
+        if heat_map is not None and step > after:
+            columns = (by_layer.total, by_layer.steps, by_layer.lowest)
+            heat_map.add(after, step, *(column.double().numpy() for column in columns))
+
+    def _map_of(self, layers: Sequence[str], cap: float) -> HeatMap | None:
+        """None where there is no numpy, which whatever takes pictures brings along."""
+        if list(layers) == self._layers:
+            return self._map
+        self._layers = list(layers)
+        try:
+            from am_lightning.loggers.heatmap import HeatMap
+        except ImportError:
+            return None
+        self._map = HeatMap(layers, cap)
+        if self._saved_map is not None:
+            self._map.load_state_dict(self._saved_map)
+            self._saved_map = None
+        return self._map
+
+    def picture_is_due(self, total: int | None = None) -> bool:
+        """At most 40 times a run, however often it is asked after ``add``: it has to be drawn now.
+
+        Args:
+            total: steps of the run; None: not known, and the longer it runs the more steps are between two pictures.
+        """
+        if self._map is None or not self._sums[3] or self._pictures >= _REDRAWS + 1:
+            return False
+        number = _REDRAWS * self.step // total if total else int(math.log(max(self.step, 1)) / math.log(_GROWTH))
+        due, self._drawn = number > self._drawn, max(number, self._drawn)
+        return due
+
+    def picture(self, title: str) -> Image | None:
+        """uint8 ``[height, width, 3]``, beta_t of layers x steps; None before the first interval and without Pillow."""
+        if self._map is None or not self._sums[3]:
+            return None
+        self._pictures += 1
+        try:
+            picture: Image = self._map.image(title)
+            return picture
+        except ImportError as error:
+            if self._pictures == 1:
+                warnings.warn(f"no picture of the layers: {error}", stacklevel=2)
+            return None
+
+    def sentence(self) -> str:
+        """The mean, the share at the cap, the deepest dips and when they were; empty before the first interval."""
+        total, at_max, _, steps = self._sums
+        if not steps:
+            return ""
+        deepest = sorted(self._dips.items(), key=lambda item: item[1].lowest)[:_DIPS]
+        dips = ", ".join(f"{layer} {dip}" for layer, dip in deepest)
+        return f"mean beta_t {total / steps:.3f}, {at_max / steps:.0%} of it at the cap; lowest: {dips}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        return {
+            "step": self.step,
+            "sums": self._sums,
+            "dips": {layer: list(dip) for layer, dip in self._dips.items()},
+            "map": self._saved_map if self._map is None else self._map.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave."""
+        self.step, self._sums = int(state_dict["step"]), list(state_dict["sums"])
+        self._dips = {layer: Dip(float(low), int(a), int(b)) for layer, (low, a, b) in state_dict["dips"].items()}
+        self._map, self._layers, self._saved_map, self._loaded = None, [], state_dict["map"], True
