@@ -9,6 +9,7 @@ from typing import Any, Literal
 import am_lightning.lightning.compat as pl
 from am_lightning.lightning.compat import TensorBoardLogger
 from am_lightning.lightning.images import log_image
+from am_lightning.loggers.custom_scalars import add_custom_scalars
 from am_lightning.loggers.reader import StatsReader
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 
@@ -37,9 +38,11 @@ class StatsLogger(StatsReader):
         scalars = self.scalars()
         per_layer = self.per_layer == "all" or (self.per_layer and self.few_layers())
         for logger in loggers:
-            layers = isinstance(logger, TensorBoardLogger) and per_layer
-            logger.log_metrics(scalars | self.layers() if layers else scalars, step=step)
-            if isinstance(logger, TensorBoardLogger) and self.histogram:
+            if not isinstance(logger, TensorBoardLogger):
+                logger.log_metrics(scalars, step=step)
+                continue
+            logger.log_metrics(scalars | self.floor() | (self.layers() if per_layer else {}), step=step)
+            if self.histogram:
                 self.add_histogram(logger.experiment, step)
         if self.history.picture_is_due(total):
             self.draw_in(loggers, step)
@@ -61,7 +64,7 @@ class StatsLogger(StatsReader):
                 pages |= reader.stats.custom_scalars()
                 reader._arranged = True
             for board in boards:
-                board.add_custom_scalars(pages)
+                add_custom_scalars(board, pages)
         for reader in readers:
             if not reader._described and reader.optimizer.layout is not None:
                 reader._described = True

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from am_lightning.loggers.heatmap import HeatMap
     from am_lightning.loggers.images import Image
 
-_REDRAWS = 38  # over a run of known length; with the first and the last picture there are 40
+_REDRAWS = 18  # over a run of known length; with the first and the last picture there are 20
+_MOST = 39  # and one at the end
 _GROWTH = 1.4  # of the steps between two pictures where the length is not known
 _DIPS = 3  # layers that the sentence names
 
@@ -87,12 +88,12 @@ class RunHistory:
         return self._map
 
     def picture_is_due(self, total: int | None = None) -> bool:
-        """At most 40 times a run, however often it is asked after ``add``: it has to be drawn now.
+        """It has to be drawn now: some 20 times in a run of known length, and never more than 40 times.
 
         Args:
             total: steps of the run; None: not known, and the longer it runs the more steps are between two pictures.
         """
-        if self._map is None or not self._sums[3] or self._pictures >= _REDRAWS + 1:
+        if self._map is None or not self._sums[3] or self._pictures >= _MOST:
             return False
         number = _REDRAWS * self.step // total if total else int(math.log(max(self.step, 1)) / math.log(_GROWTH))
         due, self._drawn = number > self._drawn, max(number, self._drawn)

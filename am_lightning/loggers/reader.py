@@ -163,6 +163,10 @@ class StatsReader:
         """``<prefix>/beta/layer/<layer>``: the mean over each layer's tensors and steps; with ``/min`` the lowest."""
         return self.stats.layers(self.interval)
 
+    def floor(self) -> dict[str, float]:
+        """``<prefix>/beta/floor``, 0: for TensorBoard's Custom Scalars, whose axes reach as far as their curves."""
+        return {f"{self.prefix}/beta/floor": 0.0}
+
     def few_layers(self) -> bool:
         """So few that a curve for each can be read."""
         return len(self.stats.layer_names) <= _FEW_LAYERS

@@ -35,6 +35,7 @@ CORE = 3  # this floor and those below import torch and the standard library onl
 # Packages of floor 4 know one framework each; this one serves several, for its engine is inside them.
 SHARED = {"am_lightning.deepspeed"}
 ADAPTERS = {
+    "am_lightning.loggers.custom_scalars": {"tensorboard"},
     "am_lightning.loggers.heatmap": {"numpy"},
     "am_lightning.loggers.heatmap_image": {"numpy", "PIL"},
     "am_lightning.loggers.images": {"numpy"},

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from am_lightning.loggers.custom_scalars import add_custom_scalars
 from am_lightning.loggers.reader import StatsReader, prefix_of
 from am_lightning.optim.unwrap import am_optimizers
 from am_lightning.pretrain.callbacks.throughput import TrainingMonitor
@@ -71,7 +72,7 @@ class TensorBoardLayout(Callback):
         for number, optimizer in enumerate(am_optimizers(trainer.optimizers)):
             pages |= StatsReader(optimizer, prefix_of(number)).stats.custom_scalars()
         for board in _boards(trainer):
-            board.add_custom_scalars(pages)
+            add_custom_scalars(board, pages)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Of `trainer.validate`, which follows a fit; `validate` on the command line has no logger."""
