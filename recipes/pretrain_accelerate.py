@@ -139,7 +139,7 @@ def make_model(accelerator: Accelerator, settings: RunConfig) -> tuple[nn.Module
     adaptive = isinstance(optimizer, AMAdamW | AMSGD)
     model, optimizer = accelerator.prepare(model, optimizer)
     if adaptive:
-        attach(accelerator, optimizer, log_every_n_steps=settings.log_every)
+        accelerator.register_for_checkpointing(attach(accelerator, optimizer, log_every_n_steps=settings.log_every))
     return model, optimizer, schedule
 
 

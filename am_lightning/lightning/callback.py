@@ -64,8 +64,8 @@ class AdaptiveMemory(pl.Callback):
         lambd: memory regularisation lambda.
         beta1_max: cap of beta_t; None: b - (1 - b) lambd, not below 0, where b is the AdamW's own beta1 (0.9 -> 0.89).
         scope: one beta_t for every "tensor", "group", or "global" for the model.
-        per_layer: with a TensorBoardLogger, curves of each layer of a model with up to 32; "all": of any model. The heat
-            map has all layers anyway.
+        per_layer: with a TensorBoardLogger, curves of each layer of a model with up to 32; "all": of any model. The
+            heat map has all layers anyway.
         histogram: with a TensorBoardLogger, the histogram of beta_t over the tensors.
         log_every_n_steps: log interval; None: the Trainer's.
         max_consecutive_skips: so many steps in a row dropped for a non-finite sum end the run, after a checkpoint.
@@ -374,5 +374,10 @@ class AdaptiveMemory(pl.Callback):
 
 def _steps_of(trainer: pl.Trainer) -> int | None:
     """How many optimizer steps the fit has; None: it has no end, or none that is known."""
-    steps = trainer.estimated_stepping_batches
+    if trainer.max_steps > 0:
+        return int(trainer.max_steps)
+    try:
+        steps = trainer.estimated_stepping_batches
+    except MisconfigurationException:  # a schedule of accumulation
+        return None
     return int(steps) if 0 < steps < math.inf else None

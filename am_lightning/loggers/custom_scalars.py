@@ -13,7 +13,7 @@ def add_custom_scalars(board: Any, pages: dict[str, dict[str, list[Any]]]) -> No
     from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
     from torch.utils.tensorboard.summary import custom_scalars
 
-    summary = custom_scalars(pages)
+    summary = custom_scalars(pages)  # type: ignore[no-untyped-call]
     tensor, layout = summary.value[0].tensor, Layout()
     layout.ParseFromString(tensor.string_val[0])
     for chart in (chart for category in layout.category for chart in category.chart if chart.HasField("margin")):
