@@ -31,13 +31,19 @@ class Interval(NamedTuple):
 
 
 SUMMED = 4  # the first of them; then the lowest and the highest
-_NOTHING = (0.0, 0.0, 0.0, 0.0, float("inf"), float("-inf"))
 
 
 def nothing(like: Tensor, tensors: int) -> Tensor:
     """``[6, tensors]`` of an interval without steps."""
-    column = torch.tensor(_NOTHING, dtype=like.dtype, device="cpu").to(like.device)
-    return column[:, None].repeat(1, tensors)
+    return emptied(like.new_empty(6, tensors))
+
+
+def emptied(numbers: Tensor) -> Tensor:
+    """``[6, tensors]``, in place: without steps."""
+    numbers[:SUMMED].zero_()
+    numbers[4].fill_(float("inf"))
+    numbers[5].fill_(float("-inf"))
+    return numbers
 
 
 def merged(one: Tensor, other: Tensor) -> Tensor:

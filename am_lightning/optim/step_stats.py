@@ -10,7 +10,7 @@ from torch import Tensor
 
 from am_lightning.distributed import ShardLayout
 from am_lightning.optim.closed_form import Decision
-from am_lightning.optim.intervals import SUMMED, IntervalReaders, nothing
+from am_lightning.optim.intervals import SUMMED, IntervalReaders, emptied, nothing
 from am_lightning.optim.kernels.transfer import is_capturing
 
 
@@ -48,7 +48,7 @@ class BetaTally:
     def take(self) -> Tensor:
         """``[6, tensors]``, and begin anew."""
         taken = self.numbers.clone()
-        self.numbers.copy_(nothing(self.numbers, len(self.names)))
+        emptied(self.numbers)
         return taken
 
 

@@ -44,6 +44,8 @@ class Run:
         self.optimizer = make(kernel, lr=self.lr, capturable=True, scope=scope, weight_decay=0.1)
         self.oracle = make_oracle(self.optimizer, scope=scope)
         self.static = [torch.zeros_like(p) for p in params_of(self.optimizer)]
+        self.betas: list[list[float]] = []  # of every step that was not dropped
+        self.optimizer.begin_interval(self)
 
     def feed(self, step: int) -> None:
         """Other gradients and another rate, for both."""
@@ -61,9 +63,16 @@ class Run:
 
     def step(self, how: Callable[[], Any]) -> None:
         self.oracle.step([to_numpy(g) for g in self.static])
+        if all(bool(g.isfinite().all()) for g in self.static):
+            self.betas.append([slot.beta for slot in self.oracle.slots])
         how()
 
     def check(self) -> None:
+        total, _, _, steps, lowest, highest = self.optimizer.interval(self).cpu()
+        betas = torch.tensor(self.betas, dtype=torch.float64)
+        assert steps.tolist() == [len(betas)] * betas.shape[1]
+        for found, expected in ((total, betas.sum(0)), (lowest, betas.amin(0)), (highest, betas.amax(0))):
+            assert_close(found.numpy(), expected.numpy(), 1e-5, "the interval")
         for beta, slot in zip(self.optimizer.momentum().values(), self.oracle.slots, strict=True):
             assert_close(float(beta), slot.beta, 1e-5, "beta")
         for p, slot in zip(params_of(self.optimizer), self.oracle.slots, strict=True):
