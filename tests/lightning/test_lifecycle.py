@@ -89,12 +89,12 @@ def test_skips_are_in_a_checkpoint_saved_after_fit_and_not_in_the_next_fit(tmp_p
     trainer.fit(Sometimes(bad_from=6))
     trainer.save_checkpoint(tmp_path / "after.ckpt")
     saved = torch.load(tmp_path / "after.ckpt", weights_only=False)["callbacks"]["AdaptiveMemory"]
-    assert saved == {"skipped_steps": [2]}
+    assert saved["skipped_steps"] == [2]
     trainer = pl.Trainer(**quiet(max_steps=6, callbacks=[callback]))
     trainer.fit(Sometimes(), ckpt_path=tmp_path / "after.ckpt", weights_only=False)
-    assert callback.state_dict() == {"skipped_steps": [2]}
+    assert callback.state_dict()["skipped_steps"] == [2]
     pl.Trainer(**quiet(max_steps=2, callbacks=[callback])).fit(Sometimes())
-    assert callback.state_dict() == {"skipped_steps": [0]}
+    assert callback.state_dict()["skipped_steps"] == [0]
 
 
 def test_a_run_of_fused_adamw_goes_on_with_the_callback(tmp_path: Path) -> None:

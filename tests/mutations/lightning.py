@@ -54,8 +54,8 @@ MUTATIONS = [
     Mutation(
         "curves are one step beside the Trainer's own metrics",
         _CALLBACK,
-        "reader.log(trainer.loggers, step)",
-        "reader.log(trainer.loggers, step + 1)",
+        "reader.log(trainer.loggers, step, self._total)",
+        "reader.log(trainer.loggers, step + 1, self._total)",
         (f"{_RUNS}::test_curves_in_tensorboard_and_csv_are_the_momentum",),
     ),
     Mutation(
@@ -82,15 +82,15 @@ MUTATIONS = [
     Mutation(
         "a checkpoint saved after fit has no count of skipped steps",
         _CALLBACK,
-        'return {"skipped_steps": now or self._skipped_at_end}',
-        'return {"skipped_steps": now}',
+        'return self._at_end or {"skipped_steps": []}',
+        'return {"skipped_steps": []}',
         (f"{_LIFECYCLE}::test_skips_are_in_a_checkpoint_saved_after_fit_and_not_in_the_next_fit",),
     ),
     Mutation(
         "skipped steps of before a resume are counted again in the next fit",
         _CALLBACK,
-        "self._readers, self._skipped_before = [], []",
-        "self._readers, self._skipped_before = [], self._skipped_at_end",
+        "self._readers, self._saved = [], {}",
+        "self._readers, self._saved = [], self._at_end",
         (f"{_LIFECYCLE}::test_skips_are_in_a_checkpoint_saved_after_fit_and_not_in_the_next_fit",),
     ),
     Mutation(
@@ -292,15 +292,15 @@ MUTATIONS = [
     Mutation(
         "tensors that have never stepped are in the histogram",
         _READINGS,
-        "stepped = self.betas[~self.betas.isnan()]",
-        "stepped = self.betas.nan_to_num()",
+        "stepped = self.interval.steps > 0",
+        "stepped = self.interval.steps >= 0",
         (f"{_RUNS}::test_layers_and_the_histogram_are_for_tensorboard_and_leave_out_what_never_stepped",),
     ),
     Mutation(
         "curves of each layer go to every logger",
         _CURVES,
-        "layers = isinstance(logger, TensorBoardLogger) and self.per_layer",
-        "layers = self.per_layer",
+        "logger.log_metrics(scalars, step=step)",
+        "logger.log_metrics(scalars | self.layers(), step=step)",
         (f"{_RUNS}::test_layers_and_the_histogram_are_for_tensorboard_and_leave_out_what_never_stepped",),
     ),
     Mutation(
@@ -319,9 +319,23 @@ MUTATIONS = [
     ),
     Mutation(
         "the share of tensors at the cap takes in those just below it",
-        "am_lightning/loggers/metrics.py",
-        "at_max = known >= self.caps[seen] - 1e-6",
-        "at_max = known >= self.caps[seen] - 1e-1",
+        "am_lightning/optim/step_stats.py",
+        "self._edges == beta,",
+        "(self._edges - beta).abs() < 0.1,",
         (f"{_RUNS}::test_curves_in_tensorboard_and_csv_are_the_momentum",),
+    ),
+    Mutation(
+        "the lowest beta_t is that of the last step",
+        "am_lightning/optim/step_stats.py",
+        "torch.fmin(self._lowest, taken, out=self._lowest)",
+        "self._lowest.copy_(taken)",
+        (f"{_RUNS}::test_curves_in_tensorboard_and_csv_are_the_momentum",),
+    ),
+    Mutation(
+        "a reading takes the steps from the other readers",
+        "am_lightning/optim/intervals.py",
+        "for unread in self._unread.values():",
+        "for unread in list(self._unread.values())[-1:]:",
+        ("tests/loggers/test_attach.py::test_every_kind_of_writer_gets_the_same",),
     ),
 ]
