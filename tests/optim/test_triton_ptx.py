@@ -189,7 +189,8 @@ def test_the_rows_own_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, s
     clip = GradientClip(torch.ones((), dtype=F64), 1.0)
     found = rows.coefficients(torch.zeros(4, 50), [[0.9, 0.1, 0.0, 0.99, 1e-8]] * 2, torch.ones(50, dtype=F64), clip)
     packed, skipped = torch.zeros(50, 4, dtype=F64), torch.zeros((), dtype=torch.bool)
-    rows.decide(packed, found.columns, torch.zeros(4, 50), record, skipped, skip=True)
+    tally = torch.zeros(6, 50, dtype=F64)
+    rows.decide(packed, found.columns, torch.zeros(4, 50), record, skipped, tally, skip=True)
     for recorder in (recorders.coefficients_kernel, recorders.decide_kernel):
         compiled = recorder.compile(nvidia(90))
         assert not re.search(r"\b(atom|red)\.", compiled.asm["ptx"])
