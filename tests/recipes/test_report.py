@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import json
@@ -14,12 +15,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pretrain
 import pytest
 import yaml
 from matplotlib.image import imread
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from am_lightning.pretrain.commands.report.charts import charts, heatmaps
 from am_lightning.pretrain.commands.report.differences import ABSENT, differences
 from am_lightning.pretrain.commands.report.events import read_curves
 from am_lightning.pretrain.commands.report.runs import find_runs
@@ -167,7 +171,7 @@ def test_the_charts_have_the_logged_points(page: Page, compared: tuple[Path, str
 def test_the_heatmap_has_the_layers(page: Page, compared: tuple[Path, str]) -> None:
     [heatmap] = page.data["heatmaps"]
     assert heatmap["rows"] == ["embed_tokens", "layers.0", "layers.1", "norm", "lm_head"]
-    logged = read_curves(compared[0] / "logs")["am/beta/layer/layers.1"]
+    logged = read_curves(compared[0] / "logs")["am/beta/layer/layers.1/min"]
     assert heatmap["edges"] == list(range(21)) and heatmap["width"] == 1
     assert heatmap["values"][2] == pytest.approx(logged.values.tolist(), abs=1e-3)
 
@@ -253,7 +257,39 @@ def test_other_programs_tags_and_steps_are_understood(tmp_path: Path) -> None:
     assert list(run.momentum) == ["mlp"]
     assert main(["report", str(tmp_path / "hf")]) == 0
     [heatmap] = Page((tmp_path / "hf" / "report.html").read_text()).data["heatmaps"]
-    assert heatmap["by"].startswith("by layer group")
+    assert "by layer group" in heatmap["by"]
+
+
+def intervals(folder: Path, *, cap: float | None) -> list[str]:
+    """A run whose points are of intervals of two steps; with a picture of its layers, and no curves of them."""
+    with SummaryWriter(str(folder / "logs")) as writer:
+        for step in (2, 4, 6):
+            points = {"train/loss": 2.0, "am/beta/mean": 0.7, "am/beta/min": 0.1 * step, "am/beta/max": 0.85}
+            points |= {"am/beta/mlp": 0.6, "am/beta/mlp/min": 0.05 * step, "am/beta/mlp/max": 0.8, "am/beta/floor": 0.0}
+            points |= {"am/beta/effective_steps": 4.0} | ({} if cap is None else {"am/beta/cap": cap})
+            for tag, value in points.items():
+                writer.add_scalar(tag, value, step)
+            if cap is not None:
+                picture = np.full((4, 6, 3), 10 * step, dtype=np.uint8)
+                writer.add_image("am/beta/layers", picture, step, dataformats="HWC")
+    return [str(folder)]
+
+
+def test_the_momentum_has_its_lowest_and_its_cap(tmp_path: Path) -> None:
+    [run] = find_runs(intervals(tmp_path, cap=0.89))
+    [chart] = [chart for chart in charts([run]) if chart["id"] == "beta"]
+    assert chart["reach"] == pytest.approx(0.89) and chart["floor"] == 0
+    [band] = [series for series in chart["series"] if series["style"] == "band"]
+    assert band["values"] == pytest.approx([0.2, 0.4, 0.6]) and band["upper"] == pytest.approx([0.85] * 3)
+    assert list(run.momentum) == ["mlp"]  # its lowest, which is no layer group of its own
+    assert run.momentum["mlp"].values.tolist() == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_a_run_without_curves_of_layers_shows_its_last_picture(tmp_path: Path) -> None:
+    first, second = heatmaps([find_runs(intervals(tmp_path / str(cap), cap=cap))[0] for cap in (0.89, None)])
+    shown = Image.open(io.BytesIO(base64.b64decode(first["picture"])))
+    assert shown.size == (6, 4) and shown.getpixel((0, 0)) == (60, 60, 60)
+    assert second["picture"] is None and "by layer group" in second["by"]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from am_lightning.pretrain.commands.report.events import Curve
 from am_lightning.pretrain.commands.report.plot import loss_after_start
 from am_lightning.pretrain.commands.report.runs import RunData
-from am_lightning.pretrain.commands.report.series import extremes, heatmap, smooth, thin
+from am_lightning.pretrain.commands.report.series import band, extremes, heatmap, smooth, thin
 
 _POINTS = 500  # of a curve; more than a screen has columns for one chart
 
@@ -19,7 +20,8 @@ _POINTS = 500  # of a curve; more than a screen has columns for one chart
 def charts(runs: Sequence[RunData]) -> list[dict[str, Any]]:
     """The charts that have something to show, in the order of the page.
 
-    A series' `style` is "mean" (a running mean), "raw" (single steps, pale), "dots" (validations) or "line".
+    A series' `style` is "mean" (a running mean), "raw" (single steps, pale), "dots" (validations), "line", or "band"
+    (from `values` up to `upper`).
     """
     start = loss_after_start(runs) if len(runs) > 1 else None
     made = [
@@ -33,8 +35,8 @@ def charts(runs: Sequence[RunData]) -> list[dict[str, Any]]:
             floor=None,
             log=True,
         ),
-        _chart("beta", "Momentum, mean over all tensors", "beta_t", _each(runs, "beta_mean", mean=True)),
-        _chart("at_max", "Tensors at the cap", "share of the tensors", _each(runs, "at_max", mean=True)),
+        _chart("beta", "Momentum, mean over all tensors", "beta_t, 0 to its cap", _momentum(runs), reach=_cap(runs)),
+        _chart("at_max", "Tensors at the cap", "share of tensors and steps", _each(runs, "at_max", mean=True)),
         _chart("at_zero", "Tensors without momentum", "share with beta_t = 0", _each(runs, "at_zero", mean=True)),
         _chart("grad_norm", "Gradient norm", "before clipping", _each(runs, "grad_norm", mean=True)),
         _chart("tokens", "Throughput", "tokens per second, all processes", _each(runs, "tokens_per_second")),
@@ -49,6 +51,7 @@ def heatmaps(runs: Sequence[RunData]) -> list[dict[str, Any]]:
     """Momentum of layers x steps for every run that has it; `top` is where the colours end, the same for all."""
     found = [(number, heatmap(run.momentum)) for number, run in enumerate(runs) if run.momentum]
     top = max((float(np.nanmax(matrix.values)) for _, matrix in found), default=1.0)
+    top = max(top, _cap(runs) or 0.0)
     return [
         {
             "run": number,
@@ -56,11 +59,23 @@ def heatmaps(runs: Sequence[RunData]) -> list[dict[str, Any]]:
             "edges": matrix.edges.tolist(),
             "values": [_numbers(row, 3) for row in matrix.values],
             "width": matrix.width,
-            "by": "" if runs[number].has_layers else "by layer group: this run has no curves of layers",
+            "by": _by(runs[number]),
+            "picture": _encoded(runs[number].layers_picture),
             "top": _rounded(top, 3),
         }
         for number, matrix in found
     ]
+
+
+def _by(run: RunData) -> str:
+    if run.layers_picture is not None:
+        return "mean and lowest of each layer: the run's own picture, for it has no curves of layers"
+    what = "the lowest beta_t of a layer's tensors" if run.has_lowest else "the mean over a layer's tensors"
+    return what if run.has_layers else f"{what}, by layer group: this run has no curves of layers"
+
+
+def _encoded(picture: bytes | None) -> str | None:
+    return None if picture is None else base64.b64encode(picture).decode()
 
 
 def _chart(
@@ -72,8 +87,9 @@ def _chart(
     top: float | None = None,
     floor: float | None = 0.0,
     log: bool = False,
+    reach: float | None = None,
 ) -> dict[str, Any]:
-    limits = {"top": None if top is None else _rounded(top, 4), "floor": floor, "log": log}
+    limits = {"top": None if top is None else _rounded(top, 4), "floor": floor, "log": log, "reach": reach}
     return {"id": name, "title": title, "unit": unit, "series": series, **limits}
 
 
@@ -90,6 +106,21 @@ def _losses(runs: Sequence[RunData], exponent: int) -> list[dict[str, Any]]:
             curve = Curve(np.array(steps, dtype=np.int64), np.array(values))
             series.append(_series(number, "validation", "dots", curve, exponent))
     return series
+
+
+def _momentum(runs: Sequence[RunData]) -> list[dict[str, Any]]:
+    """The mean, and behind it the band from the lowest to the highest of any tensor in any step."""
+    series = []
+    for number, run in enumerate(runs):
+        if run.beta_ends is not None and run.beta_mean is not None:
+            low, high = band(*run.beta_ends, _POINTS)
+            own = _series(number, "lowest to highest", "band", low)
+            series.append(own | {"upper": _numbers(high.values, 5)})
+    return series + _each(runs, "beta_mean", mean=True)
+
+
+def _cap(runs: Sequence[RunData]) -> float | None:
+    return max((_rounded(run.cap, 4) for run in runs if run.cap is not None), default=None)
 
 
 def _each(runs: Sequence[RunData], name: str, *, mean: bool = False) -> list[dict[str, Any]]:

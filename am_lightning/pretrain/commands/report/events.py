@@ -73,6 +73,15 @@ def read_files(files: Iterable[Path], *, first_step: int = 0) -> dict[str, Curve
     return {tag: _curve(found, 1 - first_step) for tag, found in points.items() if found}
 
 
+def last_picture(files: Iterable[Path], tag: str) -> bytes | None:
+    """The newest PNG under ``tag``, or under it with words before it; None where there is none."""
+    for events in sorted(map(_loaded, files), key=_opened, reverse=True):
+        for own in events.Tags()["images"]:
+            if own == tag or own.endswith(f"/{tag}"):
+                return bytes(events.Images(own)[-1].encoded_image_string)
+    return None
+
+
 def _loaded(file: Path) -> EventAccumulator:
     events = EventAccumulator(str(file), size_guidance={"scalars": 0, "histograms": 1, "tensors": 1, "images": 1})
     return events.Reload()

@@ -112,13 +112,15 @@ def draw_heatmap(figure: Figure, axes: Axes, run: RunData, *, named: bool) -> No
     """Momentum of layers x steps."""
     found = heatmap(run.momentum)
     places = np.arange(len(found.rows) + 1)
-    mesh = axes.pcolormesh(found.edges, places, found.values, cmap=COLOUR_MAP, vmin=0.0, rasterized=True)
+    limits: dict[str, Any] = {"vmin": 0.0, "vmax": run.cap}
+    mesh = axes.pcolormesh(found.edges, places, found.values, cmap=COLOUR_MAP, rasterized=True, **limits)
     axes.set_yticks(np.arange(len(found.rows)) + 0.5, found.rows, fontsize=9 if len(found.rows) < 16 else 6)
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
-    title = rf"momentum $\beta_t${f' of {run.name}' if named else ''}, mean over a layer's tensors"
+    title = rf"momentum $\beta_t${f' of {run.name}' if named else ''}, "
+    title += f"{'lowest' if run.has_lowest else 'mean'} of a layer's tensors"
     if found.width > 1:
-        title += f", lowest of {found.width} steps"
+        title += f", lowest of {found.width} logged points"
     axes.set_title(title, loc="left", fontsize=10, color=_INK)
     _style(axes)
     bar = figure.colorbar(mesh, ax=axes, pad=0.01, aspect=15)

@@ -10,12 +10,15 @@ from typing import Any
 
 import yaml
 
-from am_lightning.pretrain.commands.report.events import PATTERN, Curve, read_files
+from am_lightning.pretrain.commands.report.events import PATTERN, Curve, last_picture, read_files
 from am_lightning.pretrain.model.network import LlamaShape, count_parameters
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 LAYER_TAG = "am/beta/layer/"
 _KIND_TAG = "am/beta/"
+_OF_ALL = {"mean", "min", "max", "cap", "floor", "effective_steps"}  # after it: of no layer group
+_ENDS = ("/min", "/max")
+_PICTURE_TAG = "am/beta/layers"
 # Below a run's folder: other runs (of --compare, and those that a newer one moved away), never its own events.
 _NOT_ITS_OWN = ("compare", "earlier", "data", "checkpoints")
 # Where the programs put their event files: pretrain.py, Accelerate's and the HF Trainer's trackers.
@@ -33,6 +36,7 @@ class RunData:
         folder: everything it wrote is there.
         config: resolved; {} where none was saved.
         curves: its scalars by tag.
+        layers_picture: a PNG of the layers' momentum over the steps, where it logged no curves of layers.
         final: validation loss after the last step; None: as logged.
     """
 
@@ -41,6 +45,7 @@ class RunData:
     config: dict[str, Any]
     curves: dict[str, Curve] = field(repr=False)
     final: float | None = None
+    layers_picture: bytes | None = field(default=None, repr=False)
 
     def find(self, *tags: str) -> Curve | None:
         """The first of the tags that was logged; trackers may have put words before it (`train/am/grad_norm`)."""
@@ -88,17 +93,29 @@ class RunData:
 
     @property
     def beta_mean(self) -> Curve | None:
-        """Mean of beta_t over the tensors."""
+        """Mean of beta_t over the tensors and the steps since the point before."""
         return self.find("am/beta/mean")
 
     @property
+    def beta_ends(self) -> tuple[Curve, Curve] | None:
+        """The lowest and the highest beta_t of any tensor in any of those steps."""
+        low, high = self.find("am/beta/min"), self.find("am/beta/max")
+        return None if low is None or high is None or len(low.steps) != len(high.steps) else (low, high)
+
+    @property
+    def cap(self) -> float | None:
+        """Of beta_t; None where the run did not log it."""
+        found = self.find("am/beta/cap")
+        return float(found.values.max()) if found else None
+
+    @property
     def at_max(self) -> Curve | None:
-        """Share of tensors whose beta_t is at its cap."""
+        """Share of the tensors' steps with beta_t at its cap."""
         return self.find("am/clamp/at_max")
 
     @property
     def at_zero(self) -> Curve | None:
-        """Share of tensors whose beta_t is 0."""
+        """Share of the tensors' steps with beta_t = 0."""
         return self.find("am/clamp/at_zero")
 
     @property
@@ -106,14 +123,22 @@ class RunData:
         """Whether `momentum` is of layers; else it is of layer groups."""
         return any(LAYER_TAG in f"/{tag}" for tag in self.curves)
 
+    @property
+    def has_lowest(self) -> bool:
+        """Whether `momentum` is the lowest of all steps and tensors; else it is the mean of logged steps."""
+        return any(_KIND_TAG in tag and tag.endswith("/min") for tag in self.curves)
+
     @cached_property
     def momentum(self) -> dict[str, Curve]:
-        """beta_t by layer; by layer group where the logger had no layers; {} without adaptive memory."""
+        """beta_t by layer; by layer group where the logger had no layers; {} without adaptive memory.
+
+        It is the lowest of the steps since the point before, where the run logged it, else the mean.
+        """
         layers = {_after(tag, LAYER_TAG): c for tag, c in self.curves.items() if LAYER_TAG in f"/{tag}"}
-        if layers:
-            return layers
-        groups = {_after(tag, _KIND_TAG): c for tag, c in self.curves.items() if f"/{_KIND_TAG}" in f"/{tag}"}
-        return {name: curve for name, curve in groups.items() if name not in ("mean", "min", "max")}
+        if not layers:
+            layers = {_after(tag, _KIND_TAG): c for tag, c in self.curves.items() if f"/{_KIND_TAG}" in f"/{tag}"}
+        means = {name: curve for name, curve in layers.items() if name not in _OF_ALL and not name.endswith(_ENDS)}
+        return {name: layers.get(f"{name}/min", curve) for name, curve in means.items()}
 
     @property
     def steps(self) -> int:
@@ -237,7 +262,8 @@ def _read(label: str, folder: Path) -> RunData:
     files = list(_event_files(folder))
     # Lightning's first step is 0, the HF Trainer's and Accelerate's programs count the steps done.
     curves = read_files(files, first_step=0 if _by_lightning(folder) else 1)
-    return RunData(label, folder, _config(folder), curves)
+    layers = any(LAYER_TAG in f"/{tag}" for tag in curves)
+    return RunData(label, folder, _config(folder), curves, None, None if layers else last_picture(files, _PICTURE_TAG))
 
 
 def _by_lightning(folder: Path) -> bool:

@@ -63,6 +63,14 @@ def extremes(curve: Curve, points: int) -> Curve:
     return Curve(curve.steps[keep], curve.values[keep])
 
 
+def band(low: Curve, high: Curve, points: int) -> tuple[Curve, Curve]:
+    """At most about `points` points of both, the lowest and the highest of each window."""
+    starts = np.arange(0, len(low.steps), max(1, -(-len(low.steps) // points)))
+    ends = np.append(starts[1:], len(low.steps)) - 1
+    steps = low.steps[ends]
+    return Curve(steps, np.fmin.reduceat(low.values, starts)), Curve(steps, np.fmax.reduceat(high.values, starts))
+
+
 def in_order(layers: Iterable[str]) -> list[str]:
     """Names of layers from input to output."""
 

@@ -133,6 +133,7 @@
     let high = Math.max(...values);
     if (chart.top !== null && chart.top > low) high = Math.min(high, chart.top);
     if (chart.floor !== null) low = Math.min(low, chart.floor);
+    if (chart.reach !== null) high = Math.max(high, chart.reach);
     if (chart.log) return [low / 1.03, high * 1.03];
     if (high === low) return [low - (low ? Math.abs(low) * 0.1 : 0), high + (high ? Math.abs(high) * 0.1 : 1)];
     const room = (high - low) * 0.04;
@@ -140,7 +141,7 @@
   }
 
   function describe(chart) {
-    const ends = chart.series.filter((s) => s.style !== "raw" && !(s.style === "mean" && chart.series.some((o) => o.run === s.run && o.style === "dots")));
+    const ends = chart.series.filter((s) => s.style !== "raw" && s.style !== "band" && !(s.style === "mean" && chart.series.some((o) => o.run === s.run && o.style === "dots")));
     return `${chart.title}, ${chart.unit}, over ${number(lastStep)} steps. Last values: ` +
       ends.map((s) => `${data.runs[s.run]} ${s.label} ${number(s.values[s.values.length - 1])}`).join("; ");
   }
@@ -169,7 +170,14 @@
     const clip = `clip-${chart.id}`;
     element("rect", { x: frame.left, y: 0, width: frame.width + 8, height: frame.top + frame.height + 6 }, element("clipPath", { id: clip }, svg));
     const curves = element("g", { "clip-path": `url(#${clip})` }, svg);
+    if (chart.reach !== null) element("line", { class: "cap", x1: frame.left, x2: frame.left + frame.width, y1: y(chart.reach), y2: y(chart.reach) }, svg);
     for (const s of series) {
+      if (s.style === "band") {
+        const points = s.steps.map((step, i) => [x(step), s.values[i], s.upper[i]]).filter((p) => p[1] !== null && p[2] !== null);
+        const edge = (column) => points.map((p) => `${p[0].toFixed(1)} ${y(p[column]).toFixed(1)}`);
+        element("path", { class: "band", d: `M${edge(1).concat(edge(2).reverse()).join("L")}Z`, style: `fill: ${colour(s.run)}` }, curves);
+        continue;
+      }
       const behind = s.style === "mean" && series.some((o) => o.run === s.run && o.style === "dots") && data.runs.length > 1;
       let path = "";
       let pen = "M";
@@ -194,7 +202,8 @@
       showTip(event, `step ${number(step)}`, series.filter((s) => s.style !== "raw").map((s) => {
         const i = at(s.steps, step);
         const where = s.style === "dots" ? ` at ${number(s.steps[i])}` : "";
-        return [s.run, `${data.runs[s.run]} ${s.label}${where}`, number(s.values[i])];
+        const value = s.style === "band" ? `${number(s.values[i])} to ${number(s.upper[i])}` : number(s.values[i]);
+        return [s.run, `${data.runs[s.run]} ${s.label}${where}`, value];
       }));
     }, () => { tip.hidden = true; cursor.setAttribute("visibility", "hidden"); });
   }
@@ -264,7 +273,13 @@
   }
   const maps = document.getElementById("heatmaps");
   for (const map of data.heatmaps) {
-    const figure = card(maps, data.runs[map.run], [map.by, map.width > 1 ? `lowest of every ${map.width} logged steps` : ""].filter(Boolean).join("; "), true);
+    const figure = card(maps, data.runs[map.run], [map.by, map.width > 1 ? `${map.width} logged points in a column` : ""].filter(Boolean).join("; "), true);
+    if (map.picture) {
+      const alt = `Momentum of ${data.runs[map.run]}: layers from top to bottom, steps from left to right, as TensorBoard shows it`;
+      element("img", { class: "layers", src: `data:image/png;base64,${map.picture}`, alt }, figure);
+      redraws.push(() => { figure.hidden = hidden.has(map.run); });
+      continue;
+    }
     const scale = element("div", { class: "scale", "aria-hidden": "true" }, figure, "0");
     element("span", { class: "bar", style: `background: linear-gradient(to right, ${data.shades.join(", ")})` }, scale);
     scale.append(String(map.top));
