@@ -27,6 +27,7 @@ class BetaTally:
         self.numbers = nothing(like, len(names))
         self._totals, self._lowest, self._highest = self.numbers[:SUMMED], self.numbers[4], self.numbers[5]
         self._edges = torch.zeros_like(self.numbers[:2])  # the cap, and 0
+        self._nan = self.numbers.new_full((), float("nan"))  # a number of the host would be filled in at every step
         self._cap: Tensor | None = None  # in the first of them
 
     def add(self, beta: Tensor, cap: Tensor, active: Tensor) -> None:
@@ -40,7 +41,7 @@ class BetaTally:
         if cap is not self._cap or (cap.device.type == "cuda" and is_capturing(cap.device)):
             self._edges[0].copy_(cap)
             self._cap = cap
-        taken = torch.where(active, beta, float("nan"))  # fmin and fmax pass over nan
+        taken = torch.where(active, beta, self._nan)  # fmin and fmax pass over nan
         torch.fmin(self._lowest, taken, out=self._lowest)
         torch.fmax(self._highest, taken, out=self._highest)
         self._totals.addcmul_(torch.cat([beta[None], self._edges == beta, active[None]]), active)
