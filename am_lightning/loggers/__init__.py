@@ -1,5 +1,6 @@
-"""The momentum of an interval as scalars, layers and a histogram; ``attach`` logs it from a plain training loop."""
+"""The momentum of an interval as scalars, layers, a histogram and a picture; ``attach`` logs it from a plain loop."""
 
 from am_lightning.loggers.attach import Log, attach
+from am_lightning.loggers.reader import StatsReader
 
-__all__ = ["Log", "attach"]
+__all__ = ["Log", "StatsReader", "attach"]

@@ -72,7 +72,7 @@ BEFORE = {
     "docs/huggingface.md": [LLAMA, ACCELERATED, "", LLAMA, LLAMA],
     "docs/index.md": [LIGHTNING],
     "docs/lightning.md": [LIGHTNING + FULLY_SHARD, LOGGED],
-    "docs/migrating.md": [STEPPED + WRITERS, TORCH + "from am_lightning import AMAdamW\n" + SAVED],
+    "docs/migrating.md": [STEPPED + WRITERS, STEPPED, TORCH + "from am_lightning import AMAdamW\n" + SAVED],
     "docs/sharding.md": [LIGHTNING + "from am_lightning import AdaptiveMemory\n", TORCH + WRAPPED],
 }
 ON_A_CPU = {'strategy="fsdp"': 'strategy="ddp"', "devices=2": "devices=1"}

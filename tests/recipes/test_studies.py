@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 stats = pytest.importorskip("scipy.stats")  # the studies import scipy and scikit-learn
 pytest.importorskip("sklearn")
@@ -22,6 +23,7 @@ from am_lightning import AMAdamW
 from am_lightning.pretrain.loss_spikes import count_spikes
 from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.recipe_text import recipe_text
+from recipes.studies import diagnoses
 from recipes.studies.convex.methods import METHODS, descend, make_optimizer
 from recipes.studies.convex.problems import LOGISTIC, logistic
 from recipes.studies.intervals import interval, paired
@@ -42,7 +44,7 @@ from recipes.studies.vision.stages import sweep_of
 from recipes.studies.vision.task import read_task
 from tests.python import PYTHON
 
-from .commands import RECIPES
+from .commands import RECIPES, TINY
 
 STUDIES = RECIPES / "studies"
 
@@ -356,3 +358,15 @@ def test_the_two_planes_are_drawn(tmp_path: Path) -> None:
     picture = tmp_path / "planes.png"
     subprocess.run([PYTHON, str(STUDIES / "two_planes.py"), str(picture)], check=True, env=dict(os.environ))
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_fault_is_trained_and_drawn(tmp_path: Path, corpus_folder: Path) -> None:
+    """With a tiny model: the run that acts on a block, its sentence and its picture."""
+    tiny = [f"--{key}={value}" for key, value in TINY.items() if "enable" not in key]
+    arguments = ["--out", str(tmp_path), "--steps", "9", "--only", "dead", f"--data.source={corpus_folder}", *tiny]
+    diagnoses.main(arguments)
+    row = (tmp_path / "diagnoses.md").read_text().splitlines()[-1]
+    assert "layers.1 0 in step" in row
+    with Image.open(tmp_path / "dead.png") as picture:
+        assert picture.mode == "P" and picture.width > 600
