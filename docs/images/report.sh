@@ -51,4 +51,9 @@ photograph "file://$runs/phones.html" docs/images/report-phone.png 800 1000
 (cd "$runs/.." && exec "$python" -m tensorboard.main --logdir "${runs##*/}" --port "$port" > /dev/null 2>&1) & board=$!
 sleep 15
 photograph "http://localhost:$port/?darkMode=false#custom_scalars" docs/images/tensorboard.png 1500 765
-ls -l docs/images/{compare,report,report-phone,tensorboard}.png
+photograph "http://localhost:$port/?darkMode=false#custom_scalars" "$runs/whole.png" 1500 2150
+# The page's last part, without the throughput above it.
+"$python" -c 'import sys; from PIL import Image
+Image.open(sys.argv[1]).crop((360, 1140, 1500, 2150)).quantize(128).save(sys.argv[2], optimize=True)' \
+  "$runs/whole.png" docs/images/tensorboard-momentum.png
+ls -l docs/images/{compare,report,report-phone,tensorboard,tensorboard-momentum}.png

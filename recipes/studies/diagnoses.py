@@ -20,7 +20,7 @@ from PIL import Image
 from am_lightning.pretrain.commands.report.events import PATTERN, last_picture, read_curves
 
 ROOT = Path(__file__).resolve().parents[2]
-_SHADES = 64  # of the pictures in the docs
+_SHADES = 128  # of the pictures in the docs
 
 
 class _From(L.Callback):
