@@ -115,9 +115,11 @@ class StatsReader:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs so that no step is missing in its curves; it takes no collective."""
         self._carry()
+        names, numbers = self._carried
+        stepped = [index for index, steps in enumerate(Interval(*numbers).steps.tolist()) if steps]  # all is finite
         return {
-            "names": list(self._carried[0]),
-            "interval": self._carried[1].clone(),
+            "names": [names[index] for index in stepped],
+            "interval": numbers[:, stepped],
             "skipped_steps": self.skipped_before + int(self.numbers.skipped_steps),
             "history": self.history.state_dict(),
         }

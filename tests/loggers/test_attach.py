@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import pickle
 from pathlib import Path
@@ -223,6 +224,18 @@ def test_rank_0_writes() -> None:
         assert pool.run(f"{__name__}:on_a_rank") == [[1, 2], []]
     finally:
         pool.stop()
+
+
+def test_what_a_checkpoint_gets_is_json() -> None:
+    """Of a tensor without a step nothing is known, and its lowest is no number; the HF Trainer writes JSON."""
+    model, optimizer = model_and()
+    for param in model["embed"].parameters():
+        param.requires_grad_(False)
+    handle = attach(optimizer, print, every=50)
+    train(model, optimizer, 3)
+    saved = handle.reader.state_dict()
+    json.dumps(saved | {"interval": saved["interval"].tolist()}, allow_nan=False)
+    assert len(saved["names"]) == 4 and "embed.weight" not in saved["names"]
 
 
 class MoreNumbers(NamedTuple):
