@@ -309,9 +309,13 @@ class AdaptiveMemory(pl.Callback):
                 rank_zero_info(f"AdaptiveMemory, {sentence}")
 
     def _log(self, trainer: pl.Trainer, step: int) -> None:
-        """All ranks read, and have the same state for a checkpoint; one writes."""
+        """All ranks read, and have the same state for a checkpoint; one writes.
+
+        Args:
+            step: on the loggers' axis, which begins at 0.
+        """
         for reader in self._readers:
-            reader.read(step)
+            reader.read(step + 1)
             if trainer.is_global_zero:
                 reader.log(trainer.loggers, step, self._total)
         if trainer.is_global_zero:

@@ -1,6 +1,6 @@
 """A model whose beta_t is known at every step: it takes the gradients that give the beta_t of a table.
 
-Every tensor is uniform and its gradient is g = r d, so that N / D = (1 - 2 r) q / (1 - r)^2 with q = 1 + lambda P, which
+Every tensor is uniform and its gradient is g = r d, so that N / D = (1 - 2 r) q / (1 - r)^2 with q = 1 + lambda P. That
 is solved for r. Weight decay is 0 and the learning rate constant.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class Planted(nn.Module):
         """Of the tensors of all ``optimizers``, for their next step; of one that DeepSpeed or a wrapper has, that."""
         names = {id(param): name for name, param in self.named_parameters()}
         terms = [
-            param.sum() * gradient_for(lambda step, name=names[id(param)]: self.of(name, step), param, group, optimizer)
+            param.sum() * gradient_for(partial(self.of, names[id(param)]), param, group, optimizer)
             for optimizer in optimizers
             for group in optimizer.param_groups
             for param in group["params"]

@@ -1,0 +1,198 @@
+"""Trainer and Fabric log the mean and the ends of the interval, of a beta_t that is known at every step."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric import Fabric
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from am_lightning import AdaptiveMemory, AMAdamW
+from am_lightning.lightning import attach
+from tests.lightning.model import quiet
+from tests.loggers.intervals import assert_curves, curves_of
+from tests.loggers.planted import CAP, DIP, NAMES, Planted, expected_curves, planted
+
+STEPS = 50
+
+
+class Module(pl.LightningModule):
+    """AdamW on the planted gradients; the batches are not looked at."""
+
+    def __init__(self, batches: int = 4 * STEPS) -> None:
+        super().__init__()
+        self.net, self.batches = Planted(), batches
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.net.parameters(), lr=0.01, weight_decay=0.0)
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(torch.zeros(self.batches, 1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.net.loss(*self.trainer.optimizers)
+
+
+class Two(Module):
+    """Stepped by hand: the head has an optimizer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        parts = [p for n, p in self.net.named_parameters() if n != NAMES[-1]], self.net.head.parameters()
+        return [torch.optim.AdamW(part, lr=0.01, weight_decay=0.0) for part in parts]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(self.net.loss(*self.trainer.optimizers))
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+
+def fit(module: Module, folder: Path, every: int, *, steps: int = STEPS, **options: Any) -> pl.Trainer:
+    callback = options.pop("callback", None) or AdaptiveMemory(log_every_n_steps=every)
+    path = options.pop("ckpt_path", None)
+    logger = TensorBoardLogger(folder, name="", version="")
+    trainer = pl.Trainer(**quiet(max_steps=steps, callbacks=[callback], logger=logger, **options))
+    trainer.fit(module, ckpt_path=path, **({"weights_only": True} if path else {}))
+    return trainer
+
+
+def events(folder: Path) -> EventAccumulator:
+    found = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
+    return found.Reload()
+
+
+def curves(folder: Path) -> dict[str, dict[int, float]]:
+    found = events(folder)
+    scalars = {tag: {e.step: e.value for e in found.Scalars(tag)} for tag in found.Tags()["scalars"]}
+    return {tag.replace("/net.", "/"): points for tag, points in scalars.items()}
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("every", [1, 7, 50])
+def test_the_trainer_logs_the_interval(tmp_path: Path, every: int, accumulate: int) -> None:
+    """Mean, lowest, highest, clamps, layer groups and layers."""
+    fit(Module(), tmp_path, every, accumulate_grad_batches=accumulate)
+    found = curves(tmp_path)
+    ends = {step + 1 for step in found["am/beta/mean"]}
+    assert len(ends) >= STEPS // every // accumulate
+    if accumulate == 1:
+        assert ends == set(range(every, STEPS + 1, every))
+        assert_curves(found, expected_curves(STEPS, every), axis=-1)
+    else:  # an interval of the Trainer's ends where it has counted batches
+        assert_curves(found, curves_of(planted(STEPS), sorted(ends), cap=CAP), axis=-1)
+
+
+def test_two_optimizers_have_curves_of_their_own(tmp_path: Path) -> None:
+    fit(Two(), tmp_path, 7, steps=2 * STEPS)  # the Trainer counts those of both
+    found, ends = curves(tmp_path), range(7, STEPS + 1, 7)
+    for prefix, names in (("am", NAMES[:-1]), ("am-1", NAMES[-1:])):
+        expected = curves_of(planted(STEPS, names), ends, cap=CAP)
+        assert_curves(found, {tag.replace("am/", f"{prefix}/"): points for tag, points in expected.items()}, axis=-1)
+
+
+@pytest.mark.parametrize("stop", [30, 28, 3])
+def test_a_resume_leaves_no_gap(tmp_path: Path, stop: int) -> None:
+    """In an interval, at the end of one, and before the first."""
+    first = fit(Module(), tmp_path / "first", 7, steps=stop)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    fit(Module(), tmp_path / "rest", 7, ckpt_path=tmp_path / "half.ckpt")
+    found = curves(tmp_path / "first") if stop >= 7 else {}
+    rest = curves(tmp_path / "rest")
+    whole = {tag: found.get(tag, {}) | points for tag, points in rest.items()}
+    assert_curves(whole, expected_curves(STEPS, 7), axis=-1)
+
+
+def test_a_checkpoint_of_an_older_version_resumes(tmp_path: Path) -> None:
+    """It has a count of skipped steps and nothing else: the first point is of the steps since the resume."""
+    first = fit(Module(), tmp_path / "first", 7, steps=30)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    saved = torch.load(tmp_path / "half.ckpt", weights_only=True)
+    saved["callbacks"]["AdaptiveMemory"] = {"skipped_steps": [2]}
+    torch.save(saved, tmp_path / "half.ckpt")
+    fit(Module(), tmp_path / "rest", 7, ckpt_path=tmp_path / "half.ckpt")
+    found = curves(tmp_path / "rest")
+    assert_curves(found, curves_of(planted(STEPS), (35, 42, 49), begins=30, cap=CAP), axis=-1)
+    assert set(found["am/skipped_steps"].values()) == {2.0}
+
+
+def test_the_end_of_a_fit_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Which optimizer it is stands at the beginning; the dip is known by layer and interval, the last steps count."""
+    with caplog.at_level(logging.INFO):
+        fit(Module(), tmp_path, 7)
+    told = [record.getMessage() for record in caplog.records if "AdaptiveMemory" in record.getMessage()]
+    betas = [beta for step in planted(STEPS) for beta in step.values()]
+    mean, at_cap = sum(betas) / len(betas), sum(beta == CAP for beta in betas) / len(betas)
+    assert told[0] == "AdaptiveMemory: AdamW is now AMAdamW (scope tensor, lambda 0.1, cap of beta_t 0.89, 6 tensors)"
+    assert f"mean beta_t {mean:.3f}, {at_cap:.0%} of it at the cap" in told[-1]
+    assert DIP[1] == 24 and "layers.1 0.01 in steps 22 to 28" in told[-1] and "no step skipped" in told[-1]
+
+
+class Deep(Module):
+    def __init__(self, layers: int) -> None:
+        super().__init__(batches=6)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(layers))
+
+    def configure_optimizers(self) -> Any:
+        return AMAdamW(self.layers.named_parameters(), lr=0.01)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return sum(layer(batch).square().sum() for layer in self.layers) + 0.0
+
+
+@pytest.mark.parametrize(
+    ("layers", "per_layer", "shown"), [(32, True, 32), (33, True, 0), (33, "all", 33), (3, False, 0)]
+)
+def test_curves_of_layers_where_they_can_be_read(tmp_path: Path, layers: int, per_layer: Any, shown: int) -> None:
+    """The picture has them all, in TensorBoard; other loggers get numbers only."""
+    csv = CSVLogger(tmp_path / "csv", name="", version="")
+    board = TensorBoardLogger(tmp_path, name="", version="")
+    callback = AdaptiveMemory(log_every_n_steps=2, per_layer=per_layer)
+    pl.Trainer(**quiet(max_steps=6, callbacks=[callback], logger=[board, csv])).fit(Deep(layers))
+    found = events(tmp_path)
+    tags = [tag for tag in found.Tags()["scalars"] if "/layer/" in tag]
+    assert len(tags) == 2 * shown
+    pictures = found.Images("am/beta/layers")
+    assert pictures[-1].step == 6 and pictures[-1].width > 600
+    assert "am/beta/min" in (tmp_path / "csv" / "metrics.csv").read_text()
+
+
+def test_a_wrong_per_layer_is_named() -> None:
+    with pytest.raises(TypeError, match="Invalid per_layer: 'some'"):
+        AdaptiveMemory(per_layer="some")
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_fabric_logs_the_interval_and_saves_it(tmp_path: Path, saved: bool) -> None:
+    def run(folder: str, first: int, last: int, path: Path | None) -> tuple[Any, dict[str, Any]]:
+        fabric = Fabric(accelerator="cpu", devices=1, loggers=TensorBoardLogger(tmp_path / folder, name="", version=""))
+        net = Planted()
+        own = AMAdamW(net.named_parameters(), lr=0.01, weight_decay=0.0)
+        model, optimizer = fabric.setup(net, own)
+        state = {"model": model, "optimizer": optimizer, "am": attach(fabric, model, optimizer, log_every_n_steps=7)}
+        state = state if saved else {key: value for key, value in state.items() if key != "am"}
+        if path is not None:
+            fabric.load(path, state)
+        for _ in range(first, last):
+            optimizer.zero_grad()
+            fabric.backward(net.loss(own))
+            optimizer.step()
+        fabric.loggers[0].experiment.flush()
+        return fabric, state
+
+    fabric, state = run("first", 0, 30, None)
+    fabric.save(tmp_path / "half.ckpt", state)
+    run("rest", 30, STEPS, tmp_path / "half.ckpt")
+    assert_curves(curves(tmp_path / "first"), expected_curves(28, 7))
+    begins = 28 if saved else 30
+    assert_curves(curves(tmp_path / "rest"), curves_of(planted(STEPS), (35, 42, 49), begins=begins, cap=CAP))
