@@ -52,6 +52,7 @@ class StepLogger(ABC):
         else:
             after_each_step(lambda: self(reader.optimizer, (), {}))
         self._hooks.append(reader.optimizer.register_load_state_dict_post_hook(self._count_from_state))
+        self.steps = 0
         self._count_from_state(reader.optimizer)
 
     def _count_from_state(self, optimizer: Any) -> None:
@@ -59,8 +60,9 @@ class StepLogger(ABC):
         steps = [
             int(state["step"]) for state in optimizer.state.values() if isinstance(state, dict) and "step" in state
         ]
-        self.steps = max(steps, default=0)
-        self.reader.begin(self.steps)
+        before, self.steps = self.steps, max(steps, default=0)
+        if self.steps != before:  # those since the last reading are not of the run that goes on
+            self.reader.begin(self.steps)
 
     def _look_at_state(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._had_state = bool(optimizer.state)

@@ -226,6 +226,24 @@ def test_rank_0_writes() -> None:
         pool.stop()
 
 
+def test_a_load_in_an_interval() -> None:
+    """Of the step that the run is at: the interval goes on. Of an earlier one: the steps that it takes back are out."""
+    for back, first in ((False, 0), (True, 1)):
+        model, optimizer = model_and()
+        run = Run()
+        attach(optimizer, run, every=4)
+        seen = train(model, optimizer, 1)
+        saved = copy.deepcopy(optimizer.state_dict())
+        if not back:
+            seen += train(model, optimizer, 1)
+            saved = copy.deepcopy(optimizer.state_dict())
+        else:
+            train(model, optimizer, 1)
+        optimizer.load_state_dict(saved)
+        seen += train(model, optimizer, 4 - len(seen))
+        assert_curves({tag: {4: value} for tag, value in run.rows[4].items()}, curves_of(seen, (4,), begins=first))
+
+
 def test_what_a_checkpoint_gets_is_json() -> None:
     """Of a tensor without a step nothing is known, and its lowest is no number; the HF Trainer writes JSON."""
     model, optimizer = model_and()

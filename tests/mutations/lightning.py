@@ -338,4 +338,25 @@ MUTATIONS = [
         "for unread in list(self._unread.values())[-1:]:",
         ("tests/loggers/test_attach.py::test_every_kind_of_writer_gets_the_same",),
     ),
+    Mutation(
+        "a load of the step that a run is at drops the interval so far",
+        "am_lightning/loggers/step_logger.py",
+        "if self.steps != before:",
+        "if True:",
+        ("tests/loggers/test_attach.py::test_a_load_in_an_interval",),
+    ),
+    Mutation(
+        "a checkpoint has no interval",
+        _CALLBACK,
+        'self._saved.get("readers", [])',
+        "[]",
+        ("tests/lightning/test_intervals.py::test_a_resume_leaves_no_gap",),
+    ),
+    Mutation(
+        "steps of the sentence are one before what they are",
+        _CALLBACK,
+        "reader.read(step + 1)",
+        "reader.read(step)",
+        ("tests/lightning/test_intervals.py::test_the_end_of_a_fit_in_one_line",),
+    ),
 ]
