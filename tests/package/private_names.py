@@ -1,7 +1,7 @@
 """The private names of torch, Lightning, Accelerate and DeepSpeed that this project reads, and why.
 
 Each may move or go in any release. ``test_private_names.py`` looks whether it is there, and that none is missing here.
-Transformers has none; ``pytorch_lightning`` has the code of ``lightning.pytorch``, so its names are not listed again.
+``pytorch_lightning`` has the code of ``lightning.pytorch``, so its names are not listed again.
 """
 
 from __future__ import annotations
@@ -128,8 +128,10 @@ TORCH = [
     Private(_C10D, "_set_pg_timeout", (_FAULTS,), "give hang_timeout_s to the groups of device meshes"),
     Private("torch._dynamo", "config.patch", ("am_lightning/optim/kernels/compiled.py",),
             "raise the number of graphs of one function"),
-    Private("torch.utils.tensorboard.SummaryWriter", "_get_file_writer", (_BOARD,),
-            "write the HParams row into the run's own event file", needs=("tensorboard",)),
+    Private("torch.utils.tensorboard.SummaryWriter", "_get_file_writer",
+            (_BOARD, "am_lightning/loggers/custom_scalars.py"),
+            "write the HParams row, and charts of several curves, into the run's own event file",
+            needs=("tensorboard",)),
     Private("torch", "_foreach_norm", ("am_lightning/optim/squares.py", _GUARD),
             "norms of many tensors in one launch"),
     Private("torch", "_foreach_mul_", ("am_lightning/optim/kernels/inputs.py",), "scale many tensors in one launch"),
@@ -195,6 +197,26 @@ ACCELERATE = [
     Private("accelerate.Accelerator", "_models", (_HUGGINGFACE,), "find the models that were prepared", "accelerator"),
     Private("accelerate.Accelerator", "_optimizers", (_HUGGINGFACE,), "refuse an optimizer that was not prepared",
             "accelerator"),
+]  # fmt: skip
+
+_IMAGES = ("am_lightning/huggingface/images.py",)
+_RUN = "give the picture of the layers to the run that the reporting callback writes to"
+_REPORTERS = {
+    "WandbCallback": ("_wandb", "wandb"),
+    "MLflowCallback": ("_ml_flow", "mlflow"),
+    "CometCallback": ("_experiment", "comet_ml"),
+    "ClearMLCallback": ("_clearml_task", "clearml"),
+    "TrackioCallback": ("_trackio", "trackio"),
+    "SwanLabCallback": ("_swanlab", "swanlab"),
+    "NeptuneCallback": ("_run", "neptune"),
+}
+
+TRANSFORMERS = [
+    Private(f"transformers.integrations.{owner}", name, _IMAGES, _RUN, owner, needs=(package,))
+    for owner, (name, package) in _REPORTERS.items()
+] + [
+    Private("transformers.integrations.WandbCallback", "_initialized", _IMAGES,
+            "write to no callback that has no run yet: its module would begin one", "WandbCallback", needs=("wandb",)),
 ]  # fmt: skip
 
 TIMM = [

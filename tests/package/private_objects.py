@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.package.private_names import ACCELERATE, LIGHTNING, TIMM, TORCH, Private
+from tests.package.private_names import ACCELERATE, LIGHTNING, TIMM, TORCH, TRANSFORMERS, Private
 
 THERE, ABSENT = "there", "not needed: "
 
@@ -173,6 +173,10 @@ def _strategy(name: str) -> Any:
     return getattr(importlib.import_module("lightning.pytorch.strategies"), name)()
 
 
+def _reporter(name: str) -> Any:
+    return getattr(importlib.import_module("transformers.integrations"), name)()
+
+
 def accelerator() -> Any:
     from accelerate import Accelerator
 
@@ -191,6 +195,7 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "ddp_strategy": functools.partial(_strategy, "DDPStrategy"),
     "fsdp_strategy": functools.partial(_strategy, "FSDPStrategy"),
     "model_parallel_strategy": functools.partial(_strategy, "ModelParallelStrategy"),
+    **{row.made_by: functools.partial(_reporter, row.made_by) for row in TRANSFORMERS if row.made_by},
 }  # fmt: skip
 
 
@@ -199,7 +204,7 @@ def main() -> None:
 
     found = {}
     # Those that would look at a process group come before the first one is made.
-    for row in [*LIGHTNING, *ACCELERATE, *TORCH, *TIMM]:
+    for row in [*LIGHTNING, *ACCELERATE, *TORCH, *TRANSFORMERS, *TIMM]:
         reason = why_not_looked_up(row)
         found[row.key] = ABSENT + reason if reason else problem_of(row) or THERE
     print(json.dumps(found))

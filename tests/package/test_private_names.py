@@ -18,13 +18,13 @@ import torch
 
 from tests.package import private_objects
 from tests.package.private_deepspeed import DEEPSPEED
-from tests.package.private_names import ACCELERATE, LIGHTNING, TIMM, TORCH, Private
+from tests.package.private_names import ACCELERATE, LIGHTNING, TIMM, TORCH, TRANSFORMERS, Private
 from tests.package.private_objects import ABSENT, THERE, problem_of, version_of, why_not_looked_up
 from tests.package.private_reads import Read, foreign_reads, is_private, mentions, reads_in, trees
 from tests.package.test_architecture import CORE, FLOORS
 from tests.package.tree import PACKAGE, ROOT, module_name, sources
 
-LOOKED_UP = [*TORCH, *LIGHTNING, *ACCELERATE, *TIMM]
+LOOKED_UP = [*TORCH, *LIGHTNING, *ACCELERATE, *TRANSFORMERS, *TIMM]
 TABLE = [*LOOKED_UP, *DEEPSPEED]
 LISTED = {(file, row.read_as) for row in TABLE for file in row.where}
 LIBRARIES = ("torch", "lightning", "accelerate", "transformers", "deepspeed", "timm")

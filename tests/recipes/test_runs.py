@@ -74,7 +74,8 @@ def test_the_curves_are_in_the_event_file(finished: Path) -> None:
     assert curves["val/loss"].steps.tolist() == [5, 10]
     assert curves["val/perplexity"].values == pytest.approx([math.exp(v) for v in curves["val/loss"].values], rel=1e-4)
     layers = {tag for tag in curves if tag.startswith("am/beta/layer/")}
-    assert layers == {f"am/beta/layer/{n}" for n in ("embed_tokens", "layers.0", "layers.1", "norm", "lm_head")}
+    names = ("embed_tokens", "layers.0", "layers.1", "norm", "lm_head")
+    assert layers == {f"am/beta/layer/{name}{end}" for name in names for end in ("", "/min")}
     assert all((curves[tag].values >= 0).all() and (curves[tag].values <= 0.8 + 1e-6).all() for tag in layers)
     assert curves["lr-AMAdamW/pg1"].values[0] == pytest.approx(1e-3)
 

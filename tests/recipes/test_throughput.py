@@ -144,4 +144,9 @@ def test_the_custom_scalars_page_overlays_what_belongs_together(watched: Path) -
     layout = Layout.FromString(newest.tensor_proto.string_val[0])
     charts = {category.title: [chart.title for chart in category.chart] for category in layout.category}
     assert charts["training"][0] == "loss" and "tokens per second, all processes" in charts["throughput"]
-    assert "beta_t by layer" in charts["adaptive momentum (am)"]
+    assert charts["adaptive momentum (am)"][:2] == ["beta_t of all tensors", "beta_t of attn.qkv"]
+    [momentum] = [chart for category in layout.category for chart in category.chart if chart.title.endswith("tensors")]
+    series = [(one.value, one.lower, one.upper) for one in momentum.margin.series]
+    edges = [(f"am/beta/{edge}",) * 3 for edge in ("floor", "cap")]  # which the axis reaches to
+    assert series == [("am/beta/mean", "am/beta/min", "am/beta/max"), *edges]
+    assert {tag for one in series for tag in one} <= set(events_of(watched).Tags()["scalars"])
