@@ -11,19 +11,15 @@ import os
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pretrain
 import pytest
-import yaml
 from matplotlib.image import imread
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from am_lightning.pretrain.commands.report.charts import charts, heatmaps
+from am_lightning.pretrain.commands.report.charts import charts
 from am_lightning.pretrain.commands.report.differences import ABSENT, differences
 from am_lightning.pretrain.commands.report.events import read_curves
 from am_lightning.pretrain.commands.report.runs import find_runs
@@ -33,6 +29,7 @@ from tests.ports import free_port
 from tests.python import COLD
 
 from .commands import RECIPES, arguments, load
+from .pages import Page, intervals, write_run
 
 CHROMIUM = next((path for name in ("chromium", "google-chrome", "chrome") if (path := shutil.which(name))), None)
 
@@ -52,54 +49,6 @@ def page(compared: tuple[Path, str]) -> Page:
     root, _ = compared
     assert main(["report", f"AM, no warmup={root}"]) == 0
     return Page((root / "report.html").read_text())
-
-
-class Page(HTMLParser):
-    """The report as a reader of it sees it: links, tables, and the data behind the charts."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.text = text
-        self.links: list[str] = []
-        self.rows: list[list[str]] = []
-        self._inside: list[str] = []
-        self.feed(text)
-        found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
-        assert found
-        self.data: dict[str, Any] = json.loads(found[1])
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.links += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action", "poster")]
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-        self._inside.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        while self._inside and self._inside.pop() != tag:
-            pass
-
-    def handle_data(self, data: str) -> None:
-        if "td" in self._inside or "th" in self._inside:
-            self.rows[-1][-1] += data.strip()
-
-    def series(self, chart: str) -> dict[tuple[int, str], tuple[list[int], list[float]]]:
-        """(run, style) -> steps, values."""
-        found = next(c for c in self.data["charts"] if c["id"] == chart)
-        return {(s["run"], s["style"]): (s["steps"], s["values"]) for s in found["series"]}
-
-
-def write_run(folder: Path, scalars: dict[str, dict[int, float]], config: dict[str, Any] | None = None) -> Path:
-    """Event files and configuration in the place where the programs put them."""
-    with SummaryWriter(str(folder / "logs")) as writer:
-        for tag, points in scalars.items():
-            for step, value in points.items():
-                writer.add_scalar(tag, value, step)
-    (folder / "logs" / "hparams.yaml").write_text("{}")  # Lightning's
-    if config is not None:
-        (folder / "logs" / "config.yaml").write_text(yaml.safe_dump(config))
-    return folder
 
 
 # ------------------------------------------------------------------ the comparison itself
@@ -257,28 +206,13 @@ def test_other_programs_tags_and_steps_are_understood(tmp_path: Path) -> None:
     assert list(run.momentum) == ["mlp"]
     assert main(["report", str(tmp_path / "hf")]) == 0
     [heatmap] = Page((tmp_path / "hf" / "report.html").read_text()).data["heatmaps"]
-    assert "by layer group" in heatmap["by"]
-
-
-def intervals(folder: Path, *, cap: float | None) -> list[str]:
-    """A run whose points are of intervals of two steps; with a picture of its layers, and no curves of them."""
-    with SummaryWriter(str(folder / "logs")) as writer:
-        for step in (2, 4, 6):
-            points = {"train/loss": 2.0, "am/beta/mean": 0.7, "am/beta/min": 0.1 * step, "am/beta/max": 0.85}
-            points |= {"am/beta/mlp": 0.6, "am/beta/mlp/min": 0.05 * step, "am/beta/mlp/max": 0.8, "am/beta/floor": 0.0}
-            points |= {"am/beta/effective_steps": 4.0} | ({} if cap is None else {"am/beta/cap": cap})
-            for tag, value in points.items():
-                writer.add_scalar(tag, value, step)
-            if cap is not None:
-                picture = np.full((4, 6, 3), 10 * step, dtype=np.uint8)
-                writer.add_image("am/beta/layers", picture, step, dataformats="HWC")
-    return [str(folder)]
+    assert heatmap["by"].startswith("the mean over a layer's tensors, by layer group")
 
 
 def test_the_momentum_has_its_lowest_and_its_cap(tmp_path: Path) -> None:
     [run] = find_runs(intervals(tmp_path, cap=0.89))
     [chart] = [chart for chart in charts([run]) if chart["id"] == "beta"]
-    assert chart["reach"] == pytest.approx(0.89) and chart["floor"] == 0
+    assert chart["reach"] == pytest.approx(0.89) and chart["floor"] == 0 and chart["unit"] == "beta_t, cap 0.89"
     [band] = [series for series in chart["series"] if series["style"] == "band"]
     assert band["values"] == pytest.approx([0.2, 0.4, 0.6]) and band["upper"] == pytest.approx([0.85] * 3)
     assert list(run.momentum) == ["mlp"]  # its lowest, which is no layer group of its own
@@ -286,10 +220,15 @@ def test_the_momentum_has_its_lowest_and_its_cap(tmp_path: Path) -> None:
 
 
 def test_a_run_without_curves_of_layers_shows_its_last_picture(tmp_path: Path) -> None:
-    first, second = heatmaps([find_runs(intervals(tmp_path / str(cap), cap=cap))[0] for cap in (0.89, None)])
-    shown = Image.open(io.BytesIO(base64.b64decode(first["picture"])))
+    folders = [intervals(tmp_path / str(cap), cap=cap)[0] for cap in (0.89, None)]
+    assert main(["report", *folders, "-o", str(tmp_path / "report.html")]) == 0
+    page = Page((tmp_path / "report.html").read_text())
+    [(picture, alt)] = re.findall(r'<img class="layers" src="data:image/png;base64,(.*?)" alt="(.*?)"', page.text)
+    shown = Image.open(io.BytesIO(base64.b64decode(picture)))
     assert shown.size == (6, 4) and shown.getpixel((0, 0)) == (60, 60, 60)
-    assert second["picture"] is None and "by layer group" in second["by"]
+    assert alt.startswith("Momentum of 0.89: layers from top to bottom")
+    first, second = page.data["heatmaps"]
+    assert "its own picture" in first["by"] and "by layer group" in second["by"]
 
 
 @pytest.mark.slow
@@ -372,18 +311,33 @@ addEventListener("load", () => {
     const box = text.getBBox();
     return box.x < 0 || box.x + box.width > svg.clientWidth + 1;
   })).length;
+  const paths = charts.map((svg) => svg.querySelectorAll("path").length);
+  const tip = page.getElementById("tip");
+  const momentum = charts.find((svg) => svg.ariaLabel.startsWith("Momentum, mean"));
+  const above = [...momentum.querySelectorAll("path")].filter((path) => path.getBBox().y < 0).length;
+  momentum.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" }));
+  const told = tip.innerText;
+  const finger = { pointerType: "touch", clientX: 1000, clientY: 0 };
+  momentum.dispatchEvent(new PointerEvent("pointerdown", finger));
+  momentum.dispatchEvent(new PointerEvent("pointerleave", finger)); // it is lifted
+  const kept = tip.hidden ? null : tip.innerText;
+  momentum.dispatchEvent(new PointerEvent("pointerleave", { pointerType: "mouse" }));
   page.querySelector("#legend button").click();
   const blank = page.querySelector(".chart svg").querySelectorAll("path").length;
-  document.body.textContent = JSON.stringify({ charts: charts.length, outside, blank, overflow: page.body.scrollWidth,
-    paths: charts.map((svg) => svg.querySelectorAll("path").length), labels: charts.every((svg) => svg.ariaLabel) });
+  document.body.textContent = JSON.stringify({ charts: charts.length, outside, above, blank, paths, told, kept,
+    gone: tip.hidden, overflow: page.body.scrollWidth,
+    labels: charts.every((svg) => svg.ariaLabel && svg.tabIndex === 0) });
 });
 </script>"""
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 @pytest.mark.slow
-def test_a_browser_draws_it_on_a_phone(page: Page, compared: tuple[Path, str], tmp_path: Path) -> None:
-    shutil.copy(compared[0] / "report.html", tmp_path / "report.html")
+def test_a_browser_draws_it_on_a_phone(compared: tuple[Path, str], tmp_path: Path) -> None:
+    """Beside a run without a cap, whose highest beta_t is above the others' cap."""
+    older = intervals(tmp_path / "older", cap=None)
+    assert main(["report", str(compared[0]), *older, "-o", str(tmp_path / "report.html")]) == 0
+    page = Page((tmp_path / "report.html").read_text())
     (tmp_path / "look.html").write_text(_LOOK)
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
     flags += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom"]
@@ -393,8 +347,11 @@ def test_a_browser_draws_it_on_a_phone(page: Page, compared: tuple[Path, str], t
     found = re.search(r"\{.*\}", result.stdout)
     assert found, result.stderr
     seen = json.loads(found[0])
-    assert seen["charts"] == len(page.data["charts"]) + 1 and seen["labels"]
-    assert all(count > 0 for count in seen["paths"][:-1])
-    assert seen["outside"] == 0  # no label is cut off
+    assert seen["charts"] == len(page.data["charts"]) + 2 and seen["labels"]
+    assert all(count > 0 for count in seen["paths"])
+    assert seen["outside"] == 0 and seen["above"] == 0  # no label is cut off, and no band
     assert seen["overflow"] <= 390
-    assert seen["blank"] == 4  # of six curves in the first chart: the hidden run's are gone
+    low, high = (page.data["charts"][2]["series"][0][end] for end in ("values", "upper"))
+    assert seen["told"].startswith("step 1\n") and f"{low[0]:.4g} to {high[0]:.4g}" in seen["told"]
+    assert seen["kept"].startswith("step 20\n") and f"{low[-1]:.4g} to {high[-1]:.4g}" in seen["kept"] and seen["gone"]
+    assert seen["blank"] == len(page.series("loss")) - 2  # the hidden run's training and validation are gone

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -20,22 +19,15 @@ _POINTS = 500  # of a curve; more than a screen has columns for one chart
 def charts(runs: Sequence[RunData]) -> list[dict[str, Any]]:
     """The charts that have something to show, in the order of the page.
 
-    A series' `style` is "mean" (a running mean), "raw" (single steps, pale), "dots" (validations), "line", or "band"
+    A series' `style` is "mean" (a running mean), "raw" (as logged, pale), "dots" (validations), "line", or "band"
     (from `values` up to `upper`).
     """
     start = loss_after_start(runs) if len(runs) > 1 else None
+    ratios = {"top": None if start is None else math.exp(min(start, 700)), "floor": None, "log": True}
     made = [
         _chart("loss", "Loss", "nats per token", _losses(runs, 0), top=start, floor=None),
-        _chart(
-            "perplexity",
-            "Perplexity",
-            "e to the loss, logarithmic",
-            _losses(runs, 1),
-            top=None if start is None else math.exp(min(start, 700)),
-            floor=None,
-            log=True,
-        ),
-        _chart("beta", "Momentum, mean over all tensors", "beta_t, 0 to its cap", _momentum(runs), reach=_cap(runs)),
+        _chart("perplexity", "Perplexity", "e to the loss, logarithmic", _losses(runs, 1), **ratios),
+        _chart("beta", "Momentum, mean over all tensors", _unit_of_beta(runs), _momentum(runs), reach=_cap(runs)),
         _chart("at_max", "Tensors at the cap", "share of tensors and steps", _each(runs, "at_max", mean=True)),
         _chart("at_zero", "Tensors without momentum", "share with beta_t = 0", _each(runs, "at_zero", mean=True)),
         _chart("grad_norm", "Gradient norm", "before clipping", _each(runs, "grad_norm", mean=True)),
@@ -59,38 +51,25 @@ def heatmaps(runs: Sequence[RunData]) -> list[dict[str, Any]]:
             "edges": matrix.edges.tolist(),
             "values": [_numbers(row, 3) for row in matrix.values],
             "width": matrix.width,
-            "by": _by(runs[number]),
-            "picture": _encoded(runs[number].layers_picture),
+            "by": _by(runs[number], matrix.width),
             "top": _rounded(top, 3),
         }
         for number, matrix in found
     ]
 
 
-def _by(run: RunData) -> str:
+def _by(run: RunData, width: int) -> str:
     if run.layers_picture is not None:
-        return "mean and lowest of each layer: the run's own picture, for it has no curves of layers"
+        return "mean and lowest of each layer: its own picture, for it has no curves of layers"
     what = "the lowest beta_t of a layer's tensors" if run.has_lowest else "the mean over a layer's tensors"
-    return what if run.has_layers else f"{what}, by layer group: this run has no curves of layers"
+    what += "" if run.has_layers else ", by layer group: this run has no curves of layers"
+    return what if width == 1 else f"{what}; {width} logged points in a column"
 
 
-def _encoded(picture: bytes | None) -> str | None:
-    return None if picture is None else base64.b64encode(picture).decode()
-
-
-def _chart(
-    name: str,
-    title: str,
-    unit: str,
-    series: list[dict[str, Any]],
-    *,
-    top: float | None = None,
-    floor: float | None = 0.0,
-    log: bool = False,
-    reach: float | None = None,
-) -> dict[str, Any]:
-    limits = {"top": None if top is None else _rounded(top, 4), "floor": floor, "log": log, "reach": reach}
-    return {"id": name, "title": title, "unit": unit, "series": series, **limits}
+def _chart(name: str, title: str, unit: str, series: list[dict[str, Any]], **limits: float | None) -> dict[str, Any]:
+    """Its vertical axis is `log` or not, begins at `floor`, holds at least `reach`, and is cut at `top`."""
+    usual = {"top": None, "floor": 0.0, "log": False, "reach": None}
+    return {"id": name, "title": title, "unit": unit, "series": series, **usual, **limits}
 
 
 def _losses(runs: Sequence[RunData], exponent: int) -> list[dict[str, Any]]:
@@ -119,16 +98,21 @@ def _momentum(runs: Sequence[RunData]) -> list[dict[str, Any]]:
     return series + _each(runs, "beta_mean", mean=True)
 
 
+def _unit_of_beta(runs: Sequence[RunData]) -> str:
+    caps = sorted({_rounded(run.cap, 4) for run in runs if run.cap is not None})
+    return "beta_t" + (f", cap {' and '.join(f'{cap:g}' for cap in caps)}" if caps else "")
+
+
 def _cap(runs: Sequence[RunData]) -> float | None:
     return max((_rounded(run.cap, 4) for run in runs if run.cap is not None), default=None)
 
 
 def _each(runs: Sequence[RunData], name: str, *, mean: bool = False) -> list[dict[str, Any]]:
-    """One curve of every run that has it; `mean` draws a running mean, and single steps behind it if there are few."""
+    """One curve of every run that has it; `mean` draws a running mean, and all points behind it if runs are few."""
     found = [(number, curve) for number, run in enumerate(runs) if (curve := getattr(run, name))]
     if not mean:
         return [_series(number, "", "line", curve) for number, curve in found]
-    series = [_series(number, "single steps", "raw", curve) for number, curve in found if len(found) <= 2]
+    series = [_series(number, "as logged", "raw", curve) for number, curve in found if len(found) <= 2]
     return series + [_series(number, "running mean", "mean", smooth(curve)) for number, curve in found]
 
 

@@ -46,7 +46,7 @@ def write_page(path: Path, runs: Sequence[RunData], picture: Path) -> None:
             unconfigured=[run.name for run in runs if not run.config],
             folders=[str(run.folder) for run in runs],
             data=page_data(runs),
-            picture=base64.b64encode(picture.read_bytes()).decode(),
+            picture=picture.read_bytes(),
             colours={"light": COLOURS, "dark": _DARK},
             made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         )
@@ -137,4 +137,6 @@ def _last(value: float | None, form: str) -> str:
 
 def _environment() -> jinja2.Environment:
     loader = jinja2.PackageLoader("am_lightning.pretrain.commands.report", "template")
-    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    made = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    made.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    return made
