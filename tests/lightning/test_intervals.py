@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from am_lightning import AdaptiveMemory, AMAdamW
 from am_lightning.lightning import attach
 from tests.lightning.model import quiet
 from tests.loggers.intervals import assert_curves, curves_of
-from tests.loggers.planted import CAP, DIP, NAMES, Planted, expected_curves, planted
+from tests.loggers.planted import CAP, DIP, NAMES, Planted, Table, expected_curves, planted, table
 
 STEPS = 50
 
@@ -25,9 +26,9 @@ STEPS = 50
 class Module(pl.LightningModule):
     """AdamW on the planted gradients; the batches are not looked at."""
 
-    def __init__(self, batches: int = 4 * STEPS) -> None:
+    def __init__(self, batches: int = 4 * STEPS, *, of: Table = table, bad: int | None = None) -> None:
         super().__init__()
-        self.net, self.batches = Planted(), batches
+        self.net, self.batches, self.bad = Planted(of), batches, bad
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.net.parameters(), lr=0.01, weight_decay=0.0)
@@ -36,7 +37,7 @@ class Module(pl.LightningModule):
         return torch.utils.data.DataLoader(torch.zeros(self.batches, 1))
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return self.net.loss(*self.trainer.optimizers)
+        return self.net.loss(*self.trainer.optimizers) * (math.nan if batch_idx == self.bad else 1.0)
 
 
 class Two(Module):
@@ -126,6 +127,31 @@ def test_a_checkpoint_of_an_older_version_resumes(tmp_path: Path) -> None:
     assert set(found["am/skipped_steps"].values()) == {2.0}
 
 
+def test_a_checkpoint_of_the_middle_of_an_epoch_has_the_interval(tmp_path: Path) -> None:
+    """As ModelCheckpoint writes it, in the batch itself, where Lightning's axis is one behind."""
+    saver = pl.callbacks.ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=10, save_top_k=-1)
+    for path in (None, tmp_path / "step=10.ckpt"):
+        trainer = pl.Trainer(
+            **quiet(
+                max_steps=21,
+                callbacks=[AdaptiveMemory(log_every_n_steps=7), saver],
+                enable_checkpointing=True,
+                logger=TensorBoardLogger(tmp_path / ("rest" if path else "first"), name="", version=""),
+            )
+        )
+        trainer.fit(Module(), ckpt_path=path)
+    whole, wanted = curves(tmp_path / "rest"), curves_of(planted(21), (7, 14, 21), cap=CAP)
+    for tag in ("am/beta/mean", "am/beta/min"):
+        assert [*whole[tag].values()] == pytest.approx([wanted[tag][14], wanted[tag][21]], rel=2e-6)
+
+
+def test_dropped_steps_are_in_no_interval(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="1 step since the last report dropped"):
+        fit(Module(bad=3), tmp_path, 7, steps=14)
+    expected = curves_of(planted(13), (6, 13), cap=CAP)  # one behind, for the fourth step is none
+    assert_curves(curves(tmp_path), expected)
+
+
 def test_the_end_of_a_fit_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Which optimizer it is stands at the beginning; the dip is known by layer and interval, the last steps count."""
     with caplog.at_level(logging.INFO):
@@ -136,6 +162,42 @@ def test_the_end_of_a_fit_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureF
     assert told[0] == "AdaptiveMemory: AdamW is now AMAdamW (scope tensor, lambda 0.1, cap of beta_t 0.89, 6 tensors)"
     assert f"mean beta_t {mean:.3f}, {at_cap:.0%} of it at the cap" in told[-1]
     assert DIP[1] == 24 and "layers.1 0.01 in steps 22 to 28" in told[-1] and "no step skipped" in told[-1]
+
+
+DIPS = {("layers.0.mlp.weight", 13): 0.12, ("embed.weight", 2): 0.5}
+
+
+def dipping(name: str, step: int) -> float:
+    """0.8, with a dip in the second step, and one after the last log interval of ten steps."""
+    return CAP if step == 1 else DIPS.get((name, step), 0.8)
+
+
+@pytest.mark.parametrize(
+    ("every", "early", "late"),
+    [(1, "step 2", "step 13"), (5, "steps 1 to 5", "steps 11 to 13"), (10, "steps 1 to 10", "steps 11 to 13")],
+)
+def test_the_line_says_in_which_interval_a_dip_was(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, every: int, early: str, late: str
+) -> None:
+    with caplog.at_level(logging.INFO):
+        fit(Module(of=dipping), tmp_path, every, steps=13)
+    betas = [beta for step in planted(13, of=dipping) for beta in step.values()]
+    (told,) = [record.message for record in caplog.records if "mean beta_t" in record.message]
+    assert f"mean beta_t {sum(betas) / len(betas):.3f}, 8% of it at the cap" in told
+    assert f"lowest: layers.0 0.12 in {late}, embed 0.5 in {early}, layers.1 0.8 in " in told
+
+
+def test_the_line_of_a_resumed_fit_is_of_the_whole_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.warns(UserWarning, match="1 step since the last report dropped"):
+        half = fit(Module(of=dipping, bad=2), tmp_path / "first", 4, steps=15)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        fit(Module(of=dipping), tmp_path / "rest", 4, steps=18, ckpt_path=tmp_path / "half.ckpt")
+    betas = [beta for step in planted(17, of=dipping) for beta in step.values()]
+    (told,) = [record.message for record in caplog.records if "mean beta_t" in record.message]
+    assert f"mean beta_t {sum(betas) / len(betas):.3f}" in told and "1 step skipped" in told
+    assert "layers.0 0.12 in steps 13 to 16, embed 0.5 in steps 1 to 4" in told  # a dropped step has a number
 
 
 class Deep(Module):
