@@ -13,6 +13,7 @@ from torch import nn
 from am_lightning.distributed.call_stack import caller
 from am_lightning.huggingface.accelerate import bind_models
 from am_lightning.huggingface.images import report_image
+from am_lightning.loggers.history import RunHistory
 from am_lightning.loggers.reader import StatsReader
 from am_lightning.optim.adamw import AMAdamW
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
@@ -85,6 +86,7 @@ class AdaptiveMemoryCallback(TrainerCallback, ExportableState):
             )
         if self._reader is None or self._reader.optimizer is not am_optimizer:
             self._reader = StatsReader(am_optimizer)
+        self._reader.history = RunHistory()  # a second train() is a run of its own
         logged = [record["am/skipped_steps"] for record in state.log_history if "am/skipped_steps" in record]
         before = int(logged[-1]) if logged else 0
         self._reader.skipped_before += before - self._reader.skipped_in_all()

@@ -72,13 +72,16 @@ class StatsReader:
         self.history = RunHistory()
         self._warned_of = 0
         self._stats: MomentumStats | None = None
-        self._carried: tuple[list[str], torch.Tensor] = [], nothing(_HOST, 0)
+        self._carried: tuple[list[str], torch.Tensor] = [], nothing(_HOST, 0)  # of the logger's interval
+        self._loaded = False  # all of it is from a checkpoint
         optimizer.begin_interval(self, unread=True)
         self.begin(0)
 
     def begin(self, step: int) -> None:
         """What is logged begins after ``step``, except for what ``load_state_dict`` brought."""
         self.optimizer.begin_interval(self.history)
+        if not self._loaded:
+            self._carried = [], nothing(_HOST, 0)
         self.history.begin(step)
 
     def read(self, step: int | None = None) -> None:
@@ -92,7 +95,7 @@ class StatsReader:
         numbers = self._take(names, self if step is None else self.history)
         if step is not None:
             numbers = merged_by_name(numbers, names, self._carried[1], self._carried[0])
-            self._carried = [], nothing(_HOST, 0)
+            self._carried, self._loaded = ([], nothing(_HOST, 0)), False
         self.interval = Interval(*numbers)
         if step is not None:
             self.history.add(step, self.stats.layer_names, self.stats.by_layer(self.interval), self.stats.cap)
@@ -128,12 +131,13 @@ class StatsReader:
         """Copy what was tallied so far of the interval from the device; it goes on."""
         names = self.optimizer.parameter_names()
         taken = self._take(names, self.history)
+        self._loaded = self._loaded and not bool(Interval(*taken).steps.any())
         self._carried = names, merged_by_name(taken, names, self._carried[1], self._carried[0])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what ``state_dict`` gave."""
         numbers = torch.as_tensor(state_dict["interval"], dtype=torch.float64, device="cpu")
-        self._carried = list(state_dict["names"]), numbers
+        self._carried, self._loaded = (list(state_dict["names"]), numbers), True
         self.skipped_before = state_dict["skipped_steps"] - int(read_report(self.optimizer)[1].skipped_steps)
         self.history.load_state_dict(state_dict["history"])
 

@@ -355,3 +355,18 @@ def test_saving_takes_nothing_from_an_interval() -> None:
     train(model, optimizer, 12, after_each=lambda: states.append(handle.reader.state_dict()))
     assert_curves(rows.curves(), expected_curves(12, 6))
     assert [state["interval"][3].sum() / len(NAMES) for state in states] == [1, 2, 3, 4, 5, 0] * 2
+
+
+def test_a_return_to_an_earlier_checkpoint_leaves_out_what_came_after_it() -> None:
+    """Though a later checkpoint was written in between, for which the interval was read."""
+    model, optimizer = model_and()
+    rows = Rows()
+    handle = attach(optimizer, rows, every=10)
+    train(model, optimizer, 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, 4)
+    handle.reader.state_dict()
+    optimizer.load_state_dict(saved)
+    train(model, optimizer, 7)
+    expected = numbers_of(planted(10)[3:])
+    assert rows[10] == pytest.approx(rows[10] | expected, abs=1e-9)
