@@ -1,16 +1,23 @@
-"""Accelerate's trackers get the mean and the ends of the interval, of a beta_t that is known at every step."""
+"""Accelerate's trackers and the Trainer get the mean and the ends of the interval, of a beta_t known at every step."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from torch import nn
+from transformers import Trainer
 
 from am_lightning import AMAdamW
-from am_lightning.huggingface import attach
+from am_lightning.huggingface import AdaptiveMemoryCallback, attach
+from am_lightning.huggingface import trainer as trainer_module
 from tests.huggingface.events import scalars_in
+from tests.huggingface.trainer_runs import make_trainer
 from tests.loggers.intervals import assert_curves, curves_of
 from tests.loggers.planted import CAP, Planted, expected_curves, planted
 
@@ -56,3 +63,82 @@ def test_a_resume_leaves_no_gap_where_the_reader_is_saved(tmp_path: Path, saved:
     run(tmp_path / "rest", 30, STEPS, every=7, saved=saved, load=True)
     begins = 28 if saved else 30
     assert_curves(scalars_in(tmp_path / "rest"), curves_of(planted(STEPS), (35, 42, 49), begins=begins, cap=CAP))
+
+
+# ---------------------------------------------------------------------- the Trainer
+class ForTrainer(nn.Module):
+    """As the Trainer wants it; ``adaptive`` is its optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Planted()
+
+    def forward(self, input_ids: Any = None, labels: Any = None) -> dict[str, torch.Tensor]:
+        return {"loss": self.net.loss(self.adaptive)}
+
+
+def train(
+    folder: Path, steps: int, *, every: int = 7, accumulate: int = 1, resume: Path | None = None, save: int = 10
+) -> Trainer:
+    model = ForTrainer()
+    model.adaptive = AMAdamW(model.named_parameters(), lr=0.01, weight_decay=0.0)
+    arguments = {
+        "max_steps": steps,
+        "logging_steps": every,
+        "save_steps": save,
+        "gradient_accumulation_steps": accumulate,
+        "max_grad_norm": 0.0,
+        "learning_rate": 0.01,
+        "weight_decay": 0.0,
+        "adam_beta2": 0.999,
+    }
+    trainer = make_trainer(
+        folder,
+        batch=1,
+        model=model,
+        callbacks=[AdaptiveMemoryCallback()],
+        optimizers=(model.adaptive, torch.optim.lr_scheduler.LambdaLR(model.adaptive, lambda step: 1.0)),
+        arguments=arguments,
+    )
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return trainer
+
+
+def check(folder: Path, expected: dict[str, dict[int, float]]) -> None:
+    assert_curves(scalars_in(folder / "runs"), {f"train/{tag}": points for tag, points in expected.items()})
+
+
+@pytest.mark.parametrize(("every", "accumulate"), [(1, 1), (7, 1), (50, 1), (7, 2)])
+def test_the_trainer_logs_the_interval(tmp_path: Path, every: int, accumulate: int) -> None:
+    train(tmp_path, STEPS, every=every, accumulate=accumulate, save=1000)
+    check(tmp_path, expected_curves(STEPS, every, layers=False))
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_resumed_trainer_goes_on_in_its_interval(tmp_path: Path, older: bool) -> None:
+    """A checkpoint of an older version has nothing of it, and what is saved after it is resumed, has."""
+    train(tmp_path / "first", 10)
+    file = tmp_path / "first" / "checkpoint-10" / "trainer_state.json"
+    if older:
+        saved = json.loads(file.read_text())
+        del saved["stateful_callbacks"]["AdaptiveMemoryCallback"]
+        file.write_text(json.dumps(saved))
+    train(tmp_path / "rest", 30, resume=file.parent)
+    check(tmp_path / "rest", curves_of(planted(30), (14, 21, 28), begins=10 if older else 7, cap=CAP))
+    again = tmp_path / "rest" / "checkpoint-20"
+    train(tmp_path / "again", 30, resume=again)
+    check(tmp_path / "again", curves_of(planted(30), (21, 28), begins=14, cap=CAP))
+
+
+def test_a_second_train_is_a_run_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same optimizer: its intervals, its line and its picture begin anew."""
+    told: list[str] = []
+    monkeypatch.setattr(trainer_module._LOGGER, "info", told.append)
+    trainer = train(tmp_path, 10, save=1000)
+    trainer.train()
+    logged = {r["step"]: r["am/beta/mean"] for r in trainer.state.log_history if "am/beta/mean" in r}
+    seen = planted(20)[10:]
+    assert logged == pytest.approx(curves_of(seen, (7,), cap=CAP)["am/beta/mean"])
+    for line, steps in zip(told, (planted(10), seen), strict=True):
+        betas = [beta for step in steps for beta in step.values()]
+        assert f"mean beta_t {sum(betas) / len(betas):.3f}" in line
