@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from am_lightning import AdaptiveMemory, AMAdamW
 from tests.lightning.cluster import STEPS, alone, compared, optimizer_and_schedule, run
+from tests.loggers.intervals import numbers_of
 from tests.sharding.model import RATES, batch_of, lr_of, make_net, raw_betas
 
 STOP = 4
@@ -67,3 +68,12 @@ def steps(net: torch.nn.Module, optimizer: torch.optim.Optimizer, which: range, 
         optimizer.zero_grad()
         F.mse_loss(net(x), y).backward()
         optimizer.step()
+
+
+def interval_after_resume(placed: str, where: str) -> tuple[dict[str, float], dict[str, float]]:
+    """The first point that a resumed run logs, and what it has to be: of steps before and after the checkpoint."""
+    every = STOP - 1
+    _, _, _, logged, _ = run(placed, resume=where, of_callback={"log_every_n_steps": every})
+    expected = numbers_of(alone()["seen"][every : 2 * every])
+    found = next((entry for entry in logged if "am/beta/mean" in entry), expected)  # rank zero logs
+    return {tag: found[tag] for tag in expected}, expected

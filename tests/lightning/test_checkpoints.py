@@ -130,6 +130,16 @@ def test_amsgrad_is_refused_before_a_weight_moves(pool: Ranks, tmp_path: Path) -
     assert all(answer.kind == "ValueError" and "amsgrad=True" in answer.text for answer in answers)
 
 
+def test_the_interval_goes_on_at_another_world_size(pool: Ranks, tmp_path: Path) -> None:
+    """The log interval that the checkpoint is in the middle of is whole, on one process as on two."""
+    for placed in ("ddp", "fsdp2"):
+        where = str(tmp_path / f"{placed}.ckpt")
+        pool(2).run(f"{HERE}fit_and_save", placed=placed, where=where, of_callback={"log_every_n_steps": 3})
+        for world in (1, 2):
+            (found, expected), *_ = pool(world).run(f"{HERE}interval_after_resume", placed=placed, where=where)
+            assert found == pytest.approx(expected, rel=1e-9), (placed, world)
+
+
 def test_skipped_steps_are_counted_on(pool: Ranks, tmp_path: Path) -> None:
     """FSDP and model parallel restore a callback after on_fit_start, the others before."""
     for placed in ("ddp", "fsdp1", "fsdp2"):
