@@ -201,6 +201,15 @@ def test_a_changed_cap_is_the_one_that_is_met() -> None:
     assert Interval(*tally.take()).steps.tolist() == [0.0, 0.0]
 
 
+def test_what_a_tensor_took_no_part_in_is_not_in_its_numbers() -> None:
+    tally = BetaTally(("a", "b"), torch.empty(0, dtype=F64))
+    cap = torch.full((2,), CAP, dtype=F64)
+    for betas, active in (((0.5, 0.0), (True, False)), ((CAP, 0.25), (False, True))):
+        tally.add(torch.tensor(betas, dtype=F64), cap, torch.tensor(active))
+    expected = [[0.5, 0.25], [0.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.5, 0.25], [0.5, 0.25]]
+    assert tally.take().tolist() == expected
+
+
 def test_a_reading_waits_once_and_a_step_never() -> None:
     model, optimizer = model_and()
     for group in optimizer.param_groups:
@@ -236,7 +245,7 @@ def rename(model: Planted, optimizer: AMAdamW) -> None:
 
 
 def cast(model: Planted, optimizer: AMAdamW) -> None:
-    """Another dtype, as another device: the layout is built anew, and the tally is another."""
+    """Another dtype, as another device: the layout is built anew."""
     model.float()
 
 
@@ -256,6 +265,17 @@ def test_tensors_that_are_named_or_moved_between_readings_lose_nothing(change: C
     reader.read()
     assert reader.interval.steps.tolist() == [10.0] * len(NAMES)
     assert_curves(rows.curves(), expected_curves(20, 10))
+
+
+def test_tallies_of_earlier_names_are_forgotten_when_they_are_read() -> None:
+    model, optimizer = model_and(named=False)
+    reader = StatsReader(optimizer)
+    train(model, optimizer, 1)
+    rename(model, optimizer)
+    train(model, optimizer, 1)
+    reader.read()
+    assert reader.interval.steps.tolist() == [2.0] * len(NAMES)
+    assert len(optimizer._stats._tallies) == 1
 
 
 def test_a_group_that_is_added_counts_from_its_first_step() -> None:

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 
-from tests.mutations import deepspeed, huggingface, lightning, optim, optim_guards, optim_state, recipes, sharding
+from tests.mutations import (
+    deepspeed,
+    huggingface,
+    lightning,
+    loggers,
+    optim,
+    optim_guards,
+    optim_state,
+    recipes,
+    sharding,
+)
 from tests.mutations.mutation import Mutation
 
 AREAS: dict[str, list[Mutation]] = {
     "optim": [*optim.MUTATIONS, *optim_guards.MUTATIONS, *optim_state.MUTATIONS],
     "sharding": sharding.MUTATIONS,
+    "loggers": loggers.MUTATIONS,
     "lightning": lightning.MUTATIONS,
     "huggingface": huggingface.MUTATIONS,
     "deepspeed": deepspeed.MUTATIONS,
