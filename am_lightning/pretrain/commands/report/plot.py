@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from am_lightning.pretrain.commands.report.events import Curve
 from am_lightning.pretrain.commands.report.runs import RunData
-from am_lightning.pretrain.commands.report.series import heatmap, smooth
+from am_lightning.pretrain.commands.report.series import band, heatmap, smooth
 from am_lightning.pretrain.runtime.atomic_files import replacing
 
 # After Okabe and Ito, darker where they are too pale on white: told apart with any colour vision.
@@ -23,6 +23,7 @@ COLOURS = ("#0072B2", "#C44E00", "#00805B", "#B0538D", "#8A6500", "#4D4D4D", "#2
 COLOUR_MAP = "YlGnBu_r"
 _DASHES = ("-", "--", ":")
 _DOTS: dict[str, Any] = {"marker": "o", "markersize": 5, "linewidth": 1.6}
+_BAND_POINTS = 500
 _INK, _GRID = "#333333", "#DDDDDD"
 _CURE = "Free some space and run `python -m am_lightning.recipes report` on the run's folder."
 
@@ -49,20 +50,26 @@ def draw(path: Path, runs: Sequence[RunData], *, heatmap_of: int | None = 0) -> 
 
 
 def draw_report(path: Path, runs: Sequence[RunData]) -> None:
-    """Draw what the HTML report shows: losses, momentum of every run that has it, and whatever else was logged.
+    """Draw what the HTML report shows.
 
     Raises:
         RecipeError: the picture cannot be written.
     """
+    _save(report_figure(runs), path, dpi=110)
+
+
+def report_figure(runs: Sequence[RunData]) -> Figure:
+    """Losses, momentum by layer of every run that has it, and whatever else was logged."""
     panels = [
-        ("gradient norm, before clipping", [run.grad_norm for run in runs], True),
-        ("tokens per second, all processes", [run.tokens_per_second for run in runs], False),
-        ("share of tensors at the cap of beta_t", [run.at_max for run in runs], True),
-        ("share of tensors with beta_t = 0", [run.at_zero for run in runs], True),
-        ("steps skipped so far", [run.skipped for run in runs], False),
-        ("learning rate", [run.learning_rate for run in runs], False),
+        (r"momentum $\beta_t$, mean over all tensors, between lowest and highest", "beta_mean", True),
+        ("share of tensors at the cap of beta_t", "at_max", True),
+        ("share of tensors with beta_t = 0", "at_zero", True),
+        ("gradient norm, before clipping", "grad_norm", True),
+        ("tokens per second, all processes", "tokens_per_second", False),
+        ("steps skipped so far", "skipped", False),
+        ("learning rate", "learning_rate", False),
     ]
-    panels = [panel for panel in panels if any(panel[1])]
+    panels = [panel for panel in panels if any(getattr(run, panel[1]) for run in runs)]
     with_momentum = [run for run in runs if run.momentum]
     pairs = -(-len(panels) // 2)
     heights = [4.2, *(0.9 + 0.16 * len(run.momentum) for run in with_momentum), *(2.2 for _ in range(pairs))]
@@ -74,10 +81,12 @@ def draw_report(path: Path, runs: Sequence[RunData]) -> None:
     for row, run in enumerate(with_momentum, start=1):
         axes = figure.add_subplot(grid[row, :], sharex=losses)
         draw_heatmap(figure, axes, run, named=len(runs) > 1)
-    for number, (title, curves, smoothed) in enumerate(panels):
+    for number, (title, name, smoothed) in enumerate(panels):
         axes = figure.add_subplot(grid[1 + len(with_momentum) + number // 2, number % 2], sharex=losses)
-        _draw_panel(axes, title, curves, smoothed=smoothed)
-    _save(figure, path, dpi=110)
+        _draw_panel(axes, title, [getattr(run, name) for run in runs], smoothed=smoothed)
+        if name == "beta_mean":
+            _draw_ends(axes, runs)
+    return figure
 
 
 def draw_losses(axes: Axes, runs: Sequence[RunData]) -> None:
@@ -118,7 +127,7 @@ def draw_heatmap(figure: Figure, axes: Axes, run: RunData, *, named: bool) -> No
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
     title = rf"momentum $\beta_t${f' of {run.name}' if named else ''}, "
-    title += f"{'lowest' if run.has_lowest else 'mean'} of a layer's tensors"
+    title += f"{'lowest' if run.has_lowest else 'mean'} of a layer{'' if run.has_layers else ' group'}'s tensors"
     if found.width > 1:
         title += f", lowest of {found.width} logged points"
     axes.set_title(title, loc="left", fontsize=10, color=_INK)
@@ -139,6 +148,19 @@ def _draw_panel(axes: Axes, title: str, curves: Sequence[Curve | None], *, smoot
     axes.set_ylim(bottom=0)
     _style(axes)
     axes.grid(color=_GRID, linewidth=0.6)
+
+
+def _draw_ends(axes: Axes, runs: Sequence[RunData]) -> None:
+    """From the lowest to the highest beta_t of any tensor in any step; the caps, which the axis reaches."""
+    for number, run in enumerate(runs):
+        if run.beta_ends is not None:
+            low, high = band(*run.beta_ends, _BAND_POINTS)
+            axes.fill_between(low.steps, low.values, high.values, color=look(number)[0], alpha=0.16, linewidth=0)
+    caps = {run.cap for run in runs if run.cap is not None}
+    for cap in caps:
+        axes.axhline(cap, color=_INK, ls=":", linewidth=0.8)
+    if caps:
+        axes.set_ylim(top=1.04 * max(caps))
 
 
 def _legend(runs: Sequence[RunData]) -> list[Line2D]:

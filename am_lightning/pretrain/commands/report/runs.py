@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from am_lightning.pretrain.commands.report.events import PATTERN, Curve, last_picture, read_files
@@ -126,7 +127,7 @@ class RunData:
     @property
     def has_lowest(self) -> bool:
         """Whether `momentum` is the lowest of all steps and tensors; else it is the mean of logged steps."""
-        return any(_KIND_TAG in tag and tag.endswith("/min") for tag in self.curves)
+        return any(_after(tag, _KIND_TAG).endswith("/min") for tag in self.curves if f"/{_KIND_TAG}" in f"/{tag}")
 
     @cached_property
     def momentum(self) -> dict[str, Curve]:
@@ -138,7 +139,7 @@ class RunData:
         if not layers:
             layers = {_after(tag, _KIND_TAG): c for tag, c in self.curves.items() if f"/{_KIND_TAG}" in f"/{tag}"}
         means = {name: curve for name, curve in layers.items() if name not in _OF_ALL and not name.endswith(_ENDS)}
-        return {name: layers.get(f"{name}/min", curve) for name, curve in means.items()}
+        return {name: _lowest(curve, layers.get(f"{name}/min")) for name, curve in means.items()}
 
     @property
     def steps(self) -> int:
@@ -291,6 +292,15 @@ def _labels(folders: dict[Path, str | None]) -> dict[Path, str]:
             if labels[folder] in twice and not given:
                 labels[folder] = "/".join(folder.parts[-words:])
     return labels
+
+
+def _lowest(mean: Curve, low: Curve | None) -> Curve:
+    """The lowest; before it, of a run that logged only means when it began, the mean."""
+    if low is None:
+        return mean
+    before = mean.steps < low.steps[0]
+    steps = np.concatenate([mean.steps[before], low.steps])
+    return Curve(steps, np.concatenate([mean.values[before], low.values]))
 
 
 def _after(tag: str, start: str) -> str:
