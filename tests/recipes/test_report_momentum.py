@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.collections import QuadMesh
 
 from am_lightning.pretrain.commands.report.plot import report_figure
 from am_lightning.pretrain.commands.report.runs import RunData, find_runs
@@ -42,4 +44,14 @@ def test_the_picture_has_the_momentum_from_zero_to_the_cap(tmp_path: Path) -> No
     assert list(band.get_paths()[0].get_extents().extents) == pytest.approx([2, 0.2, 6, 0.85], abs=1e-6)
     [by_layer] = [axes for axes in figure.axes if "lowest of a layer group's tensors" in axes.get_title("left")]
     [mesh] = by_layer.collections
+    assert isinstance(mesh, QuadMesh)
+    assert np.asarray(mesh.get_coordinates())[0, :, 0].tolist() == [0, 2, 4, 6]  # the first point is of two steps, too
     assert mesh.get_clim() == pytest.approx((0, 0.89))
+
+
+def test_the_validation_after_the_last_step_is_one_dot(tmp_path: Path) -> None:
+    run = run_of_layer(tmp_path, {})
+    assert run.validation_points == []
+    write_run(tmp_path, {"final/val_loss": {6: 1.5}})
+    [run] = find_runs([str(tmp_path)])
+    assert run.validation_points == [(6, 1.5)]

@@ -63,8 +63,9 @@ class RunData:
 
     @property
     def val_loss(self) -> Curve | None:
-        """Nats per token; with the one after the last step, where it was logged."""
-        return self.find("val/loss", "eval/loss", "val_loss", "eval_loss")
+        """Nats per token, of the validations before the one after the last step."""
+        found = self.find("val/loss", "eval/loss", "val_loss", "eval_loss")
+        return None if found is self.find("final/val_loss") else found
 
     @property
     def grad_norm(self) -> Curve | None:

@@ -94,5 +94,6 @@ def heatmap(layers: dict[str, Curve], columns: int = HEATMAP_COLUMNS) -> Heatmap
         values[row, np.searchsorted(steps, layers[layer].steps)] = layers[layer].values
     width = -(-len(steps) // columns)
     starts = np.arange(0, len(steps), width)
-    edges = np.concatenate([[steps[0] - 1], steps[starts[1:] - 1], [steps[-1]]])
+    first = max(0, steps[0] - (steps[1] - steps[0] if len(steps) > 1 else 1))  # a point is of the steps before it
+    edges = np.concatenate([[first], steps[starts[1:] - 1], [steps[-1]]])
     return Heatmap(rows, edges, np.fmin.reduceat(values, starts, axis=1), width)
