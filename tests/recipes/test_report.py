@@ -315,6 +315,8 @@ addEventListener("load", () => {
   const tip = page.getElementById("tip");
   const momentum = charts.find((svg) => svg.ariaLabel.startsWith("Momentum, mean"));
   const above = [...momentum.querySelectorAll("path")].filter((path) => path.getBBox().y < 0).length;
+  charts.at(-1).dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" }));
+  const column = tip.innerText;
   momentum.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" }));
   const told = tip.innerText;
   const finger = { pointerType: "touch", clientX: 1000, clientY: 0 };
@@ -324,7 +326,7 @@ addEventListener("load", () => {
   momentum.dispatchEvent(new PointerEvent("pointerleave", { pointerType: "mouse" }));
   page.querySelector("#legend button").click();
   const blank = page.querySelector(".chart svg").querySelectorAll("path").length;
-  document.body.textContent = JSON.stringify({ charts: charts.length, outside, above, blank, paths, told, kept,
+  document.body.textContent = JSON.stringify({ charts: charts.length, outside, above, blank, paths, column, told, kept,
     gone: tip.hidden, overflow: page.body.scrollWidth,
     labels: charts.every((svg) => svg.ariaLabel && svg.tabIndex === 0) });
 });
@@ -351,6 +353,7 @@ def test_a_browser_draws_it_on_a_phone(compared: tuple[Path, str], tmp_path: Pat
     assert all(count > 0 for count in seen["paths"])
     assert seen["outside"] == 0 and seen["above"] == 0  # no label is cut off, and no band
     assert seen["overflow"] <= 390
+    assert seen["column"].startswith("steps 1 to 2\n")  # of the older run's layers, logged every second step
     low, high = (page.data["charts"][2]["series"][0][end] for end in ("values", "upper"))
     assert seen["told"].startswith("step 1\n") and f"{low[0]:.4g} to {high[0]:.4g}" in seen["told"]
     assert seen["kept"].startswith("step 20\n") and f"{low[-1]:.4g} to {high[-1]:.4g}" in seen["kept"] and seen["gone"]

@@ -11,7 +11,7 @@ from matplotlib.collections import QuadMesh
 from am_lightning.pretrain.commands.report.plot import report_figure
 from am_lightning.pretrain.commands.report.runs import RunData, find_runs
 
-from .test_report import intervals, write_run
+from .pages import intervals, write_run
 
 
 def run_of_layer(folder: Path, points: dict[str, dict[int, float]]) -> RunData:

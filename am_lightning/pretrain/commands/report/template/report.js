@@ -164,7 +164,8 @@
     const label = `Momentum of ${data.runs[map.run]} by layer, over ${number(lastStep)} steps; lowest ${number(lowest)}, scale up to ${map.top}`;
     const { svg, x } = stage(plot, left, row * map.rows.length, label, (step, y) => {
       const j = Math.min(map.edges.length - 2, at(map.edges, step - 1));
-      const title = map.width > 1 ? `steps ${number(map.edges[j] + 1)} to ${number(map.edges[j + 1])}, lowest` : `step ${number(map.edges[j + 1])}`;
+      const [first, last] = [map.edges[j] + 1, map.edges[j + 1]];
+      const title = (first < last ? `steps ${number(first)} to ${number(last)}` : `step ${number(last)}`) + (map.width > 1 ? ", lowest" : "");
       const rows = map.rows.map((name, i) => [null, name, number(map.values[i][j])]);
       const only = y === null ? undefined : rows[Math.floor((y - TOP) / row)];
       return [title, rows.length > 12 && only ? [only] : rows.slice(0, 24)];
