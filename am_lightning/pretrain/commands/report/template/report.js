@@ -4,7 +4,7 @@
   const tip = document.getElementById("tip");
   const hidden = new Set();
   const TOP = 8; // above a plot, RIGHT of it, and BELOW it for the steps
-  const RIGHT = 12;
+  const RIGHT = 20;
   const BELOW = 26;
   const lastStep = Math.max(1, ...data.charts.flatMap((c) => c.series.flatMap((s) => s.steps.slice(-1))));
   const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
