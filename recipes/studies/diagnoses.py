@@ -1,6 +1,6 @@
 """What faults look like in the heat map of beta_t: ``python -m recipes.studies.diagnoses [--out DIR] [--steps N]``.
 
-The laptop recipe, once as it is and once with each fault, from the same seed. About four minutes on two idle cores.
+The laptop recipe, once as it is and once with each fault, from the same seed. About six minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 _SHADES = 128  # of the pictures in the docs
 
 
-class _From(L.Callback):
-    """Acts on the model from a step on.
+class _Fault(L.Callback):
+    """Acts before a step.
 
     Args:
         step: the first that it changes, from 0.
@@ -39,30 +39,48 @@ class _From(L.Callback):
     ) -> None:
         if trainer.global_step == self.step:
             with torch.no_grad():
-                self.act(pl_module.get_submodule(f"model.model.layers.{self.layer}"))
+                self.act(pl_module.get_submodule(f"model.model.layers.{self.layer}"), batch)
 
-    def act(self, block: torch.nn.Module) -> None:
+    def act(self, block: torch.nn.Module, batch: torch.Tensor) -> None:
         raise NotImplementedError
 
 
-class Exploding(_From):
+class Exploding(_Fault):
     """The block's output projections become 30 times as large."""
 
-    def act(self, block: torch.nn.Module) -> None:
+    def act(self, block: torch.nn.Module, batch: torch.Tensor) -> None:
         for name, param in block.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 param.mul_(30)
 
 
-class Dead(_From):
-    """The block's attention and MLP are switched off: their outputs, and so their gradients, are zero."""
+class Dead(_Fault):
+    """The block's attention and MLP are switched off: their outputs, and so their gradients, are zero.
 
-    def act(self, block: torch.nn.Module) -> None:
+    Args:
+        step: the first that it changes, from 0.
+        layer: block of the model.
+        left: the share of the outputs that is left, 0 to 1; also of the gradients.
+    """
+
+    def __init__(self, step: int, layer: int = 1, left: float = 0.0) -> None:
+        super().__init__(step, layer)
+        self.left = left
+
+    def act(self, block: torch.nn.Module, batch: torch.Tensor) -> None:
         for part in (block.get_submodule("self_attn.o_proj"), block.get_submodule("mlp.down_proj")):
-            part.register_forward_hook(lambda module, inputs, output: output * 0)
+            part.register_forward_hook(lambda module, inputs, output: output * self.left)
 
 
-class Fault(NamedTuple):
+class BadBatch(_Fault):
+    """One batch is random tokens."""
+
+    def act(self, block: torch.nn.Module, batch: torch.Tensor) -> None:
+        random = torch.Generator().manual_seed(0)
+        batch.copy_(torch.randint(int(batch.max()) + 1, batch.shape, generator=random))
+
+
+class Run(NamedTuple):
     """One run.
 
     Attributes:
@@ -80,23 +98,26 @@ def _acting(kind: str) -> tuple[str, ...]:
     return (f"--trainer.callbacks+=recipes.studies.diagnoses.{kind}", "--trainer.callbacks.step={third}")
 
 
-FAULTS = (
-    Fault("healthy", "the recipe as it is", ()),
-    Fault("warmup", "warmup over the first third", ("--model.warmup_fraction=0.33",)),
-    Fault("learning-rate", "learning rate 30 times too high", ("--model.optimizer.lr=0.03",)),
-    Fault("exploding", "block 1 explodes after a third", _acting("Exploding")),
-    Fault("dead", "block 1 dies after a third", _acting("Dead")),
+_TOO_HIGH, _WARMUP = "--model.optimizer.lr=0.03", "--model.warmup_fraction=0.33"
+RUNS = (
+    Run("healthy", "the recipe as it is", ()),
+    Run("warmup", "warmup over the first third", (_WARMUP,)),
+    Run("learning-rate", "30 times the learning rate", (_TOO_HIGH,)),
+    Run("warmup-too-high", "30 times the learning rate, warmup over the first third", (_TOO_HIGH, _WARMUP)),
+    Run("exploding", "block 1 explodes after a third", _acting("Exploding")),
+    Run("dead", "block 1 dies after a third", _acting("Dead")),
+    Run("bad-batch", "one batch after a third is random", _acting("BadBatch")),
 )
 
 
-def train(fault: Fault, folder: Path, steps: int, extra: list[str]) -> str:
+def train(run: Run, folder: Path, steps: int, extra: list[str]) -> str:
     """Train, and return the line that the run ends with.
 
     Raises:
         RuntimeError: the run failed.
     """
     program, config = ROOT / "recipes" / "pretrain.py", ROOT / "recipes" / "configs" / "laptop.yaml"
-    given = [argument.format(third=steps // 3) for argument in fault.arguments]
+    given = [argument.format(third=steps // 3) for argument in run.arguments]
     options = [f"--trainer.max_steps={steps}", f"--trainer.default_root_dir={folder}", "--data.source=stdlib"]
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
     command = [sys.executable, str(program), "fit", "--config", str(config), *options, *quiet, *given, *extra]
@@ -120,17 +141,17 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/diagnoses"), help="folder of pictures and table")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of a run (%(default)s)")
-    parser.add_argument("--only", nargs="*", choices=[fault.name for fault in FAULTS], help="these runs alone")
+    parser.add_argument("--only", nargs="*", choices=[run.name for run in RUNS], help="these runs alone")
     options, extra = parser.parse_known_args(args)
     rows = ["| run | validation loss | beta_t |", "|---|---|---|"]
-    for fault in FAULTS:
-        if options.only and fault.name not in options.only:
+    for run in RUNS:
+        if options.only and run.name not in options.only:
             continue
-        folder = (options.out / "runs" / fault.name).resolve()
-        line = train(fault, folder, options.steps, extra)
-        save_picture(folder, options.out / f"{fault.name}.png")
+        folder = (options.out / "runs" / run.name).resolve()
+        line = train(run, folder, options.steps, extra)
+        save_picture(folder, options.out / f"{run.name}.png")
         loss = read_curves(folder / "logs")["final/val_loss"].last
-        rows.append(f"| {fault.title} | {loss:.3f} | {line} |")
+        rows.append(f"| {run.title} | {loss:.3f} | {line} |")
         print(rows[-1], flush=True)
     (options.out / "diagnoses.md").write_text("\n".join([*rows, ""]))
 
