@@ -360,13 +360,26 @@ def test_the_two_planes_are_drawn(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("token", [None, 35])
+def test_a_bad_batch_is_the_same_each_time(token: int | None) -> None:
+    batches = [torch.arange(80).reshape(2, 40) for _ in range(2)]
+    for batch in batches:
+        diagnoses.BadBatch(3, token).act(torch.nn.Identity(), batch)
+    assert torch.equal(*batches)
+    assert not torch.equal(batches[0], torch.arange(80).reshape(2, 40))
+    values = set(batches[0].flatten().tolist())
+    assert values == {token} if token else len(values) > 20 and values <= set(range(80))
+
+
 @pytest.mark.slow
-def test_a_fault_is_trained_and_drawn(tmp_path: Path, corpus_folder: Path) -> None:
-    """With a tiny model: the run that acts on a block, its sentence and its picture."""
+def test_faults_are_trained_and_drawn(tmp_path: Path, corpus_folder: Path) -> None:
+    """With a tiny model: runs that act on a block and on a batch, their sentences and pictures."""
     tiny = [f"--{key}={value}" for key, value in TINY.items() if "enable" not in key]
-    arguments = ["--out", str(tmp_path), "--steps", "9", "--only", "dead", f"--data.source={corpus_folder}", *tiny]
-    diagnoses.main(arguments)
-    row = (tmp_path / "diagnoses.md").read_text().splitlines()[-1]
-    assert "layers.1 0 in step" in row
-    with Image.open(tmp_path / "dead.png") as picture:
-        assert picture.mode == "P" and picture.width > 600
+    arguments = ["--out", str(tmp_path), "--steps", "9", "--only", "dead", "bad-batch", *tiny]
+    diagnoses.main([*arguments, f"--data.source={corpus_folder}"])
+    dead, bad_batch = (tmp_path / "diagnoses.md").read_text().splitlines()[-2:]
+    assert "layers.1 0 in step 4" in dead
+    assert re.search(r"layers\.\d 0\.00\d+ in step 4", bad_batch)
+    for name in ("dead", "bad-batch"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert picture.mode == "P" and picture.width > 600
