@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import platform
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from am_lightning.pretrain.runtime.recipe_text import recipe_text
 from am_lightning.pretrain.runtime.run_config import read_run_config
 from recipes.studies.ledger import Config, Result
 from recipes.studies.pretraining.methods import Method, fix_momentum, make_optimizer
+from recipes.studies.pretraining.noise import noisy_backward
 
 WEIGHT_DECAY, CLIP, FINAL_LR = 0.1, 1.0, 0.1
 
@@ -79,8 +81,9 @@ class Pretraining:
 
         Returns:
             ``val_loss`` after the last step, in nats per token, None where the run diverged; ``losses`` of the training
-            batches; for AM ``at_cap``, the share of (step, tensor) pairs there, and with ``traces`` the ``names`` of
-            the tensors and their ``betas`` (steps, tensors).
+            batches; for AM ``at_cap``, the share of (step, tensor) pairs there. With ``traces``, for AM also the
+            ``names`` of the tensors and their ``betas`` (steps, tensors), and where the batch goes through the device
+            in parts ``noise``: for each step the numbers that `noise_scale` takes, before clipping.
         """
         seed = str(config["seed"])
         options = {
@@ -100,7 +103,7 @@ class Pretraining:
         run.train(settings.data)
         loss = run.validate(settings.data) if len(run.losses) == config["steps"] else math.inf
         result: Result = {"val_loss": _finite(loss), "losses": [_finite(round(value, 4)) for value in run.losses]}
-        return result | run.momentum()
+        return result | run.momentum() | ({"noise": run.noise} if run.noise else {})
 
 
 class _Run:
@@ -115,6 +118,7 @@ class _Run:
         self.losses: list[float] = []
         self.betas: list[Tensor] = []
         self.names: list[str] = []
+        self.noise: list[tuple[float, float]] = []
 
     def train(self, data: TextData) -> None:
         """All steps, or up to the first loss that is not finite."""
@@ -154,11 +158,7 @@ class _Run:
             factor = learning_rate_factor(step, self.steps, "cosine", self.method.warmup, 0.0, FINAL_LR)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * factor
-        loss = 0.0
-        for part in torch.split(batch, self.micro):
-            share = self._loss(part) * (len(part) / len(batch))
-            torch.autograd.backward(share)
-            loss += float(share.detach())
+        loss = self._backward(torch.split(batch, self.micro))
         if isinstance(self.optimizer, AMAdamW):
             clip_grad_norm_(self.optimizer, CLIP)
         else:
@@ -169,6 +169,18 @@ class _Run:
             momentum = self.optimizer.momentum()
             self.names = list(momentum)
             self.betas.append(torch.stack(list(momentum.values())).cpu())
+        return loss
+
+    def _backward(self, parts: Sequence[Tensor]) -> float:
+        if self.traces and len(parts) > 1:
+            loss, *norms = noisy_backward(list(self.model.parameters()), parts, self._loss)
+            self.noise.append((norms[0], norms[1]))
+            return loss
+        loss, rows = 0.0, sum(map(len, parts))
+        for part in parts:
+            share = self._loss(part) * (len(part) / rows)
+            torch.autograd.backward(share)
+            loss += float(share.detach())
         return loss
 
     def _loss(self, rows: Tensor) -> Tensor:
