@@ -1,4 +1,4 @@
-"""Means over seeds and paired differences, with Student's 95 % intervals."""
+"""Means over seeds and paired differences, with Student's intervals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with half the width of its 95 % interval (nan for one sample), and the number of samples."""
+    """A mean with half the width of its interval (nan for one sample), and the number of samples."""
 
     mean: float
     half_width: float
@@ -29,8 +29,12 @@ class Interval:
         return f"{self.mean:+.3f}{width} (n={self.samples})"
 
 
-def interval(values: list[float]) -> Interval:
+def interval(values: list[float], *, comparisons: int = 1) -> Interval:
     """Mean and Student's 95 % interval of independent samples.
+
+    Args:
+        values: the samples.
+        comparisons: intervals that are to hold all at once with 95 % (Bonferroni's correction).
 
     Raises:
         ValueError: there is no sample.
@@ -40,12 +44,12 @@ def interval(values: list[float]) -> Interval:
     count = len(values)
     if count == 1:
         return Interval(values[0], math.nan, 1)
-    quantile = float(stats.t.ppf(0.975, count - 1))
+    quantile = float(stats.t.ppf(1 - 0.025 / comparisons, count - 1))
     return Interval(float(np.mean(values)), quantile * float(np.std(values, ddof=1)) / math.sqrt(count), count)
 
 
-def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Interval:
-    """Of first - second over the seeds that both have; nan where a run diverged.
+def paired(first: Mapping[int, float], second: Mapping[int, float], *, comparisons: int = 1) -> Interval:
+    """Of first - second over the seeds that both have; nan where a run diverged. `comparisons`: as in `interval`.
 
     Raises:
         ValueError: they share no seed.
@@ -56,4 +60,4 @@ def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Interval:
     differences = [first[seed] - second[seed] for seed in shared]
     if not all(math.isfinite(difference) for difference in differences):
         return Interval(math.nan, math.nan, len(shared))
-    return interval(differences)
+    return interval(differences, comparisons=comparisons)

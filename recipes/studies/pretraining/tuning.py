@@ -75,13 +75,17 @@ class Tuning:
         return min(methods, key=lambda method: self.value(method, self.best(method)))
 
     def largest_usable(self, method: Method, loss: float) -> float:
-        """The largest learning rate, interpolated, that ends no higher than at ``loss``: how much room there is above
-        the best. nan where the grid ends before it, or the method never ends as low."""
-        tried = list(self.tried(method).items())
+        """The largest learning rate that ends no higher than at ``loss``, interpolated between those that were tried.
+
+        The largest that was tried, if that still does; nan if none does.
+        """
+        tried = [(rate_at(step), value) for step, value in self.tried(method).items()]
+        if tried[-1][1] <= loss:
+            return tried[-1][0]
         for (low, before), (high, after) in reversed(list(pairwise(tried))):
-            if before <= loss < after:
+            if before <= loss:
                 share = (loss - before) / (after - before) if math.isfinite(after) else 0.0
-                return 1e-3 * 2 ** ((low + share * (high - low)) / 2)
+                return low * float((high / low) ** share)
         return math.nan
 
     def config(self, method: Method, step: int, seed: int = SEED) -> Config:

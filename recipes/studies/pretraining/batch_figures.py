@@ -1,0 +1,103 @@
+"""Pictures of the batch study: what AM gains over the batch, sensitivity to the learning rate, and beta_t over time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recipes.studies.figures import COLOURS, new_figure, save, style
+from recipes.studies.intervals import Interval
+from recipes.studies.pretraining.batch_tables import best_of, difference, name_of
+from recipes.studies.pretraining.batches import CUSTOMARY, DEFAULT, trace_config
+from recipes.studies.pretraining.tuning import Tuning, rate_at
+
+_WINDOW = 0.05  # share of a run that the curves of beta_t are smoothed over
+_HEADROOM = 0.7  # nats per token above a panel's least loss where it ends
+
+
+def draw_gains(path: Path, kinds: dict[str, Sequence[Tuning]]) -> None:
+    """AM minus AdamW over the batch, one panel for each kind of cell; with and without warmup, intervals of 95 %."""
+    figure, axes = new_figure(1, len(kinds), width=5.0, height=4.0)
+    for panel, (title, tunings) in zip(axes[0], kinds.items(), strict=True):
+        batches = [tuning.scale.batch_size for tuning in tunings]
+        for number, (warmup, label) in enumerate(((True, "any warmup"), (False, "no warmup"))):
+            found = [_gain(tuning, warmup, len(tunings)) for tuning in tunings]
+            panel.errorbar(
+                [batch * (1 + 0.04 * number) for batch in batches],
+                [interval.mean for interval in found],
+                [interval.half_width for interval in found],
+                label=f"best AM minus best AdamW, {label}",
+                color=COLOURS[5 + number],
+                marker="o",
+                capsize=3,
+            )
+        panel.axhline(0.0, color="black", linewidth=0.8)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(batches, [str(batch) for batch in batches])
+        style(panel, title=title, xlabel="rows of a step", ylabel="nats per token; below 0: AM is better")
+    save(figure, path, legend_of=axes[0][0])
+
+
+def draw_sensitivity(path: Path, tunings: Sequence[Tuning]) -> None:
+    """Validation loss of seed 0 over the learning rate, a panel for each cell."""
+    columns = min(3, len(tunings))
+    figure, axes = new_figure(math.ceil(len(tunings) / columns), columns, width=4.5, height=3.6)
+    panels = [panel for row in axes for panel in row]
+    for panel, tuning in zip(panels, tunings, strict=False):
+        lines = {
+            "AdamW 0.9, warmup 5%": CUSTOMARY,
+            "best AdamW": best_of(tuning, "AdamW"),
+            "AM-AdamW 0.89, no warmup": DEFAULT,
+            "best AM-AdamW": best_of(tuning, "AM-AdamW"),
+            "best schedule-free AdamW": best_of(tuning, "schedule-free AdamW"),
+        }
+        lowest = math.inf
+        for number, (label, method) in enumerate(lines.items()):
+            tried = tuning.tried(method)
+            ours = method.kind == "am"
+            look: dict[str, Any] = {"marker": "o" if ours else ".", "linewidth": 2.2 if ours else 1.1}
+            look |= {"linestyle": "-" if "best" in label else "--"}
+            panel.plot(
+                [rate_at(s) for s in tried], list(tried.values()), label=label, color=COLOURS[number + 2], **look
+            )
+            lowest = min(lowest, *tried.values())
+        panel.set_ylim(lowest - 0.05, lowest + _HEADROOM)
+        ticks = sorted({rate_at(step) for method in lines.values() for step in tuning.tried(method) if step % 2 == 0})
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        style(panel, title=name_of(tuning), xlabel="learning rate", ylabel="validation loss")
+    for panel in panels[len(tunings) :]:
+        panel.set_visible(False)
+    save(figure, path, legend_of=panels[0])
+
+
+def draw_momentum(path: Path, tunings: Sequence[Tuning]) -> None:
+    """Mean beta_t of all tensors, and the share of them at the cap, over the run; a line for each cell of one kind."""
+    figure, axes = new_figure(1, 2, width=5.0, height=3.6)
+    for number, tuning in enumerate(tunings):
+        config = trace_config(tuning)
+        betas = np.array(tuning.ledger[config]["betas"])[1:]
+        window = max(1, round(_WINDOW * tuning.scale.steps))
+        for panel, values in zip(
+            axes[0], (betas.mean(axis=1), _share_at(betas, config["method"]["beta1"])), strict=True
+        ):
+            smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+            steps = np.arange(len(smooth)) + 1 + window
+            panel.plot(steps, smooth, color=COLOURS[number + 2], label=f"{tuning.scale.batch_size} rows")
+    style(axes[0][0], title="mean beta_t", xlabel="step")
+    style(axes[0][1], title="share of tensors at the cap", xlabel="step")
+    save(figure, path, legend_of=axes[0][0])
+
+
+def _gain(tuning: Tuning, warmup: bool, comparisons: int) -> Interval:
+    adamw, ours = (best_of(tuning, family, warmup=warmup) for family in ("AdamW", "AM-AdamW"))
+    return difference(tuning, ours, adamw, comparisons=comparisons)
+
+
+def _share_at(betas: np.ndarray, cap: float) -> np.ndarray:
+    share: np.ndarray = (betas >= cap - 1e-4).mean(axis=1)
+    return share
