@@ -18,38 +18,39 @@ from am_lightning.pretrain.runtime.errors import RecipeError
 from recipes.studies.ledger import Ledger
 from recipes.studies.page import command_of
 from recipes.studies.pretraining.batch_page import write
-from recipes.studies.pretraining.batches import STAGES, cells_of, configs
+from recipes.studies.pretraining.batches import METHODS, STAGES, kinds_of, missing
 from recipes.studies.pretraining.run import Pretraining, setup_of
-from recipes.studies.pretraining.stages import Scale
+from recipes.studies.pretraining.tuning import Tuning
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/studies/batch"), help="folder of results")
-    parser.add_argument("--steps", type=int, default=100, help="of the cells with as many steps")
-    parser.add_argument("--rows", type=int, default=64, help="batch of the first cell")
-    parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 128], help="the other batches")
+    parser.add_argument("--steps", type=int, default=300, help="of the cells with as many steps")
+    parser.add_argument("--rows", type=int, default=64, help="a step, in the cell that is of both kinds")
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 64, 128], help="rows of a step, of all cells")
     parser.add_argument("--cells", nargs="+", metavar="ROWSxSTEPS", help="only these")
+    parser.add_argument(
+        "--methods", choices=METHODS, default="all", help="few: without cap and beta1 0.95 and warmup 15 %%"
+    )
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one CPU thread each")
     parser.add_argument("--stages", nargs="*", default=list(STAGES), choices=STAGES, metavar="STAGE", help=str(STAGES))
     options = parser.parse_args()
     try:
         ledger = Ledger(options.out / "batch.jsonl", setup_of("laptop"))
         runs = Pretraining(str((options.out / "data").resolve()))
-        cells = cells_of(options.steps, options.rows, options.batches)
-        for cell in cells if options.stages else []:
-            if options.cells and name_of(cell) not in options.cells:
+        kinds = kinds_of(options.steps, options.rows, options.batches)
+        cells = list(dict.fromkeys(cell for kind in kinds.values() for cell in kind))
+        for cell in cells:
+            if options.cells and f"{cell.batch_size}x{cell.steps}" not in options.cells:
                 continue
+            tuning = Tuning(ledger, cell, METHODS[options.methods])
             for stage in options.stages:
-                while missing := list(configs(stage, ledger, cell)):
-                    ledger.run(missing, runs, workers=options.workers)
-        print(write(ledger, cells, options.out, command_of("batch", parser, options)))
+                while configs := list(missing(stage, tuning)):
+                    ledger.run(configs, runs, workers=options.workers)
+        print(write(ledger, kinds, options.out, command_of("batch", parser, options)))
     except RecipeError as error:
         sys.exit(f"error: {error}")
-
-
-def name_of(cell: Scale) -> str:
-    return f"{cell.batch_size}x{cell.steps}"
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,15 @@ import numpy as np
 
 from recipes.studies.figures import COLOURS, new_figure, save, style
 from recipes.studies.intervals import Interval
-from recipes.studies.pretraining.batch_tables import best_of, difference, name_of
-from recipes.studies.pretraining.batches import CUSTOMARY, DEFAULT, trace_config
+from recipes.studies.pretraining.batch_tables import difference, name_of
+from recipes.studies.pretraining.batches import CUSTOMARY, DEFAULT, best_of, trace_config
 from recipes.studies.pretraining.tuning import Tuning, rate_at
 
 _WINDOW = 0.05  # share of a run that the curves of beta_t are smoothed over
 _HEADROOM = 0.7  # nats per token above a panel's least loss where it ends
 
 
-def draw_gains(path: Path, kinds: dict[str, Sequence[Tuning]]) -> None:
+def draw_gains(path: Path, kinds: Mapping[str, Sequence[Tuning]]) -> None:
     """AM minus AdamW over the batch, one panel for each kind of cell; with and without warmup, intervals of 95 %."""
     figure, axes = new_figure(1, len(kinds), width=5.0, height=4.0)
     for panel, (title, tunings) in zip(axes[0], kinds.items(), strict=True):
@@ -69,7 +69,7 @@ def draw_sensitivity(path: Path, tunings: Sequence[Tuning]) -> None:
         ticks = sorted({rate_at(step) for method in lines.values() for step in tuning.tried(method) if step % 2 == 0})
         panel.set_xscale("log", base=2)
         panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        style(panel, title=name_of(tuning), xlabel="learning rate", ylabel="validation loss")
+        style(panel, title=name_of(tuning.scale), xlabel="learning rate", ylabel="validation loss")
     for panel in panels[len(tunings) :]:
         panel.set_visible(False)
     save(figure, path, legend_of=panels[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from am_lightning.pretrain.runtime.errors import RecipeError
@@ -18,7 +18,7 @@ from recipes.studies.pretraining.batch_tables import (
     summary_table,
     tuning_table,
 )
-from recipes.studies.pretraining.batches import STAGES, configs, tuning_of
+from recipes.studies.pretraining.batches import METHODS, STAGES, missing
 from recipes.studies.pretraining.stages import Scale
 from recipes.studies.pretraining.tuning import CLOSE, Tuning
 
@@ -32,54 +32,74 @@ _PROTOCOL = (
 )
 
 
-def write(ledger: Ledger, cells: Sequence[Scale], folder: Path, command: str) -> str:
-    """Write ``batch.md`` and its figures into `folder`; the text of the former."""
-    tunings = [tuning_of(ledger, cell) for cell in cells]
-    tuned, compared, traced = (
-        [tuning for tuning in tunings if _is_complete(ledger, tuning.scale, STAGES[: number + 1])]
-        for number in range(3)
-    )
+Kinds = Mapping[str, Sequence[Scale]]
+
+
+def write(ledger: Ledger, kinds: Kinds, folder: Path, command: str) -> str:
+    """Write ``batch.md`` and its figures into `folder`; the text of the former.
+
+    Args:
+        ledger: of the study.
+        kinds: the cells of each kind (`kinds_of`).
+        folder: of the page; it is made.
+        command: that makes the page.
+    """
+    cells = list(dict.fromkeys(cell for kind in kinds.values() for cell in kind))
+    tuned, compared, traced = (_complete(ledger, cells, STAGES[: number + 1]) for number in range(len(STAGES)))
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [_left(tunings, compared)]
+    parts = [_scope(cells, compared)]
     if compared:
-        parts.append(f"## Summary\n\nMean (sd) of five seeds; w: warmup.\n\n{summary_table(compared)}")
-        draw_gains(folder / "batch-gains.png", _kinds(compared))
+        parts.append(f"## Summary\n\nMean (sd) of five seeds; w: warmup.\n\n{summary_table(list(compared.values()))}")
+        draw_gains(folder / "batch-gains.png", _by_kind(kinds, compared))
         parts.append(figure("batch-gains.png", "AM minus AdamW over the batch"))
     if tuned:
-        draw_sensitivity(folder / "batch-learning-rates.png", tuned)
+        tunings = list(tuned.values())
+        draw_sensitivity(folder / "batch-learning-rates.png", tunings)
         parts.append(
             figure("batch-learning-rates.png", "Validation loss over the learning rate, a panel for each cell")
         )
-        parts.append(f"## The largest learning rate within {ROOM:g} of the cell's least loss\n\n{rates_table(tuned)}")
+        parts.append(f"## The largest learning rate within {ROOM:g} of the cell's least loss\n\n{rates_table(tunings)}")
     if traced:
-        draw_momentum(folder / "batch-momentum.png", next(iter(_kinds(traced).values())))
-        parts.append(f"## beta_t and the gradient's noise, AM at cap 0.89\n\n{momentum_table(traced)}")
+        draw_momentum(folder / "batch-momentum.png", next(iter(_by_kind(kinds, traced).values())))
+        table = momentum_table(list(traced.values()))
+        parts.append(f"## beta_t and the gradient's noise, AM at cap 0.89\n\n{table}")
         parts.append(figure("batch-momentum.png", "beta_t over the steps, a line for each batch"))
-    parts += [f"## Finalists: {name_of(tuning)}\n\n{finalists_table(tuning)}" for tuning in compared]
-    parts += [f"## Tuning: {name_of(tuning)}\n\n{tuning_table(tuning)}" for tuning in tuned]
+    parts += [f"## Finalists: {name_of(tuning.scale)}\n\n{finalists_table(tuning)}" for tuning in compared.values()]
+    parts += [f"## Tuning: {name_of(tuning.scale)}\n\n{tuning_table(tuning)}" for tuning in tuned.values()]
     return write_page(folder / "batch.md", "Momentum and the batch", command, ledger.made(), _PROTOCOL, parts)
 
 
-def _is_complete(ledger: Ledger, cell: Scale, stages: Sequence[str]) -> bool:
+def _complete(ledger: Ledger, cells: Sequence[Scale], stages: Sequence[str]) -> dict[Scale, Tuning]:
+    """Of the cells whose `stages` are complete, the tuning: with all methods where those are, else with few."""
+    found = {}
+    for cell in cells:
+        for families in METHODS.values():
+            tuning = Tuning(ledger, cell, families)
+            if _is_complete(tuning, stages):
+                found[cell] = tuning
+    return found
+
+
+def _is_complete(tuning: Tuning, stages: Sequence[str]) -> bool:
     try:
-        return not any(True for stage in stages for _ in configs(stage, ledger, cell))
+        return not any(True for stage in stages for _ in missing(stage, tuning))
     except RecipeError:
         return False
 
 
-def _kinds(tunings: Sequence[Tuning]) -> dict[str, Sequence[Tuning]]:
-    """The cells with as many steps as the first, and those with as many tokens, by batch; the first is in both."""
-    first = tunings[0].scale
-    kinds = {
-        f"{first.steps} steps": [t for t in tunings if t.scale.steps == first.steps],
-        f"{first.steps * first.batch_size} rows in all": [
-            t for t in tunings if t.scale.steps * t.scale.batch_size == first.steps * first.batch_size
-        ],
-    }
-    by_batch = {kind: sorted(found, key=lambda t: t.scale.batch_size) for kind, found in kinds.items()}
-    return {kind: found for number, (kind, found) in enumerate(by_batch.items()) if number == 0 or len(found) > 1}
+def _by_kind(kinds: Kinds, found: Mapping[Scale, Tuning]) -> Mapping[str, Sequence[Tuning]]:
+    """Those of the cells that were found, by kind; kinds of which there are two at least, or the first."""
+    some = {kind: [found[cell] for cell in cells if cell in found] for kind, cells in kinds.items()}
+    several = {kind: tunings for kind, tunings in some.items() if len(tunings) > 1}
+    return several or {kind: tunings for kind, tunings in some.items() if tunings}
 
 
-def _left(tunings: Sequence[Tuning], compared: Sequence[Tuning]) -> str:
-    left = [name_of(tuning) for tuning in tunings if tuning not in compared]
-    return "Every cell is complete." if not left else f"Not complete, so not in the summary: {'; '.join(left)}."
+def _scope(cells: Sequence[Scale], compared: Mapping[Scale, Tuning]) -> str:
+    """Which cells are here, and with which methods."""
+    words = []
+    for name, families in METHODS.items():
+        here = [name_of(tuning.scale) for tuning in compared.values() if tuning.families is families]
+        if here:
+            words.append(f"With {name} methods: {'; '.join(here)}.")
+    left = [name_of(cell) for cell in cells if cell not in compared]
+    return " ".join([*words, *([f"Not complete: {'; '.join(left)}."] if left else [])])

@@ -10,14 +10,15 @@ from recipes.studies.intervals import Interval, paired
 from recipes.studies.pretraining.batches import (
     CUSTOMARY,
     DEFAULT,
-    FAMILIES,
     FRESH_SEEDS,
     PARTS,
+    best_of,
     finalists,
     trace_config,
 )
 from recipes.studies.pretraining.methods import Method
 from recipes.studies.pretraining.noise import noise_scale
+from recipes.studies.pretraining.stages import Scale
 from recipes.studies.pretraining.tuning import Tuning, rate_at
 from recipes.studies.sweep import mean_and_sd
 from recipes.studies.tables import markdown
@@ -27,9 +28,9 @@ _EARLY = 0.1  # share of a run that counts as early
 _CAP_TOLERANCE = 1e-4  # the ledger keeps four digits
 
 
-def name_of(tuning: Tuning) -> str:
+def name_of(cell: Scale) -> str:
     """A cell's name in tables."""
-    return f"{tuning.scale.batch_size} rows x {tuning.scale.steps} steps"
+    return f"{cell.batch_size} rows x {cell.steps} steps"
 
 
 def fresh(tuning: Tuning, method: Method) -> dict[int, float]:
@@ -38,17 +39,12 @@ def fresh(tuning: Tuning, method: Method) -> dict[int, float]:
     return {seed: tuning.value(method, step, seed) for seed in FRESH_SEEDS}
 
 
-def best_of(tuning: Tuning, family: str, *, warmup: bool = True) -> Method:
-    """The best variant of a family; without `warmup`, of those that have none."""
-    return tuning.best_of([method for method in FAMILIES[family] if warmup or not method.warmup])
-
-
 def summary_table(tunings: Sequence[Tuning]) -> str:
     """For every cell: the best AdamW and the best AM of its tuning, and AM minus AdamW on the fresh seeds; the same of
     those without warmup. Each column's intervals hold all at once."""
     rows = []
     for tuning in tunings:
-        cells = [name_of(tuning)]
+        cells = [name_of(tuning.scale)]
         for warmup in (True, False):
             pair = [best_of(tuning, family, warmup=warmup) for family in ("AdamW", "AM-AdamW")]
             cells += [f"{_short(method)} {mean_and_sd(list(fresh(tuning, method).values()))}" for method in pair]
@@ -81,7 +77,7 @@ def finalists_table(tuning: Tuning) -> str:
 
 def tuning_table(tuning: Tuning) -> str:
     """Validation loss of every variant at every learning rate that was tried, seed 0; the best of each in bold."""
-    methods = [method for family in FAMILIES.values() for method in family]
+    methods = [method for family in tuning.families.values() for method in family]
     steps = sorted({step for method in methods for step in tuning.tried(method)})
     rows = []
     for method in methods:
@@ -103,10 +99,10 @@ def rates_table(tunings: Sequence[Tuning]) -> str:
     }
     rows = []
     for tuning in tunings:
-        every = [method for family in FAMILIES.values() for method in family]
-        least = min(tuning.value(method, tuning.best(method)) for method in every)
+        best = (tuning.best_of(family) for family in tuning.families.values())
+        least = min(tuning.value(method, tuning.best(method)) for method in best)
         found = (method if isinstance(method, Method) else best_of(tuning, method) for method in names.values())
-        rows.append([name_of(tuning), *(_usable(tuning, method, least + ROOM) for method in found)])
+        rows.append([name_of(tuning.scale), *(_usable(tuning, method, least + ROOM) for method in found)])
     return markdown(["cell", *names], rows)
 
 
@@ -121,7 +117,7 @@ def momentum_table(tunings: Sequence[Tuning]) -> str:
         cells += [f"{part.mean():.2f}" for part in (betas[:border], betas[border:])]
         size = tuning.scale.batch_size
         scales = [noise_scale(part[:, 0], part[:, 1], size // PARTS, size) for part in (norms[:border], norms[border:])]
-        rows.append([name_of(tuning), *cells, *(f"{scale:.0f}" for scale in scales)])
+        rows.append([name_of(tuning.scale), *cells, *(f"{scale:.0f}" for scale in scales)])
     parts = f"first {_EARLY:.0%}", "later"
     header = [
         "cell",

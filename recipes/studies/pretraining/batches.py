@@ -2,8 +2,9 @@
 
 Every cell (rows of a step x steps) goes through the same two stages:
 
-1. ``tune``: every variant of every family over its learning rates, seed 0 (`Tuning`). AdamW has twelve variants (four
-   momentums x three warmups), AM nine (three caps x three warmups), so AdamW gets at least as many runs.
+1. ``tune``: every variant of every family over its learning rates, seed 0 (`Tuning`). Of ``few`` methods AdamW has six
+   variants (three momentums x two warmups) and AM four (two caps x two warmups), of ``all`` twelve (four x three) and
+   nine (three x three): AdamW gets at least as many runs. ``all`` goes on from what ``few`` have run.
 2. ``compare``: the best variant of each family, and the named ones, at their best learning rates on five seeds that the
    tuning has not seen. A seed gives all methods the same initial weights and the same batches.
 
@@ -12,21 +13,29 @@ Then ``trace``: AM's beta_t of every step and tensor, and the gradient's noise, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from recipes.studies.ledger import Config, Ledger
+from recipes.studies.ledger import Config
 from recipes.studies.pretraining.methods import Method
 from recipes.studies.pretraining.stages import Scale
 from recipes.studies.pretraining.tuning import Tuning
 
+Families = Mapping[str, Sequence[Method]]
+FEW: Families = {
+    "AdamW": tuple(Method("adamw", beta1, warmup) for beta1 in (0.9, 0.8, 0.5) for warmup in (0.0, 0.05)),
+    "AM-AdamW": tuple(Method("am", cap, warmup) for cap in (0.89, 0.8) for warmup in (0.0, 0.05)),
+    "schedule-free AdamW": tuple(Method("schedulefree", 0.9, warmup) for warmup in (0.0, 0.05)),
+    "RAdam": (Method("radam", 0.9),),
+}
 WARMUPS = (0.0, 0.05, 0.15)
-FAMILIES: dict[str, Sequence[Method]] = {
+ALL: Families = {
     "AdamW": tuple(Method("adamw", beta1, warmup) for beta1 in (0.9, 0.8, 0.5, 0.95) for warmup in WARMUPS),
     "AM-AdamW": tuple(Method("am", cap, warmup) for cap in (0.89, 0.8, 0.95) for warmup in WARMUPS),
     "schedule-free AdamW": tuple(Method("schedulefree", 0.9, warmup) for warmup in WARMUPS),
     "RAdam": (Method("radam", 0.9), Method("radam", 0.8)),
 }
+METHODS = {"few": FEW, "all": ALL}
 CUSTOMARY = Method("adamw", 0.9, 0.05)
 DEFAULT = Method("am", 0.89)  # of the callback
 FRESH_SEEDS = (1, 2, 3, 4, 5)
@@ -34,38 +43,34 @@ TRACE_CAP, TRACE_SEED, PARTS = 0.89, 1, 8  # a step's rows are split into so man
 STAGES = ("tune", "compare", "trace")
 
 
-def cells_of(steps: int, rows: int, batches: Sequence[int]) -> list[Scale]:
-    """All cells, in the order in which they are run: `rows` a step x `steps`, then each other batch at as many steps
-    and at as many tokens, the smaller batches first."""
-    middle = Scale(steps=steps, batch_size=rows)
-    others = [replace(middle, batch_size=batch) for batch in sorted(batches) if batch != rows]
-    return [middle, *(cell for other in others for cell in (other, same_tokens(other, rows * steps)))]
-
-
-def same_tokens(cell: Scale, rows: int) -> Scale:
-    """The cell with so many steps that it sees `rows` in all."""
-    return replace(cell, steps=rows // cell.batch_size)
-
-
-def tuning_of(ledger: Ledger, cell: Scale) -> Tuning:
-    """The first stage of a cell."""
-    return Tuning(ledger, cell, FAMILIES)
+def kinds_of(steps: int, rows: int, batches: Sequence[int]) -> dict[str, list[Scale]]:
+    """The cells of each kind, by batch: as many steps, and as many tokens as `rows` rows see in `steps` steps."""
+    return {
+        f"{steps} steps": [Scale(steps=steps, batch_size=batch) for batch in sorted(batches)],
+        f"{steps * rows} rows in all": [
+            Scale(steps=steps * rows // batch, batch_size=batch) for batch in sorted(batches)
+        ],
+    }
 
 
 def finalists(tuning: Tuning) -> list[Method]:
     """The best of each family, and of AM and AdamW without warmup; the customary AdamW, AM's default. None twice."""
-    best = [tuning.best_of(family) for family in FAMILIES.values()]
-    bare = [tuning.best_of([m for m in FAMILIES[name] if not m.warmup]) for name in ("AdamW", "AM-AdamW")]
+    best = [tuning.best_of(family) for family in tuning.families.values()]
+    bare = [best_of(tuning, name, warmup=False) for name in ("AdamW", "AM-AdamW")]
     return list(dict.fromkeys([*best, *bare, CUSTOMARY, DEFAULT]))
 
 
-def configs(stage: str, ledger: Ledger, cell: Scale) -> Iterator[Config]:
+def best_of(tuning: Tuning, family: str, *, warmup: bool = True) -> Method:
+    """The best variant of a family; without `warmup`, of those that have none."""
+    return tuning.best_of([method for method in tuning.families[family] if warmup or not method.warmup])
+
+
+def missing(stage: str, tuning: Tuning) -> Iterator[Config]:
     """The runs that a stage of a cell still needs, a round of them: call it until it yields none.
 
     Raises:
         RecipeError: a stage before it is not complete.
     """
-    tuning = tuning_of(ledger, cell)
     if stage == "tune":
         yield from tuning.missing()
         return
@@ -74,11 +79,11 @@ def configs(stage: str, ledger: Ledger, cell: Scale) -> Iterator[Config]:
         every = [tuning.config(method, tuning.best(method), seed) for seed in FRESH_SEEDS for method in methods]
     else:
         every = [trace_config(tuning)]
-    yield from (config for config in every if config not in ledger)
+    yield from (config for config in every if config not in tuning.ledger)
 
 
 def trace_config(tuning: Tuning) -> Config:
     """AM at its default cap with its best warmup and learning rate, with all that is measured beside it."""
-    method = tuning.best_of([m for m in FAMILIES["AM-AdamW"] if m.beta1 == TRACE_CAP])
+    method = tuning.best_of([m for m in tuning.families["AM-AdamW"] if m.beta1 == TRACE_CAP])
     cell = replace(tuning.scale, micro_batch_size=tuning.scale.batch_size // PARTS)
-    return Tuning(tuning.ledger, cell, FAMILIES).config(method, tuning.best(method), TRACE_SEED) | {"traces": True}
+    return replace(tuning, scale=cell).config(method, tuning.best(method), TRACE_SEED) | {"traces": True}

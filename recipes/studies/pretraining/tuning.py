@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -35,7 +35,7 @@ class Tuning:
 
     ledger: Ledger
     scale: Scale
-    families: dict[str, Sequence[Method]]
+    families: Mapping[str, Sequence[Method]]
 
     def missing(self) -> Iterator[Config]:
         """The runs of the next round; nothing when all learning rates are tuned.
