@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -26,6 +27,7 @@ from am_lightning.pretrain.checkpoints import (
     saved_step,
 )
 from am_lightning.pretrain.checkpoints.manifest import manifest_of, write_manifest
+from am_lightning.pretrain.checkpoints.resume import newest_first
 from am_lightning.pretrain.checkpoints.writer import CheckpointWriter
 from am_lightning.pretrain.runtime.atomic_files import replacing
 from am_lightning.pretrain.runtime.errors import RecipeError
@@ -35,9 +37,15 @@ from .small_run import Options, run
 SMALL = {"global_step": 7, "weights": torch.zeros(2000)}  # 8 kB
 
 
-def save(path: Path, step: int = 7, age: int = 0) -> Path:
+_CLOCK = itertools.count(2_000_000_000, -100)
+
+
+def save(path: Path, step: int = 7) -> Path:
+    """Written by a clock that goes back: what is saved later seems older."""
     AtomicCheckpointIO().save_checkpoint({**SMALL, "global_step": step}, path)
-    os.utime(path, (1e9 - age, 1e9 - age))
+    time = next(_CLOCK)
+    for file in (path, manifest_of(path)):
+        os.utime(file, (time, time))
     return path
 
 
@@ -69,8 +77,8 @@ def test_the_newest_whole_one_is_chosen_and_the_broken_ones_are_named(
     tmp_path: Path, damage: Callable[[Path], None], manifest: bool, recwarn: pytest.WarningsRecorder
 ) -> None:
     """Without a manifest, as a kill just after the rename leaves it, by the checksums inside the file."""
-    save(tmp_path / "step-000001.ckpt", 1, age=30)
-    whole = save(tmp_path / "step-000002.ckpt", 2, age=20)
+    save(tmp_path / "step-000001.ckpt", 1)
+    whole = save(tmp_path / "step-000002.ckpt", 2)
     newest = save(tmp_path / "step-000003.ckpt", 3)
     replace_with_link(newest, tmp_path / "last.ckpt")
     if not manifest:
@@ -90,9 +98,59 @@ def test_the_newest_whole_one_is_chosen_and_the_broken_ones_are_named(
 
 def test_without_last_ckpt_the_newest_step_is_chosen(tmp_path: Path) -> None:
     assert newest_whole(tmp_path) is None
-    save(tmp_path / "step-000001.ckpt", age=10)
+    save(tmp_path / "step-000001.ckpt")
     newest = save(tmp_path / "step-000002.ckpt")
     assert newest_whole(tmp_path) == newest
+
+
+@pytest.mark.parametrize("manifests", ["of an older version", "lost"])
+def test_checkpoints_without_numbers_go_by_their_steps(tmp_path: Path, manifests: str) -> None:
+    """A copy that lost the times of files, too; and what is written from now on is the newest."""
+    paths = [save(tmp_path / f"step-{step:06d}.ckpt", step) for step in (9, 10, 8)]
+    for path in paths:
+        content = json.loads(manifest_of(path).read_text())
+        del content["number"]
+        manifest_of(path).write_text(json.dumps(content))
+        if manifests == "lost":
+            manifest_of(path).unlink()
+    shutil.copyfile(paths[1], tmp_path / "last.ckpt")
+    assert newest_first(list(tmp_path.glob("step-*.ckpt"))) == [paths[1], paths[0], paths[2]]
+    assert saved_step(newest_whole(tmp_path) or tmp_path) == 10
+    earlier = save(tmp_path / "step-000004.ckpt", 4)  # after going back
+    assert newest_whole(tmp_path) == earlier
+
+
+def test_what_a_kill_left_without_a_manifest_is_the_newest(tmp_path: Path) -> None:
+    older = save(tmp_path / "step-000002.ckpt", 2)
+    replace_with_link(older, tmp_path / "last.ckpt")
+    newest = save(tmp_path / "step-000003.ckpt", 3)
+    manifest_of(newest).unlink()
+    assert newest_whole(tmp_path) == newest
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "{}",
+        '{"files": []}',
+        '{"files": {}}',
+        '{"files": {"a": 7}}',
+        '{"files": {"a": {"size": "x", "sha256": "y"}}}',
+        '{"files": {"a": {"size": 7}}}',
+        '{"number": null, "files": {"a": {"size": 7, "sha256": "y"}}}',
+    ],
+)
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.filterwarnings("ignore:the checkpoint:UserWarning")
+def test_a_manifest_that_is_none_stops_nothing(tmp_path: Path, content: str, folder: bool) -> None:
+    """A file has checksums of its own; of a folder nobody can say that it is whole."""
+    make = save_folder if folder else save
+    older, newest = (make(tmp_path / f"step-{step:06d}.ckpt", step) for step in (1, 2))
+    replace_with_link(newest, tmp_path / "last.ckpt")
+    manifest_of(newest).write_text(content)
+    assert (newest_whole(tmp_path) or tmp_path).samefile(older if folder else newest)
+    assert newest_whole(tmp_path) is not None and manifest_of(save(tmp_path / "step-000003.ckpt", 3)).exists()
 
 
 def save_folder(path: Path, step: int) -> Path:
@@ -151,10 +209,10 @@ def test_a_new_file_is_never_beside_an_old_manifest(tmp_path: Path, monkeypatch:
 
 
 def test_the_oldest_go_with_their_manifests(tmp_path: Path) -> None:
-    """The oldest by their age: after going back to an early step, its successors are the newest."""
+    """By the order they were written in: after going back to an early step, its successors are the newest."""
     callback = RunCheckpoint(str(tmp_path), keep=2)
-    for step, age in ((10, 40), (30, 30), (20, 20), (25, 10)):
-        callback._publish(save(tmp_path / f"step-{step:06d}.ckpt", step, age))
+    for step in (10, 30, 20, 25):
+        callback._publish(save(tmp_path / f"step-{step:06d}.ckpt", step))
     kept = ["step-000020.ckpt", "step-000025.ckpt"]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
         ["last.ckpt", *kept, *(f"{name}.manifest.json" for name in kept)]
@@ -163,9 +221,9 @@ def test_the_oldest_go_with_their_manifests(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_broken_checkpoint_is_named_with_the_newest_whole_one(tmp_path: Path, damage: object) -> None:
-    save(tmp_path / "step-1.ckpt", age=30)
-    older = save(tmp_path / "step-2.ckpt", age=20)
-    also_broken = save(tmp_path / "step-3.ckpt", age=10)
+    save(tmp_path / "step-1.ckpt")
+    older = save(tmp_path / "step-2.ckpt")
+    also_broken = save(tmp_path / "step-3.ckpt")
     newest = save(tmp_path / "step-4.ckpt")
     replace_with_link(newest, tmp_path / "last.ckpt")
     for path in (also_broken, newest):  # last.ckpt is the same file as the newest

@@ -16,7 +16,7 @@ from am_lightning.lightning.patched_methods import PatchedMethods
 from am_lightning.pretrain.checkpoints.atomic import replace_with_link
 from am_lightning.pretrain.checkpoints.manifest import manifest_of, remove_manifest, write_manifest
 from am_lightning.pretrain.checkpoints.position import restore_position
-from am_lightning.pretrain.checkpoints.resume import LAST, by_age, check_readable, newest_whole
+from am_lightning.pretrain.checkpoints.resume import LAST, check_readable, newest_first, newest_whole
 from am_lightning.pretrain.checkpoints.writer import CheckpointWriter
 from am_lightning.pretrain.runtime.errors import RecipeError
 
@@ -122,7 +122,7 @@ class RunCheckpoint(ModelCheckpoint):
         """On rank 0, perhaps in the background: last.ckpt becomes `path`, and the oldest go."""
         replace_with_link(path, path.with_name(LAST))
         if self.keep is not None:
-            for old in by_age(list(path.parent.glob("step-*.ckpt")))[self.keep :]:
+            for old in newest_first(list(path.parent.glob("step-*.ckpt")))[self.keep :]:
                 _remove(old)
 
     # ------------------------------------------------------------------ resuming
@@ -130,7 +130,7 @@ class RunCheckpoint(ModelCheckpoint):
         """Lightning asks for it where ckpt_path is "last"; which one it will be is decided when all ranks are there."""
         self._last_is_wanted = True
         folder = Path(str(self.dirpath or Path(trainer.default_root_dir, "checkpoints")))
-        return {str(path) for path in by_age([*folder.glob("step-*.ckpt"), *folder.glob(LAST)])[:1]}
+        return {str(path) for path in newest_first([*folder.glob("step-*.ckpt"), *folder.glob(LAST)])[:1]}
 
     def _resume(self, trainer: L.Trainer, original: Any, path: Any = None, weights_only: bool | None = None) -> None:
         """Lightning's resume_start, with the checkpoint that rank 0 chose."""

@@ -1,4 +1,4 @@
-"""Manifests: name, size and SHA-256 of every file of a checkpoint, written after all of them."""
+"""Manifests: name, size and SHA-256 of every file of a checkpoint, written after them and numbered in order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from am_lightning.pretrain.runtime.atomic_files import replacing
 
@@ -29,12 +29,24 @@ def manifest_of(path: Path) -> Path:
 def write_manifest(path: Path, target: Path | None = None) -> None:
     """Describe the checkpoint at `path`; for a file, in the manifest of `target`, by default its own.
 
+    Its number is one above the highest in the same folder: which checkpoint is the newest needs no clock, and no times
+    of files, which a copy may lose.
+
     Raises:
         RecipeError: the disk refuses.
     """
+    beside = [*path.parent.glob(f"*.{NAME}"), *path.parent.glob(f"*/{NAME}")]
+    number = 1 + max((found.number for found in map(_read, beside) if found), default=0)
     files = {name: {"size": file.stat().st_size, "sha256": digest} for name, file, digest in _digests(path)}
     with replacing(target or manifest_of(path), HINT) as out:
-        out.write(json.dumps({"version": 1, "files": files}, indent=1).encode())
+        out.write(json.dumps({"version": 1, "number": number, "files": files}, indent=1).encode())
+
+
+def number_of(path: Path) -> int | None:
+    """How many checkpoints of its folder had been written when `path` was; 0 of an older version's, which did not say.
+    None: it has no manifest that can be read."""
+    manifest = _manifest_at(path)
+    return None if manifest is None else manifest.number
 
 
 def remove_manifest(path: Path) -> None:
@@ -54,11 +66,12 @@ def damage(path: Path, *, ours: bool = True) -> str | None:
         return None
     manifest = _manifest_at(path)
     if manifest is not None:
-        found = _differences(path, manifest)
+        found = _differences(path, manifest.files)
     elif path.is_file():
         found = _damage_in_zip(path)
     else:
-        found = f"it has no {NAME}: it was not finished" if ours or manifest_of(path).exists() else None
+        there = manifest_of(path).exists()
+        found = f"its {NAME} cannot be read" if there else f"it has no {NAME}: it was not finished" if ours else None
     if found is None:
         _found_whole.add(state)
     return found
@@ -70,31 +83,42 @@ def _state(path: Path) -> tuple[Any, ...]:
     return (str(path), *((name, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in states))
 
 
-def _manifest_at(path: Path) -> dict[str, Any] | None:
+class _Manifest(NamedTuple):
+    number: int
+    files: dict[str, tuple[int, str]]  # name -> size, SHA-256
+
+
+def _manifest_at(path: Path) -> _Manifest | None:
     """The manifest of `path` or, where that is a hard link, of the file it links to."""
     path = path.resolve()
     names = [path]
     if path.is_file() and not manifest_of(path).exists():
         names += [other for other in path.parent.glob(f"*{path.suffix}") if other.is_file() and other.samefile(path)]
-    for name in names:
-        try:
-            return dict(json.loads(manifest_of(name).read_text())["files"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return None
+    return next((found for name in names if (found := _read(manifest_of(name)))), None)
 
 
-def _differences(path: Path, manifest: dict[str, Any]) -> str | None:
-    files = {"": path} if path.is_file() else {name: path / name for name in manifest}
-    wanted = dict(zip(files, manifest.values(), strict=False))
+def _read(manifest: Path) -> _Manifest | None:
+    """None: it is not there, or says something else than a manifest."""
+    try:
+        content = json.loads(manifest.read_text())
+        files = {str(name): (int(of["size"]), str(of["sha256"])) for name, of in content["files"].items()}
+        return _Manifest(int(content.get("number", 0)), files) if files else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _differences(path: Path, wanted: dict[str, tuple[int, str]]) -> str | None:
+    if path.is_file():
+        wanted = {"": next(iter(wanted.values()))}
+    files = {name: path / name for name in wanted} if "" not in wanted else {"": path}
     for name, file in files.items():
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != wanted[name]["size"]:
-            return f"{name or 'it'} has {file.stat().st_size} bytes, not {wanted[name]['size']}"
+        if file.stat().st_size != wanted[name][0]:
+            return f"{name or 'it'} has {file.stat().st_size} bytes, not {wanted[name][0]}"
     try:
         for name, _, digest in _digests(path, files.items()):
-            if digest != wanted[name]["sha256"]:
+            if digest != wanted[name][1]:
                 return f"wrong checksum{f' of {name}' if name else ''}"
     except OSError as error:
         return str(error)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from pathlib import Path
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from am_lightning.pretrain.checkpoints.manifest import damage, manifest_of
+from am_lightning.pretrain.checkpoints.manifest import damage, number_of
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 LAST = "last.ckpt"
+_NOT_OURS = (RuntimeError, OSError, EOFError, KeyError, TypeError, pickle.UnpicklingError)
 _METADATA = "meta.pt"  # Lightning's name for what is not sharded, in a folder of shards
 
 
@@ -28,7 +30,7 @@ def newest_whole(folder: Path, verify: bool = True) -> Path | None:
         RecipeError: there are checkpoints, and all are broken.
     """
     broken: dict[Path, str] = {}
-    for path in by_age([*folder.glob("step-*.ckpt"), *folder.glob(LAST)]):
+    for path in newest_first([*folder.glob("step-*.ckpt"), *folder.glob(LAST)]):
         found = damage(path) if verify else None
         if found is None:
             for other, reason in broken.items():
@@ -41,15 +43,19 @@ def newest_whole(folder: Path, verify: bool = True) -> Path | None:
     return None
 
 
-def by_age(paths: list[Path]) -> list[Path]:
-    """Newest first, each file once: last.ckpt stands for the one it links to. A broken link counts for nothing."""
-    known: list[tuple[int, bool, str, Path]] = []
-    for path in paths:
-        if path.exists():
-            entry = manifest_of(path) if path.is_dir() and manifest_of(path).exists() else path
-            known.append((entry.stat().st_mtime_ns, path.name == LAST, path.name, path))
+def newest_first(paths: list[Path]) -> list[Path]:
+    """By the numbers of their manifests, then by step; each file once: last.ckpt stands for the one it links to.
+
+    A kill leaves the very newest without a manifest: a single one without, whose step is beyond all others', comes
+    first. Others without come last. A broken link counts for nothing.
+    """
+    known = [(number_of(path), _step_of(path), path.name == LAST, path) for path in paths if path.exists()]
+    reached = max((step for number, step, *_ in known if number is not None), default=-1)
+    left = {step for number, step, *_ in known if number is None}
+    without = math.inf if len(left) == 1 and max(left) > reached else -1
+    order = [(without if number is None else number, step, last, path) for number, step, last, path in known]
     unique: list[Path] = []
-    for *_, path in sorted(known, reverse=True):
+    for *_, path in sorted(order, reverse=True):
         if not any(path.samefile(other) for other in unique):
             unique.append(path)
     return unique
@@ -82,8 +88,20 @@ def saved_step(path: Path) -> int:
     try:
         file = path / _METADATA if folder else path
         return int(torch.load(file, map_location="cpu", weights_only=True, mmap=not folder)["global_step"])
-    except (RuntimeError, OSError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except _NOT_OURS as error:
         raise RecipeError(f"{path} is no checkpoint of this program ({error}). {_older(path)}") from error
+
+
+def _step_of(path: Path) -> int:
+    """By its name; last.ckpt's is that of the file it links to, or from inside; -1 where it cannot be read."""
+    others = (other for other in path.parent.glob("step-*.ckpt") if other.exists())
+    names = [path.resolve(), *(other for other in others if other.samefile(path))]
+    if steps := [step_in_name(name) for name in names if name.name != LAST]:
+        return max(steps)
+    try:
+        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    except _NOT_OURS:
+        return -1
 
 
 def step_in_name(path: Path) -> int:
@@ -95,7 +113,8 @@ def step_in_name(path: Path) -> int:
 def _older(path: Path, folder: Path | None = None) -> str:
     """What to do instead: the newest whole checkpoint in `folder`, by default the same."""
     folder = folder or path.parent
-    for other in by_age([p for p in folder.glob("*.ckpt") if not (path.exists() and p.exists() and p.samefile(path))]):
+    others = [p for p in folder.glob("*.ckpt") if not (path.exists() and p.exists() and p.samefile(path))]
+    for other in newest_first(others):
         if damage(other) is None:
             return f"Go on from an older one: --ckpt_path {other}"
     return f"There is no other whole checkpoint in {folder}: start anew, without --ckpt_path."
