@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from am_lightning import AMSGD, AMAdamW
 from am_lightning.huggingface import attach
-from am_lightning.pretrain.checkpoints.accelerate import AccelerateCheckpoints
+from am_lightning.pretrain.checkpoints.accelerate import AccelerateCheckpoints, Stateful
 from am_lightning.pretrain.data.text_data import TextData
 from am_lightning.pretrain.model.network import build_llama, token_loss
 from am_lightning.pretrain.runtime.collective_errors import Agreement, leave_together
@@ -57,11 +57,11 @@ def train(settings: RunConfig) -> None:
     accelerator = make_accelerator(settings)
     stop = StopSignal()
     data = open_data(accelerator, settings)
-    model, optimizer, schedule = make_model(accelerator, settings)
+    model, optimizer, schedule, states = make_model(accelerator, settings)
 
     progress = Progress()
-    accelerator.register_for_checkpointing(schedule, progress, data)
-    checkpoints = AccelerateCheckpoints(accelerator, settings.checkpoints, settings.keep)
+    states |= {"progress": progress, "data": data}
+    checkpoints = AccelerateCheckpoints(accelerator, settings.checkpoints, settings.keep, states)
     if settings.ckpt_path is not None:
         loaded = checkpoints.load(settings.ckpt_path)
         accelerator.print(f"going on from {loaded}" if loaded else "no checkpoint yet: starting from step 0")
@@ -130,17 +130,21 @@ def share_of(accelerator: Accelerator) -> dict[str, Any]:
     return {"rank": accelerator.process_index, "world_size": accelerator.num_processes, "pin_memory": pinned}
 
 
-def make_model(accelerator: Accelerator, settings: RunConfig) -> tuple[nn.Module, Optimizer, LRScheduler]:
-    """Prepared, all but the schedule: Accelerate would step it once for each process."""
+def make_model(
+    accelerator: Accelerator, settings: RunConfig
+) -> tuple[nn.Module, Optimizer, LRScheduler, dict[str, Stateful]]:
+    """Prepared, all but the schedule: Accelerate would step it once for each process. And the states that a checkpoint
+    holds beside those of the model and the optimizer."""
     set_seed(settings.seed)
     model = build_llama(settings.shape)
     optimizer = settings.make_optimizer(model)
     schedule = settings.make_schedule(optimizer)
     adaptive = isinstance(optimizer, AMAdamW | AMSGD)
     model, optimizer = accelerator.prepare(model, optimizer)
+    states: dict[str, Stateful] = {"schedule": schedule}
     if adaptive:
-        accelerator.register_for_checkpointing(attach(accelerator, optimizer, log_every_n_steps=settings.log_every))
-    return model, optimizer, schedule
+        states["momentum"] = attach(accelerator, optimizer, log_every_n_steps=settings.log_every)
+    return model, optimizer, schedule, states
 
 
 def is_due(step: int, every: int | None) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.tensorboard import SummaryWriter
@@ -23,16 +24,18 @@ from transformers.trainer_utils import set_seed
 
 from am_lightning import AMSGD, AMAdamW
 from am_lightning.huggingface import AdaptiveMemoryCallback
+from am_lightning.pretrain.checkpoints.accelerate import chosen, prune
+from am_lightning.pretrain.checkpoints.manifest import sync_files, write_manifest
 from am_lightning.pretrain.model.network import build_llama, token_loss
 from am_lightning.pretrain.runtime.atomic_files import replacing
 from am_lightning.pretrain.runtime.collective_errors import Agreement, leave_together
-from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.main import command_line
 from am_lightning.pretrain.runtime.run_config import RunConfig, read_run_config
 from am_lightning.pretrain.runtime.signals import StopSignal
 
 CURVES = {"loss": "train/loss", "learning_rate": "lr", "grad_norm": "grad_norm", "eval_loss": "val/loss"}
 DATA_FILE = "data.pt"  # in each checkpoint: which data it was trained on
+FOLDERS = "checkpoint-*"
 
 
 def main(args: list[str] | None = None) -> None:
@@ -128,18 +131,25 @@ class Curves(TrainerCallback):
         self.writer.flush()
 
 
-class DataOfCheckpoint(TrainerCallback):
-    """Keeps with every checkpoint on which data it was trained, and refuses to go on with other data."""
+class WholeCheckpoints(TrainerCallback):
+    """Keeps with every checkpoint on which data it was trained, and a manifest; refuses to go on with other data.
+
+    The Trainer writes a checkpoint in its place: one without a manifest was not finished.
+    """
 
     def __init__(self, settings: RunConfig) -> None:
-        self.data = settings.data
+        self.data, self.keep = settings.data, settings.keep
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         data = self.data.state_dict()  # on every process: a stream gathers where they are
+        PartialState().wait_for_everyone()  # each writes the state of its own random numbers
         if state.is_world_process_zero:
-            path = Path(args.output_dir, f"checkpoint-{state.global_step}", DATA_FILE)
-            with replacing(path, "Free some space, then start again.") as file:  # where it is, a checkpoint is whole
+            path = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            with replacing(path / DATA_FILE, "Free some space, then start again.") as file:
                 torch.save(data, file)
+            sync_files(path)
+            write_manifest(path)
+            prune(list(path.parent.glob(FOLDERS)), self.keep)
 
     def load(self, folder: Path) -> None:
         """Raises: RecipeError: the checkpoint in `folder` was trained on other data."""
@@ -170,8 +180,8 @@ def train(settings: RunConfig) -> None:
 
     set_seed(settings.seed)
     model = build_llama(settings.shape)
-    data_of_checkpoint = DataOfCheckpoint(settings)
-    callbacks = [Curves(settings.root / "logs"), data_of_checkpoint]
+    checkpoints = WholeCheckpoints(settings)
+    callbacks = [Curves(settings.root / "logs"), checkpoints]
     if is_adaptive(settings):
         callbacks.append(AdaptiveMemoryCallback())
     trainer = RecipeTrainer(settings, model=model, args=args, callbacks=callbacks)
@@ -179,9 +189,10 @@ def train(settings: RunConfig) -> None:
     trainer.add_callback(stopping)
     if trainer.is_world_process_zero():
         settings.save(settings.root / "logs" / "config.yaml")
-    resume = checkpoint_of(settings)
+    path = settings.ckpt_path
+    resume = None if path is None else chosen(trainer.accelerator, path, settings.checkpoints, FOLDERS)
     if resume is not None:
-        data_of_checkpoint.load(resume)
+        checkpoints.load(resume)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
 
     step = trainer.state.global_step
@@ -219,7 +230,7 @@ def training_arguments(settings: RunConfig) -> TrainingArguments:
         prediction_loss_only=True,
         save_strategy="no" if settings.save_every is None else "steps",
         save_steps=settings.save_every or 1,
-        save_total_limit=settings.keep,
+        save_total_limit=None,  # WholeCheckpoints': the Trainer's goes by the times of files
         seed=settings.seed,
         ignore_data_skip=True,  # the loader begins at the right step
         report_to="none",  # Curves does
@@ -234,18 +245,6 @@ def is_adaptive(settings: RunConfig) -> bool:
     """Whether the recipe's optimizer has a momentum to log."""
     optimizer = settings.make_optimizer(nn.Linear(1, 1))
     return isinstance(optimizer, AMAdamW | AMSGD)
-
-
-def checkpoint_of(settings: RunConfig) -> Path | None:
-    """The folder that --ckpt_path names. "last" is the newest whole one: what is written last is there."""
-    if settings.ckpt_path is None:
-        return None
-    if settings.ckpt_path != "last":
-        if not Path(settings.ckpt_path).is_dir():
-            raise RecipeError(f"--ckpt_path {settings.ckpt_path}: there is no such folder")
-        return Path(settings.ckpt_path)
-    whole = [path.parent for path in settings.checkpoints.glob(f"checkpoint-*/{DATA_FILE}")]
-    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
 
 
 if __name__ == "__main__":

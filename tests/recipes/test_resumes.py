@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -54,6 +55,15 @@ def test_a_resumed_run_is_the_unbroken_one(program: str, tmp_path: Path, corpus_
     assert losses(resumed) == {step: loss for step, loss in losses(whole).items() if step > 3}
     _, errors = run(program, resumed, corpus_folder, 6, "--ckpt_path", "last", "--data.batch_size", "16", status=1)
     assert "data.batch_size is 16, the checkpoint was trained with 8" in errors
+    newest = resumed / "checkpoints" / CHECKPOINTS[program].format(6)
+    for file in newest.glob("r*_state*"):  # of the random numbers, which both libraries would pass over in silence
+        file.write_bytes(file.read_bytes()[:-7])
+    _, errors = run(program, resumed, corpus_folder, 7, "--ckpt_path", "last", "--checkpoint.keep", "1", status=1)
+    assert f"no checkpoint in {newest.parent} is whole: {newest.name} (" in errors
+    shutil.copytree(middle, newest.with_name(middle.name))
+    out, errors = run(program, resumed, corpus_folder, 7, "--ckpt_path", "last", "--checkpoint.keep", "1")
+    assert f"the checkpoint {newest} is broken (" in out + errors
+    assert [path.name for path in newest.parent.iterdir()] == [CHECKPOINTS[program].format(7)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

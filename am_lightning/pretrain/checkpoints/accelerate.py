@@ -1,33 +1,56 @@
-"""Accelerate's checkpoints of a run: one folder for each, whole or not there."""
+"""Accelerate's checkpoints of a run: a folder for each, whole or not there; and the choice of one, by all processes."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
+from am_lightning.pretrain.checkpoints.manifest import sync_files, write_manifest
+from am_lightning.pretrain.checkpoints.resume import check_readable, newest_first, newest_whole
 from am_lightning.pretrain.runtime.atomic_files import disk_error, sync_folder, write_failure
 from am_lightning.pretrain.runtime.collective_errors import raising_together
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 _CURE = "Free some space; --ckpt_path last goes on from the checkpoint before."
+_STATES = "states.pt"
+
+
+class Stateful(Protocol):
+    """What has a state of tensors and plain values, as torch.load(weights_only=True) takes them."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Any) -> Any: ...
 
 
 class AccelerateCheckpoints:
-    """`step-N` folders that accelerator.save_state fills. Every process calls every method.
+    """`step-N` folders that accelerator.save_state fills, with a manifest of sizes and SHA-256. Every process calls
+    every method.
 
     Args:
-        accelerator: with the model, the optimizer and whatever else is to be saved.
+        accelerator: with the model and the optimizer.
         folder: where they lie.
         keep: how many to keep, the newest; None keeps all.
+        states: what else is saved, by name. In a file of ours: what is registered with the accelerator is loaded as a
+            pickle, which may run code.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, keep: int | None = None) -> None:
-        self.accelerator, self.folder, self.keep = accelerator, folder, keep
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        folder: Path,
+        keep: int | None = None,
+        states: Mapping[str, Stateful] | None = None,
+    ) -> None:
+        self.accelerator, self.folder, self.keep, self.states = accelerator, folder, keep, dict(states or {})
 
     def save(self, step: int) -> Path:
         """Write `step-N` beside its place, then rename it: a kill at any moment leaves no half folder of that name.
@@ -55,51 +78,82 @@ class AccelerateCheckpoints:
                 part.mkdir(parents=True)
         with self._together(target):
             self.accelerator.save_state(str(part))
+            states = {name: of.state_dict() for name, of in self.states.items()}  # may be collective
+            if self.accelerator.is_main_process:
+                torch.save(states, part / _STATES)
         with self._together(target):
             if self.accelerator.is_main_process:
+                sync_files(part)
+                write_manifest(part)
                 replaced = part.with_suffix(".replaced")
                 if target.exists():
                     target.rename(replaced)
                 part.rename(target)
                 sync_folder(self.folder)
                 shutil.rmtree(replaced, ignore_errors=True)
-                self._prune()
+                prune(self._all(), self.keep)
 
     def load(self, ckpt_path: str) -> Path | None:
-        """Load "last", the newest; or a folder. Returns the folder; None where "last" finds none.
+        """Load "last", the newest that is whole; or a folder. Returns the folder; None where "last" finds none.
 
         Raises:
-            RecipeError: there is no such folder.
+            RecipeError: there is no such folder, or none is whole.
         """
-        path = self.newest() if ckpt_path == "last" else Path(ckpt_path)
-        if path is None:
-            return None
-        if not path.is_dir():
-            raise RecipeError(f"--ckpt_path {path}: there is no such folder. Those of this run are in {self.folder}")
-        self.accelerator.load_state(str(path))
+        path = chosen(self.accelerator, ckpt_path, self.folder, "step-*")
+        if path is not None:
+            if not (path / _STATES).exists():
+                raise RecipeError(f"--ckpt_path {path} is no checkpoint of this program: it has no {_STATES}")
+            self.accelerator.load_state(str(path))
+            found = torch.load(path / _STATES, map_location="cpu", weights_only=True)
+            for name, of in self.states.items():
+                of.load_state_dict(found[name])
         return path
 
     def _together(self, target: Path) -> AbstractContextManager[None]:
         return raising_together(lambda words: gather_object([words]), partial(_refusal, target))
 
     def newest(self) -> Path | None:
-        """The checkpoint with the most steps."""
-        return max(self._all(), key=_step_of, default=None)
+        """The checkpoint that was written last."""
+        return next(iter(newest_first(self._all())), None)
 
     def _all(self) -> list[Path]:
         return [path for path in self.folder.glob("step-*") if path.is_dir()]
 
-    def _prune(self) -> None:
-        if self.keep is not None:
-            for old in sorted(self._all(), key=_step_of)[: -self.keep]:
-                shutil.rmtree(old, ignore_errors=True)
+
+def chosen(accelerator: Accelerator, ckpt_path: str, folder: Path, pattern: str) -> Path | None:
+    """Collective. The folder that ``--ckpt_path`` means; the main process reads it, all get its choice.
+
+    Args:
+        accelerator: of the processes.
+        ckpt_path: "last", for the newest whole one of `folder` (None if there is none yet); or a folder.
+        folder: the run's checkpoints.
+        pattern: of their names.
+
+    Raises:
+        RecipeError: on all processes, where it is missing or broken; names an older one that is whole.
+    """
+    found: list[Path | None] = [None]
+    with raising_together(lambda words: gather_object([words]), lambda problem: None):
+        if accelerator.is_main_process:
+            if ckpt_path == "last":
+                found = [newest_whole(folder, [pattern])]
+            elif not Path(ckpt_path).is_dir():
+                raise RecipeError(
+                    f"--ckpt_path {ckpt_path}: there is no such folder. Those of this run are in {folder}"
+                )
+            else:
+                check_readable(Path(ckpt_path), folder, pattern)
+                found = [Path(ckpt_path)]
+    broadcast_object_list(found)
+    return found[0]
+
+
+def prune(checkpoints: list[Path], keep: int | None) -> None:
+    """Remove all but the `keep` newest; None keeps all."""
+    for old in newest_first(checkpoints)[keep:] if keep is not None else []:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _refusal(target: Path, problem: BaseException) -> RecipeError | None:
     refused = disk_error(problem)
     return None if refused is None else write_failure(target, refused, _CURE)
-
-
-def _step_of(path: Path) -> int:
-    digits = path.name.removeprefix("step-")
-    return int(digits) if digits.isdigit() else 0

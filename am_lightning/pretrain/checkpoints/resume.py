@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,25 +14,26 @@ from am_lightning.pretrain.checkpoints.manifest import damage, number_of
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 LAST = "last.ckpt"
+STEPS = "step-*.ckpt"
 _NOT_OURS = (RuntimeError, OSError, EOFError, KeyError, TypeError, pickle.UnpicklingError)
 _METADATA = "meta.pt"  # Lightning's name for what is not sharded, in a folder of shards
 
 
-def newest_whole(folder: Path, verify: bool = True) -> Path | None:
+def newest_whole(folder: Path, patterns: Sequence[str] = (STEPS, LAST)) -> Path | None:
     """The newest whole checkpoint of a run, for ``--ckpt_path last``; None where the run has none yet.
 
     `last.ckpt` where it is the newest. Broken ones are passed over with a warning that names them and the one chosen.
 
     Args:
         folder: the run's checkpoints.
-        verify: read them; without, the newest is given as it is.
+        patterns: of their names.
 
     Raises:
         RecipeError: there are checkpoints, and all are broken.
     """
     broken: dict[Path, str] = {}
-    for path in newest_first([*folder.glob("step-*.ckpt"), *folder.glob(LAST)]):
-        found = damage(path) if verify else None
+    for path in newest_first([path for pattern in patterns for path in folder.glob(pattern)]):
+        found = damage(path)
         if found is None:
             for other, reason in broken.items():
                 rank_zero_warn(f"the checkpoint {other} is broken ({reason}): going on from {path}, the one before")
@@ -61,19 +63,19 @@ def newest_first(paths: list[Path]) -> list[Path]:
     return unique
 
 
-def check_readable(path: Path, folder: Path | None = None) -> None:
+def check_readable(path: Path, folder: Path | None = None, pattern: str = "*.ckpt") -> None:
     """Read all of a checkpoint and compare its checksums: torch.load alone does not see a flipped bit.
 
-    Where it cannot be read, others are looked for in `folder`, by default its own.
+    Where it cannot be read, others are looked for by `pattern` in `folder`, by default its own.
 
     Raises:
         RecipeError: it is missing or broken; names an older one that is whole, if there is one.
     """
     if not path.exists():
-        raise RecipeError(f"--ckpt_path {path}: there is no such file. {_older(path, folder)}")
+        raise RecipeError(f"--ckpt_path {path}: there is no such file. {_older(path, folder, pattern)}")
     found = damage(path, ours=False)
     if found:
-        raise RecipeError(f"the checkpoint {path} is broken ({found}). {_older(path, folder)}")
+        raise RecipeError(f"the checkpoint {path} is broken ({found}). {_older(path, folder, pattern)}")
 
 
 def saved_step(path: Path) -> int:
@@ -94,7 +96,7 @@ def saved_step(path: Path) -> int:
 
 def _step_of(path: Path) -> int:
     """By its name; last.ckpt's is that of the file it links to, or from inside; -1 where it cannot be read."""
-    others = (other for other in path.parent.glob("step-*.ckpt") if other.exists())
+    others = (other for other in path.parent.glob(STEPS) if other.exists())
     names = [path.resolve(), *(other for other in others if other.samefile(path))]
     if steps := [step_in_name(name) for name in names if name.name != LAST]:
         return max(steps)
@@ -105,15 +107,15 @@ def _step_of(path: Path) -> int:
 
 
 def step_in_name(path: Path) -> int:
-    """12 for step-000012.ckpt; 0 for another name."""
-    digits = path.stem.removeprefix("step-")
+    """12 for step-000012.ckpt and checkpoint-12; 0 for another name."""
+    digits = path.stem.rpartition("-")[2]
     return int(digits) if digits.isdigit() else 0
 
 
-def _older(path: Path, folder: Path | None = None) -> str:
+def _older(path: Path, folder: Path | None = None, pattern: str = "*.ckpt") -> str:
     """What to do instead: the newest whole checkpoint in `folder`, by default the same."""
     folder = folder or path.parent
-    others = [p for p in folder.glob("*.ckpt") if not (path.exists() and p.exists() and p.samefile(path))]
+    others = [p for p in folder.glob(pattern) if not (path.exists() and p.exists() and p.samefile(path))]
     for other in newest_first(others):
         if damage(other) is None:
             return f"Go on from an older one: --ckpt_path {other}"

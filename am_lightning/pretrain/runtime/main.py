@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import pickle
 import signal
 import sys
 import tempfile
@@ -46,6 +47,9 @@ def command_line() -> Iterator[None]:
         if "jsonargparse" not in str(error):  # LightningCLI asks for it when it is built, in words alone
             raise
         sys.exit(f"error: the recipes need jsonargparse: {EXTRA}")
+    except pickle.UnpicklingError as error:  # torch.load(weights_only=True), whose text advises to switch that off
+        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error).splitlines()[0])
+        sys.exit(f"error: the checkpoint holds more than tensors and plain values: {reason.strip()}")
     except Exception as error:
         # Whatever else was being written (the curves, the configuration) when the disk became full.
         refused = disk_error(error)
