@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from am_lightning import AMSGD, AMAdamW
 from am_lightning.huggingface import attach
-from am_lightning.pretrain.checkpoints.accelerate import AccelerateCheckpoints, Stateful
+from am_lightning.pretrain.checkpoints.accelerate import AccelerateCheckpoints, Stateful, hold_together
 from am_lightning.pretrain.data.text_data import TextData
 from am_lightning.pretrain.model.network import build_llama, token_loss
 from am_lightning.pretrain.runtime.collective_errors import Agreement, leave_together
@@ -176,6 +176,7 @@ def make_accelerator(settings: RunConfig) -> Accelerator:
             "gradient_accumulation_steps": settings.accumulate,
             "gradient_clipping": settings.clip or 0.0,
         }
+    hold_together(accelerator, settings.checkpoints)
     accelerator.init_trackers("logs")
     if accelerator.is_main_process:
         settings.save(settings.root / "logs" / "config.yaml")

@@ -24,7 +24,7 @@ from transformers.trainer_utils import set_seed
 
 from am_lightning import AMSGD, AMAdamW
 from am_lightning.huggingface import AdaptiveMemoryCallback
-from am_lightning.pretrain.checkpoints.accelerate import chosen, prune
+from am_lightning.pretrain.checkpoints.accelerate import chosen, hold_together, prune
 from am_lightning.pretrain.checkpoints.manifest import sync_files, write_manifest
 from am_lightning.pretrain.model.network import build_llama, token_loss
 from am_lightning.pretrain.runtime.atomic_files import replacing
@@ -187,6 +187,7 @@ def train(settings: RunConfig) -> None:
     trainer = RecipeTrainer(settings, model=model, args=args, callbacks=callbacks)
     stopping = StopAtStep(stop, args)
     trainer.add_callback(stopping)
+    hold_together(trainer.accelerator, settings.checkpoints)
     if trainer.is_world_process_zero():
         settings.save(settings.root / "logs" / "config.yaml")
     path = settings.ckpt_path

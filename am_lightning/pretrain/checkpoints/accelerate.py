@@ -18,6 +18,7 @@ from am_lightning.pretrain.checkpoints.resume import check_readable, newest_firs
 from am_lightning.pretrain.runtime.atomic_files import disk_error, sync_folder, write_failure
 from am_lightning.pretrain.runtime.collective_errors import raising_together
 from am_lightning.pretrain.runtime.errors import RecipeError
+from am_lightning.pretrain.runtime.run_lock import hold
 
 _CURE = "Free some space; --ckpt_path last goes on from the checkpoint before."
 _STATES = "states.pt"
@@ -146,6 +147,13 @@ def chosen(accelerator: Accelerator, ckpt_path: str, folder: Path, pattern: str)
                 found = [Path(ckpt_path)]
     broadcast_object_list(found)
     return found[0]
+
+
+def hold_together(accelerator: Accelerator, folder: Path) -> None:
+    """Collective. Say that this run writes the checkpoints in `folder`. RecipeError, on all processes: another does."""
+    with raising_together(lambda words: gather_object([words]), lambda problem: None):
+        if accelerator.is_main_process:
+            hold(folder)
 
 
 def prune(checkpoints: list[Path], keep: int | None) -> None:

@@ -18,6 +18,7 @@ from am_lightning.pretrain.checkpoints.manifest import manifest_of, remove_manif
 from am_lightning.pretrain.checkpoints.position import restore_position
 from am_lightning.pretrain.checkpoints.resume import LAST, check_readable, newest_first, newest_whole
 from am_lightning.pretrain.checkpoints.writer import CheckpointWriter
+from am_lightning.pretrain.runtime import run_lock
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 
@@ -76,10 +77,23 @@ class RunCheckpoint(ModelCheckpoint):
         connector = trainer._checkpoint_connector
         self._replacements.add(connector, "resume_start", functools.partial(self._resume, trainer))
         if stage == "fit":
+            self._hold(trainer)
             self._writer = CheckpointWriter(trainer, self.asynchronous, self._publish)
             if trainer.is_global_zero:
                 for leftover in Path(str(self.dirpath)).glob(".*.part"):  # of a killed process
                     _remove(leftover)
+
+    def _hold(self, trainer: L.Trainer) -> None:
+        """RecipeError on all ranks: another run writes to this folder."""
+        problem = None
+        if trainer.is_global_zero:
+            try:
+                run_lock.hold(Path(str(self.dirpath)))
+            except RecipeError as error:
+                problem = str(error)
+        problem = trainer.strategy.broadcast(problem)
+        if problem:
+            raise RecipeError(problem)
 
     # ------------------------------------------------------------------ when
     def on_train_batch_end(
@@ -163,10 +177,12 @@ class RunCheckpoint(ModelCheckpoint):
         super().on_exception(trainer, pl_module, exception)
         if self._writer is not None:
             self._writer.close()
-        self._undo()
+        self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._undo()
+        if stage == "fit":
+            run_lock.release(Path(str(self.dirpath)))
 
     def _undo(self) -> None:
         self._writer = None

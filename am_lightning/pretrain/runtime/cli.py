@@ -35,6 +35,7 @@ from am_lightning.pretrain.data.text_data import TextData
 from am_lightning.pretrain.model.lightning_module import LlamaPretraining, check_optimizer
 from am_lightning.pretrain.runtime.errors import RecipeError, require
 from am_lightning.pretrain.runtime.paths import with_paths
+from am_lightning.pretrain.runtime.run_lock import hold
 
 CHECKPOINTS_PER_RUN = 5  # where the configuration does not say how often
 # What a run leaves in its folder; a new run there moves it away first.
@@ -139,6 +140,8 @@ class PretrainCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
+        if self.trainer.is_global_zero:
+            hold(Path(self.config.fit.checkpoint.dirpath))
         if self.config.fit.ckpt_path is None:
             # What may be wrong first: an error is to leave the earlier run where it is.
             require(self.trainer.max_steps >= 1, "trainer.max_steps", self.trainer.max_steps, "a whole number >= 1")

@@ -1,0 +1,78 @@
+"""One folder, one run: a lock that a process holds while it writes there, and that its end releases."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import time
+from datetime import datetime
+from pathlib import Path
+
+from am_lightning.pretrain.runtime.atomic_files import write_failure
+from am_lightning.pretrain.runtime.errors import RecipeError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_PATIENCE_S = 15.0  # a launcher starts ranks anew while those before are being killed
+_HELD_BY_ANOTHER = (errno.EACCES, errno.EAGAIN)
+_held: dict[Path, int] = {}  # lock's file -> its descriptor
+
+
+def hold(checkpoints: Path) -> None:
+    """Say that this process writes the run whose checkpoints are in `checkpoints`; once more changes nothing.
+
+    For the first rank alone. The lock is the kernel's on a file beside the folder: no killed process leaves it behind,
+    on a shared file system neither. Where a file system has no locks, there is none.
+
+    Raises:
+        RecipeError: another process writes there, and does not end soon; says which one. Or the folder is read-only.
+    """
+    file = _file(checkpoints)
+    if fcntl is None or file in _held:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise write_failure(file, error, "Choose another folder: --trainer.default_root_dir DIR") from error
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in _HELD_BY_ANOTHER:
+                os.close(descriptor)
+                return
+        if time.monotonic() > deadline:
+            other = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "a process that is not known"
+            os.close(descriptor)
+            raise RecipeError(
+                f"another run writes to {checkpoints.parent}: {other}. Wait for it, stop it, or choose another folder:"
+                " --trainer.default_root_dir DIR"
+            )
+        time.sleep(0.2)
+    since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    with contextlib.suppress(OSError):  # a full disk
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode(), 0)
+    _held[file] = descriptor
+
+
+def release(checkpoints: Path) -> None:
+    """The opposite of `hold`; where this process does not hold it, nothing."""
+    descriptor = _held.pop(_file(checkpoints), None)
+    if descriptor is not None:
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, 0)
+        os.close(descriptor)
+
+
+def _file(checkpoints: Path) -> Path:
+    checkpoints = checkpoints.absolute()
+    return checkpoints.with_name(f".{checkpoints.name}.lock")
