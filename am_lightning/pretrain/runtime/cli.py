@@ -36,6 +36,7 @@ from am_lightning.pretrain.model.lightning_module import LlamaPretraining, check
 from am_lightning.pretrain.runtime.errors import RecipeError, require
 from am_lightning.pretrain.runtime.paths import with_paths
 from am_lightning.pretrain.runtime.run_lock import hold
+from am_lightning.pretrain.runtime.secrets import refuse_secrets
 
 CHECKPOINTS_PER_RUN = 5  # where the configuration does not say how often
 # What a run leaves in its folder; a new run there moves it away first.
@@ -180,6 +181,7 @@ def settle(config: Any) -> None:
     Raises:
         RecipeError: a value is out of range.
     """
+    refuse_secrets(config.as_dict())
     trainer, checkpoint = config.trainer, config.checkpoint
     if config.threads is not None:
         require(config.threads >= 1, "threads", config.threads, "a whole number >= 1, or null")

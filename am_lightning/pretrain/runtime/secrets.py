@@ -1,0 +1,36 @@
+"""No secret in a configuration: a run writes it to config.yaml, the event file and the report, which people pass on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from am_lightning.pretrain.runtime.errors import RecipeError
+
+_SECRET = re.compile(
+    r"(^|[_-])(token|secret|password|passwd|passphrase|credentials?|(api|access|secret|account|private|sas)[_-]?key)$",
+    re.IGNORECASE,
+)
+_LOGIN_IN_URL = re.compile(r"[a-z][a-z0-9+.-]*://[^/@\s]+:[^/@\s]+@", re.IGNORECASE)
+
+
+def refuse_secrets(config: dict[str, Any]) -> None:
+    """Raises: RecipeError: a key that looks like a secret has a text, or an address holds a password; says where."""
+    for where in _secrets(config, ""):
+        raise RecipeError(
+            f"{where} looks like a secret, and a run writes its configuration to files that people pass on. Set it in"
+            " the environment (HF_TOKEN, AWS_SECRET_ACCESS_KEY, WANDB_API_KEY, COMET_API_KEY, ...), and take it out here."
+        )
+
+
+def _secrets(value: Any, where: str) -> Iterator[str]:
+    """Where they are; their values appear nowhere."""
+    if isinstance(value, dict):
+        for key, inside in value.items():
+            yield from _secrets(inside, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list | tuple):
+        for number, inside in enumerate(value):
+            yield from _secrets(inside, f"{where}.{number}")
+    elif isinstance(value, str) and value and (_SECRET.search(where.rpartition(".")[2]) or _LOGIN_IN_URL.match(value)):
+        yield where
