@@ -20,7 +20,7 @@ def refuse_secrets(config: dict[str, Any]) -> None:
     for where in _secrets(config, ""):
         raise RecipeError(
             f"{where} looks like a secret, and a run writes its configuration to files that people pass on. Set it in"
-            " the environment (HF_TOKEN, AWS_SECRET_ACCESS_KEY, WANDB_API_KEY, COMET_API_KEY, ...), and take it out here."
+            " the environment (HF_TOKEN, AWS_SECRET_ACCESS_KEY, WANDB_API_KEY, COMET_API_KEY), and take it out here."
         )
 
 
