@@ -61,7 +61,8 @@ def train(settings: RunConfig) -> None:
 
     progress = Progress()
     states |= {"progress": progress, "data": data}
-    checkpoints = AccelerateCheckpoints(accelerator, settings.checkpoints, settings.keep, states)
+    checks = {"shape": settings.shape}
+    checkpoints = AccelerateCheckpoints(accelerator, settings.checkpoints, settings.keep, states, checks)
     if settings.ckpt_path is not None:
         loaded = checkpoints.load(settings.ckpt_path)
         accelerator.print(f"going on from {loaded}" if loaded else "no checkpoint yet: starting from step 0")

@@ -34,7 +34,7 @@ from am_lightning.pretrain.runtime.run_config import RunConfig, read_run_config
 from am_lightning.pretrain.runtime.signals import StopSignal
 
 CURVES = {"loss": "train/loss", "learning_rate": "lr", "grad_norm": "grad_norm", "eval_loss": "val/loss"}
-DATA_FILE = "data.pt"  # in each checkpoint: which data it was trained on
+DATA_FILE = "data.pt"  # in each checkpoint: which model it is, and on which data it was trained
 FOLDERS = "checkpoint-*"
 
 
@@ -132,13 +132,13 @@ class Curves(TrainerCallback):
 
 
 class WholeCheckpoints(TrainerCallback):
-    """Keeps with every checkpoint on which data it was trained, and a manifest; refuses to go on with other data.
+    """Keeps with every checkpoint which model it is and on which data it was trained, and a manifest; refuses others.
 
     The Trainer writes a checkpoint in its place: one without a manifest was not finished.
     """
 
     def __init__(self, settings: RunConfig) -> None:
-        self.data, self.keep = settings.data, settings.keep
+        self.data, self.shape, self.keep = settings.data, settings.shape, settings.keep
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         data = self.data.state_dict()  # on every process: a stream gathers where they are
@@ -146,14 +146,16 @@ class WholeCheckpoints(TrainerCallback):
         if state.is_world_process_zero:
             path = Path(args.output_dir, f"checkpoint-{state.global_step}")
             with replacing(path / DATA_FILE, "Free some space, then start again.") as file:
-                torch.save(data, file)
+                torch.save({"shape": self.shape.state_dict(), "data": data}, file)
             sync_files(path)
             write_manifest(path)
             prune(list(path.parent.glob(FOLDERS)), self.keep)
 
     def load(self, folder: Path) -> None:
-        """Raises: RecipeError: the checkpoint in `folder` was trained on other data."""
-        self.data.load_state_dict(torch.load(folder / DATA_FILE, weights_only=True))
+        """Raises: RecipeError: the checkpoint in `folder` is of another model, or was trained on other data."""
+        found = torch.load(folder / DATA_FILE, weights_only=True)
+        self.shape.load_state_dict(found["shape"])
+        self.data.load_state_dict(found["data"])
 
 
 class StopAtStep(TrainerCallback):

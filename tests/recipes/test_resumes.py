@@ -55,6 +55,8 @@ def test_a_resumed_run_is_the_unbroken_one(program: str, tmp_path: Path, corpus_
     assert losses(resumed) == {step: loss for step, loss in losses(whole).items() if step > 3}
     _, errors = run(program, resumed, corpus_folder, 6, "--ckpt_path", "last", "--data.batch_size", "16", status=1)
     assert "data.batch_size is 16, the checkpoint was trained with 8" in errors
+    _, errors = run(program, resumed, corpus_folder, 6, "--ckpt_path", "last", "--model.hidden_size", "96", status=1)
+    assert "error: model.hidden_size is 96, the checkpoint's model has " in errors and "Traceback" not in errors
     newest = resumed / "checkpoints" / CHECKPOINTS[program].format(6)
     for file in newest.glob("r*_state*"):  # of the random numbers, which both libraries would pass over in silence
         file.write_bytes(file.read_bytes()[:-7])

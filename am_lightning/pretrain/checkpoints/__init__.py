@@ -3,7 +3,13 @@
 from am_lightning.pretrain.checkpoints.atomic import AtomicCheckpointIO, replace_with_link
 from am_lightning.pretrain.checkpoints.callback import RunCheckpoint
 from am_lightning.pretrain.checkpoints.position import restore_position
-from am_lightning.pretrain.checkpoints.resume import LAST, check_readable, newest_whole, saved_step
+from am_lightning.pretrain.checkpoints.resume import (
+    LAST,
+    check_readable,
+    newest_whole,
+    saved_hyperparameters,
+    saved_step,
+)
 
 __all__ = [
     "LAST",
@@ -13,5 +19,6 @@ __all__ = [
     "newest_whole",
     "replace_with_link",
     "restore_position",
+    "saved_hyperparameters",
     "saved_step",
 ]

@@ -42,6 +42,7 @@ class AccelerateCheckpoints:
         keep: how many to keep, the newest; None keeps all.
         states: what else is saved, by name. In a file of ours: what is registered with the accelerator is loaded as a
             pickle, which may run code.
+        checks: the same, loaded before the model's weights, so that it can refuse them.
     """
 
     def __init__(
@@ -50,8 +51,10 @@ class AccelerateCheckpoints:
         folder: Path,
         keep: int | None = None,
         states: Mapping[str, Stateful] | None = None,
+        checks: Mapping[str, Stateful] | None = None,
     ) -> None:
-        self.accelerator, self.folder, self.keep, self.states = accelerator, folder, keep, dict(states or {})
+        self.accelerator, self.folder, self.keep = accelerator, folder, keep
+        self.states, self.checks = dict(states or {}), dict(checks or {})
 
     def save(self, step: int) -> Path:
         """Write `step-N` beside its place, then rename it: a kill at any moment leaves no half folder of that name.
@@ -79,7 +82,7 @@ class AccelerateCheckpoints:
                 part.mkdir(parents=True)
         with self._together(target):
             self.accelerator.save_state(str(part))
-            states = {name: of.state_dict() for name, of in self.states.items()}  # may be collective
+            states = {name: of.state_dict() for name, of in {**self.checks, **self.states}.items()}  # may be collective
             if self.accelerator.is_main_process:
                 torch.save(states, part / _STATES)
         with self._together(target):
@@ -104,8 +107,10 @@ class AccelerateCheckpoints:
         if path is not None:
             if not (path / _STATES).exists():
                 raise RecipeError(f"--ckpt_path {path} is no checkpoint of this program: it has no {_STATES}")
-            self.accelerator.load_state(str(path))
             found = torch.load(path / _STATES, map_location="cpu", weights_only=True)
+            for name, of in self.checks.items():
+                of.load_state_dict(found[name])
+            self.accelerator.load_state(str(path))
             for name, of in self.states.items():
                 of.load_state_dict(found[name])
         return path

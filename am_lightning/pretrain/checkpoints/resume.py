@@ -6,6 +6,7 @@ import math
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -84,14 +85,27 @@ def saved_step(path: Path) -> int:
     Raises:
         RecipeError: it is no checkpoint of this program.
     """
-    folder = path.is_dir()
-    if folder and not (path / _METADATA).exists():  # DeepSpeed's
+    if path.is_dir() and not (path / _METADATA).exists():  # DeepSpeed's
         return step_in_name(path.resolve())
     try:
-        file = path / _METADATA if folder else path
-        return int(torch.load(file, map_location="cpu", weights_only=True, mmap=not folder)["global_step"])
+        return int(_contents(path)["global_step"])
     except _NOT_OURS as error:
         raise RecipeError(f"{path} is no checkpoint of this program ({error}). {_older(path)}") from error
+
+
+def saved_hyperparameters(path: Path) -> dict[str, Any]:
+    """Arguments of the module in a checkpoint of pretrain.py; empty where they cannot be read without its shards."""
+    try:
+        return dict(_contents(path)["hyper_parameters"])
+    except _NOT_OURS:
+        return {}
+
+
+def _contents(path: Path) -> dict[str, Any]:
+    """Of a file, without its tensors; of a folder of shards what is in none."""
+    folder = path.is_dir()
+    file = path / _METADATA if folder else path
+    return dict(torch.load(file, map_location="cpu", weights_only=True, mmap=not folder))
 
 
 def _step_of(path: Path) -> int:
@@ -101,7 +115,7 @@ def _step_of(path: Path) -> int:
     if steps := [step_in_name(name) for name in names if name.name != LAST]:
         return max(steps)
     try:
-        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+        return int(_contents(path)["global_step"])
     except _NOT_OURS:
         return -1
 

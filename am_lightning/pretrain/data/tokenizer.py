@@ -171,6 +171,8 @@ def load_pretrained(name: str) -> FastTokenizer:
         RecipeError: it cannot be loaded, is not a fast one or has no end-of-text token.
     """
     where = f"data.tokenizer {name}"
+    if name.startswith(("/", "./", "../", "~")):
+        require(Path(name).expanduser().is_dir(), "data.tokenizer", name, "a folder that is there, or a name")
     try:
         from transformers import AutoTokenizer
     except ImportError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from am_lightning.pretrain.model.initial_weights import draw_matrices
-from am_lightning.pretrain.runtime.errors import require
+from am_lightning.pretrain.runtime.errors import RecipeError, require
 
 _UNMASKED = "sdpa_unmasked"
 
@@ -56,6 +57,19 @@ class LlamaShape:
         fits = heads is None or (heads >= 1 and self.num_heads % heads == 0)
         require(fits, "model.num_key_value_heads", heads, f"a divisor of num_heads = {self.num_heads}, or null")
         require(self.rope_theta > 1, "model.rope_theta", self.rope_theta, "> 1")
+
+    def state_dict(self) -> dict[str, Any]:
+        """As a checkpoint keeps it."""
+        return dataclasses.asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing. RecipeError: a checkpoint's model has another shape; says what differs."""
+        for name, mine in self.state_dict().items():
+            if state.get(name, mine) != mine:
+                raise RecipeError(
+                    f"model.{name} is {mine}, the checkpoint's model has {state[name]}. Set it back, or start a new run"
+                    " in another folder."
+                )
 
     @property
     def head_size(self) -> int:

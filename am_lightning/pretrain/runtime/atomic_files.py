@@ -14,6 +14,14 @@ from typing import BinaryIO
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # full, over the quota, over the process's limit
+_CURES = {
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS),
+        "Choose a folder that this user may write to (--trainer.default_root_dir DIR).",
+    ),
+    errno.ENAMETOOLONG: "Choose a shorter name (--trainer.default_root_dir DIR).",
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR), "Choose another folder (--trainer.default_root_dir DIR)."),
+}
 _RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
@@ -30,7 +38,11 @@ def disk_error(error: BaseException) -> OSError | None:
 
 
 def write_failure(path: Path, error: OSError, hint: str) -> RecipeError:
-    """The RecipeError for a file that could not be written: which one, why, the space left there, the hint."""
+    """The RecipeError for a file that could not be written: which one, why, the space left there, the hint.
+
+    The hint is for a disk that is full, or for what is not known: where the reason says more, its cure stands instead.
+    """
+    hint = _CURES.get(error.errno or 0, hint)
     text = f"cannot write {path}: {error.strerror or error}"
     if error.errno in DISK_FULL:
         folder = next(p for p in [path.parent, *path.parent.parents] if p.exists())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
 from lightning.pytorch import Trainer
@@ -27,16 +29,19 @@ from am_lightning.pretrain.checkpoints import (
     RunCheckpoint,
     check_readable,
     newest_whole,
+    saved_hyperparameters,
     saved_step,
 )
 from am_lightning.pretrain.commands.compare import compare
 from am_lightning.pretrain.commands.report.summary import RunResult, print_summary, print_validation
 from am_lightning.pretrain.data.text_data import TextData
 from am_lightning.pretrain.model.lightning_module import LlamaPretraining, check_optimizer
+from am_lightning.pretrain.model.network import LlamaShape
 from am_lightning.pretrain.runtime.errors import RecipeError, require
 from am_lightning.pretrain.runtime.paths import with_paths
 from am_lightning.pretrain.runtime.run_lock import hold
 from am_lightning.pretrain.runtime.secrets import refuse_secrets
+from am_lightning.pretrain.runtime.suggestions import explain
 
 CHECKPOINTS_PER_RUN = 5  # where the configuration does not say how often
 # What a run leaves in its folder; a new run there moves it away first.
@@ -47,7 +52,12 @@ class PretrainParser(LightningArgumentParser):
     """A parser whose errors are a line or two, without the usage of every setting there is (--help shows it).
 
     A recipe's name may stand where a YAML's path is expected: `--config laptop`, or `fit laptop`.
+
+    Attributes:
+        words: the command line that is being read.
     """
+
+    words: ClassVar[Sequence[str]] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if Path(sys.argv[0]).name == "__main__.py":
@@ -56,7 +66,13 @@ class PretrainParser(LightningArgumentParser):
         self.allow_abbrev = False  # --trainer.max_step is a typing error, not trainer.max_steps
 
     def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
-        return super().parse_args(with_paths(sys.argv[1:] if args is None else args), *others, **options)
+        PretrainParser.words = with_paths(sys.argv[1:] if args is None else args)
+        return super().parse_args(PretrainParser.words, *others, **options)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        parser = getattr(ex, "subcommand_parser", None) or self
+        known = [word.lstrip("-") for action in parser._actions for word in action.option_strings]
+        super().error(explain(message, known, self.words), ex)
 
     def print_usage(self, file: Any = None) -> None:
         pass
@@ -108,7 +124,7 @@ class PretrainCLI(LightningCLI):
         settle(config)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        self.resume_step = _resume_step(config.ckpt_path, Path(config.checkpoint.dirpath))
+        self.resume_step = _resume_step(config.ckpt_path, Path(config.checkpoint.dirpath), config.model)
         if self.subcommand == "validate" and self.resume_step == 0:
             raise RecipeError(f"nothing to validate: --ckpt_path is {config.ckpt_path}, in {config.checkpoint.dirpath}")
 
@@ -186,6 +202,11 @@ def settle(config: Any) -> None:
     if config.threads is not None:
         require(config.threads >= 1, "threads", config.threads, "a whole number >= 1, or null")
     root = Path(trainer.default_root_dir or ".").expanduser().resolve()
+    try:
+        str(root).encode()
+    except UnicodeEncodeError:
+        problem = f"trainer.default_root_dir {root!a}: this locale has no such letters; set LC_ALL=C.UTF-8"
+        raise RecipeError(problem) from None
     trainer.default_root_dir = str(root)
     checkpoint.dirpath = checkpoint.dirpath or str(root / "checkpoints")
     if trainer.max_steps > 0:
@@ -195,7 +216,7 @@ def settle(config: Any) -> None:
         trainer.log_every_n_steps = min(trainer.log_every_n_steps or 1, trainer.max_steps)
 
 
-def _resume_step(ckpt_path: str | None, folder: Path) -> int:
+def _resume_step(ckpt_path: str | None, folder: Path, model: Any) -> int:
     """The steps that are done in the checkpoint this run goes on from; 0 where there is none.
 
     Rank 0 reads all of it; the others, who get its choice when the run starts, do not know (-1).
@@ -204,15 +225,15 @@ def _resume_step(ckpt_path: str | None, folder: Path) -> int:
         return 0
     if getattr(rank_zero_only, "rank", 0) != 0:
         return -1
-    if ckpt_path != "last":
-        check_readable(Path(ckpt_path), folder)
-        return saved_step(Path(ckpt_path))
-    path = newest_whole(folder)
+    path = newest_whole(folder) if ckpt_path == "last" else Path(ckpt_path)
     if path is None:
         moved = sorted((folder.parent / "earlier").glob("*"))
         hint = f" (runs of before are in {moved[0].parent}: --ckpt_path FILE goes on from one)" if moved else ""
         print(f"no checkpoint in {folder} yet: starting from step 0{hint}")
         return 0
+    check_readable(path, folder)  # once read, it is not read again
+    names = [field.name for field in fields(LlamaShape)]
+    LlamaShape(**{name: model[name] for name in names}).load_state_dict(saved_hyperparameters(path))
     return saved_step(path)
 
 

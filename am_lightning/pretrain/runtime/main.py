@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from am_lightning.pretrain.runtime.atomic_files import DISK_FULL, disk_error
 from am_lightning.pretrain.runtime.early_signals import keep_signals
-from am_lightning.pretrain.runtime.errors import RecipeError
+from am_lightning.pretrain.runtime.errors import RecipeError, first_line
 
 EXTRA = "pip install 'am-lightning[recipes]', or '.[recipes]' in a checkout"
 RESUME = "--ckpt_path last goes on from the newest checkpoint"
@@ -24,6 +24,9 @@ RESUME = "--ckpt_path last goes on from the newest checkpoint"
 def command_line() -> Iterator[None]:
     """Run the block as the body of a program: what the user can help ends the process with a message."""
     keep_signals()  # the imports below take seconds
+    for name in ("stdout", "stderr"):  # closed by whoever started it (>&-): there is nobody to tell
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (to the process's end)
     _quiet()
     try:
         with _fonts_elsewhere():
@@ -51,6 +54,8 @@ def command_line() -> Iterator[None]:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error).splitlines()[0])
         sys.exit(f"error: the checkpoint holds more than tensors and plain values: {reason.strip()}")
     except Exception as error:
+        if "EADDRINUSE" in str(error):
+            sys.exit(f"error: {first_line(error)}. Another run uses this port: give another MASTER_PORT.")
         # Whatever else was being written (the curves, the configuration) when the disk became full.
         refused = disk_error(error)
         if refused is None or refused.errno not in DISK_FULL:

@@ -1,0 +1,126 @@
+"""What the programs say where a key is misspelt, a name is not one, or a folder refuses."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from am_lightning.pretrain.data.tokenizer import load_pretrained
+from am_lightning.pretrain.runtime import main
+from am_lightning.pretrain.runtime.atomic_files import write_failure
+from am_lightning.pretrain.runtime.cli import PretrainCLI
+from am_lightning.pretrain.runtime.errors import RecipeError
+from am_lightning.pretrain.runtime.paths import recipes_folder
+from am_lightning.pretrain.runtime.run_config import read_run_config
+from tests.python import PYTHON
+
+from .commands import RECIPES, arguments
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Any:
+    """Writes a YAML over laptop's."""
+    for name in ("base.yaml", "laptop.yaml"):
+        (tmp_path / name).write_bytes((recipes_folder() / "configs" / name).read_bytes())
+
+    def write(text: str) -> Path:
+        path = tmp_path / "mine.yaml"
+        path.write_text(f"# base: laptop.yaml\n{text}")
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "line"),
+    [
+        ("trainer:\n  max_stepz: 3\n", "there is no setting trainer.max_stepz. Did you mean trainer.max_steps?", 3),
+        ("modle:\n  hidden_size: 3\n", "there is no setting modle.hidden_size. Did you mean model.hidden_size?", 3),
+        (
+            "model:\n  optimizer:\n    init_args:\n      learning_rate: 3\n",
+            "model.optimizer.init_args.learning_rate: AMAdamW has no argument of that name. Did you mean lr?",
+            5,
+        ),
+        (
+            "model:\n  optimizer:\n    init_args:\n      weight_decai: 3\n",
+            "model.optimizer.init_args.weight_decai: AMAdamW has no argument of that name. Did you mean weight_decay?",
+            5,
+        ),
+    ],
+)
+def test_a_misspelt_key_of_a_yaml(
+    copy: Any, text: str, said: str, line: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = copy(text)
+    with pytest.raises(SystemExit) as ended:
+        read_run_config(["--config", str(path)])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {said} ({path}, line {line})"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--trainer.max_step", "3"], "trainer.max_step. Did you mean trainer.max_steps?"),
+        (["--data.batchsize=3"], "data.batchsize. Did you mean data.batch_size?"),
+        (["--entirely.other", "3"], "entirely.other"),
+    ],
+)
+def test_a_misspelt_key_of_the_command_line(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "fit", "--config", "laptop", *words])
+    with pytest.raises(SystemExit):
+        PretrainCLI()
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: there is no setting {said}"
+
+
+@pytest.mark.parametrize(
+    ("number", "cure"),
+    [
+        (errno.EROFS, "Choose a folder that this user may write to"),
+        (errno.EACCES, "Choose a folder that this user may write to"),
+        (errno.ENAMETOOLONG, "Choose a shorter name"),
+        (errno.ENOTDIR, "Choose another folder"),
+        (errno.ENOSPC, "Free some space"),
+    ],
+)
+def test_the_cure_is_that_of_the_reason(tmp_path: Path, number: int, cure: str) -> None:
+    text = str(write_failure(tmp_path / "a", OSError(number, os.strerror(number)), "Free some space."))
+    assert text.startswith(f"cannot write {tmp_path / 'a'}: {os.strerror(number)}") and cure in text
+
+
+@pytest.mark.parametrize("name", ["./tok", "../tok", "/tok", "~/tok"])
+def test_a_tokenizer_that_is_a_missing_folder(name: str) -> None:
+    with pytest.raises(RecipeError, match=r"data.tokenizer is '.*tok'; allowed: a folder that is there"):
+        load_pretrained(name)
+
+
+def test_a_port_in_use() -> None:
+    with pytest.raises(
+        SystemExit, match=r"address already in use.*\. Another run uses this port: give another MASTER_"
+    ):
+        with main.command_line():
+            raise RuntimeError("The server socket has failed ... (errno: 98 - address already in use), EADDRINUSE")
+
+
+@pytest.mark.slow
+def test_the_end_of_a_run_whose_output_is_closed_or_whose_locale_is_poor(tmp_path: Path, corpus_folder: Path) -> None:
+    words = " ".join([PYTHON, str(RECIPES / "pretrain.py"), *arguments(tmp_path / "a", corpus_folder, 2)])
+    fit = "" if " fit " in words else " fit"
+    program = str(RECIPES / "pretrain.py")
+    command = words.replace(program, f"{program}{fit}")
+    result = subprocess.run(["bash", "-c", f"{command} >&-"], capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "a" / "checkpoints" / "last.ckpt").exists()
+    poor = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    other = command.replace(str(tmp_path / "a"), str(tmp_path / "käse"))
+    result = subprocess.run(["bash", "-c", other], capture_output=True, timeout=240, env=poor)
+    assert result.returncode == 1
+    assert b"this locale has no such letters; set LC_ALL=C.UTF-8" in result.stderr.splitlines()[-1]
