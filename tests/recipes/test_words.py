@@ -103,11 +103,11 @@ def test_a_tokenizer_that_is_a_missing_folder(name: str) -> None:
 
 
 def test_a_port_in_use() -> None:
-    with pytest.raises(
-        SystemExit, match=r"address already in use.*\. Another run uses this port: give another MASTER_"
+    with (
+        pytest.raises(SystemExit, match=r"address already in use.*\. Another run uses this port: give another MASTER_"),
+        main.command_line(),
     ):
-        with main.command_line():
-            raise RuntimeError("The server socket has failed ... (errno: 98 - address already in use), EADDRINUSE")
+        raise RuntimeError("The server socket has failed ... (errno: 98 - address already in use), EADDRINUSE")
 
 
 @pytest.mark.slow
