@@ -37,7 +37,8 @@ def attach(accelerator: Accelerator, optimizer: Any, *, log_every_n_steps: int |
         log_every_n_steps: every so many optimizer steps the main process logs ``am/beta/mean|min|max``,
             ``am/beta/<layer group>``, ``am/clamp/at_max|at_zero``, ``am/skipped_steps`` and, where
             ``clip_grad_norm_`` ran, ``am/grad_norm`` at the number of optimizer steps; the histogram ``am/beta`` to
-    XX of dropped steps. Tags of a second optimizer start with ``am-1``. None: it does not.
+            TensorBoard, the picture ``am/beta/layers`` (less and less often) to trackers that take one. It warns of
+            dropped steps. Tags of a second optimizer start with ``am-1``. None: it does not.
 
     Returns:
         The reader. For logging of one's own: ``reader.read()``, then ``reader.scalars()``, of the steps since it was

@@ -26,9 +26,9 @@ def attach(optimizer: Any, writer: Any, every: int = 50, *, prefix: str = "am") 
 
     It is a step hook of the optimizer and nothing else: nothing is patched, and a step between two writes costs one
     call. A write copies one vector from the device. Where torch.distributed is initialised rank 0 writes; reading takes
-    no collective, so the other ranks do nothing (call it on all of them, or on rank 0 alone). It writes
-    of the tensors in its own optimizer, which under pipeline parallel are those of its stage. A copy or a pickle of
-    the optimizer has no hooks: attach anew.
+    no collective, so the other ranks do nothing (call it on all of them, or on rank 0 alone). What is written is of the
+    tensors of rank 0's optimizer alone: under pipeline parallel, of those of its stage. A copy or a pickle of the
+    optimizer has no hooks: attach anew.
 
     Args:
         optimizer: AMAdamW or AMSGD, or what a framework made of it. Of one in a DeepSpeed engine, the first of several
@@ -42,8 +42,8 @@ def attach(optimizer: Any, writer: Any, every: int = 50, *, prefix: str = "am") 
     Tags are those of every framework here: ``am/beta/mean|min|max``, ``am/beta/<layer group>``,
     ``am/clamp/at_max|at_zero``, ``am/skipped_steps``, ``am/grad_norm`` where ``clip_grad_norm_`` ran, and
     ``am/beta/layer/<layer>`` where parameters have names (``AMAdamW(model.named_parameters())``, ``am_adamw(model)``,
-    ``optimizer.name_parameters``). It warns of steps that were dropped because a sum, or what would have
-    been written, was not finite.
+    ``optimizer.name_parameters``) and layers are 32 at most. It warns of steps that were dropped because a sum, or what
+    the step would have written, was not finite.
 
     Returns:
         A handle: ``remove()`` ends it, ``every`` may be changed. The same optimizer, writer and prefix again take the
