@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from am_lightning.loggers.heatmap_image import PANEL_WIDTH, Cells, draw
+from am_lightning.loggers.metrics import in_a_sentence
 
 _MOST_ROWS = 150  # of a panel: 2 pixels each
 
@@ -150,7 +151,7 @@ class HeatMap:
                 first = self._first + int(columns[layer]) * self._span
                 last = min(first + self._span, self._last)
                 when = f"step {last:,}" if last == first + 1 else f"steps {first + 1:,} to {last:,}"
-                deepest.append((self.layers[layer], f"{lowest[layer]:.3f} in {when}"))
+                deepest.append((in_a_sentence(self.layers[layer]), f"{lowest[layer]:.3f} in {when}"))
         return deepest
 
     def state_dict(self) -> dict[str, Any]:

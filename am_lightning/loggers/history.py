@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from am_lightning.loggers.metrics import in_a_sentence
 from am_lightning.optim.intervals import Interval
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Dip(NamedTuple):
 
     def __str__(self) -> str:
         when = f"step {self.until}" if self.until == self.after + 1 else f"steps {self.after + 1} to {self.until}"
-        return f"{self.lowest:.2g} in {when}"
+        return f"{self.lowest:.3f} in {when}"
 
 
 class RunHistory:
@@ -118,8 +119,9 @@ class RunHistory:
         if not steps:
             return ""
         deepest = sorted(self._dips.items(), key=lambda item: item[1].lowest)[:_DIPS]
-        dips = ", ".join(f"{layer} {dip}" for layer, dip in deepest)
-        return f"mean beta_t {total / steps:.3f}, {at_max / steps:.0%} of it at the cap; lowest: {dips}"
+        dips = ", ".join(f"{in_a_sentence(layer)} {dip}" for layer, dip in deepest)
+        at_cap = f"at the cap in {at_max / steps:.0%} of the tensors' steps"
+        return f"mean beta_t {total / steps:.3f}, {at_cap}; lowest: {dips}"
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values."""

@@ -63,6 +63,11 @@ def _last_words(path: str) -> str:
     return ".".join(words[-2:] if words[-1].isdigit() else words[-1:])
 
 
+def in_a_sentence(layer: str) -> str:
+    """``layers.3`` as it is; the ``2`` of an ``nn.Sequential`` as ``layer 2``, or it reads as a value."""
+    return f"layer {layer}" if layer.isdigit() else layer
+
+
 class MomentumStats:
     """Turns an ``Interval`` of beta_t into scalars.
 

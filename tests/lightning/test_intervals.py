@@ -160,8 +160,8 @@ def test_the_end_of_a_fit_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureF
     betas = [beta for step in planted(STEPS) for beta in step.values()]
     mean, at_cap = sum(betas) / len(betas), sum(beta == CAP for beta in betas) / len(betas)
     assert told[0] == "AdaptiveMemory: AdamW is now AMAdamW (scope tensor, lambda 0.1, cap of beta_t 0.89, 6 tensors)"
-    assert f"mean beta_t {mean:.3f}, {at_cap:.0%} of it at the cap" in told[-1]
-    assert DIP[1] == 24 and "layers.1 0.01 in steps 22 to 28" in told[-1] and "no step skipped" in told[-1]
+    assert f"mean beta_t {mean:.3f}, at the cap in {at_cap:.0%} of the tensors' steps" in told[-1]
+    assert DIP[1] == 24 and "layers.1 0.010 in steps 22 to 28" in told[-1] and "no step skipped" in told[-1]
 
 
 DIPS = {("layers.0.mlp.weight", 13): 0.12, ("embed.weight", 2): 0.5}
@@ -183,8 +183,8 @@ def test_the_line_says_in_which_interval_a_dip_was(
         fit(Module(of=dipping), tmp_path, every, steps=13)
     betas = [beta for step in planted(13, of=dipping) for beta in step.values()]
     (told,) = [record.message for record in caplog.records if "mean beta_t" in record.message]
-    assert f"mean beta_t {sum(betas) / len(betas):.3f}, 8% of it at the cap" in told
-    assert f"lowest: layers.0 0.12 in {late}, embed 0.5 in {early}, layers.1 0.8 in " in told
+    assert f"mean beta_t {sum(betas) / len(betas):.3f}, at the cap in 8% of the tensors' steps" in told
+    assert f"lowest: layers.0 0.120 in {late}, embed 0.500 in {early}, layers.1 0.800 in " in told
 
 
 def test_the_line_of_a_resumed_fit_is_of_the_whole_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -197,7 +197,7 @@ def test_the_line_of_a_resumed_fit_is_of_the_whole_run(tmp_path: Path, caplog: p
     betas = [beta for step in planted(17, of=dipping) for beta in step.values()]
     (told,) = [record.message for record in caplog.records if "mean beta_t" in record.message]
     assert f"mean beta_t {sum(betas) / len(betas):.3f}" in told and "1 step skipped" in told
-    assert "layers.0 0.12 in steps 13 to 16, embed 0.5 in steps 1 to 4" in told  # a dropped step has a number
+    assert "layers.0 0.120 in steps 13 to 16, embed 0.500 in steps 1 to 4" in told  # a dropped step has a number
 
 
 class Deep(Module):

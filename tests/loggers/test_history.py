@@ -73,9 +73,19 @@ def test_the_sentence_names_the_deepest_layers_and_when() -> None:
     history.add(11, LAYERS, interval(1, at_max=1, mean=0.7, lowest=(0.9, 0.05, 0.6, 0.8)), 0.89)
     history.add(30, LAYERS, interval(19, lowest=(0.75, 0.1, 0.3, 0.8)), 0.89)
     assert history.sentence() == (
-        "mean beta_t 0.797, 20% of it at the cap; lowest: layers.0 0.05 in step 11, layers.1 0.3 in steps 12 to 30, "
-        "embed 0.7 in steps 1 to 10"
+        "mean beta_t 0.797, at the cap in 20% of the tensors' steps; lowest: layers.0 0.050 in step 11, "
+        "layers.1 0.300 in steps 12 to 30, embed 0.700 in steps 1 to 10"
     )
+
+
+def test_a_layer_that_is_a_number_is_told_from_a_value() -> None:
+    """Of an ``nn.Sequential``."""
+    history = RunHistory()
+    history.add(50, ["0", "2", "4", "head.0"], interval(50, lowest=(0.5, 0.0, 0.7, 0.6)), 0.89)
+    told = "layer 2 0.000 in steps 1 to 50", "layer 0 0.500 in steps 1 to 50", "head.0 0.600 in steps 1 to 50"
+    assert history.sentence().endswith(f"lowest: {', '.join(told)}")
+    assert history._map is not None
+    assert tuple(map(" ".join, history._map._deepest())) == told  # above the picture
 
 
 def test_a_resumed_run_begins_after_its_checkpoint() -> None:
@@ -88,7 +98,7 @@ def test_a_resumed_run_begins_after_its_checkpoint() -> None:
     with_one.load_state_dict(copy.deepcopy(without.state_dict()))
     with_one.begin(173)
     with_one.add(200, LAYERS, interval(50, lowest=(0.8, 0.8, 0.1, 0.8)), 0.89)
-    assert "layers.1 0.1 in steps 151 to 200" in with_one.sentence()
+    assert "layers.1 0.100 in steps 151 to 200" in with_one.sentence()
 
 
 def test_its_state_is_the_run_so_far_and_later_readings_do_not_change_it() -> None:

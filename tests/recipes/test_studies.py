@@ -378,8 +378,8 @@ def test_faults_are_trained_and_drawn(tmp_path: Path, corpus_folder: Path) -> No
     arguments = ["--out", str(tmp_path), "--steps", "9", "--only", "dead", "bad-batch", *tiny]
     diagnoses.main([*arguments, f"--data.source={corpus_folder}"])
     dead, bad_batch = (tmp_path / "diagnoses.md").read_text().splitlines()[-2:]
-    assert "layers.1 0 in step 4" in dead
-    assert re.search(r"layers\.\d 0\.00\d+ in step 4", bad_batch)
+    assert "layers.1 0.000 in step 4" in dead
+    assert re.search(r"layers\.\d 0\.00\d in step 4", bad_batch)
     for name in ("dead", "bad-batch"):
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert picture.mode == "P" and picture.width > 600
