@@ -61,6 +61,14 @@ os.makedirs("my_texts")
 pyarrow.parquet.write_table(pyarrow.table({"text": [f"the {n}th text of many words " * 40 for n in range(4000)]}),
                             "my_texts/a.parquet")
 """
+EVENTS = """\
+from torch.utils.tensorboard import SummaryWriter
+with SummaryWriter("runs/diagnoses/runs/healthy/logs") as board:
+    for step in range(300):
+        board.add_scalar("am/beta/cap", 0.8, step)
+        for layer in ("layers.0", "layers.1", "norm"):
+            board.add_scalar(f"am/beta/layer/{layer}/min", 0.3 if layer == "norm" else 0.6, step)
+"""
 FULLY_SHARD = "from torch.distributed.fsdp import fully_shard\nimport torch\n"
 LOGGED = "from lightning.fabric import Fabric\nfrom lightning.pytorch.loggers import TensorBoardLogger\n" + TORCH
 
@@ -69,6 +77,7 @@ BEFORE = {
     "README.md": [LIGHTNING, STEPPED],
     "docs/data.md": [TEXTS],
     "docs/deepspeed.md": [TORCH + DEEPSPEED, ""],
+    "docs/diagnosis.md": [EVENTS, LIGHTNING + "import torch\n"],
     "docs/huggingface.md": [LLAMA, ACCELERATED, "", LLAMA, LLAMA],
     "docs/index.md": [LIGHTNING],
     "docs/lightning.md": [LIGHTNING + FULLY_SHARD, LOGGED],
