@@ -38,7 +38,7 @@ if __name__ == "__main__":
     )
     attach(accelerator, optimizer, log_every_n_steps=1)  # names, the ranks' sums, curves to the trackers
 
-    for step, rows in zip(range(100), batches, strict=False):
+    for step, rows in zip(range(1, 101), batches, strict=False):
         loss = model(rows)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)

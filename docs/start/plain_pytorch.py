@@ -33,7 +33,7 @@ if __name__ == "__main__":
     optimizer = AMAdamW(model.named_parameters(), lr=3e-3, betas=(0.89, 0.999), weight_decay=0.1)
     writer = SummaryWriter("plain_logs")
     attach(optimizer, writer, every=1)  # a longer run: 50, the default
-    for step, rows in zip(range(100), DataLoader(rows_of_bytes(), 32, shuffle=True), strict=False):
+    for step, rows in zip(range(1, 101), DataLoader(rows_of_bytes(), 32, shuffle=True), strict=False):
         loss = model(rows)
         loss.backward()
         clip_grad_norm_(optimizer, 1.0)

@@ -42,6 +42,16 @@ def curves(folder: Path) -> dict[str, list[float]]:
     return found
 
 
+def steps(folder: Path, ending: str) -> list[int]:
+    """The points' steps, in order, of the tags with this ending."""
+    found: list[int] = []
+    for path in folder.rglob("events.out.tfevents.*"):
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+        tags = [tag for tag in events.Tags()["scalars"] if tag.endswith(ending)]
+        found += [event.step for tag in tags for event in events.Scalars(tag)]
+    return sorted(found)
+
+
 def betas(folder: Path) -> list[float]:
     """The points of the mean beta_t, under whatever prefix a framework's logger gives it; of a plain loop, its own."""
     return [v for tag, values in curves(folder).items() if tag.endswith(("am/beta/mean", "beta")) for v in values]

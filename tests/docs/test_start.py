@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .programs import START, betas, run_program
+from .programs import START, betas, run_program, steps
 
 COMMANDS = {
     "lightning_callback.py": [],
@@ -35,3 +35,4 @@ def test_a_program_trains_and_leaves_its_curves(tmp_path: Path, name: str) -> No
     assert len(found) >= 100
     assert all(0 <= beta <= 0.8901 for beta in found)
     assert min(found) < 0.88, "beta_t hardly left its cap"
+    assert steps(tmp_path, "train/loss") == steps(tmp_path, "am/beta/mean")
