@@ -12,8 +12,10 @@ from torch.utils.tensorboard import SummaryWriter
 from am_lightning.pretrain.commands.report.events import Curve, read_curves
 from am_lightning.pretrain.commands.report.plot import draw, look
 from am_lightning.pretrain.commands.report.runs import RunData
-from am_lightning.pretrain.commands.report.series import extremes, heatmap, in_order, smooth, thin
+from am_lightning.pretrain.commands.report.series import extremes, heatmap, smooth, thin
 from am_lightning.pretrain.runtime.errors import RecipeError
+
+LAYERS = ["tok", "layers.0", "layers.1", "layers.10", "ln_f", "lm_head"]
 
 
 @pytest.fixture
@@ -24,7 +26,7 @@ def log_dir(tmp_path: Path) -> Path:
         with SummaryWriter(str(tmp_path / "logs"), purge_step=first, filename_suffix=f".{first:03d}") as writer:
             for step in range(first, last):
                 writer.add_scalar("train/loss", 5 * 0.98**step + rng.random() * 0.1 + first, step)
-                for layer in ("embed_tokens", "layers.0", "layers.1", "layers.10", "norm", "lm_head"):
+                for layer in LAYERS:
                     dips = layer == "layers.1" and 30 <= step < 35
                     writer.add_scalar(f"am/beta/layer/{layer}", 0.1 if dips else 0.8, step)
                 if step % 20 == 19:
@@ -56,9 +58,8 @@ def test_a_resume_takes_back_all_that_came_after_it(tmp_path: Path) -> None:
     assert curves["val/loss"].steps.tolist() == [20, 40]
 
 
-def test_layers_are_in_the_order_of_the_network(log_dir: Path) -> None:
-    layers = in_order(run_of(log_dir).momentum)
-    assert layers == ["embed_tokens", "layers.0", "layers.1", "layers.10", "norm", "lm_head"]
+def test_layers_are_in_the_order_of_the_model_whatever_they_are_called(log_dir: Path) -> None:
+    assert heatmap(run_of(log_dir).momentum).rows == LAYERS
 
 
 def test_the_mean_of_a_line_is_the_line() -> None:

@@ -132,7 +132,8 @@ class RunData:
 
     @cached_property
     def momentum(self) -> dict[str, Curve]:
-        """beta_t by layer; by layer group where the logger had no layers; {} without adaptive memory.
+        """beta_t by layer, in the order of the logger's tags, which is the optimizer's; by layer group where the logger
+        had no layers; {} without adaptive memory.
 
         It is the lowest of the steps since the point before, where the run logged it, else the mean.
         """

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +18,7 @@ class Heatmap:
     """Momentum of layers x steps.
 
     Attributes:
-        rows: layers from input to output.
+        rows: layers, as they were given.
         edges: (columns + 1,) steps; column i is of the steps after edges[i] up to edges[i + 1].
         values: (rows, columns), nan where nothing was logged.
         width: logged points in a column, of which it has the lowest.
@@ -71,23 +69,12 @@ def band(low: Curve, high: Curve, points: int) -> tuple[Curve, Curve]:
     return Curve(steps, np.fmin.reduceat(low.values, starts)), Curve(steps, np.fmax.reduceat(high.values, starts))
 
 
-def in_order(layers: Iterable[str]) -> list[str]:
-    """Names of layers from input to output."""
-
-    def depth(name: str) -> tuple[int, int, str]:
-        number = re.search(r"\d+", name)
-        place = 0 if "embed" in name else 1 if number else 2 if "norm" in name else 3
-        return place, int(number[0]) if number else 0, name
-
-    return sorted(layers, key=depth)
-
-
 def heatmap(layers: dict[str, Curve], columns: int = HEATMAP_COLUMNS) -> Heatmap:
     """The momentum of some layers, at most `columns` columns wide.
 
     Dips last a step or two: a column has the lowest of its steps, or a long run's would be too thin to see.
     """
-    rows = in_order(layers)
+    rows = list(layers)
     steps = np.unique(np.concatenate([curve.steps for curve in layers.values()]))
     values = np.full((len(rows), len(steps)), np.nan)
     for row, layer in enumerate(rows):
