@@ -304,9 +304,18 @@ def test_a_broken_configuration_is_named(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------ as a browser shows it
-_LOOK = """<!DOCTYPE html><body><iframe style="width:390px;height:3000px;border:0" src="report.html"></iframe><script>
+_LOOK = """<!DOCTYPE html><body><iframe style="width:390px;height:900px;border:0" src="report.html"></iframe><script>
+const frame = document.querySelector("iframe");
 addEventListener("load", () => {
-  const page = document.querySelector("iframe").contentDocument;
+  const page = frame.contentDocument.body;
+  const drawn = page.scrollHeight;
+  page.querySelectorAll(".plot").forEach((plot) => plot.replaceChildren());
+  frame.style.height = `${(drawn + page.scrollHeight) / 2}px`; // a scrollbar appears when the charts are drawn
+  frame.addEventListener("load", look);
+  frame.contentWindow.location.reload();
+});
+function look() {
+  const page = frame.contentDocument;
   const charts = [...page.querySelectorAll(".chart svg")];
   const outside = charts.filter((svg) => [...svg.querySelectorAll("text")].some((text) => {
     const box = text.getBBox();
@@ -330,7 +339,7 @@ addEventListener("load", () => {
   document.body.textContent = JSON.stringify({ charts: charts.length, outside, above, blank, paths, column, told, kept,
     gone: tip.hidden, overflow: page.body.scrollWidth,
     labels: charts.every((svg) => svg.ariaLabel && svg.tabIndex === 0) });
-});
+}
 </script>"""
 
 
