@@ -22,6 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from am_lightning.pretrain.commands.report.charts import charts
 from am_lightning.pretrain.commands.report.differences import ABSENT, differences
 from am_lightning.pretrain.commands.report.events import read_curves
+from am_lightning.pretrain.commands.report.page import facts
 from am_lightning.pretrain.commands.report.runs import find_runs
 from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.recipes.__main__ import main
@@ -208,6 +209,19 @@ def test_other_programs_tags_and_steps_are_understood(tmp_path: Path) -> None:
     assert main(["report", str(tmp_path / "hf")]) == 0
     [heatmap] = Page((tmp_path / "hf" / "report.html").read_text()).data["heatmaps"]
     assert heatmap["by"].startswith("the mean over a layer's tensors, by layer group")
+
+
+@pytest.mark.parametrize(
+    ("scalars", "steps"), [({"am/beta/mean": {50: 0.8, 5950: 0.8}}, "5,950"), ({"other": {1: 0}}, ABSENT)]
+)
+def test_a_run_without_a_loss_has_the_steps_of_its_momentum(
+    tmp_path: Path, scalars: dict[str, dict[int, float]], steps: str
+) -> None:
+    """As of an Accelerate loop that logs nothing itself."""
+    write_run(tmp_path / "run", scalars)
+    (tmp_path / "run" / "logs" / "hparams.yaml").unlink()
+    [run] = find_runs([str(tmp_path / "run")])
+    assert facts(run)["steps"] == steps
 
 
 def test_the_momentum_has_its_lowest_and_its_cap(tmp_path: Path) -> None:

@@ -107,6 +107,8 @@ def _optimizer(run: RunData) -> str:
 
 
 def _steps(run: RunData) -> str:
+    if not run.steps:
+        return ABSENT
     planned = run.setting("trainer.max_steps")
     unfinished = isinstance(planned, int) and 0 < run.steps < planned
     return f"{run.steps:,} of {planned:,}" if unfinished else f"{run.steps:,}"

@@ -145,8 +145,8 @@ class RunData:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps done, as far as logged."""
-        return int(self.train_loss.steps[-1]) if self.train_loss else 0
+        """Optimizer steps done, as far as a loss or the momentum was logged; 0 where neither was."""
+        return max((int(curve.steps[-1]) for curve in (self.train_loss, self.beta_mean) if curve), default=0)
 
     @property
     def tokens(self) -> int | None:
@@ -179,7 +179,7 @@ class RunData:
         """(steps done, validation loss), with the one after the last step."""
         found = self.val_loss
         points = dict(zip(found.steps.tolist(), found.values.tolist(), strict=True)) if found else {}
-        if self.final_val_loss is not None and self.train_loss:
+        if self.final_val_loss is not None and self.steps:
             points[self.steps] = self.final_val_loss
         return sorted(points.items())
 
