@@ -281,6 +281,14 @@ def test_a_folder_of_runs_stands_for_all_of_them(tmp_path: Path) -> None:
     assert [run.name for run in find_runs(in_order)] == ["B", "A", "baseline"]
 
 
+def test_runs_of_one_folder_are_named_alike(tmp_path: Path) -> None:
+    """Those of Lightning: the second one's name alone would be enough, were it not beside the first one."""
+    for place in ("once/logs_of/version_0", "twice/logs_of/version_0", "twice/logs_of/version_1"):
+        write_run(tmp_path / place, {"train/loss": {0: 1.0}})
+    names = [run.name for run in find_runs([str(tmp_path / "once"), str(tmp_path / "twice")])]
+    assert names == ["once/logs_of/version_0", "twice/logs_of/version_0", "twice/logs_of/version_1"]
+
+
 def test_a_name_is_text_and_not_markup(tmp_path: Path) -> None:
     write_run(tmp_path / "run", {"train/loss": {0: 1.0, 1: math.nan, 2: math.inf}})
     name = "</script><b>\"quoted\" & 'x'"

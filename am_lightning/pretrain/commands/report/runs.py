@@ -286,12 +286,16 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _labels(folders: dict[Path, str | None]) -> dict[Path, str]:
-    """A name for each run: the one given, else as many of the last folders as it takes to tell them apart."""
+    """A name for each run: the one given, else as many of the last folders as it takes to tell them apart.
+
+    Runs in one folder have equally many.
+    """
     labels = {folder: name or folder.name for folder, name in folders.items()}
     for words in range(2, 6):
         twice = [label for label in labels.values() if list(labels.values()).count(label) > 1]
+        places = {folder.parent for folder, given in folders.items() if labels[folder] in twice and not given}
         for folder, given in folders.items():
-            if labels[folder] in twice and not given:
+            if folder.parent in places and not given:
                 labels[folder] = "/".join(folder.parts[-words:])
     return labels
 
