@@ -227,7 +227,8 @@ def test_a_run_without_a_loss_has_the_steps_of_its_momentum(
 def test_the_momentum_has_its_lowest_and_its_cap(tmp_path: Path) -> None:
     [run] = find_runs(intervals(tmp_path, cap=0.89))
     [chart] = [chart for chart in charts([run]) if chart["id"] == "beta"]
-    assert chart["reach"] == pytest.approx(0.89) and chart["floor"] == 0 and chart["unit"] == "beta_t, cap 0.89"
+    assert chart["reach"] == pytest.approx(0.89) and chart["floor"] == 0
+    assert chart["unit"] == "beta_t, cap 0.89, running mean"
     [band] = [series for series in chart["series"] if series["style"] == "band"]
     assert band["values"] == pytest.approx([0.2, 0.4, 0.6]) and band["upper"] == pytest.approx([0.85] * 3)
     assert list(run.momentum) == ["mlp"]  # its lowest, which is no layer group of its own

@@ -26,7 +26,7 @@ def charts(runs: Sequence[RunData]) -> list[dict[str, Any]]:
     ratios = {"top": None if start is None else math.exp(min(start, 700)), "floor": None, "log": True}
     made = [
         _chart("loss", "Loss", "nats per token", _losses(runs, 0), top=start, floor=None),
-        _chart("perplexity", "Perplexity", "e to the loss, logarithmic", _losses(runs, 1), **ratios),
+        _chart("perplexity", "Perplexity", "e to the loss, logarithmic axis", _losses(runs, 1), **ratios),
         _chart("beta", "Momentum, mean over all tensors", _unit_of_beta(runs), _momentum(runs), reach=_cap(runs)),
         _chart("at_max", "Tensors at the cap", "share of tensors and steps", _each(runs, "at_max", mean=True)),
         _chart("at_zero", "Tensors without momentum", "share with beta_t = 0", _each(runs, "at_zero", mean=True)),
@@ -69,6 +69,8 @@ def _by(run: RunData, width: int) -> str:
 def _chart(name: str, title: str, unit: str, series: list[dict[str, Any]], **limits: float | None) -> dict[str, Any]:
     """Its vertical axis is `log` or not, begins at `floor`, holds at least `reach`, and is cut at `top`."""
     usual = {"top": None, "floor": 0.0, "log": False, "reach": None}
+    if name != "loss" and any(line["style"] == "mean" for line in series):  # the losses' legend says it
+        unit += ", running mean"
     return {"id": name, "title": title, "unit": unit, "series": series, **usual, **limits}
 
 

@@ -61,7 +61,7 @@ def draw_report(path: Path, runs: Sequence[RunData]) -> None:
 def report_figure(runs: Sequence[RunData]) -> Figure:
     """Losses, momentum by layer of every run that has it, and whatever else was logged."""
     panels = [
-        (r"momentum $\beta_t$, mean over all tensors, between lowest and highest", "beta_mean", True),
+        (r"momentum $\beta_t$ of all tensors, and lowest to highest", "beta_mean", True),
         ("share of tensors at the cap of beta_t", "at_max", True),
         ("share of tensors with beta_t = 0", "at_zero", True),
         ("gradient norm, before clipping", "grad_norm", True),
@@ -144,7 +144,7 @@ def _draw_panel(axes: Axes, title: str, curves: Sequence[Curve | None], *, smoot
         axes.plot(curve.steps, curve.values, color=colour, alpha=0.2 if smoothed else 0, linewidth=0.6)
         shown = smooth(curve) if smoothed else curve
         axes.plot(shown.steps, shown.values, color=colour, ls=dashes, linewidth=1.2)
-    axes.set_title(title, loc="left", fontsize=10, color=_INK)
+    axes.set_title(title + (", running mean" if smoothed else ""), loc="left", fontsize=10, color=_INK)
     axes.set_ylim(bottom=0)
     _style(axes)
     axes.grid(color=_GRID, linewidth=0.6)

@@ -40,7 +40,9 @@
   function logTicks(low, high) {
     const powers = Array.from({ length: Math.ceil(Math.log10(high)) }, (_, i) => 10 ** i);
     const found = powers.flatMap((power) => [1, 2, 3, 5, 7].map((m) => m * power)).filter((v) => v >= low && v <= high);
-    return found.length >= 3 ? found : ticks(low, high, 4);
+    if (found.length < 3) return ticks(low, high, 4);
+    const first = Number((low * 1.05).toPrecision(2)); // where the curve ends, if the first round number is far above it
+    return Math.log(found[0] / first) > 0.1 * Math.log(high / low) ? [first, ...found] : found;
   }
 
   // Index of the last step that is not after `step`; the first one before all.
