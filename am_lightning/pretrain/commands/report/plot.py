@@ -20,7 +20,7 @@ from am_lightning.pretrain.runtime.atomic_files import replacing
 
 # After Okabe and Ito, darker where they are too pale on white: told apart with any colour vision.
 COLOURS = ("#0072B2", "#C44E00", "#00805B", "#B0538D", "#8A6500", "#4D4D4D", "#2F93C9", "#7A5CC0")
-COLOUR_MAP = "YlGnBu_r"
+COLOUR_MAP = "magma"  # as in the picture that loggers get: 0 is black, the cap cream
 _DASHES = ("-", "--", ":")
 _DOTS: dict[str, Any] = {"marker": "o", "markersize": 5, "linewidth": 1.6}
 _BAND_POINTS = 500
