@@ -116,6 +116,7 @@ class AdaptiveMemory(pl.Callback):
         self._last_step = 0
         self._steps = 0  # in this fit
         self._next_look = 0  # at the count of skipped steps
+        self._begun = False  # the fit's first batch
         self._intervals = 0  # log intervals that are over
         self._total: int | None = None  # steps of the fit
 
@@ -266,11 +267,8 @@ class AdaptiveMemory(pl.Callback):
         """A resumed run is where its checkpoint was: count from there."""
         self._last_step = trainer.global_step
         self._steps, self._next_look = 0, self.max_consecutive_skips
-        now = trainer.fit_loop.epoch_loop._batches_that_stepped
-        self._intervals = now // (self._every(trainer) or 1)
+        self._begun = False
         self._total = _steps_of(trainer)
-        for reader in self._readers:
-            reader.begin(now)
 
     # ------------------------------------------------------------------ curves and skipped steps
     def on_train_batch_start(
@@ -278,6 +276,11 @@ class AdaptiveMemory(pl.Callback):
     ) -> None:
         """Before the step of an optimizer that took another's place."""
         self._look_again(trainer)
+        if not self._begun:  # not before: Lightning first counts the batch in which a checkpoint was written
+            self._begun, now = True, trainer.fit_loop.epoch_loop._batches_that_stepped
+            self._intervals = now // (self._every(trainer) or 1)
+            for reader in self._readers:
+                reader.begin(now)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -127,22 +127,49 @@ def test_a_checkpoint_of_an_older_version_resumes(tmp_path: Path) -> None:
     assert set(found["am/skipped_steps"].values()) == {2.0}
 
 
-def test_a_checkpoint_of_the_middle_of_an_epoch_has_the_interval(tmp_path: Path) -> None:
-    """As ModelCheckpoint writes it, in the batch itself, where Lightning's axis is one behind."""
-    saver = pl.callbacks.ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=10, save_top_k=-1)
-    for path in (None, tmp_path / "step=10.ckpt"):
-        trainer = pl.Trainer(
-            **quiet(
-                max_steps=21,
-                callbacks=[AdaptiveMemory(log_every_n_steps=7), saver],
-                enable_checkpointing=True,
-                logger=TensorBoardLogger(tmp_path / ("rest" if path else "first"), name="", version=""),
-            )
-        )
-        trainer.fit(Module(), ckpt_path=path)
-    whole, wanted = curves(tmp_path / "rest"), curves_of(planted(21), (7, 14, 21), cap=CAP)
-    for tag in ("am/beta/mean", "am/beta/min"):
-        assert [*whole[tag].values()] == pytest.approx([wanted[tag][14], wanted[tag][21]], rel=2e-6)
+class Logging(Module):
+    """Lightning logs a number of its own on the axis, and validates."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.log("own", 1.0)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None: ...
+
+    val_dataloader = Module.train_dataloader
+
+
+# Of ModelCheckpoint and of the Trainer; each writes after 10 steps.
+IN_THE_BATCH: tuple[dict[str, Any], dict[str, Any]] = {"every_n_train_steps": 10}, {}
+AFTER_VALIDATION = (
+    {"save_on_train_epoch_end": False},
+    {"check_val_every_n_epoch": None, "val_check_interval": 10, "limit_val_batches": 1},
+)
+AT_THE_EPOCHS_END = {"save_on_train_epoch_end": True}, {"limit_train_batches": 10}
+AT_THE_FITS_END = {"every_n_train_steps": 100}, {}
+
+
+@pytest.mark.parametrize("every", [5, 7])
+@pytest.mark.parametrize("moment", [IN_THE_BATCH, AFTER_VALIDATION, AT_THE_EPOCHS_END, AT_THE_FITS_END])
+def test_a_resume_has_the_axis_of_lightning(tmp_path: Path, every: int, moment: Any) -> None:
+    """Where the checkpoint is written the Trainer's own count may be one behind; every=5: on a log step."""
+    saves, options = moment
+    for folder, steps in (("first", 10), ("rest", 29)):
+        saver = pl.callbacks.ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, **saves)
+        board = TensorBoardLogger(tmp_path / folder, name="", version="")
+        ours = {"callbacks": [AdaptiveMemory(), saver], "enable_checkpointing": True, "log_every_n_steps": every}
+        trainer = pl.Trainer(**quiet(max_steps=steps, logger=board, **ours, **{"limit_val_batches": 0, **options}))
+        path = tmp_path / "step=10.ckpt"
+        trainer.fit(Logging(), ckpt_path=path if path.exists() else None, weights_only=True)
+        if not path.exists():
+            trainer.save_checkpoint(path)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    ends = [until for until in range(every, 30, every) if until > 10]
+    found = curves(tmp_path / "rest")
+    assert [step + 1 for step in found["own"]] == ends
+    assert_curves(found, curves_of(planted(29), ends, begins=10 // every * every, cap=CAP), axis=-1)
+    saved = torch.load(tmp_path / "end.ckpt", weights_only=True)["callbacks"]["AdaptiveMemory"]
+    assert float(saved["readers"][0]["history"]["map"]["steps"].sum()) == ends[-1] * len(NAMES)
 
 
 def test_dropped_steps_are_in_no_interval(tmp_path: Path) -> None:
