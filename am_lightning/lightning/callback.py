@@ -116,7 +116,7 @@ class AdaptiveMemory(pl.Callback):
         self._last_step = 0
         self._steps = 0  # in this fit
         self._next_look = 0  # at the count of skipped steps
-        self._begun = False  # the fit's first batch
+        self._batches = 0  # up to the last that made a step, of all fits
         self._intervals = 0  # log intervals that are over
         self._total: int | None = None  # steps of the fit
 
@@ -152,7 +152,9 @@ class AdaptiveMemory(pl.Callback):
         self._live, self._untold, self._fitting = [], [], False
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Lightning makes no teardown after an exception."""
+        """Lightning makes no teardown after an exception, and no on_train_end after Ctrl-C or SIGTERM."""
+        if self._fitting and not isinstance(exception, Exception):
+            self._conclude(trainer)
         self._leave()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -233,7 +235,7 @@ class AdaptiveMemory(pl.Callback):
             attach_engine(trainer.strategy.model)
         elif not trainer.optimizers:
             self._convert(trainer, [])
-        self._readers, self._fitting = [], True
+        self._readers, self._fitting, self._steps = [], True, 0
         self._follow(trainer)
         self._count_from_checkpoint()
 
@@ -266,8 +268,6 @@ class AdaptiveMemory(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A resumed run is where its checkpoint was: count from there."""
         self._last_step = trainer.global_step
-        self._steps, self._next_look = 0, self.max_consecutive_skips
-        self._begun = False
         self._total = _steps_of(trainer)
 
     # ------------------------------------------------------------------ curves and skipped steps
@@ -276,8 +276,8 @@ class AdaptiveMemory(pl.Callback):
     ) -> None:
         """Before the step of an optimizer that took another's place."""
         self._look_again(trainer)
-        if not self._begun:  # not before: Lightning first counts the batch in which a checkpoint was written
-            self._begun, now = True, trainer.fit_loop.epoch_loop._batches_that_stepped
+        if not self._steps:  # not before: Lightning first counts the batch in which a checkpoint was written
+            now = trainer.fit_loop.epoch_loop._batches_that_stepped
             self._intervals = now // (self._every(trainer) or 1)
             for reader in self._readers:
                 reader.begin(now)
@@ -292,7 +292,8 @@ class AdaptiveMemory(pl.Callback):
         self._last_step = trainer.global_step
         self._steps += 1
         step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the axis of the Trainer's own metrics
-        logs = self._log_is_due(trainer, step + 1)
+        self._batches = step + 1
+        logs = self._log_is_due(trainer)
         if not logs and self._steps < self._next_look:
             return
         if logs:
@@ -303,12 +304,15 @@ class AdaptiveMemory(pl.Callback):
         self._look_at_skips(trainer, logs)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The last picture, and the run in one sentence."""
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        for reader in self._readers if self._every(trainer) else ():
+        """The run in one sentence."""
+        self._conclude(trainer)
+
+    def _conclude(self, trainer: pl.Trainer) -> None:
+        """The last picture, and the run in one sentence; it takes no collective."""
+        for reader in self._readers if self._steps and self._every(trainer) else ():
             if trainer.is_global_zero:
-                reader.draw_in(trainer.loggers, step)
-            if sentence := reader.sentence(step):
+                reader.draw_in(trainer.loggers, self._batches)
+            if sentence := reader.sentence(self._batches):
                 rank_zero_info(f"AdaptiveMemory, {sentence}")
 
     def _log(self, trainer: pl.Trainer, step: int) -> None:
@@ -327,14 +331,13 @@ class AdaptiveMemory(pl.Callback):
     def _every(self, trainer: pl.Trainer) -> int:
         return int(self.log_every_n_steps or trainer.log_every_n_steps)  # type: ignore[union-attr]
 
-    def _log_is_due(self, trainer: pl.Trainer, batches: int) -> bool:
+    def _log_is_due(self, trainer: pl.Trainer) -> bool:
         """A log interval is over; it may have ended in a batch that made no step."""
         every = self._every(trainer)
         if not every:
             return False
-        over = batches // every > self._intervals
-        self._intervals = batches // every
-        return over or trainer.should_stop
+        before, self._intervals = self._intervals, self._batches // every
+        return self._intervals > before or trainer.should_stop
 
     def _look_at_skips(self, trainer: pl.Trainer, logs: bool) -> None:
         for reader in self._readers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from am_lightning import AdaptiveMemory, AMAdamW
@@ -189,6 +191,30 @@ def test_the_end_of_a_fit_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureF
     assert told[0] == "AdaptiveMemory: AdamW is now AMAdamW (scope tensor, lambda 0.1, cap of beta_t 0.89, 6 tensors)"
     assert f"mean beta_t {mean:.3f}, at the cap in {at_cap:.0%} of the tensors' steps" in told[-1]
     assert DIP[1] == 24 and "layers.1 0.010 in steps 22 to 28" in told[-1] and "no step skipped" in told[-1]
+
+
+@pytest.mark.parametrize("why", [KeyboardInterrupt, SIGTERMException, ValueError])
+def test_a_fit_that_is_ended_from_outside_says_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, why: type[BaseException]
+) -> None:
+    """Line and last picture, with the steps since the last reading; of a fit that failed the error is enough."""
+
+    class Ended(Module):
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 24:
+                raise why
+
+    before = signal.getsignal(signal.SIGINT)
+    with caplog.at_level(logging.INFO), pytest.raises((SystemExit, ValueError)):
+        fit(Ended(), tmp_path, 7)
+    signal.signal(signal.SIGINT, before)  # which Lightning ignores from Ctrl-C on
+    told = [record.message for record in caplog.records if "mean beta_t" in record.message]
+    if why is ValueError:
+        assert not told
+        return
+    betas = [beta for step in planted(25) for beta in step.values()]
+    assert f"mean beta_t {sum(betas) / len(betas):.3f}" in told[0] and "layers.1 0.01 in steps 22 to 25" in told[0]
+    assert events(tmp_path).Images("am/beta/layers")[-1].step == 25
 
 
 DIPS = {("layers.0.mlp.weight", 13): 0.12, ("embed.weight", 2): 0.5}
