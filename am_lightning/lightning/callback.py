@@ -118,7 +118,6 @@ class AdaptiveMemory(pl.Callback):
         self._next_look = 0  # at the count of skipped steps
         self._batches = 0  # up to the last that made a step, of all fits
         self._intervals = 0  # log intervals that are over
-        self._total: int | None = None  # steps of the fit
 
     @_StateKey
     def state_key(self) -> str:
@@ -268,7 +267,6 @@ class AdaptiveMemory(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A resumed run is where its checkpoint was: count from there."""
         self._last_step = trainer.global_step
-        self._total = _steps_of(trainer)
 
     # ------------------------------------------------------------------ curves and skipped steps
     def on_train_batch_start(
@@ -321,10 +319,11 @@ class AdaptiveMemory(pl.Callback):
         Args:
             step: on the loggers' axis, which begins at 0.
         """
+        total = _batches_of(trainer, self._batches)
         for reader in self._readers:
-            reader.read(step + 1)
+            reader.read(self._batches)
             if trainer.is_global_zero:
-                reader.log(trainer.loggers, step, self._total)
+                reader.log(trainer.loggers, step, total)
         if trainer.is_global_zero:
             StatsLogger.arrange(self._readers, trainer.loggers, trainer.strategy)
 
@@ -382,12 +381,16 @@ class AdaptiveMemory(pl.Callback):
             self._saved = {}
 
 
-def _steps_of(trainer: pl.Trainer) -> int | None:
-    """How many optimizer steps the fit has; None: it has no end, or none that is known."""
+def _batches_of(trainer: pl.Trainer, batches: int) -> int | None:
+    """How many batches that step the fit has; None: it has no end, or none that is known.
+
+    Args:
+        batches: of them so far, at least one; several optimizers that step in each make several of ``max_steps``.
+    """
     if trainer.max_steps > 0:
-        return int(trainer.max_steps)
+        return int(trainer.max_steps * batches // trainer.global_step)
     try:
-        steps = trainer.estimated_stepping_batches
+        found = trainer.estimated_stepping_batches
     except MisconfigurationException:  # a schedule of accumulation
         return None
-    return int(steps) if 0 < steps < math.inf else None
+    return int(found) if 0 < found < math.inf else None

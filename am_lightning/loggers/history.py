@@ -128,6 +128,7 @@ class RunHistory:
         return {
             "step": self.step,
             "sums": self._sums,
+            "pictures": [self._drawn, self._pictures],
             "dips": {layer: list(dip) for layer, dip in self._dips.items()},
             "map": self._saved_map if self._map is None else self._map.state_dict(),
         }
@@ -135,5 +136,6 @@ class RunHistory:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what ``state_dict`` gave."""
         self.step, self._sums = int(state_dict["step"]), list(state_dict["sums"])
+        self._drawn, self._pictures = state_dict["pictures"]
         self._dips = {layer: Dip(float(low), int(a), int(b)) for layer, (low, a, b) in state_dict["dips"].items()}
         self._map, self._layers, self._saved_map, self._loaded = None, [], state_dict["map"], True

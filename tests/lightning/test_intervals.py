@@ -104,6 +104,16 @@ def test_two_optimizers_have_curves_of_their_own(tmp_path: Path) -> None:
         assert_curves(found, {tag.replace("am/", f"{prefix}/"): points for tag, points in expected.items()}, axis=-1)
 
 
+def test_two_optimizers_have_as_many_pictures_as_one(tmp_path: Path) -> None:
+    """Of both and of the same steps, though ``max_steps`` counts the steps of both."""
+    fit(Two(), tmp_path / "two", 1, steps=2 * STEPS)
+    fit(Module(), tmp_path / "one", 1)
+    wanted = {picture.step for picture in events(tmp_path / "one").Images("am/beta/layers")}
+    two = events(tmp_path / "two")
+    for tag in ("am/beta/layers", "am-1/beta/layers"):
+        assert {picture.step for picture in two.Images(tag)} == wanted and len(wanted) == 20
+
+
 @pytest.mark.parametrize("stop", [30, 28, 3])
 def test_a_resume_leaves_no_gap(tmp_path: Path, stop: int) -> None:
     """In an interval, at the end of one, and before the first."""

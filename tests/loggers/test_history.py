@@ -27,10 +27,17 @@ def nothing() -> Interval:
     return Interval(zero, zero, zero, zero, zero + math.inf, zero - math.inf)
 
 
-def pictures(steps: int, every: int, total: int | None) -> list[int]:
-    """At which steps of a run they are drawn; and one at the end, if there are none of its last step."""
+def pictures(steps: int, every: int, total: int | None, *, life: int | None = None) -> list[int]:
+    """At which steps of a run they are drawn; and one at the end, if there are none of its last step.
+
+    Args:
+        life: the run is resumed after so many steps, again and again.
+    """
     history, drawn = RunHistory(), []
     for step in range(every, steps + 1, every):
+        if life and step % life == 0:
+            saved, history = history.state_dict(), RunHistory()
+            history.load_state_dict(saved)
         history.add(step, LAYERS, interval(every), 0.89)
         if history.picture_is_due(total):
             history._pictures += 1  # as picture() does, which takes longer
@@ -53,6 +60,11 @@ def test_a_run_has_some_pictures_and_never_more_than_forty(steps: int, known: bo
 
 def test_a_run_that_goes_on_beyond_its_total_has_no_more_than_forty() -> None:
     assert len(pictures(100_000, 100, total=1000)) <= 39
+
+
+@pytest.mark.parametrize("total", [100_000, None, 1000])
+def test_a_run_that_is_resumed_again_and_again_has_those_of_one_that_is_not(total: int | None) -> None:
+    assert pictures(100_000, 100, total, life=500) == pictures(100_000, 100, total)
 
 
 def test_a_picture_is_due_once_for_a_step_and_not_before_the_first() -> None:
