@@ -323,9 +323,7 @@ class AdaptiveMemory(pl.Callback):
         for reader in self._readers:
             reader.read(self._batches)
             if trainer.is_global_zero:
-                reader.log(trainer.loggers, step, total)
-        if trainer.is_global_zero:
-            StatsLogger.arrange(self._readers, trainer.loggers, trainer.strategy)
+                reader.log(trainer.loggers, step, type(trainer.strategy).__name__, total)
 
     def _every(self, trainer: pl.Trainer) -> int:
         return int(self.log_every_n_steps or trainer.log_every_n_steps)  # type: ignore[union-attr]

@@ -124,10 +124,7 @@ class _FabricLogger(StepLogger):
         return bool(self.fabric.is_global_zero)
 
     def write(self) -> None:
-        loggers = self.fabric.loggers
-        self.reader.log(loggers, self.steps)
-        readers = sorted((other.reader for other in _LOGGERS[self.fabric]), key=lambda reader: reader.prefix)
-        StatsLogger.arrange(readers, loggers, self.fabric.strategy)
+        self.reader.log(self.fabric.loggers, self.steps, type(self.fabric.strategy).__name__)
 
 
 _LOGGERS: WeakKeyDictionary[Fabric, WeakSet[_FabricLogger]] = WeakKeyDictionary()  # those attached, for their tags

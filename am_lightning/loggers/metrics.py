@@ -120,11 +120,14 @@ class MomentumStats:
         """``[layers]`` each."""
         return self._layers.sums(interval)
 
-    def custom_scalars(self) -> dict[str, dict[str, list[object]]]:
+    def custom_scalars(self, before: str = "") -> dict[str, dict[str, list[object]]]:
         """A TensorBoard Custom Scalars layout: the mean between the lowest and the highest, of all tensors and of each
         layer group, and the shares at the clamps.
+
+        Args:
+            before: what a framework puts before the tags.
         """
-        p = self.prefix
+        p = f"{before}{self.prefix}"
         charts: dict[str, list[object]] = {
             "beta_t of all tensors": ["Margin", [f"{p}/beta/{end}" for end in ("mean", "min", "max")]]
         }
@@ -132,7 +135,7 @@ class MomentumStats:
             charts[f"beta_t of {kind}"] = ["Margin", [f"{p}/beta/{kind}{end}" for end in ("", "/min", "/max")]]
         charts["share of tensors at a clamp"] = ["Multiline", [f"^{re.escape(p)}/clamp/.*"]]
         charts["steps that the momentum reaches back"] = ["Multiline", [f"^{re.escape(p)}/beta/effective_steps$"]]
-        return {f"adaptive momentum ({p})": charts}
+        return {f"adaptive momentum ({self.prefix})": charts}
 
 
 class _Labels:

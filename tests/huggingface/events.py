@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 
 def scalars_in(folder: Path) -> dict[str, dict[int, float]]:
@@ -26,6 +27,26 @@ def histograms_in(folder: Path) -> dict[str, dict[int, float]]:
         for tag in events.Tags()["histograms"]:
             found[tag] = {event.step: event.histogram_value.num for event in events.Histograms(tag)}
     return found
+
+
+def pages_in(folder: Path) -> list[dict[str, dict[str, list[str]]]]:
+    """Custom Scalars as they were written, the last of which TensorBoard shows: page -> chart -> what is drawn."""
+    layouts = [
+        Layout.FromString(event.tensor_proto.string_val[0])
+        for events in _files(folder)
+        if "custom_scalars__config__" in events.Tags()["tensors"]
+        for event in events.Tensors("custom_scalars__config__")
+    ]
+    return [
+        {
+            page.title: {
+                chart.title: [one.value for one in chart.margin.series] or list(chart.multiline.tag)
+                for chart in page.chart
+            }
+            for page in layout.category
+        }
+        for layout in layouts
+    ]
 
 
 def _files(folder: Path) -> list[EventAccumulator]:

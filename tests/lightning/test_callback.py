@@ -68,7 +68,7 @@ def test_layers_and_the_histogram_are_for_tensorboard_and_leave_out_what_never_s
     curves = StatsLogger(optimizer, "am", per_layer=True, histogram=True)
     optimizer.step()
     curves.read(1)
-    curves.log([board, csv], 3)
+    curves.log([board, csv], 3, "one device")
     csv.save()
     board.experiment.flush()
     found = events(board)

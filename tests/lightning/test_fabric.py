@@ -87,8 +87,8 @@ def test_two_optimizers_and_skipped_steps(tmp_path: Path) -> None:
     assert [e.step for e in found.Scalars("am-1/beta/mean")] == [4, 8]
     assert [e.value for e in found.Scalars("am/skipped_steps")] == [0, 0, 1, 1]
     assert "am/beta/layer/net.0" not in found.Tags()["scalars"] and "am/beta/layer/0" in found.Tags()["scalars"]
-    page = found.Tensors("custom_scalars__config__")
-    assert len(page) == 1 and b"adaptive momentum (am-1)" in page[0].tensor_proto.string_val[0]
+    page = found.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]  # which TensorBoard shows
+    assert b"adaptive momentum (am)" in page and b"adaptive momentum (am-1)" in page
     cards = [tag for tag in found.Tags()["tensors"] if "summary" in tag]
     assert sorted(cards) == ["am-1/summary/text_summary", "am/summary/text_summary"]
 

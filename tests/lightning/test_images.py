@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
-import lightning.fabric.loggers
+import lightning.fabric.loggers.tensorboard
 import pytest
-from lightning.pytorch import loggers
+from lightning.pytorch import Trainer, loggers
 from lightning.pytorch.loggers.logger import DummyLogger
 
+from am_lightning import AdaptiveMemory
 from am_lightning.lightning.images import log_image
 from am_lightning.loggers import images
 from tests.clients import client
+from tests.huggingface.events import pages_in
+from tests.lightning.model import Regression, quiet
 from tests.loggers.pictures import IMAGE, in_comet, in_events, in_mlflow, in_swanlab, in_wandb, same, wandb_rows
 
 TAG, STEP = "am/beta/layers", 30
@@ -28,6 +32,21 @@ def test_tensorboard(kind: type, tmp_path: Path) -> None:
     assert log_image(logger, TAG, IMAGE, STEP)
     logger.finalize("success")
     assert same(in_events(tmp_path), TAG, STEP)
+
+
+def test_tensorboardx_where_there_is_no_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning takes it then: a run has its page and its picture."""
+    writer = client("tensorboardX").SummaryWriter
+    monkeypatch.setattr(lightning.fabric.loggers.tensorboard, "_TENSORBOARD_AVAILABLE", False)
+    logger = loggers.TensorBoardLogger(tmp_path)
+    with monkeypatch.context() as hidden:
+        for name in ("tensorboard.plugins.custom_scalar.layout_pb2", "torch.utils.tensorboard.summary"):
+            hidden.setitem(sys.modules, name, None)
+        trainer = Trainer(**quiet(max_steps=4, logger=logger, callbacks=[AdaptiveMemory(log_every_n_steps=2)]))
+        trainer.fit(Regression())
+        assert isinstance(logger.experiment, writer)
+    assert "adaptive momentum (am)" in pages_in(tmp_path)[-1]
+    assert [step for tag, step, _ in in_events(tmp_path) if tag == TAG][-1] == 4
 
 
 def test_loggers_without_pictures(tmp_path: Path) -> None:

@@ -33,15 +33,15 @@ MUTATIONS = [
     Mutation(
         "curves are logged at every step, not at the interval",
         _CALLBACK,
-        "over = batches // every > self._intervals",
-        "over = batches >= self._intervals",
+        "self._intervals, self._batches // every",
+        "-1, self._batches // every",
         (f"{_RUNS}::test_curves_in_tensorboard_and_csv_are_the_momentum",),
     ),
     Mutation(
         "curves are missed where the interval ends in a batch without a step",
         _CALLBACK,
-        "over = batches // every > self._intervals",
-        "over = batches % every == 0",
+        "self._intervals > before or",
+        "self._batches % every == 0 or",
         (f"{_LIFECYCLE}::test_curves_where_no_step_falls_on_the_log_interval",),
     ),
     Mutation(
@@ -54,8 +54,8 @@ MUTATIONS = [
     Mutation(
         "curves are one step beside the Trainer's own metrics",
         _CALLBACK,
-        "reader.log(trainer.loggers, step, self._total)",
-        "reader.log(trainer.loggers, step + 1, self._total)",
+        "reader.log(trainer.loggers, step, type",
+        "reader.log(trainer.loggers, step + 1, type",
         (f"{_RUNS}::test_curves_in_tensorboard_and_csv_are_the_momentum",),
     ),
     Mutation(
@@ -138,8 +138,8 @@ MUTATIONS = [
     Mutation(
         "after an exception methods of the Trainer's parts stay replaced",
         _CALLBACK,
-        '"""Lightning makes no teardown after an exception."""\n        self._leave()',
-        '"""Lightning makes no teardown after an exception."""',
+        "            self._conclude(trainer)\n        self._leave()",
+        "            self._conclude(trainer)",
         (f"{_CLIPPING}::test_nothing_is_left_after_fit_or_an_exception",),
     ),
     Mutation(
@@ -346,6 +346,27 @@ MUTATIONS = [
         ("tests/loggers/test_attach.py::test_a_load_in_an_interval",),
     ),
     Mutation(
+        "a resume begins where Lightning's count is one behind",
+        _CALLBACK,
+        "now = trainer.fit_loop.epoch_loop._batches_that_stepped",
+        "now = trainer.fit_loop.epoch_loop._batches_that_stepped - 1",
+        ("tests/lightning/test_intervals.py::test_a_resume_has_the_axis_of_lightning",),
+    ),
+    Mutation(
+        "a fit that Ctrl-C ends says nothing",
+        _CALLBACK,
+        "if self._fitting and not isinstance(exception, Exception):",
+        "if self._fitting and isinstance(exception, Exception):",
+        ("tests/lightning/test_intervals.py::test_a_fit_that_is_ended_from_outside_says_the_same",),
+    ),
+    Mutation(
+        "two optimizers have half of the pictures",
+        _CALLBACK,
+        "trainer.max_steps * batches // trainer.global_step",
+        "trainer.max_steps",
+        ("tests/lightning/test_intervals.py::test_two_optimizers_have_as_many_pictures_as_one",),
+    ),
+    Mutation(
         "a checkpoint has no interval",
         _CALLBACK,
         'self._saved.get("readers", [])',
@@ -355,8 +376,8 @@ MUTATIONS = [
     Mutation(
         "steps of the sentence are one before what they are",
         _CALLBACK,
-        "reader.read(step + 1)",
-        "reader.read(step)",
+        "reader.read(self._batches)",
+        "reader.read(self._batches - 1)",
         ("tests/lightning/test_intervals.py::test_the_end_of_a_fit_in_one_line",),
     ),
 ]

@@ -143,4 +143,18 @@ MUTATIONS = [
         "pass",
         (f"{_OF_HF}::test_a_second_train_is_a_run_of_its_own",),
     ),
+    Mutation(
+        "a page of TensorBoard's takes the place of those of others",
+        "am_lightning/loggers/custom_scalars.py",
+        "written |= pages",
+        "written = pages",
+        ("tests/loggers/test_custom_scalars.py::test_what_is_written_later_leaves_what_is_there",),
+    ),
+    Mutation(
+        "a resumed run has as many pictures as one that begins",
+        _HISTORY,
+        'self._drawn, self._pictures = state_dict["pictures"]',
+        'state_dict["pictures"]',
+        (f"{_OF_HISTORY}::test_a_run_that_is_resumed_again_and_again_has_those_of_one_that_is_not",),
+    ),
 ]

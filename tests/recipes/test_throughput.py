@@ -54,7 +54,8 @@ def test_scalars_of_the_training(watched: Path) -> None:
 
 def test_a_cpu_has_no_known_peak(tmp_path: Path, corpus_folder: Path) -> None:
     curves = fit(tmp_path, corpus_folder, 4, "--trainer.log_every_n_steps", "2")
-    assert "throughput/mfu" not in curves
+    assert "throughput/mfu" not in curves and len(page_of(tmp_path)[1]["throughput"]) == 2
+    assert list(page_of(tmp_path)[1]) == ["training", "throughput", "adaptive momentum (am)"]  # it logs after a step
     assert curves["train/loss"].steps.tolist() == curves["throughput/tokens"].steps.tolist() == [2, 4]
 
 
@@ -139,10 +140,14 @@ def test_the_configuration_is_a_text_card(watched: Path) -> None:
     assert card == yaml.safe_load((watched / "logs" / "config.yaml").read_text())
 
 
+def page_of(root: Path) -> tuple[Layout, dict[str, list[str]]]:
+    """What TensorBoard shows, the newest; and the titles."""
+    layout = Layout.FromString(events_of(root).Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
+    return layout, {category.title: [chart.title for chart in category.chart] for category in layout.category}
+
+
 def test_the_custom_scalars_page_overlays_what_belongs_together(watched: Path) -> None:
-    newest = events_of(watched).Tensors("custom_scalars__config__")[-1]  # the one that TensorBoard shows
-    layout = Layout.FromString(newest.tensor_proto.string_val[0])
-    charts = {category.title: [chart.title for chart in category.chart] for category in layout.category}
+    layout, charts = page_of(watched)
     assert charts["training"][0] == "loss" and "tokens per second, all processes" in charts["throughput"]
     assert charts["adaptive momentum (am)"][:2] == ["beta_t of all tensors", "beta_t of attn.qkv"]
     [momentum] = [chart for category in layout.category for chart in category.chart if chart.title.endswith("tensors")]

@@ -13,8 +13,6 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from am_lightning.loggers.custom_scalars import add_custom_scalars
-from am_lightning.loggers.reader import StatsReader, prefix_of
-from am_lightning.optim.unwrap import am_optimizers
 from am_lightning.pretrain.callbacks.throughput import TrainingMonitor
 from am_lightning.pretrain.commands.report.runs import parameters
 
@@ -56,21 +54,13 @@ class SaveRunConfig(SaveConfigCallback):
 class TensorBoardLayout(Callback):
     """Arranges TensorBoard's Custom Scalars page, and logs `final/val_loss` of the validation after the last step."""
 
-    def __init__(self) -> None:
-        self._arranged = False
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Once, after the first step: AdaptiveMemory has written its own layout by then, and the last one counts."""
-        if self._arranged or not trainer.is_global_zero or trainer.global_step == 0:
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """After every on_train_start, so TrainingMonitor knows its device; AdaptiveMemory's page comes when it logs."""
+        if not trainer.is_global_zero:
             return
-        self._arranged = True
         pages = {title: dict(charts) for title, charts in _LAYOUT.items()}
         if not any(isinstance(c, TrainingMonitor) and c.peak_flops for c in trainer.callbacks):  # type: ignore[attr-defined]
             del pages["throughput"][_MFU]
-        for number, optimizer in enumerate(am_optimizers(trainer.optimizers)):
-            pages |= StatsReader(optimizer, prefix_of(number)).stats.custom_scalars()
         for board in _boards(trainer):
             add_custom_scalars(board, pages)
 
