@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from am_lightning.huggingface.images import track_image
+from am_lightning.loggers.custom_scalars import add_momentum
 from am_lightning.loggers.reader import StatsReader
 from am_lightning.loggers.step_logger import StepHook, StepLogger, free_prefix, loggers_of
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
@@ -133,6 +134,7 @@ class _TrackerLogger(StepLogger):
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 self.reader.add_histogram(tracker.tracker, self.steps)
+                add_momentum(tracker.tracker, self.reader, self.steps)
         if self.reader.history.picture_is_due():
             self.reader.draw([partial(track_image, tracker) for tracker in self.accelerator.trackers], self.steps)
 

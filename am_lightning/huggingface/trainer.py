@@ -13,6 +13,7 @@ from torch import nn
 from am_lightning.distributed.call_stack import caller
 from am_lightning.huggingface.accelerate import bind_models
 from am_lightning.huggingface.images import report_image
+from am_lightning.loggers.custom_scalars import add_momentum
 from am_lightning.loggers.history import RunHistory
 from am_lightning.loggers.reader import StatsReader
 from am_lightning.optim.adamw import AMAdamW
@@ -23,16 +24,16 @@ from am_lightning.optim.unwrap import require_am_optimizer
 
 try:
     from accelerate.state import AcceleratorState
+    from tqdm.auto import tqdm
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
     from transformers.trainer_callback import CallbackHandler, ExportableState
-    from transformers.utils import logging
 except ImportError as error:
     raise ImportError(
         "AdaptiveMemoryCallback and AMAdamWFactory need transformers: "
         "pip install 'am-lightning[transformers]', or '.[transformers]' in a checkout"
     ) from error
 
-_LOGGER = logging.get_logger(__name__)
+_BEFORE = "train/"  # what the Trainer's reporting callbacks put before the tags
 _USE = "pass Trainer(optimizer_cls_and_kwargs=(AMAdamW, {'lr': ...})), or optimizers=(AMAdamW(...), None)"
 
 
@@ -130,8 +131,13 @@ class AdaptiveMemoryCallback(TrainerCallback, ExportableState):
             text = self._reader.skip_warning()
             if state.is_world_process_zero:
                 warnings.warn(text, stacklevel=2)
-        if state.is_world_process_zero and self._reader.history.picture_is_due(state.max_steps):
-            self._draw(state.global_step)
+        if not state.is_world_process_zero:
+            return
+        for other in _callbacks():
+            if hasattr(board := getattr(other, "tb_writer", None), "add_custom_scalars"):
+                add_momentum(board, self._reader, state.global_step, _BEFORE)
+        if self._reader.history.picture_is_due(state.max_steps):
+            self._draw(self._reader, state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -139,16 +145,14 @@ class AdaptiveMemoryCallback(TrainerCallback, ExportableState):
         """The last picture, and the run in one sentence."""
         if self._reader is None or not state.is_world_process_zero:
             return
-        self._draw(state.global_step)
+        self._draw(self._reader, state.global_step)
         if sentence := self._reader.sentence(state.global_step):
-            _LOGGER.info(f"AdaptiveMemory, {sentence}")
+            tqdm.write(f"AdaptiveMemory, {sentence}")  # as the Trainer shows its logs: whatever the level, past its bar
 
-    def _draw(self, step: int) -> None:
+    def _draw(self, reader: StatsReader, step: int) -> None:
         """To the reporting callbacks that take pictures."""
-        handler = caller(CallbackHandler)
-        if handler is not None and self._reader is not None:
-            sinks = [partial(report_image, other) for other in handler.callbacks]
-            self._reader.draw([lambda tag, *more, sink=sink: sink(f"train/{tag}", *more) for sink in sinks], step)
+        sinks = [partial(report_image, other) for other in _callbacks()]
+        reader.draw([lambda tag, *more, sink=sink: sink(f"{_BEFORE}{tag}", *more) for sink in sinks], step)
 
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into a checkpoint's ``trainer_state.json``: the interval so far."""
@@ -176,12 +180,18 @@ class AdaptiveMemoryCallback(TrainerCallback, ExportableState):
 
         The handler is iterating over the list: those that were before have been called, those after will be.
         """
-        handler = caller(CallbackHandler)
-        if handler is None or self not in handler.callbacks:
+        callbacks = _callbacks()
+        if self not in callbacks:
             return False
-        handler.callbacks.remove(self)
-        handler.callbacks.insert(0, self)
+        callbacks.remove(self)
+        callbacks.insert(0, self)
         return True
+
+
+def _callbacks() -> list[TrainerCallback]:
+    """The Trainer's own list of its callbacks, which it is calling; empty where it cannot be found."""
+    handler = caller(CallbackHandler)
+    return [] if handler is None else handler.callbacks
 
 
 def _bind(optimizer: AdaptiveMemoryOptimizer, model: nn.Module | None, trainer: Trainer | None) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,11 @@ from transformers import Trainer
 
 from am_lightning import AMAdamW
 from am_lightning.huggingface import AdaptiveMemoryCallback, attach
-from am_lightning.huggingface import trainer as trainer_module
-from tests.huggingface.events import scalars_in
+from tests.huggingface.events import pages_in, scalars_in
 from tests.huggingface.trainer_runs import make_trainer
 from tests.loggers.intervals import assert_curves, curves_of
 from tests.loggers.planted import CAP, Planted, expected_curves, planted
+from tests.python import PYTHON
 
 STEPS = 50
 
@@ -55,6 +57,18 @@ def run(
 def test_trackers_get_the_interval(tmp_path: Path, every: int, accumulate: int) -> None:
     run(tmp_path / "whole", 0, STEPS, every=every, accumulate=accumulate)
     assert_curves(scalars_in(tmp_path / "whole"), expected_curves(STEPS, every, layers=False))
+    check_page(tmp_path / "whole", "")
+
+
+def check_page(folder: Path, before: str) -> None:
+    """Custom Scalars has the momentum once, from 0 to the cap, and each of its curves is there."""
+    (page,) = pages_in(folder)
+    charts = page["adaptive momentum (am)"]
+    assert charts["beta_t of all tensors"] == [f"{before}am/beta/{what}" for what in ("mean", "floor", "cap")]
+    found = scalars_in(folder)
+    for tag in (tag for tags in charts.values() for tag in tags):
+        assert any(re.fullmatch(tag, one) for one in found), tag
+    assert set(found[f"{before}am/beta/floor"]) == set(found[f"{before}am/beta/mean"])
 
 
 @pytest.mark.parametrize("saved", [True, False])
@@ -78,7 +92,14 @@ class ForTrainer(nn.Module):
 
 
 def train(
-    folder: Path, steps: int, *, every: int = 7, accumulate: int = 1, resume: Path | None = None, save: int = 10
+    folder: Path,
+    steps: int,
+    *,
+    every: int = 7,
+    accumulate: int = 1,
+    resume: Path | None = None,
+    save: int = 10,
+    **options: Any,
 ) -> Trainer:
     model = ForTrainer()
     model.adaptive = AMAdamW(model.named_parameters(), lr=0.01, weight_decay=0.0)
@@ -91,6 +112,7 @@ def train(
         "learning_rate": 0.01,
         "weight_decay": 0.0,
         "adam_beta2": 0.999,
+        **options.pop("arguments", {}),
     }
     trainer = make_trainer(
         folder,
@@ -112,6 +134,7 @@ def check(folder: Path, expected: dict[str, dict[int, float]]) -> None:
 def test_the_trainer_logs_the_interval(tmp_path: Path, every: int, accumulate: int) -> None:
     train(tmp_path, STEPS, every=every, accumulate=accumulate, save=1000)
     check(tmp_path, expected_curves(STEPS, every, layers=False))
+    check_page(tmp_path / "runs", "train/")
 
 
 @pytest.mark.parametrize("older", [False, True])
@@ -130,12 +153,26 @@ def test_a_resumed_trainer_goes_on_in_its_interval(tmp_path: Path, older: bool) 
     check(tmp_path / "again", curves_of(planted(30), (21, 28), begins=14, cap=CAP))
 
 
-def test_a_second_train_is_a_run_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bar", [True, False])
+def test_the_end_of_a_run_in_one_line(tmp_path: Path, bar: bool) -> None:
+    """At the user's own verbosity, beside the Trainer's train_runtime, on a line of its own and once."""
+    code = (
+        "from pathlib import Path\nfrom tests.huggingface.test_intervals import train\n"
+        f"train(Path({str(tmp_path)!r}), 10, save=1000, arguments={{'disable_tqdm': {not bar}}})"
+    )
+    done = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    lines = done.stdout.splitlines()
+    betas = [beta for step in planted(10) for beta in step.values()]
+    (line,) = [line for line in lines if "AdaptiveMemory" in line]
+    assert line.startswith(f"AdaptiveMemory, am: mean beta_t {sum(betas) / len(betas):.3f}")
+    assert "AdaptiveMemory" not in done.stderr and any("train_runtime" in line for line in lines)
+
+
+def test_a_second_train_is_a_run_of_its_own(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """With the same optimizer: its intervals, its line and its picture begin anew."""
-    told: list[str] = []
-    monkeypatch.setattr(trainer_module._LOGGER, "info", told.append)
     trainer = train(tmp_path, 10, save=1000)
     trainer.train()
+    told = [line for line in capfd.readouterr().out.splitlines() if line.startswith("AdaptiveMemory, am: ")]
     logged = {r["step"]: r["am/beta/mean"] for r in trainer.state.log_history if "am/beta/mean" in r}
     seen = planted(20)[10:]
     assert logged == pytest.approx(curves_of(seen, (7,), cap=CAP)["am/beta/mean"])

@@ -100,8 +100,8 @@ MUTATIONS = [
     Mutation(
         "Trainer: the callback stays behind the reporting ones",
         _TRAINER,
-        "handler.callbacks.insert(0, self)",
-        "handler.callbacks.append(self)",
+        "callbacks.insert(0, self)",
+        "callbacks.append(self)",
         (f"{_RUNS}::test_optimizers_evaluation_and_a_callback_added_late",),
     ),
     Mutation(
