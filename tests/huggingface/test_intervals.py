@@ -20,7 +20,7 @@ from am_lightning.huggingface import AdaptiveMemoryCallback, attach
 from tests.huggingface.events import pages_in, scalars_in
 from tests.huggingface.trainer_runs import make_trainer
 from tests.loggers.intervals import assert_curves, curves_of
-from tests.loggers.planted import CAP, Planted, expected_curves, planted
+from tests.loggers.planted import CAP, Planted, curves_of_two, expected_curves, planted, split_in_two
 from tests.python import PYTHON
 
 STEPS = 50
@@ -77,6 +77,26 @@ def test_a_resume_leaves_no_gap_where_the_reader_is_saved(tmp_path: Path, saved:
     run(tmp_path / "rest", 30, STEPS, every=7, saved=saved, load=True)
     begins = 28 if saved else 30
     assert_curves(scalars_in(tmp_path / "rest"), curves_of(planted(STEPS), (35, 42, 49), begins=begins, cap=CAP))
+
+
+def test_trackers_get_the_intervals_of_two_optimizers(tmp_path: Path) -> None:
+    """Each at an interval of its own, of its own steps."""
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
+    accelerator.init_trackers("run")
+    net = Planted()
+    own = split_in_two(net)
+    _, *optimizers = accelerator.prepare(net, *own)
+    for optimizer, every in zip(optimizers, (7, 10), strict=True):
+        attach(accelerator, optimizer, log_every_n_steps=every)
+    for _ in range(STEPS):
+        accelerator.backward(net.loss(*own))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    accelerator.end_training()
+    assert_curves(scalars_in(tmp_path), curves_of_two(STEPS, (7, 10)))
 
 
 # ---------------------------------------------------------------------- the Trainer

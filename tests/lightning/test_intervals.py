@@ -20,7 +20,18 @@ from am_lightning import AdaptiveMemory, AMAdamW
 from am_lightning.lightning import attach
 from tests.lightning.model import quiet
 from tests.loggers.intervals import assert_curves, curves_of
-from tests.loggers.planted import CAP, DIP, NAMES, Planted, Table, expected_curves, planted, table
+from tests.loggers.planted import (
+    CAP,
+    DIP,
+    NAMES,
+    Planted,
+    Table,
+    curves_of_two,
+    expected_curves,
+    planted,
+    split_in_two,
+    table,
+)
 
 STEPS = 50
 
@@ -98,10 +109,7 @@ def test_the_trainer_logs_the_interval(tmp_path: Path, every: int, accumulate: i
 
 def test_two_optimizers_have_curves_of_their_own(tmp_path: Path) -> None:
     fit(Two(), tmp_path, 7, steps=2 * STEPS)  # the Trainer counts those of both
-    found, ends = curves(tmp_path), range(7, STEPS + 1, 7)
-    for prefix, names in (("am", NAMES[:-1]), ("am-1", NAMES[-1:])):
-        expected = curves_of(planted(STEPS, names), ends, cap=CAP)
-        assert_curves(found, {tag.replace("am/", f"{prefix}/"): points for tag, points in expected.items()}, axis=-1)
+    assert_curves(curves(tmp_path), curves_of_two(STEPS, (7, 7)), axis=-1)
 
 
 def test_two_optimizers_have_as_many_pictures_as_one(tmp_path: Path) -> None:
@@ -321,3 +329,20 @@ def test_fabric_logs_the_interval_and_saves_it(tmp_path: Path, saved: bool) -> N
     assert_curves(curves(tmp_path / "first"), expected_curves(28, 7))
     begins = 28 if saved else 30
     assert_curves(curves(tmp_path / "rest"), curves_of(planted(STEPS), (35, 42, 49), begins=begins, cap=CAP))
+
+
+def test_fabric_logs_the_intervals_of_two_optimizers(tmp_path: Path) -> None:
+    """Each at an interval of its own, of its own steps."""
+    fabric = Fabric(accelerator="cpu", devices=1, loggers=TensorBoardLogger(tmp_path, name="", version=""))
+    net = Planted()
+    own = split_in_two(net)
+    model, *optimizers = fabric.setup(net, *own)
+    for optimizer, every in zip(optimizers, (7, 10), strict=True):
+        attach(fabric, model, optimizer, log_every_n_steps=every)
+    for _ in range(STEPS):
+        fabric.backward(net.loss(*own))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    fabric.loggers[0].experiment.flush()
+    assert_curves(curves(tmp_path), curves_of_two(STEPS, (7, 10)))

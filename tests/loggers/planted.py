@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from am_lightning import AMAdamW
+
 CAP = 0.89
 DIP = "layers.1.mlp.weight", 24, 0.01  # one step, which no log interval of 7 or 50 steps ends at
 NAMES = ["embed.weight", *(f"layers.{i}.{kind}.weight" for i in range(2) for kind in ("mlp", "norm")), "head.weight"]
+PARTS = NAMES[:-1], NAMES[-1:]  # of two optimizers
 GROUPS = {kind: [name for name in NAMES if f"{kind}." in name] for kind in ("embed", "mlp", "norm", "head")}
 LAYERS = {layer: [name for name in NAMES if layer in name] for layer in ("embed", "layers.0", "layers.1", "head")}
 _COURSE = (CAP, 0.7, 0.3, 0.85, CAP, 0.55, 0.42, CAP, 0.8, 0.62, 0.75)
@@ -87,6 +90,23 @@ def gradient_for(wanted: Callable[[int], float], param: Tensor, group: Mapping[s
         q = 1 + group["lambd"] * (1 - cap * product) * (root + group["eps"])
         r = (share - q + sign * math.sqrt(q * (q - share))) / share
     return r * d
+
+
+def split_in_two(net: Planted) -> list[AMAdamW]:
+    """The head has an optimizer of its own, the second."""
+    named = dict(net.named_parameters())
+    return [AMAdamW([(name, named[name]) for name in part], lr=0.01, weight_decay=0.0) for part in PARTS]
+
+
+def curves_of_two(steps: int, every: Sequence[int]) -> dict[str, dict[int, float]]:
+    """Of the two, each at its own log interval."""
+    from tests.loggers.intervals import curves_of
+
+    found = {}
+    for prefix, part, interval in zip(("am", "am-1"), PARTS, every, strict=True):
+        curves = curves_of(planted(steps, part), range(interval, steps + 1, interval), cap=CAP)
+        found |= {tag.replace("am/", f"{prefix}/"): points for tag, points in curves.items()}
+    return found
 
 
 def by_label(
