@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from am_lightning import AdaptiveMemory, am_adamw
+from am_lightning import AdaptiveMemory, AMAdamW, am_adamw
 from am_lightning.huggingface import attach as attach_accelerator
 from am_lightning.lightning import attach as attach_fabric
 from am_lightning.optim.unwrap import unwrap_optimizer
@@ -29,6 +29,7 @@ from tests.deepspeed.runs import CLIP, RATES, alone, batch_of, config_of, groups
 from tests.huggingface.events import histograms_in, scalars_in
 from tests.huggingface.trainer_runs import FORMS, Watch, make_trainer
 from tests.lightning.model import quiet
+from tests.loggers.planted import Planted
 
 STEPS, EVERY = 6, 2  # of which ZeRO makes each in several calls
 
@@ -208,17 +209,43 @@ def accelerate(folder: str, stage: int, scope: str = "tensor") -> dict[str, Any]
             state._reset_state()
 
 
-def fabric(folder: str, stage: int, scope: str = "tensor") -> dict[str, Any]:
-    """Fabric's setup and attach."""
+def _fabric_on_cpu(folder: str, **config: Any) -> Fabric:
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
     runner = Fabric(
         accelerator="cpu",
         devices=dist.get_world_size(),
-        strategy=FabricOnCPU(config=config_of(stage)),
+        strategy=FabricOnCPU(config=config_of(**config)),
         plugins=[LightningEnvironment()],
         loggers=TensorBoardLogger(folder, name="", version="curves"),
     )
     runner.launch()
+    return runner
+
+
+def planted(folder: str, stage: int, steps: int, every: int) -> dict[str, dict[int, float]]:
+    """The curves of a beta_t that is known; the gradients are those of one process, whose state is not partitioned."""
+    runner = _fabric_on_cpu(folder, stage=stage, clip=0.0)
+    alone, net = Planted(), Planted().float()
+    theirs, own = (AMAdamW(part.named_parameters(), lr=0.01, weight_decay=0.0) for part in (alone, net))
+    model, wrapped = runner.setup(net, own)
+    attach_fabric(runner, model, wrapped, log_every_n_steps=every)
+    for _ in range(steps):
+        theirs.zero_grad()
+        alone.loss(theirs).backward()
+        grads = [param.grad.float() for param in alone.parameters()]
+        pairs = zip(net.parameters(), grads, strict=True)
+        runner.backward(torch.stack([(param * grad).sum() for param, grad in pairs]).sum(), model=model)
+        wrapped.step()
+        wrapped.zero_grad()
+        theirs.step()
+    runner.loggers[0].experiment.flush()
+    dist.barrier()
+    return scalars_in(Path(folder))
+
+
+def fabric(folder: str, stage: int, scope: str = "tensor") -> dict[str, Any]:
+    """Fabric's setup and attach."""
+    runner = _fabric_on_cpu(folder, stage=stage)
     net = make_net().float()
     optimizer = am_adamw(net, lr=1.0, betas=(0.89, 0.999), scope=scope)
     for group, given in zip(optimizer.param_groups, groups_of(net, scope), strict=True):

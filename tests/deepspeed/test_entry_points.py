@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.loggers.intervals import assert_curves, curves_of
+from tests.loggers.planted import expected_curves
 
 pytestmark = pytest.mark.slow
 
@@ -52,6 +53,15 @@ def test_lightning_refuses_an_optimizer_in_the_configuration(pool) -> None:
 @pytest.mark.parametrize(("stage", "scope"), [(2, "tensor"), (3, "global")])
 def test_fabric(pool, tmp_path: Path, stage: int, scope: str) -> None:
     check(pool(2).run(f"{ENTRY_POINTS}:fabric", timeout=START_UP, folder=str(tmp_path), stage=stage, scope=scope))
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_the_curves_of_a_beta_that_is_known(pool, tmp_path: Path, stage: int) -> None:
+    """Of an engine that steps the optimizer several times in a step, in float32."""
+    options = {"folder": str(tmp_path), "stage": stage, "steps": 28, "every": 7}
+    found = pool(2).run(f"{ENTRY_POINTS}:planted", timeout=START_UP, **options)[0]
+    for tag, points in expected_curves(28, 7).items():
+        assert found[tag] == pytest.approx(points, abs=1e-4, rel=1e-4), tag
 
 
 @pytest.mark.parametrize(("stage", "scope"), [(0, "tensor"), (2, "tensor"), (3, "global")])
