@@ -30,14 +30,14 @@ class HeatMap:
         columns: how many at most, an even number up to 400.
 
     Raises:
-        ValueError: ``layers`` is empty, ``cap`` is not positive, or ``columns`` is not such a number.
+        ValueError: ``layers`` is empty, ``cap`` is below 0, or ``columns`` is not such a number.
     """
 
     def __init__(self, layers: Sequence[str], cap: float, *, columns: int = 240) -> None:
         if not layers:
             raise ValueError("Invalid layers: there must be at least one")
-        if not cap > 0:
-            raise ValueError(f"Invalid cap: {cap} (cap must be above 0)")
+        if not cap >= 0:
+            raise ValueError(f"Invalid cap: {cap} (cap must be at least 0)")
         if columns % 2 or not 2 <= columns <= PANEL_WIDTH // 2:
             raise ValueError(f"Invalid columns: {columns} (columns must be even, 2 to {PANEL_WIDTH // 2})")
         self.layers, self.cap, self.columns = list(layers), cap, columns
@@ -133,7 +133,7 @@ class HeatMap:
             caption += f"; one row = {together} layers"
         return draw(
             Cells([self.layers[row] for row in rows], mean.T, lowest.T, self._first, self._last, self._span),
-            self.cap,
+            self.cap or 1.0,  # of 0 all is at the dark end
             title=title,
             caption=f"{caption}; grey: not measured",
             remarks=self._deepest(),

@@ -57,7 +57,7 @@ def draw(cells: Cells, cap: float, *, title: str, caption: str, remarks: Sequenc
 
     Args:
         cells: what the panels show.
-        cap: beta_t of the light end of the colours; the dark end is 0.
+        cap: beta_t of the light end of the colours, above 0; the dark end is 0.
         title: the first line.
         caption: the last line.
         remarks: (name, text) to the right above the lower panel, as many as there is room for.

@@ -49,6 +49,7 @@ class RunHistory:
         self._loaded = False
         self._drawn = -1  # number of the last picture
         self._pictures = 0
+        self._failed = False
 
     def begin(self, step: int) -> None:
         """The run goes on from here; what a checkpoint brought goes up to its last reading."""
@@ -101,16 +102,18 @@ class RunHistory:
         return due
 
     def picture(self, title: str) -> Image | None:
-        """uint8 ``[height, width, 3]``, beta_t of layers x steps; None before the first interval and without Pillow."""
+        """uint8 ``[height, width, 3]``, beta_t of layers x steps; None before the first interval, and where it fails, as
+        without Pillow, of which is warned once: no run dies of a picture."""
         if self._map is None or not self._sums[3]:
             return None
         self._pictures += 1
         try:
             picture: Image = self._map.image(title)
             return picture
-        except ImportError as error:
-            if self._pictures == 1:
-                warnings.warn(f"no picture of the layers: {error}", stacklevel=2)
+        except Exception as error:
+            if not self._failed:
+                warnings.warn(f"no picture of the layers: {type(error).__name__}: {error}", stacklevel=2)
+            self._failed = True
             return None
 
     def sentence(self) -> str:

@@ -18,6 +18,7 @@ from am_lightning import AMSGD, AMAdamW, clip_grad_norm_
 from am_lightning.loggers import attach, reader
 from tests.huggingface.events import histograms_in, scalars_in
 from tests.loggers.intervals import assert_curves, curves_of
+from tests.loggers.pictures import in_events
 from tests.sharding.pool import Pool
 
 KINDS: dict[str, Any] = {
@@ -51,6 +52,11 @@ def train(
         optimizer.step()
         seen.append({name: float(beta) for name, beta in optimizer.momentum().items()})
     return seen
+
+
+def images_in(folder: Path) -> list[tuple[str, int, tuple[int, ...]]]:
+    """Tag, step, and width and channels."""
+    return [(tag, step, image.shape[1:]) for tag, step, image in in_events(folder)]
 
 
 class Run:
@@ -103,6 +109,18 @@ def test_every_kind_of_writer_gets_the_same(tmp_path: Path) -> None:
     train(model, optimizer, 4)
     assert run.rows == metrics.rows == rows and list(rows) == [2, 4]
     assert all(type(value) is float for row in rows.values() for value in row.values())
+
+
+@pytest.mark.parametrize(
+    "make", [lambda p: AMAdamW(p, lr=0.02, betas=(0.0, 0.9)), lambda p: AMSGD(p, lr=0.02, beta_max=0.0)]
+)
+def test_a_cap_of_zero_is_logged(make: Any, tmp_path: Path) -> None:
+    model, _ = model_and()
+    with SummaryWriter(str(tmp_path)) as writer:
+        attach(optimizer := make(model.named_parameters()), writer, every=2)
+        train(model, optimizer, 4)
+    assert scalars_in(tmp_path)["am/beta/mean"] == {2: 0.0, 4: 0.0}
+    assert [(tag, shape) for tag, _, shape in images_in(tmp_path)] == [("am/beta/layers", (1000, 3))] * 2
 
 
 def test_layers_have_curves_where_parameters_have_names() -> None:

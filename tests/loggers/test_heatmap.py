@@ -160,6 +160,14 @@ def test_resumed_run_goes_on() -> None:
     assert np.array_equal(whole.image(), before.image())
 
 
+def test_a_cap_of_zero_has_a_picture() -> None:
+    """All of it is dark, and none is grey."""
+    heat = HeatMap(names(100), 0.0)
+    feed(heat, np.zeros((100, 100)), [50, 100])
+    for panel in panels(heat.image()):
+        assert (panel.sum(axis=-1) < 10).all() and panel.shape[1] == 800
+
+
 def test_gap_is_grey() -> None:
     heat = HeatMap(names(100), CAP)
     feed(heat, quiet(400, 100), range(50, 401, 50))
@@ -260,7 +268,8 @@ def test_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "message"),
     [
         ({"layers": []}, "layers"),
-        ({"cap": 0.0}, "cap"),
+        ({"cap": -0.1}, "cap"),
+        ({"cap": float("nan")}, "cap"),
         ({"columns": 7}, "columns"),
         ({"columns": 402}, "columns"),
         ({"columns": 0}, "columns"),

@@ -78,6 +78,16 @@ def test_a_picture_is_due_once_for_a_step_and_not_before_the_first() -> None:
     assert picture is not None and picture.ndim == 3
 
 
+def test_a_picture_that_fails_is_warned_of_once() -> None:
+    """Pillow has no width for a text of two lines."""
+    history = RunHistory()
+    with pytest.warns(UserWarning, match="no picture of the layers: ValueError") as caught:
+        for step in (1, 2, 3):
+            history.add(step, ["a\nb", *LAYERS[1:]], interval(1), 0.89)
+            assert history.picture("title") is None
+    assert len(caught) == 1 and "a\nb" in history.sentence()
+
+
 def test_the_sentence_names_the_deepest_layers_and_when() -> None:
     history = RunHistory()
     assert history.sentence() == ""
