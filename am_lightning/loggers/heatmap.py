@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from am_lightning.loggers.heatmap_image import PANEL_WIDTH, Cells, draw
-from am_lightning.loggers.metrics import in_a_sentence
+from am_lightning.loggers.metrics import in_a_sentence, shortened
 
 _MOST_ROWS = 150  # of a panel: 2 pixels each
 
@@ -25,8 +25,8 @@ class HeatMap:
     one had it is not known. A column that a reading does not cover, or where a layer did not step, stays blank.
 
     Args:
-        layers: names, from the first layer to the last.
-        cap: the largest beta_t, which is the light end of the colours.
+        layers: paths, from the first layer to the last.
+        cap: the largest beta_t so far, which is the light end of the colours.
         columns: how many at most, an even number up to 400.
 
     Raises:
@@ -43,9 +43,32 @@ class HeatMap:
         self.layers, self.cap, self.columns = list(layers), cap, columns
         self._clear()
 
+    def cover(self, layers: Sequence[str], cap: float) -> None:
+        """From now on readings are of ``layers``, under ``cap``.
+
+        A layer of before keeps its columns, a new one begins blank, and one that is no more comes last. Where all are
+        others, as after they were named, the map begins anew.
+        """
+        self.cap = max(self.cap, cap)
+        if list(layers) == self.layers[: len(layers)]:
+            return
+        before, arrays = self.layers, (self._totals, self._steps, self._lowest)
+        gone = [layer for layer in before if layer not in set(layers)]
+        self.layers = [*layers, *(gone if len(gone) < len(before) else [])]
+        if len(gone) == len(before):
+            self._clear()
+            return
+        kept = [self.layers.index(layer) for layer in before]
+        self._blank()
+        for new, old in zip((self._totals, self._steps, self._lowest), arrays, strict=True):
+            new[:, kept] = old
+
     def _clear(self) -> None:
-        shape = self.columns, len(self.layers)
         self._first, self._last, self._span = 0, 0, 0  # steps before the first column, step of the last reading
+        self._blank()
+
+    def _blank(self) -> None:
+        shape = self.columns, len(self.layers)
         self._totals, self._steps, self._lowest = np.zeros(shape), np.zeros(shape), np.full(shape, np.inf)
 
     @property
@@ -62,7 +85,7 @@ class HeatMap:
         Args:
             start: steps before the reading.
             end: its last step. A reading without steps is ignored.
-            totals: ``[layers]`` sum of beta_t over the steps of each tensor of the layer. A layer whose sum is not
+            totals: ``[layers]``, those of the last ``cover``, sum of beta_t over the steps of each tensor of the layer. A layer whose sum is not
                 finite counts as one that did not step.
             steps: ``[layers]`` how many numbers that sum has; 0 where the layer did not step.
             lowest: ``[layers]`` lowest of those numbers; inf where there are none.
@@ -80,9 +103,9 @@ class HeatMap:
         edges = np.arange(begin, stop + 1) * self._span + self._first
         edges[0], edges[-1] = start, end
         shares = np.diff(edges)[:, None] / (end - start)
-        self._totals[begin:stop] += np.where(valid, totals, 0.0) * shares
-        self._steps[begin:stop] += np.where(valid, steps, 0.0) * shares
-        cells = self._lowest[begin:stop]
+        self._totals[begin:stop, : len(valid)] += np.where(valid, totals, 0.0) * shares
+        self._steps[begin:stop, : len(valid)] += np.where(valid, steps, 0.0) * shares
+        cells = self._lowest[begin:stop, : len(valid)]
         np.minimum(cells, np.where(valid, lowest, np.inf), out=cells)
         self._last = end
 
@@ -120,6 +143,7 @@ class HeatMap:
         Raises:
             ImportError: Pillow, which writes the text, is not installed.
         """
+        names = shortened(self.layers)
         together = -(-len(self.layers) // _MOST_ROWS)
         rows = np.arange(0, len(self.layers), together)
         totals, steps = (np.add.reduceat(values[: self._used], rows, axis=1) for values in (self._totals, self._steps))
@@ -132,14 +156,14 @@ class HeatMap:
         if together > 1:
             caption += f"; one row = {together} layers"
         return draw(
-            Cells([self.layers[row] for row in rows], mean.T, lowest.T, self._first, self._last, self._span),
+            Cells([names[row] for row in rows], mean.T, lowest.T, self._first, self._last, self._span),
             self.cap or 1.0,  # of 0 all is at the dark end
             title=title,
             caption=f"{caption}; grey: not measured",
-            remarks=self._deepest(),
+            remarks=self._deepest(names),
         )
 
-    def _deepest(self, most: int = 3) -> list[tuple[str, str]]:
+    def _deepest(self, names: Sequence[str], most: int = 3) -> list[tuple[str, str]]:
         """The layers with the lowest beta_t, each with what to say of it."""
         used = self._lowest[: self._used]
         if not np.isfinite(used).any():
@@ -151,7 +175,7 @@ class HeatMap:
                 first = self._first + int(columns[layer]) * self._span
                 last = min(first + self._span, self._last)
                 when = f"step {last:,}" if last == first + 1 else f"steps {first + 1:,} to {last:,}"
-                deepest.append((in_a_sentence(self.layers[layer]), f"{lowest[layer]:.3f} in {when}"))
+                deepest.append((in_a_sentence(names[layer]), f"{lowest[layer]:.3f} in {when}"))
         return deepest
 
     def state_dict(self) -> dict[str, Any]:
@@ -159,6 +183,7 @@ class HeatMap:
         arrays = {"totals": self._totals, "steps": self._steps, "lowest": self._lowest}
         return {
             "layers": list(self.layers),
+            "cap": self.cap,
             "columns": self.columns,
             "first": self._first,
             "last": self._last,
@@ -167,9 +192,10 @@ class HeatMap:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``state``; one of other layers or of another number of columns leaves the map empty."""
+        """Continue from ``state``, with its layers and cap; one of another number of columns leaves the map empty."""
+        self.layers, self.cap = list(state["layers"]), float(state["cap"])
         self._clear()
-        if state.get("layers") != self.layers or state.get("columns") != self.columns:
+        if state["columns"] != self.columns:
             return
         self._first, self._last, self._span = int(state["first"]), int(state["last"]), int(state["span"])
         for name, values in (("totals", self._totals), ("steps", self._steps), ("lowest", self._lowest)):

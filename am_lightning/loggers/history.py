@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from am_lightning.loggers.metrics import in_a_sentence
+from am_lightning.loggers.metrics import in_a_sentence, shortened
 from am_lightning.optim.intervals import Interval
 
 if TYPE_CHECKING:
@@ -42,10 +42,8 @@ class RunHistory:
     def __init__(self) -> None:
         self.step = 0
         self._map: HeatMap | None = None
-        self._layers: list[str] = []
         self._dips: dict[str, Dip] = {}
         self._sums = [0.0] * 4  # of all tensors, as Interval has them
-        self._saved_map: dict[str, Any] | None = None
         self._loaded = False
         self._drawn = -1  # number of the last picture
         self._pictures = 0
@@ -61,6 +59,7 @@ class RunHistory:
 
         Args:
             step: at which it ends.
+            layers: their paths.
             by_layer: ``[layers]`` each, on the CPU.
             cap: the largest of beta_t.
         """
@@ -76,17 +75,14 @@ class RunHistory:
 
     def _map_of(self, layers: Sequence[str], cap: float) -> HeatMap | None:
         """None where there is no numpy, which whatever takes pictures brings along."""
-        if list(layers) == self._layers:
-            return self._map
-        self._layers = list(layers)
-        try:
-            from am_lightning.loggers.heatmap import HeatMap
-        except ImportError:
-            return None
-        self._map = HeatMap(layers, cap)
-        if self._saved_map is not None:
-            self._map.load_state_dict(self._saved_map)
-            self._saved_map = None
+        if self._map is None and layers:
+            try:
+                from am_lightning.loggers.heatmap import HeatMap
+            except ImportError:
+                return None
+            self._map = HeatMap(layers, cap)
+        if self._map is not None:
+            self._map.cover(layers, cap)
         return self._map
 
     def picture_is_due(self, total: int | None = None) -> bool:
@@ -122,7 +118,8 @@ class RunHistory:
         if not steps:
             return ""
         deepest = sorted(self._dips.items(), key=lambda item: item[1].lowest)[:_DIPS]
-        dips = ", ".join(f"{in_a_sentence(layer)} {dip}" for layer, dip in deepest)
+        names = dict(zip(self._dips, shortened(list(self._dips)), strict=True))
+        dips = ", ".join(f"{in_a_sentence(names[layer])} {dip}" for layer, dip in deepest)
         at_cap = f"at the cap in {at_max / steps:.0%} of the tensors' steps"
         return f"mean beta_t {total / steps:.3f}, {at_cap}; lowest: {dips}"
 
@@ -133,7 +130,7 @@ class RunHistory:
             "sums": self._sums,
             "pictures": [self._drawn, self._pictures],
             "dips": {layer: list(dip) for layer, dip in self._dips.items()},
-            "map": self._saved_map if self._map is None else self._map.state_dict(),
+            "map": None if self._map is None else self._map.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -141,4 +138,7 @@ class RunHistory:
         self.step, self._sums = int(state_dict["step"]), list(state_dict["sums"])
         self._drawn, self._pictures = state_dict["pictures"]
         self._dips = {layer: Dip(float(low), int(a), int(b)) for layer, (low, a, b) in state_dict["dips"].items()}
-        self._map, self._layers, self._saved_map, self._loaded = None, [], state_dict["map"], True
+        saved, self._map, self._loaded = state_dict["map"], None, True
+        heat_map = None if saved is None else self._map_of(saved["layers"], saved["cap"])
+        if heat_map is not None:
+            heat_map.load_state_dict(saved)

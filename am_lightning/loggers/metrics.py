@@ -42,17 +42,19 @@ def _module_of(name: str) -> str:
     return name[: below.start()] if below else name.rpartition(".")[0] or name
 
 
-def layers_of(names: Sequence[str]) -> list[str]:
-    """Layer of each parameter: the module path up to its first number, else the module.
-
-    Only the last words are kept where that says enough: ``model.layers.3.mlp.up_proj.weight`` -> ``layers.3``,
-    ``lm_head.weight`` -> ``lm_head``, but ``encoder.layers.0`` where there is a ``decoder.layers.0``.
-    """
+def layer_paths(names: Sequence[str]) -> list[str]:
+    """Layer of each parameter: the module path up to its first number, else the module."""
     paths = []
     for name in names:
         module = _module_of(name)
         numbered = _NUMBERED.match(f"{module}.")
         paths.append(numbered.group(0) if numbered else module)
+    return paths
+
+
+def shortened(paths: Sequence[str]) -> list[str]:
+    """Layers by their last words, where those say enough: ``model.layers.3`` -> ``layers.3``, ``lm_head``, but
+    ``encoder.layers.0`` where there is a ``decoder.layers.0``."""
     short = {path: _last_words(path) for path in paths}
     unique = len(set(short.values())) == len(short)
     return [short[path] if unique else path for path in paths]
@@ -75,17 +77,18 @@ class MomentumStats:
         names: of the tensors, in the order of the interval.
         caps: the cap of beta_t of each tensor.
         prefix: of all tags; the second optimizer's is ``am-1``.
+
+    Attributes:
+        cap: the largest.
+        layer_paths: the layers, in the order of their first tensors. Tags have them ``shortened``, which depends on all.
     """
 
     def __init__(self, names: Sequence[str], caps: Sequence[float], prefix: str = "am") -> None:
         self.names, self.prefix = list(names), prefix
         self.cap = max(caps, default=0.0)
-        self._kinds, self._layers = _Labels([kind_of(name) for name in names]), _Labels(layers_of(names))
-
-    @property
-    def layer_names(self) -> list[str]:
-        """The layers, in the order of their first tensors."""
-        return self._layers.names
+        paths = layer_paths(names)
+        self.layer_paths = list(dict.fromkeys(paths))
+        self._kinds, self._layers = _Labels([kind_of(name) for name in names]), _Labels(shortened(paths))
 
     def scalars(self, interval: Interval) -> dict[str, float]:
         """``<prefix>/beta/mean|min|max``, over all tensors and steps, ``/beta/cap``, the largest, ``/effective_steps``,

@@ -98,7 +98,7 @@ class StatsReader:
             self._carried, self._loaded = ([], nothing(_HOST, 0)), False
         self.interval = Interval(*numbers)
         if step is not None:
-            self.history.add(step, self.stats.layer_names, self.stats.by_layer(self.interval), self.stats.cap)
+            self.history.add(step, self.stats.layer_paths, self.stats.by_layer(self.interval), self.stats.cap)
 
     def _take(self, names: list[str], reader: Any) -> torch.Tensor:
         """``[6, names]`` of the interval of ``reader``; with ``betas`` and ``numbers`` in one copy."""
@@ -144,9 +144,10 @@ class StatsReader:
     @property
     def stats(self) -> MomentumStats:
         """How the tensors are grouped."""
-        names = self.optimizer.parameter_names()
+        names, caps = self.optimizer.parameter_names(), self.optimizer.caps()
         if self._stats is None or self._stats.names != names:  # a group was added
-            self._stats = MomentumStats(names, self.optimizer.caps(), self.prefix)
+            self._stats = MomentumStats(names, caps, self.prefix)
+        self._stats.cap = max(caps, default=0.0)  # groups may be given another at any time
         return self._stats
 
     @property
@@ -175,7 +176,7 @@ class StatsReader:
 
     def few_layers(self) -> bool:
         """So few that a curve for each can be read."""
-        return len(self.stats.layer_names) <= _FEW_LAYERS
+        return len(self.stats.layer_paths) <= _FEW_LAYERS
 
     def add_histogram(self, board: Any, step: int) -> None:
         """The mean beta_t of each tensor that has stepped, as ``<prefix>/beta``, to a ``SummaryWriter``."""
@@ -233,7 +234,7 @@ class StatsReader:
         self._carry()
         whole, (names, numbers) = copy.deepcopy(self.history), self._carried
         if names == self.stats.names:
-            whole.add(step, self.stats.layer_names, self.stats.by_layer(Interval(*numbers)), self.stats.cap)
+            whole.add(step, self.stats.layer_paths, self.stats.by_layer(Interval(*numbers)), self.stats.cap)
         return whole
 
     def sentence(self, step: int) -> str:

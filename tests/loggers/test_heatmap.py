@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import sys
 from typing import Any
 
@@ -239,13 +240,43 @@ def test_layers_without_a_step_are_blank_and_stay_out_of_the_mean() -> None:
     heat.image()  # no warning of a number that is not one
 
 
-@pytest.mark.parametrize("other", [HeatMap(names(8), CAP), HeatMap(names(7), CAP, columns=8)])
-def test_state_of_other_layers_leaves_it_empty(other: HeatMap) -> None:
-    feed(other, quiet(100, len(other.layers)), [50, 100])
-    heat = HeatMap(names(7), CAP)
-    feed(heat, quiet(100, 7), [50, 100])
+def test_state_of_another_number_of_columns_leaves_it_empty() -> None:
+    heat, other = HeatMap(names(7), CAP), HeatMap(names(7), CAP, columns=8)
+    for each in (heat, other):
+        feed(each, quiet(100, 7), [50, 100])
     heat.load_state_dict(other.state_dict())
     assert np.array_equal(heat.image(), HeatMap(names(7), CAP).image())
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_layers_that_come_and_go_keep_their_columns(resumed: bool) -> None:
+    """Also where a checkpoint has those of before; columns before a layer came, and after it went, are blank."""
+    heat = HeatMap(["b", "head"], 0.5, columns=4)
+    feed(heat, np.full((20, 2), [0.4, 0.3]), [10, 20])
+    if resumed:
+        heat, before = HeatMap(["a", "b", "head"], CAP, columns=4), heat
+        heat.load_state_dict(before.state_dict())
+    heat.cover(["a", "b", "head"], CAP)
+    feed(heat, np.full((10, 3), [0.8, 0.6, 0.5]), [30], first=20)
+    heat.cover(["head", "c"], 0.2)
+    feed(heat, np.full((10, 2), [0.1, 0.2]), [40], first=30)
+    assert (heat.layers, heat.cap) == (["head", "c", "a", "b"], CAP)
+    inf = math.inf
+    assert heat.state_dict()["lowest"].T.tolist() == [
+        [0.3, 0.3, 0.5, 0.1],
+        [inf, inf, inf, 0.2],
+        [inf, inf, 0.8, inf],
+        [0.4, 0.4, 0.6, inf],
+    ]
+    assert heat.state_dict()["steps"].sum(0).tolist() == [40, 10, 10, 30]
+
+
+def test_layers_that_were_named_begin_anew() -> None:
+    heat = HeatMap(["0"], CAP)
+    feed(heat, quiet(20, 1), [20])
+    heat.cover(["a", "b"], CAP)
+    feed(heat, quiet(20, 2), [40], first=20)
+    assert heat.layers == ["a", "b"] and heat.state_dict()["first"] == 20
 
 
 def test_size_of_the_file() -> None:

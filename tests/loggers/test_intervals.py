@@ -296,6 +296,40 @@ def test_a_group_that_is_added_counts_from_its_first_step() -> None:
     assert dict(zip(names, reader.interval.total.tolist(), strict=True)) == pytest.approx(expected, abs=1e-9)
 
 
+def test_a_group_that_is_added_leaves_the_map_of_the_others() -> None:
+    """Though its layers' names are then longer: there is a second block 0."""
+    blocks = {side: nn.Linear(2, 2, bias=False) for side in ("encoder", "decoder")}
+    names = {side: f"{side}.layers.0.weight" for side in blocks}
+    optimizer = AMAdamW([(names["encoder"], blocks["encoder"].weight)], lr=0.01)
+    reader = StatsReader(optimizer)
+    for step in range(1, 31):
+        if step == 11:
+            optimizer.add_param_group({"params": [(names["decoder"], blocks["decoder"].weight)]})
+        torch.stack([block(torch.ones(2)).sum() for block in blocks.values()]).sum().backward()
+        optimizer.step()
+        if step % 10 == 0:
+            reader.read(step)
+    kept = reader.history.state_dict()["map"]
+    assert dict(zip(kept["layers"], kept["steps"].T.tolist(), strict=True)) == {
+        "encoder.layers.0": [10, 10, 10],
+        "decoder.layers.0": [0, 10, 10],
+    }
+
+
+def test_the_cap_is_that_of_the_group_now() -> None:
+    """In the scalars; the colours of the map reach up to the largest there was."""
+    model, optimizer = model_and()
+    reader, caps = StatsReader(optimizer), []
+    for step, cap in ((3, 0.8), (6, 0.95), (9, 0.7)):
+        for group in optimizer.param_groups:
+            group["beta1_max"] = cap
+        train(model, optimizer, 3)
+        reader.read(step)
+        caps.append(reader.scalars()["am/beta/cap"])
+    assert caps == [0.8, 0.95, 0.7]
+    assert reader.history.state_dict()["map"]["cap"] == 0.95
+
+
 @pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
 def test_dropped_steps_and_tensors_without_a_gradient_are_not_counted(nonfinite: str) -> None:
     model = Planted()

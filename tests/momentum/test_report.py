@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from am_lightning.distributed.names import strip_wrappers
-from am_lightning.loggers.metrics import MomentumStats, kind_of, layers_of
+from am_lightning.loggers.metrics import MomentumStats, kind_of, layer_paths, shortened
 from am_lightning.optim.intervals import Interval, nothing
 
 KINDS = {
@@ -58,6 +58,10 @@ def test_an_adapters_layer_group_under_wrappers(wrapped: str) -> None:
     """DDP and torch.compile around a PEFT model, in either order, and DeepSpeed."""
     name = "base_model.model.model.layers.0.self_attn._fsdp_wrapped_module.q_proj.lora_A.default.weight"
     assert kind_of(strip_wrappers(wrapped.format(name))) == "attn.qkv"
+
+
+def layers_of(names: list[str]) -> list[str]:
+    return shortened(layer_paths(names))
 
 
 def test_layers_are_short_where_that_is_unambiguous() -> None:
