@@ -11,6 +11,7 @@ import torch
 from am_lightning.loggers.heatmap_image import PANEL_WIDTH, Cells, draw
 from am_lightning.loggers.metrics import in_a_sentence, shortened
 
+_SUMS = "totals", "at_max", "steps"
 _MOST_ROWS = 150  # of a panel: 2 pixels each
 
 
@@ -52,7 +53,7 @@ class HeatMap:
         self.cap = max(self.cap, cap)
         if list(layers) == self.layers[: len(layers)]:
             return
-        before, arrays = self.layers, (self._totals, self._steps, self._lowest)
+        before, sums, lowest = self.layers, self._sums, self._lowest
         gone = [layer for layer in before if layer not in set(layers)]
         self.layers = [*layers, *(gone if len(gone) < len(before) else [])]
         if len(gone) == len(before):
@@ -60,8 +61,7 @@ class HeatMap:
             return
         kept = [self.layers.index(layer) for layer in before]
         self._blank()
-        for new, old in zip((self._totals, self._steps, self._lowest), arrays, strict=True):
-            new[:, kept] = old
+        self._sums[..., kept], self._lowest[:, kept] = sums, lowest
 
     def _clear(self) -> None:
         self._first, self._last, self._span = 0, 0, 0  # steps before the first column, step of the last reading
@@ -69,14 +69,16 @@ class HeatMap:
 
     def _blank(self) -> None:
         shape = self.columns, len(self.layers)
-        self._totals, self._steps, self._lowest = np.zeros(shape), np.zeros(shape), np.full(shape, np.inf)
+        self._sums, self._lowest = np.zeros((len(_SUMS), *shape)), np.full(shape, np.inf)
 
     @property
     def _used(self) -> int:
         """Columns from the first reading to the end of the last one."""
         return -((self._first - self._last) // self._span) if self._span else 0
 
-    def add(self, start: int, end: int, totals: np.ndarray, steps: np.ndarray, lowest: np.ndarray) -> None:
+    def add(
+        self, start: int, end: int, totals: np.ndarray, at_max: np.ndarray, steps: np.ndarray, lowest: np.ndarray
+    ) -> None:
         """Take one reading: the optimizer steps ``start + 1`` to ``end``.
 
         A reading that starts before the end of the last one, as after a return to an earlier checkpoint, takes the
@@ -85,15 +87,16 @@ class HeatMap:
         Args:
             start: steps before the reading.
             end: its last step. A reading without steps is ignored.
-            totals: ``[layers]``, those of the last ``cover``, sum of beta_t over the steps of each tensor of the layer. A layer whose sum is not
-                finite counts as one that did not step.
+            totals: ``[layers]``, those of the last ``cover``, sum of beta_t over the steps of each tensor of the layer.
+                A layer whose sum is not finite counts as one that did not step.
+            at_max: ``[layers]`` how many numbers of that sum are at their cap.
             steps: ``[layers]`` how many numbers that sum has; 0 where the layer did not step.
             lowest: ``[layers]`` lowest of those numbers; inf where there are none.
         """
         if end <= start:
             return
         if start < self._last:
-            self._forget_after(start)
+            self.forget_after(start)
         if not self._span:
             self._first, self._span = start, end - start
         while end - self._first > self._span * self.columns:
@@ -103,33 +106,31 @@ class HeatMap:
         edges = np.arange(begin, stop + 1) * self._span + self._first
         edges[0], edges[-1] = start, end
         shares = np.diff(edges)[:, None] / (end - start)
-        self._totals[begin:stop, : len(valid)] += np.where(valid, totals, 0.0) * shares
-        self._steps[begin:stop, : len(valid)] += np.where(valid, steps, 0.0) * shares
+        for of, numbers in zip(self._sums, (totals, at_max, steps), strict=True):
+            of[begin:stop, : len(valid)] += np.where(valid, numbers, 0.0) * shares
         cells = self._lowest[begin:stop, : len(valid)]
         np.minimum(cells, np.where(valid, lowest, np.inf), out=cells)
         self._last = end
 
-    def _forget_after(self, start: int) -> None:
+    def forget_after(self, start: int) -> None:
+        """The steps after ``start`` are not of the run; of the column that it lies in, its share remains."""
+        if start >= self._last:
+            return
         if start <= self._first:
             self._clear()
             return
         column, kept = divmod(start - self._first, self._span)
         if kept:
             share = kept / min(self._span, self._last - self._first - column * self._span)
-            self._totals[column] *= share
-            self._steps[column] *= share
+            self._sums[:, column] *= share
             column += 1
-        self._totals[column:] = self._steps[column:] = 0.0
+        self._sums[:, column:] = 0.0
         self._lowest[column:] = np.inf
         self._last = start
 
     def _merge_pairs(self) -> None:
         half = self.columns // 2
-        for values, merge, blank in (
-            (self._totals, np.add, 0.0),
-            (self._steps, np.add, 0.0),
-            (self._lowest, np.minimum, np.inf),
-        ):
+        for values, merge, blank in (*((of, np.add, 0.0) for of in self._sums), (self._lowest, np.minimum, np.inf)):
             values[:half] = merge(values[::2], values[1::2])
             values[half:] = blank
         self._span *= 2
@@ -146,7 +147,7 @@ class HeatMap:
         names = shortened(self.layers)
         together = -(-len(self.layers) // _MOST_ROWS)
         rows = np.arange(0, len(self.layers), together)
-        totals, steps = (np.add.reduceat(values[: self._used], rows, axis=1) for values in (self._totals, self._steps))
+        totals, _, steps = np.add.reduceat(self._sums[:, : self._used], rows, axis=2)
         lowest = np.minimum.reduceat(self._lowest[: self._used], rows, axis=1)
         mean = np.divide(totals, steps, out=np.full_like(totals, np.nan), where=steps > 0)
         lowest = np.where(np.isfinite(lowest), lowest, np.nan)
@@ -163,24 +164,32 @@ class HeatMap:
             remarks=self._deepest(names),
         )
 
+    def sums(self) -> list[float]:
+        """Of all layers and steps: beta_t, how often it was at its cap, and how many numbers these are."""
+        found: list[float] = self._sums.sum(axis=(1, 2)).tolist()
+        return found
+
+    def dips(self) -> dict[str, tuple[float, int, int]]:
+        """Layer -> the lowest beta_t, and its column: the steps before it, and its last; without those of no step."""
+        if not self._used:
+            return {}
+        found = {}
+        for row, column in enumerate(self._lowest.argmin(axis=0).tolist()):
+            first = self._first + column * self._span
+            if np.isfinite(lowest := float(self._lowest[column, row])):
+                found[self.layers[row]] = lowest, first, min(first + self._span, self._last)
+        return found
+
     def _deepest(self, names: Sequence[str], most: int = 3) -> list[tuple[str, str]]:
         """The layers with the lowest beta_t, each with what to say of it."""
-        used = self._lowest[: self._used]
-        if not np.isfinite(used).any():
-            return []
-        columns, lowest = used.argmin(axis=0), used.min(axis=0)
-        deepest = []
-        for layer in np.argsort(lowest, kind="stable")[:most]:
-            if np.isfinite(lowest[layer]):
-                first = self._first + int(columns[layer]) * self._span
-                last = min(first + self._span, self._last)
-                when = f"step {last:,}" if last == first + 1 else f"steps {first + 1:,} to {last:,}"
-                deepest.append((in_a_sentence(names[layer]), f"{lowest[layer]:.3f} in {when}"))
+        name, deepest = dict(zip(self.layers, names, strict=True)), []
+        for layer, (lowest, first, last) in sorted(self.dips().items(), key=lambda item: item[1][0])[:most]:
+            when = f"step {last:,}" if last == first + 1 else f"steps {first + 1:,} to {last:,}"
+            deepest.append((in_a_sentence(name[layer]), f"{lowest:.3f} in {when}"))
         return deepest
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers, names and tensors ``[columns so far, layers]`` that ``torch.load(weights_only=True)`` takes."""
-        arrays = {"totals": self._totals, "steps": self._steps, "lowest": self._lowest}
         return {
             "layers": list(self.layers),
             "cap": self.cap,
@@ -188,7 +197,7 @@ class HeatMap:
             "first": self._first,
             "last": self._last,
             "span": self._span,
-            **{name: torch.from_numpy(values[: self._used].copy()) for name, values in arrays.items()},
+            **{name: torch.from_numpy(values[: self._used].copy()) for name, values in self._arrays()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -198,8 +207,11 @@ class HeatMap:
         if state["columns"] != self.columns:
             return
         self._first, self._last, self._span = int(state["first"]), int(state["last"]), int(state["span"])
-        for name, values in (("totals", self._totals), ("steps", self._steps), ("lowest", self._lowest)):
+        for name, values in self._arrays():
             values[: self._used] = state[name].cpu().numpy()
+
+    def _arrays(self) -> list[tuple[str, np.ndarray]]:
+        return [*zip(_SUMS, self._sums, strict=True), ("lowest", self._lowest)]
 
 
 def _count(number: int, thing: str) -> str:

@@ -43,16 +43,31 @@ class RunHistory:
         self.step = 0
         self._map: HeatMap | None = None
         self._dips: dict[str, Dip] = {}
-        self._sums = [0.0] * 4  # of all tensors, as Interval has them
+        self._sums = [0.0] * 3  # of all tensors, as HeatMap has them
         self._loaded = False
         self._drawn = -1  # number of the last picture
         self._pictures = 0
         self._failed = False
 
     def begin(self, step: int) -> None:
-        """The run goes on from here; what a checkpoint brought goes up to its last reading."""
-        if step < self.step or not (self._loaded or self._sums[3]):
+        """The run goes on from here; what a checkpoint brought goes up to its last reading.
+
+        A return to an earlier step takes the steps since out of all that is known, as exactly as the map has it; where
+        there is no map, all of it is forgotten.
+        """
+        if step < self.step and self._sums[-1]:
+            self._forget_after(step)
+        if step < self.step or not (self._loaded or self._sums[-1]):
             self.step = step
+
+    def _forget_after(self, step: int) -> None:
+        remaining = {layer: dip for layer, dip in self._dips.items() if dip.until <= step}
+        if self._map is None:
+            self._sums, self._dips = [0.0] * 3, {}
+            return
+        self._map.forget_after(step)
+        self._sums = self._map.sums()
+        self._dips = {layer: Dip(*dip) for layer, dip in self._map.dips().items()} | remaining
 
     def add(self, step: int, layers: Sequence[str], by_layer: Interval, cap: float) -> None:
         """Take in an interval.
@@ -64,14 +79,14 @@ class RunHistory:
             cap: the largest of beta_t.
         """
         after, self.step = min(self.step, step), step
-        self._sums = [before + float(column.sum()) for before, column in zip(self._sums, by_layer[:4], strict=True)]
+        columns = (by_layer.total, by_layer.at_max, by_layer.steps)
+        self._sums = [before + float(column.sum()) for before, column in zip(self._sums, columns, strict=True)]
         for layer, value in zip(layers, by_layer.lowest.tolist(), strict=True):
             if value < self._dips.get(layer, Dip(math.inf, 0, 0)).lowest:
                 self._dips[layer] = Dip(value, after, step)
         heat_map = self._map_of(layers, cap)
         if heat_map is not None and step > after:
-            columns = (by_layer.total, by_layer.steps, by_layer.lowest)
-            heat_map.add(after, step, *(column.double().numpy() for column in columns))
+            heat_map.add(after, step, *(column.double().numpy() for column in (*columns, by_layer.lowest)))
 
     def _map_of(self, layers: Sequence[str], cap: float) -> HeatMap | None:
         """None where there is no numpy, which whatever takes pictures brings along."""
@@ -91,16 +106,16 @@ class RunHistory:
         Args:
             total: steps of the run; None: not known, and the longer it runs the more steps are between two pictures.
         """
-        if self._map is None or not self._sums[3] or self._pictures >= _MOST:
+        if self._map is None or not self._sums[-1] or self._pictures >= _MOST:
             return False
         number = _REDRAWS * self.step // total if total else int(math.log(max(self.step, 1)) / math.log(_GROWTH))
         due, self._drawn = number > self._drawn, max(number, self._drawn)
         return due
 
     def picture(self, title: str) -> Image | None:
-        """uint8 ``[height, width, 3]``, beta_t of layers x steps; None before the first interval, and where it fails, as
-        without Pillow, of which is warned once: no run dies of a picture."""
-        if self._map is None or not self._sums[3]:
+        """uint8 ``[height, width, 3]``, beta_t of layers x steps; None before the first interval, and where drawing
+        fails, as without Pillow, of which is warned once: no run dies of a picture."""
+        if self._map is None or not self._sums[-1]:
             return None
         self._pictures += 1
         try:
@@ -114,7 +129,7 @@ class RunHistory:
 
     def sentence(self) -> str:
         """The mean, the share at the cap, the deepest dips and when they were; empty before the first interval."""
-        total, at_max, _, steps = self._sums
+        total, at_max, steps = self._sums
         if not steps:
             return ""
         deepest = sorted(self._dips.items(), key=lambda item: item[1].lowest)[:_DIPS]

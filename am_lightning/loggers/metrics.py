@@ -80,7 +80,7 @@ class MomentumStats:
 
     Attributes:
         cap: the largest.
-        layer_paths: the layers, in the order of their first tensors. Tags have them ``shortened``, which depends on all.
+        layer_paths: the layers, in the order of their first tensors. Tags have them ``shortened``.
     """
 
     def __init__(self, names: Sequence[str], caps: Sequence[float], prefix: str = "am") -> None:

@@ -27,7 +27,7 @@ def feed(heat: HeatMap, betas: np.ndarray, ends: Any, first: int = 0) -> None:
     start = first
     for end in ends:
         part = betas[start - first : end - first]
-        heat.add(start, end, part.sum(0), np.full(part.shape[1], float(len(part))), part.min(0))
+        heat.add(start, end, part.sum(0), (part == CAP).sum(0), np.full(part.shape[1], float(len(part))), part.min(0))
         start = end
 
 
@@ -114,7 +114,7 @@ def test_sizes_do_not_grow() -> None:
         if start in (0, 2, 400, 2999):
             shapes.add(heat.image("title").shape)
             sizes.append(sum(value.numel() for value in heat.state_dict().values() if torch.is_tensor(value)))
-    assert len(shapes) == 1 and max(sizes) <= 3 * 240 * 7
+    assert len(shapes) == 1 and max(sizes) <= 4 * 240 * 7
     for layers in (7, 100, 150, 1000):
         height, width, _ = HeatMap(names(layers), CAP).image().shape
         assert 650 <= height <= 850 and width == 1000
@@ -229,6 +229,7 @@ def test_layers_without_a_step_are_blank_and_stay_out_of_the_mean() -> None:
             start,
             start + 10,
             np.array([8.0, np.nan if still else 5.0, 0.0]),
+            np.zeros(3),
             np.array([10.0, 10.0, 0.0]),
             np.array([0.7, np.nan if still else 0.4, np.inf]),
         )

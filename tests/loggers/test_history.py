@@ -123,6 +123,27 @@ def test_a_resumed_run_begins_after_its_checkpoint() -> None:
     assert "layers.1 0.100 in steps 151 to 200" in with_one.sentence()
 
 
+@pytest.mark.parametrize("resumed", [False, True], ids=["in the process", "of a loaded history"])
+def test_a_return_to_an_earlier_step_leaves_the_steps_since_out_of_the_sentence(resumed: bool) -> None:
+    """A layer whose deepest dip is taken back has the one before."""
+    history, plain = RunHistory(), RunHistory()
+    for step, lowest in ((10, (0.7, 0.8, 0.6, 0.8)), (20, (0.3, 0.5, 0.75, 0.8)), (30, (0.1, 0.8, 0.2, 0.8))):
+        history.add(step, LAYERS, interval(10, mean=0.02 * step, at_max=step // 10, lowest=lowest), 0.89)
+    if resumed:
+        saved, history = history.state_dict(), RunHistory()
+        history.load_state_dict(saved)
+    history.begin(20)
+    for step, lowest in ((10, (0.7, 0.8, 0.6, 0.8)), (20, (0.3, 0.5, 0.75, 0.8))):
+        plain.add(step, LAYERS, interval(10, mean=0.02 * step, at_max=step // 10, lowest=lowest), 0.89)
+    assert history.sentence() == plain.sentence()
+    for each in (history, plain):
+        each.add(30, LAYERS, interval(10, lowest=(0.4, 0.4, 0.8, 0.8)), 0.89)
+    assert history.sentence() == plain.sentence()
+    assert history.sentence().endswith(
+        "embed 0.3 in steps 11 to 20, layers.0 0.4 in steps 21 to 30, layers.1 0.6 in steps 1 to 10"
+    )
+
+
 def test_its_state_is_the_run_so_far_and_later_readings_do_not_change_it() -> None:
     history = RunHistory()
     for step in (10, 20, 30):
