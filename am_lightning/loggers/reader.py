@@ -55,6 +55,7 @@ class StatsReader:
 
     Attributes:
         skipped_before: steps skipped before this process started, from a checkpoint.
+        skipped_at_load: steps skipped up to that checkpoint; an optimizer's state does not count them.
         betas: ``[tensors]`` of the last step on the CPU, nan for tensors that have never stepped.
         interval: ``[tensors]`` each on the CPU, beta_t over the steps up to the last ``read``.
         numbers: what was counted, up to the last ``read``.
@@ -64,7 +65,7 @@ class StatsReader:
 
     def __init__(self, optimizer: AdaptiveMemoryOptimizer, prefix: str = "am") -> None:
         self.optimizer, self.prefix = optimizer, prefix
-        self.skipped_before = 0
+        self.skipped_before = self.skipped_at_load = 0
         self.betas = torch.empty(0, device="cpu")
         self.interval = Interval(*nothing(_HOST, 0))
         self.numbers = StepNumbers(*(0.0 for _ in StepNumbers._fields))
@@ -135,10 +136,12 @@ class StatsReader:
         self._carried = names, merged_by_name(taken, names, self._carried[1], self._carried[0])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` gave."""
+        """Take over what ``state_dict`` gave, in place of what was counted here."""
         numbers = torch.as_tensor(state_dict["interval"], dtype=torch.float64, device="cpu")
+        self.optimizer.begin_interval(self.history)
         self._carried, self._loaded = (list(state_dict["names"]), numbers), True
-        self.skipped_before = state_dict["skipped_steps"] - int(read_report(self.optimizer)[1].skipped_steps)
+        self.skipped_at_load = state_dict["skipped_steps"]
+        self.skipped_before = self.skipped_at_load - int(read_report(self.optimizer)[1].skipped_steps)
         self.history.load_state_dict(state_dict["history"])
 
     @property

@@ -34,7 +34,6 @@ class StepLogger(ABC):
     Attributes:
         reader: what was read last.
         every: interval in optimizer steps; None: nothing is logged.
-        steps: optimizer steps so far, those before a resume included.
         stacklevel: of the warning of dropped steps, up to whoever calls ``step()``.
     """
 
@@ -52,17 +51,22 @@ class StepLogger(ABC):
         else:
             after_each_step(lambda: self(reader.optimizer, (), {}))
         self._hooks.append(reader.optimizer.register_load_state_dict_post_hook(self._count_from_state))
-        self.steps = 0
+        self._counted = 0
         self._count_from_state(reader.optimizer)
 
     def _count_from_state(self, optimizer: Any) -> None:
-        """A resumed run is where its checkpoint was; dropped steps are not in its state."""
+        """A resumed run is where its checkpoint was."""
         steps = [
             int(state["step"]) for state in optimizer.state.values() if isinstance(state, dict) and "step" in state
         ]
-        before, self.steps = self.steps, max(steps, default=0)
-        if self.steps != before:  # those since the last reading are not of the run that goes on
+        before, self._counted = self._counted, max(steps, default=0)
+        if self._counted != before:  # those since the last reading are not of the run that goes on
             self.reader.begin(self.steps)
+
+    @property
+    def steps(self) -> int:
+        """Calls of ``step()`` so far, with those before a resume; dropped ones of these where the reader resumed, too."""
+        return self._counted + self.reader.skipped_at_load
 
     def _look_at_state(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._had_state = bool(optimizer.state)
@@ -75,7 +79,7 @@ class StepLogger(ABC):
     def __call__(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if not self._had_state and inside_state_creation(optimizer.param_groups):
             return
-        self.steps += 1
+        self._counted += 1
         if self.every is not None and self.steps % self.every == 0 and self.is_main():
             self._log()
 

@@ -411,6 +411,50 @@ def test_saving_takes_nothing_from_an_interval() -> None:
     assert [state["interval"][3].sum() / len(NAMES) for state in states] == [1, 2, 3, 4, 5, 0] * 2
 
 
+@pytest.mark.parametrize("order", [("optimizer", "reader"), ("reader", "optimizer")])
+@pytest.mark.parametrize("step", [7, 10])
+def test_what_is_loaded_takes_the_place_of_what_was_counted(step: int, order: tuple[str, str]) -> None:
+    """Also of another run that was at the same step."""
+    (model, optimizer), rows = model_and(), Rows()
+    handle = attach(optimizer, rows, every=5)
+    train(model, optimizer, step)
+    other, its_optimizer = model_and()
+    its_reader = attach(its_optimizer, Rows(), every=5).reader
+    train(other, its_optimizer, step)
+    pairs = {"optimizer": (optimizer, its_optimizer), "reader": (handle.reader, its_reader)}
+    for to, source in map(pairs.__getitem__, order):
+        to.load_state_dict(copy.deepcopy(source.state_dict()))
+    train(model, optimizer, 20 - step)
+    assert handle.reader.interval.steps.tolist() == [5] * len(NAMES)
+    assert_curves(rows.curves(), expected_curves(20, 5))
+    assert handle.reader.history.state_dict()["sums"][-1] == 20 * len(NAMES)
+
+
+@pytest.mark.filterwarnings("ignore:am. 3 steps")
+@pytest.mark.parametrize("order", [("optimizer", "reader"), ("reader", "optimizer")])
+def test_a_resume_after_dropped_steps_goes_on_at_their_step(order: tuple[str, str]) -> None:
+    """The optimizer's state does not count them."""
+    rows, saved = Rows(), dict[str, Any]()
+    for steps in (20, 20):
+        model, optimizer = model_and()
+        handle = attach(optimizer, rows, every=10)
+        if saved:
+            model.load_state_dict(saved["model"])
+            for name in order:
+                {"optimizer": optimizer, "reader": handle.reader}[name].load_state_dict(saved[name])
+        for step in range(steps):
+            optimizer.zero_grad()
+            model.loss(optimizer).backward()
+            if not saved and 4 <= step < 7:
+                model.embed.weight.grad[0] = math.nan
+            optimizer.step()
+        parts = {"model": model, "optimizer": optimizer, "reader": handle.reader}
+        saved = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
+    assert list(rows) == [10, 20, 30, 40]
+    history = saved["reader"]["history"]
+    assert history["sums"][-1] == history["map"]["steps"].sum() == 37 * len(NAMES)
+
+
 def test_a_return_to_an_earlier_checkpoint_leaves_out_what_came_after_it() -> None:
     """Though a later checkpoint was written in between, for which the interval was read."""
     model, optimizer = model_and()
