@@ -59,7 +59,7 @@ mkdir -p "$FOLDER"
 status=0
 for row in "${rows[@]}"; do
     case "$row" in
-        programs) requirements=requirements.txt tests=(tests/clients tests/{lightning,huggingface}/test_images.py --ignore tests/clients/test_litgpt.py) ;;
+        programs) requirements=requirements.txt tests=(tests/clients tests/{lightning,huggingface}/test_images.py tests/loggers/test_attach.py --ignore tests/clients/test_litgpt.py) ;;
         litgpt) requirements=litgpt.txt tests=(tests/clients/test_litgpt.py) ;;
     esac
     ensure_environment "$row" "tests/clients/$requirements"

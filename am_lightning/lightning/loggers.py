@@ -8,8 +8,8 @@ from typing import Literal
 
 import am_lightning.lightning.compat as pl
 from am_lightning.lightning.compat import TensorBoardLogger
-from am_lightning.lightning.images import log_image
 from am_lightning.loggers.custom_scalars import add_momentum
+from am_lightning.loggers.images import log_image
 from am_lightning.loggers.reader import StatsReader
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from am_lightning.distributed.shard import my_rank
-from am_lightning.loggers.images import send_image, tolerant
+from am_lightning.loggers.images import log_image
 from am_lightning.loggers.reader import StatsReader
 from am_lightning.loggers.step_logger import StepLogger, loggers_of
 from am_lightning.optim.unwrap import require_am_optimizer
@@ -92,7 +92,7 @@ class Log(StepLogger):
         if hasattr(self.writer, "add_histogram"):
             self.reader.add_histogram(self.writer, self.steps)
         if self.reader.history.picture_is_due():
-            self.reader.draw([partial(tolerant(send_image), self.writer)], self.steps)
+            self.reader.draw([partial(log_image, self.writer)], self.steps)
 
 
 def _write_of(writer: Any) -> Write:

@@ -45,19 +45,22 @@ def send_image(run: Any, tag: str, image: Image, step: int, axis: str | None = N
     """Write a picture to a run; call it on the main process only.
 
     Args:
-        run: a SummaryWriter, a run of MLflow's or Neptune's, an experiment of Comet's, a task of ClearML's, or of W&B,
-            Trackio and SwanLab the run or the module.
+        run: a SummaryWriter, a run of Neptune's, an experiment of Comet's, a task of ClearML's, of W&B, MLflow, Trackio
+            and SwanLab the run or the module, or a logger of Lightning's or Fabric's, of either name: for TensorBoard,
+            W&B, MLflow, Comet, or of a package with W&B's ``log_image`` (SwanLab).
         tag: ``am/beta/layers``.
         image: uint8 ``[H, W, 3]``.
         step: number of optimizer steps.
         axis: W&B and Trackio: the key that steps are logged under, where the framework gives ``log`` no step.
 
     Returns:
-        False: it is none of these.
+        False: it is none of these, such as a CSVLogger.
 
     Raises:
         Exception: whatever the logger's package raises.
     """
+    if hasattr(type(run), "experiment"):
+        return _send_by_logger(run, tag, image, step)
     name = package_of(run)
     package: Any = sys.modules.get(name)
     match name:
@@ -67,6 +70,8 @@ def send_image(run: Any, tag: str, image: Image, step: int, axis: str | None = N
             run.log({tag: package.Image(image), axis: step})
         case "wandb" | "trackio" | "swanlab":
             run.log({tag: package.Image(image)}, step=step)
+        case "mlflow" if run is package:
+            run.log_image(image, key=tag, step=step)
         case "mlflow":
             package.MlflowClient().log_image(run.info.run_id, image, key=tag, step=step)
         case "comet_ml":
@@ -80,3 +85,17 @@ def send_image(run: Any, tag: str, image: Image, step: int, axis: str | None = N
         case _:
             return False
     return True
+
+
+def _send_by_logger(logger: Any, tag: str, image: Image, step: int) -> bool:
+    if hasattr(type(logger), "log_image"):  # W&B: a row of its own at trainer/global_step, as each of log_metrics
+        logger.log_image(key=tag, images=[image], step=step)
+        return True
+    experiment: Any = logger.experiment
+    if package_of(experiment) == "mlflow":  # a client, whose store need not be that of the mlflow module
+        experiment.log_image(logger.run_id, image, key=tag, step=step)
+        return True
+    return send_image(experiment, tag, image, step)
+
+
+log_image = tolerant(send_image)

@@ -65,7 +65,7 @@ class StepLogger(ABC):
 
     @property
     def steps(self) -> int:
-        """Calls of ``step()`` so far, with those before a resume; dropped ones of these where the reader resumed, too."""
+        """Calls of ``step()`` so far, with those before a resume: dropped ones only where the reader resumed too."""
         return self._counted + self.reader.skipped_at_load
 
     def _look_at_state(self, optimizer: Any, args: Any, kwargs: Any) -> None:

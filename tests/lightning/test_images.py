@@ -11,8 +11,8 @@ from lightning.pytorch import Trainer, loggers
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from am_lightning import AdaptiveMemory
-from am_lightning.lightning.images import log_image
 from am_lightning.loggers import images
+from am_lightning.loggers.images import log_image
 from tests.clients import client
 from tests.huggingface.events import pages_in
 from tests.lightning.model import Regression, quiet

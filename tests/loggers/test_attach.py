@@ -11,14 +11,17 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from am_lightning import AMSGD, AMAdamW, clip_grad_norm_
 from am_lightning.loggers import attach, reader
+from am_lightning.loggers.images import log_image
+from tests.clients import client
 from tests.huggingface.events import histograms_in, scalars_in
 from tests.loggers.intervals import assert_curves, curves_of
-from tests.loggers.pictures import in_events
+from tests.loggers.pictures import IMAGE, in_events, in_mlflow
 from tests.sharding.pool import Pool
 
 KINDS: dict[str, Any] = {
@@ -121,6 +124,34 @@ def test_a_cap_of_zero_is_logged(make: Any, tmp_path: Path) -> None:
         train(model, optimizer, 4)
     assert scalars_in(tmp_path)["am/beta/mean"] == {2: 0.0, 4: 0.0}
     assert [(tag, shape) for tag, _, shape in images_in(tmp_path)] == [("am/beta/layers", (1000, 3))] * 2
+
+
+def test_lightnings_logger_gets_the_picture_too(tmp_path: Path) -> None:
+    model, optimizer = model_and()
+    logger = TensorBoardLogger(tmp_path)
+    attach(optimizer, logger, every=2)
+    train(model, optimizer, 2)
+    logger.finalize("success")
+    assert scalars_in(tmp_path)["am/beta/cap"].keys() == {2}
+    assert [(tag, step) for tag, step, _ in images_in(tmp_path)] == [("am/beta/layers", 2)]
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["the module", "a run"])
+def test_the_mlflow_module_gets_the_picture_too(
+    own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    mlflow = client("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri(tmp_path.as_uri())
+    model, optimizer = model_and()
+    with mlflow.start_run() as run:
+        if own:
+            assert log_image(run, "am/beta/layers", IMAGE, 2)
+        else:
+            attach(optimizer, mlflow, every=2)
+            train(model, optimizer, 2)
+    assert [(tag, step) for tag, step, _ in in_mlflow(tmp_path)] == [("am/beta/layers", 2)]
+    assert not [warning for warning in recwarn if "did not take" in str(warning.message)]
 
 
 def test_layers_have_curves_where_parameters_have_names() -> None:
