@@ -43,7 +43,9 @@ def attach(accelerator: Accelerator, optimizer: Any, *, log_every_n_steps: int |
 
     Returns:
         The reader. For logging of one's own: ``reader.read()``, then ``reader.scalars()``, of the steps since it was
-        read before. With ``accelerator.register_for_checkpointing(reader)`` the curves have no gap after a resume.
+        read before. ``print(reader.finish())``, before ``accelerator.end_training()``, draws the last picture and has
+        the run in one sentence. With ``accelerator.register_for_checkpointing(reader)`` the curves have no gap after
+        a resume.
 
     Raises:
         TypeError: not an Accelerator, or not an adaptive memory optimizer.
@@ -136,7 +138,10 @@ class _TrackerLogger(StepLogger):
                 self.reader.add_histogram(tracker.tracker, self.steps)
                 add_momentum(tracker.tracker, self.reader, self.steps)
         if self.reader.history.picture_is_due():
-            self.reader.draw([partial(track_image, tracker) for tracker in self.accelerator.trackers], self.steps)
+            self.draw()
+
+    def draw(self) -> None:
+        self.reader.draw([partial(track_image, tracker) for tracker in self.accelerator.trackers], self.steps)
 
 
 def _loggers_of(optimizer: Any) -> list[_TrackerLogger]:

@@ -34,7 +34,8 @@ def attach(fabric: Fabric, model: nn.Module, optimizer: Any, *, log_every_n_step
 
     Returns:
         The reader. For logging of one's own: ``reader.read()``, then ``reader.scalars()``, of the steps since it was
-        read before. In what ``fabric.save`` is given (``"am": reader``), the curves have no gap after a resume.
+        read before. When training is over, ``reader.finish()`` draws the last picture and returns the run in one
+        sentence. In what ``fabric.save`` is given (``"am": reader``), the curves have no gap after a resume.
 
     Raises:
         TypeError: an argument is of the wrong type, such as a torch.optim.AdamW; the text has the hint.
@@ -125,6 +126,9 @@ class _FabricLogger(StepLogger):
 
     def write(self) -> None:
         self.reader.log(self.fabric.loggers, self.steps, type(self.fabric.strategy).__name__)
+
+    def draw(self) -> None:
+        self.reader.draw_in(self.fabric.loggers, self.steps)
 
 
 _LOGGERS: WeakKeyDictionary[Fabric, WeakSet[_FabricLogger]] = WeakKeyDictionary()  # those attached, for their tags

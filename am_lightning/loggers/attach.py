@@ -34,8 +34,8 @@ def attach(optimizer: Any, writer: Any, every: int = 50, *, prefix: str = "am") 
         optimizer: AMAdamW or AMSGD, or what a framework made of it. Of one in a DeepSpeed engine, the first of several
             ``step()`` calls of a training step is written: use ``am_lightning.huggingface`` or Lightning there.
         writer: with ``add_scalar(tag, value, step)`` (torch's SummaryWriter, which gets the histogram ``am/beta``,
-            too), ``log_metrics(scalars, step=)``, ``log(scalars, step=)`` (a wandb run, or the module), or a callable
-            that takes a dict of scalars and the step.
+            too), ``log_metrics(scalars, step=)`` (a Lightning logger, the mlflow module), ``log(scalars, step=)`` (a
+            wandb run, or the module), or a callable that takes a dict of scalars and the step, and gets no picture.
         every: so many calls of ``step()``, dropped ones too; a resumed run starts from the steps in its checkpoint.
         prefix: of the tags. Give a second optimizer "am-1".
 
@@ -46,8 +46,9 @@ def attach(optimizer: Any, writer: Any, every: int = 50, *, prefix: str = "am") 
     the step would have written, was not finite.
 
     Returns:
-        A handle: ``remove()`` ends it, ``every`` may be changed. The same optimizer, writer and prefix again take the
-        place of what was there.
+        A handle: ``finish()``, when training is over and before the writer is closed, draws the last picture and
+        returns the run in one sentence; ``remove()`` ends it, ``every`` may be changed. The same optimizer, writer and
+        prefix again take the place of what was there.
 
     Raises:
         TypeError: an argument is of the wrong type, such as a torch.optim.AdamW; the text has the hint.
@@ -92,7 +93,10 @@ class Log(StepLogger):
         if hasattr(self.writer, "add_histogram"):
             self.reader.add_histogram(self.writer, self.steps)
         if self.reader.history.picture_is_due():
-            self.reader.draw([partial(log_image, self.writer)], self.steps)
+            self.draw()
+
+    def draw(self) -> None:
+        self.reader.draw([partial(log_image, self.writer)], self.steps)
 
 
 def _write_of(writer: Any) -> Write:

@@ -61,6 +61,7 @@ class StatsReader:
         numbers: what was counted, up to the last ``read``.
         first_bad: the parameter whose sum was not finite in the last skipped step.
         history: of all intervals that were read with their step.
+        at_end: what ``finish`` does; of a reader that nobody logs, nothing.
     """
 
     def __init__(self, optimizer: AdaptiveMemoryOptimizer, prefix: str = "am") -> None:
@@ -71,6 +72,7 @@ class StatsReader:
         self.numbers = StepNumbers(*(0.0 for _ in StepNumbers._fields))
         self.first_bad = ""
         self.history = RunHistory()
+        self.at_end: Callable[[], str] = str
         self._warned_of = 0
         self._stats: MomentumStats | None = None
         self._carried: tuple[list[str], torch.Tensor] = [], nothing(_HOST, 0)  # of the logger's interval
@@ -196,6 +198,14 @@ class StatsReader:
         picture = self._history_until(step).picture(f"{self.prefix}: beta_t by layer") if sinks else None
         for sink in sinks if picture is not None else ():
             sink(f"{self.prefix}/beta/layers", picture, step)
+
+    def finish(self) -> str:
+        """Draw the last picture, up to the last step; call it when training is over, before the logger is closed.
+
+        Returns:
+            The run in one sentence; empty on processes that do not log, and where no step was made.
+        """
+        return self.at_end()
 
     def card(self, where: str) -> str:
         """Markdown: scope, lambda, caps, rows and how they are reduced.

@@ -43,6 +43,7 @@ class StepLogger(ABC):
     def __init__(self, reader: StatsReader, after_each_step: StepHook | None = None) -> None:
         """``after_each_step``: registers what an engine calls that steps the optimizer several times in a step."""
         self.reader = reader
+        reader.at_end = self.finish
         self._hooks = []
         self._had_state = True  # before the step that runs
         if after_each_step is None:
@@ -88,6 +89,17 @@ class StepLogger(ABC):
         if self.reader.newly_skipped():
             warnings.warn(self.reader.skip_warning(), stacklevel=self.stacklevel)
         self.write()
+
+    def finish(self) -> str:
+        """See ``StatsReader.finish``."""
+        if not self.is_main():
+            return ""
+        self.draw()
+        return self.reader.sentence(self.steps)
+
+    @abstractmethod
+    def draw(self) -> None:
+        """Show the picture of the run up to ``steps``."""
 
     @abstractmethod
     def is_main(self) -> bool:

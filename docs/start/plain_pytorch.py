@@ -32,7 +32,7 @@ if __name__ == "__main__":
     model = NextByte()
     optimizer = AMAdamW(model.named_parameters(), lr=3e-3, betas=(0.89, 0.999), weight_decay=0.1)
     writer = SummaryWriter("plain_logs")
-    attach(optimizer, writer, every=1)  # a longer run: 50, the default
+    handle = attach(optimizer, writer, every=1)  # a longer run: 50, the default
     for step, rows in zip(range(1, 101), DataLoader(rows_of_bytes(), 32, shuffle=True), strict=False):
         loss = model(rows)
         loss.backward()
@@ -40,4 +40,5 @@ if __name__ == "__main__":
         optimizer.step()
         optimizer.zero_grad()
         writer.add_scalar("train/loss", loss.item(), step)
+    print(handle.finish())  # the last picture, and the run in one sentence
     print("tensorboard --logdir plain_logs")

@@ -18,6 +18,7 @@ from am_lightning.huggingface import attach
 from tests.huggingface.events import histograms_in, scalars_in
 from tests.huggingface.launch import launch
 from tests.loggers.intervals import assert_curves, curves_of
+from tests.loggers.pictures import in_events
 from tests.sharding.model import batch_of, make_net
 
 # name -> arguments of accelerate_worker.layout
@@ -153,7 +154,10 @@ def test_two_optimizers_and_attaching_twice(accelerator, tmp_path) -> None:
     for _ in range(4):
         step(accelerator, net, adamw)
         step(accelerator, other, sgd)
+    step(accelerator, net, adamw)
+    assert readings.finish().startswith("am: mean beta_t")
     accelerator.end_training()
+    assert max(at for tag, at, _ in in_events(tmp_path / "run") if tag == "am/beta/layers") == 5
     scalars = scalars_in(tmp_path / "run")
     assert scalars["am/beta/mean"].keys() == scalars["am-1/beta/mean"].keys() == {2, 4}
     assert not any(tag.startswith("am-2") for tag in scalars)

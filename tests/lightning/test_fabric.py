@@ -17,6 +17,7 @@ from am_lightning.lightning import attach
 from tests.lightning.cluster_fabric import CLIP, EVERY, STEPS, alone
 from tests.lightning.model import batch_of, interior_share, make_net
 from tests.loggers.intervals import assert_curves, curves_of
+from tests.loggers.pictures import in_events
 from tests.sharding.pool import Pool
 
 
@@ -97,15 +98,17 @@ def test_a_resumed_run_counts_from_its_checkpoint(tmp_path: Path) -> None:
     for part, which in (("first", range(3)), ("second", range(3, 6))):
         fabric, net = fabric_of(tmp_path / part), make_net()
         model, optimizer = fabric.setup(net, am_adamw(net, lr=0.05))
-        attach(fabric, model, optimizer, log_every_n_steps=2)
+        reader = attach(fabric, model, optimizer, log_every_n_steps=2)
         state = {"model": model, "optimizer": optimizer}
         if part == "second":
             fabric.load(tmp_path / "half.ckpt", state)
         steps(fabric, model, [optimizer], which)
         fabric.save(tmp_path / "half.ckpt", state)
+        assert reader.finish().startswith("am: mean beta_t")
         fabric.logger.finalize("success")
     assert [e.step for e in events(tmp_path / "first" / "run").Scalars("am/beta/mean")] == [2]
     assert [e.step for e in events(tmp_path / "second" / "run").Scalars("am/beta/mean")] == [4, 6]
+    assert [step for _, step, _ in in_events(tmp_path / "first")] == [2, 3]
 
 
 def test_names_that_the_user_gave_stay(tmp_path: Path) -> None:

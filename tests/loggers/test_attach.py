@@ -180,6 +180,21 @@ def test_a_resumed_run_goes_on_where_it_was(before: bool) -> None:
     assert list(run.rows) == [6, 9]
 
 
+def test_at_the_end_there_is_a_last_picture_and_a_sentence(tmp_path: Path) -> None:
+    """Up to the last step, which no interval ended at; by the handle and by its reader alike."""
+    model, optimizer = model_and()
+    with SummaryWriter(str(tmp_path)) as writer:
+        handle = attach(optimizer, writer, every=4)
+        assert handle.finish() == ""
+        train(model, optimizer, 6)
+        said = handle.finish()
+        train(model, optimizer, 1)
+        again = handle.reader.finish()
+    assert [step for _, step, _ in images_in(tmp_path)] == [4, 6, 7]
+    assert said.startswith("am: mean beta_t 0.") and "no step skipped" in said
+    assert again != said and reader.StatsReader(optimizer).finish() == ""
+
+
 def test_removed_it_writes_no_more_and_twice_is_once() -> None:
     model, optimizer = model_and()
     run = Run()
@@ -258,19 +273,22 @@ def test_wrong_arguments_are_named(arguments: dict[str, Any], error: type[Except
 
 
 def on_a_rank() -> list[int]:
-    """Run by every rank: the steps that it wrote. Rank 0 alone reads: a collective would wait for the others."""
+    """Run by every rank: the steps that it wrote, and whether it has a sentence at the end.
+
+    Rank 0 alone reads: a collective would wait for the others.
+    """
     model, optimizer = model_and()
     optimizer.replica_group = torch.distributed.group.WORLD
     run = Run()
-    attach(optimizer, run, every=1)
+    handle = attach(optimizer, run, every=1)
     train(model, optimizer, 2)
-    return list(run.rows)
+    return [*run.rows, bool(handle.finish())]
 
 
 def test_rank_0_writes() -> None:
     pool = Pool(2)
     try:
-        assert pool.run(f"{__name__}:on_a_rank") == [[1, 2], []]
+        assert pool.run(f"{__name__}:on_a_rank") == [[1, 2, True], [False]]
     finally:
         pool.stop()
 
