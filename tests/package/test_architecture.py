@@ -41,7 +41,7 @@ ADAPTERS = {
     "am_lightning.loggers.images": {"numpy"},
     "am_lightning.lightning.compat": {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"},
     "am_lightning.huggingface.accelerate": {"accelerate"},
-    "am_lightning.huggingface.trainer": {"accelerate", "transformers"},
+    "am_lightning.huggingface.trainer": {"accelerate", "tqdm", "transformers"},
     "am_lightning.deepspeed.engine": {"deepspeed"},
     "am_lightning.clients.timm": {"timm"},
     "am_lightning.clients.torchtitan": {"torchtitan"},
