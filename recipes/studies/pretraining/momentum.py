@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from am_lightning.loggers.metrics import kind_of, layers_of
+from am_lightning.loggers.metrics import kind_of, layer_paths, shortened
 from am_lightning.pretrain.runtime.errors import RecipeError
 from recipes.studies.intervals import paired
 from recipes.studies.ledger import Ledger
@@ -38,10 +38,10 @@ def traces(ledger: Ledger, scale: Scale, method: Method, *, batch: int = 1) -> t
 
 def layer_means(names: list[str], betas: np.ndarray) -> tuple[list[str], np.ndarray]:
     """Layers, and the mean over seeds and over a layer's tensors: (layers, steps)."""
-    layers = layers_of(names)
-    labels = list(dict.fromkeys(layers))
-    means = [betas[..., [i for i, layer in enumerate(layers) if layer == label]].mean(axis=(0, 2)) for label in labels]
-    return labels, np.array(means)
+    paths = layer_paths(names)
+    layers = list(dict.fromkeys(paths))
+    means = [betas[..., [i for i, path in enumerate(paths) if path == layer]].mean(axis=(0, 2)) for layer in layers]
+    return shortened(layers), np.array(means)
 
 
 def kinds_table(ledger: Ledger, scale: Scale) -> str:
