@@ -61,8 +61,7 @@ def train(settings: RunConfig) -> None:
 
     progress = Progress()
     states |= {"progress": progress, "data": data}
-    checks = {"shape": settings.shape}
-    checkpoints = AccelerateCheckpoints(accelerator, settings.checkpoints, settings.keep, states, checks)
+    checkpoints = AccelerateCheckpoints(accelerator, settings.checkpoints, settings.keep, states, settings.shape)
     if settings.ckpt_path is not None:
         loaded = checkpoints.load(settings.ckpt_path)
         accelerator.print(f"going on from {loaded}" if loaded else "no checkpoint yet: starting from step 0")

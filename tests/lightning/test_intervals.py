@@ -231,7 +231,7 @@ def test_a_fit_that_is_ended_from_outside_says_the_same(
         assert not told
         return
     betas = [beta for step in planted(25) for beta in step.values()]
-    assert f"mean beta_t {sum(betas) / len(betas):.3f}" in told[0] and "layers.1 0.01 in steps 22 to 25" in told[0]
+    assert f"mean beta_t {sum(betas) / len(betas):.3f}" in told[0] and "layers.1 0.010 in steps 22 to 25" in told[0]
     assert events(tmp_path).Images("am/beta/layers")[-1].step == 25
 
 

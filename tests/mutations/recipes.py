@@ -49,15 +49,15 @@ MUTATIONS = [
     Mutation(
         "a checkpoint's checksums are not compared",
         _MANIFEST,
-        'if digest != wanted[name]["sha256"]:',
+        "if digest != wanted[name][1]:",
         "if not digest:",
         (f"{_CHECKPOINTS}::test_a_folder_is_whole_only_with_all_of_its_files",),
     ),
     Mutation(
         "a folder without a manifest passes for whole",
         _MANIFEST,
-        "if ours or manifest_of(path).exists() else None",
-        "if manifest_of(path).exists() else None",
+        'it was not finished" if ours else None',
+        'it was not finished" if False else None',
         (f"{_CHECKPOINTS}::test_a_folder_is_whole_only_with_all_of_its_files",),
     ),
     Mutation(
@@ -98,9 +98,37 @@ MUTATIONS = [
     Mutation(
         "the oldest whole checkpoint is chosen",
         f"{_PACKAGE}/checkpoints/resume.py",
-        "sorted(known, reverse=True)",
-        "sorted(known)",
+        "sorted(order, reverse=True)",
+        "sorted(order)",
         (f"{_CHECKPOINTS}::test_without_last_ckpt_the_newest_step_is_chosen",),
+    ),
+    Mutation(
+        "the newest checkpoint is the one whose step is the highest",
+        f"{_PACKAGE}/checkpoints/resume.py",
+        "(without if number is None else number, step, last, path)",
+        "(without if number is None else 0, step, last, path)",
+        (f"{_CHECKPOINTS}::test_the_oldest_go_with_their_manifests",),
+    ),
+    Mutation(
+        "what a kill left without a manifest is the oldest",
+        f"{_PACKAGE}/checkpoints/resume.py",
+        "without = math.inf if",
+        "without = -1 if",
+        (f"{_CHECKPOINTS}::test_what_a_kill_left_without_a_manifest_is_the_newest",),
+    ),
+    Mutation(
+        "a second run in a folder does not see the first",
+        f"{_PACKAGE}/runtime/run_lock.py",
+        "fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "pass",
+        ("tests/recipes/test_run_lock.py::test_a_second_process_is_told_of_the_first_until_it_is_killed",),
+    ),
+    Mutation(
+        "a model of another shape is loaded from Accelerate's checkpoint",
+        f"{_PACKAGE}/checkpoints/accelerate.py",
+        'self.model.load_state_dict(found["model"])',
+        "pass",
+        ("tests/recipes/test_resumes.py::test_a_resumed_run_is_the_unbroken_one",),
     ),
     Mutation(
         "one checkpoint more than asked for is kept",

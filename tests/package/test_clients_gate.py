@@ -15,7 +15,7 @@ from tests.package.tree import ROOT
 
 CLIENTS = ROOT / "tests" / "clients"
 PYTEST = "bin/python -m pytest -n auto --dist loadfile --durations=5 -rs"
-PICTURES = "tests/lightning/test_images.py tests/huggingface/test_images.py"
+PICTURES = "tests/lightning/test_images.py tests/huggingface/test_images.py tests/loggers/test_attach.py"
 PROGRAMS = f"programs/{PYTEST} tests/clients {PICTURES} --ignore tests/clients/test_litgpt.py"
 LITGPT = f"litgpt/{PYTEST} tests/clients/test_litgpt.py"
 

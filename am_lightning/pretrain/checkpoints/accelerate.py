@@ -42,7 +42,7 @@ class AccelerateCheckpoints:
         keep: how many to keep, the newest; None keeps all.
         states: what else is saved, by name. In a file of ours: what is registered with the accelerator is loaded as a
             pickle, which may run code.
-        checks: the same, loaded before the model's weights, so that it can refuse them.
+        model: the model's description, saved with the states and loaded before its weights, so that it can refuse them.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class AccelerateCheckpoints:
         folder: Path,
         keep: int | None = None,
         states: Mapping[str, Stateful] | None = None,
-        checks: Mapping[str, Stateful] | None = None,
+        model: Stateful | None = None,
     ) -> None:
         self.accelerator, self.folder, self.keep = accelerator, folder, keep
-        self.states, self.checks = dict(states or {}), dict(checks or {})
+        self.states, self.model = dict(states or {}), model
 
     def save(self, step: int) -> Path:
         """Write `step-N` beside its place, then rename it: a kill at any moment leaves no half folder of that name.
@@ -82,8 +82,10 @@ class AccelerateCheckpoints:
                 part.mkdir(parents=True)
         with self._together(target):
             self.accelerator.save_state(str(part))
-            states = {name: of.state_dict() for name, of in {**self.checks, **self.states}.items()}  # may be collective
+            states = {name: of.state_dict() for name, of in self.states.items()}  # may be collective
             if self.accelerator.is_main_process:
+                if self.model is not None:
+                    states["model"] = self.model.state_dict()
                 torch.save(states, part / _STATES)
         with self._together(target):
             if self.accelerator.is_main_process:
@@ -108,8 +110,8 @@ class AccelerateCheckpoints:
             if not (path / _STATES).exists():
                 raise RecipeError(f"--ckpt_path {path} is no checkpoint of this program: it has no {_STATES}")
             found = torch.load(path / _STATES, map_location="cpu", weights_only=True)
-            for name, of in self.checks.items():
-                of.load_state_dict(found[name])
+            if self.model is not None:
+                self.model.load_state_dict(found["model"])
             self.accelerator.load_state(str(path))
             for name, of in self.states.items():
                 of.load_state_dict(found[name])
