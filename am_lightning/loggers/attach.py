@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from am_lightning.distributed.shard import my_rank
+from am_lightning.loggers.custom_scalars import add_momentum
 from am_lightning.loggers.images import log_image
 from am_lightning.loggers.reader import StatsReader
 from am_lightning.loggers.step_logger import StepLogger, loggers_of
@@ -92,6 +93,8 @@ class Log(StepLogger):
         self._write(self.reader.scalars() | layers, self.steps)
         if hasattr(self.writer, "add_histogram"):
             self.reader.add_histogram(self.writer, self.steps)
+        if hasattr(self.writer, "add_custom_scalars"):
+            add_momentum(self.writer, self.reader, self.steps)
         if self.reader.history.picture_is_due():
             self.draw()
 

@@ -19,7 +19,7 @@ from am_lightning import AMSGD, AMAdamW, clip_grad_norm_
 from am_lightning.loggers import attach, reader
 from am_lightning.loggers.images import log_image
 from tests.clients import client
-from tests.huggingface.events import histograms_in, scalars_in
+from tests.huggingface.events import histograms_in, pages_in, scalars_in
 from tests.loggers.intervals import assert_curves, curves_of
 from tests.loggers.pictures import IMAGE, in_events, in_mlflow
 from tests.sharding.pool import Pool
@@ -101,6 +101,8 @@ def test_a_summary_writer_has_all_curves(tmp_path: Path, kind: str) -> None:
     assert_curves(found, curves_of(seen, (2, 4, 6), cap=0.9 if kind == "sgd" else 0.89))
     assert {"am/clamp/at_max", "am/clamp/at_zero", "am/skipped_steps", "am/grad_norm"} <= set(found)
     assert histograms_in(tmp_path) == {"am/beta": {2: 5, 4: 5, 6: 5}}
+    (page,) = pages_in(tmp_path)  # once
+    assert list(page) == ["adaptive momentum (am)"]
 
 
 def test_every_kind_of_writer_gets_the_same(tmp_path: Path) -> None:
