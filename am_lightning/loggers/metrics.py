@@ -137,7 +137,8 @@ class MomentumStats:
         for kind in self._kinds.names:
             charts[f"beta_t of {kind}"] = ["Margin", [f"{p}/beta/{kind}{end}" for end in ("", "/min", "/max")]]
         charts["share of tensors at a clamp"] = ["Multiline", [f"^{re.escape(p)}/clamp/.*"]]
-        charts["steps that the momentum reaches back"] = ["Multiline", [f"^{re.escape(p)}/beta/effective_steps$"]]
+        reach = f"^{re.escape(p)}/beta/(effective_steps|floor)$"  # from 0
+        charts["steps that the momentum reaches back"] = ["Multiline", [reach]]
         return {f"adaptive momentum ({self.prefix})": charts}
 
 

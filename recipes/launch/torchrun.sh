@@ -12,10 +12,10 @@ set -euo pipefail
 # shellcheck source=recipes/launch/common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-# Prints this machine's address towards $1 and whether $1 is this machine. Connecting a UDP socket sends nothing.
-# The name of a machine that is just being started may be unknown for a while.
+# Prints this machine's address towards $1, whether $1 is this machine, and the network interface of the address.
+# Connecting a UDP socket sends nothing. The name of a machine that is just being started may be unknown for a while.
 ROUTE='
-import socket, sys, time
+import fcntl, socket, struct, sys, time
 name, waits = sys.argv[1], int(sys.argv[2])
 for attempt in range(waits + 1):
     try:
@@ -27,10 +27,24 @@ for attempt in range(waits + 1):
         if attempt == waits:
             sys.exit(f"error: MASTER_ADDR is {name!r}, which this machine cannot resolve")
         time.sleep(1)
+own_name = address.startswith("127.") and name not in ("localhost", address)
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-    probe.connect((address, 9))
-    local = probe.getsockname()[0]
-print(local, int(local == address or address.startswith("127.")))
+    try:  # the name of this machine is 127.0.1.1 on itself (Debian): the others know the address of its default route
+        probe.connect(("192.0.2.1" if own_name else address, 9))
+        local = probe.getsockname()[0]
+    except OSError:
+        local = "127.0.0.1"
+    if own_name and local.startswith("127."):
+        sys.exit(f"error: MASTER_ADDR {name} is {address} on this machine, which no other can reach: set its address")
+    interface = ""
+    for _, found in socket.if_nameindex():
+        request = struct.pack("256s", found.encode()[:15])
+        try:
+            if socket.inet_ntoa(fcntl.ioctl(probe.fileno(), 0x8915, request)[20:24]) == local:  # SIOCGIFADDR
+                interface = found
+        except OSError:  # it has no address
+            pass
+print(local, int(local == address or address.startswith("127.")), interface)
 '
 
 agent=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS_PER_NODE" --max-restarts "$MAX_RESTARTS")
@@ -39,16 +53,23 @@ if [ "$NODES" -eq 1 ]; then
     agent+=(--nnodes 1 --standalone)
 elif [ -z "$MASTER_ADDR" ]; then
     fail "NODES is $NODES: set MASTER_ADDR to the first machine, as the others see it"
-elif [ "$RDZV" = static ]; then
-    [ -n "$NODE_RANK" ] || fail "RDZV is static: set NODE_RANK to this machine's number, 0 on MASTER_ADDR"
-    agent+=(--nnodes "$NODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$port")
 else
     route="$("$PYTHON" -c "$ROUTE" "$MASTER_ADDR" "${RESOLVE_TIMEOUT:-120}")" \
         || fail "no way from this machine to MASTER_ADDR $MASTER_ADDR"
-    read -r address is_host <<<"$route"
-    if [ -n "$NODE_RANK" ]; then is_host=$((NODE_RANK == 0)); fi
-    # torchrun finds out neither where the host's name does not resolve to the address that the others use.
-    agent+=(--nnodes "$MIN_NODES:$NODES" --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$port" --rdzv-id "$RUN_ID"
-        --rdzv-conf "is_host=$is_host${RDZV_CONF:+,$RDZV_CONF}" --local-addr "$address")
+    read -r address is_host interface <<<"$route"
+    # gloo and tensorpipe take the address of the host's name, which may be a loopback one; NCCL the first interface.
+    if [ -n "$interface" ]; then
+        export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$interface}" TP_SOCKET_IFNAME="${TP_SOCKET_IFNAME:-$interface}"
+        export NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-$interface}"
+    fi
+    if [ "$RDZV" = static ]; then
+        [ -n "$NODE_RANK" ] || fail "RDZV is static: set NODE_RANK to this machine's number, 0 on MASTER_ADDR"
+        agent+=(--nnodes "$NODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$port")
+    else
+        if [ -n "$NODE_RANK" ]; then is_host=$((NODE_RANK == 0)); fi
+        # torchrun finds out neither where the host's name does not resolve to the address that the others use.
+        agent+=(--nnodes "$MIN_NODES:$NODES" --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$port" --rdzv-id "$RUN_ID"
+            --rdzv-conf "is_host=$is_host${RDZV_CONF:+,$RDZV_CONF}" --local-addr "$address")
+    fi
 fi
 exec "${agent[@]}" --no-python "$LAUNCH/worker.sh" "$@"

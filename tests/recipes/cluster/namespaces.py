@@ -46,7 +46,7 @@ class Node:
         with log.open("ab") as file:
             return subprocess.Popen(
                 ["ip", "netns", "exec", self.name, *command],
-                env={**env, "GLOO_SOCKET_IFNAME": INTERFACE, "TP_SOCKET_IFNAME": INTERFACE},
+                env=dict(env),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
