@@ -47,13 +47,17 @@ onload = () => {
 </script></body>
 END
 photograph "file://$runs/phones.html" docs/images/report-phone.png 800 1000
-# From the folder above, so that the page names the runs as the text does and not where they are.
-(cd "$runs/.." && exec "$python" -m tensorboard.main --logdir "${runs##*/}" --port "$port" > /dev/null 2>&1) & board=$!
-sleep 15
-photograph "http://localhost:$port/?darkMode=false#custom_scalars" docs/images/tensorboard.png 1500 765
-photograph "http://localhost:$port/?darkMode=false#custom_scalars" "$runs/whole.png" 1500 2150
-# The page's last part, without the throughput above it.
+# tensorboard LOGDIR PNG HEIGHT: its Custom Scalars, from the folder above, so that the page names runs as the text does.
+tensorboard() {
+  (cd "$runs/.." && exec "$python" -m tensorboard.main --logdir "$1" --port "$port" > /dev/null 2>&1) & board=$!
+  sleep 15
+  photograph "http://localhost:$port/?darkMode=false#custom_scalars" "$2" 1500 "$3"
+  kill "$board" && wait "$board" || true
+}
+tensorboard "${runs##*/}" docs/images/tensorboard.png 765
+# Of one run, as the others have no momentum of their own: the page's last part, without the throughput above it.
+tensorboard "${runs##*/}/logs" "$runs/whole.png" 2150
 "$python" -c 'import sys; from PIL import Image
-Image.open(sys.argv[1]).crop((360, 1140, 1500, 2150)).quantize(128).save(sys.argv[2], optimize=True)' \
+Image.open(sys.argv[1]).crop((360, 1140, 1500, 2130)).quantize(128).save(sys.argv[2], optimize=True)' \
   "$runs/whole.png" docs/images/tensorboard-momentum.png
 ls -l docs/images/{compare,report,report-phone,tensorboard,tensorboard-momentum}.png
