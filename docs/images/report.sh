@@ -52,7 +52,8 @@ tensorboard() {
   (cd "$runs/.." && exec "$python" -m tensorboard.main --logdir "$1" --port "$port" > /dev/null 2>&1) & board=$!
   sleep 15
   photograph "http://localhost:$port/?darkMode=false#custom_scalars" "$2" 1500 "$3"
-  kill "$board" && wait "$board" || true
+  kill "$board"
+  wait "$board" || true
 }
 tensorboard "${runs##*/}" docs/images/tensorboard.png 765
 # Of one run, as the others have no momentum of their own: the page's last part, without the throughput above it.
