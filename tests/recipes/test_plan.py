@@ -158,7 +158,7 @@ def test_the_text_says_what_a_user_asks(capsys: pytest.CaptureFixture[str]) -> N
         "FSDP over 32 x tensor parallel over 2 = 64 GPUs, 8 nodes of 8, bf16-mixed",
         "32 x 4 micro-batches of 4 rows = 4,194,304 tokens; 38,400 steps = 161 B tokens",
         "all beta_t",
-        "days for the run, at a MFU of 0.4",
+        "days for the run, at an assumed MFU of 0.4",
         "96.4 GB: weights and the two moments",
         "fits        yes",
     ):

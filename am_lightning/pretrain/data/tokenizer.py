@@ -28,6 +28,9 @@ _LONG_TEXT = 1 << 20  # characters; a longer document is encoded in pieces, or i
 
 Tag = TypeVar("Tag")
 
+GATED_CURE = "accept its licence on its page on huggingface.co, then hf auth login (or HF_TOKEN)"
+_GATED = ("meta-llama/", "google/gemma")
+
 
 class Tokenizer(Protocol):
     """What turns documents into tokens; picklable, as other processes do it.
@@ -164,6 +167,11 @@ def local_fingerprint(name: str) -> str:
     return digest.hexdigest()
 
 
+def is_gated(name: str) -> bool:
+    """Whether the hub gives this tokenizer only to those who have accepted its licence; of the families known here."""
+    return name.startswith(_GATED)
+
+
 def load_pretrained(name: str) -> FastTokenizer:
     """The tokenizer in the local folder or on the hub that transformers.AutoTokenizer loads for `name`.
 
@@ -185,6 +193,7 @@ def load_pretrained(name: str) -> FastTokenizer:
         raise RecipeError(
             f"{where}: transformers cannot load it ({first_line(error)}). Allowed: bytes, bpe-N (trained"
             " on the data), a folder with a tokenizer, or a name on the Hugging Face hub, which needs a network."
+            + (f" It is gated: {GATED_CURE}" if is_gated(name) else "")
         ) from error
     require(loaded.is_fast, "data.tokenizer", name, "one with a tokenizer.json (a fast tokenizer)")
     require(loaded.eos_token_id is not None, "data.tokenizer", name, "one with an eos_token, which ends documents")

@@ -12,7 +12,7 @@ from typing import Any
 from am_lightning.pretrain.commands.plan.layout import make_layout
 from am_lightning.pretrain.commands.plan.memory import memory_of
 from am_lightning.pretrain.commands.plan.plan import Plan, as_json, checkpoint_bytes
-from am_lightning.pretrain.commands.plan.speed import GPUS, peak_tflops, speed_of
+from am_lightning.pretrain.commands.plan.speed import ASSUMED_MFU, GPUS, peak_tflops, speed_of
 from am_lightning.pretrain.commands.plan.table import print_plan
 from am_lightning.pretrain.commands.plan.traffic import traffic_of
 from am_lightning.pretrain.model.network import count_parameters, count_tensors
@@ -44,7 +44,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", default="H100", help=f"one of {', '.join(GPUS)}")
     parser.add_argument("--peak-tflops", type=float, metavar="T", help="of one GPU, in place of the data sheet's")
     parser.add_argument("--memory-gb", type=float, metavar="GB", help="of one GPU, in place of the data sheet's")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches: your guess")
+    measured = f"share of the peak that training reaches, as measured; where none is given {ASSUMED_MFU} is assumed"
+    parser.add_argument("--mfu", type=float, help=measured)
     parser.add_argument("--node-bandwidth", type=float, default=450, metavar="GB/s", help="a GPU sends within its node")
     parser.add_argument("--bandwidth", type=float, default=50, metavar="GB/s", help="a GPU sends to other nodes")
     parser.add_argument("--json", action="store_true", help="print JSON, all sizes in bytes")
@@ -89,6 +90,7 @@ def make_plan(settings: RunConfig, args: argparse.Namespace) -> Plan:
         highest = 1 if name == "mfu" else math.inf
         allowed = f"0 < value{' <= 1' if highest == 1 else ''}"
         require(value is None or 0 < value <= highest, f"--{name.replace('_', '-')}", value, allowed)
+    mfu = ASSUMED_MFU if args.mfu is None else args.mfu
     trainer, shape = settings.config["trainer"], settings.shape
     layout = make_layout(
         shape,
@@ -108,7 +110,7 @@ def make_plan(settings: RunConfig, args: argparse.Namespace) -> Plan:
         traffic,
         steps=settings.steps,
         tflops=peak,
-        mfu=args.mfu,
+        mfu=mfu,
         node_bandwidth=args.node_bandwidth,
         network_bandwidth=args.bandwidth,
     )
@@ -123,7 +125,9 @@ def make_plan(settings: RunConfig, args: argparse.Namespace) -> Plan:
         gpu_memory=int(1e9 * (args.memory_gb or GPUS[args.gpu].memory_gb)),
         traffic=traffic,
         speed=speed,
-        mfu=args.mfu,
+        mfu=mfu,
+        mfu_is_assumed=args.mfu is None,
+        tokenizer=settings.data.tokenizer,
         steps=settings.steps,
         checkpoint_bytes=checkpoint_bytes(parameters, layout),
     )

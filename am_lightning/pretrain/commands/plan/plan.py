@@ -23,6 +23,8 @@ class Plan:
     traffic: Traffic
     speed: Speed
     mfu: float
+    mfu_is_assumed: bool
+    tokenizer: str
     steps: int
     checkpoint_bytes: int
 

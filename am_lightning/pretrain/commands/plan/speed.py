@@ -9,6 +9,8 @@ from am_lightning.pretrain.commands.plan.traffic import Traffic
 from am_lightning.pretrain.model.network import LlamaShape, flops_per_token
 from am_lightning.pretrain.runtime.errors import RecipeError
 
+ASSUMED_MFU = 0.4
+
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:

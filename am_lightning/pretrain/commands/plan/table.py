@@ -6,6 +6,7 @@ import argparse
 
 from am_lightning.pretrain.commands.plan.memory import RESERVE
 from am_lightning.pretrain.commands.plan.plan import Plan
+from am_lightning.pretrain.data.tokenizer import GATED_CURE, is_gated
 
 
 def print_plan(plan: Plan, args: argparse.Namespace) -> None:
@@ -26,14 +27,19 @@ def print_plan(plan: Plan, args: argparse.Namespace) -> None:
     print()
     print(
         f"speed       {speed.tokens_per_second:,.0f} tokens/s, {duration_text(speed.step_seconds)} a step,"
-        f" {duration_text(speed.days * 86400)} for the run, at a MFU of {plan.mfu:g}"
+        f" {duration_text(speed.days * 86400)} for the run, at {'an assumed' if plan.mfu_is_assumed else 'a'} MFU of"
+        f" {plan.mfu:g}"
     )
+    if plan.mfu_is_assumed:
+        print("            no run of this shape on these GPUs has shown it: measure some steps, and give --mfu")
     print(
         f"            sending takes {duration_text(speed.communication_seconds)} of a step where nothing hides it"
         f" ({args.node_bandwidth:g} GB/s within a node, {args.bandwidth:g} GB/s between)"
     )
     print(f"checkpoint  {_bytes(plan.checkpoint_bytes)}: weights and the two moments")
     print(f"fits        {_verdict(plan, args)}")
+    if is_gated(plan.tokenizer):
+        print(f"tokenizer   {plan.tokenizer} is gated: {GATED_CURE}")
 
 
 def _print_memory(plan: Plan) -> None:
