@@ -5,12 +5,15 @@ r"""What adaptive memory buys as the batch grows: AM-AdamW against AdamW, schedu
 The protocol is in recipes/studies/pretraining/batches.py: at every batch, with as many steps and, apart, with as many
 tokens, each method is tuned over its learning rates, momentums and warmups on one seed; the best of each family meet on
 five fresh, paired seeds. Writes batch.jsonl, batch.md and figures into DIR. Finished runs are kept: a second call goes
-on, and with --stages (nothing) only the page is made from them.
+on, and with --stages (nothing) only the page is made from them; those of docs/evidence with
+
+    python -m recipes.studies.batch --begin-with docs/evidence/batch.jsonl.gz --stages
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import sys
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from recipes.studies.pretraining.tuning import Tuning
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/studies/batch"), help="folder of results")
+    parser.add_argument("--begin-with", type=Path, metavar="JSONL.GZ", help="runs of before, where --out has none yet")
     parser.add_argument("--steps", type=int, default=300, help="of the cells with as many steps")
     parser.add_argument("--rows", type=int, default=64, help="a step, in the cell that is of both kinds")
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 64, 128], help="rows of a step, of all cells")
@@ -37,6 +41,9 @@ def main() -> None:
     parser.add_argument("--stages", nargs="*", default=list(STAGES), choices=STAGES, metavar="STAGE", help=str(STAGES))
     options = parser.parse_args()
     try:
+        if options.begin_with and not (options.out / "batch.jsonl").exists():
+            options.out.mkdir(parents=True, exist_ok=True)
+            (options.out / "batch.jsonl").write_bytes(gzip.decompress(options.begin_with.read_bytes()))
         ledger = Ledger(options.out / "batch.jsonl", setup_of("laptop"))
         runs = Pretraining(str((options.out / "data").resolve()))
         kinds = kinds_of(options.steps, options.rows, options.batches)

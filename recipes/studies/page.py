@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 # Options that change no number of the page.
-_SILENT = {"out", "workers", "stages", "data_dir", "try_steps"}
+_SILENT = {"out", "workers", "stages", "data_dir", "try_steps", "begin_with"}
 
 
 def command_of(program: str, parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
