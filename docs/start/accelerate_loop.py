@@ -45,6 +45,8 @@ if __name__ == "__main__":
         optimizer.step()
         optimizer.zero_grad()
         accelerator.log({"train/loss": loss.item()}, step=step)
+        if step % 20 == 0:
+            accelerator.print(f"step {step}: loss {loss.item():.3f}")
     accelerator.print(reader.finish())  # the last picture, and the run in one sentence
     accelerator.print("tensorboard --logdir accelerate_logs")
     accelerator.end_training()

@@ -40,5 +40,7 @@ if __name__ == "__main__":
         optimizer.step()
         optimizer.zero_grad()
         writer.add_scalar("train/loss", loss.item(), step)
+        if step % 20 == 0:
+            print(f"step {step}: loss {loss.item():.3f}")
     print(handle.finish())  # the last picture, and the run in one sentence
     print("tensorboard --logdir plain_logs")

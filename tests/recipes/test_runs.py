@@ -43,7 +43,7 @@ def test_all_files_are_in_the_run_folder(tmp_path: Path, corpus_folder: Path) ->
     assert {name.split("/")[0] for name in made} == {"run"}
     expected = {f"checkpoints/{name}.ckpt" for name in ("step-000001", "step-000002", "step-000003", "last")}
     assert {f"run/{name}" for name in [*expected, "summary.png", "logs/config.yaml"]} <= made
-    assert {name.split("/")[1] for name in made} == {"checkpoints", "summary.png", "logs", "data"}
+    assert {name.split("/")[1] for name in made} == {".checkpoints.lock", "checkpoints", "summary.png", "logs", "data"}
     for part in ("validation loss", "tokens per second", f'tensorboard --logdir "{tmp_path / "run" / "logs"}"'):
         assert part in result.stdout
     assert str(tmp_path / "run" / "summary.png") in result.stdout

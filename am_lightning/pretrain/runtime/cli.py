@@ -71,8 +71,7 @@ class PretrainParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         parser = getattr(ex, "subcommand_parser", None) or self
-        known = [word.lstrip("-") for action in parser._actions for word in action.option_strings]
-        super().error(explain(message, known, self.words), ex)
+        super().error(explain(message, parser.get_defaults(skip_validation=True).keys(), self.words), ex)
 
     def print_usage(self, file: Any = None) -> None:
         pass

@@ -27,7 +27,8 @@ def noisy_backward(
     for part in parts:
         value = loss_of(part)
         gradients = torch.autograd.grad(value, parameters)
-        torch._foreach_add_(total, gradients, alpha=1 / len(parts))
+        for mean, gradient in zip(total, gradients, strict=True):
+            mean.add_(gradient, alpha=1 / len(parts))
         norms += _squared_norm(gradients) / len(parts)
         loss += float(value.detach()) / len(parts)
     for parameter, gradient in zip(parameters, total, strict=True):
