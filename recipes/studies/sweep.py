@@ -83,7 +83,7 @@ class Sweep(Generic[M]):
         for method in self.methods:
             scores = {lr: self.value(self.config(method, lr, self.sweep_seed)) for lr in self.rates(method)}
             best = min(scores.values())
-            cells = ["" if lr not in scores else _bold(scores[lr], scores[lr] == best) for lr in every]
+            cells = ["" if lr not in scores else bold(scores[lr], scores[lr] == best) for lr in every]
             rows.append([str(method), *cells])
         return markdown([f"seed {self.sweep_seed}", *(f"{lr:g}" for lr in every)], rows)
 
@@ -111,7 +111,8 @@ def mean_and_sd(values: Sequence[float]) -> str:
     return f"{array.mean():.3f} ({array.std(ddof=1):.3f})" if np.isfinite(array).all() else "diverged"
 
 
-def _bold(value: float, bold: bool) -> str:
+def bold(value: float, best: bool) -> str:
+    """A score in a table, the best in bold."""
     if not math.isfinite(value):
         return "diverged"
-    return f"**{value:.3f}**" if bold else f"{value:.3f}"
+    return f"**{value:.3f}**" if best else f"{value:.3f}"

@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer
 
 from am_lightning.optim.unwrap import am_optimizers
 from am_lightning.pretrain.checkpoints import saved_step
-from am_lightning.pretrain.checkpoints.resume import newest_first
+from am_lightning.pretrain.checkpoints.resume import STEPS, newest_first
 from am_lightning.pretrain.runtime.errors import RecipeError, require
 
 
@@ -180,7 +180,7 @@ def _advice(trainer: L.Trainer, good_step: int) -> str:
     """The newest checkpoint of `good_step` or before, and what to change."""
     folder = Path(str(getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir))
     change = "lower the learning rate, clip gradients (trainer.gradient_clip_val), or look at the data of these steps"
-    for path in newest_first([*folder.glob("step-*.ckpt")]):
+    for path in newest_first([*folder.glob(STEPS)]):
         if saved_step(path) <= good_step:
             return f"Go on from before, --ckpt_path {path}, and change something: {change}."
     return f"No checkpoint is from before step {good_step + 1}: start anew, and change something: {change}."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -75,19 +75,20 @@ class AccelerateCheckpoints:
         return target
 
     def _write(self, part: Path, target: Path) -> None:
-        with self._together(target):
+        together = partial(_together, partial(_refusal, target))
+        with together():
             if self.accelerator.is_main_process:
                 for left in self.folder.glob(".step-*"):  # by a killed run
                     shutil.rmtree(left, ignore_errors=True)
                 part.mkdir(parents=True)
-        with self._together(target):
+        with together():
             self.accelerator.save_state(str(part))
             states = {name: of.state_dict() for name, of in self.states.items()}  # may be collective
             if self.accelerator.is_main_process:
                 if self.model is not None:
                     states["model"] = self.model.state_dict()
                 torch.save(states, part / _STATES)
-        with self._together(target):
+        with together():
             if self.accelerator.is_main_process:
                 sync_files(part)
                 write_manifest(part)
@@ -117,9 +118,6 @@ class AccelerateCheckpoints:
                 of.load_state_dict(found[name])
         return path
 
-    def _together(self, target: Path) -> AbstractContextManager[None]:
-        return raising_together(lambda words: gather_object([words]), partial(_refusal, target))
-
     def newest(self) -> Path | None:
         """The checkpoint that was written last."""
         return next(iter(newest_first(self._all())), None)
@@ -141,7 +139,7 @@ def chosen(accelerator: Accelerator, ckpt_path: str, folder: Path, pattern: str)
         RecipeError: on all processes, where it is missing or broken; names an older one that is whole.
     """
     found: list[Path | None] = [None]
-    with raising_together(lambda words: gather_object([words]), lambda problem: None):
+    with _together():
         if accelerator.is_main_process:
             if ckpt_path == "last":
                 found = [newest_whole(folder, [pattern])]
@@ -158,7 +156,7 @@ def chosen(accelerator: Accelerator, ckpt_path: str, folder: Path, pattern: str)
 
 def hold_together(accelerator: Accelerator, folder: Path) -> None:
     """Collective. Say that this run writes the checkpoints in `folder`. RecipeError, on all processes: another does."""
-    with raising_together(lambda words: gather_object([words]), lambda problem: None):
+    with _together():
         if accelerator.is_main_process:
             hold(folder)
 
@@ -167,6 +165,11 @@ def prune(checkpoints: list[Path], keep: int | None) -> None:
     """Remove all but the `keep` newest; None keeps all."""
     for old in newest_first(checkpoints)[keep:] if keep is not None else []:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _together(*refusal_of: Callable[[BaseException], RecipeError | None]) -> AbstractContextManager[None]:
+    """What one process raises, all raise."""
+    return raising_together(lambda words: gather_object([words]), *refusal_of)
 
 
 def _refusal(target: Path, problem: BaseException) -> RecipeError | None:

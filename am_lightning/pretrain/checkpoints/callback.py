@@ -16,9 +16,10 @@ from am_lightning.lightning.patched_methods import PatchedMethods
 from am_lightning.pretrain.checkpoints.atomic import replace_with_link
 from am_lightning.pretrain.checkpoints.manifest import manifest_of, remove_manifest, write_manifest
 from am_lightning.pretrain.checkpoints.position import restore_position
-from am_lightning.pretrain.checkpoints.resume import LAST, check_readable, newest_first, newest_whole
-from am_lightning.pretrain.checkpoints.writer import CheckpointWriter
+from am_lightning.pretrain.checkpoints.resume import LAST, STEPS, check_readable, newest_first, newest_whole
+from am_lightning.pretrain.checkpoints.writer import CheckpointWriter, gathered
 from am_lightning.pretrain.runtime import run_lock
+from am_lightning.pretrain.runtime.collective_errors import raising_together
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 
@@ -85,15 +86,9 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _hold(self, trainer: L.Trainer) -> None:
         """RecipeError on all ranks: another run writes to this folder."""
-        problem = None
-        if trainer.is_global_zero:
-            try:
+        with raising_together(functools.partial(gathered, trainer)):
+            if trainer.is_global_zero:
                 run_lock.hold(Path(str(self.dirpath)))
-            except RecipeError as error:
-                problem = str(error)
-        problem = trainer.strategy.broadcast(problem)
-        if problem:
-            raise RecipeError(problem)
 
     # ------------------------------------------------------------------ when
     def on_train_batch_end(
@@ -136,7 +131,7 @@ class RunCheckpoint(ModelCheckpoint):
         """On rank 0, perhaps in the background: last.ckpt becomes `path`, and the oldest go."""
         replace_with_link(path, path.with_name(LAST))
         if self.keep is not None:
-            for old in newest_first(list(path.parent.glob("step-*.ckpt")))[self.keep :]:
+            for old in newest_first(list(path.parent.glob(STEPS)))[self.keep :]:
                 _remove(old)
 
     # ------------------------------------------------------------------ resuming
@@ -144,7 +139,7 @@ class RunCheckpoint(ModelCheckpoint):
         """Lightning asks for it where ckpt_path is "last"; which one it will be is decided when all ranks are there."""
         self._last_is_wanted = True
         folder = Path(str(self.dirpath or Path(trainer.default_root_dir, "checkpoints")))
-        return {str(path) for path in newest_first([*folder.glob("step-*.ckpt"), *folder.glob(LAST)])[:1]}
+        return {str(path) for path in newest_first([*folder.glob(STEPS), *folder.glob(LAST)])[:1]}
 
     def _resume(self, trainer: L.Trainer, original: Any, path: Any = None, weights_only: bool | None = None) -> None:
         """Lightning's resume_start, with the checkpoint that rank 0 chose."""

@@ -110,7 +110,7 @@ def _read(manifest: Path) -> _Manifest | None:
 def _differences(path: Path, wanted: dict[str, tuple[int, str]]) -> str | None:
     if path.is_file():
         wanted = {"": next(iter(wanted.values()))}
-    files = {name: path / name for name in wanted} if "" not in wanted else {"": path}
+    files = {name: path / name for name in wanted}
     for name, file in files.items():
         if not file.is_file():
             return f"{name} is missing"

@@ -110,10 +110,11 @@ def _contents(path: Path) -> dict[str, Any]:
 
 def _step_of(path: Path) -> int:
     """By its name; last.ckpt's is that of the file it links to, or from inside; -1 where it cannot be read."""
-    others = (other for other in path.parent.glob(STEPS) if other.exists())
-    names = [path.resolve(), *(other for other in others if other.samefile(path))]
-    if steps := [step_in_name(name) for name in names if name.name != LAST]:
-        return max(steps)
+    if path.name != LAST or path.is_symlink():
+        return step_in_name(path.resolve())
+    for other in path.parent.glob(STEPS):
+        if other.exists() and other.samefile(path):
+            return step_in_name(other)
     try:
         return int(_contents(path)["global_step"])
     except _NOT_OURS:

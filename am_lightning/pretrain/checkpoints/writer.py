@@ -95,7 +95,7 @@ class CheckpointWriter:
     # ------------------------------------------------------------------ steps
     def _make_room(self, path: Path, checkpoint: dict[str, Any]) -> None:
         needed = tensor_bytes(checkpoint) if self.folders or self.trainer.is_global_zero else 0
-        needed = sum(_gathered(self.trainer, needed))
+        needed = sum(gathered(self.trainer, needed))
         if self.trainer.is_global_zero:
             require_space(path, needed)
             if self.folders:
@@ -164,7 +164,7 @@ class CheckpointWriter:
     def _together(self, path: Path | None) -> Iterator[None]:
         """Raise on all ranks, and leave no half of a folder behind."""
         try:
-            with raising_together(partial(_gathered, self.trainer), partial(_refusal, path)):
+            with raising_together(partial(gathered, self.trainer), partial(_refusal, path)):
                 yield
         except RecipeError:
             if self.trainer.is_global_zero and self.folders and path is not None:
@@ -196,7 +196,7 @@ def _causes(problem: BaseException) -> list[BaseException]:
     return [wrapped[0] for wrapped in problem.failures.values()] if isinstance(problem, CheckpointException) else []
 
 
-def _gathered(trainer: L.Trainer, value: Any) -> list[Any]:
+def gathered(trainer: L.Trainer, value: Any) -> list[Any]:
     """One value from every rank."""
     if trainer.world_size == 1 or not dist.is_initialized():
         return [value]

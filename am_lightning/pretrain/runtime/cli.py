@@ -224,13 +224,16 @@ def _resume_step(ckpt_path: str | None, folder: Path, model: Any) -> int:
         return 0
     if getattr(rank_zero_only, "rank", 0) != 0:
         return -1
-    path = newest_whole(folder) if ckpt_path == "last" else Path(ckpt_path)
+    if ckpt_path == "last":
+        path = newest_whole(folder)
+    else:
+        path = Path(ckpt_path)
+        check_readable(path, folder)
     if path is None:
         moved = sorted((folder.parent / "earlier").glob("*"))
         hint = f" (runs of before are in {moved[0].parent}: --ckpt_path FILE goes on from one)" if moved else ""
         print(f"no checkpoint in {folder} yet: starting from step 0{hint}")
         return 0
-    check_readable(path, folder)  # once read, it is not read again
     names = [field.name for field in fields(LlamaShape)]
     LlamaShape(**{name: model[name] for name in names}).load_state_dict(saved_hyperparameters(path))
     return saved_step(path)

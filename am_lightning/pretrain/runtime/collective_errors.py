@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 @contextmanager
 def raising_together(
-    gather: Callable[[str | None], list[str | None]], refusal_of: Callable[[BaseException], RecipeError | None]
+    gather: Callable[[str | None], list[str | None]],
+    refusal_of: Callable[[BaseException], RecipeError | None] = lambda problem: None,
 ) -> Iterator[None]:
     """Collective. An error in the block on one rank ends it on all: the others would wait in the next collective.
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from recipes.studies.figures import COLOURS, new_figure, save, style
-from recipes.studies.intervals import Interval
-from recipes.studies.pretraining.batch_tables import difference, name_of
+from recipes.studies.pretraining.batch_tables import gain, name_of
 from recipes.studies.pretraining.batches import CUSTOMARY, DEFAULT, best_of, trace_config
+from recipes.studies.pretraining.momentum import at_cap
 from recipes.studies.pretraining.tuning import Tuning, rate_at
 
 _WINDOW = 0.05  # share of a run that the curves of beta_t are smoothed over
@@ -25,7 +25,7 @@ def draw_gains(path: Path, kinds: Mapping[str, Sequence[Tuning]]) -> None:
     for panel, (title, tunings) in zip(axes[0], kinds.items(), strict=True):
         batches = [tuning.scale.batch_size for tuning in tunings]
         for number, (warmup, label) in enumerate(((True, "any warmup"), (False, "no warmup"))):
-            found = [_gain(tuning, warmup, len(tunings)) for tuning in tunings]
+            found = [gain(tuning, warmup=warmup, comparisons=len(tunings)) for tuning in tunings]
             panel.errorbar(
                 [batch * (1 + 0.04 * number) for batch in batches],
                 [interval.mean for interval in found],
@@ -83,7 +83,7 @@ def draw_momentum(path: Path, tunings: Sequence[Tuning]) -> None:
         betas = np.array(tuning.ledger[config]["betas"])[1:]
         window = max(1, round(_WINDOW * tuning.scale.steps))
         for panel, values in zip(
-            axes[0], (betas.mean(axis=1), _share_at(betas, config["method"]["beta1"])), strict=True
+            axes[0], (betas.mean(axis=1), at_cap(betas, config["method"]["beta1"]).mean(axis=1)), strict=True
         ):
             smooth = np.convolve(values, np.ones(window) / window, mode="valid")
             steps = np.arange(len(smooth)) + 1 + window
@@ -91,13 +91,3 @@ def draw_momentum(path: Path, tunings: Sequence[Tuning]) -> None:
     style(axes[0][0], title="mean beta_t", xlabel="step")
     style(axes[0][1], title="share of tensors at the cap", xlabel="step")
     save(figure, path, legend_of=axes[0][0])
-
-
-def _gain(tuning: Tuning, warmup: bool, comparisons: int) -> Interval:
-    adamw, ours = (best_of(tuning, family, warmup=warmup) for family in ("AdamW", "AM-AdamW"))
-    return difference(tuning, ours, adamw, comparisons=comparisons)
-
-
-def _share_at(betas: np.ndarray, cap: float) -> np.ndarray:
-    share: np.ndarray = (betas >= cap - 1e-4).mean(axis=1)
-    return share

@@ -17,15 +17,14 @@ from recipes.studies.pretraining.batches import (
     trace_config,
 )
 from recipes.studies.pretraining.methods import Method
+from recipes.studies.pretraining.momentum import EARLY, at_cap
 from recipes.studies.pretraining.noise import noise_scale
 from recipes.studies.pretraining.stages import Scale
 from recipes.studies.pretraining.tuning import Tuning, rate_at
-from recipes.studies.sweep import mean_and_sd
+from recipes.studies.sweep import bold, mean_and_sd
 from recipes.studies.tables import markdown
 
 ROOM = 0.1  # nats per token above the least loss of a cell that a learning rate may cost and still count as usable
-_EARLY = 0.1  # share of a run that counts as early
-_CAP_TOLERANCE = 1e-4  # the ledger keeps four digits
 
 
 def name_of(cell: Scale) -> str:
@@ -46,17 +45,22 @@ def summary_table(tunings: Sequence[Tuning]) -> str:
     for tuning in tunings:
         cells = [name_of(tuning.scale)]
         for warmup in (True, False):
-            pair = [best_of(tuning, family, warmup=warmup) for family in ("AdamW", "AM-AdamW")]
+            pair = _rivals(tuning, warmup=warmup)
             cells += [f"{_short(method)} {mean_and_sd(list(fresh(tuning, method).values()))}" for method in pair]
-            cells.append(str(difference(tuning, pair[1], pair[0], comparisons=len(tunings))))
+            cells.append(str(gain(tuning, warmup=warmup, comparisons=len(tunings))))
         rows.append(cells)
     names = ["best AdamW", "best AM-AdamW", "AM minus AdamW"]
     return markdown(["cell", *names, *(f"{name}, no warmup" for name in names)], rows)
 
 
-def difference(tuning: Tuning, first: Method, second: Method, *, comparisons: int) -> Interval:
-    """`first` minus `second`, paired over the fresh seeds."""
-    return paired(fresh(tuning, first), fresh(tuning, second), comparisons=comparisons)
+def gain(tuning: Tuning, *, warmup: bool, comparisons: int) -> Interval:
+    """The best AM minus the best AdamW, paired over the fresh seeds; without `warmup`, of those that have none."""
+    adamw, ours = _rivals(tuning, warmup=warmup)
+    return paired(fresh(tuning, ours), fresh(tuning, adamw), comparisons=comparisons)
+
+
+def _rivals(tuning: Tuning, *, warmup: bool) -> list[Method]:
+    return [best_of(tuning, family, warmup=warmup) for family in ("AdamW", "AM-AdamW")]
 
 
 def finalists_table(tuning: Tuning) -> str:
@@ -82,7 +86,7 @@ def tuning_table(tuning: Tuning) -> str:
     rows = []
     for method in methods:
         tried, best = tuning.tried(method), tuning.best(method)
-        rows.append([str(method), *(_loss(tried.get(step), step == best) for step in steps)])
+        rows.append([str(method), *(bold(tried[step], step == best) if step in tried else "" for step in steps)])
     return markdown(["seed 0", *(f"{rate_at(step):g}" for step in steps)], rows)
 
 
@@ -112,13 +116,13 @@ def momentum_table(tunings: Sequence[Tuning]) -> str:
     for tuning in tunings:
         result = tuning.ledger[trace_config(tuning)]
         betas, norms = np.array(result["betas"])[1:], np.array(result["noise"])
-        cap, border = trace_config(tuning)["method"]["beta1"], max(1, round(_EARLY * tuning.scale.steps))
-        cells = [f"{(part >= cap - _CAP_TOLERANCE).mean():.0%}" for part in (betas[:border], betas[border:])]
+        cap, border = trace_config(tuning)["method"]["beta1"], max(1, round(EARLY * tuning.scale.steps))
+        cells = [f"{at_cap(part, cap).mean():.0%}" for part in (betas[:border], betas[border:])]
         cells += [f"{part.mean():.2f}" for part in (betas[:border], betas[border:])]
         size = tuning.scale.batch_size
         scales = [noise_scale(part[:, 0], part[:, 1], size // PARTS, size) for part in (norms[:border], norms[border:])]
         rows.append([name_of(tuning.scale), *cells, *(f"{scale:.0f}" for scale in scales)])
-    parts = f"first {_EARLY:.0%}", "later"
+    parts = f"first {EARLY:.0%}", "later"
     header = [
         "cell",
         *(f"{what}, {part}" for what in ("at cap", "mean beta_t", "noise scale (rows)") for part in parts),
@@ -134,10 +138,3 @@ def _usable(tuning: Tuning, method: Method, loss: float) -> str:
 
 def _short(method: Method) -> str:
     return f"{method.beta1:g}" + (f" w{method.warmup:.0%}" if method.warmup else "")
-
-
-def _loss(value: float | None, best: bool) -> str:
-    if value is None:
-        return ""
-    text = "diverged" if np.isinf(value) else f"{value:.3f}"
-    return f"**{text}**" if best else text

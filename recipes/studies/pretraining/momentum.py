@@ -53,7 +53,7 @@ def kinds_table(ledger: Ledger, scale: Scale) -> str:
     for kind in [*dict.fromkeys(kinds), "all"]:
         chosen = betas[..., [i for i, k in enumerate(kinds) if kind in (k, "all")]]
         early, late = chosen[:, :border], chosen[:, border:]
-        cells = [f"{_at_cap(part, AM.beta1):.0%}" for part in (early, late)]
+        cells = [f"{at_cap(part, AM.beta1).mean():.0%}" for part in (early, late)]
         cells += [f"{part.mean():.2f}" for part in (early, late)]
         rows.append([kind, *cells, f"{chosen.min():.2f}"])
     first, rest = f"first {EARLY:.0%}", "later"
@@ -95,11 +95,12 @@ def batch_effect(ledger: Ledger, scale: Scale) -> str:
     for factor in (1, BATCH_FACTOR):
         _, betas = traces(ledger, scale, AM, batch=factor)
         parts = betas[:, :border], betas[:, border:]
-        cells = [f"{_at_cap(part, AM.beta1):.0%}" for part in parts] + [f"{part.mean():.3f}" for part in parts]
+        cells = [f"{at_cap(part, AM.beta1).mean():.0%}" for part in parts] + [f"{part.mean():.3f}" for part in parts]
         rows.append([f"{scale.batch_size * factor} rows, {len(betas)} seeds", *cells])
     first = f"first {EARLY:.0%}"
     return markdown(["batch", f"at cap, {first}", "at cap, later", f"mean, {first}", "mean, later"], rows)
 
 
-def _at_cap(betas: np.ndarray, cap: float) -> float:
-    return float((betas >= cap - _CAP_TOLERANCE).mean())
+def at_cap(betas: np.ndarray, cap: float) -> np.ndarray:
+    """Which of them are at the cap."""
+    return betas >= cap - _CAP_TOLERANCE
