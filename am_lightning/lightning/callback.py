@@ -49,6 +49,10 @@ class _StateKey(property):
         return super().__get__(callback, cls)
 
 
+class SkippedStepsError(RuntimeError):
+    """On all ranks: ``max_consecutive_skips`` steps in a row were dropped, and a checkpoint was written."""
+
+
 class AdaptiveMemory(pl.Callback):
     """One line: ``Trainer(callbacks=[AdaptiveMemory()])`` trains with adaptive memory and logs the momentum reader.
 
@@ -68,7 +72,7 @@ class AdaptiveMemory(pl.Callback):
             heat map has all layers anyway.
         histogram: with a TensorBoardLogger, the histogram of beta_t over the tensors.
         log_every_n_steps: log interval; None: the Trainer's.
-        max_consecutive_skips: so many steps in a row dropped for a non-finite sum end the run, after a checkpoint.
+        max_consecutive_skips: this many consecutive steps dropped for a non-finite sum end the run, after a checkpoint.
 
     Logs ``am/beta/mean|min|max``, ``am/beta/<layer group>``, ``am/clamp/at_max|at_zero`` (shares of tensors),
     ``am/skipped_steps`` and, where gradients are clipped by norm, ``am/grad_norm`` (before clipping) to every logger;
@@ -78,6 +82,7 @@ class AdaptiveMemory(pl.Callback):
         TypeError, ValueError: an argument is of the wrong type or out of range.
         MisconfigurationException: when fit starts, an optimizer that cannot be converted, or a strategy that is not
             supported; the text has the hint.
+        SkippedStepsError (a RuntimeError): from ``fit``, on all ranks; names the checkpoint and what to change.
     """
 
     @with_hints(_HINTS, "AdaptiveMemory(beta1_max=...), or lambd=...; it takes neither a module nor an optimizer")
@@ -351,7 +356,7 @@ class AdaptiveMemory(pl.Callback):
         folder = getattr(checkpoint, "dirpath", None) or trainer.default_root_dir
         path = os.path.join(folder, f"am-nonfinite-step={trainer.global_step}.ckpt")
         trainer.save_checkpoint(path)
-        raise RuntimeError(
+        raise SkippedStepsError(
             f"{reader.skipped_in_a_row} steps in a row were dropped because a sum over gradients was not finite; "
             f"the first bad parameter is {reader.first_bad!r}. The weights are those of the last good step, saved in "
             f"{path}. Look at that layer's inputs and loss terms, lower the learning rate or clip gradients, and "

@@ -1,4 +1,4 @@
-"""Faults of the recipes: checkpoints, the order of the data, schedules, guards, signals, plans, monitors."""
+"""Faults of the recipes: checkpoints, the order of the data, schedules, losses, signals, plans, monitors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ _STREAM = f"{_PACKAGE}/data/stream.py"
 _SHARDS = f"{_PACKAGE}/data/shards.py"
 _CHUNKS = f"{_PACKAGE}/data/chunks.py"
 _SCHEDULE = f"{_PACKAGE}/model/schedule.py"
-_GUARD = f"{_PACKAGE}/callbacks/loss_guard.py"
 _SIGNALS = f"{_PACKAGE}/callbacks/fault_tolerance.py"
 _MEMORY = f"{_PACKAGE}/commands/plan/memory.py"
 
@@ -23,7 +22,7 @@ _CHECKPOINTS = "tests/recipes/test_checkpoints.py"
 _ORDERS = "tests/recipes/test_order.py"
 _STREAMS = "tests/recipes/test_stream.py"
 _SCHEDULES = "tests/recipes/test_schedule.py"
-_GUARDED = "tests/recipes/test_loss_guard.py"
+_NONFINITE = "tests/recipes/test_nonfinite_losses.py"
 _STOPPED = "tests/recipes/test_fault_tolerance.py"
 _PLAN = "tests/recipes/test_plan.py"
 _GPU = "tests/recipes/test_gpu_check.py"
@@ -254,7 +253,7 @@ MUTATIONS = [
         "if content and not _checksum(path):",
         ("tests/recipes/test_shards.py::test_a_broken_file_is_named_with_the_cure",),
     ),
-    # ------------------------------------------------------------------ schedule, guard, signals
+    # ------------------------------------------------------------------ schedule, losses, signals
     Mutation(
         "the warmup is one step behind: its first step has learning rate 0",
         _SCHEDULE,
@@ -277,32 +276,11 @@ MUTATIONS = [
         (f"{_SCHEDULES}::test_cosine_is_half_way_in_the_middle_and_ends_at_its_end",),
     ),
     Mutation(
-        "the guard counts bad steps in all, not in a row",
-        _GUARD,
-        "            else:\n                self._bad = 0\n",
-        "            else:\n",
-        (f"{_GUARDED}::test_bad_steps_that_are_not_in_a_row_do_not_end_the_run",),
-    ),
-    Mutation(
-        "the guard leaves bad gradients to a plain optimizer",
-        _GUARD,
-        "                    parameter.grad = None",
-        "                    parameter.grad = parameter.grad",
-        (f"{_GUARDED}::test_a_bad_step_changes_nothing[True]",),
-    ),
-    Mutation(
-        "the guard names a checkpoint of the bad steps",
-        _GUARD,
-        "if saved_step(path) <= good_step:",
-        "if saved_step(path) >= 0:",
-        (f"{_GUARDED}::test_too_many_bad_steps_end_the_run_and_name_the_checkpoint_before_them",),
-    ),
-    Mutation(
-        "the guard's count of bad steps is lost in a checkpoint",
-        _GUARD,
-        'self._bad, self._high = state_dict["bad"], state_dict["high"]',
-        "self._bad, self._high = 0, 0",
-        (f"{_GUARDED}::test_the_guard_goes_on_counting_after_a_resume",),
+        "a loss that is not finite and that nobody counts is logged and no more",
+        f"{_PACKAGE}/callbacks/throughput.py",
+        "if math.isfinite(loss) or any(",
+        "if loss is not None or any(",
+        (f"{_NONFINITE}::test_a_run_whose_steps_nobody_drops_ends_with_its_first_bad_loss",),
     ),
     Mutation(
         "ranks agree on a signal at every step, whatever the interval",

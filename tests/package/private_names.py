@@ -67,7 +67,6 @@ _WRITER = "am_lightning/pretrain/checkpoints/writer.py"
 _FAULTS = "am_lightning/pretrain/callbacks/fault_tolerance.py"
 _SETTINGS = "am_lightning/pretrain/runtime/run_config.py"
 _BOARD = "am_lightning/pretrain/callbacks/tensorboard.py"
-_GUARD = "am_lightning/pretrain/callbacks/loss_guard.py"
 _PATCHES = "am_lightning/lightning/trainer_patches.py"
 _STORE = "am_lightning/optim/state_store.py"
 _PACKS = "am_lightning/optim/kernels/buckets.py"
@@ -132,7 +131,7 @@ TORCH = [
             (_BOARD, "am_lightning/loggers/custom_scalars.py"),
             "write the HParams row, and charts of several curves, into the run's own event file",
             needs=("tensorboard",)),
-    Private("torch", "_foreach_norm", ("am_lightning/optim/squares.py", _GUARD),
+    Private("torch", "_foreach_norm", ("am_lightning/optim/squares.py",),
             "norms of many tensors in one launch"),
     Private("torch", "_foreach_mul_", ("am_lightning/optim/kernels/inputs.py",), "scale many tensors in one launch"),
     Private("torch", "_foreach_copy_", (_PACKS, _STORE), "write many tensors in one launch"),

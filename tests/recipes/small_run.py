@@ -23,9 +23,9 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from am_lightning import AdaptiveMemory
+from am_lightning.lightning.callback import SkippedStepsError
 from am_lightning.pretrain.callbacks import fault_tolerance
 from am_lightning.pretrain.callbacks.fault_tolerance import FaultTolerance, Stopped
-from am_lightning.pretrain.callbacks.loss_guard import LossGuard
 from am_lightning.pretrain.checkpoints import AtomicCheckpointIO, RunCheckpoint
 from am_lightning.pretrain.data.order import ResumableLoader
 from am_lightning.pretrain.runtime.collective_errors import Agreement
@@ -46,11 +46,10 @@ class Options:
     asynchronous: bool = False
     resume: str | None = "last"
     # micro-batch number (over the whole run), or "before" training -> what happens there: a signal's name, "hang",
-    # "nan", "huge"
+    # "nan"
     events: dict[str, str] = field(default_factory=dict)
     event_rank: int = 0
-    plain_adamw: bool = False
-    guard: dict[str, Any] = field(default_factory=dict)
+    max_skips: int = 100  # of AdaptiveMemory
     fault_tolerance: dict[str, Any] = field(default_factory=dict)
     stop_at: int | None = None  # the micro-batch in which should_stop is set
     validate_every: int | None = None  # micro-batches; what happens there is the event "validation"
@@ -123,8 +122,8 @@ class Small(L.LightningModule):
         event = self.options.events.get(moment) if self.global_rank == self.options.event_rank else None
         if event == "hang":
             time.sleep(600)
-        elif event in ("nan", "huge"):
-            return {"nan": float("nan"), "huge": 1e6}[event]
+        elif event == "nan":
+            return float("nan")
         elif event:
             os.kill(os.getpid(), getattr(signal, event))
         return 1.0
@@ -143,11 +142,9 @@ def trainer_for(options: Options) -> L.Trainer:
     }
     callbacks = [
         RunCheckpoint(str(Path(options.root, "checkpoints")), options.every, options.keep, options.asynchronous),
-        LossGuard(**options.guard),
         FaultTolerance(**options.fault_tolerance),
+        AdaptiveMemory(per_layer=False, histogram=False, max_consecutive_skips=options.max_skips),
     ]
-    if not options.plain_adamw:
-        callbacks.append(AdaptiveMemory(per_layer=False, histogram=False))
     trainer = L.Trainer(
         default_root_dir=options.root,
         accelerator="cpu",
@@ -180,7 +177,7 @@ def run(options: Options) -> str:
         return "finished"
     except Stopped as stopped:
         return f"stopped {stopped.code}"
-    except RecipeError as error:
+    except (RecipeError, SkippedStepsError) as error:
         return f"error: {error}"
 
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from am_lightning import AMAdamW
 from am_lightning.pretrain.model.lightning_module import LlamaPretraining
-from am_lightning.pretrain.model.network import token_loss
+from am_lightning.pretrain.model.network import flops_per_token, token_loss
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 TINY: dict[str, Any] = {
@@ -71,15 +71,14 @@ def test_norms_and_the_embedding_do_not_decay() -> None:
 def test_flops_are_those_of_the_matrix_products() -> None:
     module = build()
     tokens = torch.zeros(2, 16, dtype=torch.int64)
+    expected = tokens.numel() * flops_per_token(module.shape)
     # The counter does not know the CPU's fused attention.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         token_loss(module(tokens), tokens).backward()
-    module._batch_tokens = tokens.numel()
-    assert module.flops_per_batch == pytest.approx(counter.get_total_flops(), rel=0.02)
-    module.eval()
+    assert expected == pytest.approx(counter.get_total_flops(), rel=0.02)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         token_loss(module(tokens), tokens)
-    assert module.flops_per_batch == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert expected / 3 == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -138,20 +138,21 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_what_one_rank_meets_all_ranks_end_with(tmp_path: Path, small_disk: Path) -> None:
     """A gradient that is not finite on one rank; a disk that becomes full under one shard."""
-    plain, full = tmp_path / "plain", tmp_path / "full"
-    plain.mkdir()
-    bad = {str(batch): "nan" for batch in range(4, 30)}
-    guard = {"max_bad_steps": 3, "check_every_n_steps": 2}
+    bad, full = tmp_path / "bad", tmp_path / "full"
+    bad.mkdir()
+    events = {str(batch): "nan" for batch in range(4, 30)}
     run_in_turn(
         [
-            Options(str(plain), "fsdp2", 30, plain_adamw=True, guard=guard, events=bad, event_rank=1),
+            Options(str(bad), "fsdp2", 30, max_skips=3, events=events, event_rank=1),
+            Options(str(bad), "fsdp2", 8),
             Options(str(full), "fsdp2", 30),
         ]
     )
     for rank in range(2):
-        (ended,) = Options(str(plain)).ended(rank)
-        assert ended.startswith("error: 3 steps in a row, up to step 7"), ended
-        assert f"--ckpt_path {plain / 'checkpoints' / 'step-000003.ckpt'}" in ended
+        ended, resumed = Options(str(bad)).ended(rank)
+        assert ended.startswith("error: 3 steps in a row were dropped"), ended
+        assert str(bad / "checkpoints" / "am-nonfinite-step=7.ckpt") in ended
+        assert resumed == "finished"
         (ended,) = Options(str(full)).ended(rank)
         assert ended.startswith(f"error: cannot write {small_disk / 'step-000006.ckpt'}: No space left"), ended
     assert newest_whole(small_disk) == small_disk / "last.ckpt"

@@ -15,7 +15,6 @@ import torch
 
 from am_lightning import AMAdamW
 from am_lightning.pretrain.callbacks.fault_tolerance import FaultTolerance
-from am_lightning.pretrain.callbacks.loss_guard import LossGuard
 from am_lightning.pretrain.runtime.collective_errors import Agreement
 from tests.python import PYTHON
 from tests.sharding.pool import Pool, pools
@@ -43,8 +42,7 @@ print("\\n" + json.dumps([waits.after(step) for step in range(17)]))
 def test_a_program_waits_where_it_logs_only(program: str, tmp_path: Path, corpus_folder: Path) -> None:
     """With all callbacks, the progress bar, clipping and accumulation; the first step makes what later ones use."""
     pytest.importorskip("jsonargparse")
-    intervals = ("trainer.log_every_n_steps", "loss_guard.check_every_n_steps")
-    options = [word for name in intervals for word in (f"--{name}", str(EVERY))]
+    options = ["--trainer.log_every_n_steps", str(EVERY)]
     options += ["--checkpoint.every_n_train_steps", "100", "--trainer.val_check_interval", "1000"]
     options += ["--trainer.accumulate_grad_batches", "2", "--trainer.enable_progress_bar", "true"]
     command = [PYTHON, "-c", PROGRAM, program, str(RECIPES), *arguments(tmp_path, corpus_folder, STEPS, *options)]
@@ -98,12 +96,6 @@ def test_the_detector_sees() -> None:
         moved = host.to(device, non_blocking=True)
         moved.to(device), value.to(torch.float64), torch.full_like(value, 2.0), value[0] + 1.0
     assert not waits.seen
-
-
-def test_the_loss_guard_waits_when_it_looks_only(trainer: Any) -> None:
-    guard = LossGuard(check_every_n_steps=3)
-    for look in (False, False, True, False):
-        assert bool(end_step(guard, trainer).seen) is look
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,10 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
+from am_lightning.lightning import AdaptiveMemory
 from am_lightning.pretrain.callbacks.gradient_norm import gradient_norm
 from am_lightning.pretrain.model.network import LlamaShape, flops_per_token
-from am_lightning.pretrain.runtime.errors import require
+from am_lightning.pretrain.runtime.errors import RecipeError, require
 
 
 class TrainingClock(Callback):
@@ -66,13 +67,16 @@ class TrainingMonitor(TrainingClock):
     `train/grad_norm` is the gradient's global norm before clipping; where the AdaptiveMemory callback already logs
     `am/grad_norm`, it is left to it.
 
+    A loss that is not finite at a logged step ends the run on all ranks, unless there is an AdaptiveMemory callback,
+    which counts the steps that its optimizer drops (`max_consecutive_skips`).
+
     Args:
         window_size: logged points that throughput is a mean over.
         peak_flops: of one device, per second, in the run's precision; None: what Lightning knows of the GPU, and
             no MFU on a CPU.
 
     Raises:
-        RecipeError: an argument is out of range.
+        RecipeError: an argument is out of range; from `fit`, on all ranks: the loss is not finite.
     """
 
     def __init__(self, window_size: int = 20, peak_flops: float | None = None) -> None:
@@ -110,6 +114,7 @@ class TrainingMonitor(TrainingClock):
         if not self._is_due(trainer, trainer.global_step):
             return
         mean = float(trainer.strategy.reduce(whole, reduce_op="mean"))  # waits for the device, so the clock is right
+        self._refuse_not_finite(trainer, mean)
         metrics = {"train/loss": mean, "train/perplexity": perplexity(mean)}
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             self._norm = trainer.strategy.deepspeed_engine.get_global_grad_norm()
@@ -117,6 +122,17 @@ class TrainingMonitor(TrainingClock):
             metrics["train/grad_norm"] = float(self._norm)
         metrics |= self._throughput(trainer, pl_module)
         pl_module.log_dict(metrics)  # its train/loss takes the place of the module's, which is of one micro-batch
+
+    def _refuse_not_finite(self, trainer: L.Trainer, loss: float) -> None:
+        """The same on all ranks, which have the same mean."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if math.isfinite(loss) or any(isinstance(callback, AdaptiveMemory) for callback in callbacks):
+            return
+        raise RecipeError(
+            f"train/loss is {loss:g} at step {trainer.global_step}, and without am_lightning.AdaptiveMemory in"
+            f" trainer.callbacks nothing counts such steps. Resume from a checkpoint before step {self._times[-1][1]},"
+            " the last logged one with a finite loss, and lower the learning rate or set trainer.gradient_clip_val."
+        )
 
     def tokens_per_second(self, trainer: L.Trainer) -> float | None:
         """Since the last logged points, for the progress bar; None before the first step."""

@@ -23,10 +23,9 @@ from am_lightning.pretrain.model.network import (
     LlamaShape,
     build_llama,
     checkpoint_activations,
-    flops_per_token,
     token_loss,
 )
-from am_lightning.pretrain.model.parallelize import loss_context, shard_llama, tensor_ways
+from am_lightning.pretrain.model.parallelize import loss_context, shard_llama
 from am_lightning.pretrain.model.schedule import check_schedule, make_schedule
 from am_lightning.pretrain.runtime.errors import RecipeError, require
 
@@ -103,7 +102,6 @@ class LlamaPretraining(L.LightningModule):
         self.model: LlamaForCausalLM | None = None
         self.activation_checkpointing, self.compile_layers = activation_checkpointing, compile
         self.val_loss = MeanMetric()
-        self._batch_tokens = 0
 
     def configure_model(self) -> None:
         """Build the network. Strategies that shard call this hook where the weights are to live; it may come again.
@@ -144,7 +142,6 @@ class LlamaPretraining(L.LightningModule):
         return logits
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        self._batch_tokens = batch.numel()
         loss = self._loss(batch)
         self.log("train/loss", loss)  # prog_bar=True would take it to the host after every batch
         return loss
@@ -154,7 +151,6 @@ class LlamaPretraining(L.LightningModule):
             super().backward(loss, *args, **kwargs)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self._batch_tokens = batch.numel()
         loss = self._loss(batch)
         self.val_loss.update(loss, len(batch))
         self.log(
@@ -193,12 +189,6 @@ class LlamaPretraining(L.LightningModule):
         optimizer = self.optimizer_for(self.network)
         scheduler = make_schedule(optimizer, self.trainer.max_steps, *self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    @property
-    def flops_per_batch(self) -> int:
-        """Floating-point operations of the last batch on this process, for ThroughputMonitor; see flops_per_token."""
-        flops = self._batch_tokens * flops_per_token(self.shape) // tensor_ways(self.device_mesh)
-        return flops if self.training else flops // 3
 
     def _loss(self, batch: Tensor) -> Tensor:
         with loss_context(self.device_mesh):

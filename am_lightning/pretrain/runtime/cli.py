@@ -19,7 +19,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from am_lightning.lightning import AdaptiveMemory
 from am_lightning.pretrain.callbacks.deepspeed_loss import LossDividedOnce
 from am_lightning.pretrain.callbacks.fault_tolerance import FaultTolerance
-from am_lightning.pretrain.callbacks.loss_guard import LossGuard
 from am_lightning.pretrain.callbacks.progress import BARS
 from am_lightning.pretrain.callbacks.tensorboard import SaveRunConfig, TensorBoardLayout
 from am_lightning.pretrain.callbacks.throughput import TrainingClock, TrainingMonitor
@@ -106,7 +105,6 @@ class PretrainCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(FaultTolerance, "fault_tolerance")
-        parser.add_lightning_class_args(LossGuard, "loss_guard")
         parser.add_lightning_class_args(TrainingMonitor, "monitor")
         parser.add_argument("--threads", type=int | None, default=None, help="CPU threads of torch; null: its default")
         bars = Literal["tqdm", "rich"]
