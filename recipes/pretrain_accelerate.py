@@ -25,7 +25,7 @@ from am_lightning.huggingface import attach
 from am_lightning.pretrain.checkpoints.accelerate import AccelerateCheckpoints, Stateful, hold_together
 from am_lightning.pretrain.data.text_data import TextData
 from am_lightning.pretrain.model.network import build_llama, token_loss
-from am_lightning.pretrain.runtime.collective_errors import Agreement, leave_together
+from am_lightning.pretrain.runtime.collective_errors import Agreement, leave_group
 from am_lightning.pretrain.runtime.errors import RecipeError, require
 from am_lightning.pretrain.runtime.main import command_line
 from am_lightning.pretrain.runtime.run_config import RunConfig, read_run_config
@@ -101,7 +101,7 @@ def train(settings: RunConfig) -> None:
         if stopped or last or is_due(step, settings.save_every):
             checkpoints.save(step)
         if stopped and not last:
-            leave_together(accelerator)
+            leave_group()
             stop.leave(step)
 
     bar.close()
@@ -112,7 +112,8 @@ def train(settings: RunConfig) -> None:
         f' rows\n  curves           tensorboard --logdir "{settings.root / "logs"}"\n'
         f"  checkpoint       {checkpoints.newest()}\n"
     )
-    leave_together(accelerator)
+    leave_group()
+    accelerator.end_training()
 
 
 def open_data(accelerator: Accelerator, settings: RunConfig) -> TextData:

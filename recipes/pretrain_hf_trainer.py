@@ -28,7 +28,7 @@ from am_lightning.pretrain.checkpoints.accelerate import chosen, hold_together, 
 from am_lightning.pretrain.checkpoints.manifest import sync_files, write_manifest
 from am_lightning.pretrain.model.network import build_llama, token_loss
 from am_lightning.pretrain.runtime.atomic_files import replacing
-from am_lightning.pretrain.runtime.collective_errors import Agreement, leave_together
+from am_lightning.pretrain.runtime.collective_errors import Agreement, leave_group
 from am_lightning.pretrain.runtime.main import command_line
 from am_lightning.pretrain.runtime.run_config import RunConfig, read_run_config
 from am_lightning.pretrain.runtime.signals import StopSignal
@@ -200,7 +200,7 @@ def train(settings: RunConfig) -> None:
 
     step = trainer.state.global_step
     if stopping.stopped and step < settings.steps:
-        leave_together(trainer.accelerator)
+        leave_group()
         stop.leave(step)
     loss = trainer.evaluate()["eval_loss"]
     if trainer.is_world_process_zero():
@@ -210,7 +210,6 @@ def train(settings: RunConfig) -> None:
             f'  curves           tensorboard --logdir "{settings.root / "logs"}"\n'
             f"  checkpoint       {settings.checkpoints / f'checkpoint-{step}'}\n"
         )
-    leave_together(trainer.accelerator)
 
 
 def training_arguments(settings: RunConfig) -> TrainingArguments:

@@ -139,8 +139,8 @@ MUTATIONS = [
     Mutation(
         "a checkpoint may run code when it is loaded",
         _CALLBACK,
-        "original(chosen, weights_only=True)",
-        "original(chosen, weights_only=False)",
+        "path and str(path)), weights_only=True)",
+        "path and str(path)), weights_only=False)",
         (f"{_CHECKPOINTS}::test_a_checkpoint_that_would_run_code_is_refused",),
     ),
     Mutation(

@@ -144,21 +144,14 @@ class RunCheckpoint(ModelCheckpoint):
     def _resume(self, trainer: L.Trainer, original: Any, path: Any = None, weights_only: bool | None = None) -> None:
         """Lightning's resume_start, with the checkpoint that rank 0 chose."""
         last, self._last_is_wanted = self._last_is_wanted, False
-        chosen, problem = path, None
-        if trainer.is_global_zero:
-            try:
-                if last:
-                    chosen = newest_whole(Path(str(self.dirpath)))
-                    if chosen and trainer.state.fn == "fit":
-                        _adopt(chosen)
-                elif path:
-                    check_readable(Path(path), Path(str(self.dirpath)))
-            except RecipeError as error:
-                problem = str(error)
-        chosen, problem = trainer.strategy.broadcast((str(chosen) if chosen else None, problem))
-        if problem:
-            raise RecipeError(problem)
-        original(chosen, weights_only=True)
+        with raising_together(functools.partial(gathered, trainer)):
+            if trainer.is_global_zero and last:
+                path = newest_whole(Path(str(self.dirpath)))
+                if path and trainer.state.fn == "fit":
+                    _adopt(path)
+            elif trainer.is_global_zero and path:
+                check_readable(Path(path), Path(str(self.dirpath)))
+        original(trainer.strategy.broadcast(path and str(path)), weights_only=True)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         restore_position(checkpoint, trainer)

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from am_lightning.pretrain.runtime.errors import RecipeError
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 @contextmanager
@@ -101,7 +97,9 @@ class Agreement:
         return int(answer)
 
 
-def leave_together(accelerator: Accelerator) -> None:
-    """The barrier lets gloo's threads free their last tensors: where Python ends before, the process is aborted."""
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+def leave_group() -> None:
+    """Collective, where the processes of a run still are one group. The barrier lets gloo's threads free their last
+    tensors: where Python ends before, the process is aborted, and torchrun starts all of them again."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

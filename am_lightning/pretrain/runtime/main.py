@@ -31,18 +31,19 @@ def command_line() -> Iterator[None]:
     try:
         with _fonts_elsewhere():
             import am_lightning.pretrain.runtime.cli  # noqa: F401
+            from am_lightning.pretrain.runtime.collective_errors import leave_group
     except ModuleNotFoundError as error:
         sys.exit(f"error: the recipes need {error.name}: {EXTRA}")
     try:
         yield
-        _leave_group()
+        leave_group()
         sys.stdout.flush()  # here, where a closed pipe is still met in words
     except RecipeError as error:
         sys.exit(f"error: {error}")
     except SystemExit as stopped:
         if not _is_sigterm(stopped):
             if type(stopped).__name__ == "Stopped":  # FaultTolerance's, on all ranks
-                _leave_group()
+                leave_group()
             raise
         print(f"stopped by SIGTERM; {RESUME}", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM) from stopped
@@ -69,16 +70,6 @@ def command_line() -> Iterator[None]:
             raise
         what = refused.filename or "the run's files"
         sys.exit(f"error: cannot write {what}: {refused.strerror}. Free some space; {RESUME}.")
-
-
-def _leave_group() -> None:
-    """Collective, where the processes of a run still are one group. The barrier lets gloo's threads free their last
-    tensors: where Python ends before, the process is aborted, and torchrun starts all of them again."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 def _is_sigterm(stopped: SystemExit) -> bool:
