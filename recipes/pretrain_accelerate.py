@@ -105,8 +105,7 @@ def train(settings: RunConfig) -> None:
             stop.leave(step)
 
     bar.close()
-    rows = data.val_loader(rows=data.final_val_rows, **ranks)
-    loss = validate(accelerator, model, rows, "final/val_", progress.step)
+    loss = validate(accelerator, model, data.val_loader(rows=data.final_val_rows, **ranks), "final/val_", progress.step)
     accelerator.print(
         f"\n  validation loss  {loss:.4f} nats per token (perplexity {loss.exp():.2f}) on {data.scored_rows} held-out"
         f' rows\n  curves           tensorboard --logdir "{settings.root / "logs"}"\n'

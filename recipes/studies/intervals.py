@@ -18,10 +18,6 @@ class Interval:
     half_width: float
     samples: int
 
-    @property
-    def excludes_zero(self) -> bool:
-        return abs(self.mean) > self.half_width
-
     def __str__(self) -> str:
         if not math.isfinite(self.mean):
             return f"diverged (n={self.samples})"

@@ -26,7 +26,7 @@ from am_lightning.lightning.patched_methods import PatchedMethods
 from am_lightning.pretrain.checkpoints import LAST, RunCheckpoint
 from am_lightning.pretrain.runtime.collective_errors import Agreement
 from am_lightning.pretrain.runtime.early_signals import SAME_INTERRUPT_S, kept_signals
-from am_lightning.pretrain.runtime.errors import require
+from am_lightning.pretrain.runtime.errors import require, require_counts
 
 # Where ranks received different ones the later in this list wins: a requeue is not undone by the SIGTERM that the
 # scheduler sends next.
@@ -78,8 +78,7 @@ class FaultTolerance(L.Callback):
         hang_timeout_s: float | None = None,
         flight_recorder: bool = True,
     ) -> None:
-        allowed = "a whole number >= 1"
-        require(check_every_n_steps >= 1, "fault_tolerance.check_every_n_steps", check_every_n_steps, allowed)
+        require_counts("fault_tolerance", check_every_n_steps=check_every_n_steps)
         positive = hang_timeout_s is None or hang_timeout_s > 0
         require(positive, "fault_tolerance.hang_timeout_s", hang_timeout_s, "> 0, or null")
         self.check_every_n_steps, self.requeue = check_every_n_steps, requeue

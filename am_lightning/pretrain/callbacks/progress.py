@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 
@@ -11,7 +9,6 @@ from am_lightning.loggers.reader import read_report
 from am_lightning.optim.unwrap import am_optimizers
 from am_lightning.pretrain.callbacks.throughput import TrainingMonitor
 
-PROGRESS_EVERY = 10  # batches between two updates
 _SHORT = {"val/loss": "val"}
 
 Metrics = dict[str, int | str | float | dict[str, float]]
@@ -39,21 +36,16 @@ class _RunMetrics(ProgressBar):
 class RunProgressBar(_RunMetrics, TQDMProgressBar):
     """Lightning's TQDM bar with the run's figures; redrawn every `refresh_rate` batches."""
 
-    def __init__(self, refresh_rate: int = PROGRESS_EVERY, **options: Any) -> None:
-        super().__init__(refresh_rate=refresh_rate, **options)
-
 
 class RichRunProgressBar(_RunMetrics, RichProgressBar):
     """Lightning's rich bar with the run's figures; redrawn every `refresh_rate` batches."""
 
-    def __init__(self, refresh_rate: int = PROGRESS_EVERY, **options: Any) -> None:
-        super().__init__(refresh_rate=refresh_rate, **options)
-        self._shown: Metrics = {}
+    _shown: Metrics | None = None
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Metrics:
         """Lightning's rich bar asks after every batch, however seldom it is drawn."""
         batches = trainer.fit_loop.batch_idx + 1
-        if not self._shown or batches % self.refresh_rate == 0 or trainer.fit_loop.epoch_loop._is_training_done:
+        if self._shown is None or batches % self.refresh_rate == 0 or trainer.fit_loop.epoch_loop._is_training_done:
             self._shown = super().get_metrics(trainer, pl_module)
         return self._shown
 

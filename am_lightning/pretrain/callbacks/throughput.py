@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from am_lightning.lightning import AdaptiveMemory
 from am_lightning.pretrain.callbacks.gradient_norm import gradient_norm
 from am_lightning.pretrain.model.network import LlamaShape, flops_per_token
-from am_lightning.pretrain.runtime.errors import RecipeError, require
+from am_lightning.pretrain.runtime.errors import RecipeError, require, require_counts
 
 
 class TrainingClock(Callback):
@@ -81,7 +81,7 @@ class TrainingMonitor(TrainingClock):
 
     def __init__(self, window_size: int = 20, peak_flops: float | None = None) -> None:
         super().__init__()
-        require(window_size >= 1, "monitor.window_size", window_size, "a whole number >= 1")
+        require_counts("monitor", window_size=window_size)
         if peak_flops is not None:
             require(0 < peak_flops < math.inf, "monitor.peak_flops", peak_flops, "> 0, or null")
         self.window_size, self.peak_flops = window_size, peak_flops

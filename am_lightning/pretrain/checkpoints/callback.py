@@ -20,7 +20,7 @@ from am_lightning.pretrain.checkpoints.resume import LAST, STEPS, check_readable
 from am_lightning.pretrain.checkpoints.writer import CheckpointWriter, gathered
 from am_lightning.pretrain.runtime import run_lock
 from am_lightning.pretrain.runtime.collective_errors import raising_together
-from am_lightning.pretrain.runtime.errors import RecipeError
+from am_lightning.pretrain.runtime.errors import require_counts
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -51,12 +51,7 @@ class RunCheckpoint(ModelCheckpoint):
         keep: int | None = None,
         asynchronous: bool = False,
     ) -> None:
-        if keep is not None and keep < 1:
-            raise RecipeError(f"checkpoint.keep is {keep}; allowed: a whole number >= 1, or null to keep all")
-        if every_n_train_steps is not None and every_n_train_steps < 1:
-            raise RecipeError(
-                f"checkpoint.every_n_train_steps is {every_n_train_steps}; allowed: a whole number >= 1, or null"
-            )
+        require_counts("checkpoint", keep=keep, every_n_train_steps=every_n_train_steps)
         super().__init__(
             dirpath=dirpath,
             filename="step-{step:06d}",

@@ -42,11 +42,11 @@ def _columns(settings: RunConfig) -> tuple[str, str, str, str, str]:
     )
 
 
-def short(number: float) -> str:
-    """Three digits and a unit: 58234880 -> "58.2M"."""
+def short(number: float, gap: str = "") -> str:
+    """Three digits and a unit, with a gap between: 58234880 -> "58.2M"."""
     for size, unit in _UNITS:
         if number >= size:
-            return f"{number / size:.3g}{unit}"
+            return f"{number / size:.3g}{gap}{unit}"
     return f"{number:g}"
 
 

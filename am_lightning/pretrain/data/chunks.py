@@ -65,7 +65,11 @@ class TextFile:
 
 @dataclass(frozen=True)
 class JsonLines:
-    """The lines that begin in [start, stop) of a file of JSON objects; all of a compressed one (stop 0)."""
+    """The lines that begin in [start, stop) of a file of JSON objects; all of a compressed one (stop 0).
+
+    Not by the datasets library, whose reader types every column: it refuses a file where a key appears, or another
+    field's type changes, after its first 10 MB, takes dates for timestamps, and cannot start in the middle of a file.
+    """
 
     path: str
     field: str

@@ -17,7 +17,7 @@ from am_lightning.pretrain.data.shards import Index, TokenShards, open_shards
 from am_lightning.pretrain.data.stream import Reader, StreamBatches, StreamLoader, make_readers
 from am_lightning.pretrain.data.stream_state import StreamState
 from am_lightning.pretrain.data.tokenizer import check_vocabulary, smallest_vocabulary
-from am_lightning.pretrain.runtime.errors import RecipeError, require
+from am_lightning.pretrain.runtime.errors import RecipeError, require, require_counts
 
 
 class TextData(L.LightningDataModule):
@@ -85,18 +85,13 @@ class TextData(L.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        counts = {"seq_len": seq_len, "batch_size": batch_size, "val_rows": val_rows, "final_val_rows": final_val_rows}
-        for name, value in {**counts, "val_batch_size": val_batch_size, "shard_mb": shard_mb}.items():
-            lowest = 2 if name == "seq_len" else 1
-            require(value >= lowest, f"data.{name}", value, f"a whole number >= {lowest}")
+        require_counts("data", batch_size=batch_size, val_rows=val_rows, final_val_rows=final_val_rows)
+        require_counts("data", val_batch_size=val_batch_size, shard_mb=shard_mb, prepare_workers=prepare_workers)
+        require_counts("data", 2, seq_len=seq_len)
+        require_counts("data", 0, num_workers=num_workers, seed=seed)
         require(mode in ("shards", "stream"), "data.mode", mode, '"shards" or "stream"')
         check_vocabulary(vocab_size, smallest_vocabulary(tokenizer), tokenizer)
         require(0 < val_percent < 100, "data.val_percent", val_percent, "0 < value < 100")
-        require(num_workers >= 0, "data.num_workers", num_workers, ">= 0")
-        require(
-            prepare_workers is None or prepare_workers >= 1, "data.prepare_workers", prepare_workers, ">= 1, or null"
-        )
-        require(seed >= 0, "data.seed", seed, ">= 0")
         self.source, self.source_options, self.text_field = source, source_options, text_field
         self.tokenizer, self.mode, self.seq_len, self.vocab_size = tokenizer, mode, seq_len, vocab_size
         self.batch_size, self.val_percent = batch_size, float(val_percent)

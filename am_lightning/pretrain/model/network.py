@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from am_lightning.pretrain.model.initial_weights import draw_matrices
-from am_lightning.pretrain.runtime.errors import RecipeError, require
+from am_lightning.pretrain.runtime.errors import RecipeError, require, require_counts
 
 _UNMASKED = "sdpa_unmasked"
 
@@ -47,9 +47,9 @@ class LlamaShape:
     tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("intermediate_size", "num_heads", "num_layers", "vocab_size"):
-            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "a whole number >= 1")
-        require(self.seq_len >= 2, "model.seq_len", self.seq_len, "a whole number >= 2")
+        require_counts("model", intermediate_size=self.intermediate_size, num_heads=self.num_heads)
+        require_counts("model", num_layers=self.num_layers, vocab_size=self.vocab_size)
+        require_counts("model", 2, seq_len=self.seq_len)
         whole_heads = self.hidden_size >= 1 and self.hidden_size % (2 * self.num_heads) == 0
         allowed = f"a multiple of 2 * num_heads = {2 * self.num_heads}"
         require(whole_heads, "model.hidden_size", self.hidden_size, allowed)

@@ -69,6 +69,6 @@ def make_schedule(
 def check_schedule(kind: str, warmup_fraction: float, decay_fraction: float, final_fraction: float) -> None:
     """Raise a RecipeError, with the names the settings have in a configuration, unless all are in range."""
     require(kind in KINDS, "model.schedule", kind, " or ".join(KINDS))
-    require(0 <= warmup_fraction <= 1, "model.warmup_fraction", warmup_fraction, "0 <= value <= 1")
-    require(0 <= decay_fraction <= 1, "model.decay_fraction", decay_fraction, "0 <= value <= 1")
-    require(0 <= final_fraction <= 1, "model.final_lr_fraction", final_fraction, "0 <= value <= 1")
+    shares = {"warmup_fraction": warmup_fraction, "decay_fraction": decay_fraction, "final_lr_fraction": final_fraction}
+    for name, value in shares.items():
+        require(0 <= value <= 1, f"model.{name}", value, "0 <= value <= 1")

@@ -13,6 +13,12 @@ def require(condition: bool, name: str, value: object, allowed: str) -> None:
         raise RecipeError(f"{name} is {value!r}; allowed: {allowed}")
 
 
+def require_counts(section: str, lowest: int = 1, **values: int | None) -> None:
+    """Raise a RecipeError unless every setting of a section is at least `lowest`, or None (null)."""
+    for name, value in values.items():
+        require(value is None or value >= lowest, f"{section}.{name}", value, f"a whole number >= {lowest}")
+
+
 def first_line(error: BaseException) -> str:
     """Another library's error in a few words: its kind and the first line of its text."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

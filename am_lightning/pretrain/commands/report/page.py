@@ -13,6 +13,7 @@ import jinja2
 import matplotlib
 from matplotlib.colors import to_hex
 
+from am_lightning.pretrain.commands.list import short
 from am_lightning.pretrain.commands.report.charts import charts, heatmaps
 from am_lightning.pretrain.commands.report.differences import ABSENT, differences
 from am_lightning.pretrain.commands.report.plot import COLOUR_MAP, COLOURS
@@ -124,13 +125,7 @@ def _validation(run: RunData) -> str:
 
 
 def _count(number: int | None) -> str:
-    """1234567 -> 1.23 M."""
-    if number is None:
-        return ABSENT
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return str(number)
+    return ABSENT if number is None else short(number, " ")
 
 
 def _last(value: float | None, form: str) -> str:
