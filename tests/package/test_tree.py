@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 from tests.package.tree import PACKAGE, ROOT, extras, texts, version
 
@@ -62,10 +63,33 @@ def test_extras_of_modules_are_named_in_their_errors(extra: str) -> None:
 
 
 def test_one_version() -> None:
-    changelog = (ROOT / "CHANGELOG.md").read_text()
-    newest = re.search(r"^## \[?(\d[^\]\s]*)", changelog, re.MULTILINE)
-    assert newest is not None
-    assert newest[1] == version()
+    """The package, the citation and the changelog: the newest release is this version, or comes before it."""
+    citation = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert citation is not None and citation[1] == version()
+    released = [Version(name) for name in _changelog() if name != "Unreleased"]
+    assert released == sorted(released, reverse=True)
+    assert all(Version(version()) >= each for each in released)
+
+
+def test_changelog_is_kept() -> None:
+    """Keep a Changelog's form: what is not released comes first; the kinds of changes are its six, in its order."""
+    versions = _changelog()
+    assert next(iter(versions)) == "Unreleased"
+    kinds = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
+    for name, body in versions.items():
+        sections = re.split(r"^### (.+)\n", body, flags=re.MULTILINE)
+        assert sections[1::2] == [kind for kind in kinds if kind in sections[1::2]], f"{name}: {sections[1::2]}"
+        for kind, entries in zip(sections[1::2], sections[2::2], strict=True):
+            lines = [line for line in entries.splitlines() if line]
+            assert lines and all(line.startswith(("- ", "  ")) for line in lines), f"{name}, {kind}: a list of entries"
+
+
+def _changelog() -> dict[str, str]:
+    """Version -> what CHANGELOG.md has below its heading."""
+    parts = re.split(r"^## (.+)\n", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    titles = [re.fullmatch(r"\[(?:(Unreleased)\]|(\S+)\] - \d{4}-\d\d-\d\d)", title) for title in parts[1::2]]
+    assert all(titles), f"headings are [Unreleased] and [VERSION] - YYYY-MM-DD, but got {parts[1::2]}"
+    return {title[1] or title[2]: body for title, body in zip(titles, parts[2::2], strict=True) if title}
 
 
 def test_no_machine_paths_and_no_index_hosts() -> None:
