@@ -1,16 +1,22 @@
-"""``python -m recipes.gpu.page OUT``: docs/gpu.md from what ``recipes/gpu/check.sh`` wrote into OUT."""
+"""``python -m recipes.gpu.page OUT``: docs/gpu.md, and the speed that ``plan`` reads, from what
+``recipes/gpu/check.sh`` wrote into OUT."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from am_lightning.pretrain.commands.plan.measured import FILE, Measured, write_measured
+from am_lightning.pretrain.model.network import count_parameters, flops_per_token
+from am_lightning.pretrain.runtime.paths import recipe_files
+from am_lightning.pretrain.runtime.run_config import read_run_config
 from recipes.studies.tables import markdown
 
 Answer = dict[str, Any]
@@ -38,16 +44,48 @@ def main(arguments: list[str] | None = None) -> None:
         "out", type=Path, metavar="OUT", help="folder that check.sh wrote; an empty one: nothing measured"
     )
     parser.add_argument("--to", type=Path, default=DEFAULT, help="the page; pictures are written beside it")
+    speed = f"where plan's speed is written; none unless the page is {DEFAULT}: then the package's"
+    parser.add_argument("--measured", type=Path, help=speed)
     options = parser.parse_args(arguments)
     if not options.out.is_dir():
         parser.error(f"{options.out} is not a folder")
     answers, planned = read_answers(options.out)
     rehearsal = any(each.get("rehearsal") for each in answers.values())
-    if rehearsal and options.to.resolve().parts[-2:] == DEFAULT.parts:
-        parser.error(f"{options.out} holds a rehearsal: it does not become {DEFAULT}. Give another --to")
+    if rehearsal and (options.to.resolve().parts[-2:] == DEFAULT.parts or options.measured):
+        what = "plan's speed. Leave out --measured" if options.measured else f"{DEFAULT}. Give another --to"
+        parser.error(f"{options.out} holds a rehearsal: it does not become {what}")
     options.to.parent.mkdir(parents=True, exist_ok=True)
     options.to.write_text(page(answers, planned, options.to, rehearsal=rehearsal), encoding="utf-8")
     print(options.to)
+    path = FILE if options.measured is None and options.to == DEFAULT else options.measured
+    if path is not None:
+        write_measured(measured(answers), path)
+        print(path)
+
+
+def measured(answers: Answers) -> list[Measured]:
+    """How fast models were trained with AM-AdamW: the default's training steps, and a recipe's runs in their median."""
+    found = []
+    for name, each in answers.items():
+        if name.startswith("fast/train-") and each["status"] == "done":
+            result = each["result"]
+            rates = [row["tokens/s"] for row in result["rows"] if row["optimizer"] == "AMAdamW default"]
+            found += [_measured(result["recipe"], each, rate, "training steps", result["compiled"]) for rate in rates]
+    for recipe in _recipes(answers):
+        done = [each for each in _of_kind(answers, f"worth/{recipe}/").values() if each["status"] == "done"]
+        runs = [each for each in done if each["result"]["run"]["kind"] == "am" and each["result"]["tokens/s"]]
+        if runs:
+            rate = statistics.median(each["result"]["tokens/s"] for each in runs)
+            found.append(_measured(recipe, runs[0], rate, "training run"))
+    return found
+
+
+def _measured(recipe: str, each: Answer, tokens_per_second: float, kind: str, compiled: bool = False) -> Measured:
+    """On one GPU, which all parts of the check train on, in the recipes' bf16-mixed."""
+    shape = read_run_config(["--config", str(recipe_files()[recipe])]).shape
+    tflops = tokens_per_second * flops_per_token(shape) / 1e12
+    parameters, date = count_parameters(shape), each["date"][:10]
+    return Measured(each["device"], 1, recipe, parameters, "bf16-mixed", compiled, tflops, kind, date)
 
 
 def read_answers(out: Path) -> tuple[Answers, list[str]]:

@@ -347,6 +347,13 @@ MUTATIONS = [
         (f"{_PLAN}::test_zero_by_the_papers_bytes",),
     ),
     Mutation(
+        "plan: what another GPU has shown counts as measured on this one",
+        f"{_PACKAGE}/commands/plan/measured.py",
+        "if (gpu_of(m.device), m.precision, m.compiled) == (gpu, precision, compiled)",
+        "if (m.precision, m.compiled) == (precision, compiled)",
+        ("tests/recipes/test_gpu_page.py::test_plan_takes_what_was_measured",),
+    ),
+    Mutation(
         "the logged loss is that of the last micro-batch",
         f"{_PACKAGE}/callbacks/throughput.py",
         "self._loss = loss if self._loss is None else self._loss + loss",
@@ -391,8 +398,8 @@ MUTATIONS = [
     Mutation(
         "a rehearsal becomes docs/gpu.md",
         "recipes/gpu/page.py",
-        "if rehearsal and options.to",
-        "if not rehearsal and options.to",
+        "if rehearsal and (options.to",
+        "if not rehearsal and (options.to",
         ("tests/recipes/test_gpu_page.py::test_a_rehearsal_is_marked_and_is_never_docs",),
     ),
     # ------------------------------------------------------------------ recipes over their base

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from am_lightning.pretrain.commands.plan import measured
+from am_lightning.recipes.__main__ import main as recipes_main
 from recipes.gpu.page import DEFAULT, HEAD, NOT_MEASURED, main, page
 
 pytest.importorskip("matplotlib")
@@ -115,6 +117,80 @@ def test_what_is_missing_is_not_measured(tmp_path: Path) -> None:
     assert text == page({}, [], tmp_path / "page.md")
 
 
+def training_steps(recipe: str, rate: float, *, compiled: bool = False) -> dict[str, Any]:
+    more = {"share": 0.1, "TFLOP/s": 1.0, "MFU": None, "peak bytes": None, "kernels": "Triton", "s": 0.5}
+    rows = [{"optimizer": name, "tokens/s": rate, **more} for name in ("AMAdamW default", "AdamW fused")]
+    rows[1]["tokens/s"] = 9e9  # another optimizer's rate is not ours
+    result = {"recipe": recipe, "compiled": compiled, "batch rows": 8, "seq_len": 256, "rows": rows, "left out": {}}
+    return answer(f"fast/train-{recipe}", result | {"forward and backward": 0.4})
+
+
+@pytest.fixture
+def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """`planned(answers, arguments)`: what `plan` prints where the page of these answers was the last that was made."""
+    monkeypatch.setattr(measured, "FILE", tmp_path / "measured.json")
+
+    def plan(answers: list[dict[str, Any]], *args: str) -> str:
+        out = write(tmp_path / f"out{len(list(tmp_path.iterdir()))}", answers)
+        main([str(out), "--to", str(tmp_path / "page.md"), "--measured", str(measured.FILE)])
+        assert recipes_main(["plan", *args]) == 0
+        return capsys.readouterr().out
+
+    return plan
+
+
+@pytest.mark.slow
+def test_plan_takes_what_was_measured(planned: Any) -> None:
+    """Of this GPU and the nearest size; 130m is 134,259,456 parameters at 3.0e5 tokens a second, by hand below."""
+    answers = [training_steps("130m", 300_000.0), training_steps("1b", 40_000.0)]
+    # Operations of a token: six for every parameter but the embedding's, and 12 x 12 layers x 768 wide x 256 long.
+    mfu = 300_000 * (6 * (134_259_456 - 32_100 * 768) + 12 * 12 * 768 * 256) / 989e12
+    text = planned(answers, "130m", "--gpus", "1")
+    assert f"at a measured MFU of {mfu:.3g}\n" in text and "300,000 tokens/s" in text
+    assert "measured on NVIDIA H100 (130m, 1 GPU; training steps, 2026-01-02)\n" in text
+    other = "(1b, 1 GPU; training steps, 2026-01-02); this is another size or number of GPUs: measure some steps"
+    assert other in planned(answers, "llama-8b", "--gpus", "64")
+    assert "(130m, 1 GPU; training steps, 2026-01-02); this is another" in planned(answers, "60m", "--gpus", "1")
+    assert "an assumed MFU of 0.4" in planned(answers, "130m", "--gpus", "1", "--gpu", "A100")
+    assert "an assumed MFU of 0.4" in planned(answers, "130m", "--gpus", "1", "--peak-tflops", "500")
+    assert "an assumed MFU of 0.4" in planned(answers, "130m", "--gpus", "1", "--trainer.precision", "32-true")
+    assert "an assumed MFU of 0.4" in planned(answers, "130m", "--gpus", "1", "--model.compile", "true")
+    assert "a given MFU of 0.3\n" in planned(answers, "130m", "--gpus", "1", "--mfu", "0.3")
+    assert "an assumed MFU of 0.4" in planned([], "130m", "--gpus", "1"), "nothing measured takes the file away"
+
+
+def test_plan_takes_a_run_before_steps(planned: Any) -> None:
+    """The median of those of AM-AdamW."""
+    runs = [
+        answer(f"worth/130m/{rate}", training_run("AM 0.89", 2.0, **{"tokens/s": float(rate)}))
+        for rate in (10**5, 2 * 10**5, 10**6)
+    ]
+    adamw = answer("worth/130m/AdamW", training_run("AdamW 0.9 warmup", 2.5, "adamw"))
+    text = planned([training_steps("130m", 3e5), *runs, adamw], "130m", "--gpus", "1")
+    assert "200,000 tokens/s" in text and "(130m, 1 GPU; training run, 2026-01-02)\n" in text
+
+
+def test_names_of_devices_are_the_gpus_of_plan() -> None:
+    names = {
+        "NVIDIA H100 80GB HBM3": "H100",
+        "NVIDIA H100 PCIe": "H100",
+        "NVIDIA H200": "H200",
+        "NVIDIA GH200 480GB": None,
+        "NVIDIA A100-SXM4-40GB": "A100-40",
+        "NVIDIA A100-SXM4-80GB": "A100",
+        "NVIDIA L40S": "L40S",
+        "AMD Instinct MI300X": "MI300X",
+        "CPU, 2 threads": None,
+    }
+    assert {name: measured.gpu_of(name) for name in names} == names
+
+
+def test_a_file_of_plans_speed_that_is_broken_is_named(planned: Any) -> None:
+    measured.FILE.write_text("[{}]")
+    with pytest.raises(SystemExit, match=r"measured.json: not what python -m recipes.gpu.page writes .*; remove it"):
+        recipes_main(["plan", "130m", "--gpus", "1"])
+
+
 def test_a_rehearsal_is_marked_and_is_never_docs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = write(tmp_path / "out", [answer("facts", {"steps": {}}, rehearsal=True)])
     main([str(out), "--to", str(tmp_path / "page.md")])
@@ -123,6 +199,10 @@ def test_a_rehearsal_is_marked_and_is_never_docs(tmp_path: Path, capsys: pytest.
     with pytest.raises(SystemExit):
         main([str(out), "--to", str(docs)])
     assert "does not become docs/gpu.md" in capsys.readouterr().err and not docs.exists()
+    with pytest.raises(SystemExit):
+        main([str(out), "--to", str(tmp_path / "page.md"), "--measured", str(tmp_path / "measured.json")])
+    assert "does not become plan's speed. Leave out --measured" in capsys.readouterr().err
+    assert not (tmp_path / "measured.json").exists()
 
 
 def test_what_check_did_not_write_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

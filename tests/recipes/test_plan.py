@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from am_lightning.pretrain.commands.plan import measured
 from am_lightning.pretrain.commands.plan.layout import ParallelPlan, make_layout
 from am_lightning.pretrain.commands.plan.memory import RESERVE, memory_of
 from am_lightning.pretrain.commands.plan.traffic import traffic_of
@@ -22,6 +23,11 @@ from tests.recipes.test_network import FAMILY
 
 T5_60M, N_60M = FAMILY["60m"]
 SHAPE_8B, N_8B = FAMILY["llama-8b"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "FILE", tmp_path / "measured.json")
 
 
 @pytest.fixture

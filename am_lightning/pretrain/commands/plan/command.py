@@ -9,7 +9,8 @@ import math
 import sys
 from typing import Any
 
-from am_lightning.pretrain.commands.plan.layout import make_layout
+from am_lightning.pretrain.commands.plan import measured
+from am_lightning.pretrain.commands.plan.layout import ParallelPlan, make_layout
 from am_lightning.pretrain.commands.plan.memory import memory_of
 from am_lightning.pretrain.commands.plan.plan import Plan, as_json, checkpoint_bytes
 from am_lightning.pretrain.commands.plan.speed import ASSUMED_MFU, GPUS, peak_tflops, speed_of
@@ -44,8 +45,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", default="H100", help=f"one of {', '.join(GPUS)}")
     parser.add_argument("--peak-tflops", type=float, metavar="T", help="of one GPU, in place of the data sheet's")
     parser.add_argument("--memory-gb", type=float, metavar="GB", help="of one GPU, in place of the data sheet's")
-    measured = f"share of the peak that training reaches, as measured; where none is given {ASSUMED_MFU} is assumed"
-    parser.add_argument("--mfu", type=float, help=measured)
+    mfu = "share of the peak that training reaches, as you have measured it; without it what is known of this GPU,"
+    parser.add_argument("--mfu", type=float, help=f"{mfu} else {ASSUMED_MFU} is assumed")
     parser.add_argument("--node-bandwidth", type=float, default=450, metavar="GB/s", help="a GPU sends within its node")
     parser.add_argument("--bandwidth", type=float, default=50, metavar="GB/s", help="a GPU sends to other nodes")
     parser.add_argument("--json", action="store_true", help="print JSON, all sizes in bytes")
@@ -90,7 +91,6 @@ def make_plan(settings: RunConfig, args: argparse.Namespace) -> Plan:
         highest = 1 if name == "mfu" else math.inf
         allowed = f"0 < value{' <= 1' if highest == 1 else ''}"
         require(value is None or 0 < value <= highest, f"--{name.replace('_', '-')}", value, allowed)
-    mfu = ASSUMED_MFU if args.mfu is None else args.mfu
     trainer, shape = settings.config["trainer"], settings.shape
     layout = make_layout(
         shape,
@@ -104,6 +104,9 @@ def make_plan(settings: RunConfig, args: argparse.Namespace) -> Plan:
     checkpointing = bool(settings.config["model"]["activation_checkpointing"])
     traffic = traffic_of(shape, layout, checkpointing=checkpointing)
     peak = peak_tflops(args.gpu, layout.precision) if args.peak_tflops is None else args.peak_tflops
+    parameters = count_parameters(shape)
+    shown = _measured(settings, args, layout, parameters)
+    mfu = args.mfu or (ASSUMED_MFU if shown is None else shown.tflops / peak)
     speed = speed_of(
         shape,
         layout,
@@ -116,7 +119,6 @@ def make_plan(settings: RunConfig, args: argparse.Namespace) -> Plan:
     )
     if args.memory_gb is None and args.gpu not in GPUS:
         raise RecipeError(f"--gpu is {args.gpu!r}, whose memory is not known: give --memory-gb")
-    parameters = count_parameters(shape)
     return Plan(
         parameters=parameters,
         tensors=count_tensors(shape),
@@ -126,8 +128,21 @@ def make_plan(settings: RunConfig, args: argparse.Namespace) -> Plan:
         traffic=traffic,
         speed=speed,
         mfu=mfu,
-        mfu_is_assumed=args.mfu is None,
+        mfu_is_assumed=args.mfu is None and shown is None,
+        measured=shown,
         tokenizer=settings.data.tokenizer,
         steps=settings.steps,
         checkpoint_bytes=checkpoint_bytes(parameters, layout),
+    )
+
+
+def _measured(
+    settings: RunConfig, args: argparse.Namespace, layout: ParallelPlan, parameters: int
+) -> measured.Measured | None:
+    """What comes nearest to this run; None where an option says otherwise: with another peak it is another GPU."""
+    if args.mfu is not None or args.peak_tflops is not None:
+        return None
+    compiled = bool(settings.config["model"]["compile"])
+    return measured.nearest(
+        measured.read_measured(measured.FILE), args.gpu, parameters, layout.precision, compiled=compiled
     )

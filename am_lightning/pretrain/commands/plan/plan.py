@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from am_lightning.pretrain.commands.plan.layout import ParallelPlan
+from am_lightning.pretrain.commands.plan.measured import Measured
 from am_lightning.pretrain.commands.plan.memory import RESERVE, Memory
 from am_lightning.pretrain.commands.plan.speed import Speed
 from am_lightning.pretrain.commands.plan.traffic import Traffic
@@ -24,6 +25,7 @@ class Plan:
     speed: Speed
     mfu: float
     mfu_is_assumed: bool
+    measured: Measured | None
     tokenizer: str
     steps: int
     checkpoint_bytes: int

@@ -27,11 +27,14 @@ def print_plan(plan: Plan, args: argparse.Namespace) -> None:
     print()
     print(
         f"speed       {speed.tokens_per_second:,.0f} tokens/s, {duration_text(speed.step_seconds)} a step,"
-        f" {duration_text(speed.days * 86400)} for the run, at {'an assumed' if plan.mfu_is_assumed else 'a'} MFU of"
-        f" {plan.mfu:g}"
+        f" {duration_text(speed.days * 86400)} for the run, at {_mfu_text(plan)}"
     )
     if plan.mfu_is_assumed:
         print("            no run of this shape on these GPUs has shown it: measure some steps, and give --mfu")
+    elif plan.measured:
+        other = (plan.measured.parameters, plan.measured.gpus) != (plan.parameters, layout.gpus)
+        hint = "; this is another size or number of GPUs: measure some steps, and give --mfu" if other else ""
+        print(f"            measured on {plan.measured.description}{hint}")
     print(
         f"            sending takes {duration_text(speed.communication_seconds)} of a step where nothing hides it"
         f" ({args.node_bandwidth:g} GB/s within a node, {args.bandwidth:g} GB/s between)"
@@ -40,6 +43,11 @@ def print_plan(plan: Plan, args: argparse.Namespace) -> None:
     print(f"fits        {_verdict(plan, args)}")
     if is_gated(plan.tokenizer):
         print(f"tokenizer   {plan.tokenizer} is gated: {GATED_CURE}")
+
+
+def _mfu_text(plan: Plan) -> str:
+    kind = "an assumed" if plan.mfu_is_assumed else "a measured" if plan.measured else "a given"
+    return f"{kind} MFU of {plan.mfu:.3g}"
 
 
 def _print_memory(plan: Plan) -> None:
