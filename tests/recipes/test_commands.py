@@ -38,7 +38,8 @@ def test_every_recipe_validates(name: str, tmp_path: Path, capsys: pytest.Captur
     assert main(["validate", name, "--trainer.default_root_dir", str(tmp_path / "new" / "run")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"OK: {recipe_files()[name]}"
-    assert [line.split()[0] for line in lines[1:]] == ["model", "step", "data", "folders"]
+    gated = ["tokenizer"] if name.startswith("llama-") else []
+    assert [line.split()[0] for line in lines[1:]] == ["model", "step", "data", *gated, "folders"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -128,6 +129,17 @@ def test_validate_says_which_library_the_data_need(
     monkeypatch.setattr("am_lightning.pretrain.commands.validate.find_spec", lambda name: None)
     assert main(command) == 0
     assert "needs the datasets library, which is not installed here: pip install" in capsys.readouterr().out
+
+
+def test_a_gated_tokenizer_is_named_before_it_is_asked_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """By validate and plan, whatever HF_TOKEN is; an open one is not."""
+    root = ["--trainer.default_root_dir", str(tmp_path)]
+    for command in (["validate", "llama-8b", "--trainer.strategy", "auto", *root], ["plan", "llama-8b", "--gpus", "8"]):
+        assert main(command) == 0
+        text = capsys.readouterr().out
+        assert "meta-llama/Meta-Llama-3-8B is gated: accept its licence" in text and "HF_TOKEN" in text
+        assert main([*command, "--data.tokenizer", "t5-base"]) == 0
+        assert " is gated" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from am_lightning.pretrain.commands.list import short, strategy_name
 from am_lightning.pretrain.commands.plan.layout import read_engine
 from am_lightning.pretrain.data.chunks import DATA_EXTRA
 from am_lightning.pretrain.data.sources import HUB
-from am_lightning.pretrain.data.tokenizer import BYTES, bpe_size, check_vocabulary
+from am_lightning.pretrain.data.tokenizer import BYTES, GATED_CURE, bpe_size, check_vocabulary, is_gated
 from am_lightning.pretrain.model.network import count_parameters, count_tensors
 from am_lightning.pretrain.model.parallelize import check_tensor_parallel
 from am_lightning.pretrain.runtime.errors import RecipeError, require
@@ -56,6 +56,8 @@ def check(settings: RunConfig) -> Iterator[tuple[str, str]]:
     yield "model", _model(settings)
     yield "step", _step(settings)
     yield "data", _data(settings)
+    if is_gated(settings.data.tokenizer):
+        yield "tokenizer", f"{settings.data.tokenizer} is gated: {GATED_CURE}"
     yield "folders", _folders(settings)
 
 

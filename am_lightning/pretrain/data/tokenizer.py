@@ -28,7 +28,10 @@ _LONG_TEXT = 1 << 20  # characters; a longer document is encoded in pieces, or i
 
 Tag = TypeVar("Tag")
 
-GATED_CURE = "accept its licence on its page on huggingface.co, then hf auth login (or HF_TOKEN)"
+GATED_CURE = (
+    "accept its licence on its page on huggingface.co, then hf auth login, or HF_TOKEN in the environment; or set"
+    " data.tokenizer to an open one, such as t5-base or bpe-32000"
+)
 _GATED = ("meta-llama/", "google/gemma")
 
 
