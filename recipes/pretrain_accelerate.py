@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from am_lightning import AMSGD, AMAdamW
 from am_lightning.huggingface import attach
 from am_lightning.pretrain.checkpoints.accelerate import AccelerateCheckpoints, Stateful, hold_together
+from am_lightning.pretrain.commands.report.summary import next_commands
 from am_lightning.pretrain.data.text_data import TextData
 from am_lightning.pretrain.model.network import build_llama, token_loss
 from am_lightning.pretrain.runtime.collective_errors import Agreement, leave_group
@@ -109,7 +110,7 @@ def train(settings: RunConfig) -> None:
     accelerator.print(
         f"\n  validation loss  {loss:.4f} nats per token (perplexity {loss.exp():.2f}) on {data.scored_rows} held-out"
         f' rows\n  curves           tensorboard --logdir "{settings.root / "logs"}"\n'
-        f"  checkpoint       {checkpoints.newest()}\n"
+        f"  checkpoint       {checkpoints.newest()}\n  next             {next_commands(settings.root)}\n"
     )
     leave_group()
     accelerator.end_training()

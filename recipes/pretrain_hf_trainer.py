@@ -26,6 +26,7 @@ from am_lightning import AMSGD, AMAdamW
 from am_lightning.huggingface import AdaptiveMemoryCallback
 from am_lightning.pretrain.checkpoints.accelerate import chosen, hold_together, prune
 from am_lightning.pretrain.checkpoints.manifest import sync_files, write_manifest
+from am_lightning.pretrain.commands.report.summary import next_commands
 from am_lightning.pretrain.model.network import build_llama, token_loss
 from am_lightning.pretrain.runtime.atomic_files import replacing
 from am_lightning.pretrain.runtime.collective_errors import Agreement, leave_group
@@ -209,6 +210,7 @@ def train(settings: RunConfig) -> None:
             f" {settings.data.scored_rows} held-out rows\n"
             f'  curves           tensorboard --logdir "{settings.root / "logs"}"\n'
             f"  checkpoint       {settings.checkpoints / f'checkpoint-{step}'}\n"
+            f"  next             {next_commands(settings.root)}\n"
         )
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Train the laptop recipe from nothing: makes .venv and installs into it what is missing, trains, prints where to look.
+# Train the laptop recipe from nothing: makes .venv and installs into it what is missing, trains, prints where to look,
+# and ends with lines that the model writes.
 #
 #     recipes/quickstart.sh [--KEY VALUE ...]
 #
@@ -20,5 +21,5 @@ case "${1:-}" in
         ;;
 esac
 ensure_venv "lightning,recipes"
-exec "$PYTHON" "$AM_ROOT/recipes/pretrain.py" fit --config "$AM_ROOT/recipes/configs/laptop.yaml" \
+exec "$PYTHON" "$AM_ROOT/recipes/quickstart.py" fit --config "$AM_ROOT/recipes/configs/laptop.yaml" \
     --trainer.default_root_dir "$AM_ROOT/runs/laptop" "$@"

@@ -1,4 +1,5 @@
-"""python -m am_lightning.recipes list | cp NAME DIR | validate CONFIG | plan CONFIG --gpus N | fit ... | report RUN."""
+"""python -m am_lightning.recipes list | cp NAME DIR | validate CONFIG | plan CONFIG --gpus N | fit ... | report RUN |
+sample RUN --prompt TEXT | export RUN DIR."""
 
 from __future__ import annotations
 
@@ -16,6 +17,8 @@ _COMMANDS = (
     "am_lightning.pretrain.commands.validate",
     "am_lightning.pretrain.commands.plan.command",
     "am_lightning.pretrain.commands.report.command",
+    "am_lightning.pretrain.commands.sample",
+    "am_lightning.pretrain.commands.export",
 )
 
 

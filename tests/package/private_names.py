@@ -69,6 +69,7 @@ _SETTINGS = "am_lightning/pretrain/runtime/run_config.py"
 _BOARD = "am_lightning/pretrain/callbacks/tensorboard.py"
 _PATCHES = "am_lightning/lightning/trainer_patches.py"
 _STORE = "am_lightning/optim/state_store.py"
+_WEIGHTS = ("am_lightning/pretrain/checkpoints/weights.py",)
 _PACKS = "am_lightning/optim/kernels/buckets.py"
 
 _OPTIMIZER = "torch.optim.Optimizer"
@@ -76,6 +77,8 @@ _MODULE = "torch.distributed.fsdp.FullyShardedDataParallel"
 _FLAT = "torch.distributed.fsdp.FlatParameter"
 _MESH = "torch.distributed.device_mesh"
 _C10D = "torch.distributed.distributed_c10d"
+_DCP = "torch.distributed.checkpoint"
+_DESCRIBED = "take it, and nothing that runs code, out of the pickle that describes shards"
 _WITHOUT_PREFIX = "strip it from the names of parameters, which would else differ from one wrapper to the next"
 
 TORCH = [
@@ -100,6 +103,9 @@ TORCH = [
     Private("torch.distributed.checkpoint.state_dict", "_init_optim_state.__code__",
             ("am_lightning/distributed/call_stack.py",),
             "know the step at lr 0 that only makes a state, of which nothing may be left"),
+    Private(f"{_DCP}.filesystem", "_StorageInfo", _WEIGHTS, _DESCRIBED),
+    Private(f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING", _WEIGHTS, _DESCRIBED),
+    Private("torch.serialization", "_get_layout", _WEIGHTS, _DESCRIBED),
     Private(_MESH + ".DeviceMesh", "_flatten", (_DTENSOR,), "have one process group for a mesh of several dimensions"),
     Private(_MESH + ".DeviceMesh", "_get_root_mesh", (_DTENSOR,),
             "cover several meshes by one, so that all sums take one all-reduce", since="2.10"),

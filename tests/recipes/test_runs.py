@@ -47,6 +47,7 @@ def test_all_files_are_in_the_run_folder(tmp_path: Path, corpus_folder: Path) ->
     for part in ("validation loss", "tokens per second", f'tensorboard --logdir "{tmp_path / "run" / "logs"}"'):
         assert part in result.stdout
     assert str(tmp_path / "run" / "summary.png") in result.stdout
+    assert f'am_lightning.recipes sample "{tmp_path / "run"}" --prompt "def "; or export' in result.stdout
 
 
 def test_the_speed_is_that_of_the_training(

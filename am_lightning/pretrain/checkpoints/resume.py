@@ -20,7 +20,9 @@ _NOT_OURS = (RuntimeError, OSError, EOFError, KeyError, TypeError, pickle.Unpick
 _METADATA = "meta.pt"  # Lightning's name for what is not sharded, in a folder of shards
 
 
-def newest_whole(folder: Path, patterns: Sequence[str] = (STEPS, LAST)) -> Path | None:
+def newest_whole(
+    folder: Path, patterns: Sequence[str] = (STEPS, LAST), hint: str = "Start anew, without --ckpt_path."
+) -> Path | None:
     """The newest whole checkpoint of a run, for ``--ckpt_path last``; None where the run has none yet.
 
     `last.ckpt` where it is the newest. Broken ones are passed over with a warning that names them and the one chosen.
@@ -28,6 +30,7 @@ def newest_whole(folder: Path, patterns: Sequence[str] = (STEPS, LAST)) -> Path 
     Args:
         folder: the run's checkpoints.
         patterns: of their names.
+        hint: what to do where all are broken; ends the error's text.
 
     Raises:
         RecipeError: there are checkpoints, and all are broken.
@@ -42,7 +45,7 @@ def newest_whole(folder: Path, patterns: Sequence[str] = (STEPS, LAST)) -> Path 
         broken[path] = found
     if broken:
         named = ", ".join(f"{path.name} ({reason})" for path, reason in broken.items())
-        raise RecipeError(f"no checkpoint in {folder} is whole: {named}. Start anew, without --ckpt_path.")
+        raise RecipeError(f"no checkpoint in {folder} is whole: {named}. {hint}")
     return None
 
 

@@ -13,7 +13,7 @@ from am_lightning.pretrain.runtime.paths import find_config, recipe_files, recip
 from am_lightning.pretrain.runtime.recipe_text import recipe_text
 
 # Of recipes/: those of the checkout alone, and what tools leave.
-_STAYS = {"configs", "quickstart.sh", "env.sh", "gpu", "studies", "runs", "__pycache__"}
+_STAYS = {"configs", "quickstart.sh", "quickstart.py", "env.sh", "gpu", "studies", "runs", "__pycache__"}
 
 
 def add_parser(subparsers: Any) -> None:

@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -92,7 +93,45 @@ def build_llama(shape: LlamaShape) -> LlamaForCausalLM:
 
     Attention is torch's scaled_dot_product_attention, causal; there is no key-value cache.
     """
-    options: dict[str, Any] = {
+    model = LlamaForCausalLM(llama_config(shape, use_cache=False, attn_implementation=_attention()))
+    if not model.lm_head.weight.is_meta:
+        draw_matrices(model)
+    return model
+
+
+def trained_llama(config: LlamaConfig, weights: Mapping[str, Tensor]) -> LlamaForCausalLM:
+    """transformers' Llama with these weights, which it shares, on the CPU and in eval mode.
+
+    Args:
+        config: from llama_config.
+        weights: by their names in LlamaForCausalLM; a tied head may be left out.
+
+    Raises:
+        RecipeError: they are those of another shape.
+    """
+    with torch.device("meta"):
+        model: Any = LlamaForCausalLM(config)
+    tied = {"lm_head.weight": weights["model.embed_tokens.weight"]} if config.tie_word_embeddings else {}
+    try:
+        model.load_state_dict({**weights, **tied}, assign=True)
+    except RuntimeError as error:
+        words = " ".join(str(error).split())
+        raise RecipeError(f"the weights do not fit the model that was saved with them: {words}") from error
+    model.tie_weights()
+    # Its buffers are functions of the configuration, which the meta device lost.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    trained: LlamaForCausalLM = model.eval()
+    return trained
+
+
+def llama_config(shape: LlamaShape, **options: Any) -> LlamaConfig:
+    """transformers' configuration of a Llama of this shape.
+
+    Args:
+        shape: of the Llama.
+        options: more of LlamaConfig's arguments.
+    """
+    sizes: dict[str, Any] = {
         "vocab_size": shape.vocab_size,
         "hidden_size": shape.hidden_size,
         "intermediate_size": shape.intermediate_size,
@@ -102,13 +141,8 @@ def build_llama(shape: LlamaShape) -> LlamaForCausalLM:
         "max_position_embeddings": shape.seq_len,
         "rope_theta": shape.rope_theta,
         "tie_word_embeddings": shape.tie_word_embeddings,
-        "use_cache": False,
-        "attn_implementation": _attention(),
     }
-    model = LlamaForCausalLM(LlamaConfig(**options))
-    if not model.lm_head.weight.is_meta:
-        draw_matrices(model)
-    return model
+    return LlamaConfig(**sizes, **options)
 
 
 def _attention() -> str:

@@ -17,10 +17,10 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # full, over the quota, o
 _CURES = {
     **dict.fromkeys(
         (errno.EACCES, errno.EPERM, errno.EROFS),
-        "Choose a folder that this user may write to (--trainer.default_root_dir DIR).",
+        "Choose a folder that this user may write to",
     ),
-    errno.ENAMETOOLONG: "Choose a shorter name (--trainer.default_root_dir DIR).",
-    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR), "Choose another folder (--trainer.default_root_dir DIR)."),
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR), "Choose another folder"),
 }
 _RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
@@ -37,12 +37,14 @@ def disk_error(error: BaseException) -> OSError | None:
     return seen
 
 
-def write_failure(path: Path, error: OSError, hint: str) -> RecipeError:
+def write_failure(path: Path, error: OSError, hint: str, option: str = "--trainer.default_root_dir DIR") -> RecipeError:
     """The RecipeError for a file that could not be written: which one, why, the space left there, the hint.
 
-    The hint is for a disk that is full, or for what is not known: where the reason says more, its cure stands instead.
+    The hint is for a disk that is full, or for what is not known: where the reason says more, its cure stands instead,
+    with the option that chooses the folder.
     """
-    hint = _CURES.get(error.errno or 0, hint)
+    if cure := _CURES.get(error.errno or 0):
+        hint = f"{cure} ({option})."
     text = f"cannot write {path}: {error.strerror or error}"
     if error.errno in DISK_FULL:
         folder = next(p for p in [path.parent, *path.parent.parents] if p.exists())

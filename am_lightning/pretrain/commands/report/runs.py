@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from am_lightning.pretrain.commands.report.events import PATTERN, Curve, last_picture, read_files
 from am_lightning.pretrain.model.network import LlamaShape, count_parameters
 from am_lightning.pretrain.runtime.errors import RecipeError
+from am_lightning.pretrain.runtime.saved_config import saved_config
 
 LAYER_TAG = "am/beta/layer/"
 _KIND_TAG = "am/beta/"
@@ -266,23 +266,13 @@ def _read(label: str, folder: Path) -> RunData:
     # Lightning's first step is 0, the HF Trainer's and Accelerate's programs count the steps done.
     curves = read_files(files, first_step=0 if _by_lightning(folder) else 1)
     layers = any(LAYER_TAG in f"/{tag}" for tag in curves)
-    return RunData(label, folder, _config(folder), curves, None, None if layers else last_picture(files, _PICTURE_TAG))
+    return RunData(
+        label, folder, saved_config(folder), curves, None, None if layers else last_picture(files, _PICTURE_TAG)
+    )
 
 
 def _by_lightning(folder: Path) -> bool:
     return any((place / "hparams.yaml").exists() for place in (folder, folder / "logs"))
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    for place in (folder / "logs", folder):
-        path = place / "config.yaml"
-        if path.is_file():
-            try:
-                found = yaml.safe_load(path.read_text())
-            except yaml.YAMLError as error:
-                raise RecipeError(f"{path} is not YAML: {error}") from error
-            return found if isinstance(found, dict) else {}
-    return {}
 
 
 def _labels(folders: dict[Path, str | None]) -> dict[Path, str]:

@@ -88,7 +88,14 @@ def print_summary(result: RunResult) -> None:
         lines.append(("curves", f'{_tensorboard()} --logdir "{result.log_dir}"'))
         lines.append(("picture", str(result.root / "summary.png")))
     lines.append(("checkpoint", str(result.root / "checkpoints" / LAST)))
+    lines.append(("next", next_commands(result.root)))
     print("\n" + "\n".join(f"  {name:<16} {text}" for name, text in lines) + "\n", flush=True)
+
+
+def next_commands(root: Path) -> str:
+    """What the model of the run in `root` can be used with now, in a line."""
+    python = "python" if shutil.which("python") == sys.executable else sys.executable
+    return f'{python} -m am_lightning.recipes sample "{root}" --prompt "def "; or export "{root}" DIR'
 
 
 def _tensorboard() -> str:

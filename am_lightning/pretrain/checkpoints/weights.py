@@ -1,0 +1,195 @@
+"""The weights in a checkpoint of any of the programs, whatever engine wrote it; nothing in it is run as code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from am_lightning.distributed.names import strip_wrappers
+from am_lightning.pretrain.runtime.errors import RecipeError, first_line
+
+# Where a checkpoint says which model it is: a file in its folder, and a key in the file. In this order Lightning's
+# shards, pretrain_accelerate.py, pretrain_hf_trainer.py, and Lightning's DeepSpeed folders.
+_DESCRIPTIONS = (
+    ("meta.pt", "hyper_parameters"),
+    ("states.pt", "model"),
+    ("data.pt", "shape"),
+    ("checkpoint/*model_states.pt", "hyper_parameters"),
+)
+_SHARDS = (".", "pytorch_model_fsdp_0")  # Lightning's, and Accelerate's beside the optimizer's
+_EMBEDDING = "model.embed_tokens.weight"  # in every LlamaForCausalLM
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether one of the programs wrote `path`, a file or a folder, as a checkpoint."""
+    return path.is_file() or any(any(path.glob(pattern)) for pattern, _ in _DESCRIPTIONS)
+
+
+def model_arguments(path: Path) -> dict[str, Any]:
+    """Arguments of the model in the checkpoint at `path`: those of LlamaShape, and with Lightning the module's.
+
+    Raises:
+        RecipeError: no checkpoint of these programs.
+    """
+    places = [(path, "hyper_parameters")]
+    if path.is_dir():
+        places = [(file, key) for pattern, key in _DESCRIPTIONS for file in sorted(path.glob(pattern))[:1]]
+    for file, key in places:
+        with _named(path):
+            return dict(_load(file)[key])
+    raise RecipeError(f"{path} is no checkpoint of these programs: nothing in it describes a model")
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The weights of a Llama by their names in LlamaForCausalLM, on the CPU, in the dtype in which they were trained.
+
+    Those of DeepSpeed's ZeRO are the float32 ones of the optimizer.
+
+    Args:
+        path: a file of Lightning's, or a folder of Lightning's strategies that shard, of Accelerate or of the HF
+            Trainer.
+
+    Raises:
+        RecipeError: it holds no Llama, or DeepSpeed, which wrote it, is not installed.
+        pickle.UnpicklingError: it holds more than tensors and plain values.
+    """
+    with _named(path):
+        if path.is_file():
+            return _of_llama(_load(path)["state_dict"])
+        if (path / "latest").exists():
+            return _of_llama(_read_deepspeed(path))
+        for folder in (path / name for name in _SHARDS):
+            if (folder / ".metadata").exists():
+                return _read_shards(folder)
+        found: dict[str, Tensor] = {}
+        for file in sorted(path.glob("model*.safetensors")):
+            found |= load_file(file)
+        return _of_llama(found)
+
+
+def _load(file: Path) -> Any:
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError, KeyError, TypeError, ValueError) as error:
+        raise RecipeError(f"{path} is no checkpoint of these programs ({first_line(error)})") from error
+
+
+def _llama_names(names: Iterable[str]) -> dict[str, str]:
+    """Name in a checkpoint -> name in LlamaForCausalLM, of the model's weights alone."""
+    plain = {name: strip_wrappers(name) for name in names}
+    prefix = next((name.removesuffix(_EMBEDDING) for name in plain.values() if name.endswith(_EMBEDDING)), None)
+    if prefix is None:
+        raise RecipeError(f"the checkpoint holds no Llama: no {_EMBEDDING} is in it")
+    return {name: own.removeprefix(prefix) for name, own in plain.items() if own.startswith(prefix)}
+
+
+def _of_llama(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weights[own] for own, name in _llama_names(weights).items()}
+
+
+# ---------------------------------------------------------------------- torch.distributed.checkpoint
+_OWN = "torch.distributed.checkpoint.metadata"
+# All that the pickle `.metadata` names, beside dtypes.
+_DESCRIBING = {
+    *((_OWN, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
+    *((_OWN, f"{kind}StorageMetadata") for kind in ("Bytes", "Chunk", "Tensor")),
+    (_OWN, "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    *(("pathlib", f"{system}Path") for system in ("Posix", "Windows")),
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes the objects that describe shards, and no others."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        public = "pathlib" if module.startswith("pathlib.") else module  # its own module from Python 3.13 on
+        if not is_dtype and (public, name) not in _DESCRIBING:
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name} in the description of the shards")
+        return super().find_class(module, name)
+
+
+class _Reader(FileSystemReader):
+    """torch's, which would run whatever the pickle in `.metadata` says."""
+
+    def read_metadata(self, *args: Any, **options: Any) -> Metadata:
+        with open(Path(self.path, ".metadata"), "rb") as file:
+            metadata: Metadata = _Unpickler(file).load()
+        return metadata
+
+
+def _read_shards(folder: Path) -> dict[str, Tensor]:
+    reader = _Reader(folder)
+    saved = reader.read_metadata().state_dict_metadata
+    tensors = {key: entry for key, entry in saved.items() if isinstance(entry, TensorStorageMetadata)}
+    names = _llama_names(tensors)
+    found = {key: torch.empty(tensors[key].size, dtype=tensors[key].properties.dtype) for key in names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is a single process
+        load(found, storage_reader=reader)
+    return {name: found[key] for key, name in names.items()}
+
+
+# ---------------------------------------------------------------------- DeepSpeed
+def _read_deepspeed(path: Path) -> dict[str, Tensor]:
+    folder = path / (path / "latest").read_text().strip()
+    if not list(folder.glob("*optim_states.pt")):  # stage 0 partitions nothing
+        module: dict[str, Tensor] = _load(folder / "mp_rank_00_model_states.pt")["module"]
+        return module
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs there what it finds
+        try:
+            from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+            from deepspeed.runtime.zero.config import ZeroStageEnum
+            from deepspeed.utils.tensor_fragment import fragment_address
+            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+        except ImportError as error:
+            raise RecipeError(
+                f"{path} was written by DeepSpeed, which is needed to read it: pip install 'am-lightning[deepspeed]'"
+            ) from error
+    plain = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    quiet = open(os.devnull, "w")  # noqa: SIM115
+    with (
+        quiet,
+        contextlib.redirect_stdout(quiet),
+        contextlib.redirect_stderr(quiet),
+        torch.serialization.safe_globals(plain),
+        _weights_only(),
+    ):
+        partitioned = get_fp32_state_dict_from_zero_checkpoint(str(path), folder.name)
+    return {name: tensor.detach().clone() for name, tensor in partitioned.items()}  # were views of one
+
+
+@contextlib.contextmanager
+def _weights_only() -> Iterator[None]:
+    """torch.load runs no code, although its caller says weights_only=False."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

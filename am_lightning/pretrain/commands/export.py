@@ -1,0 +1,85 @@
+"""`export`: a run's model as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from am_lightning.pretrain.runtime.errors import RecipeError
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `export`."""
+    parser = subparsers.add_parser(
+        "export",
+        help="write a run's model and tokenizer as a Hugging Face folder",
+        description="Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer load.",
+    )
+    parser.add_argument("name", metavar="RUN", help="folder of a run, for its newest whole checkpoint; or a checkpoint")
+    parser.add_argument("folder", metavar="DIR", type=Path, help="to be made; there is none yet, or it is empty")
+    parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the weights; auto: as in the checkpoint")
+    parser.add_argument("--tokenizer", help="default: the run's; as data.tokenizer, or a tokenizer.json")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the folder, whole or not at all, and say what is in it.
+
+    Raises:
+        RecipeError: the folder is not empty or cannot be written, or see open_run.
+    """
+    folder = args.folder.expanduser().absolute()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise RecipeError(
+            f"DIR is {str(args.folder)!r}, which is there already; allowed: a new folder, or an empty one"
+        )
+    import torch
+
+    from am_lightning.pretrain.commands.trained_run import open_run
+
+    found = open_run(args.name, args.tokenizer)
+    model = found.model()
+    if args.dtype != "auto":
+        model = model.to(getattr(torch, args.dtype))
+    with _new_folder(folder) as part:
+        model.save_pretrained(part)
+        found.tokenizer.save_pretrained(part)
+    parameters = f"{sum(param.numel() for param in model.parameters()):,}".replace(",", " ")
+    print(f"  checkpoint  {found.checkpoint}")
+    print(f"  model       {parameters} parameters, {str(model.dtype).removeprefix('torch.')}")
+    print(f"  tokenizer   {len(found.tokenizer)} tokens")
+    print(f'  folder      {folder}: AutoModelForCausalLM.from_pretrained("{folder}")')
+    return 0
+
+
+@contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path`, where at most an empty one is, that becomes it when the block ends well.
+
+    Raises:
+        RecipeError: the disk refuses; nothing is left.
+    """
+    from am_lightning.pretrain.checkpoints.manifest import sync_files
+    from am_lightning.pretrain.runtime.atomic_files import disk_error, sync_folder, write_failure
+
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        sync_files(part)
+        sync_folder(part)
+        os.replace(part, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        shutil.rmtree(part, ignore_errors=True)
+        refused = disk_error(error)
+        if refused is not None and not isinstance(error, RecipeError):
+            raise write_failure(path, refused, "Free some space, or choose another DIR.", "DIR") from error
+        raise

@@ -1,0 +1,121 @@
+"""A run's trained model: its newest whole checkpoint, its shape, its weights and its tokenizer, whoever trained it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from am_lightning.pretrain.checkpoints.manifest import damage
+from am_lightning.pretrain.checkpoints.resume import LAST, STEPS, newest_whole
+from am_lightning.pretrain.checkpoints.weights import is_checkpoint, model_arguments, read_weights
+from am_lightning.pretrain.data.hf_tokenizer import as_pretrained
+from am_lightning.pretrain.data.shards import INDEX, read_index
+from am_lightning.pretrain.data.text_data import TextData
+from am_lightning.pretrain.data.tokenizer import (
+    BYTES,
+    ByteTokenizer,
+    Tokenizer,
+    check_vocabulary,
+    load_bpe,
+    load_pretrained,
+)
+from am_lightning.pretrain.model.network import LlamaShape, llama_config, trained_llama
+from am_lightning.pretrain.runtime.errors import RecipeError
+from am_lightning.pretrain.runtime.saved_config import saved_config
+
+_NAMES = (STEPS, LAST, "step-*[0-9]", "checkpoint-*[0-9]")  # of Lightning, Accelerate, the HF Trainer
+_ALLOWED = "the folder of a run (its trainer.default_root_dir), or one of its checkpoints"
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What `open_run` finds.
+
+    Attributes:
+        checkpoint: the file or folder with the weights.
+        shape: of the Llama.
+        tokenizer: gives the ids that the model was trained on.
+    """
+
+    checkpoint: Path
+    shape: LlamaShape
+    tokenizer: PreTrainedTokenizerFast
+
+    def model(self) -> LlamaForCausalLM:
+        """transformers' model, in eval mode on the CPU, in the dtype of the checkpoint; it generates up to the end of a
+        text."""
+        end = self.tokenizer.eos_token_id
+        config = llama_config(self.shape, bos_token_id=None, eos_token_id=end, pad_token_id=end)
+        return trained_llama(config, read_weights(self.checkpoint))
+
+
+def open_run(name: str, tokenizer: str | None = None) -> TrainedRun:
+    """The trained model that `name` stands for; its weights are not read yet.
+
+    Args:
+        name: the folder of a run, for its newest whole checkpoint, or a checkpoint.
+        tokenizer: None for the run's; else as `data.tokenizer`, or the tokenizer.json of a bpe-N.
+
+    Raises:
+        RecipeError: there is no whole checkpoint, it is of another program, or the tokenizer cannot be found.
+    """
+    logging: Any = transformers.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    path = Path(name).expanduser().resolve()
+    if not path.exists():
+        raise RecipeError(f"RUN is {name!r}: there is no such file or folder; allowed: {_ALLOWED}")
+    checkpoint = _checked(path) if is_checkpoint(path) else _newest(path)
+    arguments = model_arguments(checkpoint)
+    names = [field.name for field in fields(LlamaShape)]
+    shape = LlamaShape(**{key: value for key, value in arguments.items() if key in names})
+    root = next((folder for folder in (path, *path.parents[:2]) if saved_config(folder)), path)
+    found = _named(tokenizer) if tokenizer is not None else _of_run(root, shape)
+    check_vocabulary(shape.vocab_size, found.vocab_size, found.name)
+    return TrainedRun(checkpoint, shape, as_pretrained(found, shape.seq_len))
+
+
+def _checked(path: Path) -> Path:
+    problem = damage(path, ours=False)
+    if problem is not None:
+        raise RecipeError(
+            f"the checkpoint {path} is broken ({problem}). Give its run's folder for the newest whole one"
+        )
+    return path
+
+
+def _newest(root: Path) -> Path:
+    saved = (saved_config(root).get("checkpoint") or {}).get("dirpath")
+    for folder in (root / "checkpoints", root, *([Path(saved)] if saved else [])):
+        if (found := newest_whole(folder, _NAMES, "Give another RUN.")) is not None:
+            return found
+    raise RecipeError(f"RUN is {str(root)!r}: no checkpoint is in {root / 'checkpoints'}; allowed: {_ALLOWED}")
+
+
+def _of_run(root: Path, shape: LlamaShape) -> Tokenizer:
+    config = saved_config(root).get("data")
+    if not isinstance(config, dict):
+        raise RecipeError(f"{root} has no logs/config.yaml that names the tokenizer: give it with --tokenizer")
+    data = TextData(**{**config, "vocab_size": shape.vocab_size, "seq_len": shape.seq_len})  # the model's
+    data.default_root_dir = str(root)
+    made = Path(data.source).expanduser()
+    if (made / INDEX).exists() and (named := read_index(made).tokenizer) != data.tokenizer:
+        return _named(named)
+    try:
+        return data.pipeline().load_tokenizer()
+    except RecipeError as error:
+        raise RecipeError(
+            f"the tokenizer of {root} cannot be read: {error} Or give another with --tokenizer"
+        ) from error
+
+
+def _named(name: str) -> Tokenizer:
+    if name == BYTES:
+        return ByteTokenizer()
+    if (file := Path(name).expanduser()).is_file():
+        return load_bpe(name, file)
+    return load_pretrained(name)
