@@ -70,11 +70,19 @@ with SummaryWriter("runs/diagnoses/runs/healthy/logs") as board:
             board.add_scalar(f"am/beta/layer/{layer}/min", 0.3 if layer == "norm" else 0.6, step)
 """
 FULLY_SHARD = "from torch.distributed.fsdp import fully_shard\nimport torch\n"
+EXPORTED = """\
+from am_lightning.pretrain.data.hf_tokenizer import as_pretrained
+from am_lightning.pretrain.data.tokenizer import ByteTokenizer
+from am_lightning.pretrain.model.network import LlamaShape, build_llama
+build_llama(LlamaShape(16, 24, 2, 1, 256, 128)).save_pretrained("my-llama")
+as_pretrained(ByteTokenizer(), 128).save_pretrained("my-llama")
+"""
 LOGGED = "from lightning.fabric import Fabric\nfrom lightning.pytorch.loggers import TensorBoardLogger\n" + TORCH
 
 # Page -> for each block what stands before it. A block that needs a GPU where it is read runs with another word here.
 BEFORE = {
     "README.md": [LIGHTNING, STEPPED],
+    "docs/after_training.md": [EXPORTED],
     "docs/data.md": [TEXTS],
     "docs/deepspeed.md": [TORCH + DEEPSPEED, ""],
     "docs/diagnosis.md": [EVENTS, LIGHTNING + "import torch\n"],

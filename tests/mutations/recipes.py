@@ -27,6 +27,7 @@ _STOPPED = "tests/recipes/test_fault_tolerance.py"
 _PLAN = "tests/recipes/test_plan.py"
 _GPU = "tests/recipes/test_gpu_check.py"
 _MONITORS = "tests/recipes/test_throughput.py"
+_EXPORTS = "tests/recipes/test_export.py"
 
 MUTATIONS = [
     # ------------------------------------------------------------------ signals
@@ -416,5 +417,34 @@ MUTATIONS = [
         "    if entry.has_comment:\n        return",
         "    if not base.line:\n        return",
         ("tests/recipes/test_config.py::test_texts_are_merged_with_their_comments",),
+    ),
+    # ------------------------------------------------------------------ sample and export
+    Mutation(
+        "export: the pickle that describes shards runs code",
+        f"{_PACKAGE}/checkpoints/weights.py",
+        "_Unpickler(file).load()",
+        "pickle.load(file)",
+        (f"{_EXPORTS}::test_the_description_of_shards_runs_no_code",),
+    ),
+    Mutation(
+        "export: a disk that refuses leaves half a folder",
+        f"{_PACKAGE}/commands/export.py",
+        "        shutil.rmtree(part, ignore_errors=True)\n",
+        "",
+        (f"{_EXPORTS}::test_a_disk_that_refuses_leaves_nothing",),
+    ),
+    Mutation(
+        "export: the tokenizer ends a prompt as it ends a document",
+        f"{_PACKAGE}/data/hf_tokenizer.py",
+        "    backend.post_processor = processors.Sequence([])\n",
+        "",
+        (f"{_EXPORTS}::test_a_prompt_is_not_ended",),
+    ),
+    Mutation(
+        "export: a tokenizer that made none of the run's tokens is taken",
+        f"{_PACKAGE}/commands/trained_run.py",
+        "if not used or one.fingerprint in used}",
+        "if used or one.fingerprint in used}",
+        (f"{_EXPORTS}::test_the_tokenizer_is_the_one_that_made_the_tokens",),
     ),
 ]

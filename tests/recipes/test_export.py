@@ -22,9 +22,10 @@ from transformers import AutoModelForCausalLM
 
 from am_lightning.pretrain.commands.trained_run import open_run
 from am_lightning.pretrain.data.hf_tokenizer import as_pretrained
-from am_lightning.pretrain.data.tokenizer import ByteTokenizer, load_pretrained
+from am_lightning.pretrain.data.tokenizer import ByteTokenizer, load_pretrained, train_bpe
 from am_lightning.pretrain.model.lightning_module import LlamaPretraining
 from am_lightning.pretrain.model.network import LlamaShape, build_llama
+from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.recipes.__main__ import main
 from tests.python import COLD, PYTHON
 
@@ -51,8 +52,13 @@ def zero(stage: int) -> EntryPoint:
     return EntryPoint("pretrain.py", (*settings, "--trainer.strategy.config", str(ZERO / f"zero{stage}.json")))
 
 
+PARALLEL = ("--trainer.devices", "2", "--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy")
+PARALLEL += ("--trainer.strategy.data_parallel_size", "1")
 SHARDED = {
     "Lightning FSDP2": ENTRY_POINTS["Lightning FSDP2"],
+    "Lightning tensor parallel": EntryPoint(
+        "lightning_fsdp2.py", (*PARALLEL, "--trainer.strategy.tensor_parallel_size", "2")
+    ),
     "Accelerate FSDP2": ENTRY_POINTS["Accelerate FSDP2"],
     **{f"Lightning DeepSpeed {stage}": zero(stage) for stage in (1, 2, 3)},
     "Accelerate DeepSpeed 3": ENTRY_POINTS["Accelerate DeepSpeed 3"],
@@ -152,14 +158,16 @@ def test_an_exported_model_is_the_trained_one(run_of: Callable[[str], Path], tmp
     [
         pytest.param(
             name,
-            marks=[needs_compiler] if "DeepSpeed" in name else [pytest.mark.sample] if "Lightning" in name else [],
+            marks=[needs_compiler]
+            if "DeepSpeed" in name
+            else [pytest.mark.sample]
+            if name == "Lightning FSDP2"
+            else [],
         )
         for name in SHARDED
     ],
 )
-def test_every_engines_checkpoints_are_exported(
-    run_of: Callable[[str], Path], tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_every_engines_checkpoints_are_exported(run_of: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     """Two processes train to the weights of one, up to rounding; what is exported is what they saved, to the bit."""
     assert main(["export", str(run_of(name)), str(tmp_path / "out")]) == 0
     (found,) = load_elsewhere(tmp_path, IDS, tmp_path / "out")
@@ -229,21 +237,27 @@ def test_a_damaged_newest_checkpoint_is_passed_over(run_of: Callable[[str], Path
         main(["export", str(root), str(tmp_path / "out")])
 
 
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 @pytest.mark.slow
-def test_a_disk_that_refuses_leaves_nothing(
-    run_of: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_disk_that_refuses_leaves_nothing(run_of: Callable[[str], Path], tmp_path: Path) -> None:
+    root = str(run_of("pretrain"))
     (tmp_path / "out").mkdir()  # an empty folder is taken
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
     try:
         with pytest.raises(SystemExit, match=r"^error: cannot write .*/out: File too large .*choose another DIR"):
-            main(["export", str(run_of("pretrain")), str(tmp_path / "out")])
+            main(["export", root, str(tmp_path / "out")])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.rglob("*")) == [tmp_path / "out"]
-    assert main(["export", str(run_of("pretrain")), str(tmp_path / "out")]) == 0
+    assert main(["export", root, str(tmp_path / "out")]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o666 & ~umask()}
 
 
 @pytest.mark.slow
@@ -289,8 +303,8 @@ def test_samples_are_the_models_own(run_of: Callable[[str], Path], capsys: pytes
         ("export {run}/logs/config.yaml {new}", r"the checkpoint .*config.yaml is broken"),
         ("export {run} {new} --tokenizer ./gone", r"data.tokenizer is './gone'; allowed: a folder that is there"),
         ("export {moved} {new}", r".*run has no logs/config.yaml that names the tokenizer: give it with --tokenizer"),
-        ("export {bpe} {new}", r"the tokenizer of .* cannot be read: the tokenizer .*bpe-300.* is broken or gone"),
-        ("sample {bpe} --prompt x", r"the tokenizer of .* cannot be read: .* --tokenizer"),
+        ("export {bpe} {new}", r"the tokenizer bpe-300 of .*bpe is gone, or gives other tokens now: .* --tokenizer"),
+        ("sample {bpe} --prompt x", r"the tokenizer bpe-300 of .*bpe is gone"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(
@@ -308,6 +322,38 @@ def test_what_is_wrong_is_said_in_a_line(
         main([word.format(**places) for word in command.split()])
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_the_tokenizer_is_the_one_that_made_the_tokens(
+    run_of: Callable[[str], Path], tmp_path: Path, corpus_folder: Path
+) -> None:
+    """Of several in a cache that runs share; also of shards that were made elsewhere. A changed one is refused."""
+    root = tmp_path / "run"
+    shutil.copytree(run_of("grouped"), root)
+    (file,) = (root / "data" / "tokenizers").glob("*.json")
+    other = tmp_path / "other.json"
+    train_bpe(300, [b"other words, other pairs " * 50], other)
+    shutil.copy(other, file.with_name("bpe-300-of-another.json"))
+    ids = open_run(str(root)).tokenizer("def memory momentum")["input_ids"]
+    assert ids == open_run(str(root), str(file)).tokenizer("def memory momentum")["input_ids"]
+    assert ids != open_run(str(root), str(other)).tokenizer("def memory momentum")["input_ids"]
+
+    config = root / "logs" / "config.yaml"
+    text = config.read_text()
+    (shards,) = (path.parent for path in (root / "data").glob("*/index.json"))
+    moved = text.replace(f"source: {corpus_folder}", f"source: {shards}").replace(
+        "tokenizer: bpe-300", "tokenizer: bytes"
+    )
+    assert moved != text
+    config.write_text(moved)
+    assert open_run(str(root)).tokenizer("def memory momentum")["input_ids"] == ids
+    config.write_text(text)
+    shutil.copy(other, file)
+    with pytest.raises(
+        RecipeError, match=r"bpe-300 of .* is gone, or gives other tokens now: give it with --tokenizer"
+    ):
+        open_run(str(root))
 
 
 def test_bytes_have_the_ids_of_the_data() -> None:

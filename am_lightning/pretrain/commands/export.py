@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,11 @@ def run(args: argparse.Namespace) -> int:
     model = found.model()
     if args.dtype != "auto":
         model = model.to(getattr(torch, args.dtype))
-    with _new_folder(folder) as part:
+    with _new_folder(folder) as part, redirect_stdout(sys.stderr):  # transformers imports DeepSpeed, which prints
         model.save_pretrained(part)
         found.tokenizer.save_pretrained(part)
+        for file in part.iterdir():
+            file.chmod((part / "config.json").stat().st_mode)  # safetensors lets nobody else read its files
     parameters = f"{sum(param.numel() for param in model.parameters()):,}".replace(",", " ")
     print(f"  checkpoint  {found.checkpoint}")
     print(f"  model       {parameters} parameters, {str(model.dtype).removeprefix('torch.')}")

@@ -28,9 +28,11 @@ def add_parser(subparsers: Any) -> None:
         "--max_new_tokens", type=int, help=f"default: as many as a row has room for, at most {_LONGEST}"
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token; default: 1")
-    parser.add_argument("--top_k", type=int, default=50, help="of the likeliest so many alone; 0: of all; default: 50")
-    parser.add_argument("--top_p", type=float, default=1.0, help="of the likeliest with this sum alone; default: 1")
-    parser.add_argument("--num_samples", type=int, default=1, help="texts; default: 1")
+    parser.add_argument(
+        "--top_k", type=int, default=50, help="choose among so many of the likeliest; 0: all; default: 50"
+    )
+    parser.add_argument("--top_p", type=float, default=1.0, help="and among those of this share; default: 1")
+    parser.add_argument("--num_samples", type=int, default=1, help="how many texts; default: 1")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers; default: 0")
     parser.add_argument("--tokenizer", help="default: the run's; as data.tokenizer, or a tokenizer.json")
     parser.set_defaults(run=run)
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from am_lightning.pretrain.commands.trained_run import open_run
 
     found = open_run(args.name, args.tokenizer)
-    print(f"{found.checkpoint}", file=sys.stderr)
+    print(f"checkpoint {found.checkpoint}", file=sys.stderr)
     for number, text in enumerate(_texts(found, args)):
         if args.num_samples > 1:
             print(f"--- {number + 1} of {args.num_samples}")

@@ -14,11 +14,11 @@ from am_lightning.pretrain.checkpoints.resume import LAST, STEPS, newest_whole
 from am_lightning.pretrain.checkpoints.weights import is_checkpoint, model_arguments, read_weights
 from am_lightning.pretrain.data.hf_tokenizer import as_pretrained
 from am_lightning.pretrain.data.shards import INDEX, read_index
-from am_lightning.pretrain.data.text_data import TextData
 from am_lightning.pretrain.data.tokenizer import (
     BYTES,
     ByteTokenizer,
     Tokenizer,
+    bpe_size,
     check_vocabulary,
     load_bpe,
     load_pretrained,
@@ -74,7 +74,7 @@ def open_run(name: str, tokenizer: str | None = None) -> TrainedRun:
     names = [field.name for field in fields(LlamaShape)]
     shape = LlamaShape(**{key: value for key, value in arguments.items() if key in names})
     root = next((folder for folder in (path, *path.parents[:2]) if saved_config(folder)), path)
-    found = _named(tokenizer) if tokenizer is not None else _of_run(root, shape)
+    found = _named(tokenizer) if tokenizer is not None else _of_run(root)
     check_vocabulary(shape.vocab_size, found.vocab_size, found.name)
     return TrainedRun(checkpoint, shape, as_pretrained(found, shape.seq_len))
 
@@ -96,21 +96,27 @@ def _newest(root: Path) -> Path:
     raise RecipeError(f"RUN is {str(root)!r}: no checkpoint is in {root / 'checkpoints'}; allowed: {_ALLOWED}")
 
 
-def _of_run(root: Path, shape: LlamaShape) -> Tokenizer:
-    config = saved_config(root).get("data")
-    if not isinstance(config, dict):
+def _of_run(root: Path) -> Tokenizer:
+    """The tokenizer that made the run's tokens, by the index of its shards where that is still there; the documents are
+    not needed."""
+    data = saved_config(root).get("data")
+    if not isinstance(data, dict):
         raise RecipeError(f"{root} has no logs/config.yaml that names the tokenizer: give it with --tokenizer")
-    data = TextData(**{**config, "vocab_size": shape.vocab_size, "seq_len": shape.seq_len})  # the model's
-    data.default_root_dir = str(root)
-    made = Path(data.source).expanduser()
-    if (made / INDEX).exists() and (named := read_index(made).tokenizer) != data.tokenizer:
-        return _named(named)
-    try:
-        return data.pipeline().load_tokenizer()
-    except RecipeError as error:
-        raise RecipeError(
-            f"the tokenizer of {root} cannot be read: {error} Or give another with --tokenizer"
-        ) from error
+    name, made = data["tokenizer"], Path(data["source"]).expanduser()
+    cache = Path(data.get("cache_dir") or root / "data")
+    shards = [path.parent for path in cache.glob(f"*/{INDEX}")]
+    if (made / INDEX).exists():  # made by prepare_data.py, perhaps with another tokenizer than the configuration names
+        name, cache, shards = read_index(made).tokenizer, made.parent, [made]
+    used = {index.tokenizer_sha256 for index in map(read_index, shards) if index.tokenizer == name}
+    if bpe_size(name) is None:
+        candidates = [_named(name)]
+    else:
+        candidates = [load_bpe(name, file) for file in (cache / "tokenizers").glob(f"{name}-*.json")]
+    found = {one.fingerprint: one for one in candidates if not used or one.fingerprint in used}
+    if len(found) != 1:
+        what = f"is one of {len(found)} in {cache / 'tokenizers'}" if found else "is gone, or gives other tokens now"
+        raise RecipeError(f"the tokenizer {name} of {root} {what}: give it with --tokenizer")
+    return next(iter(found.values()))
 
 
 def _named(name: str) -> Tokenizer:
