@@ -18,6 +18,8 @@ def main(given: str, out: str, *folders: str) -> None:
         model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         with torch.no_grad():
             logits = model(input_ids=ids).logits
+        assert model.get_input_embeddings().padding_idx is None  # a row that fine-tuning would leave as it is
+        assert model.config.bos_token_id is None and model.generation_config.pad_token_id == 0
         end = [model.config.eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_token_id]
         tokens = tokenizer(TEXT)["input_ids"]
         found[folder] = {"logits": logits, "end": end, "tokens": tokens, "text": tokenizer.decode(tokens)}

@@ -49,8 +49,11 @@ class TrainedRun:
         """transformers' model, in eval mode on the CPU, in the dtype of the checkpoint; it generates up to the end of a
         text."""
         end = self.tokenizer.eos_token_id
-        config = llama_config(self.shape, bos_token_id=None, eos_token_id=end, pad_token_id=end)
-        return trained_llama(config, read_weights(self.checkpoint))
+        config = llama_config(self.shape, bos_token_id=None, eos_token_id=end)
+        model: Any = trained_llama(config, read_weights(self.checkpoint))
+        model.generation_config.pad_token_id = end  # of the embedding it would be a row without a gradient
+        trained: LlamaForCausalLM = model
+        return trained
 
 
 def open_run(name: str, tokenizer: str | None = None) -> TrainedRun:
