@@ -34,6 +34,7 @@ def as_pretrained(tokenizer: Tokenizer, seq_len: int) -> PreTrainedTokenizerFast
         tokenizer_object=backend,
         eos_token=backend.id_to_token(tokenizer.end_of_text),
         model_max_length=seq_len,
+        model_input_names=["input_ids", "attention_mask"],  # transformers 4 gives types of tokens, too
         clean_up_tokenization_spaces=False,
     )
     return made
