@@ -30,7 +30,7 @@ from am_lightning.pretrain.runtime.collective_errors import Agreement, leave_gro
 from am_lightning.pretrain.runtime.errors import RecipeError, require
 from am_lightning.pretrain.runtime.main import command_line
 from am_lightning.pretrain.runtime.run_config import RunConfig, read_run_config
-from am_lightning.pretrain.runtime.signals import StopSignal
+from am_lightning.pretrain.runtime.stop_signals import StopSignals
 
 PRECISIONS = {"32-true": "no", "bf16-mixed": "bf16", "16-mixed": "fp16"}
 
@@ -55,8 +55,9 @@ class Progress:
 
 
 def train(settings: RunConfig) -> None:
+    stop = StopSignals()
+    stop.take()
     accelerator = make_accelerator(settings)
-    stop = StopSignal()
     data = open_data(accelerator, settings)
     model, optimizer, schedule, states = make_model(accelerator, settings)
 
@@ -73,6 +74,7 @@ def train(settings: RunConfig) -> None:
     bar = tqdm(total=settings.steps, initial=progress.step, disable=not settings.progress_bar, unit="step")
     step_loss = torch.zeros((), device=accelerator.device)
     model.train()
+    stopped, stop.later = False, True
     for batch in batches:
         batch = batch.to(accelerator.device, non_blocking=True)
         with accelerator.accumulate(model):
@@ -101,12 +103,16 @@ def train(settings: RunConfig) -> None:
         stopped = agreement.ask(1 if stop.received else 0) > 0  # on GPUs the answer is that of the step before
         if stopped or last or is_due(step, settings.save_every):
             checkpoints.save(step)
-        if stopped and not last:
-            leave_group()
-            stop.leave(step)
+        if stopped:
+            break
 
     bar.close()
-    loss = validate(accelerator, model, data.val_loader(rows=data.final_val_rows, **ranks), "final/val_", progress.step)
+    if agreement.ask(1 if stop.received else 0, now=True) or stopped:  # also a signal in the last step
+        leave_group()
+        stop.leave(progress.step)
+    stop.later = False
+    rows = data.val_loader(rows=data.final_val_rows, **ranks)
+    loss = validate(accelerator, model, rows, "final/val_", progress.step)
     accelerator.print(
         f"\n  validation loss  {loss:.4f} nats per token (perplexity {loss.exp():.2f}) on {data.scored_rows} held-out"
         f' rows\n  curves           tensorboard --logdir "{settings.root / "logs"}"\n'

@@ -32,7 +32,7 @@ from am_lightning.pretrain.runtime.atomic_files import replacing
 from am_lightning.pretrain.runtime.collective_errors import Agreement, leave_group
 from am_lightning.pretrain.runtime.main import command_line
 from am_lightning.pretrain.runtime.run_config import RunConfig, read_run_config
-from am_lightning.pretrain.runtime.signals import StopSignal
+from am_lightning.pretrain.runtime.stop_signals import StopSignals
 
 CURVES = {"loss": "train/loss", "learning_rate": "lr", "grad_norm": "grad_norm", "eval_loss": "val/loss"}
 DATA_FILE = "data.pt"  # in each checkpoint: which model it is, and on which data it was trained
@@ -162,18 +162,31 @@ class WholeCheckpoints(TrainerCallback):
 class StopAtStep(TrainerCallback):
     """After a signal to any process: save at the end of the step (on several GPUs of the one after), then stop."""
 
-    def __init__(self, stop: StopSignal, args: TrainingArguments) -> None:
+    def __init__(self, stop: StopSignals, args: TrainingArguments) -> None:
         self.stop, self.agreement = stop, Agreement(args.device, args.world_size)
         self.stopped = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.stop.later = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.agreement.ask(1 if self.stop.received else 0):
             self.stopped = control.should_save = control.should_training_stop = True
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The last step is saved: also a signal in it is obeyed."""
+        self.stopped = self.agreement.ask(1 if self.stop.received else 0, now=True) > 0 or self.stopped
+        self.stop.later = self.stopped
+
 
 def train(settings: RunConfig) -> None:
+    stop = StopSignals()
+    stop.take()
     args = training_arguments(settings)
-    stop = StopSignal()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     with args.main_process_first(desc="token shards"):
@@ -200,7 +213,7 @@ def train(settings: RunConfig) -> None:
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
 
     step = trainer.state.global_step
-    if stopping.stopped and step < settings.steps:
+    if stopping.stopped:
         leave_group()
         stop.leave(step)
     loss = trainer.evaluate()["eval_loss"]

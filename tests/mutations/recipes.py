@@ -16,6 +16,7 @@ _SHARDS = f"{_PACKAGE}/data/shards.py"
 _CHUNKS = f"{_PACKAGE}/data/chunks.py"
 _SCHEDULE = f"{_PACKAGE}/model/schedule.py"
 _SIGNALS = f"{_PACKAGE}/callbacks/fault_tolerance.py"
+_STOP_SIGNALS = f"{_PACKAGE}/runtime/stop_signals.py"
 _MEMORY = f"{_PACKAGE}/commands/plan/memory.py"
 
 _CHECKPOINTS = "tests/recipes/test_checkpoints.py"
@@ -306,23 +307,30 @@ MUTATIONS = [
     ),
     Mutation(
         "signal handlers stay after fit",
-        _SIGNALS,
+        _STOP_SIGNALS,
         "signal.signal(number, handler if handler is not None else signal.SIG_DFL)",
         "signal.getsignal(number)",
         (f"{_STOPPED}::test_after_a_finished_fit_the_handlers_are_the_old_ones",),
     ),
     Mutation(
         "a DataLoader's worker requeues the job",
-        _SIGNALS,
-        "if os.getpid() != self._process:  # forked",
-        "if self._process == 0:  # forked",
+        _STOP_SIGNALS,
+        "elif number == signal.SIGTERM:  # forked",
+        "elif number == signal.SIGUSR1:  # forked",
         (f"{_STOPPED}::test_a_forked_worker_requeues_nothing",),
     ),
     Mutation(
+        "a rank in a rendezvous only notes a signal",
+        _STOP_SIGNALS,
+        "return _channel[1].fileno()",
+        "return -1",
+        ("tests/recipes/test_rendezvous.py",),
+    ),
+    Mutation(
         "an early signal is obeyed twice",
-        f"{_PACKAGE}/runtime/early_signals.py",
-        "    _kept.clear()\n",
-        "",
+        _STOP_SIGNALS,
+        "kept, _early.received = _early.received, set()",
+        "kept = _early.received",
         (f"{_STOPPED}::test_an_early_signal_is_kept_for_the_programs_without_lightning",),
     ),
     # ------------------------------------------------------------------ plan, monitors, models

@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from am_lightning.pretrain.callbacks.fault_tolerance import SIGNALS, FaultTolerance, Stopped
-from am_lightning.pretrain.runtime.early_signals import keep_signals
+from am_lightning.pretrain.callbacks.fault_tolerance import FaultTolerance, Stopped
 from am_lightning.pretrain.runtime.errors import RecipeError
-from am_lightning.pretrain.runtime.signals import StopSignal
+from am_lightning.pretrain.runtime.stop_signals import SIGNALS
 from tests.python import COLD, PYTHON
 
 from .commands import differences, load, training_state
@@ -125,13 +124,15 @@ def test_a_sigterm_that_follows_at_once_is_the_same_one(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_second_sigterm_ends_the_process_at_once(tmp_path: Path) -> None:
     code = """
-import am_lightning.pretrain.callbacks.fault_tolerance as module
+from am_lightning.pretrain.runtime.stop_signals import SAME_SIGNAL_S
 from tests.recipes.test_fault_tolerance import Twice
 
-module.SAME_SIGNAL_S = 0.001
+SAME_SIGNAL_S[signal.SIGTERM] = 0.001
 trainer_for(options).fit(Twice(options))
 """
-    assert ends(tmp_path, code).returncode == -signal.SIGTERM
+    result = ends(tmp_path, code)
+    assert result.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM again, at once" in result.stderr
     assert load(last(tmp_path))["global_step"] == 3
 
 
@@ -201,6 +202,7 @@ number = getattr(signal, os.environ["NUMBER"])
 def signalled(where):
     if where == os.environ["WHERE"]:
         os.kill(os.getpid(), number)
+        time.sleep(0 if where in ("start", "between") else 30)
         print("survived", flush=True)
 class Early(Small):
     def configure_optimizers(self):
@@ -237,7 +239,7 @@ def test_outside_training_a_signal_ends_the_process_at_once(
     code = f"from am_lightning.pretrain.runtime.main import command_line{OUTSIDE}"
     python = COLD if where == "start" else PYTHON  # its first moments are those of a cold start
     result = ends(tmp_path / "run", code, python, **job.variables, WHERE=where, NUMBER=number)
-    assert result.returncode == -getattr(signal, number), result.stderr
+    assert result.returncode == 128 + getattr(signal, number), result.stderr
     assert job.calls() == requeued
     assert ("survived" in result.stdout) == (where in ("start", "between"))
     assert ("prepared" in result.stdout) == (where != "start")
@@ -245,11 +247,31 @@ def test_outside_training_a_signal_ends_the_process_at_once(
     assert not list((tmp_path / "run").glob("hpc_ckpt*"))
 
 
-def test_an_early_signal_is_kept_for_the_programs_without_lightning() -> None:
-    keep_signals()
+KEPT = """
+from am_lightning.pretrain.runtime.stop_signals import StopSignals, early_signals
+
+with early_signals():
     os.kill(os.getpid(), signal.SIGUSR1)
-    assert StopSignal().received == signal.SIGUSR1
-    assert StopSignal().received is None  # once
+    print("kept", flush=True)
+    stop = StopSignals()
+    stop.later = sys.argv[1] == "later"
+    stop.take()
+    print("taken", flush=True)
+    stop.later = False
+    print(stop.received == {signal.SIGUSR1})
+    StopSignals().take()
+    print("once", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("when", "status", "told"), [("now", 138, ["kept"]), ("later", 0, None)])
+def test_an_early_signal_is_kept_for_the_programs_without_lightning(
+    tmp_path: Path, when: str, status: int, told: list[str] | None
+) -> None:
+    """It ends the process as soon as somebody takes the signals, or is noted there; once."""
+    result = ends(Path(when), KEPT)
+    assert result.returncode == status, result.stderr
+    assert result.stdout.split() == (told or ["kept", "taken", "True", "once"])
 
 
 def test_a_forked_worker_requeues_nothing(tmp_path: Path, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning as L
@@ -25,13 +22,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from am_lightning.lightning.patched_methods import PatchedMethods
 from am_lightning.pretrain.checkpoints import LAST, RunCheckpoint
 from am_lightning.pretrain.runtime.collective_errors import Agreement
-from am_lightning.pretrain.runtime.early_signals import SAME_INTERRUPT_S, kept_signals
 from am_lightning.pretrain.runtime.errors import require, require_counts
+from am_lightning.pretrain.runtime.stop_signals import SIGNALS, StopSignals, end_process
 
-# Where ranks received different ones the later in this list wins: a requeue is not undone by the SIGTERM that the
-# scheduler sends next.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-SAME_SIGNAL_S = 5.0  # torchrun forwards what a process group or srun has delivered already: one signal, received twice
 _INTERACTIVE = ("bash", "zsh", "interactive")
 
 
@@ -83,14 +76,11 @@ class FaultTolerance(L.Callback):
         require(positive, "fault_tolerance.hang_timeout_s", hang_timeout_s, "> 0, or null")
         self.check_every_n_steps, self.requeue = check_every_n_steps, requeue
         self.hang_timeout_s, self.flight_recorder = hang_timeout_s, flight_recorder
-        self._received: dict[int, float] = {}  # signal -> time.monotonic() of its first arrival
+        self._signals = StopSignals(self._end_at_once, self._tell)
         self._agreed: signal.Signals | None = None
         self._agreement: Agreement | None = None
-        self._training = False
         self._last_step = 0
         self._trainer: L.Trainer | None = None
-        self._process = 0  # whose signals these are
-        self._handlers: dict[int, Any] = {}  # what was there before ours
         self._replacements = PatchedMethods()
 
     @staticmethod
@@ -121,53 +111,33 @@ class FaultTolerance(L.Callback):
 
     def _take_signals(self, trainer: L.Trainer) -> None:
         """Once in a process; also what came before."""
-        self._trainer, self._training = trainer, False
+        self._trainer, self._signals.later = trainer, False
         if self._agreed is not None:  # a fit of this process was stopped, which went on nevertheless
             self._agreed = None
-            self._received.clear()
-        if threading.current_thread() is not threading.main_thread():
+            self._signals.forget()
+        if not self._signals.take():
             rank_zero_warn("FaultTolerance: fit does not run in the main thread, so that signals cannot be handled")
-        elif not self._handlers or self._process != os.getpid():
-            self._process = os.getpid()
-            self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-            for number in kept_signals():
-                self._on_signal(number, None)
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Note it. Nothing else is safe here: this rank may be inside a collective."""
-        if os.getpid() != self._process:  # forked from it, a DataLoader's worker: it ends with its rank
-            if number == signal.SIGTERM:
-                _die(number)
-            return
-        now = time.monotonic()
-        first = self._received.setdefault(number, now)
-        if not self._training and self._agreed is None:
-            self._end_outside_training(number)
-        patience = {signal.SIGINT: SAME_INTERRUPT_S, signal.SIGTERM: SAME_SIGNAL_S}
-        if now - first > patience.get(signal.Signals(number), math.inf):
-            self._end_at_once(number)
-        if now == first and self._training and self._is_first_rank():
+    def _tell(self, number: int) -> None:
+        if self._agreed is None and self._is_first_rank():
             name = signal.Signals(number).name
             os.write(2, f"{name}: stopping with a checkpoint at the end of this step\n".encode())
 
-    def _end_outside_training(self, number: int) -> None:
-        """There is nothing to save, and preparing the data may take longer than the scheduler waits.
+    def _end_at_once(self, number: int, why: str) -> None:
+        """Outside training there is nothing to save, and preparing the data may take longer than the scheduler waits.
 
         Where the job is to be requeued, rank 0 does it, and with the job SLURM ends the others: one that ended before
         would take rank 0 with it. If rank 0 was not signalled, all agree after the first step.
         """
-        if number == signal.SIGUSR1 and self._in_batch_job():
+        if not self._signals.later and number == signal.SIGUSR1 and self._in_batch_job():
             if not self._is_first_rank():
                 return
             self._requeue()
-        self._end_at_once(number)
-
-    def _end_at_once(self, number: int) -> None:
         launcher = self._trainer.strategy.launcher if self._trainer else None
         if launcher is not None:
             with contextlib.suppress(OSError):
                 launcher.kill(signal.SIGKILL)  # the ranks that this process has started
-        _die(number)
+        end_process(number, why)
 
     def _is_first_rank(self) -> bool:
         return self._trainer is None or self._trainer.is_global_zero
@@ -184,7 +154,7 @@ class FaultTolerance(L.Callback):
         self._agreement = Agreement(trainer.strategy.root_device, trainer.world_size)
         self._agreement.ask(0, now=True)
         self._last_step = trainer.global_step
-        self._training = True
+        self._signals.later = True
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -207,7 +177,7 @@ class FaultTolerance(L.Callback):
     def _ask(self, *, asks: bool, now: bool) -> signal.Signals | None:
         """Collective. ``asks``: say which signals came, too; else only hear what was said before."""
         assert self._agreement is not None
-        mine = max((SIGNALS.index(signal.Signals(n)) + 1 for n in self._received), default=0)
+        mine = max((SIGNALS.index(signal.Signals(n)) + 1 for n in self._signals.received), default=0)
         found = self._agreement.ask(mine if asks else None, now=now)
         return SIGNALS[found - 1] if found else None
 
@@ -234,18 +204,17 @@ class FaultTolerance(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A last question: of the last step, where it was another than `max_steps`, and of the validation after it."""
-        if self._training and self._agreed is None:
+        if self._signals.later and self._agreed is None:
             self._agreed = self._ask(asks=True, now=True)
             if self._agreed is not None:
                 self._save(trainer, at_end=True)
         self._leave(trainer)
-        self._training = False
+        self._signals.later = False
 
     def _leave(self, trainer: L.Trainer) -> None:
         """All ranks together, where a signal was agreed on."""
         if self._agreed is None:
             return
-        self._training = False
         if isinstance(trainer.checkpoint_callback, RunCheckpoint):
             trainer.checkpoint_callback.wait()
         if trainer.is_global_zero:
@@ -289,13 +258,10 @@ class FaultTolerance(L.Callback):
         self._restore()
 
     def _restore(self) -> None:
-        self._training = False
         self._replacements.undo()
         if self._agreed is None:  # a process that is leaving takes no second signal for a fresh one
-            for number, handler in self._handlers.items():
-                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-            self._handlers = {}
-            self._received.clear()
+            self._signals.later = False
+            self._signals.give_back()
 
 
 def _record_collectives(folder: Path) -> None:
@@ -309,11 +275,6 @@ def _record_collectives(folder: Path) -> None:
     for name, value in values.items():
         if not {name, old[name]} & os.environ.keys():
             os.environ[name if recent else old[name]] = value
-
-
-def _die(number: int) -> None:
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
 
 
 def _validation_is_near(trainer: L.Trainer) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+RESUME = "--ckpt_path last goes on from the newest checkpoint"
+
 
 class RecipeError(Exception):
     """Something the user can put right: the text names the file or setting and says what to do. Shown bare."""

@@ -13,17 +13,20 @@ import warnings
 from collections.abc import Iterator
 
 from am_lightning.pretrain.runtime.atomic_files import DISK_FULL, disk_error
-from am_lightning.pretrain.runtime.early_signals import keep_signals
-from am_lightning.pretrain.runtime.errors import RecipeError, first_line
+from am_lightning.pretrain.runtime.errors import RESUME, RecipeError, first_line
+from am_lightning.pretrain.runtime.stop_signals import early_signals
 
 EXTRA = "pip install 'am-lightning[recipes]', or '.[recipes]' in a checkout"
-RESUME = "--ckpt_path last goes on from the newest checkpoint"
 
 
 @contextlib.contextmanager
 def command_line() -> Iterator[None]:
     """Run the block as the body of a program: what the user can help ends the process with a message."""
-    keep_signals()  # the imports below take seconds
+    with early_signals():  # the imports take seconds
+        yield from _command_line()
+
+
+def _command_line() -> Iterator[None]:
     for name in ("stdout", "stderr"):  # closed by whoever started it (>&-): there is nobody to tell
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (to the process's end)
