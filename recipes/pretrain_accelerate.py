@@ -11,6 +11,7 @@ accumulate_grad_batches, gradient_clip_val, precision, val_check_interval, log_e
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -167,7 +168,7 @@ def make_accelerator(settings: RunConfig) -> Accelerator:
         mixed_precision=PRECISIONS[settings.precision],
         log_with="tensorboard",
         project_dir=settings.root,
-        **on_cpu(settings),
+        **processes(settings),
     )
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         raise RecipeError(
@@ -190,14 +191,17 @@ def make_accelerator(settings: RunConfig) -> Accelerator:
     return accelerator
 
 
-def on_cpu(settings: RunConfig) -> dict[str, Any]:
-    """Arguments of Accelerator where there is no GPU or none is wanted: several processes find each other by gloo."""
-    if settings.accelerator != "cpu" and torch.accelerator.is_available():
-        return {}
-    # One process has no group, and Accelerate would look for one.
-    handlers = [InitProcessGroupKwargs(backend="gloo")] if int(os.environ.get("WORLD_SIZE", "1")) > 1 else []
+def processes(settings: RunConfig) -> dict[str, Any]:
+    """Arguments of Accelerator: how long processes wait for each other; where there is no GPU or none is wanted, they
+    find each other by gloo."""
+    on_cpu = settings.accelerator == "cpu" or not torch.accelerator.is_available()
+    timeout = None if settings.hang_timeout_s is None else timedelta(seconds=settings.hang_timeout_s)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # one process has no group, and Accelerate would look for one
+    group = InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timeout)
+    handlers = [group] if several and (on_cpu or timeout is not None) else []
     # Accelerate forgets DeepSpeed where it is told cpu=True.
-    return {"cpu": os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true", "kwargs_handlers": handlers}
+    cpu = on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
+    return {"cpu": cpu, "kwargs_handlers": handlers}
 
 
 @torch.no_grad()

@@ -253,6 +253,7 @@ def training_arguments(settings: RunConfig) -> TrainingArguments:
         report_to="none",  # Curves does
         disable_tqdm=not settings.progress_bar,
         ddp_find_unused_parameters=False,
+        ddp_timeout=math.ceil(settings.hang_timeout_s or 1800),  # seconds; 1800 is the Trainer's default
         ddp_backend="gloo" if cpu and world_size > 1 else None,  # one process has no group
         use_cpu=cpu,
     )

@@ -163,12 +163,19 @@ def save_folder(path: Path, step: int) -> Path:
     return path
 
 
+def rename_in_manifest(folder: Path, prefix: str) -> None:
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"sub/', f'"{prefix}'))
+
+
 FOLDER_DAMAGES: list[Callable[[Path], None]] = [
     lambda p: truncate(p / "sub" / "__0_0.distcp"),
     lambda p: flip(p / "sub" / "__0_0.distcp"),
     lambda p: (p / ".metadata").unlink(),
     lambda p: (p / "manifest.json").unlink(),
     lambda p: truncate(p / "manifest.json"),
+    lambda p: rename_in_manifest(p, f"../{p.name}/sub/"),  # the same files, by ways out of the folder
+    lambda p: rename_in_manifest(p, f"{p}/sub/"),
 ]
 
 

@@ -102,7 +102,8 @@ def _read(manifest: Path) -> _Manifest | None:
     try:
         content = json.loads(manifest.read_text())
         files = {str(name): (int(of["size"]), str(of["sha256"])) for name, of in content["files"].items()}
-        return _Manifest(int(content.get("number", 0)), files) if files else None
+        inside = not any(Path(name).is_absolute() or ".." in Path(name).parts for name in files)
+        return _Manifest(int(content.get("number", 0)), files) if files and inside else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -157,6 +157,8 @@ def read_index(folder: Path) -> Index:
         index = Index(**{**fields, **{side: tuple(Shard(**shard) for shard in fields[side]) for side in SIDES}})
         if index.dtype not in _DTYPES or not all(shard.tokens > 0 for shard in index.shards):
             raise ValueError("its numbers make no sense")
+        if outside := [shard.file for shard in index.shards if Path(shard.file).name != shard.file or not shard.file]:
+            raise ValueError(f"it names {outside[0]!r}, which is no file in its folder")
     except FileNotFoundError as error:
         raise RecipeError(f"there are no token shards in {folder}. They are made at the start of a run.") from error
     except OSError as error:

@@ -45,6 +45,7 @@ class RunConfig:
         accelerator: "auto", "cpu", "gpu", ...
         threads: of torch on the CPU; None: torch decides.
         progress_bar: whether to show one.
+        hang_timeout_s: seconds that a collective may wait for another rank; None: torch's default.
         config: the resolved configuration, as a run saves it.
     """
 
@@ -65,6 +66,7 @@ class RunConfig:
     accelerator: str
     threads: int | None
     progress_bar: bool
+    hang_timeout_s: float | None
     config: dict[str, Any]
     _module: LlamaPretraining
     _memory: AdaptiveMemory | None
@@ -156,6 +158,7 @@ class _Parser(PretrainCLI):
             accelerator=trainer["accelerator"],
             threads=config["threads"],
             progress_bar=trainer["enable_progress_bar"] is not False,
+            hang_timeout_s=config["fault_tolerance"]["hang_timeout_s"],
             config=config,
             _module=made.model,
             _memory=next((c for c in made.trainer.callbacks or [] if isinstance(c, AdaptiveMemory)), None),

@@ -74,6 +74,26 @@ def test_a_launcher_starts_every_rank(script: str, probe: Path, tmp_path: Path) 
     assert ranks[0]["argv"] == arguments(root, 1, 2, "--trainer.max_steps", "7")
 
 
+HOSTILE = "a b' \" $(touch X) `touch X`; touch X & * \\\\ \n--{} %s $HOME"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["torchrun.sh", "accelerate.sh", "deepspeed.sh"])
+def test_no_value_is_executed_or_split(script: str, probe: Path, tmp_path: Path) -> None:
+    """The recipe's path, the run's folder and the program's options reach every rank as they were given."""
+    if script == "deepspeed.sh":
+        pytest.importorskip("deepspeed")
+    config, root = tmp_path / f"-{HOSTILE}.yaml", tmp_path / f"-{HOSTILE}"
+    config.write_text("")
+    words = ["--data.source", HOSTILE, "", "-", f"--data.text_field={HOSTILE}"]
+    done = launch(script, root, *words, PROGRAM=str(probe), CONFIG=str(config))
+    assert done.returncode == 0, done.stderr
+    expected = arguments(root, 1, 2, *words)
+    expected[expected.index("--config") + 1] = str(config)
+    assert said(root)[0]["argv"] == expected
+    assert not [path for folder in (tmp_path, root, Path.cwd()) for path in folder.glob("X*")]
+
+
 @pytest.mark.nightly("network namespaces")
 @pytest.mark.parametrize("script", ["torchrun.sh", "accelerate.sh", "deepspeed.sh"])
 def test_two_nodes_find_each_other_by_number(
