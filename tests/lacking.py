@@ -26,11 +26,12 @@ LACKS = {
 }
 # Packages that a stack may lack. Any other that cannot be found is a failure: a wrong name in an import, for one.
 PACKAGES = {
-    *("datasets", "deepspeed", "expecttest", "hatchling", "jsonargparse", "kubeflow_trainer_api", "linkcheck"),
-    *("mkdocs", "pyarrow", "rich", "schedulefree", "scipy", "sentencepiece", "sklearn", "timm", "torchtitan", "triton"),
+    *("datasets", "deepspeed", "expecttest", "hatchling", "jsonargparse", "kubeflow_trainer_api", "latex2mathml"),
+    *("linkcheck", "mkdocs", "pyarrow", "rich", "schedulefree", "scipy", "sentencepiece", "sklearn", "timm"),
+    *("torchtitan", "triton"),
 }
 # How imports, frameworks and our programs name what they miss.
-MISSING = re.compile(r"(?:No module named|Requirement|the recipes need|the data need|deepspeed needs) '?([A-Za-z_]+)")
+MISSING = re.compile(r"(?:No module named|Requirement|the recipes need|the data need|deepspeed needs) '?([A-Za-z_]\w*)")
 
 
 def lacking(error: str) -> str | None:

@@ -62,6 +62,16 @@ def test_the_programs_are_shown_whole(site: Path) -> None:
         assert program.read_text().strip() in shown, program.name
 
 
+@pytest.mark.slow
+def test_every_formula_is_rendered(site: Path) -> None:
+    """MathML in place of LaTeX, and no command in it that the renderer does not know: it leaves those as they are."""
+    pages = {str(path.relative_to(site)): path.read_text() for path in site.rglob("*.html")}
+    assert [name for name, page in pages.items() if "arithmatex" in page] == []
+    formulas = re.findall(r"<math .*?</math>", pages["idea/index.html"], re.S)
+    assert len(formulas) > 40
+    assert [formula for formula in formulas if "\\" in formula or "$" in formula] == []
+
+
 def local_links(page: Path) -> Iterator[str]:
     for link in _LINK.findall(page.read_text()):
         if not re.match(r"[a-z]+:", link):
@@ -76,5 +86,6 @@ def test_pages_outside_the_site_link_to_files_that_are_there(page: str) -> None:
 
 def test_every_picture_of_the_pages_is_in_the_tree_and_every_picture_in_the_tree_is_on_a_page() -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
-    used = {Path(link).name for page in pages for link in local_links(page) if link.endswith(".png")}
+    links = {link.partition("#")[0] for page in pages for link in local_links(page)}
+    used = {Path(link).name for link in links if link.endswith(".png")}
     assert used == {path.name for path in (ROOT / "docs").rglob("*.png")}

@@ -1,0 +1,22 @@
+"""LaTeX in the pages becomes MathML while the site is built: a reader needs no script and nothing from elsewhere."""
+
+from __future__ import annotations
+
+import html
+import re
+
+from latex2mathml.converter import convert
+
+# What pymdownx.arithmatex makes of $...$ and of $$...$$.
+_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
+
+
+def on_page_content(content: str, **_: object) -> str:
+    """mkdocs calls this with the HTML of every page."""
+
+    def mathml(formula: re.Match[str]) -> str:
+        block = formula[1] == "div"
+        element = convert(html.unescape(formula[2]).strip(), display="block" if block else "inline")
+        return f'<div class="formula">{element}</div>' if block else element
+
+    return _FORMULA.sub(mathml, content)
