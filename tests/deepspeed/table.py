@@ -1,4 +1,4 @@
-"""Prints the table of checkpoints in docs/deepspeed.md: ``python -m tests.deepspeed.table``."""
+"""Prints the table of checkpoints in docs/tested.md: ``python -m tests.deepspeed.table``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prints the table of checkpoints in docs/lightning.md: ``python -m tests.lightning.table``."""
+"""Prints the table of checkpoints in docs/tested.md: ``python -m tests.lightning.table``."""
 
 from __future__ import annotations
 

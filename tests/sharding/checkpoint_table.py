@@ -1,4 +1,4 @@
-"""Prints the table of checkpoints in docs/sharding.md: ``python -m tests.sharding.checkpoint_table``."""
+"""Prints the table of checkpoints in docs/tested.md: ``python -m tests.sharding.checkpoint_table``."""
 
 from __future__ import annotations
 

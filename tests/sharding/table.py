@@ -1,4 +1,4 @@
-"""Prints the table of layouts in docs/sharding.md: ``python -m tests.sharding.table``."""
+"""Prints the table of layouts in docs/tested.md: ``python -m tests.sharding.table``."""
 
 from __future__ import annotations
 
