@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the pictures of docs/report.md anew: trains the laptop recipe and its two baselines, writes the report, and
-# photographs it and TensorBoard with Debian's chromium. About six minutes on two idle cores.
+# Makes the pictures of docs/report.md and docs/index.md anew: trains the laptop recipe and its two baselines, writes the
+# report, and photographs it and TensorBoard with Debian's chromium. About six minutes on two idle cores.
 #
 #     docs/images/report.sh [DIR]      DIR: where the runs are or will be; default: runs/pictures
 set -euo pipefail
@@ -11,10 +11,11 @@ profile=$(mktemp -d)
 port=6123
 trap 'kill "${board:-}" 2>/dev/null || true; rm -rf "$profile"' EXIT
 
-# photograph ADDRESS PNG WIDTH HEIGHT
+# photograph ADDRESS PNG WIDTH HEIGHT [OPTION ...]
 photograph() {
   chromium --headless=new --no-sandbox --disable-gpu --hide-scrollbars --allow-file-access-from-files \
-    --user-data-dir="$profile" --virtual-time-budget=20000 --window-size="$3,$4" --screenshot="$2" "$1" 2>/dev/null
+    --user-data-dir="$profile" --virtual-time-budget=20000 --window-size="$3,$4" "${@:5}" \
+    --screenshot="$2" "$1" 2>/dev/null
 }
 
 [ -f "$runs/compare.png" ] || "$python" recipes/pretrain.py fit --config recipes/configs/laptop.yaml \
@@ -35,6 +36,22 @@ onload = () => {
 </script></body>
 END
 photograph "file://$runs/curves.html" docs/images/report.png 1200 1330
+# The front page's: the losses and the map, legible on a phone too, for light and for dark pages.
+cat > "$runs/front.html" <<'END'
+<body style="margin:0"><iframe id="page" src="report.html" style="border:0;width:500px;height:690px"></iframe><script>
+onload = () => {
+  const page = document.getElementById("page").contentDocument;
+  page.head.insertAdjacentHTML("beforeend", `<style>
+    h1, h2, .quiet, section:not(:has(#charts, #heatmaps)) { display: none !important; }
+    html { scrollbar-gutter: auto; } body { padding: 4px 8px; } #charts .chart text { font-size: 14px; } #heatmaps { margin-top: 12px; }
+    #legend { flex-wrap: wrap; border: 0; } #legend button { font-size: 14px; min-height: 30px; padding: 2px 10px; }
+  </style>`);
+  for (const chart of page.querySelectorAll("#charts .chart")) chart.hidden = chart.querySelector("h3").textContent != "Loss";
+};
+</script></body>
+END
+photograph "file://$runs/front.html" docs/images/front-light.png 500 690 --force-device-scale-factor=2
+photograph "file://$runs/front.html" docs/images/front-dark.png 500 690 --force-device-scale-factor=2 --force-dark-mode
 # Chromium's windows are at least 500 wide: two phones are frames in one.
 cat > "$runs/phones.html" <<'END'
 <body style="margin:0;background:#b4bac0;display:flex;gap:20px"><iframe src="report.html"></iframe><iframe src="report.html"></iframe>
@@ -61,4 +78,4 @@ tensorboard "${runs##*/}/logs" "$runs/whole.png" 2150
 "$python" -c 'import sys; from PIL import Image
 Image.open(sys.argv[1]).crop((360, 1140, 1500, 2130)).quantize(128).save(sys.argv[2], optimize=True)' \
   "$runs/whole.png" docs/images/tensorboard-momentum.png
-ls -l docs/images/{compare,report,report-phone,tensorboard,tensorboard-momentum}.png
+ls -l docs/images/{compare,report,front-light,front-dark,report-phone,tensorboard,tensorboard-momentum}.png

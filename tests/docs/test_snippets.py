@@ -87,7 +87,7 @@ BEFORE = {
     "docs/deepspeed.md": [TORCH + DEEPSPEED, ""],
     "docs/diagnosis.md": [EVENTS, LIGHTNING + "import torch\n"],
     "docs/huggingface.md": [LLAMA, ACCELERATED, "", LLAMA, LLAMA],
-    "docs/index.md": [LIGHTNING],
+    "docs/index.md": [""],
     "docs/lightning.md": [LIGHTNING + FULLY_SHARD, LOGGED],
     "docs/migrating.md": [STEPPED + WRITERS, STEPPED, TORCH + "from am_lightning import AMAdamW\n" + SAVED],
     "docs/sharding.md": [LIGHTNING + "from am_lightning import AdaptiveMemory\n", TORCH + WRAPPED],
@@ -107,10 +107,15 @@ def test_every_page_with_python_is_here() -> None:
     }
 
 
-@pytest.mark.nightly("blocks of the pages")
-@pytest.mark.parametrize(
-    ("page", "number"), [(page, number) for page, before in BEFORE.items() for number in range(len(before))]
-)
+BLOCKS = [(page, number) for page, before in BEFORE.items() for number in range(len(before))]
+
+
+def gate_of(page: str) -> pytest.MarkDecorator:
+    """The front page's is run by every gate but the fast one, the others by the nightly one."""
+    return pytest.mark.slow if page == "docs/index.md" else pytest.mark.nightly("blocks of the pages")
+
+
+@pytest.mark.parametrize(("page", "number"), [pytest.param(*block, marks=gate_of(block[0])) for block in BLOCKS])
 def test_a_block_runs(page: str, number: int, tmp_path: Path) -> None:
     block = blocks_of(page)[number]
     for there, here in ON_A_CPU.items():
