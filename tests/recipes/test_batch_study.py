@@ -165,7 +165,7 @@ def test_the_page_has_the_cells_that_are_complete(tmp_path: Path) -> None:
     summary = text.split("## Summary")[1].split("![")[0]
     first, second = (line for line in summary.splitlines() if "+0.003 ± 0.002" in line)  # made-up: AM's seeds rise more
     assert "0.8 w15%" in first and "0.8 w5%" in second and "w15%" not in second
-    for name in ("batch-gains.png", "batch-learning-rates.png", "batch-momentum.png"):
+    for name in ("batch-gains.png", "batch-learning-rates.png", "batch-smallest.png", "batch-momentum.png"):
         assert Image.open(tmp_path / name).width > 400
     fill(ledger, families=ALL)
     assert "Not complete" not in write(ledger, KINDS, tmp_path, "")

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from recipes.studies.figures import COLOURS, new_figure, save, style
 from recipes.studies.pretraining.batch_tables import gain, name_of
 from recipes.studies.pretraining.batches import CUSTOMARY, DEFAULT, best_of, trace_config
+from recipes.studies.pretraining.methods import Method
 from recipes.studies.pretraining.momentum import at_cap
 from recipes.studies.pretraining.tuning import Tuning, rate_at
 
@@ -48,31 +50,46 @@ def draw_sensitivity(path: Path, tunings: Sequence[Tuning]) -> None:
     figure, axes = new_figure(math.ceil(len(tunings) / columns), columns, width=4.5, height=3.6)
     panels = [panel for row in axes for panel in row]
     for panel, tuning in zip(panels, tunings, strict=False):
-        lines = {
-            "AdamW 0.9, warmup 5%": CUSTOMARY,
-            "best AdamW": best_of(tuning, "AdamW"),
-            "AM-AdamW 0.89, no warmup": DEFAULT,
-            "best AM-AdamW": best_of(tuning, "AM-AdamW"),
-            "best schedule-free AdamW": best_of(tuning, "schedule-free AdamW"),
-        }
-        lowest = math.inf
-        for number, (label, method) in enumerate(lines.items()):
-            tried = tuning.tried(method)
-            ours = method.kind == "am"
-            look: dict[str, Any] = {"marker": "o" if ours else ".", "linewidth": 2.2 if ours else 1.1}
-            look |= {"linestyle": "-" if "best" in label else "--"}
-            panel.plot(
-                [rate_at(s) for s in tried], list(tried.values()), label=label, color=COLOURS[number + 2], **look
-            )
-            lowest = min(lowest, *tried.values())
-        panel.set_ylim(lowest - 0.05, lowest + _HEADROOM)
-        ticks = sorted({rate_at(step) for method in lines.values() for step in tuning.tried(method) if step % 2 == 0})
-        panel.set_xscale("log", base=2)
-        panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        _plot_rates(panel, tuning, _compared(tuning))
         style(panel, title=name_of(tuning.scale), xlabel="learning rate", ylabel="validation loss")
     for panel in panels[len(tunings) :]:
         panel.set_visible(False)
     save(figure, path, legend_of=panels[0])
+
+
+def draw_one_cell(path: Path, tuning: Tuning) -> None:
+    """The same of one cell, with the methods by name and narrow enough for a phone."""
+    figure, axes = new_figure(1, 1, width=3.7, height=3.2)
+    panel = axes[0][0]
+    _plot_rates(panel, tuning, {str(method): method for method in _compared(tuning).values()})
+    style(panel, title=name_of(tuning.scale), xlabel="learning rate", ylabel="validation loss")
+    save(figure, path, legend_of=panel)
+
+
+def _compared(tuning: Tuning) -> dict[str, Method]:
+    return {
+        "AdamW 0.9, warmup 5%": CUSTOMARY,
+        "best AdamW": best_of(tuning, "AdamW"),
+        "AM-AdamW 0.89, no warmup": DEFAULT,
+        "best AM-AdamW": best_of(tuning, "AM-AdamW"),
+        "best schedule-free AdamW": best_of(tuning, "schedule-free AdamW"),
+    }
+
+
+def _plot_rates(panel: Axes, tuning: Tuning, lines: Mapping[str, Method]) -> None:
+    """One line for each method; AM bold, the methods that nobody tuned dashed."""
+    lowest = math.inf
+    for number, (label, method) in enumerate(lines.items()):
+        tried = tuning.tried(method)
+        ours = method.kind == "am"
+        look: dict[str, Any] = {"marker": "o" if ours else ".", "linewidth": 2.2 if ours else 1.1}
+        look |= {"linestyle": "--" if method in (CUSTOMARY, DEFAULT) else "-"}
+        panel.plot([rate_at(s) for s in tried], list(tried.values()), label=label, color=COLOURS[number + 2], **look)
+        lowest = min(lowest, *tried.values())
+    panel.set_ylim(lowest - 0.05, lowest + _HEADROOM)
+    ticks = sorted({rate_at(step) for method in lines.values() for step in tuning.tried(method) if step % 2 == 0})
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
 
 
 def draw_momentum(path: Path, tunings: Sequence[Tuning]) -> None:

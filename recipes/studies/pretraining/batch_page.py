@@ -8,7 +8,7 @@ from pathlib import Path
 from am_lightning.pretrain.runtime.errors import RecipeError
 from recipes.studies.ledger import Ledger
 from recipes.studies.page import figure, write_page
-from recipes.studies.pretraining.batch_figures import draw_gains, draw_momentum, draw_sensitivity
+from recipes.studies.pretraining.batch_figures import draw_gains, draw_momentum, draw_one_cell, draw_sensitivity
 from recipes.studies.pretraining.batch_tables import (
     ROOM,
     finalists_table,
@@ -55,6 +55,7 @@ def write(ledger: Ledger, kinds: Kinds, folder: Path, command: str) -> str:
     if tuned:
         tunings = list(tuned.values())
         draw_sensitivity(folder / "batch-learning-rates.png", tunings)
+        draw_one_cell(folder / "batch-smallest.png", tunings[0])  # docs/evidence.md begins with it
         parts.append(
             figure("batch-learning-rates.png", "Validation loss over the learning rate, a panel for each cell")
         )
