@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
-
-from am_lightning.optim import AMSGD, AMAdamW, clip_grad_norm_
-from am_lightning.optim.param_groups import am_adamw, am_sgd
 
 if TYPE_CHECKING:
     from am_lightning.lightning import AdaptiveMemory
+    from am_lightning.optim import AMSGD, AMAdamW, clip_grad_norm_
+    from am_lightning.optim.param_groups import am_adamw, am_sgd
 
 __version__ = "0.1.0"
 
 __all__ = ["AMSGD", "AMAdamW", "AdaptiveMemory", "am_adamw", "am_sgd", "clip_grad_norm_"]
 
+# Imported when they are asked for: the console command answers without torch, the optimizers work without lightning.
+_HOMES = {
+    "AMSGD": "am_lightning.optim",
+    "AMAdamW": "am_lightning.optim",
+    "AdaptiveMemory": "am_lightning.lightning",
+    "am_adamw": "am_lightning.optim.param_groups",
+    "am_sgd": "am_lightning.optim.param_groups",
+    "clip_grad_norm_": "am_lightning.optim",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name == "AdaptiveMemory":  # imports lightning: on first use only
-        from am_lightning.lightning import AdaptiveMemory
+    if name in ("distributed", "optim"):
+        return importlib.import_module(f"am_lightning.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    if name == "AdaptiveMemory":
         from am_lightning.lightning.compat import join
 
         join()  # LightningCLI looks it up here when its own name is loaded, and asks whether it is a Callback
-        return AdaptiveMemory
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    else:
+        globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

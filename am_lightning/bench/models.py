@@ -91,7 +91,8 @@ def forward_and_backward_seconds(model: str, tokens: int, dtype: torch.dtype, de
     Raises:
         ImportError: transformers is missing.
     """
-    from am_lightning.pretrain.model.network import LlamaShape, build_llama, token_loss
+    from am_lightning.pretrain.model.network import build_llama, token_loss
+    from am_lightning.pretrain.model.shape import LlamaShape
 
     llama, row = LLAMAS[model], row_of(tokens)
     with device:

@@ -16,7 +16,8 @@ from am_lightning.bench.contenders import Contender
 from am_lightning.bench.models import wait_for
 from am_lightning.optim import AMAdamW, clip_grad_norm_
 from am_lightning.optim.param_groups import parameter_groups
-from am_lightning.pretrain.model.network import LlamaShape, build_llama, flops_per_token, token_loss
+from am_lightning.pretrain.model.network import build_llama, token_loss
+from am_lightning.pretrain.model.shape import LlamaShape, flops_per_token
 
 CLIP, WEIGHT_DECAY = 1.0, 0.1  # the recipes'
 STEPS = 5  # in a row without a wait: the host may run ahead, as in training

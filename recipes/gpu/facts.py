@@ -172,7 +172,8 @@ def _callback(context: Context) -> str:
 
 def _llama(device: torch.device) -> str:
     """One forward and backward pass: transformers, its attention, autocast."""
-    from am_lightning.pretrain.model.network import LlamaShape, build_llama, token_loss
+    from am_lightning.pretrain.model.network import build_llama, token_loss
+    from am_lightning.pretrain.model.shape import LlamaShape
 
     with device:
         model = build_llama(LlamaShape(64, 128, 2, 2, 128, 32))

@@ -17,7 +17,7 @@ from am_lightning.bench.models import MODELS, Llama
 from am_lightning.bench.peers import make_peers
 from am_lightning.bench.table import rows_of
 from am_lightning.bench.training import Training
-from am_lightning.pretrain.model.network import LlamaShape
+from am_lightning.pretrain.model.shape import LlamaShape
 from am_lightning.pretrain.runtime.paths import recipe_files
 from am_lightning.pretrain.runtime.recipe_text import recipe_text
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from am_lightning.pretrain.commands.plan.measured import FILE, Measured, write_measured
-from am_lightning.pretrain.model.network import count_parameters, flops_per_token
+from am_lightning.pretrain.model.shape import count_parameters, flops_per_token
 from am_lightning.pretrain.runtime.paths import recipe_files
 from am_lightning.pretrain.runtime.run_config import read_run_config
 from recipes.studies.tables import markdown

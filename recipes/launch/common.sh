@@ -48,18 +48,29 @@ whole_number MAX_RESTARTS 0
 case "$RDZV" in c10d | static) ;; *) fail "RDZV is '$RDZV'; allowed: c10d, static" ;; esac
 
 [ -n "$PROGRAM" ] || PROGRAM="$RECIPES/pretrain.py"
-[ -n "$CONFIG" ] || CONFIG=laptop
-for known in "$RECIPES/configs/$CONFIG.yaml" "$RECIPES/$CONFIG.yaml"; do  # the second: in a copy made by `recipes cp`
+if [ -z "$CONFIG" ]; then
+    CONFIG=laptop
+    if [ ! -f "$RECIPES/configs/laptop.yaml" ]; then  # a copy made by `cp`: the recipe that it is a copy of
+        copies=("$RECIPES"/*.yaml)
+        [ -f "${copies[0]}" ] || fail "CONFIG is not set, and $RECIPES holds no YAML"
+        [ "${#copies[@]}" -eq 1 ] || fail "CONFIG is not set, and $RECIPES holds several: $(basename -a -- "${copies[@]}" | paste -sd ' ')"
+        CONFIG="${copies[0]}"
+    fi
+fi
+for known in "$RECIPES/configs/$CONFIG.yaml" "$RECIPES/$CONFIG.yaml"; do  # the second: in a copy made by `cp`
     if [ -f "$known" ]; then CONFIG="$known" && break; fi
 done
-existing PROGRAM
-existing CONFIG
-[ -n "$RUN_DIR" ] || RUN_DIR="runs/$(basename -- "$CONFIG" .yaml)"
-case "$RUN_DIR" in /*) ;; *) RUN_DIR="$PWD/$RUN_DIR" ;; esac
 if [ -z "$PYTHON" ]; then
     PYTHON="$RECIPES/../.venv/bin/python"
     [ -x "$PYTHON" ] || PYTHON="$(command -v python3 || command -v python)" || fail "no python3; set PYTHON to its path"
 fi
+if "$PYTHON" -c 'import am_lightning.pretrain, yaml' 2>/dev/null; then  # the machine that a job is sent from may lack them
+    "$PYTHON" -m am_lightning.pretrain.runtime.settings --config "$CONFIG" "$@" || exit 2  # a misspelt setting or recipe
+fi
+existing PROGRAM
+existing CONFIG
+[ -n "$RUN_DIR" ] || RUN_DIR="runs/$(basename -- "$CONFIG" .yaml)"
+case "$RUN_DIR" in /*) ;; *) RUN_DIR="$PWD/$RUN_DIR" ;; esac
 export PROGRAM CONFIG RUN_DIR PYTHON
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # more than one only helps where cores outnumber processes

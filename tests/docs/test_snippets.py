@@ -73,7 +73,8 @@ FULLY_SHARD = "from torch.distributed.fsdp import fully_shard\nimport torch\n"
 EXPORTED = """\
 from am_lightning.pretrain.data.hf_tokenizer import as_pretrained
 from am_lightning.pretrain.data.tokenizer import ByteTokenizer
-from am_lightning.pretrain.model.network import LlamaShape, build_llama
+from am_lightning.pretrain.model.network import build_llama
+from am_lightning.pretrain.model.shape import LlamaShape
 build_llama(LlamaShape(16, 24, 2, 1, 256, 128)).save_pretrained("my-llama")
 as_pretrained(ByteTokenizer(), 128).save_pretrained("my-llama")
 """

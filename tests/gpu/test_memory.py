@@ -27,7 +27,7 @@ MOST = {"Triton": 16 * MIB, "foreach": 192 * MIB}
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_plan(alone: Pool, name: str, record_property: Callable[[str, object], None]) -> None:
-    from am_lightning.pretrain.model.network import LlamaShape
+    from am_lightning.pretrain.model.shape import LlamaShape
     from tests.recipes.plan_cases import SCRATCH, SHAPE, Case, outcome_of
 
     shape = LlamaShape(**LARGE, seq_len=512) if ON_GPU else SHAPE

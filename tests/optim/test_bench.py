@@ -132,7 +132,7 @@ def test_operations_of_the_host_are_counted_without_views() -> None:
 def test_a_training_step_is_what_a_recipe_does() -> None:
     """Every optimizer takes the steps that are timed, and its numbers follow from each other."""
     from am_lightning.bench.training import STEPS, Training
-    from am_lightning.pretrain.model.network import LlamaShape, flops_per_token
+    from am_lightning.pretrain.model.shape import LlamaShape, flops_per_token
 
     shape = LlamaShape(32, 64, 2, 1, 64, 16)
     training = Training(shape, CPU)
@@ -153,7 +153,8 @@ def step_of(contender: Contender) -> int:
 
 @pytest.mark.slow
 def test_shapes_are_those_of_the_network_and_its_step_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from am_lightning.pretrain.model.network import LlamaShape, build_llama
+    from am_lightning.pretrain.model.network import build_llama
+    from am_lightning.pretrain.model.shape import LlamaShape
 
     for llama in models.LLAMAS.values():
         with torch.device("meta"):

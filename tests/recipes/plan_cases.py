@@ -15,7 +15,7 @@ from typing import Any
 from am_lightning.pretrain.commands.plan.layout import ParallelPlan
 from am_lightning.pretrain.commands.plan.memory import memory_of
 from am_lightning.pretrain.commands.plan.traffic import traffic_of
-from am_lightning.pretrain.model.network import LlamaShape
+from am_lightning.pretrain.model.shape import LlamaShape
 from tests import operator_build
 from tests.recipes.plan_runs import ZERO_BUCKET
 from tests.sharding.pool import Pool, pools

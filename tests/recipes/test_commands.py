@@ -126,7 +126,7 @@ def test_validate_says_which_library_the_data_need(
     command = ["validate", "60m", "--trainer.default_root_dir", str(tmp_path)]
     assert main(command) == 0
     assert "datasets library" not in capsys.readouterr().out
-    monkeypatch.setattr("am_lightning.pretrain.commands.validate.find_spec", lambda name: None)
+    monkeypatch.setattr("am_lightning.pretrain.commands.checks.find_spec", lambda name: None)
     assert main(command) == 0
     assert "needs the datasets library, which is not installed here: pip install" in capsys.readouterr().out
 
@@ -179,6 +179,12 @@ def test_a_built_wheel_has_it_all(tmp_path: Path, corpus_folder: Path) -> None:
         return done.stdout
 
     module = [COLD, "-m", "am_lightning.recipes"]
+    console = site / "bin" / "am-lightning"
+    assert run(COLD, str(console), "list") == run(*module, "list")
+    launched = ["fit", "laptop", "--gpus", "1", *arguments(tmp_path / "fit", corpus_folder, 2)[3:]]
+    position = launched.index("--trainer.devices")
+    assert "CPU processes" in run(COLD, str(console), *launched[:position], *launched[position + 2 :])
+    assert (tmp_path / "fit" / "checkpoints" / "step-000002.ckpt").exists()
     assert str(site) in run(*module, "validate", "laptop", "--data.source", str(corpus_folder)).splitlines()[0]
     assert "cd copy" in run(*module, "cp", "laptop", "copy")
     settings = arguments(tmp_path / "run", corpus_folder, 2)[3:]

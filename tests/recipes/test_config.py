@@ -17,9 +17,10 @@ import pytest
 import yaml
 
 from am_lightning import AdaptiveMemory
-from am_lightning.pretrain.commands.plan.command import make_plan, read_options
+from am_lightning.pretrain.commands.plan.command import read_options
+from am_lightning.pretrain.commands.plan.make import make_plan
 from am_lightning.pretrain.commands.plan.table import duration_text
-from am_lightning.pretrain.model.network import count_parameters
+from am_lightning.pretrain.model.shape import count_parameters
 from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.paths import recipe_files
 from am_lightning.pretrain.runtime.recipe_text import merge_texts, recipe_text

@@ -24,7 +24,8 @@ from am_lightning.pretrain.commands.trained_run import open_run
 from am_lightning.pretrain.data.hf_tokenizer import as_pretrained
 from am_lightning.pretrain.data.tokenizer import ByteTokenizer, load_pretrained, train_bpe
 from am_lightning.pretrain.model.lightning_module import LlamaPretraining
-from am_lightning.pretrain.model.network import LlamaShape, build_llama
+from am_lightning.pretrain.model.network import build_llama
+from am_lightning.pretrain.model.shape import LlamaShape
 from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.recipes.__main__ import main
 from tests.python import COLD, PYTHON

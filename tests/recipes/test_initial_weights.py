@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 from am_lightning.pretrain.model import initial_weights
 from am_lightning.pretrain.model.initial_weights import draw_matrices
 from am_lightning.pretrain.model.lightning_module import LlamaPretraining
-from am_lightning.pretrain.model.network import LlamaShape, build_llama
+from am_lightning.pretrain.model.network import build_llama
+from am_lightning.pretrain.model.shape import LlamaShape
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "num_layers": 2, "vocab_size": 64}
 DRAWS = ("normal_", "uniform_", "kaiming_uniform_", "trunc_normal_")

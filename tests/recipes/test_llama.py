@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from am_lightning import AMAdamW
 from am_lightning.pretrain.model.lightning_module import LlamaPretraining
-from am_lightning.pretrain.model.network import flops_per_token, token_loss
+from am_lightning.pretrain.model.network import token_loss
+from am_lightning.pretrain.model.shape import flops_per_token
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 TINY: dict[str, Any] = {

@@ -10,15 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from am_lightning.pretrain.model.network import (
-    LlamaShape,
-    build_llama,
-    checkpoint_activations,
-    count_parameters,
-    count_tensors,
-    flops_per_token,
-    token_loss,
-)
+from am_lightning.pretrain.model.network import build_llama, checkpoint_activations, token_loss
+from am_lightning.pretrain.model.shape import LlamaShape, count_parameters, count_tensors, flops_per_token
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 T5, LLAMA3 = 32100, 128256

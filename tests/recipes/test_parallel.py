@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from am_lightning.pretrain.model.network import LlamaShape
 from am_lightning.pretrain.model.parallelize import check_tensor_parallel
+from am_lightning.pretrain.model.shape import LlamaShape
 from am_lightning.pretrain.runtime.errors import RecipeError
 from tests import operator_build
 from tests.recipes.parallel_runs import STEPS, fit

@@ -15,7 +15,7 @@ from am_lightning.pretrain.commands.plan import measured
 from am_lightning.pretrain.commands.plan.layout import ParallelPlan, make_layout
 from am_lightning.pretrain.commands.plan.memory import RESERVE, memory_of
 from am_lightning.pretrain.commands.plan.traffic import traffic_of
-from am_lightning.pretrain.model.network import LlamaShape, flops_per_token
+from am_lightning.pretrain.model.shape import LlamaShape, flops_per_token
 from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.recipes.__main__ import main
 from tests.python import PYTHON

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from am_lightning.lightning import AdaptiveMemory
 from am_lightning.pretrain.callbacks.gradient_norm import gradient_norm
-from am_lightning.pretrain.model.network import LlamaShape, flops_per_token
+from am_lightning.pretrain.model.shape import LlamaShape, flops_per_token
 from am_lightning.pretrain.runtime.errors import RecipeError, require, require_counts
 
 

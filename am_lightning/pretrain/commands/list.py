@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import Any
 
-from am_lightning.pretrain.model.network import count_parameters
+from am_lightning.pretrain.model.shape import LlamaShape, count_parameters
 from am_lightning.pretrain.runtime.paths import recipe_files
-from am_lightning.pretrain.runtime.run_config import RunConfig, read_run_config
+from am_lightning.pretrain.runtime.settings import read_recipe
 
 _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
@@ -19,10 +20,12 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    recipes = {name: read_run_config(["--config", str(path)]) for name, path in recipe_files().items()}
+    files = recipe_files()
+    recipes = {name: read_recipe(path) for name, path in files.items()}
+    shapes = {name: _shape(recipe["model"]) for name, recipe in recipes.items()}
     rows = [("NAME", "PARAMETERS", "TOKENS", "ROW", "STEPS", "STRATEGY", "")]
-    for name in sorted(recipes, key=lambda name: count_parameters(recipes[name].shape)):
-        rows.append((name, *_columns(recipes[name]), _headline(recipe_files()[name].read_text())))
+    for name in sorted(recipes, key=lambda name: count_parameters(shapes[name])):
+        rows.append((name, *_columns(recipes[name], shapes[name]), _headline(files[name].read_text())))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
@@ -30,15 +33,18 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _columns(settings: RunConfig) -> tuple[str, str, str, str, str]:
-    shape = settings.shape
-    tokens = settings.steps * settings.data.batch_size * shape.seq_len
+def _shape(model: dict[str, Any]) -> LlamaShape:
+    return LlamaShape(**{field.name: model[field.name] for field in dataclasses.fields(LlamaShape)})
+
+
+def _columns(recipe: dict[str, Any], shape: LlamaShape) -> tuple[str, str, str, str, str]:
+    steps = recipe["trainer"]["max_steps"]
     return (
         short(count_parameters(shape)),
-        short(tokens),
+        short(steps * recipe["data"]["batch_size"] * shape.seq_len),
         str(shape.seq_len),
-        str(settings.steps),
-        strategy_name(settings.config["trainer"]["strategy"]),
+        str(steps),
+        strategy_name(recipe["trainer"]["strategy"]),
     )
 
 

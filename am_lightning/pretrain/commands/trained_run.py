@@ -23,7 +23,8 @@ from am_lightning.pretrain.data.tokenizer import (
     load_bpe,
     load_pretrained,
 )
-from am_lightning.pretrain.model.network import LlamaShape, llama_config, trained_llama
+from am_lightning.pretrain.model.network import llama_config, trained_llama
+from am_lightning.pretrain.model.shape import LlamaShape
 from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.saved_config import saved_config
 

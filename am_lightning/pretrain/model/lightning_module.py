@@ -19,14 +19,10 @@ from am_lightning.lightning import AdaptiveMemory
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.convert import convert_adamw
 from am_lightning.optim.param_groups import parameter_groups
-from am_lightning.pretrain.model.network import (
-    LlamaShape,
-    build_llama,
-    checkpoint_activations,
-    token_loss,
-)
+from am_lightning.pretrain.model.network import build_llama, checkpoint_activations, token_loss
 from am_lightning.pretrain.model.parallelize import loss_context, shard_llama
 from am_lightning.pretrain.model.schedule import check_schedule, make_schedule
+from am_lightning.pretrain.model.shape import LlamaShape
 from am_lightning.pretrain.runtime.errors import RecipeError, require
 
 OptimizerCallable = Callable[[Iterable[Any]], torch.optim.Optimizer]

@@ -1,8 +1,7 @@
-"""The Llama itself: its shape, the module, its loss, and what follows from the shape (parameters, FLOPs)."""
+"""The Llama itself: the module and its loss."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 from collections.abc import Mapping
 from typing import Any
@@ -13,79 +12,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from am_lightning.pretrain.model.initial_weights import draw_matrices
-from am_lightning.pretrain.runtime.errors import RecipeError, require, require_counts
+from am_lightning.pretrain.model.shape import LlamaShape
+from am_lightning.pretrain.runtime.errors import RecipeError
 
 _UNMASKED = "sdpa_unmasked"
-
-
-@dataclasses.dataclass(frozen=True)
-class LlamaShape:
-    """What a Llama consists of (Touvron et al. 2023; grouped queries, Ainslie et al. 2023).
-
-    Attributes:
-        hidden_size: width of the residual stream; a multiple of 2 * num_heads.
-        intermediate_size: width of the MLP.
-        num_heads: attention heads.
-        num_layers: decoder layers.
-        vocab_size: tokens.
-        seq_len: longest row, in tokens.
-        num_key_value_heads: heads that keys and values have, a divisor of num_heads; None: num_heads.
-        rope_theta: base of the rotary embedding's wavelengths; larger for longer rows.
-        tie_word_embeddings: the head is the embedding.
-
-    Raises:
-        RecipeError: a value is out of range.
-    """
-
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_layers: int
-    vocab_size: int
-    seq_len: int
-    num_key_value_heads: int | None = None
-    rope_theta: float = 10000.0
-    tie_word_embeddings: bool = False
-
-    def __post_init__(self) -> None:
-        require_counts("model", intermediate_size=self.intermediate_size, num_heads=self.num_heads)
-        require_counts("model", num_layers=self.num_layers, vocab_size=self.vocab_size)
-        require_counts("model", 2, seq_len=self.seq_len)
-        whole_heads = self.hidden_size >= 1 and self.hidden_size % (2 * self.num_heads) == 0
-        allowed = f"a multiple of 2 * num_heads = {2 * self.num_heads}"
-        require(whole_heads, "model.hidden_size", self.hidden_size, allowed)
-        heads = self.num_key_value_heads
-        fits = heads is None or (heads >= 1 and self.num_heads % heads == 0)
-        require(fits, "model.num_key_value_heads", heads, f"a divisor of num_heads = {self.num_heads}, or null")
-        require(self.rope_theta > 1, "model.rope_theta", self.rope_theta, "> 1")
-
-    def state_dict(self) -> dict[str, Any]:
-        """As a checkpoint keeps it."""
-        return dataclasses.asdict(self)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing. RecipeError: a checkpoint's model has another shape; says what differs."""
-        for name, mine in self.state_dict().items():
-            if state.get(name, mine) != mine:
-                raise RecipeError(
-                    f"model.{name} is {mine}, the checkpoint's model has {state[name]}. Set it back, or start a new run"
-                    " in another folder."
-                )
-
-    @property
-    def head_size(self) -> int:
-        """Dimensions of a head."""
-        return self.hidden_size // self.num_heads
-
-    @property
-    def key_value_heads(self) -> int:
-        """num_key_value_heads, or num_heads where it is None."""
-        return self.num_key_value_heads or self.num_heads
-
-    @property
-    def key_value_size(self) -> int:
-        """Width of the keys, and of the values."""
-        return self.key_value_heads * self.head_size
 
 
 def build_llama(shape: LlamaShape) -> LlamaForCausalLM:
@@ -176,29 +106,3 @@ def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
         tokens: int64 (rows, seq_len).
     """
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten())
-
-
-def count_parameters(shape: LlamaShape) -> int:
-    """Parameters: V h for the embedding, as many for an untied head, h for the last norm, and for each layer
-    2 h^2 (queries, output), 2 h k (keys, values of width k), 3 h m (MLP of width m) and 2 h (norms)."""
-    h = shape.hidden_size
-    layer = 2 * h * h + 2 * h * shape.key_value_size + 3 * h * shape.intermediate_size + 2 * h
-    vocabulary = shape.vocab_size * h * (1 if shape.tie_word_embeddings else 2)
-    return vocabulary + shape.num_layers * layer + h
-
-
-def count_tensors(shape: LlamaShape) -> int:
-    """Parameter tensors: nine a layer, the embedding, the last norm, an untied head."""
-    return 9 * shape.num_layers + (2 if shape.tie_word_embeddings else 3)
-
-
-def flops_per_token(shape: LlamaShape) -> int:
-    """Floating-point operations of training for a token, forward and backward.
-
-    6 N + 12 L h s (Chowdhery et al. 2022, PaLM, appendix B): N parameters of matrix products (all but an untied
-    embedding), L layers of width h, rows of s tokens, attention counted without its causal mask. A third of it is the
-    forward pass. Recomputation by activation checkpointing is not counted.
-    """
-    embedding = 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size
-    matmul_parameters = count_parameters(shape) - embedding
-    return 6 * matmul_parameters + 12 * shape.num_layers * shape.hidden_size * shape.seq_len

@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import (
 from transformers import LlamaForCausalLM
 
 from am_lightning.pretrain.model.initial_weights import draw_matrices
-from am_lightning.pretrain.model.network import LlamaShape
+from am_lightning.pretrain.model.shape import LlamaShape
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 DATA, TENSOR = "data_parallel", "tensor_parallel"  # dimensions of the mesh, as ModelParallelStrategy names them

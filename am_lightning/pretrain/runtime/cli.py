@@ -35,7 +35,7 @@ from am_lightning.pretrain.commands.compare import compare
 from am_lightning.pretrain.commands.report.summary import RunResult, print_summary, print_validation
 from am_lightning.pretrain.data.text_data import TextData
 from am_lightning.pretrain.model.lightning_module import LlamaPretraining, check_optimizer
-from am_lightning.pretrain.model.network import LlamaShape
+from am_lightning.pretrain.model.shape import LlamaShape
 from am_lightning.pretrain.runtime.errors import RecipeError, require
 from am_lightning.pretrain.runtime.paths import with_paths
 from am_lightning.pretrain.runtime.run_lock import hold

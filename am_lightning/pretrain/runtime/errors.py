@@ -9,6 +9,10 @@ class RecipeError(Exception):
     """Something the user can put right: the text names the file or setting and says what to do. Shown bare."""
 
 
+class UsageError(RecipeError):
+    """There is no setting of that name: the exit status is 2, as argparse's."""
+
+
 def require(condition: bool, name: str, value: object, allowed: str) -> None:
     """Raise a RecipeError that names the setting, its value and what is allowed, unless `condition` holds."""
     if not condition:

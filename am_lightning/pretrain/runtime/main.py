@@ -13,40 +13,43 @@ import warnings
 from collections.abc import Iterator
 
 from am_lightning.pretrain.runtime.atomic_files import DISK_FULL, disk_error
-from am_lightning.pretrain.runtime.errors import RESUME, RecipeError, first_line
+from am_lightning.pretrain.runtime.errors import RESUME, RecipeError, UsageError, first_line
 from am_lightning.pretrain.runtime.stop_signals import early_signals
 
 EXTRA = "pip install 'am-lightning[recipes]', or '.[recipes]' in a checkout"
 
 
 @contextlib.contextmanager
-def command_line() -> Iterator[None]:
-    """Run the block as the body of a program: what the user can help ends the process with a message."""
+def command_line(*, imports: bool = True) -> Iterator[None]:
+    """Run the block as the body of a program: what the user can help ends the process with a message.
+
+    Args:
+        imports: import first what training needs; a program that may not need it calls `import_training` itself.
+    """
     with early_signals():  # the imports take seconds
-        yield from _command_line()
+        yield from _command_line(imports=imports)
 
 
-def _command_line() -> Iterator[None]:
+def _command_line(*, imports: bool) -> Iterator[None]:
     for name in ("stdout", "stderr"):  # closed by whoever started it (>&-): there is nobody to tell
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (to the process's end)
     _quiet()
-    try:
-        with _fonts_elsewhere():
-            import am_lightning.pretrain.runtime.cli  # noqa: F401
-            from am_lightning.pretrain.runtime.collective_errors import leave_group
-    except ModuleNotFoundError as error:
-        sys.exit(f"error: the recipes need {error.name}: {EXTRA}")
+    if imports:
+        import_training()
     try:
         yield
-        leave_group()
+        _leave_group()
         sys.stdout.flush()  # here, where a closed pipe is still met in words
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     except RecipeError as error:
         sys.exit(f"error: {error}")
     except SystemExit as stopped:
         if not _is_sigterm(stopped):
             if type(stopped).__name__ == "Stopped":  # FaultTolerance's, on all ranks
-                leave_group()
+                _leave_group()
             raise
         print(f"stopped by SIGTERM; {RESUME}", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM) from stopped
@@ -54,9 +57,10 @@ def _command_line() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
         raise SystemExit(1) from None
     except ModuleNotFoundError as error:
-        if "jsonargparse" not in str(error):  # LightningCLI asks for it when it is built, in words alone
+        missing = "jsonargparse" if "jsonargparse" in str(error) else error.name  # LightningCLI names it in words alone
+        if missing not in ("jsonargparse", "yaml", "numpy", "matplotlib", "tensorboard", "transformers"):
             raise
-        sys.exit(f"error: the recipes need jsonargparse: {EXTRA}")
+        sys.exit(f"error: the recipes need {missing}: {EXTRA}")
     except pickle.UnpicklingError as error:  # torch.load(weights_only=True), whose text advises to switch that off
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error).splitlines()[0])
         sys.exit(f"error: the checkpoint holds more than tensors and plain values: {reason.strip()}")
@@ -73,6 +77,22 @@ def _command_line() -> Iterator[None]:
             raise
         what = refused.filename or "the run's files"
         sys.exit(f"error: cannot write {what}: {refused.strerror}. Free some space; {RESUME}.")
+
+
+def import_training() -> None:
+    """Import what training needs, which takes seconds; ends the process with a message where a package is missing."""
+    try:
+        with _fonts_elsewhere():
+            import am_lightning.pretrain.runtime.cli  # noqa: F401
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: the recipes need {error.name}: {EXTRA}")
+
+
+def _leave_group() -> None:
+    if "torch" in sys.modules:
+        from am_lightning.pretrain.runtime.collective_errors import leave_group
+
+        leave_group()
 
 
 def _is_sigterm(stopped: SystemExit) -> bool:

@@ -16,8 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from am_lightning.lightning import AdaptiveMemory
 from am_lightning.pretrain.data.text_data import TextData
 from am_lightning.pretrain.model.lightning_module import LlamaPretraining, check_optimizer
-from am_lightning.pretrain.model.network import LlamaShape
 from am_lightning.pretrain.model.schedule import make_schedule
+from am_lightning.pretrain.model.shape import LlamaShape
 from am_lightning.pretrain.runtime.atomic_files import replacing
 from am_lightning.pretrain.runtime.cli import PretrainCLI, precision_of, settle
 from am_lightning.pretrain.runtime.errors import RecipeError, require

@@ -25,16 +25,22 @@ def explain(message: str, options: Iterable[str], args: Sequence[str]) -> str:
     """
     if found := _OPTION.search(message):
         key = found["key"] or found["word"]
-        near = difflib.get_close_matches(key, list(options), n=1, cutoff=0.75)
-        return f"there is no setting {key}{_meant(near)}{_place(key, args)}"
+        return f"there is no setting {key}{meant(key, options)}{place(key, args)}"
     if found := _ARGUMENT.search(message):
         path = _CLASS.search(message)
         names = _arguments(path[1]) if path else []
         name = found["name"]
         near = [_SYNONYMS[name]] if _SYNONYMS.get(name) in names else difflib.get_close_matches(name, names, n=1)
         of = path[1].rpartition(".")[2] if path else found["key"]
-        return f"{found['key']}.init_args.{name}: {of} has no argument of that name{_meant(near)}{_place(name, args)}"
+        return f"{found['key']}.init_args.{name}: {of} has no argument of that name{_meant(near)}{place(name, args)}"
     return message
+
+
+def meant(name: str, names: Iterable[str]) -> str:
+    """A question that ends an error: which of `names` was meant, one of the same last part first; or nothing."""
+    names, last = list(names), name.rpartition(".")[2]
+    same = [other for other in names if other.rpartition(".")[2] == _SYNONYMS.get(last, last)]
+    return _meant(same[:1] or difflib.get_close_matches(name, names, n=1, cutoff=0.75))
 
 
 def _meant(near: Sequence[str]) -> str:
@@ -49,8 +55,8 @@ def _arguments(class_path: str) -> list[str]:
         return []
 
 
-def _place(key: str, args: Sequence[str]) -> str:
-    """The file and line of a key, where a YAML of the command line has it; the last, which wins."""
+def place(key: str, args: Sequence[str]) -> str:
+    """The file and line of a key in brackets, where a YAML of the command line has it; the last, which wins."""
     line = re.compile(rf"^\s*(- )?{re.escape(key.rpartition('.')[2])}\s*:")
     first = re.compile(rf"^\s*(- )?{re.escape(key.partition('.')[0])}\s*:")
     for path in (arg.removeprefix("--config=") for arg in reversed(args) if arg.startswith("--config=")):

@@ -38,9 +38,7 @@ def end(nodes: Sequence[Node], root: Path, source: Path, program: str, kind: str
         return _validate(nodes, root, source)
     steps = 40 if kind != "SIGTERM" else 100_000
     more = ["--data.batch_size", "3"] if kind == "error" else []
-    agents = Agents(
-        nodes, root, [*options(source, steps, 20), *more], PROGRAM=str(RECIPES / program), MAX_RESTARTS="0"
-    )
+    agents = Agents(nodes, root, [*options(source, steps, 20), *more], PROGRAM=str(RECIPES / program), MAX_RESTARTS="0")
     if kind == "SIGTERM":
         wait_until(lambda: any((root / "checkpoints").glob("*[0-9]*")), f"no checkpoint\n{agents.tail()}")
         for process in agents.processes:

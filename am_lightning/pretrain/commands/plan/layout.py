@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from am_lightning.pretrain.commands.list import strategy_name
-from am_lightning.pretrain.model.network import LlamaShape
 from am_lightning.pretrain.model.parallelize import check_tensor_parallel
+from am_lightning.pretrain.model.shape import LlamaShape
 from am_lightning.pretrain.runtime.errors import RecipeError, require
 
 # Bytes of a weight as the optimizer sees it, and of a number in a matrix product.

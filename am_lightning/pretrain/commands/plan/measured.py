@@ -8,7 +8,7 @@ import math
 import re
 from pathlib import Path
 
-from am_lightning.pretrain.commands.plan.speed import GPUS
+from am_lightning.pretrain.commands.plan.gpus import GPUS
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 FILE = Path(__file__).with_name("measured.json")  # absent until something has been measured

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from am_lightning.pretrain.commands.plan.layout import ParallelPlan
-from am_lightning.pretrain.model.network import LlamaShape, count_parameters
+from am_lightning.pretrain.model.shape import LlamaShape, count_parameters
 
 GIB = 1 << 30
 RESERVE = 2 * GIB  # context, NCCL and fragmentation: a guess, stated where it is used

@@ -10,7 +10,7 @@ import dataclasses
 
 from am_lightning.distributed.layout import message_bytes
 from am_lightning.pretrain.commands.plan.layout import ParallelPlan
-from am_lightning.pretrain.model.network import LlamaShape, count_parameters, count_tensors
+from am_lightning.pretrain.model.shape import LlamaShape, count_parameters, count_tensors
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from am_lightning.pretrain.commands.report.events import PATTERN, Curve, last_picture, read_files
-from am_lightning.pretrain.model.network import LlamaShape, count_parameters
+from am_lightning.pretrain.model.shape import LlamaShape, count_parameters
 from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.saved_config import saved_config
 

@@ -1,0 +1,173 @@
+"""am-lightning: help and refusals without the imports of training, names of settings, processes that `fit` starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from am_lightning.pretrain.commands import fit
+from am_lightning.pretrain.runtime.errors import RecipeError, UsageError
+from am_lightning.pretrain.runtime.run_config import read_run_config
+from am_lightning.pretrain.runtime.settings import check_names, setting_names
+from am_lightning.recipes.__main__ import _COMMANDS, main
+from tests.python import COLD, PYTHON
+
+from .commands import RECIPES, arguments
+
+HEAVY = ["torch", "lightning", "transformers", "numpy", "matplotlib", "datasets", "deepspeed"]
+# Words -> exit status, and what is in the text.
+LIGHT = [
+    ([], 0, "COMMAND --help"),
+    (["--help"], 0, "am-lightning COMMAND"),
+    (["--version"], 0, "am-lightning "),
+    (["list"], 0, "58.2M"),
+    (["cp", "60m", "copy"], 0, "launch/torchrun.sh"),
+    *[([name, "--help"], 0, "usage: ") for name in _COMMANDS if name != "bench"],
+    (["lst"], 2, "no command lst. Did you mean list?"),
+    (["cp", "60n", "copy"], 1, "Did you mean 60m?"),
+    (["fit"], 1, "the NAME of a recipe"),
+    (["fit", "lapto"], 1, "Did you mean laptop?"),
+    (["fit", "laptop", "--trainer.max_step", "3"], 2, "no setting trainer.max_step. Did you mean trainer.max_steps?"),
+    (["validate", "laptop", "--learning_rate=3"], 2, "Did you mean model.optimizer.lr?"),
+    (["plan", "laptop", "--gpus", "8", "--batch_size", "3"], 2, "Did you mean data.batch_size?"),
+    (
+        ["fit", "--config", "mine.yaml"],
+        2,
+        "no setting model.hiden_size. Did you mean model.hidden_size? (mine.yaml, line 2)",
+    ),
+]
+
+PROBE = """
+import contextlib, io, json, sys
+from am_lightning.recipes.__main__ import main
+sys.argv = ["am-lightning"]
+for words in json.loads(sys.argv_words):
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        try:
+            status = main(words)
+        except SystemExit as stopped:
+            status = stopped.code or 0
+            if isinstance(status, str):
+                print(status)
+                status = 1
+    loaded = [name for name in HEAVY if name in sys.modules]
+    print(json.dumps([status, text.getvalue(), loaded]))
+"""
+
+
+def test_help_and_refusals_import_nothing_of_training(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("model:\n  hiden_size: 3\n")
+    words = json.dumps([words for words, _, _ in LIGHT])
+    code = f"import sys\nsys.argv_words = {words!r}\nHEAVY = {HEAVY!r}\n{PROBE}"
+    done = subprocess.run([COLD, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(results) == len(LIGHT), done.stderr
+    for (given, status, says), (found, text, loaded) in zip(LIGHT, results, strict=True):
+        assert found == status, (given, text)
+        assert says in text, (given, text)
+        assert loaded == [], given
+
+
+def test_the_names_are_those_of_the_parser() -> None:
+    """Read from source files, they must not drift from what the parser of `fit` takes."""
+    known = setting_names()
+    config = read_run_config(["--config", str(RECIPES / "configs" / "laptop.yaml")]).config
+    sections = {name: set(config[name]) for name in known if name}
+    assert {name: known[name] for name in sections} == sections
+    assert known[""] is not None
+    assert known[""] - {"config", "help", "print_config"} == set(config) - set(sections)
+
+
+def test_right_names_pass() -> None:
+    check_names(["laptop", "--trainer.callbacks+=x", "--model.optimizer.lr", "1", "--data", "x.yaml", "--threads=2"])
+    check_names(["--config", "laptop", "--config=60m", "--ckpt_path", "last", "--seed_everything", "-3"])
+    with pytest.raises(UsageError, match=r"there is no setting tainer. Did you mean trainer\?"):
+        check_names(["laptop", "--tainer", "x.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--gpus 0", "--gpus is 0; allowed"),
+        ("--nodes 0", "--nodes is 0; allowed"),
+        ("--gpus 2 --master-port 70000", "--master-port is 70000; allowed: 1 to 65535"),
+        ("--gpus 2 --trainer.devices 4", "--trainer.devices is '4'; allowed: nothing beside --gpus"),
+        ("--master-addr node0", "give --nodes M"),
+    ],
+)
+def test_processes_that_cannot_be_are_refused(words: str, says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        fit.main(["laptop", *words.split()])
+
+
+def test_the_other_machines_command_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    seen: dict[str, str] = {}
+    monkeypatch.setattr(os, "execvpe", lambda program, args, environment: seen.update(environment, args=" ".join(args)))
+    monkeypatch.setenv("MASTER_ADDR", "node0")
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("# base: /nowhere\n".replace("/nowhere", str(RECIPES / "configs" / "laptop.yaml")))
+    with pytest.raises(TypeError):  # execvpe came back
+        int(fit.main(["mine.yaml", "--gpus", "3", "--nodes", "2", "--model.optimizer.lr", "1e-3"]))  # type: ignore[call-overload]
+    assert {key: seen[key] for key in ("NODES", "GPUS_PER_NODE", "MASTER_ADDR")} == {
+        "NODES": "2",
+        "GPUS_PER_NODE": "3",
+        "MASTER_ADDR": "node0",
+    }
+    assert Path(seen["CONFIG"]) == tmp_path / "mine.yaml" and seen["RUN_DIR"] == "runs/laptop"
+    assert seen["args"].endswith("launch/torchrun.sh --model.optimizer.lr 1e-3")
+    again = "am-lightning fit mine.yaml --gpus 3 --nodes 2 --model.optimizer.lr 1e-3 --master-addr node0"
+    assert again in capsys.readouterr().out
+
+
+def test_fit_starts_processes_and_resumes(tmp_path: Path, corpus_folder: Path) -> None:
+    def train(steps: int) -> str:
+        settings = arguments(tmp_path / "run", corpus_folder, steps)[3:]
+        position = settings.index("--trainer.devices")
+        words = ["fit", "laptop", "--gpus", "2", *settings[:position], *settings[position + 2 :]]
+        command = [PYTHON, "-m", "am_lightning.recipes", *words]
+        environment = {**os.environ, "PYTHONPATH": str(RECIPES.parent)}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    text = train(2)
+    assert "1 x 2 CPU processes" in text and "MEMBER: 2/2" in text
+    train(4)
+    steps = {path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*.ckpt")}
+    assert "step-000004.ckpt" in steps and not (tmp_path / "run" / "earlier").exists()
+
+
+def test_a_launcher_of_a_copy_takes_the_copied_recipe(tmp_path: Path) -> None:
+    assert main(["cp", "60m", str(tmp_path / "copy")]) == 0
+    (tmp_path / "show.py").write_text("import sys\nprint(sys.argv[1:])\n")
+    launcher = str(tmp_path / "copy" / "launch" / "torchrun.sh")
+    environment = {
+        **os.environ,
+        "PYTHON": PYTHON,
+        "GPUS_PER_NODE": "1",
+        "PROGRAM": str(tmp_path / "show.py"),
+        "CONFIG": "",
+    }
+
+    def launch(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        env = {**environment, "PYTHONPATH": str(RECIPES.parent), **variables}
+        return subprocess.run([launcher, *words], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+
+    done = launch()
+    assert done.returncode == 0 and str(tmp_path / "copy" / "60m.yaml") in done.stdout, done.stderr
+    for words, variables, says in (
+        (["--trainer.max_step", "3"], {}, "Did you mean trainer.max_steps?"),
+        ([], {"CONFIG": "laptopp"}, "Did you mean laptop?"),
+    ):
+        done = launch(*words, **variables)
+        assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
+    (tmp_path / "copy" / "mine.yaml").write_text("{}\n")
+    done = launch()
+    assert done.returncode == 2 and "holds several: 60m.yaml mine.yaml" in done.stderr
