@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
+from am_lightning.pretrain.data.hub import from_the_cache_alone, no_answer, offline_text
 from am_lightning.pretrain.runtime.errors import RecipeError, first_line
 
 _ROWS = 1024  # read at a time
@@ -202,13 +204,23 @@ def load_hub(name: str, options: str) -> Any:
         import datasets
     except ImportError as error:
         raise RecipeError(f"data.source hf:{name} needs the datasets library: {DATA_EXTRA}") from error
+    offline = no_answer() if _is_on_the_hub(name, options) else None
     try:
-        return datasets.load_dataset(name, **{"split": "train", **json.loads(options)}, streaming=True)
+        with contextlib.nullcontext() if offline is None else from_the_cache_alone(datasets.config):
+            return datasets.load_dataset(name, **{"split": "train", **json.loads(options)}, streaming=True)
     except Exception as error:  # the library's own, the network's, the builder's
+        if offline is not None:
+            raise RecipeError(offline_text(f"data.source hf:{name}", offline, "local files")) from error
         raise RecipeError(
             f"data.source hf:{name}: the datasets library cannot load it ({first_line(error)})."
             " Check the name, data.source_options and the network, or give local files."
         ) from error
+
+
+def _is_on_the_hub(name: str, options: str) -> bool:
+    """Not a folder or a script here, and none of the library's own builders of local files."""
+    builder = "/" not in name and "data_files" in json.loads(options)
+    return not Path(name).exists() and (not builder or "hf://" in options)
 
 
 def no_field(field: str, where: str, found: str) -> RecipeError:

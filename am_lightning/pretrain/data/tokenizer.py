@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
+from am_lightning.pretrain.data.hub import from_the_cache_alone, no_answer, offline_text
 from am_lightning.pretrain.runtime.atomic_files import replacing
 from am_lightning.pretrain.runtime.errors import RecipeError, first_line, require
 
@@ -190,9 +192,13 @@ def load_pretrained(name: str) -> FastTokenizer:
         raise RecipeError(
             f"{where} needs transformers: pip install 'am-lightning[recipes]', or '.[recipes]' in a checkout"
         ) from error
+    offline = None if Path(name).expanduser().is_dir() else no_answer()
     try:
-        loaded: Any = AutoTokenizer.from_pretrained(name)
+        with contextlib.nullcontext() if offline is None else from_the_cache_alone():
+            loaded: Any = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the network's, the hub's, the file's
+        if offline is not None:
+            raise RecipeError(offline_text(where, offline, "bytes, bpe-N or a folder with a tokenizer")) from error
         raise RecipeError(
             f"{where}: transformers cannot load it ({first_line(error)}). Allowed: bytes, bpe-N (trained"
             " on the data), a folder with a tokenizer, or a name on the Hugging Face hub, which needs a network."
