@@ -29,7 +29,7 @@ from am_lightning.pretrain.checkpoints.manifest import sync_files, write_manifes
 from am_lightning.pretrain.commands.report.summary import next_commands
 from am_lightning.pretrain.model.network import build_llama, token_loss
 from am_lightning.pretrain.runtime.atomic_files import replacing
-from am_lightning.pretrain.runtime.collective_errors import Agreement, leave_group
+from am_lightning.pretrain.runtime.collective_errors import Agreement, leave_group, limit_waits
 from am_lightning.pretrain.runtime.main import command_line
 from am_lightning.pretrain.runtime.run_config import RunConfig, read_run_config
 from am_lightning.pretrain.runtime.stop_signals import StopSignals
@@ -189,6 +189,7 @@ def train(settings: RunConfig) -> None:
     args = training_arguments(settings)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    limit_waits(settings.hang_timeout_s if args.world_size > 1 else None)  # gloo's group does not get ddp_timeout
     with args.main_process_first(desc="token shards"):
         if args.local_process_index == 0:
             settings.data.prepare()

@@ -65,6 +65,7 @@ _HUGGINGFACE = "am_lightning/huggingface/accelerate.py"
 _CALLBACK = "am_lightning/pretrain/checkpoints/callback.py"
 _WRITER = "am_lightning/pretrain/checkpoints/writer.py"
 _FAULTS = "am_lightning/pretrain/callbacks/fault_tolerance.py"
+_COLLECTIVES = "am_lightning/pretrain/runtime/collective_errors.py"
 _SETTINGS = "am_lightning/pretrain/runtime/run_config.py"
 _BOARD = "am_lightning/pretrain/callbacks/tensorboard.py"
 _PATCHES = "am_lightning/lightning/trainer_patches.py"
@@ -129,8 +130,8 @@ TORCH = [
     Private("torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper",
             "_checkpoint_wrapped_module", (_NAMES,), _WITHOUT_PREFIX, "checkpoint_wrapper"),
     Private("torch._dynamo.OptimizedModule", "_orig_mod", (_NAMES,), _WITHOUT_PREFIX, "compiled_module"),
-    Private(_C10D, "_world.pg_map", (_FAULTS,), "list the process groups, for hang_timeout_s is for each of them"),
-    Private(_C10D, "_set_pg_timeout", (_FAULTS,), "give hang_timeout_s to the groups of device meshes"),
+    Private(_C10D, "_world.pg_map", (_COLLECTIVES,), "list the process groups, for hang_timeout_s is for each of them"),
+    Private(_C10D, "_set_pg_timeout", (_COLLECTIVES,), "give hang_timeout_s to the groups of device meshes"),
     Private("torch._dynamo", "config.patch", ("am_lightning/optim/kernels/compiled.py",),
             "raise the number of graphs of one function"),
     Private("torch.utils.tensorboard.SummaryWriter", "_get_file_writer",

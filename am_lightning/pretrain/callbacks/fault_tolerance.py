@@ -15,13 +15,12 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from am_lightning.lightning.patched_methods import PatchedMethods
 from am_lightning.pretrain.checkpoints import LAST, RunCheckpoint
-from am_lightning.pretrain.runtime.collective_errors import Agreement
+from am_lightning.pretrain.runtime.collective_errors import Agreement, limit_waits
 from am_lightning.pretrain.runtime.errors import require, require_counts
 from am_lightning.pretrain.runtime.stop_signals import SIGNALS, StopSignals, end_process
 
@@ -144,9 +143,7 @@ class FaultTolerance(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """All process groups are there: a device mesh's have the default timeout, whatever the strategy's is."""
-        if self.hang_timeout_s is not None and dist.is_initialized():
-            for group in dist.distributed_c10d._world.pg_map:
-                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.hang_timeout_s), group)
+        limit_waits(self.hang_timeout_s)
 
     # ------------------------------------------------------------------ agreeing and saving
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -95,6 +96,13 @@ class Agreement:
         if self._copied is not None:
             self._copied.synchronize()
         return int(answer)
+
+
+def limit_waits(seconds: float | None) -> None:
+    """Give every process group that is there, a device mesh's too, this timeout of its collectives; None: as it is."""
+    if seconds is not None and dist.is_initialized():
+        for group in dist.distributed_c10d._world.pg_map:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def leave_group() -> None:
