@@ -34,7 +34,7 @@ def __getattr__(name: str) -> Any:
     if name == "AdaptiveMemory":
         from am_lightning.lightning.compat import join
 
-        join()  # LightningCLI looks it up here when its own name is loaded, and asks whether it is a Callback
+        join()  # LightningCLI looks the class up here by name, and then checks that it is a Callback
     else:
         globals()[name] = value
     return value

@@ -25,11 +25,11 @@ from am_lightning.optim.validation import (
 
 
 class AMAdamW(AdaptiveMemoryOptimizer):
-    """AdamW with adaptive memory: beta_t from a two-plane proximal model of the loss, at every step.
+    """Implements AdamW with adaptive memory: a two-plane proximal model of the loss gives beta_t at every step.
 
-    With P = c_t (sqrt(v / (1 - beta2^t)) + eps), where c_t = 1 - beta1_max prod_{i<t} beta_i is the bias correction of
-    a momentum that varies, q = 1 + lambda P, k = (1 + mu eta_t) eta_{t-1} / eta_t and sums over the scope (Topollai and
-    Choromanska, arXiv 2510.04988; the two-sum form is derived in the documentation):
+    Let P = c_t (sqrt(v / (1 - beta2^t)) + eps), q = 1 + lambda P and k = (1 + mu eta_t) eta_{t-1} / eta_t. Here
+    c_t = 1 - beta1_max prod_{i<t} beta_i is the bias correction of a momentum that varies. With sums over the scope
+    (Topollai and Choromanska, arXiv 2510.04988; the documentation derives the two-sum form):
 
     ```text
     1 - beta_t = clip(sum (d - (1 + k) g)(d / P + mu x) / sum (d - g)^2 / (P q), 1 - beta1_max, 1)
@@ -41,32 +41,35 @@ class AMAdamW(AdaptiveMemoryOptimizer):
         params: iterable of parameters of any shape and floating dtype, of (name, parameter) pairs, or of dicts that
             define groups.
         lr: learning rate, a float or a one-element tensor.
-        betas: the cap of beta_t (kept as the group option ``beta1_max``, for schedulers may cycle ``betas[0]``) and the
-            decay of the second moment.
-        eps: added to the root of the second moment.
+        betas: the cap of beta_t and the decay of the second moment. The cap is kept as the group option ``beta1_max``,
+            because schedulers may cycle ``betas[0]``.
+        eps: term added to the root of the second moment.
         weight_decay: decoupled weight decay mu.
         lambd: memory regularisation lambda.
-        scope: one beta_t for every "tensor", "group", or "global" for the model.
-        maximize: ascend.
-        foreach: None picks the kernels for the device, True torch._foreach_*, False plain formulas.
-        capturable: safe to capture in a CUDA graph (with a tensor lr).
-        fused: True runs each pass as one kernel over all tensors: Triton on CUDA and ROCm, on the CPU a C++ loop that
-            the wheel brings or that is built at the first step, torch.compile elsewhere. None (with foreach None) does
-            so on CUDA, ROCm and the CPU where the kernels build and work on all ranks, which is tried in the first
-            step; elsewhere the eager kernels. False: eager kernels. ``describe`` says which, and why not the fused one.
-        nonfinite: "skip" drops a step, on all ranks, in which a sum is not finite or ``exp_avg_sq`` would not be: a
-            gradient's square overflows float32 (float64 for float64 parameters), or what float16 can hold of it.
-            "propagate" does what AdamW does.
-        replica_group: process group of ranks that hold the same parameters (DDP); the AdaptiveMemory callback sets it.
-        exp_avg_dtype: torch.bfloat16 keeps ``exp_avg`` of float32 parameters in half the memory, rounded stochastically
-            (reproducible: the noise is a hash of parameter, step and element). Not under FSDP1 and DeepSpeed.
+        scope: the parameters that share one beta_t: "tensor" (each its own), "group" (each group) or "global" (all).
+        maximize: maximize the objective instead of minimizing it.
+        foreach: None picks the kernels for the device, True uses torch._foreach_*, False plain formulas.
+        capturable: whether the step may be captured in a CUDA graph (with a tensor lr).
+        fused: True runs each pass as one kernel over all tensors. This is Triton on CUDA and ROCm, a C++ loop on the
+            CPU (part of the wheel, or built at the first step), and torch.compile on other devices. None, with
+            ``foreach=None``, uses these kernels on CUDA, ROCm and the CPU if they build and work on all ranks, which
+            the first step tries; otherwise it uses the eager kernels. False always uses the eager kernels.
+            ``describe`` returns the kernels in use, and the reason if they are not the fused ones.
+        nonfinite: "skip" skips a step on all ranks if a sum, or an element of the new ``exp_avg_sq``, is not finite:
+            the square of a gradient overflows float32 (float64 for float64 parameters) or the dtype of
+            ``exp_avg_sq``, such as float16. "propagate" behaves as AdamW does.
+        replica_group: process group of ranks that hold the same parameters (DDP). The AdaptiveMemory callback sets it.
+        exp_avg_dtype: torch.bfloat16 halves the memory of ``exp_avg`` of float32 parameters. Rounding is stochastic but
+            reproducible: the noise is a hash of parameter, step and element. Not supported with FSDP1 and DeepSpeed.
+            None uses the parameter's dtype.
 
-    State of a parameter: ``exp_avg`` and ``exp_avg_sq``, of its shape; 0-dim float32 ``step``, ``beta_prod`` (the
-    product of its beta_t), ``beta`` (its last, -1 before its first) and ``prev_lr``.
+    The state of a parameter has ``exp_avg`` and ``exp_avg_sq`` of its shape, and 0-dim float32 tensors: ``step``,
+    ``beta_prod`` (the product of its beta_t), ``beta`` (its last beta_t, -1 before its first) and ``prev_lr``.
 
     Raises:
-        ValueError, TypeError: an argument is out of range or of the wrong type; the text says what is allowed.
-        RuntimeError: ``fused=True`` lacks a compiler or Triton (the text says what to install), or ``foreach`` is set.
+        ValueError, TypeError: if an argument is out of range or of the wrong type. The message says what is allowed.
+        RuntimeError: if ``fused=True`` lacks a compiler or Triton (the message says what to install), or if ``foreach``
+            is True as well.
     """
 
     cap_key = "beta1_max"
@@ -115,7 +118,7 @@ class AMAdamW(AdaptiveMemoryOptimizer):
     def _check_group(self, group: dict[str, Any]) -> dict[str, Any]:
         check_lr(group["lr"])
         cap, beta2 = check_betas(group["betas"])
-        if group.get(self.cap_key) is not None:  # a group may name its cap; a scheduler may have changed betas[0]
+        if group.get(self.cap_key) is not None:  # it takes precedence, because a scheduler may have changed betas[0]
             cap = group[self.cap_key]
             check_number(self.cap_key, cap, upper=1, open_upper=True)
         for name in ("eps", "weight_decay", "lambd"):
@@ -134,7 +137,7 @@ class AMAdamW(AdaptiveMemoryOptimizer):
         return RowOptions(group[self.cap_key], group["lr"], group["weight_decay"], beta2, group["eps"], lambd)
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch.optim; the saved groups have all options of AdamW's, which some loaders ask for."""
+        """Return the state as in torch.optim. The saved groups have all of AdamW's options, which some loaders need."""
         saved = super().state_dict()
         for group in saved["param_groups"]:
             group.update(FOREIGN_OPTIONS)

@@ -1,4 +1,4 @@
-"""What AMAdamW and AMSGD share: one step of adaptive memory, and the public face of an optimizer that makes it."""
+"""The base class of AMAdamW and AMSGD: one step of adaptive memory, and the public methods of the optimizers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def outside_graphs(function: _F) -> _F:
-    """``torch.compiler.disable``, which imports the compiler, at the first call and not while this is imported."""
+    """Apply ``torch.compiler.disable`` at the first call, because it imports the compiler."""
     disabled: list[Any] = []
 
     @functools.wraps(function)
@@ -44,17 +44,17 @@ def outside_graphs(function: _F) -> _F:
 
 
 class AdaptiveMemoryOptimizer(Optimizer):
-    """A subclass says what its preconditioner, its state and its options are."""
+    """Base class of the adaptive memory optimizers. A subclass defines its preconditioner, state and options."""
 
     cap_key: str  # group option that holds the cap of beta_t
     moments: tuple[str, ...]  # state tensors shaped like the parameter, the direction d first
-    first_takes_cap: bool  # a parameter's own first step uses the cap
-    plain_attributes: tuple[str, ...] = ("scope", "nonfinite")  # survive pickle and deepcopy
+    first_takes_cap: bool  # beta_t is the cap in a parameter's own first step
+    plain_attributes: tuple[str, ...] = ("scope", "nonfinite")  # attributes that survive pickle and deepcopy
 
     nonfinite: str
-    needs_exact_sums = False  # they, and not only their ratio, decide beta_t
-    exp_avg_dtype: torch.dtype | None = None  # of the direction d; None: the parameter's
-    fused_dropped: bool | None = None  # convert_adamw found fused=True, and could not keep it here; None: found none
+    needs_exact_sums = False  # True: beta_t depends on the sums themselves, not only on their ratio
+    exp_avg_dtype: torch.dtype | None = None  # dtype of the direction d; None: the parameter's dtype
+    fused_dropped: bool | None = None  # whether convert_adamw removed fused=True here; None: no group had it
 
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], *, scope: str, nonfinite: str, replica_group: Any
@@ -64,7 +64,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         super().__init__(params, defaults)
 
     def configure(self, *, scope: str, nonfinite: str, replica_group: Any = None) -> None:
-        """Set all but parameters and groups, which an optimizer that ``convert_adamw`` converts has already."""
+        """Set everything except parameters and groups. ``convert_adamw`` calls it on an optimizer that has both."""
         check_choice("scope", scope, SCOPES)
         check_choice("nonfinite", nonfinite, NONFINITE)
         self.scope, self.nonfinite = scope, nonfinite
@@ -72,51 +72,51 @@ class AdaptiveMemoryOptimizer(Optimizer):
         self.replica_group = replica_group
 
     def _forget(self) -> None:
-        """Attributes that live as long as this process: never in groups, state_dict, pickle or deepcopy."""
+        """Reset the attributes that belong to this process and are never saved, pickled or copied."""
         self._store = StateStore(self.moments, self.cap_key)
         self._stats = StepStats()
         self._workspace = Workspace()
-        self._plans: dict[ShardLayout, KernelPlan] = {}  # of the last step of each layout
-        self._plan: KernelPlan | None = None  # of the last step
-        self._row_kernels: dict[ShardLayout, RowKernels | None] = {}  # as long as no option changes
+        self._plans: dict[ShardLayout, KernelPlan] = {}  # the plan of each layout's last step
+        self._plan: KernelPlan | None = None  # the plan of the last step
+        self._row_kernels: dict[ShardLayout, RowKernels | None] = {}  # cleared when an option changes
         self._checked_options: list[Any] = []
         self._loading: tuple[dict[str, Any], list[dict[str, Any]]] | None = None
         self.param_layout = ParamLayout()
-        self.pre_pass: Callable[[ShardLayout], Decision] | None = None  # DeepSpeed's
+        self.pre_pass: Callable[[ShardLayout], Decision] | None = None  # set by the DeepSpeed integration
 
-    # ------------------------------------------------------------------ what a subclass says
+    # ------------------------------------------------------------------ defined by subclasses
     def _check_group(self, group: dict[str, Any]) -> dict[str, Any]:
-        """Validate a group's options (defaults filled in); returns those to normalise."""
+        """Validate a group's options, defaults included. Returns the options whose values have to be normalised."""
         raise NotImplementedError
 
     def _group_options(self, group: dict[str, Any]) -> GroupOptions:
         raise NotImplementedError
 
     def _row_options(self, group: dict[str, Any]) -> RowOptions:
-        """Of one group; numbers of the host, or tensors of one element."""
+        """The options of one group, as Python numbers or one-element tensors."""
         raise NotImplementedError
 
     # ------------------------------------------------------------------ the step
-    @outside_graphs  # torch.compile would cut it into many graphs, and make them again for other numbers
+    @outside_graphs  # torch.compile would split the step into many graphs and recompile them when numbers change
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Perform a single optimization step; where ``torch.compile`` meets it, it runs as it is.
+        """Perform a single optimization step. ``torch.compile`` does not trace it.
 
         Args:
-            closure: reevaluates the model and returns the loss, which is returned; called first.
+            closure: a function that reevaluates the model and returns the loss, which ``step`` returns. Called first.
 
         Raises:
-            RuntimeError: a gradient is sparse or complex, or a number in a state is no tensor; nothing has moved.
-            ValueError: at the first step, on every rank: a layout or scope that cannot be summed rightly.
+            RuntimeError: if a gradient is sparse or complex, or a state has a bad scalar; no parameter has changed.
+            ValueError: if the sums cannot be formed for the layout or scope; raised on every rank at the first step.
         """
         if not self.state and checkpointing.only_makes_states(self):
             return None
         self._check_options()
         loss = self._evaluate(closure)
         layout = self.param_layout.find(self.param_groups) or self._build_layout()
-        # DeepSpeed calls step() for some of the parameters at a time: all sums are formed in the first of the calls
+        # DeepSpeed calls step() for some of the parameters at a time, so the first call forms the sums of all of them
         decision, shared = None if self.pre_pass is None else self.pre_pass(layout), None
-        local = self.prepare(layout)  # this step's tensors, the kernels that serve them, and coefficients
+        local = self.prepare(layout)  # this step's tensors, their kernels and coefficients
         if decision is None:
             packed, shared = self._reduce(self.local_sums(local), layout, loss)  # the one collective
             if local.in_kernels is not None:
@@ -143,11 +143,11 @@ class AdaptiveMemoryOptimizer(Optimizer):
             return None
         with torch.enable_grad():
             loss = closure()
-        self._check_options()  # a training step under Lightning runs in the closure, and may change them
+        self._check_options()  # Lightning runs the training step in the closure, which may change options
         return loss
 
     def prepare(self, layout: ShardLayout) -> StepInputs:
-        """Read-only, except that states that do not exist yet are made."""
+        """Collect the inputs of a step on ``layout``. It only reads, except that it creates missing states."""
         moments = partial(self._store.moments, self.state, self.param_groups, self.exp_avg_dtype)
         tensors = step_tensors(layout, moments, type(self).__name__)
         groups = self.param_groups
@@ -161,7 +161,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         clip, workspace.gradient_clip = workspace.gradient_clip, None
         if layout not in self._row_kernels:
             found = row_kernels(layout, groups, self.scope, store, workspace) if len(self.moments) > 1 else None
-            self._row_kernels[layout] = found  # AMSGD's rule is not theirs
+            self._row_kernels[layout] = found  # the row kernels do not implement AMSGD's rule
         in_kernels = self._row_kernels[layout]
         if in_kernels is not None and self.pre_pass is None:
             inputs = inputs_in_kernels(plan, store, in_kernels, options, clip, workspace)
@@ -174,7 +174,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         return inputs
 
     def local_sums(self, local: StepInputs) -> Tensor:
-        """Pass 1, read-only: ``[rows, 4]``, N, D, whether there is a gradient here, whether it is the row's first."""
+        """Run pass 1. Returns ``[rows, 4]``: N, D, and whether there is a gradient here and it is the first."""
         sums = local.plan.sums(local.coefficients)
         if local.in_kernels is not None:
             return torch.cat([sums, local.in_kernels.found.tail], 1)
@@ -182,16 +182,16 @@ class AdaptiveMemoryOptimizer(Optimizer):
         return torch.cat([sums, local.plan.present[:, None].to(sums), first[:, None].to(sums)], 1)
 
     def _reduce(self, packed: Tensor, layout: ShardLayout, loss: Any) -> tuple[Tensor, Any]:
-        """Sum over ranks; with it what a subclass needs besides the sums."""
+        """Sum over ranks. Returns the sums, and anything else that a subclass reduces with them."""
         return (layout.all_reduce(packed)[0] if layout.reductions else packed), None
 
     def _remember(self, shared: Any, decision: Decision) -> None:
-        """What the next step needs of what ``_reduce`` gave besides the sums."""
+        """Keep what the next step needs from the second result of ``_reduce``."""
 
     def decide(
         self, sums: Sums, options: RowOptions, sizes: Sequence[int], shared: Any = None, **known: Any
     ) -> Decision:
-        """beta_t of rows whose sums are known; ``sizes``: rows of each group."""
+        """Compute beta_t from the reduced sums; ``sizes`` is the number of rows in each group."""
         rule: dict[str, Any] = {
             "scope": self.scope,
             "first_takes_cap": self.first_takes_cap,
@@ -199,35 +199,35 @@ class AdaptiveMemoryOptimizer(Optimizer):
         }
         return decide(sums, cap=options.beta_max, lr=options.lr, sizes=sizes, **rule, **known)
 
-    # ------------------------------------------------------------------ public face
+    # ------------------------------------------------------------------ public methods
     @property
     def last_step_skipped(self) -> Tensor:
-        """0-dim bool on the device of the sums: the last step was dropped because a sum was not finite."""
+        """Whether the last step was skipped because a sum was not finite: a 0-dim bool on the device of the sums."""
         return self._stats.skipped.clone()
 
     def momentum(self) -> dict[str, Tensor]:
-        """Parameter name -> beta_t of the last step in which it took part (nan before its first).
+        """Return each parameter's beta_t of the last step in which it took part (nan before its first), by name.
 
         Returns:
-            0-dim tensors in [0, cap] on the device, in float64 where the device has it; a snapshot, no host sync.
-            Unnamed parameters are called ``group.index``.
+            A snapshot of 0-dim tensors in [0, cap] on the device, in float64 if the device has it. There is no host
+            sync. Unnamed parameters are called ``group.index``.
         """
         return dict(zip(self.parameter_names(), self._betas().unbind(), strict=True))
 
     def report(self) -> Tensor:
-        """``[parameters + 4]`` on the device: every beta_t, then what ``StepStats`` counts. No host sync."""
+        """Return ``[parameters + 4]`` on the device: every beta_t, then ``StepStats.numbers``. No host sync."""
         return torch.cat([betas := self._betas(), self._stats.numbers(betas)])
 
     def begin_interval(self, reader: Any, *, unread: bool = False) -> None:
-        """``reader``, held weakly, has an interval that begins now; ``unread``: with the steps that nobody has read."""
+        """Begin an interval of ``reader`` (held weakly). ``unread`` includes earlier steps that no reader has read."""
         self._stats.begin_interval(reader, unread=unread)
 
     def interval(self, reader: Any) -> Tensor:
-        """``[6, parameters]`` on the device: the ``Interval`` since ``reader`` read last, ended here. No host sync."""
+        """Return the ``Interval`` since ``reader`` last called it: ``[6, parameters]`` on the device. No host sync."""
         return self._stats.interval(reader, self.parameter_names())
 
     def _betas(self) -> Tensor:
-        """``[parameters]`` beta_t, nan where one has never stepped."""
+        """``[parameters]``: beta_t, nan for a parameter that has never stepped."""
         if self.is_partitioned():
             return self._store.betas_by_name(self.parameter_names())
         layout = self.param_layout.find(self.param_groups)
@@ -240,18 +240,18 @@ class AdaptiveMemoryOptimizer(Optimizer):
         super().zero_grad(set_to_none)
 
     def groups_of_parameters(self) -> list[dict[str, Any]]:
-        """The group of each parameter, in the order of ``parameter_names``."""
+        """Return the group of each parameter, in the order of ``parameter_names``."""
         self._check_options()
         return self.param_layout.groups_of(self.param_groups)
 
     def caps(self) -> list[float]:
-        """The cap of beta_t of each parameter, in the order of ``parameter_names``."""
+        """Return the cap of beta_t of each parameter, in the order of ``parameter_names``."""
         return [float(group[self.cap_key]) for group in self.groups_of_parameters()]
 
     # ------------------------------------------------------------------ groups
     def _check_options(self) -> None:
-        """Complete and check groups that others have put in place or changed; an error has the group's number."""
-        found: list[Any] = []  # no parameters: those that groups had before may be a whole model
+        """Complete and check groups that were replaced or changed. An error names the group by its number."""
+        found: list[Any] = []  # without parameters, because keeping old ones alive could keep a whole model alive
         try:
             for group in self.param_groups:
                 found += [group, type(group["params"]), *[value for key, value in group.items() if key != "params"]]
@@ -266,11 +266,11 @@ class AdaptiveMemoryOptimizer(Optimizer):
         for index, group in enumerate(self.param_groups):
             with group_checks.naming_group(index):
                 self._check_group(group_checks.as_unread(group, self.cap_key))
-        self._checked_options = found  # without options that were filled in: those are checked once more
+        self._checked_options = found  # without the options filled in above, so the next step checks once more
         self._row_kernels = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; its options are checked before anything changes."""
+        """Add a parameter group. Its options are checked before anything changes."""
         checked = {}
         if isinstance(param_group, dict):
             param_group = group_checks.without_whole_options(param_group, self)
@@ -282,7 +282,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
     # ------------------------------------------------------------------ layouts
     @property
     def replica_group(self) -> Any:
-        """Process group of ranks with the same parameters (DDP), else TypeError; the first one's sums serve all."""
+        """Process group of ranks with the same parameters (DDP), else TypeError. All use its first rank's sums."""
         return self.param_layout.replica_group
 
     @replica_group.setter
@@ -292,10 +292,10 @@ class AdaptiveMemoryOptimizer(Optimizer):
 
     @property
     def pipeline_group(self) -> Any:
-        """Process group of one rank of each pipeline stage, this one included; else TypeError. Not saved.
+        """Process group with one rank of each pipeline stage, this rank included, or None; else TypeError. Not saved.
 
-        With it ``scope="global"`` (and "group") sums over the stages and a step that one stage skips is skipped by all,
-        for one more small collective a step; without it only ``scope="tensor"`` serves a pipeline.
+        With it ``scope="global"`` and "group" sum over the stages, and all stages skip a step that one of them skips,
+        at the cost of one small collective per step. Without it a pipeline can only use ``scope="tensor"``.
         """
         return self.param_layout.pipeline_group
 
@@ -305,50 +305,50 @@ class AdaptiveMemoryOptimizer(Optimizer):
         self._forget_plans()
 
     def name_parameters(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Give unnamed parameters the names of ``module.named_parameters()``; those of other parameters are ignored."""
+        """Name unnamed parameters by ``module.named_parameters()``. Names of other parameters are ignored."""
         self.param_layout.name_parameters(named_parameters)
         self._forget_plans()
 
     def bind_model(self, model: torch.nn.Module) -> None:
-        """Take names and FSDP1's process groups from the module that holds the parameters. Not saved.
+        """Take parameter names and FSDP1's process groups from the module that holds the parameters. Not saved.
 
-        The callback and the ``attach`` functions do so.
+        The callback and the ``attach`` functions call this.
 
         Args:
-            model: the outermost module, as it is trained (wrapped by FSDP or DDP); else TypeError.
+            model: the outermost module, as it is trained (wrapped by FSDP or DDP). Anything else raises TypeError.
         """
         self.param_layout.bind_model(model)
         self._forget_plans()
 
     def parameter_names(self) -> list[str]:
-        """The distinct names, in the order of the groups; a flat parameter has those of the tensors in it."""
+        """Return the distinct names in the order of the groups. A flat parameter has the names of its tensors."""
         return self.param_layout.names(self.param_groups)
 
     def given_groups(self) -> list[dict[str, Any]]:
-        """Every parameter group that was given parameters, also while an engine shows only some of them."""
+        """Return every group that was given parameters, even while an engine shows only some of them."""
         return self.param_layout.given.filled_groups()
 
     def is_partitioned(self) -> bool:
-        """ZeRO keeps the given parameters, and has put flat partitions of its own in their place."""
+        """Return whether ZeRO has replaced the given parameters by flat partitions of its own."""
         return self.param_layout.engine(self.param_groups) is not None
 
     @property
     def layout(self) -> ShardLayout | None:
-        """Logical parameters and reductions of the last step; None before the first. Not collective."""
+        """Logical parameters and reductions of the last step, or None before the first step. Not collective."""
         return self.param_layout.last
 
     def describe(self) -> str:
-        """Tensors, reductions and kernels of the steps so far; of every ``step()`` call that an engine makes."""
+        """Describe the tensors, reductions and kernels of the steps so far, for each ``step()`` call of an engine."""
         text = "; then ".join(layout.describe() for layout in self.param_layout.layouts.values())
         return f"{text}{self._plan.describe() if self._plan else ''}" if text else "no step made yet"
 
     def current_layout(self) -> ShardLayout:
-        """As ``layout``; built, collectively, at the first step and when parameters are others, moved or cast."""
+        """Return the layout of the current parameters. Builds it (collectively) if it is missing or out of date."""
         self._check_options()
         return self.param_layout.find(self.param_groups) or self._build_layout()
 
     def _build_layout(self) -> ShardLayout:
-        for param in checked_params_of(self.param_groups):  # a layout takes copies, collectives, kernels to build
+        for param in checked_params_of(self.param_groups):  # building needs copies, collectives and compilation
             refuse_in_capture(param)
         if not self.is_partitioned():
             self._forget_plans()
@@ -360,7 +360,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         self._plans, self._row_kernels = {}, {}
 
     def _check_layout(self, layout: ShardLayout) -> None:
-        """Refuse a layout whose sums the scope cannot have, before anything moves; then agree on kernels."""
+        """Raise an error, before anything changes, if the scope's sums cannot be formed; then agree on kernels."""
         whole_step = self.pre_pass is not None
         self.param_layout.check_scope(layout, self.scope, exact_sums=self.needs_exact_sums, whole_step=whole_step)
         group_checks.warn_of_cycled_momentum(self.param_groups, self.cap_key)
@@ -382,19 +382,19 @@ class AdaptiveMemoryOptimizer(Optimizer):
             checkpointing.take_state(self, state, super().__setstate__)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a ``state_dict`` of this class, or one of its plain counterpart (AdamW for AMAdamW) in mid-run.
+        """Load a ``state_dict`` of this class, or one that its plain counterpart (AdamW for AMAdamW) saved mid-run.
 
-        The cap stays this optimizer's, as do options that the checkpoint lacks.
+        The optimizer keeps its own cap, and its own value of every option that the checkpoint lacks.
 
         Raises:
-            ValueError: it is no state dict, or that of another optimizer or model; the text names the parameter or the
-                group, and nothing has changed.
+            ValueError: if it is not a state dict, or belongs to another optimizer or model. The message names the
+                parameter or the group, and nothing has changed.
         """
         with checkpointing.checked_load(self, state_dict):
             super().load_state_dict(state_dict)
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch.optim. Where a parameter holds many tensors, the groups carry their adaptive scalars by name."""
+        """Return the state as in torch.optim; the groups of flat parameters hold the adaptive scalars by name."""
         saved = super().state_dict()
         checkpointing.save_tables(self, saved["param_groups"])
         return saved

@@ -1,6 +1,6 @@
-"""From the two sums of each row to beta_t: pure functions of tensors, no host sync.
+"""Computes beta_t from the two sums of each row. All functions are pure and make no host sync.
 
-The sums of a row are N = sum (d - (1 + k) g) (d / P + mu x) and D = sum (d - g)^2 / (P q), and
+A row is one logical parameter. Its sums are N = sum (d - (1 + k) g) (d / P + mu x) and D = sum (d - g)^2 / (P q), and
 1 - beta_t = clip(N / D, 1 - cap, 1). See docs and Topollai and Choromanska, arXiv 2510.04988.
 """
 
@@ -12,17 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A ratio of learning rates beyond this leaves beta_t at a clamp anyway, and would overflow float32 inside the sums.
+# A larger ratio of learning rates would overflow float32 inside the sums, and leaves beta_t at a clamp anyway.
 LARGEST_K = 1e18
 
 
 class AdaptiveScalars(NamedTuple):
-    """What every logical parameter keeps from step to step, ``[rows]`` each, in this order wherever they are packed.
+    """The numbers that every logical parameter keeps between steps, ``[rows]`` each. They are packed in this order.
 
     Attributes:
-        step: steps in which it took part.
+        step: the number of steps in which it took part.
         beta_prod: the product of its beta_t.
-        beta: its last beta_t, -1 before its first.
+        beta: its last beta_t, -1 before its first step.
         prev_lr: eta_{t-1}.
     """
 
@@ -32,7 +32,7 @@ class AdaptiveScalars(NamedTuple):
     prev_lr: Tensor
 
     def advanced(self, decision: Decision, lr: Tensor) -> AdaptiveScalars:
-        """After the step: those of inactive rows stay."""
+        """Return the scalars after the step. Inactive rows keep theirs."""
         active, beta = decision.active, decision.beta
         return AdaptiveScalars(
             step=self.step + active,
@@ -43,7 +43,7 @@ class AdaptiveScalars(NamedTuple):
 
 
 class RowOptions(NamedTuple):
-    """Options that enter a step's coefficients: ``[rows]`` of every row's group, or of one group as users give them."""
+    """Options that enter a step's coefficients: ``[rows]`` tensors, or one group's numbers as the user set them."""
 
     beta_max: Tensor
     lr: Tensor
@@ -54,7 +54,7 @@ class RowOptions(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """The reduced packed sums, each ``[rows]``: N, D, and whether any rank has a gradient / has its first step."""
+    """The reduced sums, ``[rows]`` each: N, D, whether any rank has a gradient, and whether it is the first step."""
 
     num: Tensor
     den: Tensor
@@ -68,14 +68,14 @@ class Sums(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What a step does, the same on every rank.
+    """The decision of a step. It is the same on every rank.
 
     Attributes:
         beta: ``[rows]``, beta_t; meaningless where ``active`` is False.
         omega: ``[rows]``, the weight of the gradient in d' = d + omega (g - d) / q.
-        active: ``[rows]`` bool, the row takes part in this step.
-        skipped: 0-dim bool, the whole step is dropped.
-        bad: ``[rows]`` bool, a sum of this row is not finite.
+        active: ``[rows]`` bool, whether the row takes part in this step.
+        skipped: 0-dim bool, whether the whole step is skipped.
+        bad: ``[rows]`` bool, whether a sum of the row is not finite.
     """
 
     beta: Tensor
@@ -86,7 +86,7 @@ class Decision(NamedTuple):
 
 
 def loss_gap_factor(lr: Tensor, prev_lr: Tensor, decay: Tensor) -> Tensor:
-    """k = (1 + mu eta_t) eta_{t-1} / eta_t, and 0 where eta_t = 0 (the loss gap is dropped)."""
+    """k = (1 + mu eta_t) eta_{t-1} / eta_t. It is 0 where eta_t = 0, which drops the loss gap."""
     safe = torch.where(lr > 0, lr, 1.0)
     return torch.where(lr > 0, (1 + decay * lr) * prev_lr / safe, 0.0).clamp(max=LARGEST_K)
 
@@ -97,11 +97,12 @@ def bias_correction(cap: Tensor, beta_prod: Tensor) -> Tensor:
 
 
 def coefficients(scalars: AdaptiveScalars, options: RowOptions, *, second_moment: bool) -> dict[str, Tensor]:
-    """What the kernels multiply a row by, as far as it is known before the sums; see ``kernels.inputs.Coefficients``.
+    """Compute the kernel coefficients that are known before the sums; see ``kernels.inputs.Coefficients``.
 
     Args:
-        options: ``[rows]`` each.
-        second_moment: P = c_t (sqrt(v' / (1 - beta2^t)) + eps); False: P = 1.
+        scalars: the adaptive scalars, ``[rows]`` each.
+        options: the options, ``[rows]`` each.
+        second_moment: True for P = c_t (sqrt(v' / (1 - beta2^t)) + eps), False for P = 1.
     """
     cap, lr, mu, beta2, eps, _ = options
     known = {
@@ -117,12 +118,12 @@ def coefficients(scalars: AdaptiveScalars, options: RowOptions, *, second_moment
 
 
 def scope_totals(values: Tensor, scope: str, sizes: Sequence[int]) -> Tensor:
-    """``[rows]`` -> ``[scopes]``: the sum over each scope.
+    """Sum over each scope: ``[rows]`` -> ``[scopes]``.
 
     Args:
-        values: one number for each row, rows in the order of the groups.
+        values: one number per row, in the order of the groups.
         scope: "tensor", "group" or "global".
-        sizes: rows in each group.
+        sizes: the number of rows in each group.
     """
     if scope == "tensor":
         return values
@@ -132,7 +133,7 @@ def scope_totals(values: Tensor, scope: str, sizes: Sequence[int]) -> Tensor:
 
 
 def over_rows(totals: Tensor, scope: str, sizes: Sequence[int]) -> Tensor:
-    """``[scopes]`` -> ``[rows]``: each row gets the number of its scope."""
+    """Give each row the number of its scope: ``[scopes]`` -> ``[rows]``."""
     if scope == "tensor":
         return totals
     if scope == "global":
@@ -153,16 +154,18 @@ def decide(
     loss_gap: Tensor | None = None,
     gradients: Tensor | None = None,
 ) -> Decision:
-    """beta_t of every row, and which rows take part.
+    """Compute beta_t of every row, and which rows take part in the step.
 
     Args:
-        sums: reduced sums.
+        sums: the reduced sums.
         cap, lr: ``[rows]``, the cap of beta_t and eta_t.
-        first_takes_cap: a row's own first step uses the cap (AM-AdamW) or its scope's beta (AM-SGD).
-        nonfinite: "skip" drops the step, "propagate" takes the cap where a sum is not finite, as AdamW would.
-        reduce_over_stages: sums over the stages of a pipeline, whose rows are elsewhere; None: all rows are here.
-        loss_gap: 0-dim, (1 + mu eta_t) Delta_t / eta_t where the loss gap is known (scope global), else None.
-        gradients: 0-dim, 0 where all gradients are zero; None: D of first steps says it (no decay inside g).
+        scope: "tensor", "group" or "global".
+        sizes: the number of rows in each group.
+        first_takes_cap: True uses the cap in a row's own first step (AM-AdamW), False its scope's beta (AM-SGD).
+        nonfinite: "skip" skips the step, "propagate" uses the cap where a sum is not finite, as AdamW would.
+        reduce_over_stages: a function that sums over pipeline stages; None if this rank has all rows.
+        loss_gap: 0-dim (1 + mu eta_t) Delta_t / eta_t if the loss gap is known (scope "global"), else None.
+        gradients: 0-dim, 0 if all gradients are zero. None uses D instead, which is valid if no decay is inside g.
     """
     bad = sums.present & ~(torch.isfinite(sums.num) & torch.isfinite(sums.den))
     if loss_gap is not None:
@@ -191,7 +194,7 @@ def decide(
 
 
 def _over_stages(reduce: Callable[[Tensor], Tensor], scope: str, *totals: Tensor) -> tuple[Tensor, ...]:
-    """The totals of all pipeline stages, in one collective; a tensor's own sums are whole on its stage."""
+    """Sum totals over all pipeline stages in one collective. With scope "tensor" a stage has its sums already."""
     shared = totals[-1:] if scope == "tensor" else totals
     sizes = [total.numel() for total in shared]
     summed = torch.split(reduce(torch.cat([total.reshape(-1) for total in shared])), sizes)
@@ -199,8 +202,9 @@ def _over_stages(reduce: Callable[[Tensor], Tensor], scope: str, *totals: Tensor
 
 
 def _is_dcp_init_step(sums: Sums, lr: Tensor, gradients: Tensor | None) -> Tensor:
-    """``[rows]`` bool: the step that torch.distributed.checkpoint makes on a fresh optimizer: eta = 0, zero gradients.
+    """``[rows]`` bool, whether this is the step that torch.distributed.checkpoint makes to initialise the state.
 
-    It must leave no trace; a genuine first step at eta = 0 has gradients and counts.
+    That step has eta = 0 and zero gradients, and must leave no trace. A genuine first step at eta = 0 has gradients
+    and counts.
     """
     return sums.first & (lr == 0) & ((sums.den.sum() if gradients is None else gradients) == 0)

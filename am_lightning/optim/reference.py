@@ -1,7 +1,8 @@
-"""The method on one screen for each optimizer: what to read first, and what the tests hold the fast optimizers to.
+"""Short reference implementations of both optimizers. Read them first; the tests compare the fast optimizers with them.
 
-One process, no kernels, every quantity under the paper's name (arXiv 2510.04988; docs/idea.md derives the equations).
-They are slow and allocate freely; AMAdamW and AMSGD compute the same. Take these to try a change of the method.
+They run in one process without kernels, and use the names of the paper (arXiv 2510.04988; docs/idea.md derives the
+equations). They compute the same as AMAdamW and AMSGD, but are slow and allocate freely. Use them to try out changes
+of the method.
 
     g   gradient            d   memory: the last direction      eta   learning rate     mu       weight decay
     x   parameter           v   mean of g^2                     P     metric            lambda   memory regularisation
@@ -19,7 +20,7 @@ Member = tuple[Tensor, dict[str, Any], dict[str, Any]]  # parameter, its group, 
 
 
 class _Reference(torch.optim.Optimizer):
-    """What both share: which parameters have one beta_t in common, and the order of a step."""
+    """Base class: it groups the parameters that share one beta_t, and defines the order of a step."""
 
     scope: str
 
@@ -35,7 +36,7 @@ class _Reference(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _scopes(self) -> Iterator[list[Member]]:
-        """Parameters with a gradient, in lists that have one beta_t each."""
+        """Yield lists of parameters with a gradient. The parameters of a list share one beta_t."""
         groups: list[list[Member]] = []
         for group in self.param_groups:
             groups.append([(x, group, self.state[x]) for x in group["params"] if x.grad is not None])
@@ -50,7 +51,7 @@ class _Reference(torch.optim.Optimizer):
 
 
 def _clip(numerator: float, denominator: float, cap: float) -> float:
-    """beta_t; where memory and gradient agree everywhere, each beta gives the same direction, and 0 is taken."""
+    """beta_t. If memory and gradient are equal everywhere, every beta gives the same direction, and 0 is returned."""
     return min(max(numerator / denominator, 0.0), cap) if denominator else 0.0
 
 
@@ -86,7 +87,7 @@ class AMAdamWReference(_Reference):
             d, v = state["exp_avg"], state["exp_avg_sq"]
             state["step"] += 1
             v.copy_(beta2 * v + (1 - beta2) * g**2)  # v_t
-            c = 1 - cap * state["beta_prod"]  # 1 - beta1_max prod_{i<t} beta_i: no step so far is forgotten
+            c = 1 - cap * state["beta_prod"]  # 1 - beta1_max prod_{i<t} beta_i, the bias correction
             P = state["P"] = c * ((v / (1 - beta2 ** state["step"])).sqrt() + group["eps"])
             if state["step"] == 1:  # no memory yet
                 continue
@@ -112,8 +113,8 @@ class AMSGDReference(_Reference):
     """AM-SGD (the paper's AM-MGD and AM-MSGD): momentum SGD whose momentum is computed at every step.
 
     Args:
-        params, lr, beta_max, weight_decay, lambd, scope, decoupled_weight_decay: as in ``AMSGD``, whose loss gap is
-            "first_order" here.
+        params, lr, beta_max, weight_decay, lambd, scope, decoupled_weight_decay: as in ``AMSGD``. The loss gap is
+            always "first_order" here.
     """
 
     def __init__(

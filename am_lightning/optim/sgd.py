@@ -32,18 +32,18 @@ _PREV_LOSS = "prev_loss"  # group option: f(x_{t-1}), a float in a state_dict, a
 
 
 class _Shared(NamedTuple):
-    """Numbers that ride in the packed reduce and in which every rank counts, 0-dim each."""
+    """0-dim numbers that are summed over all ranks in the same collective as the packed sums."""
 
     loss: Tensor
     ranks: Tensor
-    penalty: Tensor  # of coupled weight decay, where the loss is known
-    gradients: Tensor  # 0 where all gradients are zero; looked at where coupled decay hides it
+    penalty: Tensor  # the L2 penalty of coupled weight decay, for loss_gap="exact"
+    gradients: Tensor  # 0 if all gradients are zero; needed because coupled decay is part of D
 
 
 class AMSGD(AdaptiveMemoryOptimizer):
-    """SGD with adaptive memory (the paper's AM-MGD and AM-MSGD).
+    """Implements SGD with adaptive memory (the paper's AM-MGD and AM-MSGD).
 
-    d_0 = g_0, then with sums over the scope (Topollai and Choromanska, arXiv 2510.04988):
+    The first direction is d_0 = g_0. Then, with sums over the scope (Topollai and Choromanska, arXiv 2510.04988):
 
     ```text
     beta_t = clip(((1 + lambda) Delta_t / eta_t - <d - g, g + lambda d>) / |d - g|^2, 0, beta_max)
@@ -58,21 +58,22 @@ class AMSGD(AdaptiveMemoryOptimizer):
         beta_max: cap of beta_t, in [0, 1].
         weight_decay: L2 penalty, or decoupled weight decay with ``decoupled_weight_decay``.
         lambd: memory regularisation lambda.
-        scope: one beta_t for every "tensor", "group", or "global" for the model.
-        loss_gap: "first_order" estimates Delta_t = f(x_{t-1}) - f(x_t) by eta_{t-1} <g_t, d>; "exact" takes the losses
-            that the closure returns (full-batch training; scope "global" and one lr for all groups).
-        maximize: ascend.
-        foreach: None picks the eager kernels for the device, True torch._foreach_*, False plain formulas.
-        nonfinite: "skip" drops a step in which a sum is not finite, "propagate" uses the cap there.
-        replica_group: process group of ranks that hold the same parameters (DDP); the AdaptiveMemory callback sets it.
+        scope: the parameters that share one beta_t: "tensor" (each its own), "group" (each group) or "global" (all).
+        loss_gap: "first_order" estimates Delta_t = f(x_{t-1}) - f(x_t) by eta_{t-1} <g_t, d>. "exact" uses the losses
+            that the closure returns, for full-batch training; it needs scope "global" and one lr for all groups.
+        maximize: maximize the objective instead of minimizing it.
+        foreach: None picks the eager kernels for the device, True uses torch._foreach_*, False plain formulas.
+        nonfinite: "skip" skips a step in which a sum is not finite, "propagate" uses the cap there.
+        replica_group: process group of ranks that hold the same parameters (DDP). The AdaptiveMemory callback sets it.
 
-    State of a parameter: ``momentum_buffer`` (the direction d), of its shape; 0-dim float32 ``step``, ``beta_prod``
-    (the product of its beta_t), ``beta`` (its last, -1 before its first) and ``prev_lr``.
+    The state of a parameter has ``momentum_buffer`` (the direction d) of its shape, and 0-dim float32 tensors:
+    ``step``, ``beta_prod`` (the product of its beta_t), ``beta`` (its last beta_t, -1 before its first) and
+    ``prev_lr``.
 
-    ``step`` needs a closure that returns one number with ``loss_gap="exact"``, and raises ValueError without.
+    With ``loss_gap="exact"``, ``step`` needs a closure that returns one number, and raises ValueError otherwise.
 
     Raises:
-        ValueError, TypeError: an argument is out of range or of the wrong type; the text says what is allowed.
+        ValueError, TypeError: if an argument is out of range or of the wrong type. The message says what is allowed.
     """
 
     cap_key = "beta_max"
@@ -152,7 +153,7 @@ class AMSGD(AdaptiveMemoryOptimizer):
         return loss
 
     def _check_loss(self, loss: Any, closure: Callable[[], Any] | None) -> None:
-        """Refuse a closure that does not give what the step needs, before anything moves."""
+        """Raise ValueError, before anything changes, if the closure does not return the loss."""
         if closure is None:
             raise ValueError(
                 "loss_gap='exact' needs step(closure) with a closure that returns the loss, but closure is None"
@@ -167,14 +168,15 @@ class AMSGD(AdaptiveMemoryOptimizer):
             )
 
     def _check_one_step_size(self) -> None:
-        """Delta_t / eta_t has a meaning only where the whole model moves with one eta (and one mu).
+        """Raise ValueError unless all groups have the same learning rate, decoupled weight decay and sign.
 
-        A tensor lr must be one and the same tensor in all groups.
+        Delta_t / eta_t is defined only if the whole model moves with one eta and one mu. A tensor lr must be the same
+        object in all groups, because comparing values would wait for the device.
         """
         first = self.param_groups[0]
         for group in self.param_groups[1:]:
             for key in ("lr", "weight_decay", "decoupled_weight_decay", "maximize"):
-                tensors = isinstance(group[key], Tensor) or isinstance(first[key], Tensor)  # reading one would wait
+                tensors = isinstance(group[key], Tensor) or isinstance(first[key], Tensor)
                 same = group[key] is first[key] or (not tensors and group[key] == first[key])
                 if not same and (key != "weight_decay" or group["decoupled_weight_decay"]):
                     raise ValueError(
@@ -182,7 +184,7 @@ class AMSGD(AdaptiveMemoryOptimizer):
                     )
 
     def prepare(self, layout: ShardLayout) -> StepInputs:
-        """As every optimizer's; the known Delta_t replaces k <g, d>."""
+        """Collect the inputs as in the base class. With the exact gap, k is 0: the known Delta_t replaces k <g, d>."""
         inputs = super().prepare(layout)
         if self.loss_gap == "exact":
             inputs.coefficients["one_plus_k"] = torch.ones_like(inputs.coefficients["one_plus_k"])
@@ -194,7 +196,7 @@ class AMSGD(AdaptiveMemoryOptimizer):
         return packed, None if shared is None else _Shared(*shared.unbind())
 
     def _shared(self, layout: ShardLayout, loss: Any, like: Tensor) -> _Shared | None:
-        """This rank's numbers; None where the step needs none, on every rank alike."""
+        """Return this rank's numbers, or None on every rank if the step needs none."""
         coupled = self._coupled_decays()
         if self.loss_gap != "exact" and not any(coupled):
             return None
@@ -221,7 +223,7 @@ class AMSGD(AdaptiveMemoryOptimizer):
         shared: _Shared | None = None,
         **known: Any,
     ) -> Decision:
-        """With the loss gap, where it is known, and f(x_t) for the next step."""
+        """Compute beta_t as in the base class, from the known loss gap if there is one."""
         exact = self.loss_gap == "exact"
         decision = super().decide(
             sums,
@@ -235,7 +237,7 @@ class AMSGD(AdaptiveMemoryOptimizer):
         return decision._replace(omega=torch.where(sums.first, 1 + options.lambd, decision.omega))
 
     def _remember(self, shared: _Shared, decision: Decision) -> None:
-        """f(x_t) of the exact gap; a skipped step leaves it."""
+        """Keep f(x_t) for the exact gap of the next step. A skipped step leaves the old value."""
         if self.loss_gap != "exact":
             return
         now = torch.where(decision.skipped, self._prev_loss(shared.loss), self._objective(shared))
@@ -243,7 +245,7 @@ class AMSGD(AdaptiveMemoryOptimizer):
             group[_PREV_LOSS] = now
 
     def _coupled_decays(self) -> list[float]:
-        """The L2 penalty of each group, 0 where its decay is decoupled."""
+        """The L2 penalty of each group, or 0 if its decay is decoupled."""
         return [self._group_options(group).l2 for group in self.param_groups]
 
     def _known_gap(self, shared: _Shared, options: RowOptions) -> Tensor:
@@ -255,23 +257,23 @@ class AMSGD(AdaptiveMemoryOptimizer):
         return torch.where(torch.isfinite(now), torch.where(moves, known, 0.0), torch.nan)
 
     def _prev_loss(self, like: Tensor) -> Tensor:
-        """0-dim f(x_{t-1}), nan before the first step that counted."""
+        """0-dim f(x_{t-1}), nan before the first step that was not skipped."""
         before = self.param_groups[0].get(_PREV_LOSS)
         if isinstance(before, Tensor):
             return before.to(like)
         return torch.full_like(like, torch.nan if before is None else before)
 
     def _objective(self, shared: _Shared) -> Tensor:
-        """f: the mean of the ranks' losses (negated where it is maximised) plus the L2 penalty."""
+        """f, the mean of the ranks' losses (negated with ``maximize``) plus the L2 penalty."""
         loss = shared.loss / shared.ranks
         return (-loss if self.param_groups[0]["maximize"] else loss) + shared.penalty
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch.optim; f(x_{t-1}) of the exact gap is a plain float in the saved groups."""
+        """Return the state as in torch.optim. f(x_{t-1}) of the exact gap is a float in the saved groups."""
         saved = super().state_dict()
         for group in saved["param_groups"]:
             if isinstance(group.get(_PREV_LOSS), Tensor):
                 group[_PREV_LOSS] = float(group[_PREV_LOSS])
             elif self.loss_gap == "exact":
-                group.setdefault(_PREV_LOSS, None)  # torch.distributed.checkpoint loads the keys that are there
+                group.setdefault(_PREV_LOSS, None)  # torch.distributed.checkpoint loads only keys that already exist
         return saved
