@@ -136,7 +136,7 @@ def _cap(beta1: Any, lambd: float, beta1_max: float | None) -> float:
 
 
 def _beta1(group: dict[str, Any], own: Any) -> Any:
-    """The user's beta1 of a group; ``own`` is the optimizer's, for a scheduler may have overwritten the group's."""
+    """The user's beta1 of a group. ``own`` is the optimizer's, because a scheduler may have changed the group's."""
     cycled = "max_momentum" in group  # OneCycleLR and CyclicLR write betas[0] as soon as they are built
     return own if cycled else group["betas"][0]
 

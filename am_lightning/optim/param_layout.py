@@ -229,7 +229,7 @@ class ParamLayout:
         return layout
 
     def drop(self) -> None:
-        """Let go of all layouts: the next step builds its own."""
+        """Drop all layouts. The next step builds a new one."""
         self.layouts, self.first, self.last, self._last_key = {}, None, None, None
 
     def check_scope(self, layout: ShardLayout, scope: str, *, exact_sums: bool, whole_step: bool) -> None:

@@ -14,7 +14,7 @@ from am_lightning.optim.validation import WHOLE_OPTIMIZER, check_betas
 
 SCALARS = ("beta_prod", "beta", "prev_lr")  # prod of beta_i, last beta_t, eta_{t-1}
 TABLE, OPTIONS = "am_table", "am_options"  # in saved groups: adaptive scalars by name, every group's options
-NO_BETA = -1.0  # ``beta`` before the first step; not nan, for FSDP1 compares scalars across ranks with ==
+NO_BETA = -1.0  # ``beta`` before the first step; not nan, because FSDP1 compares scalars across ranks with ==
 
 # Options of torch.optim.AdamW that an AMAdamW group does not have, and what they would be.
 FOREIGN_OPTIONS = {"amsgrad": False, "differentiable": False, "decoupled_weight_decay": True}

@@ -15,10 +15,10 @@ from am_lightning.optim.kernels.transfer import is_capturing
 
 
 class BetaTally:
-    """beta_t of one layout's tensors since it was last read. Addresses stay, so that a captured graph goes on adding.
+    """Statistics of beta_t since the last read, for one layout. Addresses never change, so captured graphs stay valid.
 
     Attributes:
-        names: of the tensors.
+        names: the names of the tensors.
         numbers: ``[6, tensors]``, an ``Interval``.
     """
 

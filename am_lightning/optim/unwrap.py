@@ -1,4 +1,4 @@
-"""What adapters of frameworks share: the optimizer inside their wrappers, and what it has to know of the model."""
+"""Helpers of the framework adapters: they unwrap the optimizer, and tell it about the model."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from am_lightning.optim.base import AdaptiveMemoryOptimizer
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:
-    """The optimizer inside the wrappers of Lightning, Fabric, Accelerate and DeepSpeed.
+    """Return the optimizer inside the wrappers of Lightning, Fabric, Accelerate and DeepSpeed.
 
-    Lightning's and Fabric's imitate its class: isinstance takes them for it, but attributes set on them stay on them.
+    The wrappers of Lightning and Fabric pass isinstance checks, but attributes set on them do not reach the optimizer.
     """
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
@@ -23,16 +23,16 @@ def unwrap_optimizer(optimizer: Any) -> Any:
 
 
 def am_optimizers(optimizers: Iterable[Any]) -> list[AdaptiveMemoryOptimizer]:
-    """The adaptive memory optimizers among ``optimizers``, unwrapped."""
+    """Return the adaptive memory optimizers among ``optimizers``, unwrapped."""
     inner = map(unwrap_optimizer, optimizers)
     return [optimizer for optimizer in inner if isinstance(optimizer, AdaptiveMemoryOptimizer)]
 
 
 def require_am_optimizer(optimizer: Any, hint: str) -> AdaptiveMemoryOptimizer:
-    """The adaptive memory optimizer in ``optimizer``.
+    """Return the adaptive memory optimizer inside ``optimizer``.
 
     Raises:
-        TypeError: there is none; the text ends with ``hint``.
+        TypeError: if it is another optimizer. The message ends with ``hint``.
     """
     inner = unwrap_optimizer(optimizer)
     if not isinstance(inner, AdaptiveMemoryOptimizer):

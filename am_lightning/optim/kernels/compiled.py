@@ -58,7 +58,7 @@ class CompiledPasses:
         """Pass 1, which only reads: ``[shards, 2]``, N and D."""
         table = self._table(coefficients, None)
         run = _graphs()[0]
-        # Parts of one shape are added up together, for each call of an operator costs as much as a small tensor.
+        # Parts of one shape are added up together, because each operator call costs as much as a small tensor.
         by_shape: dict[tuple[int, torch.dtype], list[tuple[int, Tensor]]] = {}
         with _many_graphs():
             for i, (shard, vector) in enumerate(zip(self._shards, table, strict=True)):
@@ -98,7 +98,7 @@ class CompiledPasses:
         for shard in self._shards:
             key = shard.x.device, shard.compute_dtype
             if key not in there:
-                # Copies, for the place of a view in its storage is one more number that a graph is made for.
+                # Copies, because Dynamo would specialise the graphs on a view's storage offset.
                 there[key] = [vector.clone() for vector in moved(whole, *key).unbind()]
         return [there[shard.x.device, shard.compute_dtype][shard.row] for shard in self._shards]
 

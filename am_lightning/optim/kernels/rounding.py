@@ -1,7 +1,7 @@
 """Stochastic rounding to bfloat16 without generator state: the noise is a hash of (row, step, element).
 
-Replicas round alike, and a resumed run goes on as if it had not stopped. E[round(y)] = y, where rounding to nearest
-loses every change of less than half a unit in the last place.
+Replicas round alike, and a resumed run continues as if it had not stopped. E[round(y)] = y, whereas rounding to
+nearest loses every change of less than half a unit in the last place.
 """
 
 from __future__ import annotations

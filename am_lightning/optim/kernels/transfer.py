@@ -1,4 +1,4 @@
-"""Copies between host and devices: nothing waits, but for numbers that the host is to read."""
+"""Copies between host and devices. Only copies to the CPU wait."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Constants:
         self._captured: dict[Hashable, Any] = {}
 
     def vector(self, values: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-        """``[len(values)]`` on the device; read-only, for others get the same tensor.
+        """``[len(values)]`` on the device. It is read-only, because other callers get the same tensor.
 
         Raises:
             RuntimeError: a CUDA graph is being captured, and these values have not been asked for before.
