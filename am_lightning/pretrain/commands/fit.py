@@ -165,8 +165,8 @@ def _short_help() -> str:
         [
             f"usage: {_USAGE}",
             "",
-            "Train a recipe (`list` shows them) or a YAML. --gpus and --nodes start processes, and a run that is in the",
-            "folder already is resumed. Without them one process trains, and --ckpt_path last resumes.",
+            "Train a recipe (`list` shows them) or a YAML. --gpus and --nodes start processes, and resume a run that",
+            "is in the folder already. Without them one process trains, and --ckpt_path last resumes.",
             "",
             options.rstrip(),
             "",

@@ -80,7 +80,8 @@ def setting_names() -> dict[str, set[str] | None]:
     names: dict[str, set[str] | None] = {
         section: _arguments(path, name, "__init__") for section, (path, name) in _SECTIONS.items()
     }
-    home = next(iter(find_spec("lightning").submodule_search_locations or ())) if find_spec("lightning") else ""
+    found = find_spec("lightning")
+    home = next(iter(found.submodule_search_locations or ()), "") if found else ""
     trainer = Path(home, "pytorch", "trainer", "trainer.py")
     names["trainer"] = _arguments(trainer, "Trainer", "__init__")
     fit = _arguments(trainer, "Trainer", "fit")
