@@ -1,6 +1,6 @@
 """Pretrain a Llama with Lightning: python pretrain.py fit --config laptop [--KEY VALUE ...]
 
---config takes a recipe's name (python -m am_lightning.recipes list) or the path of a YAML. Everything that a run writes
+--config takes a recipe's name (am-lightning list) or the path of a YAML. Everything that a run writes
 is below --trainer.default_root_dir. With --ckpt_path last the same command goes on from the newest checkpoint there, or
 starts if there is none. --compare true trains AdamW beside it. `validate` scores a checkpoint:
 python pretrain.py validate --config laptop --ckpt_path last

@@ -31,6 +31,28 @@ _MONITORS = "tests/recipes/test_throughput.py"
 _EXPORTS = "tests/recipes/test_export.py"
 
 MUTATIONS = [
+    # ------------------------------------------------------------------ the console command
+    Mutation(
+        "a misspelt setting is left to the parser, after seconds of imports",
+        f"{_PACKAGE}/runtime/settings.py",
+        "    return names is None or (rest",
+        "    return names is not None or (rest",
+        ("tests/recipes/test_console.py::test_help_and_refusals_import_nothing_of_training",),
+    ),
+    Mutation(
+        "list imports torch",
+        f"{_PACKAGE}/commands/list.py",
+        "import dataclasses\n",
+        "import dataclasses\n\nimport torch  # noqa: F401\n",
+        ("tests/recipes/test_console.py::test_help_and_refusals_import_nothing_of_training",),
+    ),
+    Mutation(
+        "the launchers of a copy do not take its recipe",
+        "recipes/launch/common.sh",
+        '        CONFIG="${copies[0]}"',
+        "        :",
+        ("tests/recipes/test_console.py::test_a_launcher_of_a_copy_takes_the_copied_recipe",),
+    ),
     # ------------------------------------------------------------------ signals
     Mutation(
         "a signal in a step that should_stop ends is not answered",

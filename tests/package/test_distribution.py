@@ -58,7 +58,7 @@ def test_wheel_is_the_package_with_the_recipes_and_nothing_else(wheel: Path) -> 
     }
     info = f"am_lightning-{version()}.dist-info"
     assert "am_lightning/py.typed" in package
-    package |= {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")}
+    package |= {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")}
     assert _names(wheel) == package | {LIBRARY}
     platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
     assert wheel.name == f"am_lightning-{version()}-py3-none-{platform}.whl"

@@ -104,7 +104,8 @@ def test_missing_extra_is_named(target: str) -> None:
 @pytest.mark.parametrize("package", ["lightning", "matplotlib", "transformers"])
 def test_the_recipes_name_what_they_lack_in_one_line(package: str) -> None:
     code = BLOCK.format(blocked={package, *OLDER} if package == "lightning" else {package})
-    done = _python(code + "import runpy; runpy.run_module('am_lightning.recipes', run_name='__main__')")
+    start = "sys.argv = ['am-lightning', 'fit', 'laptop']; import runpy; runpy.run_module('am_lightning.recipes', "
+    done = _python(f"{code}{start}run_name='__main__')")
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith(f"error: the recipes need {package}") and "am-lightning[recipes]" in line

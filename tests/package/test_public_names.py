@@ -92,7 +92,8 @@ ATTRIBUTES = {"AMAdamW": ("scope", "nonfinite", "exp_avg_dtype"), "AMSGD": ("sco
 
 # Command -> what its help must name.
 COMMANDS: dict[str, tuple[str, ...]] = {
-    "recipes": ("list", "cp", "validate", "plan", "report", "fit"),
+    "recipes": ("list", "cp", "validate", "plan", "report", "fit", "bench"),
+    "recipes fit": ("--gpus", "--nodes", "--master-addr", "--master-port", "all"),
     "recipes list": (),
     "recipes cp": ("--force", "NAME", "DIR"),
     "recipes validate": ("CONFIG", "--KEY"),

@@ -1,4 +1,4 @@
-"""Pages of `python -m am_lightning.recipes report` as a reader sees them, and event files to make them of."""
+"""Pages of `am-lightning report` as a reader sees them, and event files to make them of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""python -m am_lightning.recipes: list, cp, validate, fit; from the checkout and from a built wheel."""
+"""am-lightning: list, cp, validate, fit; from the checkout and from a built wheel."""
 
 from __future__ import annotations
 

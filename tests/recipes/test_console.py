@@ -121,7 +121,8 @@ def test_the_other_machines_command_is_printed(
         "MASTER_ADDR": "node0",
     }
     assert Path(seen["CONFIG"]) == tmp_path / "mine.yaml" and seen["RUN_DIR"] == "runs/laptop"
-    assert seen["args"].endswith("launch/torchrun.sh --model.optimizer.lr 1e-3")
+    assert seen["args"].endswith("launch/torchrun.sh --ckpt_path null --model.optimizer.lr 1e-3")
+    assert seen["MAX_RESTARTS"] == "0"
     again = "am-lightning fit mine.yaml --gpus 3 --nodes 2 --model.optimizer.lr 1e-3 --master-addr node0"
     assert again in capsys.readouterr().out
 
@@ -130,7 +131,7 @@ def test_fit_starts_processes_and_resumes(tmp_path: Path, corpus_folder: Path) -
     def train(steps: int) -> str:
         settings = arguments(tmp_path / "run", corpus_folder, steps)[3:]
         position = settings.index("--trainer.devices")
-        words = ["fit", "laptop", "--gpus", "2", *settings[:position], *settings[position + 2 :]]
+        words = ["fit", "laptop", "--gpus", "2", "--ckpt_path", "last", *settings[:position], *settings[position + 2 :]]
         command = [PYTHON, "-m", "am_lightning.recipes", *words]
         environment = {**os.environ, "PYTHONPATH": str(RECIPES.parent)}
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)

@@ -1,4 +1,4 @@
-"""`python -m am_lightning.recipes report`: the page that compares runs."""
+"""`am-lightning report`: the page that compares runs."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Subcommands of python -m am_lightning.recipes."""
+"""Subcommands of am-lightning."""

@@ -101,7 +101,10 @@ def _launch(options: argparse.Namespace, rest: Sequence[str], words: Sequence[st
         values = [read_recipe(path).get("trainer", {}) for path in config_files(name)]
         folder = next((v["default_root_dir"] for v in reversed(values) if "default_root_dir" in v), "runs/pretrain")
     kind = "processes, each with a GPU" if found else "CPU processes: there is no GPU here"
-    print(f"{nodes} x {gpus} {kind}; a run in {folder} is resumed", flush=True)
+    print(f"{nodes} x {gpus} {kind}", flush=True)
+    restarts = {}
+    if _last("ckpt_path", settings) is None:  # a new run: a process that ends must not begin yet another one
+        settings, restarts = ["--ckpt_path", "null", *settings], {"MAX_RESTARTS": "0"}
     address = options.master_addr
     if nodes > 1 and address is None:
         address = os.environ.get("MASTER_ADDR") or socket.gethostname()
@@ -117,6 +120,7 @@ def _launch(options: argparse.Namespace, rest: Sequence[str], words: Sequence[st
         "MASTER_PORT": str(port or ""),
         "PROGRAM": "",
         "PYTHON": sys.executable,
+        **restarts,
     }
     launcher = recipes_folder() / "launch" / "torchrun.sh"
     sys.stdout.flush()
@@ -165,8 +169,8 @@ def _short_help() -> str:
         [
             f"usage: {_USAGE}",
             "",
-            "Train a recipe (`list` shows them) or a YAML. --gpus and --nodes start processes, and resume a run that",
-            "is in the folder already. Without them one process trains, and --ckpt_path last resumes.",
+            "Train a recipe (`list` shows them) or a YAML: in this process, or in those that --gpus and --nodes start.",
+            "With --ckpt_path last a run is resumed, and the processes are started again when one of them dies.",
             "",
             options.rstrip(),
             "",

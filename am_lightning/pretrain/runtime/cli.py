@@ -60,7 +60,7 @@ class PretrainParser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if Path(sys.argv[0]).name == "__main__.py":
-            kwargs.setdefault("prog", "python -m am_lightning.recipes")
+            kwargs.setdefault("prog", "am-lightning")
         super().__init__(*args, **kwargs)
         self.allow_abbrev = False  # --trainer.max_step is a typing error, not trainer.max_steps
 

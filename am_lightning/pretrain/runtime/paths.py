@@ -73,7 +73,7 @@ def base_of(path: Path) -> Path | None:
     if not base.is_file():
         raise RecipeError(
             f"{path} says only what differs from {base}, which is not there: "
-            "python -m am_lightning.recipes cp NAME DIR writes a recipe out whole"
+            "am-lightning cp NAME DIR writes a recipe out whole"
         )
     return base
 

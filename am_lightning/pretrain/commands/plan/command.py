@@ -14,7 +14,7 @@ from am_lightning.pretrain.runtime.main import import_training
 from am_lightning.pretrain.runtime.paths import find_config
 from am_lightning.pretrain.runtime.settings import check_names
 
-_USAGE = "python -m am_lightning.recipes plan CONFIG --gpus N [options] [--KEY VALUE ...]"
+_USAGE = "am-lightning plan CONFIG --gpus N [options] [--KEY VALUE ...]"
 
 
 def add_parser(subparsers: Any) -> None:

@@ -1,4 +1,4 @@
-"""`python -m am_lightning.recipes report RUN...`: one HTML file, and a PNG beside it, that compare runs."""
+"""`am-lightning report RUN...`: one HTML file, and a PNG beside it, that compare runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from am_lightning.pretrain.runtime.errors import require
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
-    """Add `report` to the subcommands of `python -m am_lightning.recipes`."""
+    """Add `report` to the subcommands of `am-lightning`."""
     parser = subparsers.add_parser(
         "report",
         help="compare runs in one HTML file and a PNG",

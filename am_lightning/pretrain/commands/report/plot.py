@@ -25,7 +25,7 @@ _DASHES = ("-", "--", ":")
 _DOTS: dict[str, Any] = {"marker": "o", "markersize": 5, "linewidth": 1.6}
 _BAND_POINTS = 500
 _INK, _GRID = "#333333", "#DDDDDD"
-_CURE = "Free some space and run `python -m am_lightning.recipes report` on the run's folder."
+_CURE = "Free some space and run `am-lightning report` on the run's folder."
 
 
 def look(number: int) -> tuple[str, str]:
