@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ def __getattr__(name: str) -> Any:
     else:
         globals()[name] = value
     return value
+
+
+if "torch" in sys.modules:  # then it costs nothing, and LightningCLI finds imported classes by their bare names
+    importlib.import_module("am_lightning.optim")
 
 
 def __dir__() -> list[str]:

@@ -115,6 +115,11 @@ def test_the_other_machines_command_is_printed(
     Path("mine.yaml").write_text("# base: /nowhere\n".replace("/nowhere", str(RECIPES / "configs" / "laptop.yaml")))
     with pytest.raises(TypeError):  # execvpe came back
         int(fit.main(["mine.yaml", "--gpus", "3", "--nodes", "2", "--model.optimizer.lr", "1e-3"]))  # type: ignore[call-overload]
+    first = dict(seen)
+    with pytest.raises(TypeError):
+        int(fit.main(["laptop", "--gpus", "3"]))  # type: ignore[call-overload]
+    assert seen["args"].endswith("torchrun.sh --ckpt_path null") and seen["NODES"] == "1"
+    seen = first
     assert {key: seen[key] for key in ("NODES", "GPUS_PER_NODE", "MASTER_ADDR")} == {
         "NODES": "2",
         "GPUS_PER_NODE": "3",

@@ -143,9 +143,9 @@ def _recipe_of(rest: Sequence[str]) -> tuple[str, list[str]]:
 def _last(key: str, words: Sequence[str]) -> str | None:
     """The value of a setting on the command line; the last wins."""
     found = None
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for position, word in enumerate(words):
         if word == f"--{key}":
-            found = following
+            found = words[position + 1] if position + 1 < len(words) else ""
         elif word.startswith(f"--{key}="):
             found = word.partition("=")[2]
     return found

@@ -16,6 +16,7 @@ from am_lightning.pretrain.runtime.atomic_files import DISK_FULL, disk_error
 from am_lightning.pretrain.runtime.errors import RESUME, RecipeError, UsageError, first_line
 from am_lightning.pretrain.runtime.stop_signals import early_signals
 
+_NEEDED = ("jsonargparse", "lightning", "matplotlib", "numpy", "tensorboard", "torch", "transformers", "yaml")
 EXTRA = "pip install 'am-lightning[recipes]', or '.[recipes]' in a checkout"
 
 
@@ -58,7 +59,7 @@ def _command_line(*, imports: bool) -> Iterator[None]:
         raise SystemExit(1) from None
     except ModuleNotFoundError as error:
         missing = "jsonargparse" if "jsonargparse" in str(error) else error.name  # LightningCLI names it in words alone
-        if missing not in ("jsonargparse", "yaml", "numpy", "matplotlib", "tensorboard", "transformers"):
+        if missing not in _NEEDED:
             raise
         sys.exit(f"error: the recipes need {missing}: {EXTRA}")
     except pickle.UnpicklingError as error:  # torch.load(weights_only=True), whose text advises to switch that off
