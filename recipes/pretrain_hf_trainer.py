@@ -100,9 +100,9 @@ class RecipeTrainer(Trainer):
         return self.lr_scheduler
 
 
-def as_inputs(rows: list[Tensor]) -> dict[str, Tensor]:
-    """Rows of tokens as the Trainer passes batches on."""
-    batch = default_collate(rows)
+def as_inputs(rows: list[Tensor] | Tensor) -> dict[str, Tensor]:
+    """Rows of tokens, or a batch of them, as the Trainer passes batches on."""
+    batch = rows if isinstance(rows, Tensor) else default_collate(rows)
     return {"input_ids": batch, "labels": batch}
 
 
@@ -142,7 +142,7 @@ class WholeCheckpoints(TrainerCallback):
         self.data, self.shape, self.keep = settings.data, settings.shape, settings.keep
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        data = self.data.state_dict()  # on every process: a stream gathers where they are
+        data = self.data.state_dict()
         PartialState().wait_for_everyone()  # each writes the state of its own random numbers
         if state.is_world_process_zero:
             path = Path(args.output_dir, f"checkpoint-{state.global_step}")

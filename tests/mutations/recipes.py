@@ -11,7 +11,7 @@ _CALLBACK = f"{_PACKAGE}/checkpoints/callback.py"
 _WRITER = f"{_PACKAGE}/checkpoints/writer.py"
 _ORDER = f"{_PACKAGE}/data/order.py"
 _PERMUTATION = f"{_PACKAGE}/data/permutation.py"
-_STREAM = f"{_PACKAGE}/data/stream.py"
+_LITDATA = f"{_PACKAGE}/data/litdata_loader.py"
 _SHARDS = f"{_PACKAGE}/data/shards.py"
 _CHUNKS = f"{_PACKAGE}/data/chunks.py"
 _SCHEDULE = f"{_PACKAGE}/model/schedule.py"
@@ -21,7 +21,7 @@ _MEMORY = f"{_PACKAGE}/commands/plan/memory.py"
 
 _CHECKPOINTS = "tests/recipes/test_checkpoints.py"
 _ORDERS = "tests/recipes/test_order.py"
-_STREAMS = "tests/recipes/test_stream.py"
+_LITDATA_TESTS = "tests/recipes/test_litdata.py"
 _SCHEDULES = "tests/recipes/test_schedule.py"
 _NONFINITE = "tests/recipes/test_nonfinite_losses.py"
 _STOPPED = "tests/recipes/test_fault_tolerance.py"
@@ -218,36 +218,32 @@ MUTATIONS = [
         (f"{_ORDERS}::test_every_row_comes_once_in_a_pass",),
     ),
     Mutation(
-        "the loader of a stream starts one batch late after a resume",
-        _STREAM,
-        "self.numbers.first = step * self.accumulate",
-        "self.numbers.first = step * self.accumulate + (step > 0)",
-        (_STREAMS,),
+        "a run that resumes a pass of other processes takes the order that its own would have",
+        _LITDATA,
+        "return self.grid if fresh else Grid(*known[0][1:])",
+        "return self.grid",
+        (f"{_LITDATA_TESTS}::test_a_resume_is_exact_for_any_processes_workers_and_micro_batches",),
     ),
     Mutation(
-        "a position in a document that was cut twice is that of the second cut alone",
-        _STREAM,
-        "position._replace(token=position.token + count)",
-        "position._replace(token=count)",
-        (f"{_STREAMS}::test_a_position_is_all_that_a_resume_needs",),
+        "every pass over litdata's chunks has the order of the first",
+        _LITDATA,
+        "            loader.current_epoch = number\n",
+        "            loader.current_epoch = 0\n",
+        (f"{_LITDATA_TESTS}::test_a_pass_has_every_row_once",),
     ),
     Mutation(
-        "the positions of a step are those before its last micro-batch",
-        _STREAM,
-        "            positions[number % len(positions)] = behind\n"
-        "            done, rest = divmod(number + 1, self.accumulate)\n"
-        "            if rest == 0:\n",
-        "            done, rest = divmod(number + 1, self.accumulate)\n"
-        "            positions[number % len(positions)] = behind if rest else positions[number % len(positions)]\n"
-        "            if rest == 0:\n",
-        (_STREAMS,),
+        "a flipped byte of a chunk is read",
+        _LITDATA,
+        "if chunk_filepath not in self.checked:",
+        "if chunk_filepath in self.checked:",
+        (f"{_LITDATA_TESTS}::test_damage_is_named_before_a_row_of_it_is_given",),
     ),
     Mutation(
-        "a stream goes on with another number of processes",
-        f"{_PACKAGE}/data/stream_state.py",
-        'if saved[name] != value and (name == "world_size" or readers > 1):',
-        'if saved[name] != value and name != "world_size" and readers > 1:',
-        (f"{_STREAMS}::test_what_a_checkpoint_does_not_fit_is_refused",),
+        "on a parallel file system litdata's own order is taken",
+        _LITDATA,
+        "            if dataset.posix_fast is not None:",
+        "            if dataset.posix_fast is None:",
+        (f"{_LITDATA_TESTS}::test_a_parallel_file_system_has_the_same_order",),
     ),
     Mutation(
         "ten times too few documents are held out",
@@ -273,7 +269,7 @@ MUTATIONS = [
     Mutation(
         "the content of token files is not checked",
         _SHARDS,
-        "if content and _checksum(path) != shard.sha256:",
+        "if content and checksum(path) != shard.sha256:",
         "if content and not _checksum(path):",
         ("tests/recipes/test_shards.py::test_a_broken_file_is_named_with_the_cure",),
     ),

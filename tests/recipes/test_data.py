@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -126,26 +125,6 @@ def test_workers_do_not_change_the_order_or_the_resume(tmp_path: Path, corpus_fo
     _, resumed, _, rest = fit(tmp_path / "rest", corpus_folder, steps=6, ckpt_path=middle, num_workers=workers)
     assert differences([b.clone() for b in rest.train], batches.train[2:]) == []
     assert differences(dict(resumed.state_dict()), dict(whole.state_dict())) == []
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_goes_on_exactly(tmp_path: Path, workers: int) -> None:
-    """Through a checkpoint of the Trainer, in the middle of documents and with workers that have read ahead."""
-    lines = tmp_path / "text.jsonl"
-    texts = (f"document {i}: " + "memory of a step " * (i % 9) for i in range(30_000))
-    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    options = {"mode": "stream", "shard_mb": 1, "num_workers": workers}
-    _, whole, _, batches = fit(tmp_path / "whole", lines, steps=6, **options)
-    middle = str(tmp_path / "whole" / "checkpoints" / "step-000002.ckpt")
-    _, resumed, data, rest = fit(tmp_path / "rest", lines, steps=6, ckpt_path=middle, **options)
-    assert [b.shape for b in batches.train] == [(8, 32)] * 6
-    assert differences([b.clone() for b in rest.train], batches.train[2:]) == []
-    assert differences(dict(resumed.state_dict()), dict(whole.state_dict())) == []
-    assert data.scored_rows == 6
-    finished = str(tmp_path / "rest" / "checkpoints" / "last.ckpt")
-    _, _, data, none = fit(tmp_path / "rest", lines, steps=6, ckpt_path=finished, **options)
-    assert none.train == []
-    assert data.state_dict()["stream"]["step"] == 6
 
 
 @pytest.mark.filterwarnings("error:.*not resumable.*")

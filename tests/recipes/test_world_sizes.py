@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from am_lightning.pretrain.data.text_data import TextData
 
@@ -63,40 +62,6 @@ def test_the_samples_of_every_step_stay_from_1_to_2_to_4_processes(tmp_path: Pat
     order = np.random.default_rng([0, 0]).permutation(len(tokens) // SEQ_LEN)[:48].reshape(6, 8)
     rows_of = tokens[: len(tokens) // SEQ_LEN * SEQ_LEN].reshape(-1, SEQ_LEN)
     assert seen == {step: hashes(rows_of[rows]) for step, rows in enumerate(order)}
-
-
-@pytest.mark.slow
-def test_a_stream_goes_on_with_as_many_processes_only(tmp_path: Path) -> None:
-    """Each of two processes finds its own place in a checkpoint that one of them wrote; another number is refused. The
-    expected rows are those of two streams that were never interrupted, read without a Trainer."""
-    source, root = tmp_path / "text", tmp_path / "run"
-    source.mkdir()
-    for number in range(3):
-        texts = (hashlib.sha256(f"{number} {i}".encode()).hexdigest() * (1 + i % 3) for i in range(9000))
-        (source / f"{number}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    options = {"data.mode": "stream", "data.shard_mb": 1, "data.num_workers": 1}
-    seen: dict[int, list[str]] = {}
-    for steps in (2, 4):
-        status, errors = resume(root, source, steps, 2, **options)
-        assert status == 0, errors
-        seen |= {step: micro for step, (micro,) in read_rows(root / f"to-{steps}").items()}
-    data = TextData(
-        str(source),
-        mode="stream",
-        shard_mb=1,
-        seq_len=SEQ_LEN,
-        val_rows=4,
-        final_val_rows=4,
-        cache_dir=str(root / "data"),
-    )
-    data.open()
-    ranks = [list(data.train_loader(steps=4, rank=rank, world_size=2)) for rank in range(2)]
-    expected = {step: hashes(torch.cat([rank[step] for rank in ranks]).numpy()) for step in range(4)}
-    assert seen == expected
-    status, errors = resume(root, source, 6, 1, **options)
-    assert status == 1
-    assert "error: data.mode stream: the checkpoint holds the positions of 2 processes, this run has 1" in errors
-    assert "recipes/prepare_data.py" in errors
 
 
 def hashes(rows: np.ndarray) -> list[str]:

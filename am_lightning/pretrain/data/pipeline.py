@@ -12,12 +12,10 @@ from typing import Any
 
 from am_lightning.pretrain.data.prepare import (
     MEGABYTE,
-    Job,
     WorkUnit,
     check_shards,
     is_complete,
     work_units,
-    write_held_out,
     write_shards,
 )
 from am_lightning.pretrain.data.shards import FORMAT_VERSION, INDEX, Index, read_index
@@ -34,7 +32,7 @@ from am_lightning.pretrain.data.tokenizer import (
     train_bpe,
 )
 
-_CHECKED_BYTES = 2 << 30  # of tokens: so much is read whole at every start; more by prepare_data.py --check
+CHECKED_BYTES = 2 << 30  # of tokens: so much is read whole at every start; more by prepare_data.py --check
 _BPE_TEXT = 32 * MEGABYTE  # that a tokenizer is trained on
 
 
@@ -53,44 +51,38 @@ class Pipeline:
     seq_len: int
     cache: Path
 
-    def prepare(self, *, stream_rows: int | None = None, check_all: bool = False) -> Index:
-        """Make the shards (of the held-out rows alone, for a stream) where they are not there, and check them.
+    def prepare(self, *, check_all: bool = False) -> Index:
+        """Make the shards where they are not there, and check them.
 
         Args:
-            stream_rows: for a stream, how many held-out rows of `seq_len` tokens it needs.
             check_all: compare all checksums, however much there is to read.
 
         Raises:
             RecipeError: see `prepare.write_shards`, `prepare.check_shards` and `tokenizer.check_vocabulary`.
         """
-        folder = self.folder(stream_rows)
+        folder = self.folder()
         if not is_complete(folder) and folder != Path(self.source).expanduser():
             tokenizer = self.load_tokenizer(train=True)
             check_vocabulary(self.vocab_size, tokenizer.vocab_size, self.tokenizer)
-            if stream_rows is None:
-                write_shards(
-                    folder,
-                    self.documents,
-                    tokenizer,
-                    val_percent=self.val_percent,
-                    shard_mb=self.shard_mb,
-                    workers=self.workers,
-                )
-            else:
-                job = Job(folder, tokenizer, self.val_percent, self.shard_mb * MEGABYTE)
-                write_held_out(job, self.documents, self.parts, stream_rows * self.seq_len)
+            write_shards(
+                folder,
+                self.documents,
+                tokenizer,
+                val_percent=self.val_percent,
+                shard_mb=self.shard_mb,
+                workers=self.workers,
+            )
         index = read_index(folder)
         check_vocabulary(self.vocab_size, index.vocab_size, self.tokenizer)
-        return check_shards(folder, content=check_all or index.bytes <= _CHECKED_BYTES, workers=self.workers)
+        return check_shards(folder, content=check_all or index.bytes <= CHECKED_BYTES, workers=self.workers)
 
-    def folder(self, stream_rows: int | None = None) -> Path:
+    def folder(self) -> Path:
         """Where the shards are or will be: its name changes with the documents, the tokenizer and the split."""
         made = Path(self.source).expanduser()
-        if stream_rows is None and (made / INDEX).exists():
+        if (made / INDEX).exists():
             return made
-        kind = "" if stream_rows is None else f" held out {stream_rows * self.seq_len}"
         slug = re.sub(r"[^A-Za-z0-9.-]+", "-", self.tokenizer.rstrip("/").split("/")[-1])
-        key = hashlib.sha256(f"{self.fingerprint()} {self.val_percent} {self.shard_mb}{kind}".encode()).hexdigest()
+        key = hashlib.sha256(f"{self.fingerprint()} {self.val_percent} {self.shard_mb}".encode()).hexdigest()
         return self.cache / f"{slug}-{key[:16]}"
 
     def fingerprint(self) -> str:

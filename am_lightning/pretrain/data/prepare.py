@@ -127,7 +127,7 @@ def write_shards(
     """
     if is_complete(folder):
         return
-    with _only_one(folder) as alone:
+    with only_one(folder) as alone:
         if is_complete(folder):  # another process has made them meanwhile
             return
         if alone:
@@ -136,26 +136,7 @@ def write_shards(
         job = Job(folder, tokenizer, val_percent, shard_mb * MEGABYTE)
         parts = work_units(source, shard_mb)
         records = run_all(partial(write_part, job), parts, min(workers or cores(), len(parts)), "tokenizing")
-        _finish(job, source, records, SIDES)
-
-
-def write_held_out(job: Job, source: Source, parts: Sequence[WorkUnit], tokens: int) -> None:
-    """Make a folder with the first `tokens` or a few more held-out tokens and no training tokens: what a stream needs.
-
-    Raises:
-        RecipeError: as `write_shards`.
-    """
-    texts = (d.text for part in parts for d in part.documents() if d.is_validation(job.val_percent))
-    writer = _SideWriter(job, "val-00000")
-    with _only_one(job.folder):
-        for _, array in encode_all(job.tokenizer, ((None, text) for text in texts)):
-            writer.add(array)
-            tokens -= len(array)
-            if tokens <= 0:
-                break
-        writer.flush()
-        record = PartRecord("", {"train": 0, "val": writer.documents}, (), tuple(writer.shards))
-        _finish(job, source, [record], ("val",))
+        _finish(job, source, records)
 
 
 def is_complete(folder: Path) -> bool:
@@ -245,14 +226,14 @@ def _read_record(path: Path, job: Job, part: WorkUnit) -> PartRecord | None:
     return None if broken or record.key != part.key else record
 
 
-def _finish(job: Job, source: Source, records: Sequence[PartRecord], needed: Sequence[str]) -> None:
+def _finish(job: Job, source: Source, records: Sequence[PartRecord]) -> None:
     """Write the index, which makes the folder whole.
 
     Raises:
-        RecipeError: there is no document on a side that is needed; then the folder goes.
+        RecipeError: there is no document on one side; then the folder goes.
     """
     documents = {side: sum(record.documents[side] for record in records) for side in SIDES}
-    for side in needed:
+    for side in SIDES:
         if not documents[side]:
             shutil.rmtree(job.folder, ignore_errors=True)
             raise RecipeError(
@@ -279,7 +260,7 @@ def _index(job: Job, source: Source, records: Sequence[PartRecord], documents: d
 
 
 @contextlib.contextmanager
-def _only_one(folder: Path) -> Iterator[bool]:
+def only_one(folder: Path) -> Iterator[bool]:
     """Others who make the same shards wait, where the file system has locks; where not (False), they do the same."""
     lock = FileLock(folder / ".lock")
     try:

@@ -191,13 +191,13 @@ def check_shard(folder: Path, shard: Shard, dtype: str, *, content: bool) -> Non
         raise RecipeError(f"the token shard {path} is broken: {damage}. {_cure(path)}")
 
 
-def shard_damage(path: Path, shard: Shard, dtype: str, *, content: bool) -> str | None:
-    """What is wrong with a shard's file, in words; None where nothing is."""
+def shard_damage(path: Path, shard: Shard, dtype: str, *, content: bool, header: int = 0) -> str | None:
+    """What is wrong with a shard's file, which has `header` bytes before the tokens, in words; None: nothing is."""
     try:
-        expected, actual = shard.tokens * np.dtype(dtype).itemsize, path.stat().st_size
+        expected, actual = header + shard.tokens * np.dtype(dtype).itemsize, path.stat().st_size
         if actual != expected:
             return f"it has {actual} bytes and the index says {expected}"
-        if content and _checksum(path) != shard.sha256:
+        if content and checksum(path) != shard.sha256:
             return "its content does not have the checksum that the index says"
     except FileNotFoundError:
         return "it is gone"
@@ -206,7 +206,8 @@ def shard_damage(path: Path, shard: Shard, dtype: str, *, content: bool) -> str 
     return None
 
 
-def _checksum(path: Path) -> str:
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal. Raises: OSError: it cannot be read."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader, Subset
 
+from am_lightning.pretrain.data.litdata_folder import CHUNKS, LitdataFolder, require_litdata
 from am_lightning.pretrain.data.order import ResumableLoader, StepOrder, TokenRows, share_of
 from am_lightning.pretrain.data.pipeline import Pipeline
 from am_lightning.pretrain.data.prepare import is_complete
 from am_lightning.pretrain.data.shards import Index, TokenShards, open_shards
-from am_lightning.pretrain.data.stream import Reader, StreamBatches, StreamLoader, make_readers
-from am_lightning.pretrain.data.stream_state import StreamState
 from am_lightning.pretrain.data.tokenizer import check_vocabulary, smallest_vocabulary
 from am_lightning.pretrain.runtime.errors import RecipeError, require, require_counts
+
+if TYPE_CHECKING:
+    from am_lightning.pretrain.data.litdata_loader import LitdataLoader
 
 
 class TextData(L.LightningDataModule):
     """Documents -> tokens, an end-of-text token after each -> rows of `seq_len` tokens, int64 (batch, seq_len).
 
     `mode` "shards": the tokens are made once, into files in `cache_dir`, and which rows make up step s depends on
-    `seed` and s alone (see `order.StepOrder`), for any number of processes. "stream": every process tokenizes its own
-    documents on the fly (see `stream`); only the held-out rows are made beforehand, and the number of processes is
-    part of the order.
+    `seed` and s alone (see `order.StepOrder`), for any number of processes. "litdata": the tokens are made into chunks,
+    which litdata streams from a folder or an object store, in its order (see `litdata_loader`).
 
     A fixed `val_percent` % of the documents is held out for validation, by a hash of their path or, in records, text.
 
@@ -36,11 +37,12 @@ class TextData(L.LightningDataModule):
     Args:
         source: "stdlib" (the running Python's own source and documents); a folder, a file or a glob pattern, where
             .parquet, .jsonl, .jsonl.gz and .json.gz hold a document in each record and any other text file is one;
-            "hf:NAME", which datasets.load_dataset streams; or a folder of shards that prepare_data.py made.
+            "hf:NAME", which datasets.load_dataset streams; or a folder of shards that prepare_data.py made; in mode
+            "litdata" also a folder of chunks that it made, or where that was uploaded (s3://..., gs://...).
         source_options: arguments of datasets.load_dataset for "hf:NAME", e.g. {"name": "en", "split": "train"}.
         text_field: field or column of the text in records.
         tokenizer: "bytes"; "bpe-N", trained on the data; a folder, or a name on the Hugging Face hub.
-        mode: "shards" or "stream".
+        mode: "shards" or "litdata".
         seq_len: tokens in a row.
         vocab_size: the model's; at least the tokenizer's.
         batch_size: rows per optimizer step, over all processes and micro-batches.
@@ -52,8 +54,8 @@ class TextData(L.LightningDataModule):
         shard_mb: megabytes of text that are tokenized in one go, and of tokens in a file.
         prepare_workers: processes that make the shards; None: one for every core.
         seed: of the order.
-        num_workers: loader processes on every process. Shards are memory maps, which need none; a stream is tokenized
-            by them.
+        num_workers: loader processes on every process. Shards are memory maps, which need none; chunks of an object
+            store are downloaded by them.
 
     Attributes:
         scored_rows: of the last val_loader(), over all processes.
@@ -70,7 +72,7 @@ class TextData(L.LightningDataModule):
         source_options: dict[str, Any] | None = None,
         text_field: str = "text",
         tokenizer: str = "bytes",
-        mode: Literal["shards", "stream"] = "shards",
+        mode: str = "shards",
         seq_len: int = 128,
         vocab_size: int = 256,
         batch_size: int = 8,
@@ -89,7 +91,14 @@ class TextData(L.LightningDataModule):
         require_counts("data", val_batch_size=val_batch_size, shard_mb=shard_mb, prepare_workers=prepare_workers)
         require_counts("data", 2, seq_len=seq_len)
         require_counts("data", 0, num_workers=num_workers, seed=seed)
-        require(mode in ("shards", "stream"), "data.mode", mode, '"shards" or "stream"')
+        require(
+            mode in ("shards", "litdata"),
+            "data.mode",
+            mode,
+            '"shards" or "litdata"' + (", which took the place of stream" if mode == "stream" else ""),
+        )
+        if mode == "litdata":
+            require_litdata()
         check_vocabulary(vocab_size, smallest_vocabulary(tokenizer), tokenizer)
         require(0 < val_percent < 100, "data.val_percent", val_percent, "0 < value < 100")
         self.source, self.source_options, self.text_field = source, source_options, text_field
@@ -102,10 +111,10 @@ class TextData(L.LightningDataModule):
         self.default_root_dir = "."
         self._pipeline: Pipeline | None = None
         self._shards: TokenShards | None = None
-        self._stream = StreamState()
+        self._passes: list[list[int]] = []
 
     def prepare(self, *, check_all: bool = False) -> Index:
-        """On one process of every machine: make what is not there yet (the shards; for a stream, its held-out rows).
+        """On one process of every machine: make what is not there yet, or fetch what is needed at once of a URL.
 
         Args:
             check_all: compare the checksums of all shards. Otherwise those of more than 2 GiB are only looked at.
@@ -113,7 +122,11 @@ class TextData(L.LightningDataModule):
         Raises:
             RecipeError: a document or a shard cannot be read, the disk is full, or the model's vocabulary is too small.
         """
-        return self.pipeline().prepare(stream_rows=self._stream_rows, check_all=check_all)
+        if self._litdata is not None:
+            return self._litdata.prepare(check_all=check_all)
+        if (Path(self.source).expanduser() / CHUNKS).exists():
+            raise RecipeError(f"data.source {self.source} is a folder of litdata chunks: set data.mode litdata")
+        return self.pipeline().prepare(check_all=check_all)
 
     def open(self) -> None:
         """On every process, after `prepare`: open what it made.
@@ -121,7 +134,7 @@ class TextData(L.LightningDataModule):
         Raises:
             RecipeError: it is not there, or the model's vocabulary is too small.
         """
-        self._shards = open_shards(self.folder())
+        self._shards = open_shards(self.folder()) if self._litdata is None else self._litdata.open()
         check_vocabulary(self.vocab_size, self._shards.index.vocab_size, self.tokenizer)
 
     def train_loader(
@@ -140,7 +153,7 @@ class TextData(L.LightningDataModule):
             steps: optimizer steps in the whole run. The length is `steps * accumulate`, whatever was done before.
             rank, world_size: this process and how many there are (that see different data).
             accumulate: micro-batches in a step.
-            first_step: steps that are done already; a function is called when iteration begins. A stream needs its
+            first_step: steps that are done already; a function is called when iteration begins. "litdata" needs
                 `load_state_dict`, too.
             pin_memory: batches in pinned memory, from which a GPU copies without the host's waiting.
 
@@ -148,8 +161,8 @@ class TextData(L.LightningDataModule):
             RecipeError: `batch_size` is not divisible by world_size * accumulate, or the text is too short.
         """
         done = first_step if callable(first_step) else lambda: first_step
-        if self._streams:
-            return self._stream_loader(steps, rank, world_size, accumulate, done, pin_memory)
+        if self._litdata is not None:
+            return self._chunk_loader(steps, rank, world_size, accumulate, done, pin_memory)
         rows = TokenRows(self._opened().train, self.seq_len)
         order = StepOrder(
             len(rows),
@@ -191,12 +204,12 @@ class TextData(L.LightningDataModule):
         return DataLoader(Subset(held_out, list(mine)), batch_size=self.val_batch_size, pin_memory=pin_memory)
 
     def folder(self) -> Path:
-        """Where `prepare` puts the shards."""
-        return self.pipeline().folder(self._stream_rows)
+        """Where `prepare` puts the shards or chunks."""
+        return self.pipeline().folder() if self._litdata is None else self._litdata.path
 
     def is_prepared(self) -> bool:
         """Whether all files are there; `prepare` also looks into them."""
-        return is_complete(self.folder())
+        return is_complete(self.folder()) if self._litdata is None else self._litdata.is_complete()
 
     def pipeline(self) -> Pipeline:
         """From the documents to the shards, as the arguments say."""
@@ -245,14 +258,13 @@ class TextData(L.LightningDataModule):
         return self.val_loader(rank=rank, world_size=world_size, rows=rows, pin_memory=_pins(trainer))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must have in common with this one, and in a stream where every process is.
+        """What a resumed run must have in common with this one, and in "litdata" who began its passes over the data.
 
-        Plain numbers and strings. Every process must call it: a stream's positions are gathered.
+        Plain numbers and strings, the same on every process.
         """
         state: dict[str, Any] = {"mode": self.mode, **self._identity()}
-        if self._streams:
-            step = self.trainer.global_step if self.trainer else None
-            state["stream"] = self._stream.gather(step)
+        if self._litdata is not None:
+            state["passes"] = [list(entry) for entry in self._passes]
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -264,31 +276,22 @@ class TextData(L.LightningDataModule):
             if name == "tokens_sha256":
                 text = f"the checkpoint was trained on another text than {self._opened().folder} holds"
                 hint = "Set data.source, data.tokenizer and data.cache_dir as they were (stdlib: run the same Python)"
-            elif name == "documents_sha256":
-                text = f"the checkpoint was trained on another text or tokenizer than data.source {self.source} has now"
-                hint = "Set data.source, data.source_options and data.tokenizer as they were"
             else:
                 text = f"data.{name} is {value}, the checkpoint was trained with {saved.get(name)}"
                 hint = "Set it back"
             raise RecipeError(f"{text}. {hint}, or start a new run in another folder.")
-        if self._streams:
-            self._stream.load(saved["stream"])
+        if self._litdata is not None:
+            self._passes[:] = saved["passes"]
 
     def _identity(self) -> dict[str, Any]:
         order = {"seq_len": self.seq_len, "batch_size": self.batch_size, "seed": self.seed}
-        if self._streams:
-            return {"documents_sha256": self.pipeline().fingerprint(), **order, "num_workers": max(1, self.num_workers)}
         return {"tokens_sha256": self._opened().index.sha256, **order}
 
     @property
-    def _streams(self) -> bool:
-        return self.mode == "stream"
+    def _litdata(self) -> LitdataFolder | None:
+        return LitdataFolder(self.pipeline()) if self.mode == "litdata" else None
 
-    @property
-    def _stream_rows(self) -> int | None:
-        return max(self.val_rows, self.final_val_rows) if self._streams else None
-
-    def _stream_loader(
+    def _chunk_loader(
         self,
         steps: int,
         rank: int,
@@ -296,24 +299,30 @@ class TextData(L.LightningDataModule):
         accumulate: int,
         first_step: Callable[[], int],
         pin_memory: bool,
-    ) -> DataLoader[torch.Tensor]:
-        pipeline = self.pipeline()
-        template = Reader(
-            tuple(pipeline.parts), pipeline.load_tokenizer(), self.val_percent, self.seq_len, self.seed, 0, 1
-        )
-        readers = make_readers(template, rank=rank, world_size=world_size, workers=self.num_workers)
-        batches = StreamBatches(readers, share_of(self.batch_size, world_size, accumulate))
-        loader = StreamLoader(
-            batches,
-            steps,
-            accumulate,
-            self.num_workers,
-            first_step,
-            lambda step: self._stream.at(step, rank, world_size, accumulate, len(readers)),
+    ) -> LitdataLoader:
+        from am_lightning.pretrain.data.litdata_loader import Chunks, Grid, LitdataLoader
+
+        grid = Grid(world_size, max(1, self.num_workers), share_of(self.batch_size, world_size, accumulate))
+        chunks = self._opened().index.train
+        in_pass = sum(chunk.tokens // self.seq_len for chunk in chunks) // self.batch_size
+        if in_pass == 0:
+            raise RecipeError(
+                f"the training text is shorter than one step of data.batch_size {self.batch_size} rows of"
+                f" {self.seq_len} tokens: use more text or smaller steps"
+            )
+        folder = LitdataFolder(self.pipeline())
+        sums = {chunk.file: chunk.sha256 for chunk in chunks}
+        return LitdataLoader(
+            Chunks(folder.source, folder.pipeline.cache, sums, in_pass, self.seq_len, self.seed),
+            self._passes,
+            grid,
+            rank=rank,
+            steps=steps,
+            accumulate=accumulate,
+            first_step=first_step,
+            num_workers=self.num_workers,
             pin_memory=pin_memory,
         )
-        self._stream.follow(loader, rank, world_size, accumulate)
-        return loader
 
     def _trainer(self) -> L.Trainer:
         if self.trainer is None:

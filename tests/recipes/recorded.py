@@ -1,0 +1,54 @@
+"""Run a program of recipes/ with data.mode litdata, write down the rows that this process is given, and maybe die.
+
+    python recorded.py FOLDER DIES PROGRAM ARGUMENTS...
+
+For each micro-batch FOLDER/rank-R.jsonl gets a line {"step", "rows"}: the optimizer step it belongs to, hashes of the
+rows. The process is killed by SIGKILL when it asks for the first micro-batch of step DIES (-1: never).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from am_lightning.pretrain.data.litdata_loader import LitdataLoader
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+
+def record(folder: Path, dies: int) -> None:
+    """Let every LitdataLoader write down what it gives."""
+    real = LitdataLoader.__iter__
+
+    def recorded(loader: LitdataLoader) -> Iterator[Any]:
+        for number, batch in enumerate(real(loader), loader.first_step() * loader.accumulate):
+            step = number // loader.accumulate
+            if step == dies:
+                os.kill(os.getpid(), signal.SIGKILL)
+            rows = batch["input_ids"] if isinstance(batch, dict) else batch
+            hashes = [hashlib.sha256(bytes(row)).hexdigest()[:16] for row in rows.numpy()]
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / f"rank-{loader.rank}.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, "rows": hashes}) + "\n")
+            yield batch
+
+    LitdataLoader.__iter__ = recorded  # type: ignore[method-assign]
+
+
+def main() -> None:
+    folder, dies, program = Path(sys.argv[1]), int(sys.argv[2]), str(RECIPES / sys.argv[3])
+    record(folder, dies)
+    sys.argv = [program, *sys.argv[4:]]
+    sys.path.insert(0, str(RECIPES))
+    runpy.run_path(program, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
