@@ -229,3 +229,9 @@ TIMM = [
     Private("timm.optim._optim_factory", "default_registry", ("am_lightning/clients/timm.py",),
             "register amadamw and amsgd among timm's optimizers"),
 ]  # fmt: skip
+
+LITDATA = [
+    Private("litdata.streaming.downloader", "_OBSTORE_CLIENT_OPTIONS",
+            ("am_lightning/pretrain/data/litdata_loader.py",),
+            "let obstore read a server without TLS where AWS_ALLOW_HTTP says so"),
+]  # fmt: skip

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.package.private_names import ACCELERATE, LIGHTNING, TIMM, TORCH, TRANSFORMERS, Private
+from tests.package.private_names import ACCELERATE, LIGHTNING, LITDATA, TIMM, TORCH, TRANSFORMERS, Private
 
 THERE, ABSENT = "there", "not needed: "
 
@@ -204,7 +204,7 @@ def main() -> None:
 
     found = {}
     # Those that would look at a process group come before the first one is made.
-    for row in [*LIGHTNING, *ACCELERATE, *TORCH, *TRANSFORMERS, *TIMM]:
+    for row in [*LIGHTNING, *ACCELERATE, *TORCH, *TRANSFORMERS, *TIMM, *LITDATA]:
         reason = why_not_looked_up(row)
         found[row.key] = ABSENT + reason if reason else problem_of(row) or THERE
     print(json.dumps(found))

@@ -18,16 +18,16 @@ import torch
 
 from tests.package import private_objects
 from tests.package.private_deepspeed import DEEPSPEED
-from tests.package.private_names import ACCELERATE, LIGHTNING, TIMM, TORCH, TRANSFORMERS, Private
+from tests.package.private_names import ACCELERATE, LIGHTNING, LITDATA, TIMM, TORCH, TRANSFORMERS, Private
 from tests.package.private_objects import ABSENT, THERE, problem_of, version_of, why_not_looked_up
 from tests.package.private_reads import Read, foreign_reads, is_private, mentions, reads_in, trees
 from tests.package.test_architecture import CORE, FLOORS
 from tests.package.tree import PACKAGE, ROOT, module_name, sources
 
-LOOKED_UP = [*TORCH, *LIGHTNING, *ACCELERATE, *TRANSFORMERS, *TIMM]
+LOOKED_UP = [*TORCH, *LIGHTNING, *ACCELERATE, *TRANSFORMERS, *TIMM, *LITDATA]
 TABLE = [*LOOKED_UP, *DEEPSPEED]
 LISTED = {(file, row.read_as) for row in TABLE for file in row.where}
-LIBRARIES = ("torch", "lightning", "accelerate", "transformers", "deepspeed", "timm")
+LIBRARIES = ("torch", "lightning", "accelerate", "transformers", "deepspeed", "timm", "litdata")
 ADD = "add it to tests/package/private_names.py with why it is read, or read something public instead"
 
 
