@@ -14,6 +14,12 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source recipes/env.sh
 ensure_venv "dev,recipes,data,studies,docs,accelerate,deepspeed"
+# litdata asks for torchvision, which must be of the build of torch that is there, and which token chunks do not need.
+if ! "$PYTHON" -c 'import litdata' >/dev/null 2>&1; then
+    install=("$PYTHON" -m pip install --quiet --no-input --disable-pip-version-check)
+    "${install[@]}" boto3 obstore tifffile && "${install[@]}" --no-deps 'litdata>=0.2.76,<0.3' \
+        || echo "litdata cannot be installed: its tests are skipped" >&2
+fi
 
 # Tests start processes of their own; one thread each keeps a small machine from thrashing.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

@@ -309,5 +309,6 @@ def test_a_killed_run_gets_the_same_rows_on_fewer_and_on_more_processes(
     train(program, tmp_path / "run", made, 9, 2, dies=5)
     first = train(program, tmp_path / "run", made, 6, 1)
     second = train(program, tmp_path / "run", made, 9, 4)
-    assert min(first) == 4
-    assert {step: sorted(rows) for step, rows in {**first, **second}.items()} == dict(enumerate(hashes[4:], 4))
+    begun = min(first)
+    assert begun in (4, 5)  # a program may ask for a step's rows before or after it has saved the step before
+    assert {step: sorted(rows) for step, rows in {**first, **second}.items()} == dict(enumerate(hashes[begun:], begun))

@@ -53,7 +53,7 @@ class Chunks:
     seed: int
 
 
-class TokensLoader(litdata.TokensLoader):  # litdata looks for this very name
+class TokensLoader(litdata.TokensLoader):  # type: ignore[misc,unused-ignore]  # litdata looks for this very name
     """litdata's, which also compares the checksum of a chunk when this process first reads it.
 
     Gives an error in place of the row: raised here, a DataLoader's worker would wrap it in its traceback.
@@ -194,7 +194,7 @@ class LitdataLoader(DataLoader[Any]):
         rows, workers, world_size = self.grid.rows, self.grid.workers, self.grid.world_size
         batches = done * self.accumulate
         same = began == self.grid
-        place = {
+        place: dict[str, int | str] = {
             "current_epoch": number + 1,
             # of this process, where the grid is the same; otherwise litdata deals the rest of the order out anew
             "num_samples_yielded": batches * rows if same else 0,
