@@ -12,11 +12,15 @@ from typing import Any
 
 import torch.distributed as dist
 
+from am_lightning.optional_imports import cause_of
+
 try:
     from timm.optim import OptimInfo
     from timm.optim._optim_factory import default_registry
 except ImportError as error:
-    raise ImportError(f"am_lightning.clients.timm needs timm 1.0 or later: pip install timm ({error})") from error
+    raise ImportError(f"am_lightning.clients.timm needs timm 1.0 or later: pip install timm ({error})") from cause_of(
+        error, "timm"
+    )
 
 from am_lightning.distributed.shard import world_size
 from am_lightning.optim import AMSGD, AMAdamW

@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from am_lightning.optional_imports import cause_of
+
 try:
     from torchtitan.components.metrics import MetricsProcessor
     from torchtitan.components.optimizer import OptimizersContainer
@@ -18,7 +20,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"am_lightning.clients.torchtitan needs torchtitan 0.3 or later: pip install torchtitan ({error})"
-    ) from error
+    ) from cause_of(error, "torchtitan")
 
 from am_lightning.loggers.reader import StatsReader, prefix_of
 from am_lightning.optim.adamw import AMAdamW

@@ -19,6 +19,7 @@ from am_lightning.distributed.strategies.deepspeed_zero import check_supported
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.closed_form import Decision, RowOptions, Sums
 from am_lightning.optim.unwrap import unwrap_optimizer
+from am_lightning.optional_imports import cause_of
 
 try:
     import deepspeed
@@ -27,7 +28,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "am_lightning.deepspeed needs DeepSpeed: pip install 'am-lightning[deepspeed]', or '.[deepspeed]' in a checkout"
-    ) from error
+    ) from cause_of(error, "deepspeed")
 
 _CHECKED_STEPS = 2  # training steps whose predicted gradients are compared with what the engine then hands over
 

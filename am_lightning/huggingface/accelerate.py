@@ -15,6 +15,7 @@ from am_lightning.loggers.step_logger import StepHook, StepLogger, free_prefix, 
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.unwrap import am_optimizers, bind_distributed, require_am_optimizer, unwrap_optimizer
 from am_lightning.optim.validation import check_count
+from am_lightning.optional_imports import cause_of
 
 try:
     from accelerate import Accelerator, DistributedType
@@ -22,7 +23,7 @@ except ImportError as error:
     raise ImportError(
         "am_lightning.huggingface needs accelerate: pip install 'am-lightning[accelerate]', "
         "or '.[accelerate]' in a checkout"
-    ) from error
+    ) from cause_of(error, "accelerate")
 
 
 def attach(accelerator: Accelerator, optimizer: Any, *, log_every_n_steps: int | None = 50) -> StatsReader:

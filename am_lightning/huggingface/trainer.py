@@ -21,6 +21,7 @@ from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.convert import default_cap
 from am_lightning.optim.param_groups import am_adamw
 from am_lightning.optim.unwrap import require_am_optimizer
+from am_lightning.optional_imports import cause_of
 
 try:
     from accelerate.state import AcceleratorState
@@ -31,7 +32,7 @@ except ImportError as error:
     raise ImportError(
         "AdaptiveMemoryCallback and AMAdamWFactory need transformers: "
         "pip install 'am-lightning[transformers]', or '.[transformers]' in a checkout"
-    ) from error
+    ) from cause_of(error, "accelerate", "tqdm", "transformers")
 
 _BEFORE = "train/"  # what the Trainer's reporting callbacks put before the tags
 _USE = "pass Trainer(optimizer_cls_and_kwargs=(AMAdamW, {'lr': ...})), or optimizers=(AMAdamW(...), None)"

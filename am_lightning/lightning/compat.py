@@ -10,6 +10,8 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from am_lightning.optional_imports import cause_of
+
 Kind = TypeVar("Kind")
 
 _HOMES = (("lightning.pytorch", "lightning.fabric"), ("pytorch_lightning", "lightning_fabric"))
@@ -23,14 +25,14 @@ def _import_one() -> None:
     """Load a name where none is loaded yet; lightning-fabric alone is enough for ``attach``."""
     if any(home in sys.modules for homes in _HOMES for home in homes):
         return
-    missing: ImportError | None = None
+    broken: ImportError | None = None
     for name in ("lightning.pytorch", "pytorch_lightning", "lightning_fabric"):
         try:
             importlib.import_module(name)
             return
         except ImportError as error:
-            missing = missing or error
-    raise ImportError(f"am_lightning.lightning {_TO_INSTALL}") from missing
+            broken = broken or cause_of(error, name.partition(".")[0])
+    raise ImportError(f"am_lightning.lightning {_TO_INSTALL}") from broken
 
 
 _import_one()

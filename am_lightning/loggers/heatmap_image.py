@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from am_lightning.optional_imports import cause_of
+
 if TYPE_CHECKING:
     from PIL import ImageDraw, ImageFont
 
@@ -70,7 +72,8 @@ def draw(cells: Cells, cap: float, *, title: str, caption: str, remarks: Sequenc
 
         fonts = {size: ImageFont.load_default(size) for size in (12, 15)}
     except (ImportError, TypeError) as error:  # TypeError: an older Pillow, whose font has one size
-        raise ImportError("the heat map needs Pillow 10.1 or newer: pip install --upgrade pillow") from error
+        cause = cause_of(error, "PIL") if isinstance(error, ImportError) else None
+        raise ImportError("the heat map needs Pillow 10.1 or newer: pip install --upgrade pillow") from cause
     row = max(2, min(_THICKEST, round(_PANEL_HEIGHT / len(cells.rows))))
     panel = row * len(cells.rows)
     tops = (_ABOVE, _ABOVE + panel + _BETWEEN)

@@ -18,6 +18,7 @@ from tests.package.tree import PACKAGE, RECIPES, ROOT, module_name, sources
 
 # Longest prefix wins. A module may import from its own floor and from those below.
 FLOORS = {
+    "am_lightning.optional_imports": 1,
     "am_lightning.distributed": 1,
     "am_lightning.optim": 2,
     "am_lightning.loggers": 3,

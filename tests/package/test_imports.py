@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +24,14 @@ NEEDS = {
     "am_lightning.huggingface:attach": ("accelerate", "accelerate"),
     "am_lightning.huggingface:AdaptiveMemoryCallback": ("transformers", "transformers"),
     "am_lightning.huggingface:AMAdamWFactory": ("transformers", "transformers"),
+}
+# Module -> the package that it serves
+OPTIONAL = {
+    "am_lightning.clients.timm": "timm",
+    "am_lightning.clients.torchtitan": "torchtitan",
+    "am_lightning.deepspeed.engine": "deepspeed",
+    "am_lightning.huggingface.accelerate": "accelerate",
+    "am_lightning.lightning.compat": "lightning",
 }
 IMPORTABLE = {module_name(path) for path in sources(PACKAGE)} - {"am_lightning.__main__"}
 OLDER = {"pytorch_lightning", "lightning_fabric"}  # what may stand in for lightning
@@ -78,7 +87,7 @@ def test_every_module_imports_first() -> None:
         "    try:\n"
         "        importlib.import_module(name)\n"
         "    except Exception as error:\n"
-        "        missing = getattr(error.__cause__ or error, 'name', None) or ''\n"
+        "        missing = getattr(error.__cause__ or error.__context__ or error, 'name', None) or ''\n"
         "        if missing.partition('.')[0] not in lacking:\n"
         "            raise SystemExit(f'import {name}: {error!r}')\n"
     )
@@ -98,6 +107,30 @@ def test_missing_extra_is_named(target: str) -> None:
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(("ImportError", "ModuleNotFoundError"))
     assert f"pip install am-lightning[{extra}]" in last.replace("'", "").replace('"', "")
+    assert done.stderr.count("Traceback") == 1
+
+
+@pytest.mark.slow
+def test_a_package_that_fails_to_import_is_told_from_one_that_is_missing(tmp_path: Path) -> None:
+    """The error has a cause where the package is installed, and none where it is not."""
+    for package in OPTIONAL.values():
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("import a_dependency_of_it")
+    code = (
+        "import importlib, sys\n"
+        "for module in sys.argv[1:]:\n"
+        "    try:\n"
+        "        importlib.import_module(module)\n"
+        "    except ImportError as error:\n"
+        "        print(module, repr(error.__cause__), error.__suppress_context__, sep='|')\n"
+    )
+    missing = _python(BLOCK.format(blocked={*OPTIONAL.values(), *OLDER}) + code, *OPTIONAL)
+    broken = _python(
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + BLOCK.format(blocked=OLDER) + code, *OPTIONAL
+    )
+    assert missing.stdout.splitlines() == [f"{module}|None|True" for module in OPTIONAL], missing.stderr
+    cause = "ModuleNotFoundError(\"No module named 'a_dependency_of_it'\")"
+    assert broken.stdout.splitlines() == [f"{module}|{cause}|True" for module in OPTIONAL], broken.stderr
 
 
 @pytest.mark.slow

@@ -19,7 +19,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from am_lightning.distributed.names import strip_wrappers
-from am_lightning.pretrain.runtime.errors import RecipeError, first_line
+from am_lightning.optional_imports import cause_of
+from am_lightning.pretrain.runtime.errors import RecipeError, first_line, needs_package
 
 # Where a checkpoint says which model it is: a file in its folder, and a key in the file. In this order Lightning's
 # shards, pretrain_accelerate.py, pretrain_hf_trainer.py, and Lightning's DeepSpeed folders.
@@ -164,9 +165,8 @@ def _read_deepspeed(path: Path) -> dict[str, Tensor]:
             from deepspeed.utils.tensor_fragment import fragment_address
             from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
         except ImportError as error:
-            raise RecipeError(
-                f"{path} was written by DeepSpeed, which is needed to read it: pip install 'am-lightning[deepspeed]'"
-            ) from error
+            text = f"{path} was written by DeepSpeed, which is needed to read it: pip install 'am-lightning[deepspeed]'"
+            raise needs_package(text, error, "deepspeed") from cause_of(error, "deepspeed")
     plain = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
     quiet = open(os.devnull, "w")  # noqa: SIM115
     with (

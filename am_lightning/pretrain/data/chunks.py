@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
+from am_lightning.optional_imports import cause_of
 from am_lightning.pretrain.data.hub import from_the_cache_alone, no_answer, offline_text
-from am_lightning.pretrain.runtime.errors import RecipeError, first_line
+from am_lightning.pretrain.runtime.errors import RecipeError, first_line, needs_package
 
 _ROWS = 1024  # read at a time
 DATA_EXTRA = "pip install 'am-lightning[data]', or '.[data]' in a checkout"
@@ -186,7 +187,8 @@ def parquet_file(path: str) -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise RecipeError(f"{path}: parquet needs pyarrow: {DATA_EXTRA}") from error
+        text = f"{path}: parquet needs pyarrow: {DATA_EXTRA}"
+        raise needs_package(text, error, "pyarrow") from cause_of(error, "pyarrow")
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowException) as error:
@@ -203,7 +205,8 @@ def load_hub(name: str, options: str) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise RecipeError(f"data.source hf:{name} needs the datasets library: {DATA_EXTRA}") from error
+        text = f"data.source hf:{name} needs the datasets library: {DATA_EXTRA}"
+        raise needs_package(text, error, "datasets") from cause_of(error, "datasets")
     offline = no_answer() if _is_on_the_hub(name, options) else None
     try:
         with contextlib.nullcontext() if offline is None else from_the_cache_alone(datasets.config):

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
+from am_lightning.optional_imports import cause_of
 from am_lightning.pretrain.data.hub import from_the_cache_alone, no_answer, offline_text
 from am_lightning.pretrain.runtime.atomic_files import replacing
-from am_lightning.pretrain.runtime.errors import RecipeError, first_line, require
+from am_lightning.pretrain.runtime.errors import RecipeError, first_line, needs_package, require
 
 if TYPE_CHECKING:
     import tokenizers
@@ -189,9 +190,8 @@ def load_pretrained(name: str) -> FastTokenizer:
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
-        raise RecipeError(
-            f"{where} needs transformers: pip install 'am-lightning[recipes]', or '.[recipes]' in a checkout"
-        ) from error
+        text = f"{where} needs transformers: pip install 'am-lightning[recipes]', or '.[recipes]' in a checkout"
+        raise needs_package(text, error, "transformers") from cause_of(error, "transformers")
     offline = None if Path(name).expanduser().is_dir() else no_answer()
     try:
         with contextlib.nullcontext() if offline is None else from_the_cache_alone():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from am_lightning.optional_imports import cause_of
+
 RESUME = "--ckpt_path last goes on from the newest checkpoint"
 
 
@@ -28,3 +30,8 @@ def require_counts(section: str, lowest: int = 1, **values: int | None) -> None:
 def first_line(error: BaseException) -> str:
     """Another library's error in a few words: its kind and the first line of its text."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def needs_package(text: str, error: ImportError, *packages: str) -> RecipeError:
+    """RecipeError of ``text``, and of the import's own reason where ``packages`` are installed and one is broken."""
+    return RecipeError(text if cause_of(error, *packages) is None else f"{text} ({first_line(error)})")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from am_lightning.optim import AMAdamW
+from am_lightning.optional_imports import cause_of
 from am_lightning.pretrain.runtime.errors import RecipeError
 from recipes.studies.ledger import Config
 
@@ -66,7 +67,7 @@ def make_optimizer(method: Method, groups: Iterable[dict[str, Any]], lr: float, 
         except ImportError as error:
             raise ImportError(
                 "schedule-free needs its package: pip install 'am-lightning[studies]', or '.[studies]' in a checkout"
-            ) from error
+            ) from cause_of(error, "schedulefree")
         warmup = round(steps * method.warmup)
         unnamed = [{key: value for key, value in group.items() if key != "param_names"} for group in groups]
         optimizer: torch.optim.Optimizer = AdamWScheduleFree(

@@ -13,6 +13,7 @@ from am_lightning.optim.kernels.inputs import Coefficients, LocalShard, is_addre
 from am_lightning.optim.kernels.transfer import moved
 from am_lightning.optim.kernels.triton.tables import BLOCK, BLOCKS, Kind, Prepared, Tables
 from am_lightning.optim.kernels.workspace import Workspace
+from am_lightning.optional_imports import cause_of
 
 __all__ = ["DTYPES", "LAUNCH_OPTIONS", "Tables", "TritonPasses", "current", "require_triton", "supports"]
 
@@ -34,7 +35,7 @@ def require_triton() -> Any:
     except ImportError as error:
         raise RuntimeError(
             f"Triton cannot be imported ({error}): pip install 'am-lightning[triton]', or '.[triton]' in a checkout"
-        ) from error
+        ) from cause_of(error, "triton")
     return triton_kernels
 
 
