@@ -1,4 +1,4 @@
-"""Lightning: the AdaptiveMemory callback turns a module's AdamW into AMAdamW and shows its momentum; Fabric: attach."""
+"""Use adaptive memory in Lightning: the AdaptiveMemory callback for the Trainer, and ``attach`` for Fabric."""
 
 from am_lightning.lightning.callback import AdaptiveMemory
 from am_lightning.lightning.fabric import attach

@@ -1,4 +1,4 @@
-"""Lightning: the AdaptiveMemory callback turns a module's AdamW into AMAdamW and shows its momentum; Fabric: attach."""
+"""Convert a module's AdamW into AMAdamW and log its momentum, with a callback for Lightning's Trainer."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _HINTS = {
 
 
 class _StateKey(property):
-    """The class itself in a Trainer's list, without brackets, is named where the Trainer first looks at it."""
+    """Raise an error that names the class if a Trainer was given the class instead of an object."""
 
     def __get__(self, callback: Any, cls: type | None = None) -> Any:
         if callback is None and cls is not None:
@@ -50,39 +50,39 @@ class _StateKey(property):
 
 
 class SkippedStepsError(RuntimeError):
-    """On all ranks: ``max_consecutive_skips`` steps in a row were dropped, and a checkpoint was written."""
+    """Raised on all ranks after ``max_consecutive_skips`` consecutive steps were dropped and a checkpoint written."""
 
 
 class AdaptiveMemory(pl.Callback):
-    """One line: ``Trainer(callbacks=[AdaptiveMemory()])`` trains with adaptive memory and logs the momentum reader.
+    """Train with adaptive memory and log the momentum: ``Trainer(callbacks=[AdaptiveMemory()])``.
 
-    Every ``torch.optim.AdamW`` that ``configure_optimizers`` returns or the Trainer is given in mid-run, and every Adam
-    without coupled weight decay, is converted in place, so schedulers, manual optimization and the user's references go
-    on working. A module that returns AMAdamW or AMSGD itself is only logged.
-    One device, DDP, FSDPStrategy, ModelParallelStrategy (FSDP2, tensor parallel, both) and DeepSpeedStrategy (ZeRO 0 to
-    3) give the same beta_t: the callback tells the optimizer where its parameters are. Clipping by norm
-    (``Trainer(gradient_clip_val=...)``, ``self.clip_gradients``) becomes ``am_lightning.clip_grad_norm_``, right
-    under all of them; DeepSpeed's engine clips by itself.
+    The callback converts every ``torch.optim.AdamW``, and every Adam without coupled weight decay, that
+    ``configure_optimizers`` returns or that the Trainer is given in mid-run. It converts them in place, so schedulers,
+    manual optimization and the user's references keep working. If a module returns AMAdamW or AMSGD, it only logs.
+    beta_t is the same on one device and under DDP, FSDPStrategy, ModelParallelStrategy (FSDP2, tensor parallel, both)
+    and DeepSpeedStrategy (ZeRO 0 to 3), because the callback tells the optimizer where its parameters are. Clipping by
+    norm (``Trainer(gradient_clip_val=...)``, ``self.clip_gradients``) calls ``am_lightning.clip_grad_norm_``, which is
+    correct under all of them, except under DeepSpeed, whose engine clips.
 
     Args:
-        lambd: memory regularisation lambda.
-        beta1_max: cap of beta_t; None: b - (1 - b) lambd, not below 0, where b is the AdamW's own beta1 (0.9 -> 0.89).
-        scope: one beta_t for every "tensor", "group", or "global" for the model.
-        per_layer: with a TensorBoardLogger, curves of each layer of a model with up to 32; "all": of any model. The
-            heat map has all layers anyway.
-        histogram: with a TensorBoardLogger, the histogram of beta_t over the tensors.
-        log_every_n_steps: log interval; None: the Trainer's.
-        max_consecutive_skips: this many consecutive steps dropped for a non-finite sum end the run, after a checkpoint.
+        lambd: memory regularisation lambda. Default: 0.1.
+        beta1_max: cap of beta_t. None: max(0, b - (1 - b) lambd), where b is the AdamW's beta1 (0.9 gives 0.89).
+        scope: one beta_t for each "tensor" or "group", or "global" for the model. Default: "tensor".
+        per_layer: log curves of each layer to a TensorBoardLogger if there are at most 32 layers; "all": for any
+            number of layers. The heat map always shows all layers. Default: True.
+        histogram: log the histogram of beta_t over the tensors to a TensorBoardLogger. Default: True.
+        log_every_n_steps: log interval in steps. None: the Trainer's interval.
+        max_consecutive_skips: number of consecutive dropped steps that ends the run after a checkpoint. Default: 100.
 
     Logs ``am/beta/mean|min|max``, ``am/beta/<layer group>``, ``am/clamp/at_max|at_zero`` (shares of tensors),
-    ``am/skipped_steps`` and, where gradients are clipped by norm, ``am/grad_norm`` (before clipping) to every logger;
-    with a second optimizer also ``am-1/...``.
+    ``am/skipped_steps`` and, if gradients are clipped by norm, ``am/grad_norm`` (before clipping) to every logger. The
+    tags of a second optimizer start with ``am-1/``.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type or out of range.
-        MisconfigurationException: when fit starts, an optimizer that cannot be converted, or a strategy that is not
-            supported; the text has the hint.
-        SkippedStepsError (a RuntimeError): from ``fit``, on all ranks; names the checkpoint and what to change.
+        TypeError, ValueError: if an argument is of the wrong type or out of range.
+        MisconfigurationException: at the start of fit, if an optimizer cannot be converted or the strategy is not
+            supported.
+        SkippedStepsError (a RuntimeError): from ``fit``, on all ranks, after ``max_consecutive_skips`` dropped steps.
     """
 
     @with_hints(_HINTS, "AdaptiveMemory(beta1_max=...), or lambd=...; it takes neither a module nor an optimizer")
@@ -111,27 +111,27 @@ class AdaptiveMemory(pl.Callback):
         self.per_layer, self.histogram = per_layer, histogram
         self.log_every_n_steps = log_every_n_steps
         self.max_consecutive_skips = max_consecutive_skips
-        self._patches = PatchedMethods()  # for the time of a fit
-        self._live: list[Any] = []  # the Trainer's optimizers, as the strategy was last given them
-        self._untold: list[tuple[AdaptiveMemoryOptimizer, str]] = []  # converted, and what it was
+        self._patches = PatchedMethods()  # active during a fit
+        self._live: list[Any] = []  # the optimizers that the strategy was last given
+        self._untold: list[tuple[AdaptiveMemoryOptimizer, str]] = []  # not yet reported, with the original class
         self._fitting = False
         self._readers: list[StatsLogger] = []
-        self._saved: dict[str, Any] = {}  # from a checkpoint that this fit resumes
-        self._at_end: dict[str, Any] = {}  # of the last fit
+        self._saved: dict[str, Any] = {}  # from the checkpoint that this fit resumes
+        self._at_end: dict[str, Any] = {}  # state at the end of the last fit
         self._last_step = 0
         self._steps = 0  # in this fit
-        self._next_look = 0  # at the count of skipped steps
-        self._batches = 0  # up to the last that made a step, of all fits
-        self._intervals = 0  # log intervals that are over
+        self._next_look = 0  # step of the next look at the count of skipped steps
+        self._batches = 0  # batches up to the last one that made a step, in all fits
+        self._intervals = 0  # finished log intervals
 
     @_StateKey
     def state_key(self) -> str:
-        """As of every callback."""
+        """The key of the callback's state in a checkpoint."""
         return super().state_key
 
     # ------------------------------------------------------------------ conversion
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """From now on optimizers are converted where the strategy gets them: when fit starts, and again in mid-run."""
+        """Patch the strategy so that it converts the optimizers it is given, at the start of fit and in mid-run."""
         self._leave()
         if stage != "fit":
             return
@@ -144,33 +144,33 @@ class AdaptiveMemory(pl.Callback):
         self._readers, self._saved = [], {}
 
     def on_after_setup(self, **_: Any) -> None:
-        """Fabric's: ``Fabric(callbacks=[AdaptiveMemory()])`` would convert nothing, for the loop is the user's."""
+        """Refuse ``Fabric(callbacks=[AdaptiveMemory()])``, which would convert nothing."""
         raise TypeError(
             "AdaptiveMemory is a callback of Lightning's Trainer, and does nothing in Fabric: build am_adamw(model, "
             "lr=...) before fabric.setup, and call am_lightning.lightning.attach(fabric, model, optimizer) after it"
         )
 
     def _leave(self) -> None:
-        """Give the strategy and its precision plugin their own methods back, and forget the optimizers."""
+        """Restore the methods of the strategy and its precision plugin, and drop the optimizers."""
         self._patches.undo()
         self._live, self._untold, self._fitting = [], [], False
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Lightning makes no teardown after an exception, and no on_train_end after Ctrl-C or SIGTERM."""
+        """Clean up, because Lightning calls no teardown after an exception, and no on_train_end after Ctrl-C."""
         if self._fitting and not isinstance(exception, Exception):
             self._conclude(trainer)
         self._leave()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave all as it was; keep the counts for a checkpoint that is saved after fit."""
+        """Undo the patches, and keep the counts for a checkpoint that is saved after fit."""
         self._leave()
         if stage == "fit":
             self._at_end, self._readers = self.state_dict(), []
 
     def _take(self, trainer: pl.Trainer, original: Callable[[list[Any]], None], optimizers: list[Any]) -> None:
-        """What assigning to ``strategy.optimizers`` does: before Lightning's wrappers imitate a class that changes."""
+        """Convert the assigned ``strategy.optimizers`` before Lightning's wrappers copy their class, which changes."""
         optimizers = unwrapped(optimizers)
-        if isinstance(trainer.strategy, DeepSpeedStrategy):  # whose engine has wrapped them by now
+        if isinstance(trainer.strategy, DeepSpeedStrategy):  # the engine has already wrapped them
             if self._fitting:
                 check_of_engine(trainer.strategy, optimizers)
         elif optimizers:
@@ -181,7 +181,7 @@ class AdaptiveMemory(pl.Callback):
             self._follow(trainer)
 
     def _take_for_engine(self, trainer: pl.Trainer, original: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
-        """What DeepSpeed's engine is built around."""
+        """Convert the optimizer before DeepSpeed's engine is built around it."""
         optimizer, schedule = original()
         self._convert(trainer, [optimizer])
         return optimizer, schedule
@@ -206,11 +206,11 @@ class AdaptiveMemory(pl.Callback):
         own = [o for o in new if o in ready]
         if own and not converted and (self.lambd, self.beta1_max, self.scope) != (0.1, None, "tensor"):
             rank_zero_warn(
-                "AdaptiveMemory only logs here, for the module returns an adaptive memory optimizer itself: "
+                "AdaptiveMemory only logs here, because the module returns an adaptive memory optimizer itself: "
                 "the callback's lambd, beta1_max and scope are not used."
             )
         self._untold += [(optimizer, type(optimizer).__name__) for optimizer in own]
-        for optimizer in (*converted, *own):  # now: a LearningRateFinder makes steps before on_fit_start
+        for optimizer in (*converted, *own):  # a LearningRateFinder makes steps before on_fit_start
             bind_module(optimizer, trainer, trainer.lightning_module)
 
     def _convert_each(
@@ -232,7 +232,7 @@ class AdaptiveMemory(pl.Callback):
         return converted
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The optimizers exist: prepare the curves, and tell DeepSpeed's engine."""
+        """Create the readers of the optimizers, which exist now, and attach to DeepSpeed's engine."""
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             from am_lightning.deepspeed import attach as attach_engine
 
@@ -244,7 +244,7 @@ class AdaptiveMemory(pl.Callback):
         self._count_from_checkpoint()
 
     def _follow(self, trainer: pl.Trainer) -> None:
-        """Readers of the optimizers that are there now; a successor counts dropped steps on from its predecessor."""
+        """Create readers of the current optimizers. A new optimizer takes over the counts of the one it replaces."""
         before, self._readers = self._readers, []
         for index, optimizer in enumerate(am_optimizers(trainer.optimizers)):
             prefix = prefix_of(index)
@@ -260,26 +260,26 @@ class AdaptiveMemory(pl.Callback):
         while self._untold:
             optimizer, name = self._untold.pop(0)
             kind = type(optimizer).__name__
-            what = f"{kind} of the module's own" if name == kind else f"{name} is now {kind}"
+            what = f"the module's own {kind}" if name == kind else f"{name} is now {kind}"
             rank_zero_info(f"AdaptiveMemory: {what} ({settings_of(optimizer)})")
 
     def _look_again(self, trainer: pl.Trainer) -> None:
-        """The list itself may have been changed, ``trainer.optimizers[0] = ...``, which the strategy is not told."""
+        """Detect changes of the list itself (``trainer.optimizers[0] = ...``), which the strategy does not see."""
         now = trainer.optimizers
         if len(now) != len(self._live) or any(a is not b for a, b in zip(now, self._live, strict=True)):
             trainer.strategy.optimizers = now
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A resumed run is where its checkpoint was: count from there."""
+        """Count steps from the Trainer's ``global_step``, which a resumed run takes from its checkpoint."""
         self._last_step = trainer.global_step
 
     # ------------------------------------------------------------------ curves and skipped steps
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Before the step of an optimizer that took another's place."""
+        """Convert optimizers that were replaced since the last batch, and start the intervals before the first step."""
         self._look_again(trainer)
-        if not self._steps:  # not before: Lightning first counts the batch in which a checkpoint was written
+        if not self._steps:  # only now has Lightning counted the batch in which a checkpoint was written
             now = trainer.fit_loop.epoch_loop._batches_that_stepped
             self._intervals = now // (self._every(trainer) or 1)
             for reader in self._readers:
@@ -288,7 +288,7 @@ class AdaptiveMemory(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """At the log interval: one copy from the device, then scalars to every logger."""
+        """At the end of a log interval, read the device in one copy and write the scalars to every logger."""
         self._look_again(trainer)
         if trainer.global_step == self._last_step:  # gradient accumulation: no step yet
             return
@@ -307,11 +307,11 @@ class AdaptiveMemory(pl.Callback):
         self._look_at_skips(trainer, logs)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The run in one sentence."""
+        """Log a summary of the run in one sentence."""
         self._conclude(trainer)
 
     def _conclude(self, trainer: pl.Trainer) -> None:
-        """The last picture, and the run in one sentence; it takes no collective."""
+        """Draw the last picture and log a summary of the run in one sentence. This takes no collective."""
         for reader in self._readers if self._steps and self._every(trainer) else ():
             if trainer.is_global_zero:
                 reader.draw_in(trainer.loggers, self._batches)
@@ -319,10 +319,10 @@ class AdaptiveMemory(pl.Callback):
                 rank_zero_info(f"AdaptiveMemory, {sentence}")
 
     def _log(self, trainer: pl.Trainer, step: int) -> None:
-        """All ranks read, and have the same state for a checkpoint; one writes.
+        """Read on all ranks, so that their state in a checkpoint is the same, and write on rank 0.
 
         Args:
-            step: on the loggers' axis, which begins at 0.
+            step: step on the loggers' axis, which begins at 0.
         """
         total = _batches_of(trainer, self._batches)
         for reader in self._readers:
@@ -334,7 +334,7 @@ class AdaptiveMemory(pl.Callback):
         return int(self.log_every_n_steps or trainer.log_every_n_steps)  # type: ignore[union-attr]
 
     def _log_is_due(self, trainer: pl.Trainer) -> bool:
-        """A log interval is over; it may have ended in a batch that made no step."""
+        """Return whether a log interval has ended, which may have happened in a batch that made no step."""
         every = self._every(trainer)
         if not every:
             return False
@@ -348,10 +348,10 @@ class AdaptiveMemory(pl.Callback):
             if reader.skipped_in_a_row >= self.max_consecutive_skips:
                 self._give_up(trainer, reader)
         in_a_row = max((reader.skipped_in_a_row for reader in self._readers), default=0)
-        self._next_look = self._steps + self.max_consecutive_skips - in_a_row  # not before that can it be too many
+        self._next_look = self._steps + self.max_consecutive_skips - in_a_row  # the earliest step that can reach it
 
     def _give_up(self, trainer: pl.Trainer, reader: StatsLogger) -> None:
-        """All ranks together, for all have the same counts: write a checkpoint of the last good weights, then raise."""
+        """Save the last good weights and raise, on all ranks at once because their counts are the same."""
         checkpoint = trainer.checkpoint_callback
         folder = getattr(checkpoint, "dirpath", None) or trainer.default_root_dir
         path = os.path.join(folder, f"am-nonfinite-step={trainer.global_step}.ckpt")
@@ -364,14 +364,14 @@ class AdaptiveMemory(pl.Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Skipped steps and the interval so far of each optimizer, so that its curves have no gap after a resume."""
+        """Return each optimizer's skipped steps and current interval, so that curves have no gap after a resume."""
         if not self._readers:
             return self._at_end or {"skipped_steps": []}
         skipped = [reader.skipped_in_all() for reader in self._readers]
         return {"skipped_steps": skipped, "readers": [reader.state_dict() for reader in self._readers]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` gave: before on_fit_start, or after it under FSDP and model parallel."""
+        """Load what ``state_dict()`` returned. FSDP and model parallel call it after on_fit_start, others before."""
         self._saved = dict(state_dict)
         self._count_from_checkpoint()
 
@@ -385,15 +385,16 @@ class AdaptiveMemory(pl.Callback):
 
 
 def _batches_of(trainer: pl.Trainer, batches: int) -> int | None:
-    """How many batches that step the fit has; None: it has no end, or none that is known.
+    """Return the fit's number of batches that make a step, or None if it is unlimited or unknown.
 
     Args:
-        batches: of them so far, at least one; several optimizers that step in each make several of ``max_steps``.
+        batches: their number so far, at least 1. If several optimizers step in a batch, each step counts in
+            ``max_steps``.
     """
     if trainer.max_steps > 0:
         return int(trainer.max_steps * batches // trainer.global_step)
     try:
         found = trainer.estimated_stepping_batches
-    except MisconfigurationException:  # a schedule of accumulation
+    except MisconfigurationException:  # the accumulation changes during the fit
         return None
     return int(found) if 0 < found < math.inf else None

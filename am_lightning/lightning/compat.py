@@ -1,7 +1,8 @@
-"""lightning and pytorch_lightning: one framework under two names, neither of whose classes are the other's.
+"""Support lightning and pytorch_lightning, which are one framework in two packages with separate classes.
 
-Only this module knows the names. What it exports stands for the class of each name that is loaded. A name that the
-program does not use is not imported: whichever comes last takes the messages of both to its own logger.
+Only this module knows the packages' names. Each name that it exports stands for the class of every package that is
+loaded. A package that the program does not use is not imported, because the package that is imported last redirects the
+messages of both to its own logger.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _TO_INSTALL = (
 
 
 def _import_one() -> None:
-    """Load a name where none is loaded yet; lightning-fabric alone is enough for ``attach``."""
+    """Import a package if none is loaded yet. lightning-fabric alone is enough for ``attach``."""
     if any(home in sys.modules for homes in _HOMES for home in homes):
         return
     broken: ImportError | None = None
@@ -59,11 +60,11 @@ __all__ = [
 
 
 class _Either:
-    """Stands in ``isinstance(thing, ...)``, and in ``raise``, for a class of both names.
+    """Stand for a class of both packages in ``isinstance(thing, ...)`` and in ``raise``.
 
     Args:
-        path: ``pytorch.strategies.DDPStrategy`` is ``lightning.pytorch.strategies.DDPStrategy`` and
-            ``pytorch_lightning.strategies.DDPStrategy``.
+        path: path of the class: ``pytorch.strategies.DDPStrategy`` stands for
+            ``lightning.pytorch.strategies.DDPStrategy`` and ``pytorch_lightning.strategies.DDPStrategy``.
     """
 
     def __init__(self, path: str) -> None:
@@ -72,7 +73,7 @@ class _Either:
         self._modules = [homes[which == "fabric"] + module for homes in _HOMES]
 
     def loaded(self) -> tuple[type, ...]:
-        """The class of each name that is loaded."""
+        """Return the class of each package that is loaded."""
         kinds = (getattr(sys.modules.get(module), self._name, None) for module in self._modules)
         return tuple(kind for kind in kinds if kind is not None)
 
@@ -80,13 +81,13 @@ class _Either:
         return isinstance(thing, self.loaded())
 
     def __call__(self, *arguments: object) -> Any:
-        """An object that is one of each name's class: of an exception, what a program of either name looks for."""
+        """Return an instance of the classes of all loaded packages, so that either package's ``except`` catches it."""
         kinds = self.loaded()
         return (kinds[0] if len(kinds) == 1 else type(self._name, kinds, {}))(*arguments)
 
 
 def loaded(kind: type[Kind]) -> tuple[type[Kind], ...]:
-    """The classes that a name exported here stands for."""
+    """Return the classes that a name exported here stands for."""
     return cast(_Either, kind).loaded()
 
 
@@ -122,10 +123,10 @@ else:
     ModelParallelStrategy = _Either("pytorch.strategies.ModelParallelStrategy")
 
     class _Base:
-        """Bases can be put in its place, but not in that of ``object``."""
+        """A base that ``__bases__`` can replace, which Python does not allow for ``object``."""
 
     class Callback(_Base):
-        """A Callback of every name that is loaded: of one that comes later from the next use of the class on."""
+        """A Callback of every loaded package. A package that is loaded later is added when the class is next used."""
 
         def __init_subclass__(cls, **options: Any) -> None:
             super().__init_subclass__(**options)
@@ -139,7 +140,7 @@ else:
 
 
 def join() -> None:
-    """Make our callbacks ones of the names that were loaded since."""
+    """Make ``Callback`` a subclass of the Callback of every package that is loaded now."""
     kinds = _Either("pytorch.Callback").loaded()
     if kinds and Callback.__bases__ != kinds:
         Callback.__bases__ = kinds

@@ -1,4 +1,4 @@
-"""Lightning Fabric: ``attach`` tells an optimizer where its parameters are, and logs its momentum."""
+"""Tell an optimizer where its parameters are under Lightning Fabric, and log its momentum."""
 
 from __future__ import annotations
 
@@ -22,26 +22,27 @@ def attach(fabric: Fabric, model: nn.Module, optimizer: Any, *, log_every_n_step
     """Tell ``optimizer`` where its parameters are, and log its momentum to the loggers of ``fabric``.
 
     Call it on every process, after ``fabric.setup(...)`` and before the first step. Parameters get the model's names
-    (names given by the user stay), FSDP1's process groups become known, and under DDP ``replica_group`` is set where it
-    is None. Calling it again for the same optimizer changes the model and the interval only.
+    (names given by the user stay), FSDP1's process groups become known, and under DDP ``replica_group`` is set if it is
+    None. Calling it again for the same optimizer changes the model and the interval only.
 
     Args:
-        fabric: that set up the model and the optimizer.
-        model: what ``fabric.setup`` returned.
-        optimizer: AMAdamW or AMSGD, or what ``fabric.setup`` made of it.
-        log_every_n_steps: every so many optimizer steps global rank zero logs what the AdaptiveMemory callback does, at
-            the number of optimizer steps, and warns of dropped steps. None: it does not.
+        fabric: the Fabric that set up the model and the optimizer.
+        model: the module that ``fabric.setup`` returned.
+        optimizer: an AMAdamW or AMSGD, or the wrapper that ``fabric.setup`` returned for it.
+        log_every_n_steps: log interval in optimizer steps. Global rank zero logs the values that the AdaptiveMemory
+            callback logs, and warns of dropped steps. None: nothing is logged. Default: 50.
 
     Returns:
-        The reader. For logging of one's own: ``reader.read()``, then ``reader.scalars()``, of the steps since it was
-        read before. When training is over, ``reader.finish()`` draws the last picture and returns the run in one
-        sentence. In what ``fabric.save`` is given (``"am": reader``), the curves have no gap after a resume.
+        The reader. For your own logging, call ``reader.read()``, then ``reader.scalars()``, which covers the steps
+        since the previous read. After training, ``reader.finish()`` draws the last picture and returns a summary of the
+        run in one sentence. If ``fabric.save`` is given the reader (``"am": reader``), curves have no gap after a
+        resume.
 
     Raises:
-        TypeError: an argument is of the wrong type, such as a torch.optim.AdamW; the text has the hint.
-        ValueError: ``log_every_n_steps`` is below 1, the model does not have the optimizer's parameters, its DeepSpeed
-            engine steps another optimizer, or FSDP1's process groups are not known from it.
-        RuntimeError: DDP before ``fabric.launch()``.
+        TypeError: if an argument is of the wrong type, such as a torch.optim.AdamW.
+        ValueError: if ``log_every_n_steps`` is below 1, the model does not have the optimizer's parameters, its
+            DeepSpeed engine steps another optimizer, or FSDP1's process groups are not known from it.
+        RuntimeError: if the strategy is DDP and ``fabric.launch()`` has not been called.
     """
     if not isinstance(fabric, Fabric):
         raise TypeError(f"Invalid fabric: {type(fabric).__name__} (must be a Fabric of lightning or lightning_fabric)")
@@ -58,7 +59,7 @@ def attach(fabric: Fabric, model: nn.Module, optimizer: Any, *, log_every_n_step
     if isinstance(fabric.strategy, FabricDeepSpeedStrategy):
         from am_lightning.deepspeed import engine as deepspeed_engine
 
-        engine = getattr(model, "_forward_module", model)  # what Fabric's wrapper holds
+        engine = getattr(model, "_forward_module", model)  # Fabric wraps the engine
         own = deepspeed_engine.attach(engine)
         if own is not am_optimizer:
             raise ValueError(
@@ -79,7 +80,7 @@ def attach(fabric: Fabric, model: nn.Module, optimizer: Any, *, log_every_n_step
 
 
 def _check_model(model: nn.Module, optimizer: AdaptiveMemoryOptimizer) -> None:
-    """Refuse a model that does not hold the parameters, or is not the one that FSDP1 wrapped."""
+    """Raise a ValueError if the model has none of the parameters, or is not the module that FSDP1 wrapped."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     held = {id(param) for param in model.parameters()}
     if not any(id(param) in held for param in params):
@@ -97,7 +98,11 @@ def _check_model(model: nn.Module, optimizer: AdaptiveMemoryOptimizer) -> None:
 
 
 def _is_replicated(fabric: Fabric, optimizer: AdaptiveMemoryOptimizer) -> bool:
-    """DDP over processes that are connected."""
+    """Return whether the strategy is DDP over several processes.
+
+    Raises:
+        RuntimeError: if the processes are not connected yet.
+    """
     if not isinstance(fabric.strategy, FabricDDPStrategy) or fabric.world_size == 1:
         return False
     if optimizer.replica_group is None and not torch.distributed.is_initialized():
@@ -109,7 +114,7 @@ def _is_replicated(fabric: Fabric, optimizer: AdaptiveMemoryOptimizer) -> bool:
 
 
 class _FabricLogger(StepLogger):
-    """To the loggers of ``fabric``."""
+    """Write to the loggers of ``fabric``."""
 
     reader: StatsLogger
     stacklevel = 7  # Fabric's optimizer is around ours
@@ -131,4 +136,4 @@ class _FabricLogger(StepLogger):
         self.reader.draw_in(self.fabric.loggers, self.steps)
 
 
-_LOGGERS: WeakKeyDictionary[Fabric, WeakSet[_FabricLogger]] = WeakKeyDictionary()  # those attached, for their tags
+_LOGGERS: WeakKeyDictionary[Fabric, WeakSet[_FabricLogger]] = WeakKeyDictionary()  # attached ones

@@ -1,4 +1,4 @@
-"""One optimizer's momentum in any Lightning logger."""
+"""Write an optimizer's momentum to any Lightning logger."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from am_lightning.optim.base import AdaptiveMemoryOptimizer
 
 
 class StatsLogger(StatsReader):
-    """Writes what was read: scalars to every logger, the heat map to those that take pictures, layers and the histogram
-    to TensorBoard only.
+    """Write scalars to every logger, the heat map to loggers of pictures, layers and the histogram to TensorBoard.
 
     Args:
-        per_layer: curves of each layer where there are few; "all": however many there are.
+        optimizer: the optimizer to read.
+        prefix: prefix of the tags.
+        per_layer: write curves of each layer if there are at most 32 layers; "all": for any number of layers.
+        histogram: write the histogram of beta_t over the tensors.
     """
 
     def __init__(
@@ -30,15 +32,17 @@ class StatsLogger(StatsReader):
         self._described = False
 
     def log(self, loggers: Sequence[pl.Logger], step: int, where: str, total: int | None = None) -> None:
-        """Write what ``read`` found to every logger, and to TensorBoard once what the optimizer does.
+        """Write the values of the last ``read`` to every logger, and once a table of the optimizer to TensorBoard.
 
         Args:
-            where: the strategy's name.
-            total: steps of the run, where they are known.
+            loggers: Lightning loggers.
+            step: step on the loggers' axis.
+            where: name of the strategy.
+            total: number of steps of the run. None: unknown.
         """
         scalars = self.scalars()
         per_layer = self.per_layer == "all" or (self.per_layer and self.few_layers())
-        describes = not self._described and self.optimizer.layout is not None  # else it has made no step yet
+        describes = not self._described and self.optimizer.layout is not None  # None before the first step
         self._described |= describes
         for logger in loggers:
             if not isinstance(logger, TensorBoardLogger):
@@ -54,5 +58,5 @@ class StatsLogger(StatsReader):
             self.draw_in(loggers, step)
 
     def draw_in(self, loggers: Sequence[pl.Logger], step: int) -> None:
-        """The heat map of the layers, in loggers that take pictures."""
+        """Write the heat map of the layers to the loggers that accept pictures."""
         self.draw([partial(log_image, logger) for logger in loggers], step)

@@ -1,4 +1,4 @@
-"""Methods of single objects, replaced for a time without a trace on them: their classes look up the replacement."""
+"""Replace methods of single objects for a time, through their classes, so that nothing is set on the objects."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _PLACES: dict[tuple[type, str], _Place] = {}
 
 
 class PatchedMethods:
-    """Methods, or what assigning to a property does, of single objects, replaced until ``undo``.
+    """Replace methods and property setters of single objects until ``undo``.
 
-    Nothing is set on the objects, so their copies and pickles have none of it: the class that defines a method calls
-    the replacement for this one object, and is as it was when no replacement is left. What somebody else has set on an
-    object stays. A copy of the replacements is empty.
+    Nothing is set on the objects, so their copies and pickles do not contain the replacements. The class that defines a
+    method calls the replacement for this one object, and is restored when no replacement is left. Attributes that other
+    code has set on an object stay. A copy of a PatchedMethods is empty.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class PatchedMethods:
         self._made.append((place, entry))
 
     def undo(self) -> None:
-        """Give all objects their own methods back."""
+        """Restore the methods of all objects."""
         while self._made:
             place, entry = self._made.pop()
             place.remove(entry)
@@ -44,7 +44,7 @@ class _Entry(NamedTuple):
 
 
 class _Place:
-    """A method or property of a class that asks for replacements as long as there are any."""
+    """A method or property of a class that looks up replacements as long as there are any."""
 
     def __init__(self, cls: type, name: str) -> None:
         self._key, self._original = (cls, name), cls.__dict__[name]
@@ -69,5 +69,5 @@ class _Place:
         cls, name = self._key
         if not self.entries and _PLACES.get(self._key) is self:
             del _PLACES[self._key]
-            if cls.__dict__.get(name) is self._installed:  # nobody else has replaced it since
+            if cls.__dict__.get(name) is self._installed:  # keep a later patch of other code
                 setattr(cls, name, self._original)

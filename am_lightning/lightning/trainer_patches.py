@@ -1,4 +1,4 @@
-"""What AdaptiveMemory does to a Trainer's optimizers and, for the time of a fit, to its strategy and precision."""
+"""Patches that AdaptiveMemory applies to a Trainer's strategy, precision plugin and callbacks during a fit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from am_lightning.optim.unwrap import am_optimizers, bind_distributed, unwrap_op
 
 
 def patch_trainer(trainer: pl.Trainer, patches: PatchedMethods) -> None:
-    """Make the trainer clip by our norm and load AdamW's distributed checkpoints, until they are undone."""
+    """Make the trainer clip by ``clip_grad_norm_`` and load distributed checkpoints of AdamW until ``undo``."""
     plugin, strategy = trainer.precision_plugin, trainer.strategy
     lightnings_own = [kind.clip_grad_by_norm for kind in (*loaded(Precision), *loaded(FSDPPrecision))]
     if type(plugin).clip_grad_by_norm in lightnings_own and "clip_grad_by_norm" not in plugin.__dict__:
@@ -46,9 +46,9 @@ def patch_trainer(trainer: pl.Trainer, patches: PatchedMethods) -> None:
 
 
 def _clip_by_norm(original: Callable[..., None], optimizer: Optimizer, clip_val: float) -> None:
-    """``clip_grad_by_norm`` of a precision plugin: Lightning's raises for FSDP1, torch's for FSDP2 with TP.
+    """Replace ``clip_grad_by_norm`` of a precision plugin. Lightning's raises under FSDP1, torch's under FSDP2 with TP.
 
-    All of Lightning's ways to clip end there: gradient_clip_val, a module's own configure_gradient_clipping, and
+    All clipping in Lightning calls it: gradient_clip_val, a module's own configure_gradient_clipping, and
     ``self.clip_gradients`` in manual optimization.
     """
     inner = unwrap_optimizer(optimizer)
@@ -66,10 +66,11 @@ def _show_momentum(
     param_group: dict[str, Any],
     **more: Any,
 ) -> dict[str, float]:
-    """LearningRateMonitor's ``...-momentum``: the mean beta_t of the group's tensors, nothing before the first step.
+    """Return the mean beta_t of the group's tensors as LearningRateMonitor's ``...-momentum``.
 
-    It reads ``betas[0]``, which is the cap, or a number of OneCycleLR's that is not used; of SGD "momentum". The groups
-    of an optimizer come in their order, so the device is ``read`` at the first of them, for all.
+    Nothing is returned before the first step. The monitor itself would show ``betas[0]`` (SGD: "momentum"), which is
+    the cap, or a number that OneCycleLR sets and the optimizer does not use. It asks for the groups of an optimizer in
+    their order, so the device is read at the first group and ``read`` keeps the values for the others.
     """
     shown = original(param_group, **more)
     for index, optimizer in enumerate(am_optimizers(trainer.optimizers)):
@@ -92,9 +93,9 @@ def _load_checkpoint(
     *args: Any,
     **kw: Any,
 ) -> dict[str, Any]:
-    """``load_checkpoint`` of ModelParallelStrategy that also takes a distributed checkpoint of AdamW.
+    """Replace ``load_checkpoint`` of ModelParallelStrategy, to also accept a distributed checkpoint of AdamW.
 
-    torch.distributed.checkpoint loads what ``state_dict()`` shows, and refuses where the checkpoint lacks some of it.
+    torch.distributed.checkpoint loads the keys of ``state_dict()``, and raises if the checkpoint lacks one of them.
     """
     path = Path(strategy.broadcast(checkpoint_path))
     with ExitStack() as stack:
@@ -108,10 +109,10 @@ def _load_checkpoint(
 
 @contextmanager
 def _showing_only(optimizer: AdaptiveMemoryOptimizer, saved: set[str], prefix: str) -> Iterator[None]:
-    """``state_dict()`` leaves out options and adaptive scalars that are not in ``saved``: loading fills them in."""
+    """Make ``state_dict()`` leave out options and adaptive scalars that ``saved`` lacks. Loading fills them in."""
     states = [key for key in saved if key.startswith(f"{prefix}state.")]
     if any(key.endswith(".max_exp_avg_sq") for key in states):
-        raise ValueError("the checkpoint is of AdamW with amsgrad=True, which AMAdamW has no form of: start anew")
+        raise ValueError("the checkpoint has AdamW with amsgrad=True, which AMAdamW does not support: start again")
     missing = {scalar for scalar in SCALARS if not any(key.endswith(f".{scalar}") for key in states)}
 
     def only(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -134,19 +135,19 @@ def _showing_only(optimizer: AdaptiveMemoryOptimizer, saved: set[str], prefix: s
 
 
 def bind_module(optimizer: AdaptiveMemoryOptimizer, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """``bind_distributed`` to what the strategy trains."""
+    """Call ``bind_distributed`` with the module that the strategy trains."""
     strategy = trainer.strategy
     model = strategy.model if isinstance(strategy, FSDPStrategy) else pl_module
     assert model is not None
-    ddp = isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)  # which is one, by class
+    ddp = isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)  # a subclass of DDPStrategy
     bind_distributed(optimizer, model, replicated=ddp and trainer.world_size > 1)
 
 
 def allow_in_deepspeed(strategy: DeepSpeedStrategy) -> None:
-    """Set what DeepSpeed asks for where an optimizer is not one of its own.
+    """Set the DeepSpeed options that allow an optimizer of another package.
 
     Raises:
-        MisconfigurationException: the configuration names an optimizer, which would be built in its place.
+        MisconfigurationException: if the configuration names an optimizer, which DeepSpeed would build instead.
     """
     config = strategy.config
     assert isinstance(config, dict)
@@ -161,23 +162,23 @@ def allow_in_deepspeed(strategy: DeepSpeedStrategy) -> None:
 
 
 def check_of_engine(strategy: DeepSpeedStrategy, optimizers: list[Any]) -> None:
-    """In mid-run the Trainer holds the optimizer that DeepSpeed's engine steps, and no other.
+    """Check that the optimizers given in mid-run are the one that DeepSpeed's engine steps.
 
     Raises:
-        MisconfigurationException: another one, which would never step, and whose curves would stand still.
+        MisconfigurationException: if there is another one, which would never step and whose curves would not change.
     """
     own = unwrap_optimizer(strategy.model.optimizer)  # type: ignore[union-attr]
     if [unwrap_optimizer(optimizer) for optimizer in optimizers] != [own]:
         given = ", ".join(type(unwrap_optimizer(optimizer)).__name__ for optimizer in optimizers) or "no optimizer"
         raise MisconfigurationException(
-            f"the Trainer was given {given} in mid-run, but DeepSpeed's engine goes on with the {type(own).__name__} "
-            "that it was built around: what is given would never step. Change the options in the param_groups of "
+            f"the Trainer was given {given} in mid-run, but DeepSpeed's engine continues with the {type(own).__name__} "
+            "that it was built around: another optimizer would never step. Change the options in the param_groups of "
             "trainer.optimizers[0], or start another fit, which builds another engine"
         )
 
 
 def unwrapped(optimizers: list[Any]) -> list[Any]:
-    """Without LightningOptimizer, which ``module.optimizers()`` gives: one that was made before imitates AdamW."""
+    """Return the optimizers without LightningOptimizer, which ``module.optimizers()`` adds and which copies AdamW."""
     if not any(map(_is_lightnings, optimizers)):
         return optimizers
     return [o.optimizer if _is_lightnings(o) else o for o in optimizers]

@@ -1,4 +1,4 @@
-"""Momentum curves where there is no callback: a loop of one's own, nanoGPT, and any writer."""
+"""Log momentum curves from a training loop without callbacks, such as nanoGPT's, to any writer."""
 
 from __future__ import annotations
 
@@ -23,44 +23,47 @@ _WRITERS = (
 
 
 def attach(optimizer: Any, writer: Any, every: int = 50, *, prefix: str = "am") -> Log:
-    """Write the momentum of ``optimizer`` to ``writer`` every so many of its steps.
+    """Write the momentum of ``optimizer`` to ``writer`` every ``every`` steps.
 
-    It is a step hook of the optimizer and nothing else: nothing is patched, and a step between two writes costs one
-    call. A write copies one vector from the device. Where torch.distributed is initialised rank 0 writes; reading takes
-    no collective, so the other ranks do nothing (call it on all of them, or on rank 0 alone). What is written is of the
-    tensors of rank 0's optimizer alone: under pipeline parallel, of those of its stage. A copy or a pickle of the
-    optimizer has no hooks: attach anew.
+    The function registers a step hook on the optimizer and patches nothing. A step between two writes costs one call,
+    and a write copies one vector from the device. If torch.distributed is initialised, rank 0 writes. Reading takes no
+    collective, so call the function on all ranks or on rank 0 alone. The values cover the tensors of rank 0's optimizer
+    only; under pipeline parallel, these are the tensors of its stage. A copied or unpickled optimizer has no hooks:
+    call ``attach`` again.
 
     Args:
-        optimizer: AMAdamW or AMSGD, or what a framework made of it. Of one in a DeepSpeed engine, the first of several
-            ``step()`` calls of a training step is written: use ``am_lightning.huggingface`` or Lightning there.
-        writer: with ``add_scalar(tag, value, step)`` (torch's SummaryWriter, which gets the histogram ``am/beta``,
-            too), ``log_metrics(scalars, step=)`` (a Lightning logger, the mlflow module), ``log(scalars, step=)`` (a
-            wandb run, or the module), or a callable that takes a dict of scalars and the step, and gets no picture.
-        every: so many calls of ``step()``, dropped ones too; a resumed run starts from the steps in its checkpoint.
-        prefix: of the tags. Give a second optimizer "am-1".
+        optimizer: an AMAdamW or AMSGD, or a framework's wrapper around one. For an optimizer in a DeepSpeed engine, the
+            first of several ``step()`` calls of a training step is written: use ``am_lightning.huggingface`` or
+            Lightning there.
+        writer: an object with ``add_scalar(tag, value, step)`` (torch's SummaryWriter, which also gets the histogram
+            ``am/beta``), ``log_metrics(scalars, step=)`` (a Lightning logger, the mlflow module) or ``log(scalars,
+            step=)`` (a wandb run or module), or a callable that takes a dict of scalars and the step. A callable gets
+            no picture.
+        every: interval between two writes in calls of ``step()``, including dropped steps. Default: 50. A resumed run
+            counts from the steps in its checkpoint.
+        prefix: prefix of the tags. Default: "am". Use "am-1" for a second optimizer.
 
-    Tags are those of every framework here: ``am/beta/mean|min|max``, ``am/beta/<layer group>``,
-    ``am/clamp/at_max|at_zero``, ``am/skipped_steps``, ``am/grad_norm`` where ``clip_grad_norm_`` ran, and
-    ``am/beta/layer/<layer>`` where parameters have names (``AMAdamW(model.named_parameters())``, ``am_adamw(model)``,
-    ``optimizer.name_parameters``) and layers are 32 at most. It warns of steps that were dropped because a sum, or what
-    the step would have written, was not finite.
+    The tags are the same in every framework: ``am/beta/mean|min|max``, ``am/beta/<layer group>``,
+    ``am/clamp/at_max|at_zero``, ``am/skipped_steps``, ``am/grad_norm`` if ``clip_grad_norm_`` ran, and
+    ``am/beta/layer/<layer>`` if parameters have names (``AMAdamW(model.named_parameters())``, ``am_adamw(model)``,
+    ``optimizer.name_parameters``) and there are at most 32 layers. A warning reports steps that were dropped because a
+    sum, or a value that the step would have written, was not finite.
 
     Returns:
-        A handle: ``finish()``, when training is over and before the writer is closed, draws the last picture and
-        returns the run in one sentence; ``remove()`` ends it, ``every`` may be changed. The same optimizer, writer and
-        prefix again take the place of what was there.
+        A handle. Call ``finish()`` after training and before the writer is closed: it draws the last picture and
+        returns a summary of the run in one sentence. ``remove()`` stops the logging, and ``every`` may be changed. A
+        second call with the same optimizer, writer and prefix replaces the first.
 
     Raises:
-        TypeError: an argument is of the wrong type, such as a torch.optim.AdamW; the text has the hint.
-        ValueError: ``every`` is below 1.
+        TypeError: if an argument is of the wrong type, such as a torch.optim.AdamW.
+        ValueError: if ``every`` is below 1.
     """
     am_optimizer = require_am_optimizer(
         optimizer, "build am_lightning.am_adamw(model, lr=...), or AMAdamW(...), in place of it"
     )
     check_count("every", every)
     if not isinstance(prefix, str) or not prefix:
-        raise TypeError(f"Invalid prefix: {prefix!r} (prefix must be a text such as 'am')")
+        raise TypeError(f"Invalid prefix: {prefix!r} (prefix must be a non-empty string such as 'am')")
     write = _write_of(writer)
     for other in loggers_of(am_optimizer):
         if isinstance(other, Log) and other.writer is writer and other.reader.prefix == prefix:
@@ -69,11 +72,11 @@ def attach(optimizer: Any, writer: Any, every: int = 50, *, prefix: str = "am") 
 
 
 class Log(StepLogger):
-    """What :func:`attach` returns.
+    """The handle that :func:`attach` returns.
 
     Attributes:
-        every: steps between two writes; None pauses it.
-        reader: what was read last.
+        every: interval between two writes in optimizer steps. None pauses the logging.
+        reader: the StatsReader, which holds the values of its last reading.
     """
 
     def __init__(self, reader: StatsReader, writer: Any, write: Write, every: int) -> None:
@@ -82,7 +85,7 @@ class Log(StepLogger):
 
     @property
     def readings(self) -> StatsReader:
-        """``reader``, by its earlier name."""
+        """Return ``reader``. This is its earlier name."""
         return self.reader
 
     def is_main(self) -> bool:
@@ -103,13 +106,13 @@ class Log(StepLogger):
 
 
 def _write_of(writer: Any) -> Write:
-    """Scalars and a step into whatever ``writer`` is.
+    """Return a function of scalars and a step that writes to ``writer``.
 
     Raises:
-        TypeError: it cannot be written to.
+        TypeError: if ``writer`` has none of the supported methods and cannot be called.
     """
     if isinstance(writer, type):
-        raise TypeError(f"Invalid writer: the class {writer.__name__} (give an object of it). {_WRITERS}")
+        raise TypeError(f"Invalid writer: the class {writer.__name__} (writer must be an instance). {_WRITERS}")
     if callable(getattr(writer, "add_scalar", None)):
 
         def add(scalars: dict[str, float], step: int) -> None:
@@ -130,5 +133,5 @@ def _write_of(writer: Any) -> Write:
             f"Invalid writer: {writer!r} cannot be called with scalars and a step ({error}). {_WRITERS}"
         ) from error
     except ValueError:
-        pass  # a builtin that does not say what it takes
+        pass  # a builtin without a signature
     return writer  # type: ignore[no-any-return]

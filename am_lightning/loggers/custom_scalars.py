@@ -1,4 +1,4 @@
-"""TensorBoard's Custom Scalars page, with charts of the momentum that reach from 0 to the cap."""
+"""Add momentum charts with an axis from 0 to the cap to TensorBoard's Custom Scalars page."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from am_lightning.loggers.reader import StatsReader
 
 Pages = dict[str, dict[str, list[Any]]]
 
-_WRITTEN: WeakKeyDictionary[Any, Pages] = WeakKeyDictionary()  # of each board
+_WRITTEN: WeakKeyDictionary[Any, Pages] = WeakKeyDictionary()  # pages written to each board
 
 
 def add_momentum(board: Any, reader: StatsReader, step: int, before: str = "") -> None:
-    """The momentum's page, once, and the line at 0 that its charts begin at.
+    """Write the momentum's page once, and the line at 0 where its charts start.
 
     Args:
-        board: a ``SummaryWriter``, of torch or tensorboardX.
-        step: of the scalars that ``reader`` has read.
-        before: what their tags begin with: the Trainer of transformers has "train/".
+        board: a ``SummaryWriter`` of torch or tensorboardX.
+        reader: the reader of the optimizer.
+        step: step of the scalars that ``reader`` has read.
+        before: prefix that the framework adds to all tags: "train/" in the Trainer of transformers. Default: "".
     """
     add_custom_scalars(board, reader.stats.custom_scalars(before))
     for tag, value in reader.floor().items():
@@ -27,10 +28,15 @@ def add_momentum(board: Any, reader: StatsReader, step: int, before: str = "") -
 
 
 def add_custom_scalars(board: Any, pages: Pages) -> None:
-    """As ``SummaryWriter.add_custom_scalars``; Margin charts also get the lines at 0 and at the cap of their optimizer.
+    """Call ``SummaryWriter.add_custom_scalars``, and draw lines at 0 and at the optimizer's cap into Margin charts.
 
-    TensorBoard fits an axis to what is drawn: without them a chart of 0.77 to 0.80 looks like a storm. It shows only
-    what was written last, so what this function wrote before is written with it. tensorboardX's charts have no lines.
+    TensorBoard fits an axis to its curves, so without the lines a curve from 0.77 to 0.80 would fill the whole chart.
+    TensorBoard shows the last layout only, so each call also writes the pages of earlier calls. The charts of
+    tensorboardX get no lines.
+
+    Args:
+        board: a ``SummaryWriter`` of torch or tensorboardX.
+        pages: charts by category, as ``SummaryWriter.add_custom_scalars`` takes them.
     """
     written = _WRITTEN.setdefault(board, {})
     if pages.items() <= written.items():

@@ -1,4 +1,4 @@
-"""HeatMap: beta_t of every layer over the whole run, in a memory and a picture that do not grow with it."""
+"""A heat map of beta_t of every layer over the whole run, whose memory and picture do not grow with the run."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from am_lightning.loggers.heatmap_image import PANEL_WIDTH, Cells, draw
 from am_lightning.loggers.metrics import in_a_sentence, shortened
 
 _SUMS = "totals", "at_max", "steps"
-_MOST_ROWS = 150  # of a panel: 2 pixels each
+_MOST_ROWS = 150  # rows of a panel, at 2 pixels each
 
 
 class HeatMap:
-    """beta_t of each layer over the steps, in memory and as a picture, both of a size that does not grow with the run.
+    """Keep beta_t of each layer over the steps, and draw it, at a size that does not grow with the run.
 
-    The steps from the first reading on are divided into columns of ``span`` steps. When the last column is full, each
-    pair of neighbours becomes one and ``span`` doubles. A column keeps the mean and the lowest beta_t, so a dip of one
-    step stays visible for the whole run.
+    The steps since the first reading are divided into columns of ``span`` steps. When the last column is full, each
+    pair of neighbouring columns is merged and ``span`` doubles. A column keeps the mean and the lowest beta_t, so a dip
+    of one step stays visible for the whole run.
 
-    A reading of several columns gives each of them its share of the sums, and its lowest beta_t to all of them: which
-    one had it is not known. A column that a reading does not cover, or where a layer did not step, stays blank.
+    A reading that covers several columns gives each of them its share of the sums, and its lowest beta_t to all of
+    them, because the reading does not tell which of them had it. A column stays blank if no reading covers it or the
+    layer did not step.
 
     Args:
-        layers: paths, from the first layer to the last.
-        cap: the largest beta_t so far, which is the light end of the colours.
-        columns: how many at most, an even number up to 400.
+        layers: paths of the layers, from the first layer to the last.
+        cap: the largest cap of beta_t so far, which is the light end of the colours.
+        columns: largest number of columns, an even number from 2 to 400. Default: 240.
 
     Raises:
-        ValueError: ``layers`` is empty, ``cap`` is below 0, or ``columns`` is not such a number.
+        ValueError: if ``layers`` is empty, ``cap`` is below 0, or ``columns`` is odd or out of range.
     """
 
     def __init__(self, layers: Sequence[str], cap: float, *, columns: int = 240) -> None:
@@ -45,10 +46,14 @@ class HeatMap:
         self._clear()
 
     def cover(self, layers: Sequence[str], cap: float) -> None:
-        """From now on readings are of ``layers``, under ``cap``.
+        """Set the layers and the cap of the readings that follow.
 
-        A layer of before keeps its columns, a new one begins blank, and one that is no more comes last. Where all are
-        others, as after they were named, the map begins anew.
+        A layer that was known keeps its columns, a new layer starts blank, and a layer that no longer exists moves to
+        the end. If no layer was known, for instance because the parameters have just been named, the map is cleared.
+
+        Args:
+            layers: paths of the layers, from the first layer to the last.
+            cap: the largest cap of beta_t. A smaller cap than before has no effect.
         """
         self.cap = max(self.cap, cap)
         if list(layers) == self.layers[: len(layers)]:
@@ -64,7 +69,7 @@ class HeatMap:
         self._sums[..., kept], self._lowest[:, kept] = sums, lowest
 
     def _clear(self) -> None:
-        self._first, self._last, self._span = 0, 0, 0  # steps before the first column, step of the last reading
+        self._first, self._last, self._span = 0, 0, 0  # steps before the first column, last step, steps of a column
         self._blank()
 
     def _blank(self) -> None:
@@ -73,25 +78,25 @@ class HeatMap:
 
     @property
     def _used(self) -> int:
-        """Columns from the first reading to the end of the last one."""
+        """Number of columns from the first reading to the end of the last one."""
         return -((self._first - self._last) // self._span) if self._span else 0
 
     def add(
         self, start: int, end: int, totals: np.ndarray, at_max: np.ndarray, steps: np.ndarray, lowest: np.ndarray
     ) -> None:
-        """Take one reading: the optimizer steps ``start + 1`` to ``end``.
+        """Add one reading of the optimizer steps ``start + 1`` to ``end``.
 
-        A reading that starts before the end of the last one, as after a return to an earlier checkpoint, takes the
-        place of everything after ``start``. In the column that ``start`` lies in, the lowest beta_t of both remains.
+        A reading that starts before the end of the last one, for instance after a return to an earlier checkpoint,
+        replaces everything after ``start``. The column that contains ``start`` keeps the lowest beta_t of both.
 
         Args:
-            start: steps before the reading.
-            end: its last step. A reading without steps is ignored.
-            totals: ``[layers]``, those of the last ``cover``, sum of beta_t over the steps of each tensor of the layer.
-                A layer whose sum is not finite counts as one that did not step.
-            at_max: ``[layers]`` how many numbers of that sum are at their cap.
-            steps: ``[layers]`` how many numbers that sum has; 0 where the layer did not step.
-            lowest: ``[layers]`` lowest of those numbers; inf where there are none.
+            start: number of steps before the reading.
+            end: last step of the reading. A reading without steps is ignored.
+            totals: ``[layers]`` sum of beta_t over all steps and tensors of the layer, for the layers of the last
+                ``cover``. A layer whose sum is not finite counts as a layer that did not step.
+            at_max: ``[layers]`` number of summands at their cap.
+            steps: ``[layers]`` number of summands, 0 if the layer did not step.
+            lowest: ``[layers]`` lowest summand, inf if the layer did not step.
         """
         if end <= start:
             return
@@ -113,7 +118,7 @@ class HeatMap:
         self._last = end
 
     def forget_after(self, start: int) -> None:
-        """The steps after ``start`` are not of the run; of the column that it lies in, its share remains."""
+        """Remove the steps after ``start``. The column that contains ``start`` keeps its share of the sums."""
         if start >= self._last:
             return
         if start <= self._first:
@@ -136,13 +141,13 @@ class HeatMap:
         self._span *= 2
 
     def image(self, title: str = "") -> np.ndarray:
-        """The picture: uint8 ``[height, width, 3]``, of one size for a number of layers (about 1000 x 720).
+        """Return the picture, uint8 ``[height, width, 3]``. Its size (about 1000 x 720) depends on the layers only.
 
-        Two panels, the mean and the lowest beta_t of each column, have a row for each layer, or for several
-        neighbours where there are more than 150. The steps so far fill the width. Grey is not measured.
+        Two panels show the mean and the lowest beta_t of each column. A row is one layer, or several neighbouring
+        layers if there are more than 150. The steps so far fill the width. Grey cells were not measured.
 
         Raises:
-            ImportError: Pillow, which writes the text, is not installed.
+            ImportError: if Pillow, which draws the text, is not installed.
         """
         names = shortened(self.layers)
         together = -(-len(self.layers) // _MOST_ROWS)
@@ -158,19 +163,19 @@ class HeatMap:
             caption += f"; one row = {together} layers"
         return draw(
             Cells([names[row] for row in rows], mean.T, lowest.T, self._first, self._last, self._span),
-            self.cap or 1.0,  # of 0 all is at the dark end
+            self.cap or 1.0,  # a cap of 0 leaves all cells at the dark end
             title=title,
             caption=f"{caption}; grey: not measured",
             remarks=self._deepest(names),
         )
 
     def sums(self) -> list[float]:
-        """Of all layers and steps: beta_t, how often it was at its cap, and how many numbers these are."""
+        """Return the sum of beta_t over all layers and steps, the number of summands at their cap, and their number."""
         found: list[float] = self._sums.sum(axis=(1, 2)).tolist()
         return found
 
     def dips(self) -> dict[str, tuple[float, int, int]]:
-        """Layer -> the lowest beta_t, and its column: the steps before it, and its last; without those of no step."""
+        """Map each layer that has stepped to its lowest beta_t, the steps before its column, and the column's end."""
         if not self._used:
             return {}
         found = {}
@@ -181,7 +186,7 @@ class HeatMap:
         return found
 
     def _deepest(self, names: Sequence[str], most: int = 3) -> list[tuple[str, str]]:
-        """The layers with the lowest beta_t, each with what to say of it."""
+        """Return the ``most`` layers with the lowest beta_t, each with the value and its steps as text."""
         name, deepest = dict(zip(self.layers, names, strict=True)), []
         for layer, (lowest, first, last) in sorted(self.dips().items(), key=lambda item: item[1][0])[:most]:
             when = f"step {last:,}" if last == first + 1 else f"steps {first + 1:,} to {last:,}"
@@ -189,7 +194,7 @@ class HeatMap:
         return deepest
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers, names and tensors ``[columns so far, layers]`` that ``torch.load(weights_only=True)`` takes."""
+        """Return numbers, names and tensors ``[columns so far, layers]``, safe for ``weights_only=True``."""
         return {
             "layers": list(self.layers),
             "cap": self.cap,
@@ -201,7 +206,10 @@ class HeatMap:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``state``, with its layers and cap; one of another number of columns leaves the map empty."""
+        """Load the layers, the cap and the columns of ``state``.
+
+        The map is left empty if ``state`` has another number of columns.
+        """
         self.layers, self.cap = list(state["layers"]), float(state["cap"])
         self._clear()
         if state["columns"] != self.columns:

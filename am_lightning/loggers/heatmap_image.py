@@ -1,4 +1,4 @@
-"""The picture of a heat map, with numpy and Pillow alone."""
+"""Draw a heat map with numpy and Pillow."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ if TYPE_CHECKING:
 
     Fonts = Mapping[int, ImageFont.FreeTypeFont | ImageFont.ImageFont]
 
-# matplotlib's magma: lightness rises evenly, also for colour-blind eyes. 0 is black and the cap is cream.
+# matplotlib's magma, whose lightness rises evenly, also for colour-blind readers. 0 is black and the cap is cream.
 _ANCHORS = (
     (0, 0, 4), (16, 11, 45), (44, 17, 95), (81, 18, 124), (114, 31, 129), (147, 43, 128), (183, 55, 121),
     (216, 69, 108), (241, 96, 93), (252, 137, 97), (254, 176, 120), (254, 215, 153), (252, 253, 191),
 )  # fmt: skip
 _FEW_ROWS = 32
-_SHADES = 255, 32  # of the colours, for few rows and for more: noise of 100 rows in all of them makes a file of 150 kB
+_SHADES = 255, 32  # for few rows and for more: 100 rows of noise in 255 shades make a file of 150 kB
 _BLANK, _PAPER, _INK, _SOFT = 205, 255, 0, 85  # greys
 _GREYS = 85
 
 PANEL_WIDTH = 800
 _LEFT, _RIGHT = 128, 72
 _BAR, _BAR_WIDTH = _LEFT + PANEL_WIDTH + 14, 14
-_PANEL_HEIGHT, _THICKEST = 300, 48  # of a panel, of a row
+_PANEL_HEIGHT, _THICKEST = 300, 48  # height of a panel, largest height of a row
 _ABOVE, _BETWEEN, _BELOW = 56, 32, 56
-_LINE_APART = 17  # pixels from a name to the next, at least
+_LINE_APART = 17  # smallest distance of two names in pixels
 _NAME_IN_REMARK = 150
 
 
 class Cells(NamedTuple):
-    """What to draw.
+    """The values of a heat map.
 
     Attributes:
-        rows: names.
-        mean: ``[rows, columns]``, nan where nothing was measured.
-        lowest: the same.
-        first: the step before the first column.
-        last: where the last column ends, or stops early.
-        span: steps of a column; 0 where there are none.
+        rows: names of the rows.
+        mean: ``[rows, columns]`` mean beta_t, nan where nothing was measured.
+        lowest: ``[rows, columns]`` lowest beta_t, nan where nothing was measured.
+        first: number of steps before the first column.
+        last: last step measured, which may lie before the end of the last column.
+        span: steps of a column, 0 if nothing was measured.
     """
 
     rows: Sequence[str]
@@ -55,23 +55,24 @@ class Cells(NamedTuple):
 
 
 def draw(cells: Cells, cap: float, *, title: str, caption: str, remarks: Sequence[tuple[str, str]]) -> np.ndarray:
-    """uint8 ``[height, width, 3]``: the panels "mean" and "lowest" one above the other, with axes and a colour bar.
+    """Draw the panel "mean" above the panel "lowest", with axes and a colour bar, as uint8 ``[height, width, 3]``.
 
     Args:
-        cells: what the panels show.
-        cap: beta_t of the light end of the colours, above 0; the dark end is 0.
-        title: the first line.
-        caption: the last line.
-        remarks: (name, text) to the right above the lower panel, as many as there is room for.
+        cells: values of the panels.
+        cap: beta_t at the light end of the colours, above 0. The dark end is 0.
+        title: first line of the picture.
+        caption: last line of the picture.
+        remarks: pairs of a name and a text, written at the right above the lower panel. Pairs without room are left
+            out, the last ones first.
 
     Raises:
-        ImportError: Pillow is not installed.
+        ImportError: if Pillow is not installed or older than 10.1.
     """
     try:
         from PIL import Image, ImageDraw, ImageFont
 
         fonts = {size: ImageFont.load_default(size) for size in (12, 15)}
-    except (ImportError, TypeError) as error:  # TypeError: an older Pillow, whose font has one size
+    except (ImportError, TypeError) as error:  # TypeError: the font of an older Pillow has one size
         cause = cause_of(error, "PIL") if isinstance(error, ImportError) else None
         raise ImportError("the heat map needs Pillow 10.1 or newer: pip install --upgrade pillow") from cause
     row = max(2, min(_THICKEST, round(_PANEL_HEIGHT / len(cells.rows))))
@@ -90,7 +91,7 @@ def draw(cells: Cells, cap: float, *, title: str, caption: str, remarks: Sequenc
     _draw_remarks(pen, remarks, tops[1] - 11)
     _draw_scale(pen, cap, _ABOVE, bottom)
     pen.text(_LEFT, bottom + 41, caption, grey=_SOFT)
-    # Few greys in the edges of letters: files are a third smaller.
+    # Few greys in the edges of letters make files a third smaller.
     pixels = (np.array(image, dtype=int) + _GREYS // 2) // _GREYS * _GREYS
     picture: np.ndarray = np.minimum(pixels, 255).astype(np.uint8)[..., None].repeat(3, axis=-1)
     for top, values in zip(tops, (cells.mean, cells.lowest), strict=True):
@@ -100,7 +101,7 @@ def draw(cells: Cells, cap: float, *, title: str, caption: str, remarks: Sequenc
 
 
 def _colours(share: np.ndarray, shades: int) -> np.ndarray:
-    """uint8 ``[..., 3]`` of 0 .. 1."""
+    """Return the colours of values from 0 to 1 as uint8 ``[..., 3]``."""
     anchors = np.array(_ANCHORS, dtype=float)
     share = (np.clip(share, 0, 1) * shades).round() / shades * (len(anchors) - 1)
     channels = [np.interp(share, np.arange(len(anchors)), channel) for channel in anchors.T]
@@ -108,10 +109,10 @@ def _colours(share: np.ndarray, shades: int) -> np.ndarray:
 
 
 def _panel(values: np.ndarray, cells: Cells, cap: float, row: int, shades: int) -> np.ndarray:
-    """uint8 ``[rows * row, PANEL_WIDTH, 3]``."""
+    """Return the pixels of a panel as uint8 ``[rows * row, PANEL_WIDTH, 3]``."""
     pixels = np.full((len(cells.rows), PANEL_WIDTH, 3), _BLANK, dtype=np.uint8)
     if cells.span:
-        # Every column is wider than two pixels, so the middles of pixels meet them all.
+        # Every column is wider than two pixels, so the centre of at least one pixel lies in it.
         steps = (np.arange(PANEL_WIDTH) + 0.5) * (cells.last - cells.first) / PANEL_WIDTH
         columns = (steps // cells.span).astype(int)
         pixels = np.where(np.isnan(values)[..., None], pixels[:, :1], _colours(np.nan_to_num(values) / cap, shades))[
@@ -169,7 +170,7 @@ def _draw_scale(pen: _Pen, cap: float, top: int, bottom: int) -> None:
 
 
 def round_numbers(low: float, high: float, most: int) -> list[float]:
-    """About ``most`` multiples of 1, 2 or 5 times a power of ten, from ``low`` to ``high``."""
+    """Return about ``most`` multiples of 1, 2 or 5 times a power of ten from ``low`` to ``high``."""
     least = (high - low) / (most - 1)
     power = 10.0 ** math.floor(math.log10(least))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
@@ -177,7 +178,7 @@ def round_numbers(low: float, high: float, most: int) -> list[float]:
 
 
 class _Pen:
-    """Text and lines on an image. A text's position is the middle of its line."""
+    """Draw text and lines on an image. ``y`` of a text is the vertical middle of its line."""
 
     def __init__(
         self, image: ImageDraw.ImageDraw, fonts: Mapping[int, ImageFont.FreeTypeFont | ImageFont.ImageFont]
@@ -191,7 +192,7 @@ class _Pen:
         return self._image.textlength(text, font=self._fonts[12])
 
     def shorten(self, text: str, width: float) -> str:
-        """``text``, without its middle where it is wider than ``width`` pixels."""
+        """Return ``text``, with its middle replaced by ".." if it is wider than ``width`` pixels."""
         short, kept = text, len(text) - 2
         while self.width(short) > width and kept > 2:
             short = f"{text[: kept // 2]}..{text[len(text) - kept + kept // 2 :]}"
@@ -202,5 +203,5 @@ class _Pen:
         self._image.line([round(end) for end in ends], fill=_SOFT)
 
     def frame(self, left: int, top: int, width: int, height: int) -> None:
-        """A line around that many pixels."""
+        """Draw a line around an area of ``width`` x ``height`` pixels."""
         self._image.rectangle((left - 1, top - 1, left + width, top + height), outline=_SOFT)

@@ -1,4 +1,4 @@
-"""beta_t of a whole run, by layer: the heat map, when it is drawn, and the run in one sentence."""
+"""The history of beta_t by layer over a whole run: its heat map and its summary in one sentence."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from am_lightning.loggers.heatmap import HeatMap
     from am_lightning.loggers.images import Image
 
-_REDRAWS = 18  # over a run of known length; with the first and the last picture there are 20
-_MOST = 39  # and one at the end
-_GROWTH = 1.4  # of the steps between two pictures where the length is not known
+_REDRAWS = 18  # in a run of known length; the first and the last picture make 20
+_MOST = 39  # pictures before the last one
+_GROWTH = 1.4  # growth of the step from one picture to the next in a run of unknown length
 _DIPS = 3  # layers that the sentence names
 
 
 class Dip(NamedTuple):
-    """The lowest beta_t of a layer, in which of the steps."""
+    """The lowest beta_t of a layer, and the interval of steps in which it was seen."""
 
     lowest: float
-    after: int  # the first step is the next one
-    until: int
+    after: int  # number of steps before the interval
+    until: int  # last step of the interval
 
     def __str__(self) -> str:
         when = f"step {self.until}" if self.until == self.after + 1 else f"steps {self.after + 1} to {self.until}"
@@ -33,27 +33,30 @@ class Dip(NamedTuple):
 
 
 class RunHistory:
-    """What is known of beta_t of each layer since the run began. Its size does not grow with the steps.
+    """Keep beta_t of each layer since the run began. Its size does not grow with the steps.
 
     Attributes:
-        step: up to which it is known.
+        step: last step of the history.
     """
 
     def __init__(self) -> None:
         self.step = 0
         self._map: HeatMap | None = None
         self._dips: dict[str, Dip] = {}
-        self._sums = [0.0] * 3  # of all tensors, as HeatMap has them
+        self._sums = [0.0] * 3  # over all tensors, in the order of HeatMap.sums
         self._loaded = False
         self._drawn = -1  # number of the last picture
         self._pictures = 0
         self._failed = False
 
     def begin(self, step: int) -> None:
-        """The run goes on from here; what a checkpoint brought goes up to its last reading.
+        """Continue the run from ``step``; a history from a checkpoint still ends at its own last reading.
 
-        A return to an earlier step takes the steps since out of all that is known, as exactly as the map has it; where
-        there is no map, all of it is forgotten.
+        A return to an earlier step removes the later steps, as exactly as the columns of the map allow. Without a map,
+        the whole history is removed.
+
+        Args:
+            step: number of steps before the next interval.
         """
         if step < self.step and self._sums[-1]:
             self._forget_after(step)
@@ -70,13 +73,13 @@ class RunHistory:
         self._dips = {layer: Dip(*dip) for layer, dip in self._map.dips().items()} | remaining
 
     def add(self, step: int, layers: Sequence[str], by_layer: Interval, cap: float) -> None:
-        """Take in an interval.
+        """Add an interval.
 
         Args:
-            step: at which it ends.
-            layers: their paths.
-            by_layer: ``[layers]`` each, on the CPU.
-            cap: the largest of beta_t.
+            step: last step of the interval.
+            layers: paths of the layers.
+            by_layer: interval of beta_t, whose fields have the shape ``[layers]`` and are on the CPU.
+            cap: the largest cap of beta_t.
         """
         after, self.step = min(self.step, step), step
         columns = (by_layer.total, by_layer.at_max, by_layer.steps)
@@ -89,7 +92,7 @@ class RunHistory:
             heat_map.add(after, step, *(column.double().numpy() for column in (*columns, by_layer.lowest)))
 
     def _map_of(self, layers: Sequence[str], cap: float) -> HeatMap | None:
-        """None where there is no numpy, which whatever takes pictures brings along."""
+        """Return the heat map, or None without numpy. Every logger that accepts pictures depends on numpy."""
         if self._map is None and layers:
             try:
                 from am_lightning.loggers.heatmap import HeatMap
@@ -101,10 +104,11 @@ class RunHistory:
         return self._map
 
     def picture_is_due(self, total: int | None = None) -> bool:
-        """It has to be drawn now: some 20 times in a run of known length, and never more than 40 times.
+        """Return whether the picture is to be drawn now: 20 times in a run of known length, and at most 40 times.
 
         Args:
-            total: steps of the run; None: not known, and the longer it runs the more steps are between two pictures.
+            total: number of steps of the run. None: the number is unknown, and the steps between two pictures grow as
+                the run gets longer.
         """
         if self._map is None or not self._sums[-1] or self._pictures >= _MOST:
             return False
@@ -113,8 +117,11 @@ class RunHistory:
         return due
 
     def picture(self, title: str) -> Image | None:
-        """uint8 ``[height, width, 3]``, beta_t of layers x steps; None before the first interval, and where drawing
-        fails, as without Pillow, of which is warned once: no run dies of a picture."""
+        """Return the heat map as uint8 ``[height, width, 3]``, or None before the first interval.
+
+        An error while drawing, such as a missing Pillow, gives one warning and None, because a picture must not end a
+        run.
+        """
         if self._map is None or not self._sums[-1]:
             return None
         self._pictures += 1
@@ -128,7 +135,7 @@ class RunHistory:
             return None
 
     def sentence(self) -> str:
-        """The mean, the share at the cap, the deepest dips and when they were; empty before the first interval."""
+        """Return the mean, the share at the cap and the deepest dips with their steps; "" before the first interval."""
         total, at_max, steps = self._sums
         if not steps:
             return ""
@@ -139,7 +146,7 @@ class RunHistory:
         return f"mean beta_t {total / steps:.3f}, {at_cap}; lowest: {dips}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values."""
+        """Return tensors and plain values."""
         return {
             "step": self.step,
             "sums": self._sums,
@@ -149,7 +156,7 @@ class RunHistory:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` gave."""
+        """Load the history that ``state_dict()`` returned."""
         self.step, self._sums = int(state_dict["step"]), list(state_dict["sums"])
         self._drawn, self._pictures = state_dict["pictures"]
         self._dips = {layer: Dip(float(low), int(a), int(b)) for layer, (low, a, b) in state_dict["dips"].items()}

@@ -1,4 +1,4 @@
-"""One picture into whatever a logger writes to, told apart by the package that its class is from."""
+"""Write a picture to a logger of any framework. The package of the logger's class selects the call."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ _warned: set[str] = set()
 
 
 def tolerant(send: Send) -> Send:
-    """``send`` that returns False where it would raise, and warns once a kind of logger: no run dies of a picture."""
+    """Wrap ``send`` so that an error gives False and one warning for each class of logger.
+
+    A picture must not end a run.
+    """
 
     @wraps(send)
     def guarded(logger: Any, tag: str, image: Image, step: int) -> bool:
@@ -37,27 +40,29 @@ def tolerant(send: Send) -> Send:
 
 
 def package_of(run: Any) -> str:
-    """The package that ``run`` is an object of, or that it is: "wandb"."""
+    """Return the top-level package of the class of ``run``, or of ``run`` itself if it is a module: "wandb"."""
     return (run.__name__ if isinstance(run, ModuleType) else type(run).__module__).partition(".")[0]
 
 
 def send_image(run: Any, tag: str, image: Image, step: int, axis: str | None = None) -> bool:
-    """Write a picture to a run; call it on the main process only.
+    """Write a picture to a run. Call it on the main process only.
 
     Args:
-        run: a SummaryWriter, a run of Neptune's, an experiment of Comet's, a task of ClearML's, of W&B, MLflow, Trackio
-            and SwanLab the run or the module, or a logger of Lightning's or Fabric's, of either name: for TensorBoard,
-            W&B, MLflow, Comet, or of a package with W&B's ``log_image`` (SwanLab).
-        tag: ``am/beta/layers``.
+        run: a SummaryWriter, a Neptune run, a Comet experiment, a ClearML task, a run or the module of W&B, MLflow,
+            Trackio or SwanLab, or a logger of Lightning or Fabric (package ``lightning``, ``pytorch_lightning`` or
+            ``lightning_fabric``) for TensorBoard, W&B, MLflow, Comet, or any logger with W&B's ``log_image``
+            (SwanLab).
+        tag: tag of the picture, such as ``am/beta/layers``.
         image: uint8 ``[H, W, 3]``.
         step: number of optimizer steps.
-        axis: W&B and Trackio: the key that steps are logged under, where the framework gives ``log`` no step.
+        axis: for W&B and Trackio, the key under which steps are logged if the framework passes no step to ``log``.
+            Default: None.
 
     Returns:
-        False: it is none of these, such as a CSVLogger.
+        False if ``run`` is none of these, such as a CSVLogger.
 
     Raises:
-        Exception: whatever the logger's package raises.
+        Exception: if the logger's package raises it.
     """
     if hasattr(type(run), "experiment"):
         return _send_by_logger(run, tag, image, step)
@@ -88,11 +93,11 @@ def send_image(run: Any, tag: str, image: Image, step: int, axis: str | None = N
 
 
 def _send_by_logger(logger: Any, tag: str, image: Image, step: int) -> bool:
-    if hasattr(type(logger), "log_image"):  # W&B: a row of its own at trainer/global_step, as each of log_metrics
+    if hasattr(type(logger), "log_image"):  # W&B's logger writes a row at trainer/global_step, as log_metrics does
         logger.log_image(key=tag, images=[image], step=step)
         return True
     experiment: Any = logger.experiment
-    if package_of(experiment) == "mlflow":  # a client, whose store need not be that of the mlflow module
+    if package_of(experiment) == "mlflow":  # a client, whose store may differ from the store of the mlflow module
         experiment.log_image(logger.run_id, image, key=tag, step=step)
         return True
     return send_image(experiment, tag, image, step)

@@ -1,4 +1,4 @@
-"""MomentumStats: beta_t of every tensor over an interval of steps -> what a logger shows. No framework, no device."""
+"""Turn beta_t of every tensor over an interval of steps into the scalars of a logger. Runs on the CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from am_lightning.optim.intervals import Interval
 
-# The first pattern found says a parameter's kind. It is searched in the name without the last part (``weight``).
+# The first pattern that matches gives the kind. It is searched in the name without its last part (``weight``).
 _KINDS = (
     ("norm", r"norm|(^|\.)ln(_|\d|$)|(^|\.)bn\d*$"),
     ("attn.qkv", r"(^|\.)([qkv]|qkv|query|key|value|query_key_value|c_attn|in_proj|w[qkv]|wqkv|[qkv]_proj|qkv_proj)$"),
@@ -20,15 +20,19 @@ _KINDS = (
     ("head", r"(^|\.)(lm_head|head|classifier|output|score)$"),
 )
 _KIND_PATTERNS = [(kind, re.compile(pattern)) for kind, pattern in _KINDS]
-# What adapters (PEFT, litgpt, torchtune) and torch's parametrizations put into names, before and after what they adapt.
-# PEFT has some forty methods: each begins its parameters with a word and "_", and calls its first adapter "default".
+# Adapters (PEFT, litgpt, torchtune) and torch's parametrizations insert these parts into names, before or after the
+# adapted module. In PEFT's forty or so methods, parameter names start with a word and "_", and the first adapter is
+# called "default".
 _INSIDE = re.compile(r"(?<=\.)(?:base_layer|original_module)\.")
 _BELOW = re.compile(r"\.(?:lora_\w+|modules_to_save|token_adapter|parametrizations|\w+_\w+(?=\.default\b))(?:\.|$)")
 _NUMBERED = re.compile(r"(?:.*?\.)??\d+(?=\.)")
 
 
 def kind_of(name: str) -> str:
-    """Layer group of a parameter, or what its adapter adapts: norm, attn.qkv, attn.out, mlp, embed, head, or other."""
+    """Return a parameter's layer group: norm, attn.qkv, attn.out, mlp, embed, head or other.
+
+    The group of an adapter's parameter is the group of the module that it adapts.
+    """
     module = _module_of(name).lower()
     if "in_proj_" in name:  # torch.nn.MultiheadAttention keeps it in the attention module itself
         return "attn.qkv"
@@ -36,14 +40,14 @@ def kind_of(name: str) -> str:
 
 
 def _module_of(name: str) -> str:
-    """The module that has the parameter, or that an adapter with the parameter adapts."""
+    """Return the path of the module that owns the parameter, or of the module that the parameter's adapter adapts."""
     name = _INSIDE.sub("", name)
     below = _BELOW.search(name)
     return name[: below.start()] if below else name.rpartition(".")[0] or name
 
 
 def layer_paths(names: Sequence[str]) -> list[str]:
-    """Layer of each parameter: the module path up to its first number, else the module."""
+    """Return the layer of each parameter: the module path up to its first number, or the whole path without one."""
     paths = []
     for name in names:
         module = _module_of(name)
@@ -53,8 +57,10 @@ def layer_paths(names: Sequence[str]) -> list[str]:
 
 
 def shortened(paths: Sequence[str]) -> list[str]:
-    """Layers by their last words, where those say enough: ``model.layers.3`` -> ``layers.3``, ``lm_head``, but
-    ``encoder.layers.0`` where there is a ``decoder.layers.0``."""
+    """Shorten paths to their last parts: ``model.layers.3`` becomes ``layers.3``.
+
+    All paths stay whole if two of them would become equal, such as ``encoder.layers.0`` and ``decoder.layers.0``.
+    """
     short = {path: _last_words(path) for path in paths}
     unique = len(set(short.values())) == len(short)
     return [short[path] if unique else path for path in paths]
@@ -66,21 +72,21 @@ def _last_words(path: str) -> str:
 
 
 def in_a_sentence(layer: str) -> str:
-    """``layers.3`` as it is; the ``2`` of an ``nn.Sequential`` as ``layer 2``, or it reads as a value."""
+    """Return ``layers.3`` unchanged, and the ``2`` of an ``nn.Sequential`` as ``layer 2``, so that it is no value."""
     return f"layer {layer}" if layer.isdigit() else layer
 
 
 class MomentumStats:
-    """Turns an ``Interval`` of beta_t into scalars.
+    """Turn an ``Interval`` of beta_t into scalars.
 
     Args:
-        names: of the tensors, in the order of the interval.
-        caps: the cap of beta_t of each tensor.
-        prefix: of all tags; the second optimizer's is ``am-1``.
+        names: names of the tensors, in the order of the interval.
+        caps: cap of beta_t of each tensor.
+        prefix: prefix of all tags. Default: "am"; the second optimizer has "am-1".
 
     Attributes:
-        cap: the largest.
-        layer_paths: the layers, in the order of their first tensors. Tags have them ``shortened``.
+        cap: the largest cap.
+        layer_paths: paths of the layers, in the order of their first tensors. Tags use the ``shortened`` paths.
     """
 
     def __init__(self, names: Sequence[str], caps: Sequence[float], prefix: str = "am") -> None:
@@ -91,12 +97,15 @@ class MomentumStats:
         self._kinds, self._layers = _Labels([kind_of(name) for name in names]), _Labels(shortened(paths))
 
     def scalars(self, interval: Interval) -> dict[str, float]:
-        """``<prefix>/beta/mean|min|max``, over all tensors and steps, ``/beta/cap``, the largest, ``/effective_steps``,
-        1 / (1 - mean), ``/clamp/at_max|at_zero``, shares of the tensors' steps, and of each layer group
-        ``/beta/<layer group>``, its mean, with ``/min`` and ``/max``.
+        """Return the scalars of all tensors and of each layer group by tag.
+
+        ``<prefix>/beta/mean|min|max`` is over all tensors and steps, ``/beta/cap`` is the largest cap,
+        ``/beta/effective_steps`` is 1 / (1 - mean), and ``/clamp/at_max|at_zero`` are shares of the tensors' steps.
+        ``/beta/<layer group>`` is the mean of a layer group, with ``/min`` and ``/max``.
 
         Args:
-            interval: ``[tensors]`` each, on the CPU. Tensors without a step in it are left out; without any: no tags.
+            interval: interval of beta_t, whose fields have the shape ``[tensors]`` and are on the CPU. Tensors without
+                a step are left out. If no tensor has stepped, the result is empty.
         """
         total, at_max, at_zero, steps = (float(column.sum()) for column in interval[:4])
         if not steps:
@@ -115,20 +124,22 @@ class MomentumStats:
         return {f"{self.prefix}/{tag}": value for tag, value in (scalars | groups).items()}
 
     def layers(self, interval: Interval) -> dict[str, float]:
-        """``<prefix>/beta/layer/<layer>``: the mean over each layer's tensors and steps; with ``/min`` the lowest."""
+        """Return ``<prefix>/beta/layer/<layer>``, the mean over the layer's tensors and steps, and its ``/min``."""
         found = self._layers.scalars(interval, highest=False)
         return {f"{self.prefix}/beta/layer/{tag}": value for tag, value in found.items()}
 
     def by_layer(self, interval: Interval) -> Interval:
-        """``[layers]`` each."""
+        """Return the interval by layer, whose fields have the shape ``[layers]``."""
         return self._layers.sums(interval)
 
     def custom_scalars(self, before: str = "") -> dict[str, dict[str, list[object]]]:
-        """A TensorBoard Custom Scalars layout: the mean between the lowest and the highest, of all tensors and of each
-        layer group, and the shares at the clamps.
+        """Return a TensorBoard Custom Scalars layout.
+
+        Charts show the mean between the lowest and the highest beta_t, for all tensors and for each layer group, the
+        shares at the clamps, and the effective steps.
 
         Args:
-            before: what a framework puts before the tags.
+            before: prefix that the framework adds to all tags. Default: "".
         """
         p = f"{before}{self.prefix}"
         charts: dict[str, list[object]] = {
@@ -137,13 +148,13 @@ class MomentumStats:
         for kind in self._kinds.names:
             charts[f"beta_t of {kind}"] = ["Margin", [f"{p}/beta/{kind}{end}" for end in ("", "/min", "/max")]]
         charts["share of tensors at a clamp"] = ["Multiline", [f"^{re.escape(p)}/clamp/.*"]]
-        reach = f"^{re.escape(p)}/beta/(effective_steps|floor)$"  # from 0
+        reach = f"^{re.escape(p)}/beta/(effective_steps|floor)$"  # the floor at 0 starts the axis there
         charts["steps that the momentum reaches back"] = ["Multiline", [reach]]
         return {f"adaptive momentum ({self.prefix})": charts}
 
 
 class _Labels:
-    """Tensors with the same label go together.
+    """Group tensors that have the same label.
 
     Attributes:
         names: the labels, in the order of their first appearance.
@@ -157,7 +168,7 @@ class _Labels:
         self.names = list(place)
 
     def sums(self, interval: Interval) -> Interval:
-        """``[tensors]`` each -> ``[labels]`` each."""
+        """Reduce an interval whose fields are ``[tensors]`` to one whose fields are ``[labels]``."""
         count = len(self.names)
         total, at_max, at_zero, steps = (of.new_zeros(count).index_add(0, self._of, of) for of in interval[:4])
         lowest = total.new_full((count,), float("inf")).scatter_reduce(0, self._of, interval.lowest, "amin")
@@ -165,7 +176,10 @@ class _Labels:
         return Interval(total, at_max, at_zero, steps, lowest, highest)
 
     def scalars(self, interval: Interval, *, highest: bool) -> dict[str, float]:
-        """Label -> its mean, ``<label>/min``, ``<label>/max``; labels without a step are left out."""
+        """Return ``<label>``, the mean, ``<label>/min`` and, if ``highest``, ``<label>/max``.
+
+        Labels without a step are left out.
+        """
         sums, scalars = self.sums(interval), {}
         for place, label in enumerate(self.names):
             if sums.steps[place] > 0:

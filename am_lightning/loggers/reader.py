@@ -1,4 +1,4 @@
-"""One optimizer's momentum, read from the device once and turned into scalars: what every framework's logger gets."""
+"""Read an optimizer's momentum from the device in one copy, and turn it into the scalars that all frameworks log."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from am_lightning.optim.intervals import Interval, merged_by_name, nothing
 
 
 def prefix_of(index: int) -> str:
-    """What the tags of the optimizer at ``index``, from 0, start with: am, am-1, am-2, ..."""
+    """Return the tags' prefix for the optimizer at ``index``, counted from 0: am, am-1, am-2, ..."""
     return f"am-{index}" if index else "am"
 
 
 class StepNumbers(NamedTuple):
-    """What an optimizer counts beside beta_t, in the order in which ``report()`` ends with it.
+    """The numbers that an optimizer counts beside beta_t, in the order in which they end ``report()``.
 
-    A field is logged everywhere as ``<prefix>/<field>`` unless ``StatsReader.scalars`` leaves it out; nan is left out.
+    Every framework logs a field as ``<prefix>/<field>``, unless it is nan or listed in ``_NOT_LOGGED``.
     """
 
     skipped_steps: float
     skipped_in_a_row: float
     first_bad: float  # index of a parameter
-    grad_norm: float  # nan where clip_grad_norm_ did not run
+    grad_norm: float  # nan if clip_grad_norm_ did not run
 
 
 _FEW_LAYERS = 32
 _HOST = torch.empty(0, dtype=torch.float64, device="cpu")
-_NOT_LOGGED = {"skipped_in_a_row", "first_bad"}  # for warnings
+_NOT_LOGGED = {"skipped_in_a_row", "first_bad"}  # used in warnings only
 
 
 def read_report(optimizer: AdaptiveMemoryOptimizer) -> tuple[torch.Tensor, StepNumbers]:
-    """``[tensors]`` beta_t on the CPU, nan for tensors that have never stepped, and the counts: one copy."""
+    """Return beta_t ``[tensors]`` on the CPU, nan for tensors that have never stepped, and the counts, in one copy."""
     return _split(optimizer.report().cpu())
 
 
@@ -48,20 +48,25 @@ def _split(report: torch.Tensor) -> tuple[torch.Tensor, StepNumbers]:
 
 
 class StatsReader:
-    """beta_t over the steps since the last ``read``, and what is counted of ``optimizer``, under tags of ``prefix``.
+    """Read beta_t over the steps since the last ``read``, and the optimizer's counts.
 
-    Each reader has intervals of its own; its first has the steps that nobody has read. With ``state_dict`` in a
-    checkpoint (``fabric.save``, ``accelerator.register_for_checkpointing``) a resumed run goes on in its interval.
+    Each reader has its own intervals. Its first interval contains the steps that no reader has read. If a checkpoint
+    contains ``state_dict`` (``fabric.save``, ``accelerator.register_for_checkpointing``), a resumed run continues the
+    interval.
+
+    Args:
+        optimizer: the optimizer to read.
+        prefix: prefix of the tags. Default: "am".
 
     Attributes:
         skipped_before: steps skipped before this process started, from a checkpoint.
-        skipped_at_load: steps skipped up to that checkpoint; an optimizer's state does not count them.
-        betas: ``[tensors]`` of the last step on the CPU, nan for tensors that have never stepped.
-        interval: ``[tensors]`` each on the CPU, beta_t over the steps up to the last ``read``.
-        numbers: what was counted, up to the last ``read``.
-        first_bad: the parameter whose sum was not finite in the last skipped step.
-        history: of all intervals that were read with their step.
-        at_end: what ``finish`` does; of a reader that nobody logs, nothing.
+        skipped_at_load: steps skipped up to that checkpoint, which an optimizer's state does not count.
+        betas: ``[tensors]`` beta_t of the last step on the CPU, nan for tensors that have never stepped.
+        interval: beta_t over the interval that the last ``read`` ended, whose fields are ``[tensors]`` on the CPU.
+        numbers: counts at the last ``read``.
+        first_bad: name of the parameter whose sum was not finite in the last skipped step.
+        history: history of all intervals that were read with a step.
+        at_end: function that ``finish`` calls. Without a logger it returns an empty string.
     """
 
     def __init__(self, optimizer: AdaptiveMemoryOptimizer, prefix: str = "am") -> None:
@@ -75,24 +80,24 @@ class StatsReader:
         self.at_end: Callable[[], str] = str
         self._warned_of = 0
         self._stats: MomentumStats | None = None
-        self._carried: tuple[list[str], torch.Tensor] = [], nothing(_HOST, 0)  # of the logger's interval
-        self._loaded = False  # all of it is from a checkpoint
+        self._carried: tuple[list[str], torch.Tensor] = [], nothing(_HOST, 0)  # names and sums of the logger's interval
+        self._loaded = False  # whether all of _carried is from a checkpoint
         optimizer.begin_interval(self, unread=True)
         self.begin(0)
 
     def begin(self, step: int) -> None:
-        """What is logged begins after ``step``, except for what ``load_state_dict`` brought."""
+        """Start the logged interval after ``step``. Sums that ``load_state_dict`` loaded are kept."""
         self.optimizer.begin_interval(self.history)
         if not self._loaded:
             self._carried = [], nothing(_HOST, 0)
         self.history.begin(step)
 
     def read(self, step: int | None = None) -> None:
-        """The one copy from device to host; ends the interval.
+        """Copy the interval and the counts from the device, and end the interval.
 
         Args:
-            step: at which the interval of a logger ends, which begins where its last one ended. None: that of the
-                user's own reading, since the last one without a step; the logger's goes on.
+            step: last step of the logger's interval, which started at the end of the previous one. None: read the
+                user's own interval, which started at the last ``read`` without a step; the logger's interval continues.
         """
         names = self.optimizer.parameter_names()
         numbers = self._take(names, self if step is None else self.history)
@@ -104,14 +109,14 @@ class StatsReader:
             self.history.add(step, self.stats.layer_paths, self.stats.by_layer(self.interval), self.stats.cap)
 
     def _take(self, names: list[str], reader: Any) -> torch.Tensor:
-        """``[6, names]`` of the interval of ``reader``; with ``betas`` and ``numbers`` in one copy."""
+        """Copy the interval of ``reader`` as ``[6, names]``, and set ``betas`` and ``numbers``, in one copy."""
         interval, report = self.optimizer.interval(reader), self.optimizer.report()
         copied = torch.cat([interval.to(report.device).reshape(-1), report]).cpu()
         self._take_report(copied[interval.numel() :], names)
         return copied[: interval.numel()].reshape(interval.shape).to(torch.float64)
 
     def look(self) -> None:
-        """Read the counts only: the interval goes on."""
+        """Read ``betas`` and the counts without ending the interval."""
         self._take_report(self.optimizer.report().cpu(), self.optimizer.parameter_names())
 
     def _take_report(self, report: torch.Tensor, names: list[str]) -> None:
@@ -119,10 +124,10 @@ class StatsReader:
         self.first_bad = names[int(self.numbers.first_bad)] if names else ""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs so that no step is missing in its curves; it takes no collective."""
+        """Return the interval and the history, so that a resumed run's curves miss no step. It takes no collective."""
         self._carry()
         names, numbers = self._carried
-        stepped = [index for index, steps in enumerate(Interval(*numbers).steps.tolist()) if steps]  # all is finite
+        stepped = [index for index, steps in enumerate(Interval(*numbers).steps.tolist()) if steps]  # finite
         return {
             "names": [names[index] for index in stepped],
             "interval": numbers[:, stepped],
@@ -131,14 +136,14 @@ class StatsReader:
         }
 
     def _carry(self) -> None:
-        """Copy what was tallied so far of the interval from the device; it goes on."""
+        """Move the device's sums of the logger's interval to the host, without ending the interval."""
         names = self.optimizer.parameter_names()
         taken = self._take(names, self.history)
         self._loaded = self._loaded and not bool(Interval(*taken).steps.any())
         self._carried = names, merged_by_name(taken, names, self._carried[1], self._carried[0])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` gave, in place of what was counted here."""
+        """Replace the interval and the history by those that ``state_dict()`` returned."""
         numbers = torch.as_tensor(state_dict["interval"], dtype=torch.float64, device="cpu")
         self.optimizer.begin_interval(self.history)
         self._carried, self._loaded = (list(state_dict["names"]), numbers), True
@@ -148,70 +153,74 @@ class StatsReader:
 
     @property
     def stats(self) -> MomentumStats:
-        """How the tensors are grouped."""
+        """The MomentumStats of the optimizer's current tensors and caps."""
         names, caps = self.optimizer.parameter_names(), self.optimizer.caps()
         if self._stats is None or self._stats.names != names:  # a group was added
             self._stats = MomentumStats(names, caps, self.prefix)
-        self._stats.cap = max(caps, default=0.0)  # groups may be given another at any time
+        self._stats.cap = max(caps, default=0.0)  # a group's cap may change at any time
         return self._stats
 
     @property
     def skipped_in_a_row(self) -> int:
-        """Up to the last ``read``."""
+        """Number of consecutive steps skipped up to the last ``read``."""
         return int(self.numbers.skipped_in_a_row)
 
     def has_names(self) -> bool:
-        """Parameters are called otherwise than ``group.index``."""
+        """Return whether parameters have names other than ``group.index``."""
         return not all(name.replace(".", "").isdigit() for name in self.stats.names)
 
     def scalars(self) -> dict[str, float]:
-        """Tag -> value of the interval: ``<prefix>/beta/...``, ``/clamp/...``, ``/skipped_steps`` so far, and
-        ``/grad_norm`` of the last step where ``clip_grad_norm_`` ran."""
+        """Return the scalars of the interval by tag.
+
+        The tags are ``<prefix>/beta/...``, ``/clamp/...``, ``/skipped_steps`` since the run began, and ``/grad_norm``
+        of the last step if ``clip_grad_norm_`` ran.
+        """
         counted = self.numbers._replace(skipped_steps=self.numbers.skipped_steps + self.skipped_before)._asdict()
         logged = {name: value for name, value in counted.items() if name not in _NOT_LOGGED and not math.isnan(value)}
         return self.stats.scalars(self.interval) | {f"{self.prefix}/{name}": value for name, value in logged.items()}
 
     def layers(self) -> dict[str, float]:
-        """``<prefix>/beta/layer/<layer>``: the mean over each layer's tensors and steps; with ``/min`` the lowest."""
+        """Return ``<prefix>/beta/layer/<layer>``, the mean over the layer's tensors and steps, and its ``/min``."""
         return self.stats.layers(self.interval)
 
     def floor(self) -> dict[str, float]:
-        """``<prefix>/beta/floor``, 0: for TensorBoard's Custom Scalars, whose axes reach as far as their curves."""
+        """Return ``<prefix>/beta/floor``, 0, which makes the axes of TensorBoard's Custom Scalars start at 0."""
         return {f"{self.prefix}/beta/floor": 0.0}
 
     def few_layers(self) -> bool:
-        """So few that a curve for each can be read."""
+        """Return whether there are at most 32 layers, so that a chart with a curve for each is legible."""
         return len(self.stats.layer_paths) <= _FEW_LAYERS
 
     def add_histogram(self, board: Any, step: int) -> None:
-        """The mean beta_t of each tensor that has stepped, as ``<prefix>/beta``, to a ``SummaryWriter``."""
+        """Write the mean beta_t of each tensor that has stepped to a ``SummaryWriter``, as ``<prefix>/beta``."""
         stepped = self.interval.steps > 0
         if bool(stepped.any()):
             board.add_histogram(f"{self.prefix}/beta", (self.interval.total / self.interval.steps)[stepped], step)
 
     def draw(self, sinks: Sequence[Callable[[str, Any, int], Any]], step: int) -> None:
-        """The heat map of the layers, as ``<prefix>/beta/layers``; nothing where there is no Pillow.
+        """Write the heat map of the layers as ``<prefix>/beta/layers``. Without Pillow, nothing is written.
 
         Args:
-            sinks: each takes the tag, uint8 ``[height, width, 3]``, and the step, up to which it is drawn.
+            sinks: functions of the tag, the picture as uint8 ``[height, width, 3]``, and the step.
+            step: last step of the picture.
         """
         picture = self._history_until(step).picture(f"{self.prefix}: beta_t by layer") if sinks else None
         for sink in sinks if picture is not None else ():
             sink(f"{self.prefix}/beta/layers", picture, step)
 
     def finish(self) -> str:
-        """Draw the last picture, up to the last step; call it when training is over, before the logger is closed.
+        """Draw the last picture, up to the last step. Call it after training and before the logger is closed.
 
         Returns:
-            The run in one sentence; empty on processes that do not log, and where no step was made.
+            A summary of the run in one sentence. It is empty on processes that do not log, and if no step was made.
         """
         return self.at_end()
 
     def card(self, where: str) -> str:
-        """Markdown: scope, lambda, caps, rows and how they are reduced.
+        """Return a Markdown table of the scope, lambda, the caps, and the optimizer's tensors and reductions.
 
         Args:
-            where: the strategy or framework, for the headline.
+            where: name of the strategy or framework for the heading.
         """
         groups, key = self.optimizer.param_groups, self.optimizer.cap_key
         lines = [
@@ -225,11 +234,11 @@ class StatsReader:
         return "\n".join([head, "", "| | |", "|---|---|", *(f"| {row} |" for row in rows)])
 
     def newly_skipped(self) -> int:
-        """Steps skipped since the last warning."""
+        """Return the number of steps skipped since the last warning."""
         return int(self.numbers.skipped_steps) - self._warned_of
 
     def skip_warning(self) -> str:
-        """The warning for this log interval; the next counts from here."""
+        """Return the warning about the steps skipped since the last warning, and start the next count."""
         new, self._warned_of = self.newly_skipped(), int(self.numbers.skipped_steps)
         return (
             f"{self.prefix}: {new} step{'s' if new > 1 else ''} since the last report dropped, because a sum over "
@@ -237,11 +246,11 @@ class StatsReader:
         )
 
     def skipped_in_all(self) -> int:
-        """Steps skipped by this run and those it resumed from."""
+        """Return the number of steps skipped by this run and by the runs that it resumed from."""
         return self.skipped_before + int(read_report(self.optimizer)[1].skipped_steps)
 
     def _history_until(self, step: int) -> RunHistory:
-        """``history`` with the steps since the last reading, whose interval goes on."""
+        """Return ``history`` with the steps since the last reading, without ending their interval."""
         if step <= self.history.step:
             return self.history
         self._carry()
@@ -251,14 +260,14 @@ class StatsReader:
         return whole
 
     def sentence(self, step: int) -> str:
-        """The run until ``step``; empty where no step was made."""
+        """Return a summary of the run up to ``step``, or an empty string if no step was made."""
         found, skipped = self._history_until(step).sentence(), self.skipped_in_all()
         dropped = f"{skipped} step{'' if skipped == 1 else 's'} skipped" if skipped else "no step skipped"
         return f"{self.prefix}: {found}; {dropped}" if found else ""
 
 
 def settings_of(optimizer: AdaptiveMemoryOptimizer) -> str:
-    """Scope, lambda, caps and the number of tensors, for a line of a log."""
+    """Return the scope, lambda, the caps and the number of tensors as text for a log line."""
     groups, tensors = optimizer.param_groups, len(optimizer.parameter_names())
     cap, lambd = (_several(group[key] for group in groups) for key in (optimizer.cap_key, "lambd"))
     return f"scope {optimizer.scope}, lambda {lambd}, cap of beta_t {cap}, {tensors} tensors"

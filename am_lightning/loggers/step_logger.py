@@ -1,4 +1,4 @@
-"""Logging from inside an optimizer, for frameworks whose training loop is the user's own."""
+"""Log from hooks of the optimizer, for frameworks in which the user writes the training loop."""
 
 from __future__ import annotations
 
@@ -15,37 +15,43 @@ StepHook = Callable[[Callable[[], None]], None]
 
 
 def loggers_of(optimizer: Any) -> list[StepLogger]:
-    """Those that an optimizer owns."""
+    """Return the loggers that are attached to ``optimizer``."""
     owners = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_load_state_dict_post_hooks.values())
     return [owner for owner in owners if isinstance(owner, StepLogger)]
 
 
 def free_prefix(others: Iterable[StepLogger]) -> str:
-    """The first of am, am-1, am-2, ... that none of the other loggers of the same place writes under."""
+    """Return the first of am, am-1, am-2, ... that no logger in ``others`` uses."""
     taken = {other.reader.prefix for other in others}
     return next(prefix for prefix in map(prefix_of, itertools.count()) if prefix not in taken)
 
 
 class StepLogger(ABC):
-    """What every ``attach`` makes: a hook that counts training steps, and at the interval reads, warns and writes.
+    """Base class of the loggers that every ``attach`` creates: a step hook that reads, warns and writes at an interval.
 
-    A framework says which process writes, and how (``is_main``, ``write``). The optimizer owns the logger.
+    A subclass decides which process writes and how (``is_main``, ``write``, ``draw``). The optimizer owns the logger.
 
     Attributes:
-        reader: what was read last.
-        every: interval in optimizer steps; None: nothing is logged.
-        stacklevel: of the warning of dropped steps, up to whoever calls ``step()``.
+        reader: the StatsReader, which holds the values of its last reading.
+        every: log interval in optimizer steps. None: nothing is logged.
+        stacklevel: ``stacklevel`` of the warning about dropped steps, which points at the caller of ``step()``.
     """
 
     every: int | None
     stacklevel = 5
 
     def __init__(self, reader: StatsReader, after_each_step: StepHook | None = None) -> None:
-        """``after_each_step``: registers what an engine calls that steps the optimizer several times in a step."""
+        """Register the hooks.
+
+        Args:
+            reader: the reader of the optimizer.
+            after_each_step: registers a callback with an engine that calls ``optimizer.step()`` several times in a
+                training step. None: hooks of the optimizer are used.
+        """
         self.reader = reader
         reader.at_end = self.finish
         self._hooks = []
-        self._had_state = True  # before the step that runs
+        self._had_state = True  # whether the optimizer had state before the step that is running
         if after_each_step is None:
             self._hooks.append(reader.optimizer.register_step_pre_hook(self._look_at_state))
             self._hooks.append(reader.optimizer.register_step_post_hook(self))
@@ -56,24 +62,27 @@ class StepLogger(ABC):
         self._count_from_state(reader.optimizer)
 
     def _count_from_state(self, optimizer: Any) -> None:
-        """A resumed run is where its checkpoint was."""
+        """Count steps from the optimizer's state, so that a resumed run counts from its checkpoint."""
         steps = [
             int(state["step"]) for state in optimizer.state.values() if isinstance(state, dict) and "step" in state
         ]
         before, self._counted = self._counted, max(steps, default=0)
-        if self._counted != before:  # those since the last reading are not of the run that goes on
+        if self._counted != before:  # steps since the last reading do not belong to the resumed run
             self.reader.begin(self.steps)
 
     @property
     def steps(self) -> int:
-        """Calls of ``step()`` so far, with those before a resume: dropped ones only where the reader resumed too."""
+        """Number of ``step()`` calls, including those before a resume.
+
+        Steps dropped before the resume are included only if the reader's state was loaded too.
+        """
         return self._counted + self.reader.skipped_at_load
 
     def _look_at_state(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._had_state = bool(optimizer.state)
 
     def remove(self) -> None:
-        """Take the hooks away: nothing is logged any more. Of a DeepSpeedEngine ``every = None`` does it."""
+        """Remove the hooks, which stops the logging. With a DeepSpeedEngine, set ``every = None`` instead."""
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -99,12 +108,12 @@ class StepLogger(ABC):
 
     @abstractmethod
     def draw(self) -> None:
-        """Show the picture of the run up to ``steps``."""
+        """Write the heat map of the run up to ``steps``."""
 
     @abstractmethod
     def is_main(self) -> bool:
-        """This process writes."""
+        """Return whether this process writes."""
 
     @abstractmethod
     def write(self) -> None:
-        """Write what ``reader`` has read, at ``steps``."""
+        """Write the values of the reader's last reading at ``steps``."""

@@ -260,7 +260,7 @@ def test_dropped_steps_are_warned_of() -> None:
             "Invalid optimizer: AdamW .*build",
         ),
         ({"writer": None}, TypeError, "Invalid writer: None. writer must have add_scalar"),
-        ({"writer": SummaryWriter}, TypeError, r"the class SummaryWriter \(give an object of it\)"),
+        ({"writer": SummaryWriter}, TypeError, r"the class SummaryWriter \(writer must be an instance\)"),
         ({"writer": lambda scalars: None}, TypeError, "cannot be called with scalars and a step .*too many positional"),
         ({"every": 0}, ValueError, "Invalid every: 0"),
         ({"every": 1.5}, TypeError, "Invalid every: 1.5"),

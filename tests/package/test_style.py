@@ -11,6 +11,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 CLEAN = (
     "am_lightning/__init__.py",
+    "am_lightning/lightning",
+    "am_lightning/loggers",
     "am_lightning/optim/__init__.py",
     "am_lightning/optim/adamw.py",
     "am_lightning/optim/base.py",
