@@ -1,4 +1,4 @@
-"""Where a logical tensor lives, and the one reduction that sums over its shards."""
+"""Find the ranks that hold a logical tensor, and sum over its shards in one reduction."""
 
 from am_lightning.distributed.layout import ShardLayout
 from am_lightning.distributed.logical_param import local_grad, local_shard, logical_params_of

@@ -1,8 +1,8 @@
-"""Who steps an optimizer: wrappers and engines hold it and call it, and it has no pointer to them.
+"""Find the wrapper or engine that steps an optimizer on the call stack, because the optimizer has no pointer to it.
 
-An adapter that knows the engine tells the optimizer instead (``am_lightning.deepspeed.attach``). The questions here are
-asked when a layout is built, and while an optimizer has no state: no later step walks the stack. An optimizer is
-recognised by its list ``param_groups``.
+An adapter that knows the engine tells the optimizer instead (``am_lightning.deepspeed.attach``). The stack is searched
+when a layout is built and while an optimizer has no state, so later steps do not walk it. An optimizer is recognised by
+its list ``param_groups``.
 """
 
 from __future__ import annotations
@@ -19,54 +19,55 @@ _ZERO_REDUNDANCY = "torch.distributed.optim.zero_redundancy_optimizer"
 
 
 def inside_zero_redundancy(param_groups: Any) -> bool:
-    """True where a ZeroRedundancyOptimizer up the stack steps the optimizer, which sees only this rank's tensors."""
+    """Return whether a ZeroRedundancyOptimizer steps the optimizer, which then sees only this rank's tensors."""
     return _owner(param_groups, "optim", _ZERO_REDUNDANCY) is not None
 
 
 def called_by_zero_redundancy() -> bool:
-    """True where a ZeroRedundancyOptimizer up the stack builds an optimizer or adds a group to it."""
+    """Return whether a ZeroRedundancyOptimizer up the stack builds an optimizer or adds a group to it."""
     return any(_frames_of(_ZERO_REDUNDANCY))
 
 
 def deepspeed_owner(param_groups: Any) -> Any:
-    """DeepSpeed's optimizer up the stack that steps the one with these ``param_groups``, or None."""
+    """Return DeepSpeed's optimizer up the stack that steps the one with these ``param_groups``, or None."""
     return _owner(param_groups, "optimizer", "deepspeed")
 
 
 def inside_pipeline_engine() -> bool:
-    """True where DeepSpeed's PipelineEngine makes the step."""
+    """Return whether DeepSpeed's PipelineEngine makes the step."""
     return any(_frames_of("deepspeed.runtime.pipe"))
 
 
 def deepspeed_replicas() -> Any:
-    """The process group of the ranks whose gradients a DeepSpeed engine up the stack has averaged, or None."""
+    """Return the process group over which a DeepSpeed engine up the stack has averaged the gradients, or None."""
     groups = (getattr(frame.f_locals.get("self"), "data_parallel_group", None) for frame in _frames_of("deepspeed"))
     return next((group for group in groups if group is not None), None)
 
 
 def inside_engine_warm_up() -> bool:
-    """True where DeepSpeed makes a step with zero gradients while it is built, of which nothing must be left.
+    """Return whether DeepSpeed, while it is being built, makes a step with zero gradients, which must have no effect.
 
-    It counts as a step and decays the weights: FP16_UnfusedOptimizer (stage 0 in 16 bit) does so.
+    FP16_UnfusedOptimizer (stage 0 in 16 bit) makes such a step, which would count as a step and decay the weights.
     """
     return any(frame.f_code.co_name == "initialize_optimizer_states" for frame in _frames_of("deepspeed"))
 
 
 def inside_state_creation(param_groups: Sequence[dict[str, Any]] = ()) -> bool:
-    """True where torch.distributed.checkpoint makes a step at lr 0 with zero gradients, so that there is a state.
+    """Return whether torch.distributed.checkpoint makes a step at lr 0 with zero gradients to create the state.
 
-    Each rank whose optimizer has no state makes it, and nothing of it must be left. With FSDP1 that may be one rank
-    alone, which holds no element of the optimizer's parameters and so has no state in mid-run either: a collective
-    would wait for ever, and neither lr nor gradients tell this rank whether the others are here too.
+    Each rank whose optimizer has no state makes this step, which must have no other effect. Under FSDP1 this may be a
+    single rank, which holds no element of the optimizer's parameters and therefore has no state in mid-run either. A
+    collective would then hang, and neither lr nor gradients tell this rank whether the other ranks make the step too.
 
     Args:
-        param_groups: where one has another lr than 0, this is no such step, and the stack is not looked at.
+        param_groups: parameter groups of the optimizer. If a group's lr is not 0, this is no such step, and the stack
+            is not searched. Default: no groups.
     """
     module = sys.modules.get("torch.distributed.checkpoint.state_dict")
     if module is None or any(isinstance(lr := group.get("lr"), (int, float)) and lr != 0 for group in param_groups):
         return False
     maker = getattr(module, "_init_optim_state", None)
-    if maker is None:  # no error: a run that saves no such checkpoint does not need it
+    if maker is None:  # a run that saves no such checkpoint does not need it
         warnings.warn(
             f"torch {torch.__version__} has no torch.distributed.checkpoint.state_dict._init_optim_state any more, by "
             "which am_lightning knows a step that only makes a state: the first checkpoint of a run may count as one "
@@ -78,20 +79,20 @@ def inside_state_creation(param_groups: Sequence[dict[str, Any]] = ()) -> bool:
 
 
 def caller(kind: type) -> Any:
-    """The nearest object of class ``kind`` up the stack whose method is running; None where there is none."""
+    """Return the nearest object of class ``kind`` up the stack whose method is running, or None."""
     owners = (frame.f_locals.get("self") for frame in _frames())
     return next((owner for owner in owners if isinstance(owner, kind)), None)
 
 
 def _owner(param_groups: Any, attribute: str, module: str) -> Any:
-    """The nearest ``self`` of ``module`` up the stack whose ``attribute`` is the optimizer with ``param_groups``."""
+    """Return the nearest ``self`` in ``module`` whose ``attribute`` is the optimizer with ``param_groups``, or None."""
     owners = (frame.f_locals.get("self") for frame in _frames_of(module))
     held = ((owner, getattr(owner, attribute, None)) for owner in owners)
     return next((owner for owner, inner in held if getattr(inner, "param_groups", None) is param_groups), None)
 
 
 def _frames_of(module: str) -> Iterator[FrameType]:
-    """Frames of code in ``module`` or below it; none, without a walk, where it is not imported."""
+    """Yield the frames of code in ``module`` or its submodules. If it is not imported, the stack is not walked."""
     if module in sys.modules:
         yield from (frame for frame in _frames() if str(frame.f_globals.get("__name__", "")).startswith(module))
 

@@ -1,4 +1,4 @@
-"""Once, at the first step: do the ranks that will sum together hold the same tensors, and do the shards add up?"""
+"""Check once, at the first step, that ranks that sum together hold the same tensors and that shards add up."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from torch import Tensor
 from am_lightning.distributed.shard import Groups, backend_device, my_rank, ranks_of, shown
 from am_lightning.distributed.strategies import LogicalParam, local
 
-_PRIME = 2**61 - 1  # checksums are modulo this: they fit int64
+_PRIME = 2**61 - 1  # checksums are modulo this prime, so that they fit int64
 
 
 def check_agreement(params: Sequence[LogicalParam], numels: Sequence[int], groups: Groups) -> None:
-    """Collective over ``groups``: one gather of three integers; more only to name what is wrong.
+    """Check the tensors of one reduction. Collective over ``groups``.
+
+    The check is one gather of three integers for each group. Only an error needs more, to name the tensor.
 
     Args:
-        params: those of one reduction.
-        numels: elements of each that count on this rank.
+        params: logical tensors of the reduction.
+        numels: number of elements of each tensor that this rank counts.
+        groups: process groups of the reduction.
 
     Raises:
-        ValueError: other tensors on other ranks, or shards that do not add up; on every rank alike.
+        ValueError: on every rank, if ranks hold different tensors or the shards do not add up.
     """
     device = local(params[0].param).device
     digests = [_number((logical.name, logical.shard.numel, logical.group_index)) for logical in params]
@@ -44,10 +47,10 @@ def check_agreement(params: Sequence[LogicalParam], numels: Sequence[int], group
 
 
 def check_stages(description: str, group: object, device: torch.device) -> None:
-    """Collective over a pipeline's ``group``: is ``description`` the same on all stages?
+    """Check that ``description`` is the same on all stages of a pipeline. Collective over its ``group``.
 
     Raises:
-        ValueError: it is not; on every rank of the group.
+        ValueError: on every rank of the group, if it is not.
     """
     found = _gathered(torch.tensor([_number(description)], device=device), group)
     if bool((found != found[0]).any()):
@@ -61,7 +64,7 @@ def check_stages(description: str, group: object, device: torch.device) -> None:
 def _raise_for_tensors(
     params: Sequence[LogicalParam], digests: list[int], groups: Groups, device: torch.device
 ) -> None:
-    """Name the first tensor that differs, or the first that some ranks lack."""
+    """Raise an error that names the first tensor that differs, or the first that some ranks lack."""
     length = torch.tensor([len(params)], device=device)
     for group in groups:
         length = _gathered(length, group).amin(0)
@@ -106,7 +109,7 @@ def _raise_for_shards(
 
 
 def _gathered(vector: Tensor, group: object) -> Tensor:
-    """``[ranks, n]``: every rank's vector."""
+    """Return every rank's vector as ``[ranks, n]``."""
     there = vector.to(backend_device(group, vector.device))
     parts = [torch.empty_like(there) for _ in range(dist.get_world_size(group))]  # type: ignore[arg-type]
     dist.all_gather(parts, there, group=group)
@@ -114,5 +117,5 @@ def _gathered(vector: Tensor, group: object) -> Tensor:
 
 
 def _number(value: object) -> int:
-    """56 bits that are the same on every rank."""
+    """Return a 56-bit hash of ``value`` that is the same on every rank."""
     return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:7], "big")

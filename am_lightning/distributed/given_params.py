@@ -1,4 +1,4 @@
-"""What parameter groups were given, before an engine or a wrapper replaced the parameters."""
+"""Remember the parameters that groups were given, before an engine or a wrapper replaced them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ NamedParams = Sequence[tuple[str, Any]]  # (name, parameter)
 
 
 class Given(NamedTuple):
-    """What is kept of a parameter: no reference, because it may be of a whole model before sharding.
+    """The id and shape of a parameter. No reference is kept, because it may hold a whole model before sharding.
 
-    A weak one would do, but torch swaps no tensor that has one, as module.to() does under FSDP2.
+    A weak reference is not possible either: module.to() under FSDP2 swaps tensors, which torch refuses for a tensor
+    that has a weak reference.
     """
 
     key: int  # id
-    shape: Size | None  # None where it is not known yet
+    shape: Size | None  # None for a lazy parameter
 
     @classmethod
     def of(cls, param: Tensor) -> Given:
@@ -32,11 +33,11 @@ class Given(NamedTuple):
 class GivenParams:
     """The parameters that each group was given, and their names.
 
-    Accelerate's FSDP2 replaces them by sharded parameters, DeepSpeed by master copies or flat partitions.
+    Accelerate's FSDP2 replaces parameters by sharded ones, DeepSpeed by master copies or flat partitions.
 
     Attributes:
-        entries: each group, and what it was given.
-        known_names: ``id(parameter) -> name``, of parameters that were given without one.
+        entries: each group with the parameters that it was given.
+        known_names: ``id(parameter) -> name`` of parameters that were given without a name.
     """
 
     def __init__(self) -> None:
@@ -44,42 +45,42 @@ class GivenParams:
         self.known_names: dict[int, str] = {}
 
     def remember(self, param_groups: ParamGroups) -> None:
-        """Keep what groups that are new were given."""
+        """Remember the parameters of groups that are new."""
         known = {id(group) for group, _ in self.entries}
         for group in param_groups:
             if id(group) not in known:
                 self.entries.append((group, [Given.of(param) for param in group["params"]]))
 
     def replace_groups(self, old: ParamGroups, new: ParamGroups) -> None:
-        """torch.optim's load_state_dict has made ``new`` groups, in the order of the ``old`` ones."""
+        """Follow torch.optim's load_state_dict, which replaces ``old`` groups by ``new`` ones in the same order."""
         successors = {id(before): after for before, after in zip(old, new, strict=True)}
         self.entries = [(successors.get(id(group), group), given) for group, given in self.entries]
 
     def take_present(self, param_groups: ParamGroups) -> None:
-        """From now on the present parameters are the given ones; names of those before them pass on to them."""
+        """Treat the present parameters as the given ones. They take over the names of those that they replaced."""
         self.known_names |= self.names_by_position(param_groups)
         self.entries = []
         self.remember(param_groups)
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        """Every group that is remembered, also while an engine shows only some of them."""
+        """All remembered groups, including those that an engine hides at the moment."""
         return [group for group, _ in self.entries]
 
     def filled_groups(self) -> list[dict[str, Any]]:
-        """Those of ``groups`` that were given parameters."""
+        """Return the groups that were given at least one parameter."""
         return [group for group, given in self.entries if given]
 
     def group_of_each(self) -> list[dict[str, Any]]:
-        """The group of each given parameter."""
+        """Return the group of each given parameter."""
         return [group for group, given in self.entries for _ in given]
 
     def keys(self) -> set[int]:
-        """ids of all given parameters."""
+        """Return the ids of all given parameters."""
         return {one.key for _, given in self.entries for one in given}
 
     def named(self) -> list[tuple[dict[str, Any], list[tuple[str, Given]]]]:
-        """``(group, [(name, given parameter)])``."""
+        """Return ``(group, [(name, given parameter)])`` for each group."""
         groups = [{**group, "params": given} for group, given in self.entries]
         known = {id(one): self.known_names.get(one.key) for _, given in self.entries for one in given}
         names = group_names(groups, {key: name for key, name in known.items() if name is not None})
@@ -88,16 +89,16 @@ class GivenParams:
         ]
 
     def held(self, alive: dict[int, Tensor], param_groups: ParamGroups) -> tuple[list[NamedParams], NamedParams]:
-        """Names and parameters of those given ones that are ``alive``: for each of ``param_groups``, and of all.
+        """Return the names and parameters of given parameters in ``alive`` by group of ``param_groups``, and in total.
 
-        A group that is not remembered may hold any of them.
+        For a group that is not remembered all of them are returned, because it may hold any.
         """
         found = [(g, [(name, alive[one.key]) for name, one in named if one.key in alive]) for g, named in self.named()]
         everything = [pair for _, pairs in found for pair in pairs]
         return [next((p for g, p in found if g is group), everything) for group in param_groups], everything
 
     def alive(self, model: nn.Module | None) -> dict[int, Tensor]:
-        """``id -> parameter`` of the given ones that somebody holds: ``model``, or an engine."""
+        """Return ``id -> parameter`` of the given parameters that ``model`` or any other object still holds."""
         keys = self.keys()
         found: dict[int, Tensor] = {}
         for source in ((model.parameters() if model is not None else ()), gc.get_objects()):
@@ -107,7 +108,7 @@ class GivenParams:
         return found
 
     def names_by_position(self, param_groups: ParamGroups) -> dict[int, str]:
-        """``id -> name`` of parameters that replaced given ones: master copies, swapped DTensors."""
+        """Return ``id -> name`` of parameters that replaced given ones, such as master copies and swapped DTensors."""
         result = {}
         for group, named in self.named():
             live = next((g for g in param_groups if g is group), None)

@@ -1,4 +1,4 @@
-"""How the sums of logical tensors are reduced over ranks: one packed all-reduce serves all of them."""
+"""Reduce the sums of all logical tensors over ranks in one packed all-reduce."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from am_lightning.distributed.shard import (
 )
 from am_lightning.distributed.strategies import LogicalParam
 
-NUMBERS, BYTES = 4, 8  # of each logical tensor in the packed vector: N, D, present, first; float64
+NUMBERS, BYTES = 4, 8  # numbers of a logical tensor in the packed vector (N, D, present, first), bytes of a float64
 
 UNKNOWN_REPLICAS = (
     "torch.distributed is initialised with {world} processes, the parameters are not sharded, and replica_group is not "
@@ -44,8 +44,8 @@ class Reduction:
     Attributes:
         groups: process groups, reduced over one after the other.
         members: indices of the logical tensors.
-        ranks: all of one replica that hold parts or copies of them.
-        replicas: how many such sets of ranks there are.
+        ranks: all ranks of one replica that hold parts or copies of them.
+        replicas: number of replicas.
     """
 
     groups: Groups
@@ -57,15 +57,15 @@ class Reduction:
 class ShardLayout:
     """The logical tensors of an optimizer, in the order of its parameter groups, and how their sums are reduced.
 
-    Built once, at the first step, by every rank together; then ``all_reduce`` costs one collective a step.
+    All ranks build it together at the first step. After that, ``all_reduce`` costs one collective a step.
 
     Attributes:
-        logical_params: one for each logical tensor, the same on every rank.
-        reductions: usually one.
-        sizes: how many logical tensors each parameter group has.
-        sizes_known: every element is counted once; False where copies are not told from shards, so that only ratios of
-            sums are sure.
-        others_hold_the_rest: other ranks have other tensors, whole (ZeroRedundancyOptimizer).
+        logical_params: the logical tensors, the same on every rank.
+        reductions: the reductions, usually one.
+        sizes: number of logical tensors of each parameter group.
+        sizes_known: whether every element is counted once. False if copies cannot be told from shards, so that only
+            ratios of sums are exact.
+        others_hold_the_rest: whether other ranks hold other tensors as a whole (ZeroRedundancyOptimizer).
     """
 
     def __init__(
@@ -99,16 +99,19 @@ class ShardLayout:
         pipeline_group: Any = None,
         others_hold_the_rest: bool = False,
     ) -> ShardLayout:
-        """Find how the sums of ``params`` are reduced. Collective: all ranks that share tensors come together.
+        """Build the reductions of the sums of ``params``. Collective over all ranks that share tensors.
 
         Args:
-            replica_group: ranks that hold the same parameters, as far as their meshes do not say so.
-            pipeline_group: ranks that hold the other stages of the model.
-            others_hold_the_rest: each rank holds other tensors, whole (ZeroRedundancyOptimizer).
+            params: the logical tensors of the optimizer.
+            sizes: number of logical tensors of each parameter group.
+            replica_group: process group of the ranks that hold the same parameters, if their meshes do not contain this
+                information. Default: None.
+            pipeline_group: process group of one rank of each pipeline stage. Default: None.
+            others_hold_the_rest: whether other ranks hold other tensors as a whole (ZeroRedundancyOptimizer).
 
         Raises:
-            ValueError: groups and meshes do not match, ranks disagree on the tensors, or shards do not add up; on every
-                rank alike.
+            ValueError: on every rank, if groups and meshes do not match, ranks hold different tensors, or shards do not
+                add up.
         """
         reductions = _reductions(list(params), replica_group)
         _check_pipeline(reductions, pipeline_group)
@@ -127,12 +130,12 @@ class ShardLayout:
         """Sum over ranks, in one collective for each reduction's process group (usually one in all).
 
         Args:
-            packed: ``[params, k]``, this rank's contributions. Finite numbers of tensors that another rank counts are
-                dropped; others are not, so that a fault in one copy alone is seen by all ranks.
-            shared: ``[m]``, numbers in which every rank counts.
+            packed: ``[params, k]`` contributions of this rank. Finite numbers of tensors that another rank counts are
+                dropped. Other numbers are kept, so that all ranks see a fault in a single copy.
+            shared: ``[m]`` numbers to which every rank contributes. Default: None.
 
         Returns:
-            Both, summed: the same bits on every rank.
+            The sums of both, which are the same bits on every rank.
         """
         if not self.reductions:
             return packed, shared
@@ -156,21 +159,24 @@ class ShardLayout:
         return head.view_as(packed), None if shared is None else tail
 
     def _on(self, device: torch.device) -> tuple[Tensor, list[Tensor]]:
-        """``[params, 1]`` bool, True where another rank counts the elements; the members of each reduction."""
+        """Return a ``[params, 1]`` mask of tensors that another rank counts, and the members of each reduction."""
         if device not in self._constants:
             mask = torch.tensor([[not logical.is_owner] for logical in self.logical_params], device=device)
             self._constants[device] = mask, [torch.tensor(r.members, device=device) for r in self.reductions]
         return self._constants[device]
 
     def reduce_over_stages(self, totals: Tensor) -> Tensor:
-        """Sum numbers that are already those of a stage over the stages of the pipeline."""
+        """Sum the totals of each stage over the stages of the pipeline."""
         return totals if self.pipeline_group is None else all_reduce(totals, self.pipeline_group)
 
     def check_whole_model(self, what: str) -> None:
-        """Refuse what needs the whole model where ranks beyond the reductions may hold other parts of it.
+        """Check that the reductions cover the whole model.
+
+        Args:
+            what: the quantity that needs the whole model, for the message.
 
         Raises:
-            ValueError: naming ``what``, the ranks and a hint; on every rank alike.
+            ValueError: on every rank, if ranks outside the reductions may hold other parts of the model.
         """
         if self.others_hold_the_rest:
             raise ValueError(
@@ -191,29 +197,32 @@ class ShardLayout:
                 )
 
     def check_exact(self, what: str) -> None:
-        """Refuse what needs each element of the whole model once.
+        """Check that the reductions count each element of the whole model once.
+
+        Args:
+            what: the quantity that needs it, for the message.
 
         Raises:
-            ValueError: naming ``what``, or whose copies are not known, and a hint; on every rank alike.
+            ValueError: on every rank, if elements may be missing, or copies of them are not known.
         """
         self.check_whole_model(what)
         strategies.check_exact(self.logical_params)
 
     def check_stages(self, description: str) -> None:
-        """Collective over the pipeline. Refuse stages whose sums would not match.
+        """Check that the sums of all pipeline stages match. Collective over the pipeline.
 
         Args:
-            description: what all stages must have alike.
+            description: description of the settings that must be the same on all stages.
 
         Raises:
-            ValueError: on every rank of the pipeline.
+            ValueError: on every rank of the pipeline, if ``description`` differs.
         """
         if self.pipeline_group is not None:
             device = self.logical_params[0].param.device if self.logical_params else torch.device("cpu")
             check_stages(description, self.pipeline_group, device)
 
     def positions_in(self, names: Sequence[str]) -> Tensor:
-        """``[rows]`` beside the first parameter: where this layout's tensors are among ``names``."""
+        """Return the position of each of the layout's tensors in ``names``, on the device of the first parameter."""
         if self._positions is None or self._positions[0] != names:
             place = {name: i for i, name in enumerate(names)}
             device = self.logical_params[0].param.device
@@ -223,11 +232,11 @@ class ShardLayout:
 
     @property
     def collectives(self) -> int:
-        """All-reduces of one step."""
+        """Number of all-reduces in a step."""
         return sum(len(reduction.groups) for reduction in self.reductions) + (self.pipeline_group is not None)
 
     def describe(self) -> str:
-        """One line for logs: tensors, elements, placements, collectives a step."""
+        """Return the tensors, elements, placements and collectives of a step as one line for logs."""
         elements = sum(local_shard(logical, logical.param).numel() for logical in self.logical_params)
         text = f"{len(self.logical_params)} tensors, {elements:,} elements on this rank"
         if not self.reductions:
@@ -239,7 +248,7 @@ class ShardLayout:
         return f"{text} ({placed}); {self.collectives} all-reduce{many} a step: {how}"
 
     def _agree(self) -> None:
-        """Collective. Refuse tensors that differ between ranks or whose shards do not add up, on every rank alike."""
+        """Raise on every rank if tensors differ between ranks or shards do not add up. Collective."""
         for reduction in self.reductions:
             params = [self.logical_params[i] for i in reduction.members]
             numels = [local_shard(logical, logical.param).numel() if logical.is_owner else 0 for logical in params]
@@ -247,19 +256,19 @@ class ShardLayout:
 
 
 def message_bytes(tensors: int) -> int:
-    """Bytes of the packed vector of one step."""
+    """Return the size of a step's packed vector in bytes."""
     return tensors * NUMBERS * BYTES
 
 
 def all_reduce(vector: Tensor, group: Any) -> Tensor:
-    """All-reduce on a device that the group's backend serves: offloaded parameters live on a CPU beside NCCL.
+    """All-reduce on a device that the group's backend supports, because NCCL cannot reduce offloaded CPU parameters.
 
-    ``vector`` is the caller's to lose: where it is on that device already, it is overwritten.
+    ``vector`` is overwritten if it is on that device already.
     """
     there = vector.to(backend_device(group, vector.device))
     try:
         dist.all_reduce(there, group=group)
-    except RuntimeError as error:  # gloo's timeout; NCCL's ends the process from a thread of its own
+    except RuntimeError as error:  # gloo's timeout; NCCL's timeout ends the process from another thread
         raise type(error)(f"{error}\n{_NOT_ALL_RANKS}") from error
     return there.to(vector.device)
 
@@ -271,12 +280,12 @@ _NOT_ALL_RANKS = (
 
 
 def _is_owner_here(shard: ShardInfo, ranks: frozenset[int], replica: int) -> bool:
-    """Each element once: the first replica's, within it the slice of ``ranks`` that holds its first rank."""
+    """Return whether this rank counts the shard: in the first replica, and in the slice with the first of ``ranks``."""
     return replica == 0 and shard.is_owner and min(ranks) in shard.ranks
 
 
 def _reductions(params: list[LogicalParam], replica_group: Any) -> list[Reduction]:
-    """Logical tensors by the ranks over which they are summed: as few sets as possible, the largest shard first."""
+    """Group logical tensors by the ranks over which they are summed, into as few reductions as possible."""
     replicas = frozenset([my_rank()]) if replica_group is None else ranks_of(replica_group)
     result = []
     for ranks, groups, members in _reduction_sets([logical.shard for logical in params]):
@@ -298,7 +307,7 @@ def _reductions(params: list[LogicalParam], replica_group: Any) -> list[Reductio
 
 
 def _check_pipeline(reductions: list[Reduction], pipeline_group: Any) -> None:
-    """Refuse a pipeline group with other ranks of this stage."""
+    """Raise an error if the pipeline group has other ranks of this stage."""
     stages = frozenset([my_rank()]) if pipeline_group is None else ranks_of(pipeline_group)
     for reduction in reductions:
         same = stages & reduction.ranks.union(*(ranks_of(group) for group in reduction.groups))  # copies too
@@ -310,7 +319,7 @@ def _check_pipeline(reductions: list[Reduction], pipeline_group: Any) -> None:
 
 
 def _reduction_sets(shards: list[ShardInfo]) -> list[tuple[frozenset[int], Any, list[int]]]:
-    """(ranks, their groups, indices of shards): every shard in the first set that holds its ranks."""
+    """Return (ranks, their groups, indices of shards). Each shard is in the first set that contains its ranks."""
     distinct: dict[frozenset[int], ShardInfo] = {}
     for shard in shards:
         distinct.setdefault(shard.ranks, shard)

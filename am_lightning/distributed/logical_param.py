@@ -1,4 +1,4 @@
-"""The logical tensors in an optimizer's parameters, and this process's elements of them."""
+"""Find the logical tensors in an optimizer's parameters, and this process's elements of them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ def logical_params_of(
     surroundings: Surroundings | None = None,
     known_names: dict[int, str] | None = None,
 ) -> tuple[list[LogicalParam], list[int]]:
-    """The logical tensors in the order of the groups, and how many each group has. Not collective.
+    """Return the logical tensors in the order of the groups, and their number in each group. Not collective.
 
-    A parameter that a group has twice (a tied weight; torch.optim warns of it) is one tensor, under its first name.
+    A parameter that a group has twice (a tied weight, of which torch.optim warns) is one tensor under its first name.
 
     Args:
-        known_names: ``id(parameter) -> name``.
+        param_groups: parameter groups of the optimizer.
+        surroundings: the model and the replaced parameters. Default: none are known.
+        known_names: ``id(parameter) -> name`` of parameters that were given without a name.
 
     Raises:
-        ValueError: a parameter is placed so that its sums cannot be formed.
+        ValueError: if the placement of a parameter does not allow its sums to be formed.
     """
     names = group_names(param_groups, known_names)
     kinds = [kind(surroundings or Surroundings()) for kind in strategies.STRATEGIES]
@@ -46,11 +48,11 @@ def logical_params_of(
 
 
 def local_shard(logical: LogicalParam, tensor: Tensor) -> Tensor:
-    """This rank's elements of ``tensor`` (the parameter, its gradient or a state of it): a view."""
+    """Return a view of this rank's elements of ``tensor``, which is the parameter, its gradient or a state of it."""
     tensor = local(tensor)
     return tensor if logical.span is None else tensor[logical.span]
 
 
 def local_grad(logical: LogicalParam) -> Tensor:
-    """This rank's elements of the gradient, placed like the parameter."""
+    """Return this rank's elements of the gradient, placed like the parameter."""
     return local_shard(logical, redistributed_grad(logical.param))

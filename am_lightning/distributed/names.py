@@ -1,4 +1,4 @@
-"""Parameter names as a user wrote them: without what wrappers put in front."""
+"""Parameter names without the prefixes that wrappers add."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ _WRAPPER = re.compile(
 
 
 def strip_wrappers(name: str) -> str:
-    """``module._orig_mod.layers.0.weight`` -> ``layers.0.weight``: DDP, FSDP, compile, checkpoint, DeepSpeed."""
+    """Remove the prefixes of DDP, FSDP, compile, checkpoint and DeepSpeed: ``module._orig_mod.net.0`` -> ``net.0``."""
     return _WRAPPER.sub("", name)
 
 
 def group_names(param_groups: Sequence[dict[str, Any]], known: dict[int, str] | None = None) -> list[list[str]]:
-    """One distinct name for each parameter of each group.
+    """Return a distinct name for each parameter of each group.
 
-    The names given to the optimizer win, then ``known`` (``id(parameter) -> name``), then ``group.index``.
+    A name given to the optimizer has priority, then a name in ``known`` (``id(parameter) -> name``), then
+    ``group.index``.
     """
     known = known or {}
     result: list[list[str]] = []
@@ -41,5 +42,5 @@ def group_names(param_groups: Sequence[dict[str, Any]], known: dict[int, str] | 
 
 
 def names_by_id(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[int, str]:
-    """``id(parameter) -> name`` of ``module.named_parameters()``."""
+    """Return ``id(parameter) -> name`` of ``module.named_parameters()``."""
     return {id(param): strip_wrappers(name) for name, param in named_parameters}

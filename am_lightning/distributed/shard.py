@@ -1,4 +1,4 @@
-"""Where one logical tensor lives: which ranks hold a part or a copy of it, and which of the copies counts."""
+"""The placement of a logical tensor: the ranks that hold a part or a copy, and the copy that counts in sums."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ Groups = tuple[Any, ...]  # process groups; an all-reduce over each in turn sums
 
 @dataclass(frozen=True, eq=False)
 class ShardInfo:
-    """One logical tensor among the ranks.
+    """The placement of one logical tensor among the ranks.
 
     Attributes:
-        ranks: all that hold a part or a copy, as far as this tensor's own mesh or group tells.
-        is_owner: this rank's part is the one that counts among the copies within ``ranks``.
-        groups: gives the process groups whose product is ``ranks``; creating one is collective, so only on demand.
-        numel: elements of the whole tensor; None where that is not known here.
-        description: the placement, for messages.
-        mesh: the DTensor's DeviceMesh.
+        ranks: all ranks that hold a part or a copy, as far as the tensor's own mesh or group tells.
+        is_owner: whether this rank's part is the one that counts among the copies within ``ranks``.
+        groups: function that returns the process groups whose product is ``ranks``. It is called on demand, because
+            creating a group is collective.
+        numel: number of elements of the whole tensor. None: unknown.
+        description: description of the placement for messages.
+        mesh: DeviceMesh of a DTensor. Default: None.
     """
 
     ranks: frozenset[int]
@@ -38,9 +39,9 @@ class TensorSlice:
     """A logical tensor within one of the optimizer's parameters.
 
     Attributes:
-        name: its own, where it shares the parameter with others.
-        shard: where its elements live among the ranks.
-        span: its elements in this rank's part of the parameter, empty where they are elsewhere; None: all of them.
+        name: name of the tensor, if it shares the parameter with others.
+        shard: placement of its elements among the ranks.
+        span: its elements in this rank's part of the parameter, empty if other ranks hold them. None: all elements.
     """
 
     name: str
@@ -49,22 +50,22 @@ class TensorSlice:
 
 
 def world_size() -> int:
-    """Ranks of the default process group; 1 without one."""
+    """Return the number of ranks of the default process group, or 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def my_rank() -> int:
-    """This process's global rank; 0 without a process group."""
+    """Return this process's global rank, or 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def ranks_of(group: Any) -> frozenset[int]:
-    """Global ranks of a process group."""
+    """Return the global ranks of a process group."""
     return frozenset(dist.get_process_group_ranks(group))
 
 
 def smallest_groups(ranks: frozenset[int], groups: Callable[[], Groups]) -> Groups:
-    """No group where one rank is all, the default group where it serves, else ``groups()``."""
+    """Return no group for a single rank, the default group for all ranks, and ``groups()`` otherwise."""
     if len(ranks) == 1:
         return ()
     if len(ranks) == world_size():
@@ -73,13 +74,13 @@ def smallest_groups(ranks: frozenset[int], groups: Callable[[], Groups]) -> Grou
 
 
 def shown(ranks: Sequence[int] | frozenset[int]) -> str:
-    """``0, 1, 2, ... 63``: ranks for a message."""
+    """Return ranks as text for a message: ``0, 1, 2, ... 63``."""
     listed = [str(rank) for rank in sorted(ranks)]
     return ", ".join(listed if len(listed) <= 8 else [*listed[:3], "...", listed[-1]])
 
 
 def backend_device(group: Any, device: torch.device) -> torch.device:
-    """``device``, or the accelerator where the group's backend serves only that."""
+    """Return ``device``, or the accelerator if the group's backend does not support ``device``."""
     config = dist.get_backend_config(group)  # "cpu:gloo,cuda:nccl"
     served = [entry.partition(":")[0] for entry in config.split(",")]
     if device.type in served or not torch.accelerator.is_available():

@@ -11,6 +11,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 CLEAN = (
     "am_lightning/__init__.py",
+    "am_lightning/distributed/__init__.py",
+    "am_lightning/distributed/call_stack.py",
+    "am_lightning/distributed/consistency.py",
+    "am_lightning/distributed/given_params.py",
+    "am_lightning/distributed/layout.py",
+    "am_lightning/distributed/logical_param.py",
+    "am_lightning/distributed/names.py",
+    "am_lightning/distributed/shard.py",
+    "am_lightning/distributed/strategies/__init__.py",
+    "am_lightning/distributed/strategies/unsharded.py",
     "am_lightning/lightning",
     "am_lightning/loggers",
     "am_lightning/optim/__init__.py",

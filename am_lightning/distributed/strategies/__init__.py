@@ -1,4 +1,4 @@
-"""The ways to spread parameters over ranks, one module each, and the questions that the rest of the package asks."""
+"""The strategies that distribute parameters over ranks, one module each, and functions that query all of them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ __all__ = [
     "redistributed_grad",
 ]
 
-# The first that holds a parameter serves it.
+# A parameter belongs to the first strategy whose holds() is true.
 STRATEGIES: tuple[type[Strategy], ...] = (
     ZeroStrategy,  # before the others: its flat partitions look like plain tensors
     DTensorStrategy,
@@ -52,51 +52,51 @@ STRATEGIES: tuple[type[Strategy], ...] = (
 
 
 def loaded_engines() -> list[type[Strategy]]:
-    """Strategies whose engine is imported, and may replace given parameters by flat partitions."""
+    """Return the strategies whose engine is imported, so that it may replace given parameters by flat partitions."""
     return [strategy for strategy in STRATEGIES if strategy.engine in sys.modules]
 
 
 def is_stepped_by_engine(param_groups: ParamGroups) -> bool:
-    """An engine up the stack steps the optimizer that has these groups."""
+    """Return whether an engine up the stack steps the optimizer that has these groups."""
     return any(strategy.steps(param_groups) for strategy in STRATEGIES)
 
 
 def averaging_group() -> Any:
-    """Process group of the ranks whose gradients an engine up the stack has averaged, or None."""
+    """Return the process group over which an engine up the stack has averaged the gradients, or None."""
     return next((group for strategy in STRATEGIES if (group := strategy.replicas()) is not None), None)
 
 
 def check_engines(
     param_groups: ParamGroups, given: GivenParams, model: nn.Module | None, *, attached: bool, replaced: bool
 ) -> None:
-    """``Strategy.check_engine`` of all."""
+    """Call ``Strategy.check_engine`` of all strategies."""
     for strategy in STRATEGIES:
         strategy.check_engine(param_groups, given, model, attached=attached, replaced=replaced)
 
 
 def check_demand(params: Sequence[LogicalParam], demand: Demand) -> None:
-    """``Strategy.check_demand`` of those that hold one of ``params``."""
+    """Call ``Strategy.check_demand`` of the strategies that hold one of ``params``."""
     for strategy in STRATEGIES:
         if any(logical.strategy is strategy for logical in params):
             strategy.check_demand(params, demand)
 
 
 def check_exact(params: Sequence[LogicalParam]) -> None:
-    """``Strategy.check_exact`` of those that hold one of ``params``."""
+    """Call ``Strategy.check_exact`` of the strategies that hold one of ``params``."""
     for strategy in STRATEGIES:
         if any(logical.strategy is strategy for logical in params):
             strategy.check_exact(params)
 
 
 def cover(shards: Sequence[ShardInfo]) -> Cover | None:
-    """One reduction that serves all ``shards``, or None."""
+    """Return one reduction that serves all ``shards``, or None."""
     return next((found for strategy in STRATEGIES if (found := strategy.cover(shards)) is not None), None)
 
 
 def logical_ndims(root: nn.Module) -> dict[int, int]:
-    """``id(parameter) -> ndim`` of the whole tensor, where the parameter shows another.
+    """Return ``id(parameter) -> ndim`` of the whole tensor, for parameters whose own ndim differs.
 
     Raises:
-        ValueError: that is not known.
+        ValueError: if the ndim is not known.
     """
     return {key: ndim for strategy in STRATEGIES for key, ndim in strategy.logical_ndims(root).items()}

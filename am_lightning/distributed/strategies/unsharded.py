@@ -1,4 +1,4 @@
-"""Plain tensors: whole on every rank that has them."""
+"""The strategy of plain tensors, which are whole on every rank that has them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from am_lightning.distributed.strategies.strategy import Strategy
 
 
 class UnshardedStrategy(Strategy):
-    """One process, or copies (DDP): a tensor does not know whether other ranks hold copies."""
+    """One process, or copies (DDP). A tensor does not tell whether other ranks hold copies."""
 
     name = "no sharding"
 
