@@ -20,6 +20,8 @@ CLEAN = (
     "am_lightning/distributed/names.py",
     "am_lightning/distributed/shard.py",
     "am_lightning/distributed/strategies/__init__.py",
+    "am_lightning/distributed/strategies/dtensor.py",
+    "am_lightning/distributed/strategies/strategy.py",
     "am_lightning/distributed/strategies/unsharded.py",
     "am_lightning/lightning",
     "am_lightning/loggers",

@@ -1,4 +1,4 @@
-"""DTensor: FSDP2, HSDP, tensor parallel and any mix of them, on whatever meshes."""
+"""The strategy of DTensors: FSDP2, HSDP, tensor parallel and any mix of them, on any mesh."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class DTensorStrategy(Strategy):
 
 
 def is_dtensor(tensor: object) -> bool:
-    """True for a DTensor. Does not import it: without the import there is none."""
+    """Return whether ``tensor`` is a DTensor. If the module is not imported, no DTensor exists."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Any) -> Tensor:
-    """This rank's elements of any tensor: a view for a DTensor, the tensor itself otherwise."""
+    """Return this rank's elements of a tensor: a view of a DTensor's shard, or the tensor itself."""
     if not is_dtensor(tensor):
         return tensor  # type: ignore[no-any-return]
     with torch.no_grad():
@@ -53,9 +53,9 @@ def local(tensor: Any) -> Tensor:
 
 
 def redistributed_grad(param: Tensor) -> Tensor:
-    """``param.grad`` placed like ``param``. Tensor parallel leaves gradients of replicated norms as Partial sums.
+    """Return ``param.grad`` placed like ``param``. Collective over the mesh dimensions whose placement differs.
 
-    Collective over the mesh dimensions whose placement differs.
+    Tensor parallel leaves gradients of replicated norms as Partial sums.
     """
     grad = param.grad
     assert grad is not None
@@ -65,12 +65,12 @@ def redistributed_grad(param: Tensor) -> Tensor:
 
 
 def placement_of(tensor: Any) -> tuple[Any, ...] | None:
-    """What two DTensors must share for their local shards to hold the same elements; None for a plain tensor."""
+    """Return placements and mesh of a DTensor, or None. Shards of DTensors hold the same elements if both are equal."""
     return (tuple(tensor.placements), tensor.device_mesh.mesh.tolist()) if is_dtensor(tensor) else None
 
 
 def describe_placement(tensor: Any) -> str:
-    """For messages: the placements, and the ranks in the order of the mesh."""
+    """Return the placements and the ranks in the order of the mesh as text for messages."""
     if not is_dtensor(tensor):
         return "a plain tensor"
     ranks = tensor.device_mesh.mesh.flatten().tolist()
@@ -79,15 +79,15 @@ def describe_placement(tensor: Any) -> str:
 
 
 def shard_info_of(param: Any, name: str) -> ShardInfo:
-    """Where a DTensor lives.
+    """Return the ShardInfo of a DTensor.
 
     Raises:
-        ValueError: a placement neither splits nor copies, or this rank is not in the mesh.
+        ValueError: if a placement neither splits nor copies, or this rank is not in the mesh.
     """
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.placement_types import _StridedShard
 
-    splits = (Shard, _StridedShard)  # the second is not in every release a subclass of the first
+    splits = (Shard, _StridedShard)  # the second is a subclass of the first in some releases only
     mesh, placements = param.device_mesh, tuple(param.placements)
     for placement in placements:
         if not isinstance(placement, (*splits, Replicate)):
@@ -115,17 +115,17 @@ def shard_info_of(param: Any, name: str) -> ShardInfo:
 
 
 def mesh_groups(mesh: Any) -> Groups:
-    """A group of all ranks of ``mesh``: its own where it has one dimension, else the flattened mesh's.
+    """Return a group of all ranks of ``mesh``: its own if it has one dimension, else the group of the flattened mesh.
 
-    Flattening makes process groups, once for a mesh: every rank of the world reaches it together, at the first step.
+    Flattening creates process groups once for a mesh. All ranks of the world do so together, at the first step.
     """
     return (mesh.get_group() if mesh.ndim == 1 else mesh._flatten().get_group(),)
 
 
 def span_of_root(meshes: Sequence[Any]) -> tuple[frozenset[int], Any] | None:
-    """Ranks and mesh that cover all of ``meshes``, as whole dimensions of the root mesh they were cut from.
+    """Return the ranks and the slice of the root mesh, in whole dimensions, that cover all of ``meshes``.
 
-    None where the root has no such slice: several roots, or dimensions that were made by splitting one.
+    Return None if no such slice exists, because there are several roots or a dimension was split.
     """
     root = _root_of(meshes[0])
     grid, names = root.mesh, root.mesh_dim_names
@@ -147,7 +147,7 @@ def span_of_root(meshes: Sequence[Any]) -> tuple[frozenset[int], Any] | None:
 
 
 def _root_of(mesh: Any) -> Any:
-    """The mesh that ``mesh`` was cut from, or itself: its own method knows since torch 2.10, a table did before."""
+    """Return the mesh that ``mesh`` was cut from, or itself. Before torch 2.10, a table of torch holds it."""
     if hasattr(mesh, "_get_root_mesh"):
         return mesh._get_root_mesh()
     table = import_module("torch.distributed.device_mesh")._mesh_resources

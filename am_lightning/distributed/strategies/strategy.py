@@ -1,4 +1,4 @@
-"""The interface of a way to spread parameters over ranks: what sums over whole tensors need to know."""
+"""The interface of the strategies that distribute parameters over ranks."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Cover = tuple[frozenset[int], Callable[[], Groups]]  # ranks, and the process gr
 
 @dataclass(frozen=True, eq=False)
 class Surroundings:
-    """What is known beside the optimizer's parameters.
+    """The model and the replaced parameters that belong to the optimizer's parameters.
 
     Attributes:
-        model: the module that holds them, as it is trained.
-        replaced: for each parameter group, the given parameters that an engine has replaced by flat partitions.
-        all_replaced: those of all groups; empty: nothing was replaced.
+        model: the trained module that holds the parameters. None: unknown.
+        replaced: the given parameters of each group that an engine has replaced by flat partitions.
+        all_replaced: the replaced parameters of all groups, empty if nothing was replaced.
     """
 
     model: nn.Module | None = None
@@ -31,16 +31,16 @@ class Surroundings:
 
 @dataclass(frozen=True, eq=False)
 class LogicalParam:
-    """What a model calls one parameter: this process's shard of it, and whether that counts in the reduced sums.
+    """One parameter of the model, this process's shard of it, and whether the shard counts in the reduced sums.
 
     Attributes:
-        param: the parameter that the optimizer has, which may be a flat one of several tensors.
-        group_index: of its parameter group; not the group itself, because load_state_dict replaces the dicts.
-        name: distinct among all.
-        shard: where its elements live among the ranks.
-        strategy: what has placed it.
-        is_owner: this rank's elements count in the sums; False where another rank counts them.
-        span: its elements in this rank's part of ``param``; None: all of them.
+        param: the optimizer's parameter, which may be a flat parameter of several tensors.
+        group_index: index of its parameter group. The group itself is not kept because load_state_dict replaces it.
+        name: distinct name.
+        shard: placement of its elements among the ranks.
+        strategy: class of the strategy that has placed it.
+        is_owner: whether this rank's elements count in the sums. False if another rank counts them. Default: True.
+        span: its elements in this rank's part of ``param``. None: all elements.
     """
 
     param: Tensor
@@ -53,19 +53,19 @@ class LogicalParam:
 
     @property
     def partitioned(self) -> bool:
-        """It has its own adaptive scalars within a flat parameter, kept by name."""
+        """Whether it has its own adaptive scalars within a flat parameter, which are kept by name."""
         return self.strategy.partitioned
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What an optimizer asks of its layout.
+    """The requirements of an optimizer on its layout.
 
     Attributes:
         scope: "tensor", "group" or "global".
-        exact_sums: sums and not only their ratio decide beta_t.
-        whole_step: the sums of all ``step()`` calls of a training step are known in the first of them.
-        group_names: the names of the tensors that each group was given.
+        exact_sums: whether beta_t depends on the sums themselves and not only on their ratio.
+        whole_step: whether the first ``step()`` call of a training step knows the sums of all its ``step()`` calls.
+        group_names: names of the tensors that each group was given.
     """
 
     scope: str
@@ -75,17 +75,17 @@ class Demand:
 
 
 class Strategy:
-    """One way to spread parameters over ranks; an instance serves one set of parameter groups.
+    """Base class of the strategies. An instance serves one set of parameter groups.
 
-    A new one is a file with a subclass, and a line in ``STRATEGIES``. It needs ``holds`` and ``slices``;
-    by the defaults of the rest it refuses nothing.
+    To add a strategy, write a subclass in its own file and add it to ``STRATEGIES``. It must define ``holds`` and
+    ``slices``. The other methods accept everything by default.
 
     Class attributes:
-        name: for messages.
-        one_state_dtype: saves the states of many tensors as one, so that they must have one dtype.
-        partitioned: the tensors in a parameter each have their own adaptive scalars, which are kept by name.
-        engine: the package that replaces given parameters by flat partitions.
-        clipping: how gradients are clipped where the engine holds them.
+        name: name for messages.
+        one_state_dtype: whether the states of many tensors are saved as one, so that they must have one dtype.
+        partitioned: whether each tensor in a parameter has its own adaptive scalars, which are kept by name.
+        engine: package that replaces given parameters by flat partitions. None: there is none.
+        clipping: how to clip gradients if the engine holds them.
     """
 
     name: ClassVar[str]
@@ -98,72 +98,75 @@ class Strategy:
         """Keep what ``holds`` and ``slices`` need."""
 
     def holds(self, param: Tensor) -> bool:
-        """This strategy has placed ``param``."""
+        """Return whether this strategy has placed ``param``."""
         raise NotImplementedError
 
     def slices(self, param: Tensor, name: str, group_index: int) -> list[TensorSlice]:
-        """The logical tensors in ``param``, the same list on every rank.
+        """Return the logical tensors in ``param``, the same list on every rank.
 
         Raises:
-            ValueError: they cannot be found, or are placed so that sums over their elements cannot be formed.
+            ValueError: if they cannot be found, or their placement does not allow sums over their elements.
         """
         raise NotImplementedError
 
     @classmethod
     def replaces(cls, given: Tensor) -> bool:
-        """``given``, a parameter that the optimizer was given, is replaced by a flat partition."""
+        """Return whether a flat partition replaces ``given``, a parameter that the optimizer was given."""
         return False
 
     @classmethod
     def steps(cls, param_groups: ParamGroups) -> bool:
-        """An engine of this strategy up the stack steps the optimizer that has these groups."""
+        """Return whether an engine of this strategy up the stack steps the optimizer that has these groups."""
         return False
 
     @classmethod
     def replicas(cls) -> Any:
-        """Process group of the ranks whose gradients an engine up the stack has averaged, or None."""
+        """Return the process group over which an engine up the stack has averaged the gradients, or None."""
         return None
 
     @classmethod
     def check_engine(
         cls, param_groups: ParamGroups, given: GivenParams, model: nn.Module | None, *, attached: bool, replaced: bool
     ) -> None:
-        """Refuse an engine that is not supported.
+        """Check that the engine is supported.
 
         Args:
-            attached: an adapter has looked at the engine itself; otherwise it is searched for up the stack.
-            replaced: flat partitions have replaced the given parameters.
+            param_groups: parameter groups of the optimizer.
+            given: parameters that the groups were given.
+            model: the trained module. None: unknown.
+            attached: whether an adapter has checked the engine itself. If not, it is searched up the stack.
+            replaced: whether flat partitions have replaced the given parameters.
 
         Raises:
-            ValueError: on every rank alike.
+            ValueError: on every rank, if the engine is not supported.
         """
 
     @classmethod
     def check_demand(cls, params: Sequence[LogicalParam], demand: Demand) -> None:
-        """Refuse sums over ``params`` that cannot be formed, or whose states cannot be saved.
+        """Check that the sums over ``params`` can be formed and their states saved.
 
         Raises:
-            ValueError: on every rank alike.
+            ValueError: on every rank, if they cannot.
         """
 
     @classmethod
     def check_exact(cls, params: Sequence[LogicalParam]) -> None:
-        """Refuse sums in which an element might count more than once, because copies of it are not known.
+        """Check that the sums count each element once.
 
         Raises:
-            ValueError: on every rank alike.
+            ValueError: on every rank, if copies of an element are not known.
         """
 
     @classmethod
     def cover(cls, shards: Sequence[ShardInfo]) -> Cover | None:
-        """One reduction that serves all ``shards``, or None."""
+        """Return one reduction that serves all ``shards``, or None."""
         return None
 
     @classmethod
     def logical_ndims(cls, root: nn.Module) -> dict[int, int]:
-        """``id(parameter) -> ndim`` of the whole tensor, where the parameter shows another.
+        """Return ``id(parameter) -> ndim`` of the whole tensor, for parameters whose own ndim differs.
 
         Raises:
-            ValueError: that is not known.
+            ValueError: if the ndim is not known.
         """
         return {}
