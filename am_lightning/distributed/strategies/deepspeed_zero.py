@@ -1,8 +1,8 @@
-"""DeepSpeed ZeRO: finds the logical tensors again in the flat partitions that the engine gives to the optimizer.
+"""The strategy of DeepSpeed ZeRO, which finds the logical tensors in the engine's flat partitions.
 
-No engine handle is needed: the parameters that the optimizer was given lead there, by attributes of DeepSpeed which
+It needs no handle of the engine, because DeepSpeed sets attributes on the given parameters, which
 ``tests/package/private_deepspeed.py`` lists. ``_dp_group`` marks a parameter of stage 1, stage 2 and BF16_Optimizer,
-``_z3_optimizer`` one of stage 3.
+``_z3_optimizer`` a parameter of stage 3.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class ZeroStrategy(Strategy):
 
     @classmethod
     def check_demand(cls, params: Sequence[LogicalParam], demand: Demand) -> None:
-        """The tensors of the scope must all be in this call of step()."""
+        """Check that all tensors of the scope are in this call of step()."""
         if demand.scope == "tensor" or demand.whole_step:
             return
         here = {logical.name for logical in params}
@@ -85,12 +85,12 @@ class ZeroStrategy(Strategy):
 
     @classmethod
     def logical_ndims(cls, root: nn.Module) -> dict[int, int]:
-        """Of parameters that zero.Init has partitioned, which are 1-D here."""
+        """Return the ndim of parameters that zero.Init has partitioned, which are 1-D here."""
         return {id(param): len(param.ds_shape) for param in root.parameters() if hasattr(param, "ds_shape")}
 
 
 def _check_copies(param_groups: ParamGroups, given: GivenParams) -> None:
-    """Refuse parameters that are neither given ones nor copies of them."""
+    """Raise an error for parameters that are neither given ones nor copies of them."""
     known = given.named()
     for group in param_groups:
         named = next((named for other, named in known if other is group), [])
@@ -99,14 +99,14 @@ def _check_copies(param_groups: ParamGroups, given: GivenParams) -> None:
 
 
 def check_supported(owner: Any, given: NamedParams) -> None:
-    """Refuse engines whose sums would be wrong, or whose checkpoints could not be resumed.
+    """Check that the engine uses no feature that makes sums wrong or checkpoints impossible to resume.
 
     Args:
         owner: DeepSpeed's optimizer.
-        given: (name, parameter) of what the optimizer was given.
+        given: names and parameters that the optimizer was given.
 
     Raises:
-        ValueError: naming a parameter, the feature and the hint; on every rank alike: all have one configuration.
+        ValueError: on every rank, because all have the same configuration, if a feature is not supported.
     """
     refused = [
         ("swap_optimizer", "NVMe offload of the optimizer", "offload to the CPU: offload_optimizer.device: cpu"),
@@ -135,15 +135,15 @@ def _refused(given: NamedParams, what: str, hint: str) -> str:
 
 
 def flat_slices_of(flat: Any, group: NamedParams, everything: NamedParams) -> list[TensorSlice]:
-    """The logical tensors in ``flat``, the same list on every rank, with empty spans where a tensor is elsewhere.
+    """Return the logical tensors in ``flat``, the same list on every rank. Tensors of other ranks have empty spans.
 
     Args:
         flat: this rank's partition, as the engine put it into a parameter group.
-        group: what that group was given.
-        everything: what all groups were given.
+        group: names and parameters that the group was given.
+        everything: names and parameters that all groups were given.
 
     Raises:
-        ValueError: they cannot be found; naming a parameter, the stage and the DeepSpeed version.
+        ValueError: if the tensors cannot be found.
     """
     engine: Any = next((param._z3_optimizer for _, param in everything if hasattr(param, "_z3_optimizer")), None)
     if engine is not None:
@@ -165,7 +165,7 @@ def _slices_of_stage_3(engine: Any, flat: Any, everything: NamedParams) -> list[
         if id(param) not in names:
             raise ValueError(cannot_map(everything, "stage 3", "fp16_groups holds a parameter it was never given"))
         size = param.partition_numel()
-        real = max(0, min(size, param.ds_numel - rank * size))  # what follows is padding: uninitialised memory
+        real = max(0, min(size, param.ds_numel - rank * size))  # the rest is uninitialised padding
         parts.append(
             TensorSlice(
                 names[id(param)], _shard_info(group, param.ds_numel, "ZeRO stage 3"), slice(start, start + real)
@@ -176,9 +176,9 @@ def _slices_of_stage_3(engine: Any, flat: Any, everything: NamedParams) -> list[
 
 
 def _slices_of_stages_1_and_2(flat: Any, held: NamedParams) -> list[TensorSlice]:
-    """Every parameter is a view of one flat buffer, of which ``flat`` is the copy of this rank's slice.
+    """Return the slices of stages 1 and 2, where parameters are views of one buffer and ``flat`` copies a slice of it.
 
-    DeepSpeed's ``_hp_mapping`` is wrong where ``round_robin_gradients`` reorders the buffer.
+    DeepSpeed's ``_hp_mapping`` is not used, because it is wrong if ``round_robin_gradients`` reorders the buffer.
     """
     name, first = held[0]
     storages = {param.data.untyped_storage().data_ptr() for _, param in held}
@@ -200,7 +200,7 @@ def _shard_info(group: Any, numel: int, description: str) -> ShardInfo:
 
 
 def cannot_map(named: Sequence[tuple[str, object]], stage: str, why: str) -> str:
-    """The text of a refusal: parameter, DeepSpeed's version, stage, reason and hint."""
+    """Return the text of an error with the parameter, DeepSpeed's version, the stage, the reason and a hint."""
     version = _version()
     name = named[0][0] if named else "(none)"
     return (

@@ -1,4 +1,4 @@
-"""FullyShardedDataParallel (FSDP1): what its handles know and its parameters do not show."""
+"""The strategy of FullyShardedDataParallel (FSDP1), whose handles know more than its parameters show."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BIND_THE_MODEL = (
 
 
 class FSDP1Strategy(Strategy):
-    """FSDP1: its module knows the process groups, its parameters do not."""
+    """FSDP1, whose module knows the process groups and whose parameters do not."""
 
     name = "FSDP1"
     one_state_dtype = True
@@ -61,20 +61,22 @@ class FSDP1Strategy(Strategy):
 
 
 def is_managed(param: Tensor) -> bool:
-    """True for FSDP1's flat parameters and for the original ones it shows with ``use_orig_params=True``."""
+    """Return whether ``param`` is FSDP1's flat parameter, or an original one shown with ``use_orig_params=True``."""
     return bool(getattr(param, "_fsdp_flattened", False))
 
 
 def is_flat_parameter(param: Tensor) -> bool:
-    """True for what the optimizer gets with ``use_orig_params=False``."""
+    """Return whether ``param`` is a flat parameter, which the optimizer gets with ``use_orig_params=False``."""
     return is_managed(param) and hasattr(param, "_fqns")
 
 
 def managed_parameters(model: nn.Module | None) -> dict[int, list[TensorSlice]]:
-    """``id(parameter) -> tensors in it`` of all FSDP modules in ``model``; without a name where it shows one tensor.
+    """Return ``id(parameter) -> tensors in it`` of all FSDP modules in ``model``.
+
+    The name of a tensor is empty if the parameter shows this tensor only.
 
     Raises:
-        ValueError: FSDP1 over tensor-parallel parameters, whose other dimension FSDP1 hides.
+        ValueError: if FSDP1 wraps tensor-parallel parameters, whose other split it hides.
     """
     if model is None or not any(is_managed(p) for p in model.parameters()):
         return {}
@@ -98,7 +100,7 @@ def managed_parameters(model: nn.Module | None) -> dict[int, list[TensorSlice]]:
 
 
 def without_model(param: Any) -> list[TensorSlice]:
-    """What can be said without the model: sums over all ranks. Copies under HYBRID_SHARD cancel in N / D."""
+    """Return the tensors without the model, summed over all ranks. Copies under HYBRID_SHARD cancel in N / D."""
     shard = ShardInfo(frozenset(range(world_size())), True, tuple, None, "FSDP1, groups not known")
     if not is_flat_parameter(param):
         return [TensorSlice("", shard)]
@@ -110,7 +112,7 @@ def _shard_info(module: Any, handle: Any) -> ShardInfo:
     group = handle.process_group
     copies = module._inter_node_pg if "HYBRID" in module.sharding_strategy.name else None
     description = f"FSDP1 {module.sharding_strategy.name}"
-    if not handle.uses_sharded_strategy:  # NO_SHARD: every rank of the group holds all
+    if not handle.uses_sharded_strategy:  # NO_SHARD: every rank holds all elements
         return ShardInfo(ranks_of(group), dist.get_rank(group) == 0, lambda: (group,), None, description)
     if copies is None or dist.get_world_size(copies) == 1:
         return ShardInfo(ranks_of(group), True, lambda: (group,), None, description)
@@ -121,7 +123,7 @@ def _shard_info(module: Any, handle: Any) -> ShardInfo:
 
 
 def _tensors_in(flat: Any, prefix: str, shard: ShardInfo) -> Iterator[TensorSlice]:
-    """Logical tensors of a FlatParameter and where they lie in this rank's shard; padding is in none of them."""
+    """Yield the logical tensors of a FlatParameter with their spans in this rank's shard, without the padding."""
     for fqn, numel, info in zip(flat._fqns, flat._numels, flat._shard_param_infos, strict=True):
         span = slice(0, 0)
         if info.in_shard:
@@ -140,7 +142,7 @@ def _refuse_tensor_parallel(flat: Any, prefix: str) -> None:
 
 
 def _refuse_flat(params: Sequence[LogicalParam]) -> None:
-    """A flat parameter has one 0-dim state, not one for each of its tensors; FSDP1 saves no more."""
+    """Raise an error for flat parameters, because FSDP1 saves one 0-dim state for all tensors in them."""
     names: dict[int, str] = {}
     for logical in params:
         if id(logical.param) in names and logical.strategy is FSDP1Strategy:
@@ -154,7 +156,7 @@ def _refuse_flat(params: Sequence[LogicalParam]) -> None:
 
 
 def _ndims_of_views(root: nn.Module) -> dict[int, int]:
-    """``id(parameter) -> ndim`` of what FSDP1 shows as flat 1-D views."""
+    """Return ``id(parameter) -> ndim`` of the parameters that FSDP1 shows as flat 1-D views."""
     managed = {id(param): name for name, param in root.named_parameters() if is_managed(param)}
     if not managed:
         return {}
