@@ -1,4 +1,4 @@
-"""Slips of the hand: arguments that a call does not take are named with what to write."""
+"""Error messages for unknown arguments, which say what to write instead."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-LAMBDA = ("lambda_", "lam", "lmbda", "lamda")  # lambda itself is no name in Python
+LAMBDA = ("lambda_", "lam", "lmbda", "lamda")  # lambda itself is a keyword of Python
 
 _ADAMWS = {
     **dict.fromkeys(("learning_rate", "learningrate"), "write lr=..."),
@@ -20,7 +20,7 @@ _ADAMWS = {
     "differentiable": "step() cannot be differentiated through: leave it out",
     "decay_embeddings": "an argument of am_lightning.am_adamw and am_sgd, which take a model",
     "overrides": "an argument of am_lightning.am_adamw and am_sgd, which take a model",
-    "named_parameters": "give them first: params may be (name, parameter) pairs",
+    "named_parameters": "pass them as params, which may be (name, parameter) pairs",
 }
 _CAP = "the cap of beta_t and the second moment's decay are betas=(cap, beta2)"
 ADAMW = {
@@ -38,11 +38,11 @@ SGD = {
 
 
 def with_hints(hints: Mapping[str, str], keywords: str) -> Callable[[F], F]:
-    """A function whose TypeError for unknown or too many arguments ends with the hint.
+    """Decorate a function so that its TypeError for unknown or too many arguments ends with a hint.
 
     Args:
-        hints: name of an argument that it does not have -> what to do.
-        keywords: how to write what was given by position.
+        hints: ``name -> hint`` for arguments that the function does not have.
+        keywords: how to write arguments that were wrongly passed by position.
     """
 
     def decorate(function: F) -> F:

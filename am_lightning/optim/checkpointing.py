@@ -1,4 +1,4 @@
-"""How an optimizer is loaded, copied and unpickled: torch.optim's ways, and what they do not know."""
+"""Loading, copying and unpickling of an optimizer: additions to the methods of torch.optim.Optimizer."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from am_lightning.optim.param_state import OPTIONS, TABLE
 from am_lightning.optim.state_dict_checks import Expected, check_loadable, check_mapping
 from am_lightning.optim.state_store import StateStore
 
-_NAMES = "_names_of_unnamed"  # in a pickle: what name_parameters() gave
+_NAMES = "_names_of_unnamed"  # key of a pickle that holds the names given by name_parameters()
 
 
 class Loadable(Protocol):
-    """The part of an optimizer that is read and written here."""
+    """The attributes and methods of an optimizer that this module uses."""
 
     param_groups: list[dict[str, Any]]
     state: Any
@@ -45,13 +45,20 @@ class Loadable(Protocol):
 
 
 def with_names(optimizer: Loadable, state: dict[str, Any]) -> dict[str, Any]:
-    """What is pickled: parameters are others afterwards, but their places are the same."""
+    """Add the parameter names to a state to be pickled.
+
+    Unpickling creates new parameter objects, but their order stays the same, so the names are stored by position.
+    """
     known = optimizer.param_layout.given.known_names
     return state | {_NAMES: optimizer.parameter_names()} if known else state
 
 
 def only_makes_states(optimizer: Any) -> bool:
-    """A step that torch.distributed.checkpoint or an engine make on a fresh optimizer, of which little is left."""
+    """Create the missing states, and return True, if torch.distributed.checkpoint or an engine calls ``step()``.
+
+    Both call it on a fresh optimizer to make it create its states. Such a call must not change anything else. The
+    warm-up of an engine creates nothing here.
+    """
     if optimizer.layout is None and inside_engine_warm_up():
         return True
     if not inside_state_creation(optimizer.param_groups):
@@ -65,9 +72,9 @@ def only_makes_states(optimizer: Any) -> bool:
 
 @contextmanager
 def undone_if_it_fails(optimizer: Any) -> Iterator[None]:
-    """A load that fails, whatever the reason, has changed nothing."""
+    """Restore the attributes of ``optimizer`` if the body of the ``with`` statement raises."""
     held = [optimizer]
-    if "_store" in optimizer.__dict__:  # not before unpickling
+    if "_store" in optimizer.__dict__:  # an optimizer that is being unpickled does not have it yet
         held += [optimizer._store, optimizer.param_layout.given]
     before = [(one, dict(one.__dict__)) for one in held]
     try:
@@ -79,12 +86,14 @@ def undone_if_it_fails(optimizer: Any) -> Iterator[None]:
 
 
 def take_state(optimizer: Loadable, state: dict[str, Any], set_state: Callable[[dict[str, Any]], None]) -> None:
-    """After a load, a copy or unpickling.
+    """Implement ``__setstate__``, which torch.optim calls for a load, a copy and unpickling.
 
     Args:
-        set_state: torch.optim's ``__setstate__``.
+        optimizer: the optimizer that receives the state.
+        state: the attributes to set.
+        set_state: ``__setstate__`` of torch.optim.Optimizer.
     """
-    copied = "_stats" not in optimizer.__dict__  # or unpickled
+    copied = "_stats" not in optimizer.__dict__  # True for a copy and for unpickling
     if copied:
         optimizer._forget()
     set_state(state)
@@ -106,10 +115,10 @@ def take_state(optimizer: Loadable, state: dict[str, Any], set_state: Callable[[
 
 @contextmanager
 def checked_load(optimizer: Loadable, state_dict: Any) -> Iterator[None]:
-    """While torch.optim loads ``state_dict``: it is checked as a whole before anything changes.
+    """Check the whole ``state_dict`` before torch.optim, in the body of the ``with`` statement, loads any of it.
 
     Raises:
-        ValueError: it cannot be loaded; the text names the parameter or the group.
+        ValueError: if it cannot be loaded. The message names the parameter or the group.
     """
 
     def remember(_: Optimizer, saved: dict[str, Any]) -> None:
@@ -125,8 +134,8 @@ def checked_load(optimizer: Loadable, state_dict: Any) -> Iterator[None]:
         optimizer._check_group(group_checks.with_any_lr(trial))
         group_checks.check_magnitudes(trial)
 
-    check_mapping(state_dict)  # torch.optim copies it; the user's hooks may make a state dict of it
-    last = optimizer.register_load_state_dict_pre_hook(remember)  # sees what the user's own hooks made of it
+    check_mapping(state_dict)  # torch.optim copies it before the user's hooks, which may still complete it
+    last = optimizer.register_load_state_dict_pre_hook(remember)  # runs last, so it sees the result of the user's hooks
     try:
         yield
     finally:
@@ -135,7 +144,7 @@ def checked_load(optimizer: Loadable, state_dict: Any) -> Iterator[None]:
 
 
 def _restore(optimizer: Loadable, saved: dict[str, Any], live: list[dict[str, Any]]) -> None:
-    """torch.optim has put a checkpoint's groups and states in place of the ``live`` ones: make them ours."""
+    """Adapt the groups and states that torch.optim has loaded in place of the ``live`` ones."""
     in_tables, cap_key, d = optimizer.is_partitioned(), optimizer.cap_key, optimizer.moments[0]
     for group, saved_group, live_group in zip(optimizer.param_groups, saved["param_groups"], live, strict=True):
         param_state.restore_options(group, live_group, cap_key)
@@ -146,12 +155,12 @@ def _restore(optimizer: Loadable, saved: dict[str, Any], live: list[dict[str, An
             if before and not in_tables:
                 state = optimizer.state[param]
                 param_state.restore_scalars(state, before, param, beta1=beta1, lr=group["lr"], cap=cap)
-                # torch.optim has cast d to the parameter's dtype
+                # torch.optim has cast d to the dtype of the parameter
                 state[d] = state[d].to(param_state.direction_dtype(param, optimizer.exp_avg_dtype))
 
 
 def save_tables(optimizer: Loadable, groups: list[dict[str, Any]]) -> None:
-    """Put the tables of adaptive scalars, and every group's options, into the groups of a state_dict."""
+    """Add the tables of adaptive scalars and the options of all groups to each of ``groups``, those of a state_dict."""
     tables = optimizer._store.tables()
     if tables:
         options = [{k: v for k, v in group.items() if k != "params"} for group in groups]
@@ -160,7 +169,7 @@ def save_tables(optimizer: Loadable, groups: list[dict[str, Any]]) -> None:
 
 
 def take_tables(optimizer: Loadable) -> None:
-    """Take out what a checkpoint, or an engine that loaded one, has put into the groups."""
+    """Remove the entries of ``save_tables`` from the groups, and restore the tables and options from them."""
     groups, live, cap_key = optimizer.param_layout.given.groups, optimizer.given_groups(), optimizer.cap_key
     if not any(TABLE in group or OPTIONS in group for group in groups):
         return
@@ -175,7 +184,7 @@ def take_tables(optimizer: Loadable) -> None:
     for group, own in zip(live, saved, strict=True):
         kept = {key: value for key, value in own.items() if key in group and key not in copied}
         if any(group[key] != saved[0].get(key) for key in kept):
-            continue  # its own options are there
-        group.update(kept)  # one engine copies the first group's options onto all
+            continue  # the group already has its own options
+        group.update(kept)  # because one engine copies the options of the first group to all groups
         if group["lr"] == saved[0].get("lr"):
             group["lr"] = own["lr"]

@@ -1,4 +1,4 @@
-"""Turn a torch.optim.AdamW or Adam into AMAdamW in place: schedulers and the user's own references stay valid."""
+"""Conversion of a torch.optim.AdamW or Adam into AMAdamW in place, so that references to the object stay valid."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from am_lightning.optim.adamw import AMAdamW
 from am_lightning.optim.kernels.registry import require_fused
 from am_lightning.optim.param_state import FOREIGN_OPTIONS, has_coupled_decay
 
-# On a step() that a scheduler has wrapped to count it: torch's of today, and those written after torch's before 2.5
+# Attributes of a step() that a scheduler has wrapped to count its calls. The second is the one before torch 2.5.
 _MARKS = ("_wrapped_by_lr_sched", "_with_counter")
-_METHODS = {"step", "state_dict", "load_state_dict", "add_param_group"}  # AMAdamW has its own
+_METHODS = {"step", "state_dict", "load_state_dict", "add_param_group"}  # AMAdamW overrides these
 
 
 def default_cap(beta1: float, lambd: float) -> float:
-    """b - (1 - b) lambda, not below 0: the paper's 0.9 - 0.1 lambda = 0.89 for the usual b."""
+    """Return max(0, b - (1 - b) lambda) for b = beta1. It is 0.89 for b = 0.9 and lambda = 0.1, as in the paper."""
     return max(0.0, beta1 - (1 - beta1) * lambd)
 
 
 def is_adam(optimizer: Any) -> TypeGuard[torch.optim.AdamW | torch.optim.Adam]:
-    """A torch.optim.AdamW or Adam, or of a class made from one; ``convert_adamw`` says which it takes."""
+    """Return whether ``optimizer`` is a torch.optim.AdamW or Adam. ``convert_adamw`` refuses some of them."""
     return isinstance(optimizer, torch.optim.AdamW | torch.optim.Adam)
 
 
@@ -35,26 +35,27 @@ def convert_adamw(
     beta1_max: float | None = None,
     scope: str = "tensor",
 ) -> AMAdamW:
-    """Make ``optimizer`` an AMAdamW; the same object is returned.
+    """Turn ``optimizer`` into an AMAdamW in place and return it.
+
+    The options foreach, fused, capturable, maximize, lr, eps and weight_decay are kept. If fused=True cannot run,
+    because a compiler or Triton is missing, it becomes None with a warning. If neither foreach nor fused is set,
+    AMAdamW uses its Triton kernels on a GPU.
 
     Args:
-        optimizer: exactly a torch.optim.AdamW that has made no step, or such a torch.optim.Adam without weight decay
-            or with ``decoupled_weight_decay``, which is the same.
-        lambd: memory regularisation lambda.
-        beta1_max: cap of beta_t for all groups; None: ``default_cap`` of each group's own beta1.
-        scope: "tensor", "group" or "global".
-
-    foreach, fused, capturable, maximize, lr, eps and weight decay are carried over. fused=True becomes None, with a
-    warning, where its kernels lack a compiler or Triton. With neither set a GPU's kernels are AMAdamW's: Triton's.
+        optimizer: a torch.optim.AdamW, or a torch.optim.Adam without coupled weight decay. It must not be of a subclass
+            and must not have made a step.
+        lambd: memory regularisation lambda (default: 0.1).
+        beta1_max: cap of beta_t for all groups (default: None, ``default_cap`` of the beta1 of each group).
+        scope: "tensor", "group" or "global" (default: "tensor").
 
     Raises:
-        ValueError: amsgrad, differentiable, coupled weight decay, a subclass, a replaced ``step``, or state already
-            present.
+        ValueError: if the optimizer uses amsgrad, differentiable or coupled weight decay, is of a subclass, has state,
+            or if a method such as ``step`` was replaced on the instance.
     """
     _refuse(optimizer)
     replaced_step = optimizer.__dict__.pop("step", None)
     dropped = _drop_fused_where_it_cannot_run(optimizer)
-    optimizer.__dict__.pop("_step_supports_amp_scaling", None)  # GradScaler must unscale before step(), not inside it
+    optimizer.__dict__.pop("_step_supports_amp_scaling", None)  # GradScaler must unscale the gradients before step()
     own = optimizer.defaults["betas"][0]
     caps = [_cap(_beta1(group, own), lambd, beta1_max) for group in optimizer.param_groups]
     optimizer.__class__ = AMAdamW  # type: ignore[assignment]
@@ -65,7 +66,7 @@ def convert_adamw(
     for group, cap in zip(converted.param_groups, caps, strict=True):
         _convert_options(group, lambd, cap)
     _convert_options(converted.defaults, lambd, _cap(own, lambd, beta1_max))
-    del converted.defaults[AMAdamW.cap_key]  # a later group takes it from its betas
+    del converted.defaults[AMAdamW.cap_key]  # a group that is added later gets its cap from its betas
     converted._patch_step_function()
     if replaced_step is not None:
         _let_scheduler_watch(converted, [mark for mark in _MARKS if hasattr(replaced_step, mark)])
@@ -73,7 +74,11 @@ def convert_adamw(
 
 
 def _drop_fused_where_it_cannot_run(optimizer: Any) -> bool | None:
-    """Whether ``fused=True`` was taken away; None where no group has it. The ranks agree at their first step."""
+    """Set ``fused=True`` to None if it cannot run on this rank. The ranks agree at their first step.
+
+    Returns:
+        Whether it was set to None, or None if no group has ``fused=True``.
+    """
     fused = [group for group in optimizer.param_groups if group.get("fused")]
     try:
         for device in {param.device for group in fused for param in group["params"]}:
@@ -120,7 +125,7 @@ def _refuse(optimizer: Any) -> None:
 
 
 def what_to_return(optimizer: Any) -> str:
-    """For a message: the optimizer of ours, or of torch, in place of one that cannot be converted."""
+    """Return a hint for messages that names an optimizer to use in place of one that cannot be converted."""
     name, library = type(optimizer).__name__, type(optimizer).__module__.partition(".")[0]
     if "adam" in name.lower() and library != "torch":
         return (
@@ -136,8 +141,8 @@ def _cap(beta1: Any, lambd: float, beta1_max: float | None) -> float:
 
 
 def _beta1(group: dict[str, Any], own: Any) -> Any:
-    """The user's beta1 of a group. ``own`` is the optimizer's, because a scheduler may have changed the group's."""
-    cycled = "max_momentum" in group  # OneCycleLR and CyclicLR write betas[0] as soon as they are built
+    """Return the beta1 that the user gave a group, or ``own``, the optimizer's default, if a scheduler cycles it."""
+    cycled = "max_momentum" in group  # OneCycleLR and CyclicLR overwrite betas[0] when they are created
     return own if cycled else group["betas"][0]
 
 
@@ -150,7 +155,7 @@ def _convert_options(group: dict[str, Any], lambd: float, cap: float) -> None:
 
 
 def _let_scheduler_watch(optimizer: AMAdamW, marks: list[str]) -> None:
-    """Wrap the new step() as LRScheduler had wrapped the old one, to check the order of the two steps."""
+    """Wrap the new ``step`` as LRScheduler had wrapped the old one, so that it can check the order of the two steps."""
     function, reference = AMAdamW.step, weakref.ref(optimizer)
 
     @functools.wraps(function)

@@ -1,4 +1,4 @@
-"""Gradient clipping by the global norm, on the optimizer's own rows."""
+"""Gradient clipping by the global norm over the logical tensors of an optimizer."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from am_lightning.optim.unwrap import unwrap_optimizer
 
 _TORCHS = {
     "norm_type": "it clips by the 2-norm: leave it out",
-    "error_if_nonfinite": "the step drops gradients that are not finite: leave it out",
-    "foreach": "the optimizer's kernels decide: leave it out",
-    "parameters": "give it the optimizer, clip_grad_norm_(optimizer, max_norm)",
-    "model": "give it the optimizer, clip_grad_norm_(optimizer, max_norm)",
+    "error_if_nonfinite": "step() skips gradients that are not finite: leave it out",
+    "foreach": "the optimizer chooses its kernels: leave it out",
+    "parameters": "pass the optimizer, clip_grad_norm_(optimizer, max_norm)",
+    "model": "pass the optimizer, clip_grad_norm_(optimizer, max_norm)",
 }
 
 
@@ -30,24 +30,24 @@ _TORCHS = {
 def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float, *, in_step: bool = False) -> Tensor:
     """Scale the gradients of all of the optimizer's parameters so that their global 2-norm is at most ``max_norm``.
 
-    Call it on every rank, after backward and before ``step()``; also before the first. It is right for every layout:
-    DDP, FSDP1, FSDP2, HSDP, tensor parallel and mixes of them, in one collective. Gradients that tensor parallel left
-    as Partial sums are redistributed once.
+    Call it on every rank after the backward pass and before ``step()``. It works before the first step, too.
+    DDP, FSDP1, FSDP2, HSDP, tensor parallelism and combinations of them are supported, with one collective. Gradients
+    that tensor parallelism left as Partial sums are redistributed once.
 
     Args:
-        optimizer: AMAdamW or AMSGD, or what Lightning, Fabric or Accelerate made of it.
-        max_norm: a number >= 0; ``inf`` only computes the norm.
-        in_step: leave the gradients as they are, and let the next ``step()`` multiply them. Triton's kernels (CUDA,
-            ROCm) then do so in registers, which saves reading and writing them once; other kernels multiply them in
-            place. ``zero_grad()`` takes it back, so a step that a GradScaler leaves out does no harm. Whoever captures
-            the step in a CUDA graph must capture this call as well.
+        optimizer: an AMAdamW or AMSGD, or a wrapper of Lightning, Fabric or Accelerate around one.
+        max_norm: maximal norm, a number >= 0. With ``inf`` the norm is only computed.
+        in_step: leave the gradients unchanged, and let the next ``step()`` multiply them (default: False). The Triton
+            kernels (CUDA, ROCm) do so in registers, which saves reading and writing the gradients once. Other kernels
+            multiply them in place. ``zero_grad()`` cancels the clipping, so a step that a GradScaler skips does no
+            harm. If the step is captured in a CUDA graph, this call must be captured, too.
 
     Returns:
-        0-dim, the norm before clipping, on the device of the sums.
+        The norm before clipping, a 0-dim tensor on the device of the sums.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type or out of range, or the norm of the whole model cannot
-            be formed from what this optimizer holds.
+        TypeError, ValueError: if an argument is of the wrong type or out of range, or if the norm of the whole model
+            cannot be computed from the parameters of this optimizer.
     """
     optimizer = unwrap_optimizer(optimizer)
     if not isinstance(optimizer, AdaptiveMemoryOptimizer):
@@ -71,7 +71,7 @@ def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float, *, in_s
     layout.check_exact("the global gradient norm")
     for param in dict.fromkeys(row.param for row in layout.logical_params):
         if param.grad is not None:
-            param.grad = redistributed_grad(param)  # Partial sums once, not again in step()
+            param.grad = redistributed_grad(param)  # so that step() need not redistribute Partial sums again
     device, dtype = sums_live_on([row.param for row in layout.logical_params])
     here = [i for i, row in enumerate(layout.logical_params) if row.param.grad is not None]
     gradients = [local_grad(layout.logical_params[i]) for i in here]
@@ -93,6 +93,6 @@ def clip_grad_norm_(optimizer: AdaptiveMemoryOptimizer, max_norm: float, *, in_s
 
 
 def _spread(values: Tensor, optimizer: AdaptiveMemoryOptimizer, here: tuple[int, ...], rows: int) -> Tensor:
-    """``[here]`` -> ``[rows]``: each number at its row, zero elsewhere."""
+    """Spread ``values``, ``[here]``, over ``[rows]``, with zeros at the other rows."""
     out = values.new_zeros(rows)
     return out.index_copy_(0, optimizer._workspace.constants.vector(here, values.device), values)

@@ -1,4 +1,4 @@
-"""Checks of the parameter groups of a live optimizer, which people change by hand between steps."""
+"""Checks of the parameter groups of a live optimizer, which users may change by hand between steps."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from am_lightning.optim.validation import WHOLE_OPTIMIZER, as_float, check_names
 
 
 def refuse_module(params: Any) -> None:
-    """A module in place of its parameters.
+    """Refuse a module that is passed in place of its parameters.
 
     Raises:
-        TypeError: with the hint.
+        TypeError: if ``params`` is a module. The message says what to pass.
     """
     if isinstance(params, torch.nn.Module) and not isinstance(params, torch.nn.ParameterList):
         raise TypeError(
@@ -30,10 +30,13 @@ def refuse_module(params: Any) -> None:
 
 
 def without_whole_options(group: dict[str, Any], optimizer: Any) -> dict[str, Any]:
-    """A new group without options of the whole optimizer, which ZeroRedundancyOptimizer repeats in the groups.
+    """Return a copy of ``group`` without options of the whole optimizer.
+
+    ZeroRedundancyOptimizer copies these options into its groups.
 
     Raises:
-        ValueError: it has one, and is not ZeroRedundancyOptimizer's or has another value.
+        ValueError: if the group has such an option and ZeroRedundancyOptimizer did not put it there, or if its value
+            differs from that of the optimizer.
     """
     for name in set(WHOLE_OPTIMIZER).intersection(group):
         if group[name] != getattr(optimizer, name, ...) or not called_by_zero_redundancy():
@@ -42,20 +45,20 @@ def without_whole_options(group: dict[str, Any], optimizer: Any) -> dict[str, An
 
 
 def warn_of_cycled_momentum(param_groups: Iterable[dict[str, Any]], cap_key: str) -> None:
-    """OneCycleLR and CyclicLR write ``betas[0]``."""
+    """Warn if OneCycleLR or CyclicLR cycles ``betas[0]``."""
     if any("max_momentum" in group for group in param_groups):
         warnings.warn(
             "the learning rate scheduler cycles betas[0], which adaptive memory does not use: beta_t is computed, "
             f"and its cap stays in the group's {cap_key!r}. Pass cycle_momentum=False to the scheduler.",
-            stacklevel=8,  # whoever calls step(), past torch's decorators
+            stacklevel=8,  # the caller of step(), beyond the decorators of torch
         )
 
 
 def check_groups(param_groups: Any) -> None:
-    """A list of dicts with parameters.
+    """Require a non-empty list of dicts, each with a collection of parameters under ``params``.
 
     Raises:
-        TypeError, ValueError: naming the group that is not.
+        TypeError, ValueError: if it is something else. The message has the index of the group.
     """
     if not isinstance(param_groups, (list, tuple)):
         raise TypeError(f"param_groups is {described(param_groups)}, not a list of dicts")
@@ -74,10 +77,12 @@ def check_groups(param_groups: Any) -> None:
 def complete_groups(
     groups: Iterable[dict[str, Any]], *, defaults: dict[str, Any], check: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> None:
-    """Fill in options that are missing, from the optimizer's own.
+    """Fill in missing options.
 
     Args:
-        check: validates a group's options, and returns those to normalise.
+        groups: the parameter groups, which are changed in place.
+        defaults: the default options of the optimizer.
+        check: a function that validates the options of a group and returns those that have to be normalised.
     """
     for group in groups:
         for key, value in defaults.items():
@@ -89,10 +94,19 @@ def complete_groups(
 def complete_foreign_groups(
     param_groups: Any, needed: set[str], complete: Callable[[Iterable[dict[str, Any]]], None]
 ) -> bool:
-    """Complete groups that others have put in place; True where there were some.
+    """Complete the groups that were added or replaced without ``add_param_group``.
+
+    Args:
+        param_groups: all groups of the optimizer.
+        needed: keys that a complete group has.
+        complete: a function that completes the groups it is given in place.
+
+    Returns:
+        Whether there was such a group.
 
     Raises:
-        TypeError, ValueError, RuntimeError: a group or an option is of the wrong kind; the text has its number.
+        TypeError, ValueError, RuntimeError: if a group or an option is of the wrong kind. The message has the index of
+            the group.
     """
     check_groups(param_groups)
     foreign = [(i, group) for i, group in enumerate(param_groups) if not needed <= group.keys()]
@@ -104,7 +118,7 @@ def complete_foreign_groups(
 
 @contextmanager
 def naming_group(index: int) -> Iterator[None]:
-    """An error says which group it is about."""
+    """Put the index of the group in front of the message of an error."""
     try:
         yield
     except (TypeError, ValueError, RuntimeError) as error:
@@ -112,10 +126,10 @@ def naming_group(index: int) -> Iterator[None]:
 
 
 def check_magnitudes(group: dict[str, Any]) -> None:
-    """Numbers that a kernel could not take, in the middle of a step.
+    """Refuse numbers that do not fit in float32, because a kernel would fail at them in the middle of a step.
 
     Raises:
-        ValueError: one is beyond float32.
+        ValueError: if the absolute value of an option is larger than the largest float32.
     """
     largest = torch.finfo(torch.float32).max
     for key, value in group.items():
@@ -124,16 +138,17 @@ def check_magnitudes(group: dict[str, Any]) -> None:
 
 
 def with_any_lr(group: dict[str, Any]) -> dict[str, Any]:
-    """The options with |lr|: a schedule may go below 0, and AdamW steps, saves and loads then."""
+    """Return the options with |lr|. A schedule may set a negative lr, which AdamW steps with, saves and loads."""
     lr = group.get("lr")
     return {**group, "lr": -lr} if isinstance(lr, Real) and lr < 0 else group
 
 
 def as_unread(group: dict[str, Any], cap_key: str) -> dict[str, Any]:
-    """The options with 0 in place of what a step may not read or look at.
+    """Return a copy of the options in which every value that a step must not check is replaced.
 
-    These are tensors, which the host would wait for; a negative learning rate, with which AdamW steps too; and
-    ``betas[0]`` of 1, up to which schedulers may cycle it: the cap has a key of its own.
+    Tensors become 0, because reading them would make the host wait. A negative learning rate becomes positive, because
+    AdamW steps with it, too. ``betas[0]`` of 1 becomes 0, because schedulers may cycle it up to 1 and the cap is stored
+    under ``cap_key``.
     """
     options = ((key, value) for key, value in group.items() if key != "params")
     view = with_any_lr({key: 0.0 if is_one_number(value) else value for key, value in options})

@@ -51,21 +51,24 @@ def am_adamw(
     overrides: Overrides | None = None,
     **options: Any,
 ) -> AMAdamW:
-    """AMAdamW for a module: its parameters by name, without weight decay for norms, biases and 1-D parameters.
+    """Create an AMAdamW for a module. Norms, biases and 1-D parameters get no weight decay, and parameters have names.
 
     Args:
-        model: the module; parameters that need no gradient are left out.
-        lr: learning rate of all groups.
-        weight_decay: of the others; it is 0 for norms, biases and 1-D parameters.
-        decay_embeddings: False leaves the weights of embeddings without weight decay, too.
-        overrides: ``{pattern: {option: value}}``. A regular expression searched in the parameter's name; the options of
-            all patterns that match are taken, later ones win. Example: ``{r"lm_head": {"lr": 1e-4}}``.
-        **options: keywords of ``AMAdamW``.
+        model: the module. Parameters that do not require a gradient are left out.
+        lr: learning rate of all groups (default: 1e-3).
+        weight_decay: decoupled weight decay of all parameters except norms, biases and 1-D parameters
+            (default: 1e-2).
+        decay_embeddings: whether weight decay applies to the weights of embeddings (default: True).
+        overrides: ``{pattern: {option: value}}``, options of the parameters whose name contains a match of the regular
+            expression ``pattern`` (default: None). If several patterns match, the options of all of them apply, and
+            later ones win. Example: ``{r"lm_head": {"lr": 1e-4}}``.
+        **options: keyword arguments of ``AMAdamW``.
 
     Raises:
-        ValueError: nothing to train, a pattern that matches nothing or is no regular expression, an unknown option;
-            parameters of an FSDP1 module that is around ``model``, or flat ones, whose shapes are not known.
-        TypeError: ``model`` is not a module, ``overrides`` not a mapping of mappings.
+        ValueError: if ``model`` has no parameter to train; if a pattern matches no parameter or is not a regular
+            expression; if an option is unknown; or if the shapes of parameters are not known, because an FSDP1 module
+            around ``model`` holds them or because they are flat.
+        TypeError: if ``model`` is not a module or ``overrides`` is not a mapping of mappings.
     """
     groups = parameter_groups(
         model, weight_decay, decay_embeddings=decay_embeddings, overrides=_checked(overrides, _ADAMW_OPTIONS)
@@ -82,11 +85,16 @@ def am_sgd(
     overrides: Overrides | None = None,
     **options: Any,
 ) -> AMSGD:
-    """AMSGD for a module; arguments as in ``am_adamw``, ``**options`` are keywords of ``AMSGD``.
+    """Create an AMSGD for a module.
+
+    Args:
+        model, lr, decay_embeddings, overrides: see ``am_adamw``.
+        weight_decay: weight decay of all parameters except norms, biases and 1-D parameters (default: 0).
+        **options: keyword arguments of ``AMSGD``.
 
     Raises:
-        ValueError, TypeError: an argument is out of range or of the wrong type, or a pattern of ``overrides`` matches
-            no parameter.
+        ValueError, TypeError: if an argument is out of range or of the wrong type, or if a pattern of ``overrides``
+            matches no parameter.
     """
     groups = parameter_groups(
         model, weight_decay, decay_embeddings=decay_embeddings, overrides=_checked(overrides, _SGD_OPTIONS)
@@ -97,7 +105,14 @@ def am_sgd(
 def parameter_groups(
     model: nn.Module, weight_decay: float, *, decay_embeddings: bool = True, overrides: Overrides | None = None
 ) -> list[dict[str, Any]]:
-    """Param groups of named parameters for any torch optimizer, decay first, then no decay, then one for each override.
+    """Return parameter groups with named parameters for any torch optimizer.
+
+    The group with weight decay comes first, then the group without, then the groups of parameters with overrides.
+
+    Args:
+        model: the module. Parameters that do not require a gradient are left out.
+        weight_decay: weight decay of the first group.
+        decay_embeddings, overrides: see ``am_adamw``.
 
     Returns:
         ``[{"params": [(name, parameter), ...], "weight_decay": w, ...}, ...]`` in the order of the module's parameters;
@@ -128,8 +143,8 @@ def parameter_groups(
 
 
 def _without_decay(model: nn.Module, decay_embeddings: bool) -> set[int]:
-    """ids of parameters that get no weight decay: by module type, by name, and by their logical shape."""
-    trainer = getattr(model, "_trainer", None)  # a LightningModule: the outermost FSDP module is around it
+    """Return the ids of parameters without weight decay, found by module type, name and logical shape."""
+    trainer = getattr(model, "_trainer", None)  # the trainer of a LightningModule holds the FSDP module around it
     ndims = logical_ndims(getattr(trainer, "model", None) or model)
     result: set[int] = set()
     for module in model.modules():
@@ -144,7 +159,7 @@ def _without_decay(model: nn.Module, decay_embeddings: bool) -> set[int]:
 
 
 def _checked(overrides: Overrides | None, options: tuple[str, ...]) -> Overrides:
-    """Overrides whose shape and option names are right; the optimizer checks the values."""
+    """Check the form and the option names of ``overrides``. The optimizer checks the values."""
     if overrides is None:
         return {}
     if not isinstance(overrides, Mapping):
@@ -161,7 +176,7 @@ def _checked(overrides: Overrides | None, options: tuple[str, ...]) -> Overrides
 
 
 def _compile(overrides: Overrides, names: list[str]) -> list[tuple[re.Pattern[str], Mapping[str, Any]]]:
-    """The patterns, each of which must match a name."""
+    """Compile the patterns, each of which must match at least one of ``names``."""
     compiled = []
     for pattern, chosen in overrides.items():
         try:

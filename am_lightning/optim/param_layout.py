@@ -1,4 +1,4 @@
-"""Which tensors an optimizer holds, what they are called, and how their sums are reduced over ranks."""
+"""The logical tensors of an optimizer, their names, and the layouts that reduce their sums over ranks."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ _device_and_dtype = attrgetter("device", "dtype")
 
 
 def params_of(param_groups: ParamGroups) -> list[Tensor]:
-    """All parameters, in the order of the groups."""
+    """Return all parameters in the order of the groups."""
     return list(chain.from_iterable(map(_params_of, param_groups)))
 
 
 def checked_params_of(param_groups: ParamGroups) -> list[Tensor]:
-    """The same, checked as ``add_param_group`` does, because groups may have been changed by hand.
+    """Return all parameters, checked as by ``add_param_group``, because users may have changed the groups by hand.
 
     Raises:
-        TypeError, ValueError: one is no tensor, or is in two groups; the text has the groups' numbers.
+        TypeError: if a parameter is not a tensor. The message has the index of the group.
+        ValueError: if a parameter is in two groups. The message has the indices of both.
     """
     holder: dict[int, int] = {}
     for index, group in enumerate(param_groups):
@@ -50,17 +51,17 @@ def checked_params_of(param_groups: ParamGroups) -> list[Tensor]:
 class ParamLayout:
     """The logical tensors behind an optimizer's parameters, their names, and the layouts of its steps.
 
-    An optimizer holds one, and gives its live ``param_groups`` to each call, because users and engines replace them.
-    A layout is built at the first step, and again when the parameters are others. An engine may replace the parameters
-    by flat partitions and call ``step()`` with some of them at a time: there is one layout for each call.
+    An optimizer holds one instance, and passes its ``param_groups`` to each call, because users and engines replace
+    them. A layout is built at the first step, and again after the parameters have changed. An engine may replace the
+    parameters by flat partitions and call ``step()`` with some of them at a time. Each of these calls has its layout.
 
-    Nothing here is saved, pickled or copied with the optimizer.
+    A ParamLayout is never saved, pickled or copied with the optimizer.
 
     Attributes:
-        given: what the groups were given, and the names of unnamed parameters.
-        layouts: of the steps so far, in the order of their first use.
-        first: the first of them.
-        last: the layout of the step that runs, or of the last one; None before the first.
+        given: the parameters that each group was given, and the names of unnamed parameters.
+        layouts: the layouts of all steps so far, in the order of their first use.
+        first: the first of ``layouts``, or None before the first step.
+        last: the layout of the current or last step, or None before the first step.
     """
 
     def __init__(self) -> None:
@@ -72,15 +73,15 @@ class ParamLayout:
         self._replica_group: Any = None
         self._pipeline_group: Any = None
         self._model: nn.Module | None = None
-        self._attached = False  # an adapter has looked at the engine
+        self._attached = False  # whether an adapter has called bind_engine()
         self._averaging_group: Any = None
-        self._without_engine: Hashable = None  # parameters of which no engine was found: looking takes 0.1 s
-        self._replaced: dict[int, Tensor] = {}  # id -> given parameter that an engine has replaced, and keeps
+        self._without_engine: Hashable = None  # parameters for which no engine was found, because a search takes 0.1 s
+        self._replaced: dict[int, Tensor] = {}  # id -> given parameter that an engine has replaced and still holds
 
-    # ------------------------------------------------------------------ what is told
+    # ------------------------------------------------------------------ set from outside
     @property
     def replica_group(self) -> Any:
-        """Process group whose ranks hold the same parameters; setting it raises TypeError for what is none."""
+        """Process group whose ranks hold the same parameters, or None. Setting it raises TypeError for other types."""
         return self._replica_group
 
     @replica_group.setter
@@ -91,7 +92,7 @@ class ParamLayout:
 
     @property
     def pipeline_group(self) -> Any:
-        """Process group of one rank of each pipeline stage; setting it raises TypeError for what is none."""
+        """Process group of one rank of each pipeline stage, or None. Setting it raises TypeError for other types."""
         return self._pipeline_group
 
     @pipeline_group.setter
@@ -109,7 +110,7 @@ class ParamLayout:
         """Take names and process groups from the outermost module.
 
         Raises:
-            TypeError: ``model`` is no torch.nn.Module.
+            TypeError: if ``model`` is not a torch.nn.Module.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"Invalid model: {type(model).__name__} (model must be a torch.nn.Module)")
@@ -117,16 +118,17 @@ class ParamLayout:
         self.name_parameters(model.named_parameters())
 
     def bind_engine(self, averaging_group: Any) -> None:
-        """An adapter has checked the engine around the optimizer, which is not searched for on the call stack then.
+        """Tell that an adapter has checked the engine around the optimizer, so the call stack need not be searched.
 
         Args:
-            averaging_group: process group of the ranks whose gradients the engine averages; None: there is none.
+            averaging_group: process group of the ranks whose gradients the engine averages, or None if it averages
+                none.
         """
         self._attached, self._averaging_group = True, averaging_group
 
     # ------------------------------------------------------------------ tensors and names
     def engine(self, param_groups: ParamGroups) -> type[Strategy] | None:
-        """The strategy whose engine has replaced the given parameters by flat partitions, or None."""
+        """Return the strategy whose engine has replaced the given parameters by flat partitions, or None."""
         engines = strategies.loaded_engines()
         if not engines:
             return None
@@ -143,19 +145,22 @@ class ParamLayout:
         return found
 
     def names(self, param_groups: ParamGroups) -> list[str]:
-        """The distinct name of each logical tensor, in the order of the groups, whichever an engine shows now."""
+        """Return the distinct names of all logical tensors in the order of the groups.
+
+        They include tensors that an engine has removed from the groups for the current call.
+        """
         if self.engine(param_groups) is not None:
             return [name for _, named in self.given.named() for name, _ in named]
         return [logical.name for logical in self.logical_params(param_groups)]
 
     def groups_of(self, param_groups: ParamGroups) -> list[dict[str, Any]]:
-        """The parameter group of each of ``names``."""
+        """Return the parameter group of each of ``names``."""
         if self.engine(param_groups) is not None:
             return self.given.group_of_each()
         return [param_groups[logical.group_index] for logical in self.logical_params(param_groups)]
 
     def logical_params(self, param_groups: ParamGroups) -> list[LogicalParam]:
-        """The logical tensors in the parameters. Not collective: known before a layout is built."""
+        """Return the logical tensors in the parameters. Not collective, so it works before a layout is built."""
         layout = self.layouts.get(self.key(param_groups))
         return self._find_logical_params(param_groups)[0] if layout is None else layout.logical_params
 
@@ -163,16 +168,17 @@ class ParamLayout:
         surroundings = Surroundings(self._model)
         if self.engine(param_groups) is not None:
             surroundings = Surroundings(self._model, *self.given.held(self._replaced, param_groups))
-        if self._model is not None:  # a layer may have been added, or have an id that was another's
+        if self._model is not None:  # a layer may have been added, and its id may be that of a deleted one
             self.given.known_names |= names_by_id(self._model.named_parameters())
         names = {**self.given.names_by_position(param_groups), **self.given.known_names}
         return logical_params_of(param_groups, surroundings=surroundings, known_names=names)
 
     # ------------------------------------------------------------------ layouts
     def key(self, param_groups: ParamGroups) -> Hashable:
-        """What a layout is of: the parameters, how many each group has, and their devices and dtypes.
+        """Return the key of a layout: the parameters, the number in each group, and their devices and dtypes.
 
-        A model may be moved or cast in place. Where an engine moves its partitions, the layout stays.
+        Devices and dtypes are part of it because a model may be moved or cast in place. They are left out if an engine
+        has replaced the parameters, because it may move its partitions.
         """
         params = list(chain.from_iterable(map(_params_of, param_groups)))
         ids = *map(len, map(_params_of, param_groups)), *map(id, params)
@@ -181,11 +187,11 @@ class ParamLayout:
         try:
             return ids, tuple(map(_device_and_dtype, params))
         except AttributeError:
-            checked_params_of(param_groups)  # names the one that is no tensor
+            checked_params_of(param_groups)  # raises an error that names the parameter
             raise
 
     def find(self, param_groups: ParamGroups) -> ShardLayout | None:
-        """The layout of these parameters, which becomes ``last``; None where it has to be built."""
+        """Return the layout of these parameters and make it ``last``. Returns None if it has to be built."""
         key = self.key(param_groups)
         if self.last is not None and key == self._last_key:
             return self.last
@@ -195,23 +201,24 @@ class ParamLayout:
         return layout
 
     def build(self, param_groups: ParamGroups, check: Callable[[ShardLayout], None]) -> ShardLayout:
-        """Make the layout of these parameters. Collective.
+        """Build the layout of these parameters. Collective.
 
         Args:
-            check: refuses a layout before it is kept.
+            param_groups: the parameter groups.
+            check: a function that raises for a layout that must not be kept.
 
         Raises:
-            ValueError: the sums of a tensor cannot be formed; on every rank alike.
+            ValueError: if the sums of a tensor cannot be formed. Raised on every rank.
         """
         if self._attached or strategies.is_stepped_by_engine(param_groups):
-            self._without_engine = None  # it may have been looked for before the engine was complete
+            self._without_engine = None  # an earlier search may have come before the engine was complete
         replaced = self.engine(param_groups) is not None
         strategies.check_engines(param_groups, self.given, self._model, attached=self._attached, replaced=replaced)
         params, sizes = self._find_logical_params(param_groups)
         replicas = self._replica_group
         if not replaced:
             self.drop()
-            self.given.take_present(param_groups)  # those before may be a whole model before it was sharded
+            self.given.take_present(param_groups)  # the earlier ones may be those of a model before it was sharded
             if replicas is None:
                 replicas = self._averaging_group if self._attached else strategies.averaging_group()
         layout = ShardLayout.build(
@@ -229,18 +236,20 @@ class ParamLayout:
         return layout
 
     def drop(self) -> None:
-        """Drop all layouts. The next step builds a new one."""
+        """Drop all layouts. The next step builds a new layout."""
         self.layouts, self.first, self.last, self._last_key = {}, None, None, None
 
     def check_scope(self, layout: ShardLayout, scope: str, *, exact_sums: bool, whole_step: bool) -> None:
-        """Refuse a scope whose sums ``layout`` cannot form, before anything moves. Collective over a pipeline.
+        """Refuse a scope whose sums ``layout`` cannot form, before any parameter changes. Collective over a pipeline.
 
         Args:
-            exact_sums: sums and not only their ratio decide beta_t.
-            whole_step: the sums of all ``step()`` calls of a training step are known in the first of them.
+            layout: the layout to check.
+            scope: "tensor", "group" or "global".
+            exact_sums: whether beta_t depends on the sums themselves and not only on their ratio.
+            whole_step: whether the first of several ``step()`` calls of a training step has the sums of all of them.
 
         Raises:
-            ValueError: on every rank alike.
+            ValueError: if the sums cannot be formed. Raised on every rank.
         """
         groups = f" with {len(layout.sizes)} parameter groups" if scope == "group" else ""
         layout.check_stages(f"scope={scope!r}{groups}")

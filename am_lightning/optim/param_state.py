@@ -1,4 +1,4 @@
-"""State of a row: AdamW's names and shapes, and 0-dim adaptive scalars that keep their own precision."""
+"""The state of a parameter: AdamW's entries, and 0-dim adaptive scalars in a precision of their own."""
 
 from __future__ import annotations
 
@@ -13,29 +13,31 @@ from am_lightning.distributed import LogicalParam
 from am_lightning.optim.validation import WHOLE_OPTIMIZER, check_betas
 
 SCALARS = ("beta_prod", "beta", "prev_lr")  # prod of beta_i, last beta_t, eta_{t-1}
-TABLE, OPTIONS = "am_table", "am_options"  # in saved groups: adaptive scalars by name, every group's options
+TABLE, OPTIONS = "am_table", "am_options"  # keys of saved groups: adaptive scalars by name, options of all groups
 NO_BETA = -1.0  # ``beta`` before the first step; not nan, because FSDP1 compares scalars across ranks with ==
 
-# Options of torch.optim.AdamW that an AMAdamW group does not have, and what they would be.
+# Options of torch.optim.AdamW that an AMAdamW group does not have, and the values that describe AMAdamW.
 FOREIGN_OPTIONS = {"amsgrad": False, "differentiable": False, "decoupled_weight_decay": True}
 
 
 def has_coupled_decay(groups: Iterable[dict[str, Any]], *, decoupled: bool = True) -> bool:
-    """Whether weight decay is added to the gradient, as by torch.optim.Adam, which AMAdamW has no form of.
+    """Return whether weight decay is added to the gradient, as in torch.optim.Adam. AMAdamW has no form of it.
 
     Args:
-        decoupled: of groups that do not say, which are those of older releases.
+        groups: parameter groups.
+        decoupled: value for groups without ``decoupled_weight_decay``, which older releases of torch lack
+            (default: True).
     """
     return any(g.get("weight_decay") and not g.get("decoupled_weight_decay", decoupled) for g in groups)
 
 
 def scalar_dtype(param: Tensor) -> torch.dtype:
-    """The adaptive scalars are float32, or float64 for float64 parameters, whatever the moments are."""
+    """Return the dtype of the adaptive scalars: float64 for float64 parameters, else float32."""
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:
-    """float64, or float32 on a device that has no float64: MPS, and some of Intel's GPUs."""
+    """Return float64, or float32 on a device without float64, such as MPS and some Intel GPUs."""
     if device.type == "xpu":
         return torch.float64 if _xpu_has_float64(device) else torch.float32
     return torch.float32 if device.type == "mps" else torch.float64
@@ -47,13 +49,13 @@ def _xpu_has_float64(device: torch.device) -> bool:
 
 
 def sums_live_on(params: Sequence[Tensor]) -> tuple[torch.device, torch.dtype]:
-    """Where the packed sums live: beside the first parameter, in the widest dtype of its device."""
+    """Return the device and dtype of the packed sums: the device of the first parameter, and its widest dtype."""
     device = params[0].device if params else torch.device("cpu")
     return device, widest_dtype(device)
 
 
 def as_stored(values: Tensor, params: list[Tensor]) -> Tensor:
-    """``[rows]`` numbers rounded as the rows' scalar states would: the same bits with and without a state."""
+    """Round ``[rows]`` numbers to the dtypes of the scalar states, so that ranks without a state have the same bits."""
     kinds = {scalar_dtype(param) for param in params}
     if kinds <= {torch.float64}:
         return values
@@ -65,15 +67,15 @@ def as_stored(values: Tensor, params: list[Tensor]) -> Tensor:
 
 
 def direction_dtype(param: Tensor, wanted: torch.dtype | None) -> torch.dtype:
-    """Of the direction d: ``wanted`` (``exp_avg_dtype``) beside float32 parameters, else the parameter's."""
+    """Return the dtype of the direction d: ``wanted`` (``exp_avg_dtype``) for float32 parameters, else theirs."""
     return wanted if wanted is not None and param.dtype == torch.float32 else param.dtype
 
 
 def check_direction(wanted: torch.dtype | None, params: Iterable[LogicalParam]) -> None:
-    """Refuse a direction of its own dtype where an engine packs the states of many tensors into one.
+    """Refuse ``exp_avg_dtype`` if an engine packs the states of many tensors into one tensor.
 
     Raises:
-        ValueError: naming the engine and the parameter.
+        ValueError: if an engine does so. The message names the engine and the parameter.
     """
     for logical in params if wanted is not None else ():
         if logical.strategy.one_state_dtype:
@@ -91,12 +93,17 @@ def create(
     adaptive: bool = True,
     direction: torch.dtype | None = None,
 ) -> None:
-    """Zero moments and no step taken. ``step`` lives beside the parameter: what is skipped is known there.
+    """Fill ``state`` with zero moments and the scalars before the first step.
+
+    ``step`` is on the device of the parameter, because that device decides whether a step is skipped.
 
     Args:
-        moments: states shaped like the parameter, the direction d first.
-        adaptive: with the adaptive scalars, which a flat parameter of many tensors does not keep here.
-        direction: dtype of d where it is not the parameter's; see ``direction_dtype``.
+        state: the empty state of the parameter.
+        param: the parameter.
+        moments: keys of the states shaped like the parameter, the direction d first.
+        adaptive: create the adaptive scalars, too (default: True). A flat parameter of many tensors has none in its
+            state.
+        direction: ``exp_avg_dtype`` (default: None); see ``direction_dtype``.
     """
     state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
     dtypes = [direction_dtype(param, direction), *[param.dtype] * (len(moments) - 1)]
@@ -110,9 +117,9 @@ def create(
 
 
 def complete(state: dict[str, Any], param: Tensor, *, beta1: float, lr: float | Tensor, cap: float) -> None:
-    """Give a state that AdamW wrote the adaptive scalars: its momentum decayed by ``beta1`` at each of its steps."""
+    """Add adaptive scalars to a state of AdamW, whose momentum has decayed by ``beta1`` at each step."""
     if "beta_prod" not in state:
-        # AdamW keeps it on the CPU, unless it is capturable or fused; older releases kept a number
+        # AdamW keeps ``step`` on the CPU unless it is capturable or fused. In older releases it was a number.
         state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=param.device)
         power = torch.pow(float(beta1), state["step"].to(widest_dtype(state["step"].device)))
         state["beta_prod"] = power.to(dtype=scalar_dtype(param), device=param.device)
@@ -123,7 +130,7 @@ def complete(state: dict[str, Any], param: Tensor, *, beta1: float, lr: float | 
 
 
 def follow(states: Mapping[Tensor, dict[str, Any]], params: Iterable[Tensor]) -> None:
-    """Take states to where their parameters are: somebody may have moved the model. The kernels read addresses."""
+    """Move states to the devices of their parameters, because the model may have moved and kernels read addresses."""
     for param in params:
         state = states.get(param, {})
         for key, value in state.items():
@@ -132,24 +139,24 @@ def follow(states: Mapping[Tensor, dict[str, Any]], params: Iterable[Tensor]) ->
 
 
 def _scalar(value: float | Tensor, param: Tensor) -> Tensor:
-    """0-dim, beside the parameter."""
+    """Return ``value`` as 0-dim tensor on the device of the parameter."""
     if isinstance(value, Tensor):
         return value.detach().reshape(()).to(dtype=scalar_dtype(param), device=param.device, copy=True)
     return torch.full((), float(value), dtype=scalar_dtype(param), device=param.device)
 
 
 def untouched(state: dict[str, Any]) -> bool:
-    """A state that has stepped, with adaptive scalars as ``create`` makes them: the moments are AdamW's."""
+    """Return whether a state has stepped but has the adaptive scalars of ``create``, so its moments are AdamW's."""
     if float(state["step"]) <= 0 or any(state.get(key) is None for key in SCALARS):
         return False
     return float(state["beta_prod"]) == 1 and float(state["prev_lr"]) == 0 and not float(state["beta"]) >= 0
 
 
 def betas_of(saved: dict[str, Any]) -> tuple[float, float]:
-    """Of a saved group: AdamW's may be tensors.
+    """Return the betas of a saved group as floats. Those of AdamW may be tensors.
 
     Raises:
-        ValueError, TypeError: they are not two numbers in [0, 1).
+        ValueError, TypeError: if they are not two numbers in [0, 1).
     """
     betas = saved["betas"]
     if isinstance(betas, (list, tuple)):
@@ -158,7 +165,7 @@ def betas_of(saved: dict[str, Any]) -> tuple[float, float]:
 
 
 def restore_options(group: dict[str, Any], live: dict[str, Any], cap_key: str) -> None:
-    """Options after a load: the checkpoint's, this optimizer's where it has none, and always this optimizer's cap."""
+    """Complete the loaded options of ``group`` with those of ``live``. The cap is always that of ``live``."""
     for key in (*FOREIGN_OPTIONS, *WHOLE_OPTIMIZER):
         if key not in live:
             group.pop(key, None)
@@ -169,17 +176,17 @@ def restore_options(group: dict[str, Any], live: dict[str, Any], cap_key: str) -
     if "betas" in live:
         group["betas"] = (live[cap_key], betas_of(group)[1])
     if "fused" not in live:
-        group.pop("fused", None)  # of torch.optim.SGD
+        group.pop("fused", None)  # torch.optim.SGD has it
     else:
         group["fused"] = live["fused"]
         if live["fused"]:
-            group["foreach"] = live["foreach"]  # the checkpoint's may be True, which does not go with it
+            group["foreach"] = live["foreach"]  # the checkpoint may have True, which excludes fused=True
 
 
 def restore_scalars(
     state: dict[str, Any], saved: dict[str, Any], param: Tensor, *, beta1: float, lr: float | Tensor, cap: float
 ) -> None:
-    """Undo torch.optim's cast of every float state to the parameter's dtype, and complete an AdamW state."""
+    """Restore the scalars, which torch.optim has cast to the dtype of the parameter, and complete an AdamW state."""
     state["step"] = torch.as_tensor(saved["step"], dtype=torch.float32, device=param.device).reshape(()).clone()
     foreign = untouched(saved)
     for key in SCALARS:

@@ -12,13 +12,13 @@ from am_lightning.optim.kernels.transfer import moved
 
 
 def square_sum(tensor: Tensor, like: Tensor) -> Tensor:
-    """0-dim sum of squares of any tensor, in the dtype and on the device of ``like``."""
+    """Return the 0-dim sum of squares of a tensor, in the dtype and on the device of ``like``."""
     return square_sums([tensor], like)[0]
 
 
 @torch.no_grad()
 def total_norm(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
-    """0-dim 2-norm of all tensors together, in the dtype and on the device of ``like``."""
+    """Return the 0-dim 2-norm of all tensors together, in the dtype and on the device of ``like``."""
     if tensors and len(alike(tensors)) == 1 and not _in_blocks(tensors[0].device):
         return moved(torch.linalg.vector_norm(_norms(tensors), dtype=like.dtype), like.device)
     return square_sums(tensors, like).sum().sqrt()
@@ -26,10 +26,10 @@ def total_norm(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def square_sums(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
-    """``[tensors]``: the sum of squares of each, in the dtype and on the device of ``like``.
+    """Return the sum of squares of each tensor, ``[tensors]``, in the dtype and on the device of ``like``.
 
-    On the CPU block by block in that dtype (one float32 accumulator loses digits). Elsewhere by the device's own tree,
-    in float32 at least: one list of norms, one stack and one copy for all tensors of a device and dtype.
+    The CPU sums block by block in that dtype, because one float32 accumulator loses digits. Other devices sum in trees,
+    in float32 at least, with one list of norms, one stack and one copy for all tensors of a device and dtype.
     """
     if not tensors:
         return like.new_empty(0)
@@ -51,7 +51,7 @@ def square_sums(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 def _norms(tensors: Sequence[Tensor]) -> Tensor:
-    """``[tensors]``, of one device and dtype; in float32 at least."""
+    """Return the 2-norms of tensors of one device and dtype, ``[tensors]``, in float32 at least."""
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=dtype))
 

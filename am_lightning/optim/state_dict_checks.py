@@ -1,4 +1,4 @@
-"""Which state dicts an optimizer takes: all of one is looked at before anything is overwritten."""
+"""Checks of a state dict. They cover all of it before a load overwrites anything."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _SUBJECT = "loaded state dict"
 
 
 class Expected(NamedTuple):
-    """What a state dict has to fit.
+    """Properties of the optimizer that a state dict is checked against.
 
     Attributes:
-        who: the optimizer's class, for messages.
-        param_groups: the optimizer's.
-        moments: states shaped like the parameter.
+        who: name of the optimizer's class, for messages.
+        param_groups: parameter groups of the optimizer.
+        moments: keys of the states shaped like the parameter.
         names: ``id(parameter) -> name`` of parameters whose group has no names.
-        check_options: raises for a saved group whose options do not fit the live one: ``(saved, live)``.
-        finite: refuse moments that would spoil every later step: nan, inf, or a negative square.
+        check_options: a function of a saved group and the live group, which raises if the saved options do not fit.
+        finite: refuse moments because of which every later step would be skipped: nan, inf, or a negative mean square.
     """
 
     who: str
@@ -42,10 +42,14 @@ class Expected(NamedTuple):
 
 
 def check_loadable(state_dict: Any, expected: Expected) -> None:
-    """Refuse what is no state dict, and the checkpoint of another optimizer, model or placement.
+    """Refuse a state dict that is malformed or belongs to another optimizer, model or placement.
+
+    Args:
+        state_dict: the state dict to check.
+        expected: properties of the optimizer that loads it.
 
     Raises:
-        ValueError: naming the parameter, or the group, and what is wrong with it.
+        ValueError: if it does not fit. The message names the parameter or the group, and the reason.
     """
     _check_form(state_dict)
     saved_groups, groups = state_dict["param_groups"], expected.param_groups
@@ -58,7 +62,7 @@ def check_loadable(state_dict: Any, expected: Expected) -> None:
     with _reading("ids of the parameters"):
         names = _names(ids, expected)
         _check_ids(ids, params, names, state_dict["state"])
-    states = {}  # by id: a tied parameter may be listed twice
+    states = {}  # keyed by id, because a tied parameter may be listed twice
     for saved, param, name in zip(ids, params, names, strict=True):
         if saved not in states and saved in state_dict["state"]:
             with _reading(f"state of parameter {name!r}"):
@@ -72,10 +76,10 @@ def check_loadable(state_dict: Any, expected: Expected) -> None:
 
 
 def check_mapping(state_dict: Any) -> None:
-    """Refuse what is no dict at all.
+    """Refuse a state dict that is not a mapping.
 
     Raises:
-        ValueError: saying what it is.
+        ValueError: if it is not a mapping. The message has its type.
     """
     if not isinstance(state_dict, Mapping) or not hasattr(state_dict, "copy"):
         raise ValueError(f"{_SUBJECT} is {described(state_dict)}, not a dict with 'state' and 'param_groups'")
@@ -99,7 +103,7 @@ def _check_form(state_dict: Any) -> None:
 
 @contextmanager
 def _reading(what: str) -> Iterator[None]:
-    """Whatever goes wrong names ``what``."""
+    """Turn errors of the body into a ValueError that names ``what``."""
     try:
         yield
     except _FAILURES as error:
@@ -124,14 +128,14 @@ def _check_sizes(saved_groups: Any, groups: list[dict[str, Any]], who: str) -> N
 
 def _check_group(saved: dict[str, Any], group: dict[str, Any], expected: Expected) -> None:
     who = expected.who
-    for key in ("amsgrad", "capturable", "fused"):  # torch.optim reads the checkpoint's, which need not stay
+    for key in ("amsgrad", "capturable", "fused"):  # torch.optim reads these of the checkpoint while it loads
         check_flag(key, saved.get(key), optional=True)
     if saved.get("amsgrad"):
-        raise ValueError(f"{_SUBJECT} is of AdamW with amsgrad=True, which {who} has no form of: start anew")
+        raise ValueError(f"{_SUBJECT} is of AdamW with amsgrad=True, which {who} has no form of: start again")
     if "decoupled_weight_decay" not in group and has_coupled_decay([saved]):  # AMSGD has both
         raise ValueError(
-            f"{_SUBJECT} is of Adam with weight_decay that is coupled, and {who}'s is decoupled: start anew, or "
-            "set decoupled_weight_decay=True in its groups to go on as AdamW would"
+            f"{_SUBJECT} is of Adam with weight_decay that is coupled, and {who}'s is decoupled: start again, or "
+            "set decoupled_weight_decay=True in its groups to continue as AdamW would"
         )
     names = saved.get("param_names")
     if names is not None:
@@ -141,7 +145,7 @@ def _check_group(saved: dict[str, Any], group: dict[str, Any], expected: Expecte
 
 
 def _check_tables(saved: dict[str, Any]) -> None:
-    """What groups carry where a parameter holds many tensors."""
+    """Check the tables and options that groups carry if a parameter holds many logical tensors."""
     table, options = saved.get(TABLE) or {}, saved.get(OPTIONS) or []
     if not isinstance(table, Mapping) or not isinstance(options, (list, tuple)):
         raise ValueError(f"{TABLE} must be a dict, and {OPTIONS} a list of dicts")
@@ -154,14 +158,14 @@ def _check_tables(saved: dict[str, Any]) -> None:
 
 
 def _names(ids: list[Any], expected: Expected) -> list[str]:
-    """What the parameters are called: as in ``momentum``, or as the checkpoint calls those that have no name."""
+    """Return the name of each parameter as in ``momentum``. Parameters without one get their name in the checkpoint."""
     params = [param for group in expected.param_groups for param in group["params"]]
     said = {id(param): saved for param, saved in zip(params, ids, strict=True) if isinstance(saved, str)}
     return [name for group in group_names(expected.param_groups, said | expected.names) for name in group]
 
 
 def _check_ids(ids: list[Any], params: list[Tensor], names: list[str], states: Mapping[Any, Any]) -> None:
-    """One id is one parameter. States that no group lists must not be those of parameters that lack one."""
+    """Require that each id stands for one parameter, and that every state is listed if a parameter lacks its state."""
     holders: dict[Any, int] = {}
     for place, saved in enumerate(ids):
         if not isinstance(saved, Hashable) or isinstance(saved, Tensor):
@@ -220,7 +224,7 @@ def _check_moments(name: str, state: dict[str, Any], param: Tensor, expected: Ex
 
 
 def _check_finite(what: str, value: Tensor, dtype: torch.dtype, *, square: bool) -> None:
-    """One pass. Those numbers would stay, and every step be dropped for them."""
+    """Refuse numbers that would stay in the moments and cause every later step to be skipped."""
     piece, found = local(value), ""
     if not piece.numel() or not piece.is_floating_point():
         return
@@ -237,7 +241,10 @@ def _check_finite(what: str, value: Tensor, dtype: torch.dtype, *, square: bool)
 
 
 def _of_this_rank() -> str:
-    """A load is no collective: each rank looks at what it holds, and the others may find nothing there."""
+    """Return a hint for messages about one rank's data.
+
+    A load is not collective. Each rank checks the data that it holds, and other ranks may find nothing wrong.
+    """
     if world_size() == 1:
         return ""
     return (
@@ -246,7 +253,7 @@ def _of_this_rank() -> str:
     )
 
 
-# Ranges of the numbers in a state. ``beta`` is -1 or nan where nothing was loaded into it.
+# Allowed ranges of the numbers in a state. ``beta`` is -1 or nan if nothing was loaded into it.
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "step": ("a finite number >= 0", lambda x: 0 <= x <= torch.finfo(torch.float32).max),
     "beta_prod": ("a number in [0, 1]", lambda x: 0 <= x <= 1),
@@ -269,7 +276,7 @@ def _check_numbers(name: str, state: dict[str, Any]) -> None:
 
 
 def _check_others(name: str, state: dict[str, Any], param: Tensor) -> None:
-    """What torch.optim, which copies every value, would fail at."""
+    """Refuse values that torch.optim, which copies all of them, would fail to copy."""
     for key, value in state.items():
         copied = isinstance(value, (Tensor, dict, list, tuple, set, str, bytes)) or not isinstance(value, Iterable)
         if not copied or (isinstance(value, Tensor) and value.is_meta and not param.is_meta):
@@ -283,7 +290,7 @@ def _shown(keys: Mapping[Any, Any]) -> str:
 
 def _cure(state: Any, param: Any) -> str:
     load = "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict(model, optimizer, state_dict"
-    if placement_of(state) is None:  # whole, as saved with full_state_dict=True
+    if placement_of(state) is None:  # a whole tensor, as saved with full_state_dict=True
         return f"Load a full state dict with {load}, options=StateDictOptions(full_state_dict=True)), which splits it"
     if placement_of(param) is None:
         return "Gather it first: tensor.full_tensor() on all ranks, or save with StateDictOptions(full_state_dict=True)"
@@ -291,10 +298,13 @@ def _cure(state: Any, param: Any) -> str:
 
 
 def _check_scalars(states: list[tuple[str, dict[str, Any]]]) -> None:
-    """All three adaptive scalars of a parameter or none (AdamW's checkpoint), and alike for all that have stepped."""
+    """Require that each parameter has all three adaptive scalars, or that none has any, as in a checkpoint of AdamW.
+
+    Parameters that have not stepped may lack them.
+    """
     hint = (
-        f"Save the whole state_dict(), or remove {', '.join(map(repr, SCALARS))} of every parameter to go on as from a "
-        "checkpoint of AdamW"
+        f"Save the whole state_dict(), or remove {', '.join(map(repr, SCALARS))} of every parameter to continue as "
+        "from a checkpoint of AdamW"
     )
     full = bare = None
     for name, state in states:
@@ -302,7 +312,7 @@ def _check_scalars(states: list[tuple[str, dict[str, Any]]]) -> None:
         if missing and len(missing) < len(SCALARS):
             raise ValueError(
                 f"{_SUBJECT} lacks {' and '.join(map(repr, missing))} for parameter {name!r}, of which it has "
-                f"other adaptive scalars, so beta_t could not go on. {hint}"
+                f"other adaptive scalars, so beta_t cannot be continued. {hint}"
             )
         if float(state["step"]) > 0:
             full, bare = (full, name) if missing else (name, bare)
@@ -314,9 +324,10 @@ def _check_scalars(states: list[tuple[str, dict[str, Any]]]) -> None:
 
 
 def _missing_scalars(state: dict[str, Any]) -> Iterator[str]:
-    """Those absent, or never filled in: torch.distributed.checkpoint loads into a fresh state (``create``).
+    """Yield the adaptive scalars that are absent or were never filled in.
 
-    A state that has stepped has a beta, and that beta is a factor of ``beta_prod``.
+    torch.distributed.checkpoint loads into a fresh state (``create``) and leaves there what the checkpoint lacks. A
+    state that has stepped has a beta, and that beta is a factor of ``beta_prod``.
     """
     if untouched(state):
         yield from SCALARS

@@ -1,4 +1,4 @@
-"""Moments and adaptive scalars of an optimizer's parameters: where they live, read and written."""
+"""Storage of the moments and adaptive scalars of an optimizer's parameters."""
 
 from __future__ import annotations
 
@@ -25,20 +25,25 @@ DEFAULTS = {"step": 0.0, "beta_prod": 1.0, "beta": param_state.NO_BETA, "prev_lr
 class Scalars(Protocol):
     """The adaptive scalars of every row of one layout."""
 
-    state: State  # of which these are numbers; somebody may have given the optimizer another
+    state: State  # the optimizer state that holds them; a user may have replaced it since
 
     def read(self) -> AdaptiveScalars:
-        """``[rows]`` each, on the device of the sums."""
+        """Return the scalars, each ``[rows]``, on the device of the sums."""
 
     def write(self, new: AdaptiveScalars, active: Tensor) -> None:
-        """Keep new values; ``active`` (``[rows]`` bool) says which rows took part in the step."""
+        """Store new values.
+
+        Args:
+            new: the values of all rows.
+            active: ``[rows]`` bool, True for rows that took part in the step.
+        """
 
     def betas(self) -> Tensor:
-        """``[rows]``: beta_t of each row's last step, nan before its first."""
+        """Return beta_t of each row's last step, ``[rows]``, nan before its first step."""
 
 
 def _started_anew(scalars: AdaptiveScalars) -> AdaptiveScalars:
-    """Whoever sets ``step`` to 0 resets the optimizer, as in AdamW: no step is in the product, none was before."""
+    """Reset ``beta_prod`` and ``prev_lr`` of rows whose ``step`` is 0, because setting it to 0 resets AdamW, too."""
     fresh = scalars.step == 0
     return scalars._replace(
         beta_prod=scalars.beta_prod.masked_fill(fresh, DEFAULTS["beta_prod"]),
@@ -47,9 +52,9 @@ def _started_anew(scalars: AdaptiveScalars) -> AdaptiveScalars:
 
 
 class Packed:
-    """``[4, rows]``, of which the 0-dim states are views: reading and writing them all is one operation each.
+    """One table ``[4, rows]`` whose views are the 0-dim states, so that one operation reads or writes all of them.
 
-    Whoever puts other tensors into the state (a load, a user) replaces ``views``, and they are packed anew.
+    After a load or a user has put other tensors into the state, they are no longer ``views``, and are packed again.
     """
 
     def __init__(self, states: Sequence[dict[str, Any]]) -> None:
@@ -62,9 +67,9 @@ class Packed:
 
 
 class StateScalars:
-    """0-dim tensors in the state of each row's parameter.
+    """Adaptive scalars that are 0-dim tensors in the state of each row's parameter.
 
-    A rank that holds no element of a tensor may hold no state of it either; its last beta is kept beside.
+    A rank that holds no element of a tensor may hold no state of it. The last beta of such a row is kept here.
     """
 
     def __init__(self, state: State, params: Sequence[LogicalParam]) -> None:
@@ -73,7 +78,7 @@ class StateScalars:
         self._device, self._dtype = param_state.sums_live_on(self._params)
         self._last: Tensor | None = None
         plain = all(p.device == self._device and p.dtype != torch.float64 for p in self._params)
-        self.device_of_float32 = self._device if self._params and plain else None  # where all states are, in float32
+        self.device_of_float32 = self._device if self._params and plain else None  # None: not all are float32
         self._distinct = len({id(param) for param in self._params}) == len(self._params)
         self._packed: Packed | None = None
 
@@ -93,19 +98,19 @@ class StateScalars:
         known = [i for i, param in enumerate(self._params) if self.state.get(param)]
         for device, members in _by_device([self._params[i] for i in known]).items():
             here = [known[i] for i in members]
-            for key, column in zip(DEFAULTS, moved(table, device), strict=True):  # one copy, not one for each number
+            for key, column in zip(DEFAULTS, moved(table, device), strict=True):  # one copy for all numbers
                 values = column.unbind()
                 torch._foreach_copy_([self.state[self._params[i]][key] for i in here], [values[i] for i in here])
 
     def table(self) -> Tensor:
-        """``[4, rows]`` float32: the states themselves where they are one tensor, else a copy, which ``take`` keeps."""
+        """Return ``[4, rows]`` float32: the packed states, or a copy that ``take`` writes back."""
         self._packed = self._pack()
         if self._packed is not None:
             return self._packed.table
         return torch.stack([self._stack(key, default) for key, default in DEFAULTS.items()]).to(torch.float32)
 
     def take(self, table: Tensor, active: Tensor) -> None:
-        """Keep what a kernel has made of ``table``; ``active`` as in ``write``."""
+        """Store the values that a kernel has written into ``table``. See ``write`` for ``active``."""
         if self._packed is None:
             self.write(AdaptiveScalars(*table.to(self._dtype).unbind()), active)
 
@@ -116,14 +121,14 @@ class StateScalars:
         return _nan_before_first(betas)
 
     def _pack(self) -> Packed | None:
-        """The states in one tensor, where every row has one of its own and all are of one dtype on one device."""
+        """Return the packed states, or None unless each row has its own state and all are float32 on one device."""
         states = [self.state[param] for param in self._params if param in self.state]
         if not self._distinct or len(states) != len(self._params):
             return None
         values = [state.get(key) for state in states for key in DEFAULTS]
         if self._packed is not None and all(map(is_, values, self._packed.views)):
             return self._packed
-        if is_capturing(self._device):  # packing would be recorded, and undo every replay's step at the next
+        if is_capturing(self._device):  # the graph would record the packing, and each replay would undo the last step
             return None
         kinds = {(v.dtype, v.device, v.dim()) if isinstance(v, Tensor) else None for v in values}
         return Packed(states) if len(kinds) == 1 and next(iter(kinds)) in self._packable else None
@@ -147,10 +152,16 @@ class StateScalars:
 
 
 class TableScalars:
-    """Vectors over flat parameters that hold many logical parameters each. A checkpoint holds them by name."""
+    """Adaptive scalars of flat parameters that hold many logical parameters each. A checkpoint holds them by name."""
 
     def __init__(self, state: State, params: Sequence[LogicalParam], saved: dict[str, list[float]]) -> None:
-        """``saved``: name -> the four numbers, from a checkpoint; names that it lacks start anew."""
+        """Create the vectors.
+
+        Args:
+            state: the optimizer state.
+            params: the logical parameters.
+            saved: ``name -> four numbers`` of a checkpoint. A name that it lacks gets the values before the first step.
+        """
         self.state = state
         self.params = list(params)
         self._device, self._dtype = param_state.sums_live_on([logical.param for logical in params])
@@ -166,19 +177,19 @@ class TableScalars:
         self._columns = AdaptiveScalars(*(column.to(torch.float32).to(self._dtype) for column in new))
         for logical, step in zip(self.params, self._columns.step.unbind(), strict=True):
             if self.state.get(logical.param):
-                self.state[logical.param]["step"] = step.to(torch.float32)  # an engine may have left a number there
+                self.state[logical.param]["step"] = step.to(torch.float32)  # an engine may have stored a number
 
     def betas(self) -> Tensor:
         return _nan_before_first(self._columns.beta)
 
     def saved(self) -> dict[str, list[float]]:
-        """Name -> the four numbers, as floats. Waits for the device."""
+        """Return ``name -> four numbers`` as floats. Waits for the device."""
         table = torch.stack(self._columns, 1).tolist()
         return {logical.name: numbers for logical, numbers in zip(self.params, table, strict=True)}
 
 
 def _one_number(value: Any, key: str, name: str) -> Tensor:
-    """0-dim. AdamW takes any tensor of one element, too, and nothing else."""
+    """Return ``value`` as 0-dim tensor. Like AdamW, it accepts any tensor of one element and nothing else."""
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise RuntimeError(
             f"the state of parameter {name!r} has {described(value)} as {key!r}, which must be a tensor of one number: "
@@ -188,30 +199,33 @@ def _one_number(value: Any, key: str, name: str) -> Tensor:
 
 
 class StateStore:
-    """What belongs to ``optimizer.state``, and what cannot be in it.
+    """Reads and creates the entries of ``optimizer.state``, and holds the scalars that cannot be in it.
 
-    The state has torch.optim's form: a dict for each parameter. The adaptive scalars of flat parameters, each of which
-    holds many logical ones, live here in tables by name, which a ``state_dict`` carries in its groups.
+    The state has the form of torch.optim, a dict for each parameter. A flat parameter holds many logical parameters,
+    so its adaptive scalars are kept here in tables by name. A ``state_dict`` carries these tables in its groups.
 
     Args:
-        moments: states shaped like the parameter, the direction d first.
+        moments: keys of the states shaped like the parameter, the direction d first.
         cap_key: group option that holds the cap of beta_t.
     """
 
     def __init__(self, moments: tuple[str, ...], cap_key: str) -> None:
         self._moments, self._cap_key = moments, cap_key
         self._complete = itemgetter(*moments, *DEFAULTS)
-        self._tables: dict[str, list[float]] = {}  # adaptive scalars by name that await their layout
+        self._tables: dict[str, list[float]] = {}  # adaptive scalars by name whose layout is not built yet
         self._scalars: dict[ShardLayout, Scalars] = {}
 
     # ------------------------------------------------------------------ moments
     def moments(
         self, state: State, groups: Groups, direction: torch.dtype | None, params: Sequence[LogicalParam]
     ) -> list[list[Tensor]]:
-        """The moments of the parameters, each a list; those that do not exist yet are made.
+        """Return one list of tensors for each moment, in the order of ``params``. Missing states are created.
 
         Args:
+            state: the optimizer state.
+            groups: the parameter groups.
             direction: ``exp_avg_dtype``.
+            params: the logical parameters.
         """
         try:
             for logical in params:
@@ -236,7 +250,7 @@ class StateStore:
 
     # ------------------------------------------------------------------ adaptive scalars
     def scalars(self, state: State, layout: ShardLayout, groups: Groups, who: str) -> Scalars:
-        """The adaptive scalars of a layout's rows; ``who`` is the optimizer, for a warning."""
+        """Return the adaptive scalars of a layout's rows. ``who`` names the optimizer in a warning."""
         found = self._scalars.get(layout)
         if found is None or found.state is not state:
             params = layout.logical_params
@@ -250,7 +264,7 @@ class StateStore:
     def _take_tables(
         self, state: State, params: Sequence[LogicalParam], groups: Groups, who: str
     ) -> dict[str, list[float]]:
-        """What a checkpoint says of the parameters; where it has moments alone, AdamW's momentum is assumed."""
+        """Return the saved scalars of the parameters, computed as for AdamW if the checkpoint has moments only."""
         found, foreign = {}, []
         for logical in params:
             group, own = groups[logical.group_index], state.get(logical.param) or {}
@@ -269,16 +283,18 @@ class StateStore:
         return found
 
     def betas(self, state: State, layout: ShardLayout | None, params: Sequence[LogicalParam]) -> Tensor:
-        """``[parameters]`` beta_t, nan where one has never stepped.
+        """Return beta_t of each parameter, ``[parameters]``, nan for one that has never stepped.
 
         Args:
-            layout: of the parameters; None: there was no step yet.
+            state: the optimizer state.
+            layout: layout of the parameters, or None before the first step.
+            params: the logical parameters.
         """
         found = None if layout is None else self._scalars.get(layout)
         return (found if found is not None and found.state is state else StateScalars(state, params)).betas()
 
     def betas_by_name(self, names: Sequence[str]) -> Tensor:
-        """``[names]`` beta_t, from the flat parameters that have stepped."""
+        """Return beta_t of each name, ``[names]``, from flat parameters. It is nan for one that has never stepped."""
         found: dict[str, Tensor] = {}
         for table in self._table_scalars():
             found.update(zip((logical.name for logical in table.params), table.betas().unbind(), strict=True))
@@ -290,23 +306,23 @@ class StateStore:
         return [scalars for scalars in self._scalars.values() if isinstance(scalars, TableScalars)]
 
     def forget_layouts(self) -> None:
-        """Layouts are made anew: the tables await them."""
+        """Drop the layouts. Their scalars stay in the tables until the layouts are rebuilt."""
         self._scalars, self._tables = {}, self.tables()
 
     def tables(self) -> dict[str, list[float]]:
-        """Name -> the adaptive scalars of logical parameters whose states cannot hold them."""
+        """Return ``name -> four numbers`` for logical parameters whose states cannot hold their scalars."""
         tables = dict(self._tables)
         for table in self._table_scalars():
             tables.update(table.saved())
         return tables
 
     def take_tables(self, tables: dict[str, list[float]]) -> None:
-        """Of a checkpoint that was loaded: nothing of before counts."""
+        """Replace all tables by those of a loaded checkpoint."""
         self._scalars, self._tables = {}, dict(tables)
 
 
 def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
-    """Device -> indices."""
+    """Return ``device -> indices`` of the tensors on it."""
     groups: dict[torch.device, list[int]] = {}
     for i, tensor in enumerate(tensors):
         groups.setdefault(tensor.device, []).append(i)

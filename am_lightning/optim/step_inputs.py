@@ -1,4 +1,4 @@
-"""What a step knows before its sums: kernels, coefficients, and the adaptive scalars and options they are made of."""
+"""Inputs of a step: its kernels, its coefficients, and the adaptive scalars and options they are computed from."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from am_lightning.optim.step_stats import StepStats
 
 
 class InKernels(NamedTuple):
-    """A step whose coefficients and decision are two Triton kernels' work, in place of ``closed_form``'s operators."""
+    """Inputs of a step whose coefficients and decision are computed by Triton kernels instead of ``closed_form``."""
 
     kernels: RowKernels
     found: RowCoefficients
-    table: Tensor  # [4, rows], the store's states
+    table: Tensor  # [4, rows], the scalar states of the store
 
 
 class StepInputs(NamedTuple):
-    """``scalars`` and ``options`` are None where the rest of the step is ``in_kernels``."""
+    """Inputs of a step. ``scalars`` and ``options`` are None if ``in_kernels`` is set."""
 
     plan: KernelPlan
     coefficients: Coefficients
-    store: Any  # Scalars; StateScalars where ``in_kernels``
+    store: Any  # Scalars, and StateScalars if ``in_kernels`` is set
     scalars: Any  # AdaptiveScalars
     options: Any  # RowOptions
     in_kernels: InKernels | None
@@ -44,11 +44,15 @@ def inputs_in_kernels(
     clip: GradientClip | None,
     workspace: Workspace,
 ) -> StepInputs:
-    """The coefficients by one Triton kernel.
+    """Compute the coefficients of a step with one Triton kernel.
 
     Args:
-        options: of each group.
-        clip: of this step.
+        plan: the kernels of the step.
+        store: the adaptive scalars of the rows, a ``StateScalars``.
+        kernels: the kernels that compute the coefficients and the decision.
+        options: the options of each group.
+        clip: the gradient clipping of this step, or None.
+        workspace: receives the factor of the gradients.
     """
     assert isinstance(store, StateScalars)
     table = store.table()
@@ -58,11 +62,14 @@ def inputs_in_kernels(
 
 
 def finish_in_kernels(local: StepInputs, packed: Tensor, stats: StepStats, layout: ShardLayout, *, skip: bool) -> None:
-    """From the reduced sums to the end of the step.
+    """Finish a step from the reduced sums.
 
     Args:
-        stats: in which the kernel counts the step.
-        skip: a sum that is not finite drops the step.
+        local: the inputs of the step.
+        packed: the reduced sums.
+        stats: statistics in which the kernel counts the step.
+        layout: the layout of the step.
+        skip: whether a sum that is not finite makes the optimizer skip the step.
     """
     assert local.in_kernels is not None
     kernels, found, table = local.in_kernels

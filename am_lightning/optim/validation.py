@@ -1,4 +1,7 @@
-"""Checks of constructor arguments and group options. Texts begin like torch.optim's and end with what is allowed."""
+"""Checks of constructor arguments and group options.
+
+Error messages begin like those of torch.optim and end with the allowed values.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,14 @@ WHOLE_OPTIMIZER = (
     "loss_gap",
     "exp_avg_dtype",
     "replica_group",
-)  # options that no group has of its own
+)  # options that a group cannot have
 
-# torch.optim's words for an argument; others are called by their own name
+# Names of arguments in the messages of torch.optim; every other argument appears under its own name
 _WORDS = {"lr": "learning rate", "eps": "epsilon value", "weight_decay": "weight_decay value"}
 
 
 def described(value: Any) -> str:
-    """``a dict``, ``None``, ``a torch.int64 tensor of shape (2,)``."""
+    """Describe a value for an error message: ``a dict``, ``None``, ``a torch.int64 tensor of shape (2,)``."""
     if isinstance(value, Tensor):
         layout = "" if value.layout is torch.strided else f"{value.layout} "
         return f"a {layout}{value.dtype} tensor of shape {tuple(value.shape)}"
@@ -34,13 +37,13 @@ def described(value: Any) -> str:
 
 
 def check_names(names: Any) -> None:
-    """A list of names. It may be shorter than the parameters: somebody may have added one by hand."""
+    """Require a list of names. It may be shorter than ``params``, because a user may have added parameters by hand."""
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"Invalid param_names: {names!r} (param_names must be a list of names)")
 
 
 def is_one_number(value: Any) -> bool:
-    """A one-element real tensor that has a number."""
+    """Return whether ``value`` is a one-element real tensor that has data."""
     real = isinstance(value, Tensor) and value.layout is torch.strided and not (value.is_meta or value.is_complex())
     return real and value.numel() == 1 and value.dtype != torch.bool
 
@@ -67,7 +70,7 @@ def as_float(value: Any) -> float:
 
 
 def check_lr(lr: Any) -> None:
-    """A finite number >= 0, or a one-element real tensor that holds one."""
+    """Require a finite number >= 0, or a one-element real tensor that holds one."""
     if not isinstance(lr, Tensor):
         check_number("lr", lr)
         return
@@ -79,7 +82,7 @@ def check_lr(lr: Any) -> None:
 
 
 def check_betas(betas: Any) -> tuple[float, float]:
-    """Two numbers in [0, 1): the cap of beta_t and the decay of the second moment."""
+    """Require two numbers in [0, 1), the cap of beta_t and the decay of the second moment. Returns them as floats."""
     if isinstance(betas, (str, bytes)) or not isinstance(betas, Sequence):
         raise TypeError(f"Invalid betas: {betas!r} (betas must be a pair of numbers in [0, 1))")
     if len(betas) != 2:
@@ -88,20 +91,20 @@ def check_betas(betas: Any) -> tuple[float, float]:
         allowed = f"betas[{index}] must be a number with 0 <= beta < 1"
         if isinstance(beta, bool) or not isinstance(beta, Real):
             raise TypeError(f"Invalid beta parameter at index {index}: {beta!r} ({allowed}, not {type(beta).__name__})")
-        if not 0.0 <= as_float(beta) < 1.0:  # also false for nan
+        if not 0.0 <= as_float(beta) < 1.0:  # nan does not pass either
             raise ValueError(f"Invalid beta parameter at index {index}: {beta} ({allowed})")
     return float(betas[0]), float(betas[1])
 
 
 def check_flag(name: str, value: Any, *, optional: bool = False) -> None:
-    """A bool; with ``optional`` also None."""
+    """Require a bool or, with ``optional``, None."""
     if not (isinstance(value, bool) or (optional and value is None)):
         allowed = "True, False or None" if optional else "True or False"
         raise TypeError(f"Invalid {name}: {value!r} ({name} must be {allowed})")
 
 
 def check_count(name: str, value: Any) -> None:
-    """A whole number >= 1."""
+    """Require an integer >= 1."""
     allowed = f"{name} must be a whole number >= 1"
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"Invalid {name}: {value!r} ({allowed}, not {type(value).__name__})")
@@ -110,7 +113,7 @@ def check_count(name: str, value: Any) -> None:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """One of the words in ``choices``."""
+    """Require one of the strings in ``choices``."""
     allowed = " | ".join(repr(choice) for choice in choices)
     if not isinstance(value, str):
         raise TypeError(f"Invalid {name}: {value!r} ({name} must be {allowed})")
@@ -119,7 +122,7 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 
 
 def check_exp_avg_dtype(dtype: Any) -> None:
-    """None or bfloat16."""
+    """Require None or torch.bfloat16."""
     allowed = "exp_avg_dtype must be torch.bfloat16, or None for the parameter's dtype"
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"Invalid exp_avg_dtype: {dtype!r} ({allowed}, not {type(dtype).__name__})")
@@ -128,7 +131,7 @@ def check_exp_avg_dtype(dtype: Any) -> None:
 
 
 def check_process_group(name: str, value: Any) -> None:
-    """None or a process group of which this process is a member."""
+    """Require None or a process group of which this process is a member."""
     if value is None:
         return
     allowed = f"{name} must be a torch.distributed.ProcessGroup that this rank is in, or None"
@@ -137,7 +140,7 @@ def check_process_group(name: str, value: Any) -> None:
 
 
 def check_implementation(group: dict[str, Any]) -> None:
-    """foreach, fused and a tensor lr go together as they do in torch.optim."""
+    """Require a combination of foreach, fused and a tensor lr that torch.optim allows."""
     check_flag("foreach", group["foreach"], optional=True)
     if "fused" in group:
         check_flag("fused", group["fused"], optional=True)

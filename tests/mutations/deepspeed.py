@@ -131,8 +131,8 @@ MUTATIONS = [
     Mutation(
         "every group gets the first one's options after a load",
         "am_lightning/optim/checkpointing.py",
-        "group.update(kept)  # one engine",
-        "group.update({})  # one engine",
+        "group.update(kept)  # because one engine",
+        "group.update({})  # because one engine",
         ("tests/deepspeed/test_checkpoints.py::test_universal_to_one_rank[3]",),
     ),
     Mutation(

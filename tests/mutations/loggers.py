@@ -47,9 +47,8 @@ MUTATIONS = [
     Mutation(
         "what was tallied of an earlier layout is lost",
         _TALLY,
-        '"""Layouts are made anew; what was tallied is kept until it is read."""\n        self._of_layout = {}',
-        '"""Layouts are made anew; what was tallied is kept until it is read."""\n        '
-        "self._of_layout, self._tallies = {}, {}",
+        'until they are read."""\n        self._of_layout = {}',
+        'until they are read."""\n        self._of_layout, self._tallies = {}, {}',
         (f"{_TESTS}::test_tensors_that_are_named_or_moved_between_readings_lose_nothing[cast]",),
     ),
     Mutation(

@@ -1,4 +1,5 @@
-"""Both passes of a step, in several forms; ``registry`` has the table of them, ``plan`` chooses and keeps the choice.
+"""The kernels that run the two passes of a step. ``registry`` lists them, and ``plan`` chooses among them.
 
-Pass 1 reads and returns N and D of every row; pass 2 writes. All kernels give the same result up to rounding.
+Pass 1 reads the tensors and returns N and D of every row, and pass 2 writes the tensors. All kernels give the same
+result up to rounding.
 """

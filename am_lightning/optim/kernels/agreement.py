@@ -1,4 +1,4 @@
-"""What ranks that share tensors agree on at a layout's first step: which kernels, so that copies stay equal."""
+"""Agreement on the kernels among ranks that share tensors, at the first step of a layout, so that copies stay equal."""
 
 from __future__ import annotations
 
@@ -26,23 +26,26 @@ Groups = Sequence[dict[str, Any]]
 def agree_on_kernels(
     layout: ShardLayout, groups: Groups, workspace: Workspace, dropped: bool | None, direction: torch.dtype | None
 ) -> bool:
-    """Collective where ranks share tensors that fused kernels may serve: all of them take the same kernels.
+    """Make all ranks that share tensors use the same kernels. Collective if fused kernels may serve shared tensors.
 
     Args:
-        dropped: whether ``convert_adamw`` has taken ``fused=True`` away here; None: there was none.
+        layout: the layout of the step.
+        groups: the parameter groups.
+        workspace: receives the device types whose fused kernel serves by default.
+        dropped: whether ``convert_adamw`` set ``fused=True`` to None on this rank, or None if no group had it.
         direction: ``exp_avg_dtype``.
 
     Returns:
-        False where a rank has lost ``fused=True``: all are to do without.
+        False if ``fused=True`` was set to None on some rank, so that all ranks must do so.
 
     Raises:
-        RuntimeError: ``fused=True`` does not work on some rank; on every rank alike.
+        RuntimeError: if ``fused=True`` does not work on some rank. Raised on every rank.
     """
     if is_fake():
         return True
     asked, default = _kinds(layout.logical_params, groups, direction)
     if not (asked or default or dropped is not None):
-        return True  # a converted optimizer may have fallen back on some ranks only, which vote too
+        return True  # a converted optimizer with ``dropped`` votes, because only some ranks may have lost fused=True
     missing, reason = (next(filter(None, map(_why_not, sorted(kinds, key=str))), "") for kinds in (asked, default))
     failed, without, fallen = _summed([bool(missing), bool(reason), bool(dropped)], layout)
     if failed:
@@ -55,7 +58,7 @@ def agree_on_kernels(
 
 
 def _take_default(workspace: Workspace, device_types: set[str], why_not: str) -> None:
-    """One of several layouts on which the fused kernels do not work decides for all."""
+    """Let fused kernels serve by default on these devices, unless they do not work for one of the layouts."""
     workspace.why_no_fused = workspace.why_no_fused or why_not
     workspace.fused_by_default = set() if workspace.why_no_fused else workspace.fused_by_default | device_types
 
@@ -63,7 +66,7 @@ def _take_default(workspace: Workspace, device_types: set[str], why_not: str) ->
 def _kinds(
     params: Sequence[LogicalParam], groups: Groups, direction: torch.dtype | None
 ) -> tuple[set[Kind], set[Kind]]:
-    """Kinds of parameters that a fused kernel may serve: with ``fused=True``, and with neither option set."""
+    """Return the kinds of parameters that fused kernels may serve: by ``fused=True``, and by default."""
     asked: set[Kind] = set()
     default: set[Kind] = set()
     for logical in params:
@@ -85,12 +88,12 @@ def _why_not(kind: Kind) -> str:
     assert kernel is not None
     try:
         return kernel.why_not(kind)
-    except Exception as error:  # whatever it is, the other ranks are waiting for this one's vote
+    except Exception as error:  # the other ranks wait for the vote of this one, whatever the error is
         return str(error) or type(error).__name__
 
 
 def _summed(votes: list[bool], layout: ShardLayout) -> list[int]:
-    """Over all ranks that share the layout's tensors."""
+    """Sum the votes over all ranks that share tensors of the layout."""
     if not layout.reductions:
         return [int(vote) for vote in votes]
     device, dtype = sums_live_on([logical.param for logical in layout.logical_params])
@@ -103,9 +106,9 @@ def _summed(votes: list[bool], layout: ShardLayout) -> list[int]:
 def row_kernels(
     layout: ShardLayout, groups: Groups, scope: str, store: Scalars, workspace: Workspace
 ) -> RowKernels | None:
-    """The kernels of the rows' own numbers, where every row is on one GPU and goes to Triton.
+    """Return the Triton kernels of the adaptive scalars, or None unless Triton serves every row on one GPU.
 
-    They round otherwise than torch's operators, so this looks at nothing that differs between ranks with copies.
+    They round differently from torch's operators, so the choice depends on nothing that differs between replicas.
     """
     device = store.device_of_float32 if isinstance(store, StateScalars) else None
     if device is None or layout.pipeline_group is not None or device.type not in (TRITON.device_types or ()):
@@ -120,7 +123,7 @@ def row_kernels(
 
 
 def drop_fused(groups: Groups) -> None:
-    """As ``convert_adamw`` does where fused kernels cannot be built."""
+    """Set ``fused=True`` to None, with a warning, as ``convert_adamw`` does if fused kernels cannot be built."""
     if any(group.get("fused") for group in groups):
         warnings.warn(
             "fused=True becomes fused=None, as on another rank, whose fused kernels cannot be built", stacklevel=2

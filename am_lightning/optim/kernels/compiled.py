@@ -1,6 +1,6 @@
-"""The two passes through torch.compile: two small graphs for tensors of any size, on any device that Inductor serves.
+"""The two passes with torch.compile: two small graphs for tensors of any size, on any device that Inductor supports.
 
-What changes from step to step comes in a device vector, so that no graph is compiled again.
+Numbers that change from step to step are in a vector on the device, so that no graph is compiled again.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from am_lightning.optim.kernels.rounding import is_stochastic, seed_of, stochast
 from am_lightning.optim.kernels.transfer import moved, uploaded
 from am_lightning.optim.kernels.workspace import Workspace
 
-_BLOCK = 1 << 14  # elements summed in the working precision; across blocks sums are float64
+_BLOCK = 1 << 14  # elements summed in the compute dtype; sums of blocks are added in float64
 _COLUMNS = ("one_plus_k", "c_root", "c_eps", "lr", "decay_factor", "omega")
 
 
 class _Vector(NamedTuple):
-    """What changes from step to step: 0-dim views of one device vector, in this order."""
+    """Numbers that change from step to step: 0-dim views of one vector on the device, in this order."""
 
     one_plus_k: Tensor
     c_root: Tensor
@@ -31,7 +31,7 @@ class _Vector(NamedTuple):
     lr: Tensor
     decay_factor: Tensor
     omega: Tensor
-    rate: Tensor  # 1 - beta2, formed in float64 and then rounded
+    rate: Tensor  # 1 - beta2, computed in float64 and then rounded
     lambd: Tensor
     mu: Tensor
     too_large: Tensor
@@ -39,9 +39,10 @@ class _Vector(NamedTuple):
 
 
 def supports(shard: LocalShard) -> bool:
-    """Whether the graphs can do a row: they walk the storage, have a second moment and no coupled decay.
+    """Return whether the graphs support a shard.
 
-    One element is left out, for which torch.compile would make graphs of their own.
+    It must be flat in storage and have a second moment and no coupled weight decay. Tensors of one element are not
+    supported, because torch.compile would specialise the graphs for them.
     """
     tensors = shard.tensors()
     plain = shard.v is not None and not shard.options.l2 and shard.x.numel() != 1
@@ -49,16 +50,16 @@ def supports(shard: LocalShard) -> bool:
 
 
 class CompiledPasses:
-    """Both passes over shards that ``supports`` has accepted."""
+    """Both passes over shards that ``supports`` accepts."""
 
     def __init__(self, shards: Sequence[LocalShard], workspace: Workspace | None = None) -> None:
         self._shards = shards
 
     def sums(self, coefficients: Coefficients, accumulate: torch.dtype) -> Tensor:
-        """Pass 1, which only reads: ``[shards, 2]``, N and D."""
+        """Run pass 1, which only reads. Returns N and D, ``[shards, 2]``."""
         table = self._table(coefficients, None)
         run = _graphs()[0]
-        # Parts of one shape are added up together, because each operator call costs as much as a small tensor.
+        # Parts of one shape are added up together, because each operator call costs as much as a small tensor does.
         by_shape: dict[tuple[int, torch.dtype], list[tuple[int, Tensor]]] = {}
         with _many_graphs():
             for i, (shard, vector) in enumerate(zip(self._shards, table, strict=True)):
@@ -75,7 +76,7 @@ class CompiledPasses:
         return torch.stack([zero if pair is None else pair for pair in pairs])
 
     def update(self, coefficients: Coefficients, active: Tensor) -> None:
-        """Pass 2, which writes d, v and x of the rows where ``active`` (``[rows]`` bool) is True."""
+        """Run pass 2, which writes d, v and x of the rows where ``active``, ``[rows]`` bool, is True."""
         table = self._table(coefficients, active)
         run = _graphs()[1]
         with _many_graphs():
@@ -84,7 +85,7 @@ class CompiledPasses:
                     run(*_flat(shard), vector, _seed(shard, coefficients), shard.options.maximize)
 
     def _table(self, coefficients: Coefficients, active: Tensor | None) -> list[Tensor]:
-        """Each shard's vector on its device, in its compute dtype."""
+        """Return the ``_Vector`` of each shard on its device, in its compute dtype."""
         columns = coefficients
         whole = torch.stack([columns.get(name, columns["one_plus_k"]) for name in _COLUMNS], 1)
         keep = torch.ones_like(whole[:, 0]) if active is None else active.to(whole.dtype)
@@ -114,7 +115,7 @@ def _seed(shard: LocalShard, coefficients: Coefficients) -> Tensor | None:
 
 
 def _parts(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """Whole blocks as ``[blocks, _BLOCK]`` and the rest as ``[1, rest]``, never of one element."""
+    """Split tensors into whole blocks, ``[blocks, _BLOCK]``, and a rest, ``[1, rest]``, of more than one element."""
     numel = tensors[0].numel()
     blocks, rest = divmod(numel, _BLOCK)
     if rest == 1:
@@ -132,14 +133,14 @@ def _parts(tensors: list[Tensor]) -> list[list[Tensor]]:
 
 @functools.cache
 def _graphs() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    # Inductor must not put P, which both sums read, into memory: it did, as a buffer of the size of the tensor.
+    # Without these options Inductor writes P, which both sums read, into a buffer of the size of the tensor.
     options: dict[str, Any] = {"realize_reads_threshold": 64, "realize_opcount_threshold": 512}
     sums = torch.compile(_sums, dynamic=True, fullgraph=True, options=options)
     return sums, torch.compile(_update, dynamic=True, fullgraph=True, options=options)
 
 
 def _many_graphs() -> AbstractContextManager[Any]:
-    """Dynamo allows 8 of a function; other dtypes, views at other places, with and without decay and so on add up."""
+    """Raise Dynamo's limit of 8 graphs for a function, because dtypes, storage offsets and options multiply."""
     from torch._dynamo import config
 
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # before torch 2.7
@@ -148,7 +149,10 @@ def _many_graphs() -> AbstractContextManager[Any]:
 
 
 def _sums(x: Tensor, g: Tensor, d: Tensor, v: Tensor, vector: Tensor, decays: bool, negate: bool) -> Tensor:
-    """``[blocks, 2]``: N = sum (d - (1 + k) g) (d / P + mu x), D = sum (d - g)^2 / (P q), nan where v' does not fit."""
+    """Return N and D of each block, ``[blocks, 2]``.
+
+    N = sum (d - (1 + k) g) (d / P + mu x) and D = sum (d - g)^2 / (P q), which is nan if v' does not fit in its dtype.
+    """
     c = _Vector(*vector.unbind())
     x, g, d = x.to(vector.dtype), g.to(vector.dtype), d.to(vector.dtype)
     g = -g if negate else g
@@ -162,7 +166,7 @@ def _sums(x: Tensor, g: Tensor, d: Tensor, v: Tensor, vector: Tensor, decays: bo
 
 
 def _update(x: Tensor, g: Tensor, d: Tensor, v: Tensor, vector: Tensor, seed: Tensor | None, negate: bool) -> None:
-    """d' = d + omega (g - d) / q,  x' = (1 - mu eta) x - eta d' / P,  v': written where the row is active."""
+    """Write d' = d + omega (g - d) / q,  x' = (1 - mu eta) x - eta d' / P  and v' if the row is active."""
     c = _Vector(*vector.unbind())
     y, g, old = x.to(vector.dtype), g.to(vector.dtype), d.to(vector.dtype)
     g = -g if negate else g
@@ -177,7 +181,7 @@ def _update(x: Tensor, g: Tensor, d: Tensor, v: Tensor, vector: Tensor, seed: Te
 
 
 def _precond(g: Tensor, v: Tensor, c: _Vector) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """v', P, q and 1 / (P q): one division serves 1 / P and 1 / q."""
+    """Return v', P, q and 1 / (P q), so that one division serves 1 / P and 1 / q."""
     v = v + c.rate * (g * g - v)
     precond = c.c_root * v.sqrt() + c.c_eps
     q = 1 + c.lambd * precond

@@ -1,8 +1,8 @@
-"""The two passes over many tensors at once: no host sync, no Python branch on a tensor, no launch for each tensor.
+"""The two passes over many tensors at once, without a host sync and without a launch for each tensor.
 
-For accelerators without Triton, for the small tensors of a CPU without the C++ loop, and where ``foreach=True`` asks.
-Rows are taken in buckets of bounded size, large ones in parts, so that the temporaries are at most a few buckets (of
-16 MiB in float32, a quarter of one on a CPU), not a few models. ``buckets`` has why a bucket is copied into one matrix.
+They serve accelerators without Triton, small tensors on a CPU without the C++ loop, and groups with ``foreach=True``.
+Rows are processed in buckets of bounded size, and large rows in parts. Temporaries are therefore a few buckets (16 MiB
+each in float32, 256 KiB on a CPU), not a few models. ``buckets`` explains why a bucket is copied into one matrix.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class ForeachPasses:
         self._split = frozenset(owner for owner, count in counts.items() if count > 1)
 
     def sums(self, coefficients: Coefficients, accumulate: torch.dtype) -> Tensor:
-        """Pass 1, which only reads: ``[shards, 2]``, N and D of each.
+        """Run pass 1, which only reads. Returns N and D, ``[shards, 2]``.
 
-        Sums are in the compute dtype inside a block, of at most 64 Ki elements, and in ``accumulate`` across blocks.
+        Sums are in the compute dtype within a block of at most 64 Ki elements, and in ``accumulate`` over blocks.
         """
         device = self._shards[0].x.device
         tables = _Tables(coefficients, _READ)
@@ -49,7 +49,7 @@ class ForeachPasses:
         return self._plan.over_blocks(torch.cat(partial, 1))
 
     def update(self, coefficients: Coefficients, active: Tensor) -> None:
-        """Pass 2, which writes d, v and x of the rows where ``active`` (``[rows]`` bool) is True."""
+        """Run pass 2, which writes d, v and x of the rows where ``active``, ``[rows]`` bool, is True."""
         tables = _Tables(coefficients, _WRITTEN)
         kept = {device: moved(active, device) for device in {shard.x.device for shard in self._shards}}
         for bucket in self._plan.buckets:
@@ -62,7 +62,7 @@ class ForeachPasses:
 
 
 class _Tables:
-    """The coefficients of all rows, ``[rows, names]``, once for each device and dtype."""
+    """The coefficients of all rows, ``[rows, names]``, copied once to each device and dtype."""
 
     def __init__(self, coefficients: Coefficients, names: Sequence[str]) -> None:
         self.coefficients = coefficients
@@ -70,7 +70,7 @@ class _Tables:
         self._made: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def of(self, bucket: Bucket, shard: LocalShard) -> dict[str, Tensor]:
-        """``[blocks, 1]`` each, in the compute dtype."""
+        """Return the coefficients of a bucket by name, each ``[blocks, 1]``, in the compute dtype."""
         device, dtype = shard.x.device, shard.compute_dtype
         if (device, dtype) not in self._made:
             table = torch.stack([self.coefficients[name] for name in self._names], 1)
@@ -80,9 +80,10 @@ class _Tables:
 
 
 def _sums(bucket: Bucket, parts: Sequence[LocalShard], tables: _Tables) -> Tensor:
-    """``[2, blocks]``: N = sum (d - (1 + k) g) (d / P + mu x),  D = sum (d - g)^2 / (P q),  q = 1 + lambda P.
+    """Return N and D of each block, ``[2, blocks]``.
 
-    D is nan where v' does not fit in its dtype.
+    N = sum (d - (1 + k) g) (d / P + mu x),  D = sum (d - g)^2 / (P q),  q = 1 + lambda P. D is nan if v' does not fit
+    in its dtype.
     """
     o, n = parts[0].options, tables.of(bucket, parts[0])
     dtype = parts[0].compute_dtype
@@ -111,7 +112,7 @@ def _sums(bucket: Bucket, parts: Sequence[LocalShard], tables: _Tables) -> Tenso
 
 
 def _update(bucket: Bucket, parts: Sequence[LocalShard], tables: _Tables, keep: Tensor) -> None:
-    """v', then d' = d + omega (g - d) / q, then x' = (1 - mu eta) x - eta d' / P."""
+    """Write v', then d' = d + omega (g - d) / q, then x' = (1 - mu eta) x - eta d' / P."""
     o, n = parts[0].options, tables.of(bucket, parts[0])
     dtype = parts[0].compute_dtype
     g, d = _gradient(bucket, parts), bucket.pack("d", [p.d for p in parts])
@@ -139,7 +140,7 @@ def _update(bucket: Bucket, parts: Sequence[LocalShard], tables: _Tables, keep: 
 
 
 def _gradient(bucket: Bucket, parts: Sequence[LocalShard]) -> Tensor:
-    """g in the compute dtype, ascent and coupled decay folded in; a copy."""
+    """Return a copy of g in the compute dtype, with ``maximize`` and coupled weight decay applied."""
     o, dtype = parts[0].options, parts[0].compute_dtype
     g = bucket.pack("g", [p.g for p in parts]).to(dtype)
     if o.maximize:
@@ -150,21 +151,22 @@ def _gradient(bucket: Bucket, parts: Sequence[LocalShard]) -> Tensor:
 
 
 def _precond(v: Tensor, n: dict[str, Tensor]) -> Tensor:
-    """P = c_t (sqrt(v' / (1 - beta2^t)) + eps), in the memory of v'."""
+    """Return P = c_t (sqrt(v' / (1 - beta2^t)) + eps), computed in place of v'."""
     return v.sqrt_().mul_(n["c_root"]).add_(n["c_eps"])
 
 
 def _write(bucket: Bucket, name: str, targets: list[Tensor], old: Tensor, new: Tensor, keep: Tensor) -> None:
-    """New where kept, in the dtype of the targets; ``old`` is what they hold, as packed under ``name``: overwritten.
+    """Write ``new`` into the targets where ``keep`` is True.
 
-    torch.where, not a product: NaN * 0 is NaN, and what is not kept must stay to the bit.
+    ``old`` holds the values of the targets, packed under ``name``, and is overwritten. torch.where, not a product: NaN
+    * 0 is NaN, and the other elements must not change by a bit.
     """
     torch.where(keep, new.to(old.dtype), old, out=old)
     bucket.unpack(name, old, targets)
 
 
 def _rounded(bucket: Bucket, like: LocalShard, new: Tensor, tables: _Tables) -> Tensor:
-    """d' as it is stored, where that takes more than a cast."""
+    """Return d' after stochastic rounding, or unchanged if it is stored by a cast."""
     if not is_stochastic(like):
         return new
     steps = moved(tables.coefficients["step"], new.device, torch.int64).index_select(0, bucket.rows)

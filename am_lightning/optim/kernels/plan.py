@@ -1,4 +1,4 @@
-"""Which kernel serves which tensors: made anew when their kinds or options change, else kept from step to step."""
+"""The choice of a kernel for each tensor. It is kept from step to step until the kinds or options of tensors change."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ _NOTHING = torch.empty(0, device="cpu")
 
 
 def choice_of(group: dict[str, Any]) -> Choice:
-    """A group's kernel options; AMSGD's have no ``fused``."""
+    """Return the kernel options of a group. Groups of AMSGD have no ``fused``."""
     return Choice(group["foreach"], group.get("fused"))
 
 
 class StepTensors(NamedTuple):
-    """This step's local tensors of the logical parameters that have a gradient here.
+    """The local tensors of the logical parameters that have a gradient on this rank in this step.
 
     Attributes:
-        rows: places of the logical parameters in the packed sums.
-        x, g, d, v: their local shards; ``v`` is None where P = 1.
+        rows: indices of the logical parameters in the packed sums.
+        x, g, d, v: local shards of the parameters, gradients, directions and second moments. ``v`` is None if P = 1.
     """
 
     rows: tuple[int, ...]
@@ -49,20 +49,20 @@ class StepTensors(NamedTuple):
     v: Sequence[Tensor] | None
 
     def kinds(self) -> Hashable:
-        """Everything that the choice of kernels depends on; the numbers and addresses of the tensors are not in it."""
+        """Return everything that the choice of kernels depends on. Values and addresses of tensors are not in it."""
         columns = (self.x, self.g, self.d) if self.v is None else (self.x, self.g, self.d, self.v)
         layouts = [[(tensor.dtype, tensor.stride()) for tensor in column] for column in columns]
         shapes = [(tensor.shape, tensor.device) for tensor in self.x]
-        return self.rows, layouts, shapes, set(map(type, self.x))  # of fake tensors
+        return self.rows, layouts, shapes, set(map(type, self.x))  # the types tell fake tensors apart
 
 
 class KernelPlan:
-    """Both passes over the shards of one layout, each through the kernel that serves it.
+    """Both passes over the shards of one layout, each shard by the kernel chosen for it.
 
     Attributes:
-        made_for: the kinds of the tensors and the options that it serves.
-        present: ``[rows]``, 1 where this rank has a gradient, on the device and in the dtype of the sums.
-        kernels: kernel -> how many shards it serves.
+        made_for: kinds of the tensors and options that the plan serves.
+        present: ``[rows]``, 1 for rows with a gradient on this rank, on the device and in the dtype of the sums.
+        kernels: ``kernel -> number of shards`` that it serves.
     """
 
     def __init__(
@@ -72,7 +72,14 @@ class KernelPlan:
         workspace: Workspace,
         layout: ShardLayout,
     ) -> None:
-        """``options``: of every row that has a gradient."""
+        """Choose the kernels.
+
+        Args:
+            tensors: the tensors of the step.
+            options: options of each row that has a gradient.
+            workspace: the workspace of the optimizer.
+            layout: the layout of the step.
+        """
         params = [logical.param for logical in layout.logical_params]
         self._workspace, self._row_count = workspace, len(params)
         self._device, self._dtype = sums_live_on(params)
@@ -88,7 +95,7 @@ class KernelPlan:
                 tensors.rows, tensors.x, tensors.g, tensors.d, second, options, strict=True
             )
         ]
-        self._copied: list[LocalShard] = []  # whose gradients are copied, to be walked along with the rest
+        self._copied: list[LocalShard] = []  # shards whose gradients are copied to the strides of the parameters
         served: dict[tuple[Kernel, str], list[LocalShard]] = {}
         choices: dict[tuple[torch.device, Choice], tuple[Kernel, ...]] = {}
         for shard, (_, choice) in zip(self._shards, options, strict=True):
@@ -121,16 +128,17 @@ class KernelPlan:
         raise AssertionError("the last kernel supports everything")
 
     def describe(self) -> str:
-        """The kernels, and why the fused one does not serve by default."""
+        """Describe the kernels, and the reason if no fused kernel serves by default."""
         parts = [f"{kernel.describe()} for {count}" for kernel, count in self.kernels.items()]
         why = self._workspace.why_no_fused
         return f"; kernels: {', '.join(parts)}{f' (no fused kernel: {why})' if why else ''}" if parts else ""
 
     def begin(self, tensors: StepTensors, *read: Any) -> None:
-        """Take this step's tensors, and multiply gradients that a clip has left as they were.
+        """Set the tensors of this step, and apply gradient clipping that is left to the step.
 
         Args:
-            read: what else the step reads, for a CUDA graph that may be captured.
+            tensors: the tensors of this step, of the kinds in ``made_for``.
+            read: other objects that the step reads, kept alive if a CUDA graph is being captured.
         """
         if self._device.type == "cuda" and is_capturing(self._device):
             self._workspace.captured += [self, *self._columns.values(), *read]
@@ -148,17 +156,17 @@ class KernelPlan:
             begin()
 
     def gradients(self) -> list[Tensor]:
-        """This step's local gradients."""
+        """Return the local gradients of this step."""
         return [shard.g for shard in self._shards]
 
     def over_rows(self, options: Sequence[RowOptions], sizes: Sequence[int]) -> RowOptions:
-        """``[rows]`` each, on the device of the sums: the options of every row's group.
+        """Return the options of each row, ``[rows]`` each, on the device of the sums.
 
-        Host numbers are filled in on the device, and kept as long as they are the same: no copy, no sync.
+        Python numbers are filled in on the device, without a copy or a sync, and kept until they change.
 
         Args:
-            options: of each group.
-            sizes: rows of each group.
+            options: options of each group.
+            sizes: number of rows of each group.
         """
         return RowOptions(*map(self._column, range(len(RowOptions._fields)), zip(*options, strict=True), repeat(sizes)))
 
@@ -173,12 +181,12 @@ class KernelPlan:
             else:
                 parts.append(torch.full((size,), float(value), dtype=self._dtype, device=self._device))
         column = torch.cat(parts)
-        if on_host and not is_capturing(self._device):  # what is made in a capture is filled at replays only
+        if on_host and not is_capturing(self._device):  # a tensor created in a capture has values after a replay only
             self._columns[place] = values, column
         return column
 
     def sums(self, coefficients: Coefficients) -> Tensor:
-        """Pass 1, read-only: ``[rows, 2]``, N and D; zero for rows without a gradient here."""
+        """Run pass 1, which only reads. Returns N and D, ``[rows, 2]``, 0 for rows without a gradient on this rank."""
         out: Tensor | None = None
         for rows, passes in self._passes:
             pairs = passes.sums(coefficients, self._dtype)
@@ -188,13 +196,13 @@ class KernelPlan:
             if out is None:
                 out = torch.zeros(self._row_count, 2, dtype=self._dtype, device=self._device)
             out.index_copy_(0, self._workspace.constants.vector(rows, self._device), pairs)
-        # None where a pipeline stage, or a rank, has no parameters
+        # None if a pipeline stage or a rank has no parameters
         return torch.zeros(self._row_count, 2, dtype=self._dtype, device=self._device) if out is None else out
 
     def update(self, coefficients: Coefficients, active: Tensor) -> None:
-        """Pass 2: write d, v and x of the rows where ``active`` (``[rows]`` bool) is True.
+        """Run pass 2, which writes d, v and x of the rows where ``active``, ``[rows]`` bool, is True.
 
-        On the CPU this is read on the host, once; elsewhere nothing waits for the device.
+        For shards on the CPU the host reads ``active``. Otherwise nothing waits for the device.
         """
         for _, passes in self._passes:
             passes.update(coefficients, active)
@@ -202,7 +210,7 @@ class KernelPlan:
         self.release()
 
     def release(self) -> None:
-        """Nothing of a step is kept alive until the next one: the gradients of a model are as large as it is."""
+        """Drop the tensors of the step, because its gradients take as much memory as the model."""
         for shard in self._shards:
             shard.x = shard.g = shard.d = _NOTHING
             shard.v = None if shard.v is None else _NOTHING
@@ -214,7 +222,7 @@ def _has_other_gradient_strides(shard: LocalShard) -> bool:
 
 
 def _like_parameter(shard: LocalShard) -> Tensor:
-    """A copy of the gradient with the parameter's strides, which the fused kernels can walk along with the rest."""
+    """Return a copy of the gradient with the strides of the parameter, which fused kernels require."""
     like = torch.empty_like(shard.x, dtype=shard.g.dtype, memory_format=torch.preserve_format)
     return like.copy_(shard.g)
 
@@ -222,14 +230,17 @@ def _like_parameter(shard: LocalShard) -> Tensor:
 def step_tensors(
     layout: ShardLayout, moments_of: Callable[[list[LogicalParam]], list[list[Tensor]]], who: str
 ) -> StepTensors:
-    """Parameters that have a gradient here. All are checked before the first state is made.
+    """Collect the tensors of all parameters that have a gradient on this rank.
+
+    All gradients are checked before the first state is created.
 
     Args:
-        moments_of: gives the moments of logical parameters, and makes those that do not exist yet.
-        who: the optimizer, for messages.
+        layout: the layout of the step.
+        moments_of: a function that returns the moments of logical parameters, and creates missing ones.
+        who: name of the optimizer, for messages.
 
     Raises:
-        RuntimeError: a gradient is sparse or complex.
+        RuntimeError: if a gradient is sparse or complex.
     """
     rows = tuple([i for i, logical in enumerate(layout.logical_params) if logical.param.grad is not None])
     here = [layout.logical_params[i] for i in rows]
@@ -243,7 +254,7 @@ def step_tensors(
         x, grads = [local_shard(p, p.param) for p in here], [local_grad(p) for p in here]
         moments = [[local_shard(*pair) for pair in zip(here, column, strict=True)] for column in moments]
     columns: Sequence[Sequence[Any]] = (x, grads, *moments)
-    if not all(map(_ndim, x)):  # a 0-dim operand would take the dtype of a 0-dim number
+    if not all(map(_ndim, x)):  # a 0-dim operand would be promoted to the dtype of a 0-dim coefficient
         columns = [[tensor if tensor.ndim else tensor.reshape(1) for tensor in column] for column in columns]
     x, g, d, *v = columns
     return StepTensors(rows, x, g, d, v[0] if v else None)

@@ -1,7 +1,8 @@
-"""The kernels: one line each. What they have in common, what each needs, and which serves a group on a device.
+"""The table of kernels, their interface, and the choice of kernels for a group on a device.
 
-A kernel is a class with two methods: ``sums`` (pass 1, read-only: N and D of each shard) and ``update`` (pass 2, which
-writes d, v and x). All give the same result up to rounding. A new one is one file and one line of ``KERNELS``.
+A kernel is a class with two methods: ``sums`` (pass 1, which only reads and returns N and D of each shard) and
+``update`` (pass 2, which writes d, v and x). All kernels give the same result up to rounding. A new kernel takes one
+file and one line of ``KERNELS``.
 """
 
 from __future__ import annotations
@@ -21,33 +22,35 @@ from am_lightning.optim.kernels.workspace import Workspace
 
 
 class Passes(Protocol):
-    """Both passes over the shards that a kernel serves, in as many steps as the shards' kinds stay the same."""
+    """Both passes over the shards that a kernel serves, for all steps until the kinds of the shards change."""
 
     def sums(self, coefficients: Coefficients, accumulate: torch.dtype) -> Tensor:
-        """Pass 1, read-only: ``[shards, 2]``, N and D of each, in ``accumulate``."""
+        """Run pass 1, which only reads. Returns N and D, ``[shards, 2]``, in the dtype ``accumulate``."""
 
     def update(self, coefficients: Coefficients, active: Tensor) -> None:
-        """Pass 2: write d, v and x of the rows where ``active`` (``[rows]`` bool) is True."""
+        """Run pass 2, which writes d, v and x of the rows where ``active``, ``[rows]`` bool, is True."""
 
 
 @runtime_checkable
 class Prepares(Protocol):
-    """A kernel that makes something of a step's tensors before its passes; there may be a step with pass 2 alone."""
+    """A kernel that prepares each step before its passes. A step may consist of pass 2 alone."""
 
     def begin(self) -> None:
-        """The shards have this step's tensors."""
+        """Prepare a step, after the shards have received its tensors."""
 
 
 class Kernel(NamedTuple):
-    """A line of the table.
+    """An entry of the table.
 
     Attributes:
-        name: as ``describe()`` shows it.
-        device_types: where it runs; None: everywhere.
-        supports: whether it can do a shard; others of its group go to the next kernel.
-        passes: makes both passes over shards that it supports.
-        why_not: the reason why it does not work for shards of a kind here, "" where it does. May build and try it.
-        scales_gradients: it multiplies gradients by the factor of clipping in registers, and leaves them as they are.
+        name: name in ``describe()``.
+        device_types: device types on which it runs, or None for all.
+        supports: a function that returns whether it supports a shard. Other shards go to the next kernel.
+        passes: a function that creates the passes over shards that it supports.
+        why_not: a function that returns the reason why it does not work for shards of a kind on this machine, or "". It
+            may build and try the kernel.
+        scales_gradients: whether it applies gradient clipping in registers, so that the gradients stay unchanged.
+        description: a function that returns a description for ``describe()``, or None to use ``name``.
     """
 
     name: str
@@ -59,7 +62,7 @@ class Kernel(NamedTuple):
     description: Callable[[], str] | None = None
 
     def describe(self) -> str:
-        """The name, with what is known of how the kernel was built."""
+        """Return the name, with details of the build if the kernel has them."""
         return self.name if self.description is None else self.description()
 
 
@@ -83,33 +86,36 @@ FUSED = (TRITON, CPP, COMPILED)
 
 
 class Choice(NamedTuple):
-    """A group's options ``foreach`` and ``fused``."""
+    """The options ``foreach`` and ``fused`` of a group."""
 
     foreach: bool | None
     fused: bool | None
 
     @property
     def by_default(self) -> bool:
-        """Neither is set."""
+        """Whether neither option is set."""
         return self.foreach is None and self.fused is None
 
 
 def fused_kernel(device: torch.device) -> Kernel | None:
-    """The fused kernel of a device, or None."""
+    """Return the fused kernel of a device, or None if it has none."""
     return next((kernel for kernel in FUSED if device.type in (kernel.device_types or ())), None)
 
 
 def kernels_for(device: torch.device, choice: Choice, default: Kernel | None) -> tuple[Kernel, ...]:
-    """The kernels of a group on a device: a shard goes to the first that supports it.
+    """Return the kernels of a group on a device. A shard goes to the first of them that supports it.
 
-    ``foreach=False`` is single_tensor, ``True`` torch._foreach_*, ``fused=True`` the device's fused kernel; with
-    neither set the fused kernel serves where the ranks have agreed on it, else the fastest one that needs no compiler.
+    ``foreach=False`` selects single_tensor, ``foreach=True`` torch._foreach_*, and ``fused=True`` the fused kernel of
+    the device. If neither is set, it is the fused kernel if the ranks have agreed on it, else the fastest kernel that
+    needs no compiler.
 
     Args:
-        default: the fused kernel that serves by default on this device; None: it does not.
+        device: the device of the shards.
+        choice: the options of the group.
+        default: the fused kernel that serves by default on this device, or None.
     """
     on_cpu = device.type == "cpu"
-    if is_fake():  # nothing to launch on, and no number for the host
+    if is_fake():  # fake tensors have no memory for a kernel and no values for the host
         return (FOREACH,)
     eager = (CHUNKED, FOREACH) if on_cpu else (FOREACH,)
     fused = fused_kernel(device) if choice.fused else default if choice.by_default else None
@@ -121,26 +127,26 @@ def kernels_for(device: torch.device, choice: Choice, default: Kernel | None) ->
 
 
 def require_fused(device: torch.device) -> None:
-    """Raise where ``fused=True`` cannot work on a device. On a GPU a small step is made, elsewhere nothing is built.
+    """Require that ``fused=True`` can work on a device. This runs a small step on a GPU, and builds nothing on the CPU.
 
     Raises:
-        RuntimeError: the text says what to install.
+        RuntimeError: if it cannot work. The message says what to install.
     """
-    if is_fake() or device.type == "meta":  # where a model waits for its real device: step() will see that one
+    if is_fake() or device.type == "meta":  # the model gets its real device later, which step() checks
         return
     if fused_kernel(device) is CPP:
         build.require_compiler()
-    elif is_capturing(device):  # nothing may be built or waited for; what has not stepped before is refused later
+    elif is_capturing(device):  # a capture allows no build and no sync; step() refuses what has not stepped before
         launch.require_triton()
     else:
         require_kernel(check.Kind(device))
 
 
 def require_kernel(kind: check.Kind) -> None:
-    """Raise where ``fused=True`` does not work for parameters of a kind.
+    """Require that ``fused=True`` works for parameters of a kind.
 
     Raises:
-        RuntimeError: the reason, and what to install.
+        RuntimeError: if it does not. The message has the reason and says what to install.
     """
     kernel = fused_kernel(kind.device)
     if kernel is None:
@@ -154,7 +160,7 @@ def require_kernel(kind: check.Kind) -> None:
 
 
 def needs(kernel: Kernel) -> str:
-    """What ``fused=True`` needs, for a message."""
+    """Return the middle of an error message, which says what ``fused=True`` needs."""
     return (
         "on a GPU needs Triton kernels"
         if kernel is TRITON

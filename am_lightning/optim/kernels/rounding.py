@@ -1,7 +1,7 @@
-"""Stochastic rounding to bfloat16 without generator state: the noise is a hash of (row, step, element).
+"""Stochastic rounding to bfloat16 without a random generator: the noise is a hash of (row, step, element).
 
-Replicas round alike, and a resumed run continues as if it had not stopped. E[round(y)] = y, whereas rounding to
-nearest loses every change of less than half a unit in the last place.
+Replicas therefore round alike, and a resumed run continues as if it had not stopped. E[round(y)] = y, whereas rounding
+to nearest loses every change of less than half a unit in the last place.
 """
 
 from __future__ import annotations
@@ -13,44 +13,45 @@ from am_lightning.optim.kernels.inputs import LocalShard
 
 _ROW = 0x9E3779B9
 _MASK = 0xFFFFFFFF
-_PART = 1 << 15  # elements, of some 40 bytes of temporaries each
+_PART = 1 << 15  # elements, each with about 40 bytes of temporaries
 
 
 def is_stochastic(shard: LocalShard) -> bool:
-    """A float32 parameter keeps its direction d in bfloat16."""
+    """Return whether d is rounded stochastically: the parameter is float32 and d is bfloat16."""
     return shard.d.dtype == torch.bfloat16 and shard.x.dtype == torch.float32
 
 
 def mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit words, held in int64, in which every bit of the input moves half the output."""
+    """Hash 32-bit words held in int64. It is a bijection in which each bit of the input flips half of the output."""
     x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK
     x = (x ^ (x >> 15)) * 0x846CA68B & _MASK
     return x ^ (x >> 16)
 
 
 def seed_of(step: Tensor, row: int) -> Tensor:
-    """0-dim int64 word; ``step`` active those before this one."""
+    """Return the seed of a row, a 0-dim int64 word. ``step`` is the number of earlier steps of the row."""
     return mix((step.to(torch.int64) + _ROW * (row + 1)) & _MASK)
 
 
 def seeds_of(steps: Tensor, rows: Tensor) -> Tensor:
-    """``seed_of`` for vectors of int64."""
+    """Return the seeds of many rows from int64 vectors. See ``seed_of``."""
     return mix((steps + _ROW * (rows + 1)) & _MASK)
 
 
 def stochastic(y: Tensor, seed: Tensor, first: int = 0) -> Tensor:
-    """float32 ``y`` as bfloat16; inf and nan stay.
+    """Round float32 ``y`` to bfloat16. inf and nan stay.
 
     Args:
-        seed: ``seed_of`` the row.
-        first: index of ``y``'s first element in the row's shard, elements counted in the order of ``y``'s shape.
+        y: the tensor to round.
+        seed: the seed of the row from ``seed_of``.
+        first: index of the first element of ``y`` in the row's shard, in the order of the shape of ``y`` (default: 0).
     """
     index = torch.arange(first, first + y.numel(), dtype=torch.int64, device=y.device).view(y.shape)
     return _with_noise(y, (mix((index & _MASK) ^ seed) >> 16).to(torch.int32))
 
 
 def stochastic_in_parts(y: Tensor, seed: Tensor, first: int = 0) -> Tensor:
-    """``stochastic`` of a tensor of any size, with temporaries of some 2 MiB."""
+    """Round a tensor of any size as ``stochastic`` does, with about 2 MiB of temporaries."""
     out = torch.empty_like(y, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
     parts = zip(torch.split(y.reshape(-1), _PART), torch.split(out.view(-1), _PART), strict=True)
     for i, (part, target) in enumerate(parts):
@@ -59,27 +60,28 @@ def stochastic_in_parts(y: Tensor, seed: Tensor, first: int = 0) -> Tensor:
 
 
 def stochastic_at(y: Tensor, seeds: Tensor, starts: Tensor) -> Tensor:
-    """float32 ``y``, ``[blocks, elements]``, as ``stochastic`` rounds it, with temporaries of 4 bytes an element.
+    """Round float32 ``y``, ``[blocks, elements]``, as ``stochastic`` does, with temporaries of 4 bytes per element.
 
     Args:
-        seeds: ``[blocks, 1]``, ``seed_of`` the row of each block.
-        starts: ``[blocks]``, index of each block's first element in the row's shard.
+        y: the tensor to round.
+        seeds: ``[blocks, 1]``, the seed of the row of each block.
+        starts: ``[blocks]``, index of the first element of each block in the row's shard.
     """
     noise = _word(starts)[:, None] + torch.arange(y.shape[1], dtype=torch.int32, device=y.device)
     noise.bitwise_xor_(_word(seeds))
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32)), (16, 1)):  # ``mix``, in words that wrap
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32)), (16, 1)):  # ``mix`` in int32, which wraps
         noise.bitwise_xor_((noise >> shift).bitwise_and_((1 << 32 - shift) - 1)).mul_(factor)
     return _with_noise(y, (noise >> 16).bitwise_and_(0xFFFF))
 
 
 def _word(values: Tensor) -> Tensor:
-    """The lower 32 bits of int64, as int32."""
+    """Return the lower 32 bits of int64 values as int32."""
     low = values & _MASK
     return (low - ((low >> 31) << 32)).to(torch.int32)
 
 
 def _with_noise(y: Tensor, noise: Tensor) -> Tensor:
-    """The upper half of ``y``'s bits after noise was added to the lower."""
+    """Add noise to the lower 16 bits of ``y``, and return the upper 16 bits as bfloat16."""
     y = y.contiguous()
     bits = y.view(torch.int32)
     rounded = ((bits + noise) & -0x10000).view(torch.float32)

@@ -1,6 +1,6 @@
-"""The two passes as plain formulas, one tensor at a time: the kernels that the others are compared with.
+"""The two passes as plain formulas, one tensor at a time. Other kernels are compared with this one.
 
-Large tensors are taken in parts, so that the temporaries are small.
+Large tensors are processed in parts, so that the temporaries are small.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from am_lightning.optim.kernels.workspace import Workspace
 
 
 class _Rows:
-    """The coefficients row by row: floats on the CPU, 0-dim tensors of the compute dtype elsewhere."""
+    """The coefficients of single rows: floats on the CPU, 0-dim tensors of the compute dtype on other devices."""
 
     def __init__(self, coefficients: Coefficients) -> None:
         self._coefficients = coefficients
         self._columns: dict[torch.device, dict[str, Any]] = {}
 
     def of(self, shard: LocalShard) -> dict[str, Any]:
-        """The row's numbers, by name."""
+        """Return the coefficients of the shard's row by name."""
         device, on_cpu = shard.x.device, shard.x.device.type == "cpu"
         if device not in self._columns:
             there = on_host(self._coefficients) if on_cpu else on_device(self._coefficients, device)
@@ -42,10 +42,11 @@ class SingleTensorPasses:
         self._shards = shards
 
     def sums(self, coefficients: Coefficients, accumulate: torch.dtype) -> Tensor:
-        """Pass 1, which only reads: ``[shards, 2]``, N and D of each.
+        """Run pass 1, which only reads. Returns N and D, ``[shards, 2]``.
 
-        N = sum (d - (1 + k) g) (d / P + mu x),  D = sum (d - g)^2 / (P q),  q = 1 + lambda P. D is nan where v' does
-        not fit in its dtype: finite gradients whose square overflows hide from the sums, because they are divided by P.
+        N = sum (d - (1 + k) g) (d / P + mu x),  D = sum (d - g)^2 / (P q),  q = 1 + lambda P. D is nan if v' does not
+        fit in its dtype. Otherwise finite gradients whose square overflows would not show in the sums, because the sums
+        are divided by P.
         """
         device, rows = self._shards[0].x.device, _Rows(coefficients)
         of_shards = [
@@ -54,9 +55,9 @@ class SingleTensorPasses:
         return torch.stack([moved(pair, device) for pair in of_shards])
 
     def update(self, coefficients: Coefficients, active: Tensor) -> None:
-        """Pass 2, which writes: d' = d + omega (g - d) / q,  x' = (1 - mu eta) x - eta d' / P,  v'.
+        """Run pass 2, which writes d' = d + omega (g - d) / q,  x' = (1 - mu eta) x - eta d' / P  and v'.
 
-        For shards on the CPU ``active`` is read on the host, once; elsewhere nothing waits for the device.
+        For shards on the CPU the host reads ``active`` once. Otherwise nothing waits for the device.
         """
         rows = _Rows(coefficients)
         host = active.tolist() if self._shards[0].x.device.type == "cpu" else None
@@ -68,7 +69,7 @@ class SingleTensorPasses:
 
 
 def _sums(shard: LocalShard, rows: _Rows, accumulate: torch.dtype) -> Tensor:
-    """``[2]``, N and D."""
+    """Return N and D of a shard, ``[2]``."""
     c = rows.of(shard)
     g, d, x = _operands(shard)
     v, precond = _precond(shard, g, c)
@@ -82,7 +83,7 @@ def _sums(shard: LocalShard, rows: _Rows, accumulate: torch.dtype) -> Tensor:
 
 
 def _update(shard: LocalShard, rows: _Rows, active: Tensor | None) -> None:
-    """``active``: 0-dim bool, nothing is written where it is False; None writes."""
+    """Write d', v' and x' of a shard if ``active``, a 0-dim bool, is True or None."""
     c = rows.of(shard)
     g, d, x = _operands(shard)
     v, precond = _precond(shard, g, c)
@@ -98,7 +99,7 @@ def _update(shard: LocalShard, rows: _Rows, active: Tensor | None) -> None:
 
 
 def _operands(shard: LocalShard) -> tuple[Tensor, Tensor, Tensor]:
-    """g (ascent and coupled decay folded in), d, x in the compute dtype."""
+    """Return g, d and x in the compute dtype, with ``maximize`` and coupled weight decay applied to g."""
     dtype = shard.compute_dtype
     g, d, x = shard.g.to(dtype), shard.d.to(dtype), shard.x.to(dtype)
     if shard.options.maximize:
@@ -109,7 +110,7 @@ def _operands(shard: LocalShard) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _precond(shard: LocalShard, g: Tensor, c: dict[str, Any]) -> tuple[Tensor | None, Tensor | float]:
-    """v' and P = c (sqrt(v' / (1 - beta2^t)) + eps); 1 without a second moment."""
+    """Return v' and P = c (sqrt(v' / (1 - beta2^t)) + eps), or None and 1 without a second moment."""
     if shard.v is None:
         return None, 1.0
     v = torch.lerp(shard.v.to(g.dtype), g * g, 1 - shard.options.beta2)

@@ -1,4 +1,4 @@
-"""Copies between host and devices. Only copies to the CPU wait."""
+"""Copies between the host and devices. Only copies to the CPU wait for a device."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_KEPT_VECTORS = 32  # sets of rows whose vectors are kept: more than the calls of step() in a training step
+_KEPT_VECTORS = 32  # number of vectors that are kept: more than the calls of step() in a training step
 
 
 def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """``tensor`` on ``device``, ready to be read there: a copy to the CPU has arrived, any other does not wait."""
+    """Return ``tensor`` on ``device``. A copy to the CPU waits until it is complete, and no other copy waits."""
     return tensor.to(device, tensor.dtype if dtype is None else dtype, non_blocking=device.type != "cpu")
 
 
 def upload(host: Tensor, device: torch.device) -> Tensor:
-    """A copy of a host's tensor that nothing waits for: page-locked memory, which torch frees once it is read."""
+    """Copy a CPU tensor to ``device`` without waiting, through pinned memory that torch frees after the copy."""
     if device.type == "cuda" and not is_fake():
         return host.pin_memory().to(device, non_blocking=True)
     return host.to(device)
 
 
 def uploaded(values: Sequence[Any], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """``upload`` of the host's numbers, whatever the default device is."""
+    """Copy Python numbers to ``device`` without waiting, whatever the default device is."""
     return upload(torch.tensor(values, dtype=dtype, device="cpu"), device)
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured, in which the host may give the device nothing."""
+    """Return whether a CUDA graph is being captured, during which the host must not copy to the device."""
     ready = device.type == "cuda" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return bool(ready and torch.cuda.is_current_stream_capturing())
 
 
 def refuse_in_capture(param: Tensor) -> None:
-    """The zeros of a state that is made in a CUDA graph's capture are recorded, and filled at replays only.
+    """Refuse to create a state while a CUDA graph is captured, because only replays would fill it with zeros.
 
     Raises:
-        RuntimeError: a CUDA graph is being captured.
+        RuntimeError: if a CUDA graph is being captured.
     """
     if is_capturing(param.device):
         raise RuntimeError(
@@ -49,31 +49,31 @@ def refuse_in_capture(param: Tensor) -> None:
 
 
 def is_fake() -> bool:
-    """Whether a FakeTensorMode is active, in which every new tensor has a shape, and no number that can be read."""
+    """Return whether a FakeTensorMode is active, in which new tensors have a shape but no values."""
     return type(torch.empty(0, device="cpu")) is not Tensor
 
 
 class Constants:
-    """Vectors and plans made of them that stay on a device: the last used, and for good what a CUDA graph reads."""
+    """A cache of vectors on devices, and of plans that hold them. Entries that a CUDA graph reads are never dropped."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
         self._captured: dict[Hashable, Any] = {}
 
     def vector(self, values: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-        """``[len(values)]`` on the device. It is read-only, because other callers get the same tensor.
+        """Return the values on the device, ``[len(values)]``. Callers must not write to it, because they share it.
 
         Raises:
-            RuntimeError: a CUDA graph is being captured, and these values have not been asked for before.
+            RuntimeError: if a CUDA graph is being captured and the cache does not hold these values.
         """
         vector: Tensor = self.made((values, device, dtype), device, lambda: uploaded(values, device, dtype))
         return vector
 
     def made(self, key: Hashable, device: torch.device, make: Callable[[], Any]) -> Any:
-        """What ``make`` gives, kept under ``key``; read-only.
+        """Return the result of ``make``, which is kept under ``key``. Callers must not write to it.
 
         Raises:
-            RuntimeError: as ``vector``.
+            RuntimeError: if a CUDA graph is being captured and the cache does not hold ``key``.
         """
         capturing = is_capturing(device)
         made = self._captured.get(key, self._kept.get(key))

@@ -1,4 +1,4 @@
-"""What kernels keep from step to step: buffers and tables, nothing that a checkpoint needs."""
+"""Buffers and tables that kernels keep from step to step. A checkpoint needs none of them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _T = TypeVar("_T")
 
 
 class Workspace:
-    """Shared by all plans of an optimizer.
+    """Buffers and settings shared by all plans of an optimizer.
 
     Attributes:
         constants: vectors that stay on a device.
-        gradient_clip: of the next step; None: it does not clip.
-        gradient_factor: 0-dim, what the step that runs multiplies its gradients by; None: nothing.
-        why_no_fused: the reason why ``fused=None`` is not a device's fused kernel, "" where it is or none was asked.
-        captured: what CUDA graphs read.
-        fused_by_default: device types whose fused kernel serves ``fused=None``, as all ranks have agreed.
+        gradient_clip: clipping of the next step, or None.
+        gradient_factor: 0-dim factor of the gradients in the current step, or None.
+        why_no_fused: the reason why no fused kernel serves ``fused=None``, or "".
+        captured: objects that CUDA graphs read, kept alive.
+        fused_by_default: device types whose fused kernel serves ``fused=None``, agreed by all ranks.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Workspace:
         self._kept: dict[Callable[[], Any], Any] = {}
 
     def keep(self, make: Callable[[], _T]) -> _T:
-        """What ``make``, a class or a function, has made once for all plans."""
+        """Return the result of ``make``, a class or a function, which is called once for all plans."""
         if make not in self._kept:
             self._kept[make] = make()
         return self._kept[make]  # type: ignore[no-any-return]
