@@ -28,6 +28,7 @@ CLEAN = (
     "am_lightning/optim/kernels/agreement.py",
     "am_lightning/optim/kernels/buckets.py",
     "am_lightning/optim/kernels/compiled.py",
+    "am_lightning/optim/kernels/cpu",
     "am_lightning/optim/kernels/foreach.py",
     "am_lightning/optim/kernels/inputs.py",
     "am_lightning/optim/kernels/plan.py",

@@ -1,1 +1,1 @@
-"""The CPU's kernels: chunked with torch's operators, and one C++ loop."""
+"""Kernels for the CPU: chunks processed with the operators of torch, and a C++ loop."""

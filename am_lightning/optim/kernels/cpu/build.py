@@ -1,8 +1,8 @@
-"""The CPU's C++ loop: that of the wheel, else one built at its first use, once for each machine and compiler.
+"""Loading of the C++ loop: from the wheel, or built at its first use, once for each machine and compiler.
 
-Not torch.utils.cpp_extension.load: it needs ninja, and a process killed while it builds leaves a lock for which all
-later ones wait. Here every process compiles into a file of its own and renames it: nothing waits, and no half-written
-library is ever seen.
+torch.utils.cpp_extension.load is not used, because it needs ninja, and because a process that is killed during a build
+leaves a lock for which all later ones wait. Here each process compiles into its own file and renames it, so no process
+waits and none sees an incomplete library.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from am_lightning.optim.kernels.cpu.compiler import (
 
 
 class Library:
-    """The loaded loop.
+    """The loaded C++ loop.
 
     Attributes:
-        sums, update: the passes, as C functions.
-        paths: the instruction sets of the library that this CPU has, by name, and their numbers; the best last.
-        path: the number of the one that is used. All give the same bits.
-        parallel: address of the function that runs another in several threads; None: torch has none here.
-        description: for people.
+        sums, update: the two passes, as C functions.
+        paths: ``name -> number`` of the instruction sets in the library that this CPU supports, the best last.
+        path: number of the instruction set in use. All of them give the same bits.
+        parallel: address of GOMP_parallel, which runs a function in several threads, or None if torch has no OpenMP.
+        description: a description for users.
     """
 
     def __init__(self, path: Path, origin: str) -> None:
@@ -61,10 +61,10 @@ class Library:
 
 @functools.cache
 def load_library() -> Library:
-    """Load the loop that came with the package, or build it where no earlier process has.
+    """Load the C++ loop of the package, or build it unless an earlier process has.
 
     Raises:
-        RuntimeError: there is no compiler, or it fails; the text holds what it said.
+        RuntimeError: if there is no compiler or if it fails. The message has its output.
     """
     shipped = Path(__file__).with_name(f"kernels_{source_key()}.so")
     if (library := _loaded(shipped, "of the wheel")) is not None:
@@ -74,12 +74,13 @@ def load_library() -> Library:
         raise RuntimeError(NO_COMPILER)
     try:
         version = version_of(command)
-        # A home folder may be shared by machines of several kinds.
+        # Machines of several kinds may share a home folder.
         key = source_key(version, *command, platform.machine(), *platform.libc_ver())
         path = _folder() / f"kernels_{key}.so"
         library = _loaded(path, version) if path.exists() and _is_ours_alone(path) else None
-        if library is None:  # also where it is damaged
-            fresh = path.with_name(f"{path.stem}_{os.getpid()}.so")  # what was loaded from a path is loaded again
+        if library is None:  # missing or damaged
+            # Loading from ``path`` would return a library that this process has loaded from there before.
+            fresh = path.with_name(f"{path.stem}_{os.getpid()}.so")
             try:
                 compile_library(command, fresh)
                 library = Library(fresh, version)
@@ -92,7 +93,7 @@ def load_library() -> Library:
 
 
 def why_not(kind: object = None) -> str:
-    """The reason why the loop cannot be had, "" where it can. Builds it where no earlier process has."""
+    """Return the reason why the C++ loop does not work, or "". Builds it unless an earlier process has."""
     try:
         load_library()
     except (RuntimeError, ValueError) as error:
@@ -101,18 +102,18 @@ def why_not(kind: object = None) -> str:
 
 
 def require_compiler() -> None:
-    """Raise where ``fused=True`` cannot be had; nothing is built yet.
+    """Require a compiler or a library in the package. Nothing is built yet if there is a compiler.
 
     Raises:
-        RuntimeError: there is no compiler, and no library in the package; the text says what to install.
-        ValueError: ``$CXX`` is no command line.
+        RuntimeError: if there is neither. The message says what to install.
+        ValueError: if ``$CXX`` is not a valid command line.
     """
     if find_compiler() is None and (reason := why_not()):
         raise RuntimeError(f"fused=True on the CPU needs a C++ compiler, but {reason}, or use fused=None")
 
 
 def _loaded(path: Path, origin: str) -> Library | None:
-    """None where there is none, or where it is damaged or was made for another C library."""
+    """Load a library. Returns None if it is missing, damaged, or built for another C library."""
     try:
         return Library(path, origin)
     except (OSError, AttributeError):
@@ -121,9 +122,10 @@ def _loaded(path: Path, origin: str) -> Library | None:
 
 @functools.cache
 def _folder() -> Path:
-    """In torch's cache of extensions; a folder of this process's where that cannot be written, or others can.
+    """Return the folder of built libraries, in torch's cache of extensions.
 
-    What lies there is loaded as code: a folder that another user owns or may write to is not used.
+    A temporary folder is used if the cache cannot be written, or if another user owns it or may write to it, because
+    its files are loaded as code.
     """
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     try:
@@ -133,34 +135,35 @@ def _folder() -> Path:
         with tempfile.TemporaryFile(dir=folder):
             if _is_ours_alone(folder) and not _can_be_renamed(folder):
                 return folder
-    except (OSError, RuntimeError):  # no home folder is known
+    except (OSError, RuntimeError):  # RuntimeError: no home folder is known
         pass
     return Path(tempfile.mkdtemp(prefix="am_lightning_"))
 
 
 def _is_ours_alone(path: Path) -> bool:
-    """This user owns it, and nobody else may write to it."""
+    """Return whether this user owns the path and no other user may write to it."""
     found = path.lstat()
     return found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 def _can_be_renamed(folder: Path) -> bool:
-    """Everybody may put another in its place."""
+    """Return whether other users may replace the folder, because its parent is writable without a sticky bit."""
     mode = folder.parent.stat().st_mode
     return bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX
 
 
 def _user_cache() -> Path:
-    """Where programs of this user keep what they can make again, as torch finds it. Nothing is built on Windows."""
+    """Return the cache folder of this user, as torch does. Windows is not covered, because nothing is built there."""
     if sys.platform == "darwin":
         return Path("~/Library/Caches").expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
 
 
 def _openmp() -> int | None:
-    """The address of GOMP_parallel, which the runtimes of GCC, LLVM and Intel have, in the one that torch uses.
+    """Return the address of GOMP_parallel in the OpenMP runtime of torch, or None.
 
-    Its threads are those of torch's own operators: threads of another runtime would keep cores spinning.
+    The runtimes of GCC, LLVM and Intel have this function. The one of torch is used because threads of a second runtime
+    would keep cores spinning.
     """
     for path in _openmp_runtimes():
         try:
@@ -171,7 +174,7 @@ def _openmp() -> int | None:
 
 
 def _openmp_runtimes() -> list[str]:
-    """Files that are loaded, torch's own before any other's."""
+    """Return the paths of loaded OpenMP runtimes, those of torch first."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:  # macOS

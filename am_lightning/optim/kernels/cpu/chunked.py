@@ -1,6 +1,6 @@
-"""The two passes on the CPU, cache-blocked: tensors are walked in chunks, a few buffers hold all temporaries.
+"""The two passes on the CPU with cache blocking: tensors are processed in chunks, with a few reused buffers.
 
-No full-size temporary exists (at most 7 MiB of scratch), and a chunk's temporaries stay in the cache.
+There is no temporary of the size of a tensor (scratch takes at most 7 MiB), and those of a chunk stay in the cache.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from am_lightning.optim.kernels.inputs import (
 from am_lightning.optim.kernels.rounding import is_stochastic, seed_of, stochastic_in_parts
 from am_lightning.optim.kernels.workspace import Workspace
 
-_WORTH_IT = 1 << 14  # elements; smaller shards are faster together, as foreach takes them
-Host = dict[str, list[float]]  # the coefficients of every row
+_WORTH_IT = 1 << 14  # elements; foreach is faster for smaller shards, because it takes many at once
+Host = dict[str, list[float]]  # coefficients of all rows by name
 
-_BUFFER_BYTES = 5 << 18  # 320 Ki float32 elements: more are hardly faster, and up to five are needed
+_BUFFER_BYTES = 5 << 18  # 320 Ki float32 elements; larger ones are hardly faster, and up to five are needed
 
 
 class Scratch:
-    """Buffers of one chunk each, made when first needed and used again at every step."""
+    """Buffers of the size of a chunk, allocated at their first use and kept for later steps."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[torch.dtype, str], Tensor] = {}
 
     def take(self, name: str, dtype: torch.dtype, numel: int) -> Tensor:
-        """``[numel]`` uninitialised; the same memory at every call with this name and dtype."""
+        """Return an uninitialised buffer, ``[numel]``. Calls with the same name and dtype share its memory."""
         buffer = self._buffers.get((dtype, name))
         if buffer is None or buffer.numel() < numel:
             self._release_other_dtypes(dtype)
@@ -49,26 +49,26 @@ class Scratch:
 
 
 def chunk_elements(dtype: torch.dtype, *, copies: bool = False) -> int:
-    """Elements in a chunk whose working dtype is ``dtype``; half of them where operands are copied to scratch."""
+    """Return the elements of a chunk with compute dtype ``dtype``, halved if operands are copied to scratch."""
     return _BUFFER_BYTES // dtype.itemsize // (2 if copies else 1)
 
 
 @dataclass(eq=False)
 class _Chunk:
-    """Part of a shard. g, d, v, x are in the working dtype: views of the tensors, or copies in scratch."""
+    """Part of a shard. g, d, v and x are in the compute dtype: views of the tensors, or copies in scratch."""
 
     g: Tensor
     d: Tensor
     v: Tensor | None
     x: Tensor
-    stored: dict[str, Tensor]  # the views of the tensors themselves
+    stored: dict[str, Tensor]  # views of the tensors, by name
     a: Tensor  # scratch
     b: Tensor
     q: Tensor
-    first: int  # index of its first element in the shard
+    first: int  # index of the first element in the shard
 
     def write_back(self, seed: Tensor | None) -> None:
-        """Round what was worked on in scratch into the tensors; d stochastically with a seed."""
+        """Round copies in scratch to the dtypes of the tensors and write them. With a seed, d rounds stochastically."""
         for name, work in (("d", self.d), ("v", self.v), ("x", self.x)):
             if work is not None and work is not self.stored[name]:
                 rounded = work if seed is None or name != "d" else stochastic_in_parts(work, seed, self.first)
@@ -76,23 +76,23 @@ class _Chunk:
 
 
 def supports(shard: LocalShard) -> bool:
-    """Whether one walk over the storage visits the same element of every tensor, and is worth some thirty calls."""
+    """Return whether the shard is flat in storage, and large enough for about thirty operator calls to pay."""
     return shard.x.numel() >= _WORTH_IT and is_flat(shard.tensors())
 
 
 class ChunkedPasses:
-    """Both passes over shards that ``supports`` has accepted, one after the other."""
+    """Both passes over shards that ``supports`` accepts, one after the other."""
 
     def __init__(self, shards: Sequence[LocalShard], workspace: Workspace) -> None:
         self._shards, self._scratch = shards, workspace.keep(Scratch)
 
     def sums(self, coefficients: Coefficients, accumulate: torch.dtype) -> Tensor:
-        """Pass 1, which only reads: ``[shards, 2]``, N and D of each."""
+        """Run pass 1, which only reads. Returns N and D, ``[shards, 2]``."""
         host = on_host(coefficients)
         return torch.stack([_sums(shard, host, accumulate, self._scratch) for shard in self._shards])
 
     def update(self, coefficients: Coefficients, active: Tensor) -> None:
-        """Pass 2, which writes d, v and x of the rows where ``active`` (``[rows]`` bool) is True."""
+        """Run pass 2, which writes d, v and x of the rows where ``active``, ``[rows]`` bool, is True."""
         host, writes = on_host(coefficients), active.tolist()
         for shard in self._shards:
             if writes[shard.row]:
@@ -148,13 +148,13 @@ def _update(shard: LocalShard, host: Host, scratch: Scratch) -> None:
 
 
 def _precond_for_sums(c: _Chunk, shard: LocalShard, host: Host, c_eps: Tensor) -> bool:
-    """c.a = P, and nothing is written; False where v' does not fit in its dtype."""
+    """Set c.a to P without writing v'. Returns whether v' fits in its dtype."""
     assert c.v is not None
     beta2, c_root = shard.options.beta2, host["c_root"][shard.row]
-    if beta2 > 0.5:  # v' / beta2 is one operation, and beta2 goes under the root
+    if beta2 > 0.5:  # v' / beta2 takes one operation, and its factor beta2 moves into c_root
         rate = (1 - beta2) / beta2
         torch.addcmul(c.v, c.g, c.g, value=rate, out=c.a)
-        # Below the first no g^2 overflows, below the second no v'; beyond either what is written decides.
+        # Below the first bound no g^2 overflows, and below the second no v' does. Otherwise v' itself is checked.
         if float(c.a.amax()) < min(rate * torch.finfo(c.a.dtype).max, too_large(c.stored["v"].dtype)):
             _precond(c, c.a, c_eps, c_root * math.sqrt(beta2))
             return True
@@ -165,20 +165,20 @@ def _precond_for_sums(c: _Chunk, shard: LocalShard, host: Host, c_eps: Tensor) -
 
 
 def _second_moment(c: _Chunk, shard: LocalShard, out: Tensor) -> None:
-    """v' = v + (1 - beta2) (g^2 - v)."""
+    """Compute v' = v + (1 - beta2) (g^2 - v)."""
     assert c.v is not None
     torch.mul(c.g, c.g, out=c.a)
     torch.lerp(c.v, c.a, 1 - shard.options.beta2, out=out)
 
 
 def _precond(c: _Chunk, v: Tensor, c_eps: Tensor, c_root: float) -> None:
-    """c.a = P = c_root sqrt(v) + c_eps."""
+    """Set c.a to P = c_root sqrt(v) + c_eps."""
     torch.sqrt(v, out=c.a)
     torch.add(c_eps, c.a, alpha=c_root, out=c.a)
 
 
 def _as_scalar(host: Host, name: str, shard: LocalShard) -> Tensor:
-    """A coefficient as 0-dim tensor: with a tensor's alpha, their sum or quotient is one operation."""
+    """Return a coefficient as 0-dim tensor, so that a scaled sum or a quotient takes one operation."""
     values = host.get(name)
     value = 0.0 if values is None else values[shard.row]
     return torch.full((), value, dtype=shard.compute_dtype, device=shard.x.device)
@@ -208,7 +208,10 @@ def _block_count(shard: LocalShard) -> int:
 
 
 def _chunks(shard: LocalShard, scratch: Scratch) -> Iterator[_Chunk]:
-    """Walk the shard. Low-precision tensors are copied to scratch, g also where a sign or a decay is folded in."""
+    """Yield the chunks of a shard.
+
+    Low-precision tensors are copied to scratch. g is also copied for ``maximize`` and coupled weight decay.
+    """
     dtype, o = shard.compute_dtype, shard.options
     size = _chunk_size(shard)
     columns = {"g": shard.g, "d": shard.d, "x": shard.x}

@@ -1,7 +1,7 @@
-"""Compiles the CPU's C++ loop with any compiler that takes GCC's options. Imports no torch: wheels are built with it.
+"""Compilation of the C++ loop with a compiler that takes GCC's options. Does not import torch, because wheels use it.
 
-The library is good for every CPU of an architecture: one object for each instruction set, chosen when it is loaded. It
-needs the C and C++ libraries and nothing else, and so serves all versions of Python, torch and OpenMP.
+The library works on every CPU of an architecture. It has one object for each instruction set, chosen when it is loaded.
+It depends on the C and C++ libraries only, so it works with all versions of Python, torch and OpenMP.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 _FOLDER = Path(__file__).parent
 _SOURCES = ("kernels.cpp", "paths.cpp", "work.h")
-# -ffp-contract=off: every operation is rounded by itself, so all compilers and instruction sets give the same bits.
+# -ffp-contract=off rounds every operation separately, so all compilers and instruction sets give the same bits.
 _OPTIONS = [
     *("-O2", "-std=c++17", "-fno-fast-math", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
     *("-fopenmp-simd", "-fPIC"),
@@ -37,10 +37,10 @@ NO_COMPILER = (
 
 
 def find_compiler() -> list[str] | None:
-    """The command of a C++ compiler with GCC's options: ``$CXX``, else the first of c++, g++, clang++; None without.
+    """Return the command of a C++ compiler: ``$CXX``, else the first of c++, g++ and clang++, or None.
 
     Raises:
-        ValueError: ``$CXX`` is no command line.
+        ValueError: if ``$CXX`` is not a valid command line.
     """
     if sys.platform == "win32":
         return None
@@ -52,30 +52,30 @@ def find_compiler() -> list[str] | None:
 
 
 def version_of(command: Sequence[str]) -> str:
-    """What the compiler calls itself.
+    """Return the first line of the compiler's ``--version``.
 
     Raises:
-        RuntimeError, TimeoutError: it cannot be run, or does not end.
+        RuntimeError, TimeoutError: if the compiler cannot be run or does not end.
     """
     return _output([[*command, "--version"]])[0].partition("\n")[0]
 
 
 def source_key(*words: str) -> str:
-    """Twenty-four hexadecimal digits of the sources, the options and ``words``."""
+    """Return a hash of the sources, the options and ``words``, 24 hexadecimal digits."""
     parts = [*((_FOLDER / name).read_text() for name in _SOURCES), *_OPTIONS, *_AVX512, *words]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
 def compile_library(command: Sequence[str], path: Path) -> None:
-    """Build the library. ``path`` appears when it is complete, and replaces what was there.
+    """Build the library, and move it to ``path`` when it is complete.
 
     Raises:
-        RuntimeError: the compiler fails; the text holds what it said.
-        OSError: the folder cannot be written, or the compiler does not end (TimeoutError).
+        RuntimeError: if the compiler fails. The message has its output.
+        OSError: if the folder cannot be written, or if the compiler does not end (TimeoutError).
     """
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     failures = []
-    for functions in [_X86, _PORTABLE] if x86 else [_PORTABLE]:  # old compilers know only some instruction sets
+    for functions in [_X86, _PORTABLE] if x86 else [_PORTABLE]:  # old compilers lack some instruction sets
         try:
             with tempfile.TemporaryDirectory(prefix="building_", dir=path.parent) as folder:
                 _build(list(command), functions, Path(folder))
@@ -98,11 +98,11 @@ def _build(command: list[str], functions: dict[str, list[str]], folder: Path) ->
 
 
 def _output(commands: Sequence[Sequence[str]]) -> list[str]:
-    """What each of some commands, which run side by side, prints.
+    """Run commands in parallel and return the output of each.
 
     Raises:
-        RuntimeError: one fails or cannot be run.
-        TimeoutError: one does not end; it is killed, with all that it has started.
+        RuntimeError: if a command fails or cannot be run.
+        TimeoutError: if a command does not end. It is killed with its child processes.
     """
     running: list[subprocess.Popen[str]] = []
     printed = []

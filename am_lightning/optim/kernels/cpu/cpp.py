@@ -1,4 +1,4 @@
-"""The two passes on the CPU as one call each of a C++ loop over all tensors."""
+"""The two passes on the CPU, each as one call of a C++ loop over all tensors."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from am_lightning.optim.kernels.cpu.build import Library, load_library
 from am_lightning.optim.kernels.inputs import Coefficients, LocalShard, is_addressable, is_flat
 from am_lightning.optim.kernels.workspace import Workspace
 
-# As in kernels.cpp.
+# The same numbers and order as in work.h
 _KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _COLUMNS = ("one_plus_k", "c_root", "c_eps", "lr", "decay_factor", "step", "omega")
 
 
 def supports(shard: LocalShard) -> bool:
-    """Whether the loop can do a shard: it walks the storage, has a second moment and no coupled decay."""
+    """Return whether the loop supports a shard: it is flat in storage, has a second moment and no coupled decay."""
     if shard.v is None or shard.options.l2:
         return False
     tensors = shard.tensors()
@@ -27,7 +27,7 @@ def supports(shard: LocalShard) -> bool:
 
 
 class CppPasses:
-    """Both passes over shards that ``supports`` has accepted."""
+    """Both passes over shards that ``supports`` accepts."""
 
     def __init__(self, shards: Sequence[LocalShard], workspace: Workspace | None = None) -> None:
         self._library: Library = load_library()
@@ -42,13 +42,13 @@ class CppPasses:
         self._facts, self._options = array("q", facts), array("d", options)
 
     def sums(self, coefficients: Coefficients, accumulate: torch.dtype) -> Tensor:
-        """Pass 1, which only reads: ``[shards, 2]``, N and D."""
+        """Run pass 1, which only reads. Returns N and D, ``[shards, 2]``."""
         out = torch.empty(len(self._shards), 2, dtype=torch.float64, device="cpu")
         self._call(self._library.sums, coefficients, out)
         return out.to(accumulate)
 
     def update(self, coefficients: Coefficients, active: Tensor) -> None:
-        """Pass 2, which writes d, v and x of the rows where ``active`` (``[rows]`` bool) is True."""
+        """Run pass 2, which writes d, v and x of the rows where ``active``, ``[rows]`` bool, is True."""
         self._call(self._library.update, coefficients, active.to("cpu").contiguous())
 
     def _call(self, function: Callable[..., None], coefficients: Coefficients, last: Tensor) -> None:

@@ -1,16 +1,16 @@
-// The two passes of AM-AdamW over blocks of elements, for the CPU: compiled once for each instruction set, which is a path.
+// The two passes of AM-AdamW over blocks of elements on the CPU. Compiled once for each instruction set, called a path.
 //
-// A block has its own pair of float64 partial sums. Within it, tiles of TILE elements are summed in the working precision
-// (float32, or float64 for float64 parameters), in LANES sums side by side. All paths give the same bits, whichever
-// compiler built them: every operation is rounded by itself (-ffp-contract=off), and the order of the sums is that of the
-// LANES, not that of a CPU's vectors.
+// Each block has a pair of float64 partial sums. Within it, tiles of TILE elements are summed in the compute precision
+// (float32, or float64 for float64 parameters), in LANES parallel sums. All paths and compilers give the same bits,
+// because every operation is rounded separately (-ffp-contract=off) and the order of the sums is given by LANES, not by
+// the vector width of a CPU.
 //
 //   v' = v + (1 - beta2) (g^2 - v)     P = c_root sqrt(v') + c_eps     q = 1 + lambda P
 //   N = sum (d - one_plus_k g) (d / P + mu x)                        D = sum (d - g)^2 / (P q)
 //   d' = d + omega (g - d) / q         x' = decay_factor x - lr d' / P
 //
-// No function of the standard library is called: the linker keeps one copy of an inline function for all paths, and it
-// might be that of a path which this CPU lacks.
+// No function of the standard library is called, because the linker keeps one copy of an inline function for all paths,
+// which may use an instruction set that this CPU lacks.
 
 #include "work.h"
 
@@ -75,7 +75,7 @@ inline uint16_t to_bf16_stochastic(float value, int64_t element, uint32_t seed) 
   return uint16_t((u + ((u & 0x7f800000u) == 0x7f800000u ? 0u : noise)) >> 16);
 }
 
-// ---------------------------------------------------------------- tiles in the working precision
+// ---------------------------------------------------------------- tiles in the compute precision
 template <class C, Kind native>
 inline C* tile(void* base, int64_t kind, int64_t first, int64_t n, C* scratch) {
   if (kind == native) return static_cast<C*>(base) + first;
@@ -129,7 +129,7 @@ inline const C* negated(const C* g, int64_t n, C* scratch) {
 }
 
 // ---------------------------------------------------------------- the formulas, for one element
-// The smallest number that a kind rounds to inf.
+// Returns the smallest number that rounds to inf in a kind.
 template <class C>
 inline C too_large_for(int64_t kind) {
   if (kind == F16) return C(65520);
@@ -176,7 +176,7 @@ inline void advance(C g, C& d, C& v, C& x, const Constants<C>& k) {
   x = k.decay_factor * x - k.lr * (d * (m.M * m.q));
 }
 
-// d is kept in bfloat16 beside float32 parameters: read and written without a tile of its own, for speed.
+// If d is bfloat16 and the parameter float32, d is read and written without a tile of its own, for speed.
 template <class C>
 inline C read(const C* d, int64_t i) {
   return d[i];
@@ -272,7 +272,8 @@ inline void do_block(const Work& work, const LocalShard& shard, const Block& blo
 
 }  // namespace
 
-// What each thread runs: four blocks at a time, in order; pass 2 backwards, for what pass 1 read last is still in the cache.
+// Runs in each thread and takes four blocks at a time. Pass 2 runs backwards, because the cache still holds what pass 1
+// read last.
 extern "C" void AM_PATH(void* argument) {
   Work& work = *static_cast<Work*>(argument);
   for (int64_t begin; (begin = __atomic_fetch_add(&work.next, 4, __ATOMIC_RELAXED)) < work.total;) {

@@ -1,8 +1,8 @@
-// Cuts tensors into blocks of BLOCK elements, and has the best path that this CPU can run go over them.
+// Cuts tensors into blocks of BLOCK elements, and runs the given path over them.
 //
-// Plain C interface: no header of torch's, of Python's or of OpenMP's is needed, and threads come from the function that
-// the caller hands over. The partial sums of blocks are added up in their order, so the result does not depend on the
-// number of threads.
+// The interface is plain C, so no headers of torch, Python or OpenMP are needed. Threads come from a function that the
+// caller passes. The partial sums of blocks are added up in order, so the result does not depend on the number of
+// threads.
 
 #include <algorithm>
 #include <vector>
@@ -48,7 +48,7 @@ std::vector<Block> cut(const Facts* facts, int64_t count, const uint8_t* active)
   return blocks;
 }
 
-// As GOMP_parallel, which every OpenMP runtime has: calls the function with its argument in so many threads.
+// The signature of GOMP_parallel, which calls a function with its argument in a given number of threads.
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 void run(Work& work, int path, int threads, Parallel parallel) {
@@ -63,14 +63,14 @@ void run(Work& work, int path, int threads, Parallel parallel) {
 
 extern "C" {
 
-// The name of a path, "" where this CPU lacks it, null beyond the last.
+// Returns the name of a path, "" if this CPU lacks it, or null beyond the last path.
 const char* am_path(int path) {
   static const std::vector<Path> all = paths();
   if (path < 0 || path >= int(all.size())) return nullptr;
   return all[path].here ? all[path].name : "";
 }
 
-// out: [count, 2], N and D of each shard. coefficients: [rows]. parallel: null for one thread.
+// Pass 1. out: [count, 2], N and D of each shard. coefficients: [rows]. parallel: null for one thread.
 void am_sums(const Facts* facts, void* const* addresses, const GroupOptions* options, const Coefficients* coefficients,
              int64_t count, int path, int threads, Parallel parallel, double* out) {
   const std::vector<Block> blocks = cut(facts, count, nullptr);
@@ -84,7 +84,7 @@ void am_sums(const Facts* facts, void* const* addresses, const GroupOptions* opt
   }
 }
 
-// Writes the shards of active rows ([rows]).
+// Pass 2, which writes the shards of active rows. active: [rows].
 void am_update(const Facts* facts, void* const* addresses, const GroupOptions* options,
                const Coefficients* coefficients, int64_t count, int path, int threads, Parallel parallel,
                const uint8_t* active) {

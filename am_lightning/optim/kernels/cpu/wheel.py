@@ -1,8 +1,8 @@
-"""What hatchling runs when a wheel is made: the C++ loop is built into it where a compiler is.
+"""Build hook of hatchling, which adds the C++ loop to a wheel if there is a compiler.
 
-Such a wheel is for one operating system and architecture, and for every Python; without a compiler, and with
-``HATCH_BUILD_NO_HOOKS=true``, it is for all, and the loop is built at its first use. An editable installation builds
-nothing here.
+Such a wheel is for one operating system and architecture, and for every Python. Without a compiler, and with
+``HATCH_BUILD_NO_HOOKS=true``, the wheel is for all systems, and the loop is built at its first use. Nothing is built
+for an editable installation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _COMPILER = Path(__file__).with_name("compiler.py")
 
 
 def _compiler() -> ModuleType:
-    """By its file: the package imports torch, which is not there while a wheel is made."""
+    """Import compiler.py by its path, because the package imports torch, which is missing while a wheel is built."""
     spec = importlib.util.spec_from_file_location("am_lightning_cpu_compiler", _COMPILER)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -32,7 +32,7 @@ class CppLoop(BuildHookInterface[Any]):
     """Adds ``kernels_<key of the sources>.so`` beside the sources."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Before the files are collected; ``version`` is "standard" or "editable"."""
+        """Build the library before the files are collected. ``version`` is "standard" or "editable"."""
         if version == "editable":
             return
         compiler = _compiler()
@@ -53,6 +53,6 @@ class CppLoop(BuildHookInterface[Any]):
         build_data["tag"] = f"py3-none-{platform}"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
-        """After the wheel was written."""
+        """Remove the temporary folder after the wheel was written."""
         if hasattr(self, "_folder"):
             self._folder.cleanup()

@@ -1,4 +1,4 @@
-// What the code of one path and what chooses among them have in common.
+// Types shared by the code of the paths (kernels.cpp) and the choice among them (paths.cpp).
 
 #pragma once
 
@@ -8,7 +8,7 @@ constexpr int64_t BLOCK = 16384;
 
 enum Kind : int64_t { F32 = 0, F64 = 1, BF16 = 2, F16 = 3 };
 
-struct Facts {  // of one tensor, the same in every step
+struct Facts {  // properties of one tensor that are the same in every step
   int64_t numel, row, x_kind, g_kind, d_kind, v_kind, maximize;
 };
 struct LocalShard : Facts {
@@ -21,7 +21,7 @@ struct LocalShard : Facts {
 struct GroupOptions {
   double beta2, lambd, mu;
 };
-struct Coefficients {  // of one row
+struct Coefficients {  // coefficients of one row
   double one_plus_k, c_root, c_eps, lr, decay_factor, step, omega;
 };
 struct Block {
@@ -36,6 +36,6 @@ struct Work {
   int64_t count;
   const Block* blocks;
   int64_t total;
-  double* partial;  // [blocks, 2], what pass 1 writes; null: pass 2
+  double* partial;  // [blocks, 2], written by pass 1; null for pass 2
   int64_t next;
 };
