@@ -1,4 +1,4 @@
-"""Whether the Triton kernels work on a device: they build, launch, and give the plain kernels' numbers."""
+"""A check that the Triton kernels work on a device: they compile, launch, and agree with the plain kernels."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class Kind(NamedTuple):
 
 @functools.cache
 def why_not(kind: Kind) -> str:
-    """The reason why the kernels do not work, "" where they do. Looked at once in a process; waits for the device.
+    """Return the reason why the kernels do not work, or "". Checked once per process and waits for the device.
 
-    Tensors of dtypes that no kernel takes go elsewhere, so nothing is looked at for them.
+    Dtypes that the Triton kernels do not support are not checked, because other kernels serve them.
 
     Raises:
-        torch.OutOfMemoryError: there was no room to look; the next call looks again.
+        torch.OutOfMemoryError: if the check runs out of memory. The next call repeats it.
     """
     if not {kind.dtype, kind.direction} <= DTYPES.keys():
         return ""
@@ -57,9 +57,9 @@ def why_not(kind: Kind) -> str:
         return str(error)
     try:
         return _difference(kind)
-    except torch.OutOfMemoryError:  # says nothing of the kernels, and what is raised is not kept
+    except torch.OutOfMemoryError:  # not a fault of the kernels, and the cache does not keep exceptions
         raise
-    except Exception as error:  # Triton raises whatever its compiler, the linker or the driver gave
+    except Exception as error:  # Triton passes on errors of its compiler, the linker or the driver
         said = f"{type(error).__name__}: {error}".strip().replace("\n", " ")[-1000:]
         return (
             f"those for {kind.dtype} cannot be built or launched on {kind.device} ({said}). Triton needs a C compiler "
@@ -71,13 +71,13 @@ def why_not(kind: Kind) -> str:
 
 @torch.no_grad()
 def _difference(kind: Kind) -> str:
-    """Both passes of a made-up step beside the plain kernels on the same device."""
+    """Compare both passes of an example step with the plain kernels on the same device. Returns the reason, or ""."""
     shards = _shards(kind)
     plain = copy.deepcopy(shards)
     count = len(shards)
     coefficients = {k: torch.full((count,), v, device=kind.device).double() for k, v in _NUMBERS.items()}
     host = torch.ones(count, dtype=torch.bool, device="cpu")
-    host[1] = False  # a row that is not to be written
+    host[1] = False  # a row that must not be written
     active = host.to(kind.device)
     passes = TritonPasses(shards, Workspace())
     passes.begin()
@@ -98,7 +98,7 @@ def _difference(kind: Kind) -> str:
 
 @functools.cache
 def _error_of_rows(device: torch.device) -> float:
-    """Of the kernels that decide, beside ``closed_form``: two groups, one of three rows in its first step."""
+    """Return the largest error of the row kernels against ``closed_form``, with one fresh row of three."""
     sizes, options = [2, 1], [[0.9, 0.01, 0.1, 0.99, 1e-8], [0.8, 0.02, 0.05, 0.999, 1e-6]]
     cap, lr, mu, beta2, eps = _on_host([[a, a, b] for a, b in zip(*options, strict=True)]).unbind()
     states = _on_host([[4.0, 0.0, 9.0], [0.5, 1.0, 0.3], [0.7, -1.0, 0.6], [0.02, 0.0, 0.01]]).float()
@@ -132,7 +132,7 @@ def _on_host(rows: list[list[float]]) -> Tensor:
 
 
 def _shards(kind: Kind) -> list[LocalShard]:
-    """Without a random generator, whose state is the user's; all with one sign of d and g, so that no sum cancels."""
+    """Create shards without a random generator, whose state belongs to the user. No sum cancels, because d, g > 0."""
     result = []
     for row, size in enumerate(_SIZES):
         wave = torch.arange(size, dtype=_F64, device="cpu").mul(0.7).sin()
@@ -144,6 +144,6 @@ def _shards(kind: Kind) -> list[LocalShard]:
 
 
 def _largest_error(ours: Sequence[Tensor], expected: Sequence[Tensor], limit: float) -> tuple[float, float]:
-    """Relative; nan where something is not finite. Waits for the device."""
+    """Return the largest relative error, nan if a value is not finite, and ``limit``. Waits for the device."""
     errors = [((a.double() - e.double()) / e.double()).abs().max() for a, e in zip(ours, expected, strict=True)]
     return float(torch.stack(errors).max()), limit

@@ -1,4 +1,4 @@
-"""The two passes as Triton kernels, for CUDA and ROCm: three launches for all tensors of one kind, and no waiting."""
+"""The two passes as Triton kernels, for CUDA and ROCm: three launches for all tensors of one kind, without a sync."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from am_lightning.optional_imports import cause_of
 __all__ = ["DTYPES", "LAUNCH_OPTIONS", "Tables", "TritonPasses", "current", "require_triton", "supports"]
 
 DTYPES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_REDUCE_BLOCK = 2048  # chunks that one program of the second stage takes at once: 32 turns for 537 M elements
+_REDUCE_BLOCK = 2048  # chunks that a program of the second stage adds at once: 32 iterations for 537 M elements
 # The default of fusing a product and a sum differs between versions of Triton.
 LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 _LAUNCH = {"BLOCK": BLOCK, "BLOCKS": BLOCKS, **LAUNCH_OPTIONS}
 
 
 def require_triton() -> Any:
-    """The module of kernels.
+    """Import and return the module of Triton kernels.
 
     Raises:
-        RuntimeError: Triton is not installed, or does not work here.
+        RuntimeError: if Triton is not installed or cannot be imported.
     """
     try:
         from am_lightning.optim.kernels.triton import kernels as triton_kernels
@@ -40,9 +40,10 @@ def require_triton() -> Any:
 
 
 def supports(shard: LocalShard) -> bool:
-    """Whether these kernels can do a row; others go to the next kernel.
+    """Return whether the kernels support a shard. Other shards go to the next kernel.
 
-    They walk the storage, have a second moment, no coupled decay, and compute in float64 where all four tensors are.
+    It must be flat in storage and have a second moment and no coupled weight decay. Either all four tensors are float64
+    or none is.
     """
     tensors = shard.tensors()
     dtypes = {tensor.dtype for tensor in tensors}
@@ -51,9 +52,9 @@ def supports(shard: LocalShard) -> bool:
 
 
 class TritonPasses:
-    """Both passes over shards that ``supports`` has accepted, on one device or several.
+    """Both passes over shards that ``supports`` accepts, on one or several devices.
 
-    Gradients are multiplied by the workspace's ``gradient_factor`` in registers.
+    The kernels multiply gradients by the workspace's ``gradient_factor`` in registers.
     """
 
     def __init__(self, shards: Sequence[LocalShard], workspace: Workspace) -> None:
@@ -63,11 +64,11 @@ class TritonPasses:
         self._kernels = require_triton()
 
     def begin(self) -> None:
-        """Sort this step's tensors by kind; their addresses go to the device where they have changed."""
+        """Group the tensors of this step by kind, and copy their addresses to the device if they have changed."""
         self._groups = self._workspace.keep(Tables).prepare(self._shards)
 
     def sums(self, coefficients: Coefficients, accumulate: torch.dtype) -> Tensor:
-        """Pass 1, which only reads: ``[shards, 2]``, N and D, on the device of the first shard.
+        """Run pass 1, which only reads. Returns N and D, ``[shards, 2]``, on the device of the first shard.
 
         Args:
             coefficients: ``one_plus_k``, ``c_root`` and ``c_eps`` are read on the device.
@@ -94,11 +95,11 @@ class TritonPasses:
                 )
         total, *others = (moved(part, self._device) for part in parts.values())
         for other in others:
-            total = total + other  # every slot is filled on one device
+            total = total + other  # every slot is filled on one device only
         return total.to(accumulate)
 
     def update(self, coefficients: Coefficients, active: Tensor) -> None:
-        """Pass 2, which writes d, v and x of the rows where ``active`` (``[rows]`` bool, on the device) is True.
+        """Run pass 2, which writes d, v and x of the rows where ``active``, ``[rows]`` bool, is True.
 
         Args:
             coefficients: ``c_root``, ``c_eps``, ``lr``, ``decay_factor``, ``omega`` are read on the device, and
@@ -119,17 +120,17 @@ class TritonPasses:
                 )  # fmt: skip
 
     def _constants(self, kind: Kind) -> dict[str, Any]:
-        """What a kernel is compiled for."""
+        """Return the compile-time constants of a kernel."""
         dtypes = [getattr(self._kernels.tl, DTYPES[dtype]) for dtype in (*kind.dtypes, kind.compute_dtype)]
         constants = dict(zip(("G", "D", "V", "X", "COMPUTE"), dtypes, strict=True))
         return constants | dict(zip(("ALIGNED_G", "ALIGNED_STATE", "ALIGNED_X"), kind.aligned, strict=True))
 
 
 def _on(tensor: Any, device: torch.device) -> Any:
-    """On the device of the kernel, one number after the other."""
+    """Return ``tensor`` on the device of the kernel, contiguous."""
     return None if tensor is None else moved(tensor, device).contiguous()
 
 
 def current(device: torch.device) -> Any:
-    """Triton launches on the current device."""
+    """Return a context that makes ``device`` the current one, on which Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

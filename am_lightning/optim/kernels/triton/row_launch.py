@@ -1,4 +1,4 @@
-"""What a step does with one number for each row as two launches, where torch's operators are about a hundred."""
+"""The scalar work of a step on all rows in two launches, instead of about a hundred operators of torch."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _BLOCK = 512
 
 
 class RowCoefficients(NamedTuple):
-    """What is known before the sums."""
+    """The coefficients of a step, known before the sums."""
 
     columns: Tensor  # [7, rows]
-    coefficients: Coefficients  # the same by name
+    coefficients: Coefficients  # views of ``columns`` by name
     tail: Tensor  # [rows, 2]: whether there is a gradient here, and whether it is the row's first
-    factor: Tensor | None  # 0-dim, of clipping
+    factor: Tensor | None  # 0-dim factor of gradient clipping, or None
 
 
 class RowKernels:
-    """The tables of one layout, kept from step to step."""
+    """The kernels of one layout, with tables that are kept from step to step."""
 
     def __init__(self, sizes: Sequence[int], scope: str, device: torch.device) -> None:
         self._rows, self._device = sum(sizes), device
@@ -38,22 +38,23 @@ class RowKernels:
         self._scopes, self._shared = len(ends), scope != "tensor"
         self._group_of, self._bounds = (uploaded(values, device, torch.int32) for values in (owners, [0, *ends]))
         self._options = Following(device, torch.float64)
-        self._captured: list[Any] = []  # what CUDA graphs read
+        self._captured: list[Any] = []  # objects that CUDA graphs read
         self._kernels = _kernels()
 
     def coefficients(
         self, table: Tensor, options: Sequence[Sequence[Any]], present: Tensor, clip: GradientClip | None
     ) -> RowCoefficients:
-        """Before the sums.
+        """Compute the coefficients, before the sums.
 
         Args:
-            table: ``[4, rows]`` float32, the rows' states.
-            options: cap, lr, mu, beta2, eps of each group; lr may be a one-element tensor.
-            present: ``[rows]`` float64.
+            table: ``[4, rows]`` float32, the states of the rows.
+            options: cap, lr, mu, beta2 and eps of each group. lr may be a one-element tensor.
+            present: ``[rows]`` float64, 1 for rows with a gradient on this rank.
+            clip: gradient clipping of the step, or None.
         """
         flat = [clip.max_norm if clip is not None else 0.0, *(value for group in options for value in group)]
         on_device = {i: value for i, value in enumerate(flat) if isinstance(value, Tensor)}
-        # -1 is no option's value: what is written over it below is never taken for a number of the host.
+        # No option is -1, so values of the device written below are never taken for unchanged Python numbers.
         values = self._options.follow(
             [-1.0 if i in on_device else float(v) for i, v in enumerate(flat)], self._captured
         )
@@ -79,17 +80,18 @@ class RowKernels:
         *,
         skip: bool,
     ) -> tuple[Tensor, Tensor]:
-        """After the sums: writes the states in ``table`` and what the step record keeps.
+        """Decide beta_t after the sums, and write the states in ``table`` and the statistics of the step.
 
         Args:
             packed: ``[rows, 4]`` float64, the reduced sums.
-            columns: of ``coefficients``.
-            record, skipped: of ``StepStats``.
-            tally: ``[6, rows]`` float64, of ``BetaTally``.
-            skip: a sum that is not finite drops the step; False: its rows take the cap.
+            columns: ``[7, rows]`` from ``coefficients``.
+            table: ``[4, rows]`` float32, the states of the rows.
+            record, skipped: the buffers of ``StepStats``.
+            tally: ``[6, rows]`` float64, the numbers of a ``BetaTally``.
+            skip: whether a sum that is not finite makes the optimizer skip the step. If False, its rows take the cap.
 
         Returns:
-            omega ``[rows]``, and ``[rows]`` bool: the rows that take part.
+            omega, ``[rows]``, and a bool tensor, ``[rows]``, True for rows that take part.
         """
         omega = self._new(self._rows)
         active = torch.empty(self._rows, dtype=torch.bool, device=self._device)
@@ -106,7 +108,7 @@ class RowKernels:
 
 
 def _kernels() -> Any:
-    """Imported where ``require_triton`` has found Triton."""
+    """Import the kernels, after ``require_triton`` has found Triton."""
     from am_lightning.optim.kernels.triton import row_kernels as triton_row_kernels
 
     return triton_row_kernels

@@ -1,7 +1,7 @@
-"""What the Triton kernels read besides the tensors: which program works where, options, and the tensors' addresses.
+"""Tables that the Triton kernels read: the chunk of each program, options, and addresses of the tensors.
 
-Everything but the addresses stays on the device until other tensors step. Addresses change when gradients are made
-anew; then they go there in one asynchronous copy, for which nothing waits.
+Everything except addresses stays on the device until other tensors step. Addresses change when gradients are allocated
+again. One asynchronous copy then updates them, and nothing waits for it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _KEPT_GROUPS = 32  # sets of tensors whose tables are kept: more than the calls 
 
 
 class Kind(NamedTuple):
-    """What one compiled kernel serves."""
+    """Everything that a compiled kernel is specialised for."""
 
     device: torch.device
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype]  # of g, d, v, x
@@ -35,12 +35,12 @@ class Kind(NamedTuple):
 
     @property
     def stochastic(self) -> bool:
-        """d is kept in bfloat16 beside float32 parameters: rounding to nearest would lose small gradients."""
+        """Whether d is bfloat16 and x float32. Rounding to nearest would lose small gradients."""
         return self.dtypes[1] == torch.bfloat16 and self.dtypes[3] == torch.float32
 
 
 class Member(NamedTuple):
-    """A tensor of a group, as far as it stays from step to step."""
+    """The properties of a tensor in a group that stay the same from step to step."""
 
     slot: int  # place among the shards
     row: int
@@ -48,7 +48,7 @@ class Member(NamedTuple):
 
 
 class Following:
-    """A small table on the device that follows a list on the host. Where nothing has changed nothing is copied."""
+    """A small table on the device that follows a list on the host. It is copied only after a change."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
@@ -57,7 +57,7 @@ class Following:
         self._spare: Tensor | None = None
 
     def follow(self, values: list[Any], captured: list[Any]) -> Tensor:
-        """The table with these values.
+        """Return the table with these values on the device.
 
         Every copy has a page-locked buffer of its own; torch gives its memory out again only when the copy is done.
         A CUDA graph reads its buffer at every replay, so that buffer, and the table it fills, go into ``captured``.
@@ -122,7 +122,7 @@ class Tables:
         self._captured: list[Any] = []  # what CUDA graphs read
 
     def prepare(self, shards: Sequence[LocalShard]) -> list[Prepared]:
-        """The groups of these shards, and on the device what may differ from the step before."""
+        """Return the groups of these shards, with their addresses and options on the device."""
         sorted_out: dict[Kind, tuple[list[Member], list[int], list[float]]] = {}
         for slot, shard in enumerate(shards):
             kind, addresses = _kind(shard)
@@ -157,7 +157,7 @@ class Tables:
 
 def _kind(shard: LocalShard) -> tuple[Kind, list[int]]:
     g, d, v, x = shard.g, shard.d, shard.v, shard.x
-    assert v is not None  # triton_pair.supports() has seen to it
+    assert v is not None  # supports() requires it
     addresses = [g.data_ptr(), d.data_ptr(), v.data_ptr(), x.data_ptr()]
     at_g, at_d, at_v, at_x = (address % _ALIGNMENT == 0 for address in addresses)
     aligned = at_g, at_d and at_v, at_x
@@ -165,6 +165,6 @@ def _kind(shard: LocalShard) -> tuple[Kind, list[int]]:
 
 
 def _numbers(options: GroupOptions) -> list[float]:
-    """beta2, 1 - beta2, lambda, mu, sign of the gradient."""
+    """Return beta2, 1 - beta2, lambda, mu and the sign of the gradient."""
     beta2, sign = options.beta2, -1.0 if options.maximize else 1.0
     return [beta2, 1 - beta2, options.lambd, options.mu, sign]
