@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-"""The device side of the Triton pair: every tensor of one kind in one launch, whatever their number and sizes.
+"""The Triton kernels of the two passes. One launch serves all tensors of one kind, whatever their number and sizes.
 
-A program works on one chunk of one tensor; a table says which. Three facts about a chunk come from memory, so that the
+A program works on one chunk of one tensor, given by a table. Three facts about a chunk come from memory, so that the
 compiler knows nothing of their alignment, and each of them alone would make every access scalar:
 
 - the pointer: ``multiple_of`` tells, where the host has checked that it is a multiple of 16 (``ALIGNED_G`` of g,
@@ -20,7 +20,7 @@ import triton.language as tl
 
 @triton.jit
 def _chunk(chunks, tensors, chunk, CHUNK: tl.constexpr):
-    """Tensor of a chunk, where the chunk starts in it, how many elements follow, and the tensor's row."""
+    """Return the tensor of a chunk, the start of the chunk in it, the elements from there on, and the row."""
     t = tl.load(chunks + 2 * chunk)
     start = tl.load(chunks + 2 * chunk + 1).to(tl.int64) * CHUNK
     return t, start, tl.load(tensors + 3 * t) - start, tl.load(tensors + 3 * t + 1)
@@ -41,7 +41,7 @@ def _number(column, row, COMPUTE: tl.constexpr):
 
 @triton.jit
 def _options(options, t, COMPUTE: tl.constexpr):
-    """beta2, 1 - beta2 (taken in float64, where it is exact), lambda, mu and the sign of the gradient."""
+    """Return beta2, 1 - beta2 (computed in float64, where it is exact), lambda, mu and the sign of the gradient."""
     o = options + 5 * t
     beta2, rest, lambd = tl.load(o).to(COMPUTE), tl.load(o + 1).to(COMPUTE), tl.load(o + 2).to(COMPUTE)
     return beta2, rest, lambd, tl.load(o + 3).to(COMPUTE), tl.load(o + 4).to(COMPUTE)
@@ -49,7 +49,7 @@ def _options(options, t, COMPUTE: tl.constexpr):
 
 @triton.jit
 def _scaled(sign, grad_scale, COMPUTE: tl.constexpr):
-    """What the gradient is multiplied by, in registers."""
+    """Return the factor that the gradient is multiplied by in registers."""
     if grad_scale is not None:
         sign *= tl.load(grad_scale).to(COMPUTE)
     return sign
@@ -57,7 +57,7 @@ def _scaled(sign, grad_scale, COMPUTE: tl.constexpr):
 
 @triton.jit
 def _root(x):
-    """sqrt to nearest: the fast one of float32 takes small x for zero."""
+    """Return sqrt rounded to nearest, because the fast float32 sqrt returns 0 for small x."""
     if x.dtype == tl.float64:
         return tl.sqrt(x)
     else:
@@ -66,7 +66,7 @@ def _root(x):
 
 @triton.jit
 def _precond(g, v, beta2, rest, c_root, c_eps):
-    """v' and P = c_t (sqrt(v' / (1 - beta2^t)) + eps)."""
+    """Return v' and P = c_t (sqrt(v' / (1 - beta2^t)) + eps)."""
     v = beta2 * v + rest * (g * g)
     return v, c_root * _root(v) + c_eps
 
@@ -75,7 +75,7 @@ def _precond(g, v, beta2, rest, c_root, c_eps):
 def _terms(
     g, d, v, x, beta2, rest, lambd, mu, c_root, c_eps, one_plus_k, DECAYS: tl.constexpr, TOO_LARGE: tl.constexpr
 ):
-    """One element's (d - (1 + k) g) (d / P + mu x) and (d - g)^2 / (P q), nan where v' does not fit in its dtype."""
+    """Return (d - (1 + k) g) (d / P + mu x) and (d - g)^2 / (P q), nan where v' does not fit in its dtype."""
     second, precond = _precond(g, v, beta2, rest, c_root, c_eps)
     slope = d / precond
     if DECAYS:
@@ -126,7 +126,7 @@ def sums_kernel(
                 tl.load(v + o, inside, 0.0).to(COMPUTE), weights,
                 beta2, rest, lambd, mu, c_root, c_eps, one_plus_k, DECAYS, TOO_LARGE,
             )  # fmt: skip
-            num += tl.where(inside, a, 0.0)  # with eps = 0 the terms of what is not there are nan
+            num += tl.where(inside, a, 0.0)  # with eps = 0 the terms of masked elements are nan
             den += tl.where(inside, b, 0.0)
     tl.store(partial + 2 * chunk, tl.sum(num.to(tl.float64), 0))
     tl.store(partial + 2 * chunk + 1, tl.sum(den.to(tl.float64), 0))
@@ -149,7 +149,7 @@ def reduce_kernel(partial, first_chunk, tensors, sums, BLOCK: tl.constexpr):
 
 @triton.jit
 def _stepped(g, d, v, x, beta2, rest, lambd, c_root, c_eps, omega, lr, decay_factor):
-    """d' = d + omega (g - d) / q,  x' = (1 - mu eta) x - eta d' / P,  v'."""
+    """Return d' = d + omega (g - d) / q,  v'  and  x' = (1 - mu eta) x - eta d' / P."""
     v, precond = _precond(g, v, beta2, rest, c_root, c_eps)
     d += omega * (g - d) / (1 + lambd * precond)
     return d, v, decay_factor * x - lr * d / precond
@@ -157,7 +157,7 @@ def _stepped(g, d, v, x, beta2, rest, lambd, c_root, c_eps, omega, lr, decay_fac
 
 @triton.jit
 def _mix(x):
-    """A hash of 32 bits (the "lowbias32" of C. Wellons)."""
+    """Hash 32 bits (the "lowbias32" of C. Wellons)."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -165,14 +165,14 @@ def _mix(x):
 
 @triton.jit
 def _seed(steps, row):
-    """Of one row's step: the same on every replica, and after a resume."""
+    """Return the seed of a row in this step, which is the same on every replica and after a resume."""
     count = tl.load(steps + row).to(tl.int64) + 0x9E3779B9 * (row.to(tl.int64) + 1)
     return _mix((count & 0xFFFFFFFF).to(tl.uint32))
 
 
 @triton.jit
 def _round(value, index, seed, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """To the storage dtype; stochastically float32 to bfloat16: up with the probability of what is cut off."""
+    """Round to the storage dtype. STOCHASTIC rounds float32 to bfloat16, up with the probability of the remainder."""
     if STOCHASTIC:
         bits = value.to(tl.uint32, bitcast=True)
         noise = _mix((index & 0xFFFFFFFF).to(tl.uint32) ^ seed) >> 16
@@ -191,8 +191,8 @@ def update_kernel(
     ALIGNED_G: tl.constexpr, ALIGNED_STATE: tl.constexpr, ALIGNED_X: tl.constexpr,
     STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Pass 2, which writes d, v and x of one chunk, if its row is active: decided here, and then nothing is touched."""
-    chunk = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: what pass 1 read last may still be in the cache
+    """Pass 2, which writes d, v and x of one chunk if its row is active. Otherwise it reads no tensor."""
+    chunk = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards, because the cache may hold what pass 1 read last
     t, start, n, row = _chunk(chunks, tensors, chunk, BLOCK * BLOCKS)
     if tl.load(active + row) != 0:
         g, d = _operand(pointers, t, start, 0, G, ALIGNED_G), _operand(pointers, t, start, 1, D, ALIGNED_STATE)

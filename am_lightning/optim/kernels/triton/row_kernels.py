@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-"""The device side of what a step does with one number for each row, in float64: ``closed_form`` and its neighbours.
+"""The Triton kernels of the scalar work on rows, in float64, which compute the same as ``closed_form``.
 
 ``columns`` is ``[7, rows]``: cap, lr, 1 + k, c_t / sqrt(1 - beta2^t), c_t eps, 1 - mu eta_t, steps before this one.
 ``table`` is ``[4, rows]``: the float32 states step, beta_prod, beta, prev_lr.
@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def _before(step, beta_prod, prev_lr):
-    """As ``scalars._started_anew``: whoever sets ``step`` to 0 resets the row."""
+    """Reset rows whose ``step`` is 0, as ``state_store._started_anew`` does."""
     fresh = step == 0
     return tl.where(fresh, 1.0, beta_prod.to(tl.float64)), tl.where(fresh, 0.0, prev_lr.to(tl.float64))
 
@@ -23,7 +23,7 @@ def coefficients_kernel(
     table, options, group_of, present, norm, columns, tail, scale, rows,
     LARGEST_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Before the sums: the coefficients that they need, and ``tail`` ``[rows, 2]``, present and first.
+    """Compute the coefficients before the sums, and ``tail``, ``[rows, 2]``, present and first.
 
     ``options`` has cap, lr, mu, beta2, eps of every group, then max_norm; the factor of clipping goes to ``scale``.
     """
@@ -55,7 +55,7 @@ def coefficients_kernel(
 
 @triton.jit
 def _read(packed, o, inside):
-    """N, D, whether there is a gradient, whether it is the row's first, and whether a sum is not finite."""
+    """Return N, D, whether there is a gradient, whether it is the row's first, and whether a sum is not finite."""
     num, den = tl.load(packed + 4 * o, inside, 0.0), tl.load(packed + 4 * o + 1, inside, 0.0)
     present = tl.load(packed + 4 * o + 2, inside, 0.0) > 0
     first = tl.load(packed + 4 * o + 3, inside, 0.0) > 0
@@ -65,7 +65,7 @@ def _read(packed, o, inside):
 
 @triton.jit
 def _count(tally, rows, o, beta, cap, kept):
-    """As ``BetaTally.add``."""
+    """Add a step to the tally, as ``BetaTally.add`` does."""
     at_max, at_zero = (beta == cap).to(tl.float64), (beta == 0).to(tl.float64)
     tl.store(tally + o, tl.load(tally + o, kept, 0.0) + beta, kept)
     tl.store(tally + rows + o, tl.load(tally + rows + o, kept, 0.0) + at_max, kept)
@@ -80,13 +80,13 @@ def decide_kernel(
     packed, columns, table, bounds, omega, active, record, skipped, tally, rows, scopes,
     SHARED: tl.constexpr, SKIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """After the sums, one program: 1 - beta_t, which rows count, their new states, and what the step record keeps.
+    """Compute 1 - beta_t, the active rows, their new states and the record after the sums, in one program.
 
     Args:
         packed: ``[rows, 4]``, the reduced N, D, present, first.
-        bounds: ``[scopes + 1]``, where the rows of each scope begin; with ``SHARED`` they have one N and D.
-        record: int64: skipped steps in all, in a row, first bad row of the last, in a row before this step.
-        tally: ``[6, rows]``, as ``BetaTally``.
+        bounds: ``[scopes + 1]``, first row of each scope. With ``SHARED`` the rows of a scope share one N and D.
+        record: int64, skipped steps, consecutive ones, first bad row of the last, consecutive ones before this step.
+        tally: ``[6, rows]``, the numbers of a ``BetaTally``.
     """
     lanes = tl.arange(0, BLOCK)
     failed = tl.zeros((BLOCK,), tl.int32)
