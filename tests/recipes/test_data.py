@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from am_lightning.pretrain.checkpoints import AtomicCheckpointIO, RunCheckpoint
 from am_lightning.pretrain.data.text_data import TextData
 from am_lightning.pretrain.model.lightning_module import LlamaPretraining
 from am_lightning.pretrain.runtime.errors import RecipeError
+from tests.python import PYTHON
 
 from .commands import differences
 
@@ -127,6 +130,39 @@ def test_workers_do_not_change_the_order_or_the_resume(tmp_path: Path, corpus_fo
     assert differences(dict(resumed.state_dict()), dict(whole.state_dict())) == []
 
 
+STOPPED_WORKER = """
+import multiprocessing, os, signal, sys
+from am_lightning.pretrain.data.text_data import TextData
+from am_lightning.pretrain.runtime.errors import RecipeError
+
+more = dict(num_workers=2, loader_timeout_s=1.5, shard_mb=1, prepare_workers=1)
+data = TextData(sys.argv[1], cache_dir=sys.argv[2], mode=sys.argv[3], **more)
+data.prepare()
+data.open()
+batches = iter(data.train_loader(steps=1000))
+next(batches)
+os.kill(multiprocessing.active_children()[0].pid, signal.SIGSTOP)
+try:
+    for batch in batches:
+        pass
+except RecipeError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize("mode", ["shards"])
+def test_a_stopped_loader_process_ends_the_run(tmp_path: Path, mode: str) -> None:
+    """At the next batch, and its own end, which waits for all its children, and SIGTERM ends none that is stopped."""
+    (tmp_path / "text.jsonl").write_text(
+        "".join(json.dumps({"text": f"document {i} " * 9}) + "\n" for i in range(20_000))
+    )
+    command = [PYTHON, "-c", STOPPED_WORKER, str(tmp_path / "text.jsonl"), str(tmp_path / "cache"), mode]
+    ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1, ended.stderr
+    assert "gave no batch for 1.5 s (data.loader_timeout_s)" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 @pytest.mark.filterwarnings("error:.*not resumable.*")
 def test_lightning_knows_that_a_resume_is_exact(tmp_path: Path, corpus_folder: Path) -> None:
     fit(tmp_path / "whole", corpus_folder, steps=4)
@@ -146,6 +182,7 @@ def test_lightning_knows_that_a_resume_is_exact(tmp_path: Path, corpus_folder: P
         ("val_percent", 100.0),
         ("val_percent", float("nan")),
         ("num_workers", -1),
+        ("loader_timeout_s", 0.0),
         ("prepare_workers", 0),
         ("shard_mb", 0),
         ("seed", -1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from am_lightning.pretrain.data.loader_processes import batches_in_time
 from am_lightning.pretrain.data.permutation import sample_rows
 from am_lightning.pretrain.data.shards import ShardedTokens
 from am_lightning.pretrain.runtime.errors import RecipeError
@@ -102,7 +104,16 @@ class ResumableLoader(DataLoader[torch.Tensor]):
 
     The position is the Trainer's global step, which its checkpoints hold; so there is nothing to save here. Lightning
     asks for these two methods to know that a resume in the middle of an epoch is exact.
+
+    Attributes:
+        timeout_s: seconds that a batch may take a loader process.
     """
+
+    timeout_s = math.inf
+
+    def __iter__(self) -> Iterator[torch.Tensor]:  # type: ignore[override]
+        batches = super().__iter__()
+        return batches_in_time(batches, self.timeout_s) if self.num_workers else batches
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -56,6 +56,7 @@ class TextData(L.LightningDataModule):
         seed: of the order.
         num_workers: loader processes on every process. Shards are memory maps, which need none; chunks of an object
             store are downloaded by them.
+        loader_timeout_s: seconds that training waits for a batch of a loader process (shards); then an error ends the run.
 
     Attributes:
         scored_rows: of the last val_loader(), over all processes.
@@ -85,12 +86,14 @@ class TextData(L.LightningDataModule):
         prepare_workers: int | None = None,
         seed: int = 0,
         num_workers: int = 0,
+        loader_timeout_s: float = 300.0,
     ) -> None:
         super().__init__()
         require_counts("data", batch_size=batch_size, val_rows=val_rows, final_val_rows=final_val_rows)
         require_counts("data", val_batch_size=val_batch_size, shard_mb=shard_mb, prepare_workers=prepare_workers)
         require_counts("data", 2, seq_len=seq_len)
         require_counts("data", 0, num_workers=num_workers, seed=seed)
+        require(loader_timeout_s > 0, "data.loader_timeout_s", loader_timeout_s, "> 0")
         require(
             mode in ("shards", "litdata"),
             "data.mode",
@@ -106,7 +109,7 @@ class TextData(L.LightningDataModule):
         self.batch_size, self.val_percent = batch_size, float(val_percent)
         self.val_rows, self.final_val_rows, self.val_batch_size = val_rows, final_val_rows, val_batch_size
         self.cache_dir, self.shard_mb, self.prepare_workers = cache_dir, shard_mb, prepare_workers
-        self.seed, self.num_workers = seed, num_workers
+        self.seed, self.num_workers, self.loader_timeout_s = seed, num_workers, loader_timeout_s
         self.scored_rows = 0
         self.default_root_dir = "."
         self._pipeline: Pipeline | None = None
@@ -174,13 +177,15 @@ class TextData(L.LightningDataModule):
             accumulate=accumulate,
             first_step=done,
         )
-        return ResumableLoader(
+        loader = ResumableLoader(
             rows,
             batch_sampler=order,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=pin_memory,
         )
+        loader.timeout_s = self.loader_timeout_s
+        return loader
 
     def val_loader(
         self, *, rank: int = 0, world_size: int = 1, rows: int | None = None, pin_memory: bool = False

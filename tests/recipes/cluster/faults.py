@@ -3,8 +3,8 @@
     python -m tests.recipes.cluster.faults [KIND ...]
 
 One machine, two processes of each program by launch/torchrun.sh, the laptop recipe with a tiny model,
-fault_tolerance.hang_timeout_s 15. Prints for each kind how the launcher ended, after how long, and
-the first line of the error; exits with 1 where a run neither finished nor ended with an error.
+fault_tolerance.hang_timeout_s 15, data.loader_timeout_s 10. Prints for each kind how the launcher ended, after
+how long, and the first line of the error; exits with 1 where a run neither finished nor ended with an error.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from .runs import LAUNCH, options, variables, wait_until
 KINDS = ("killed", "stopped", "slow", "worker killed", "worker stopped")
 FOREVER = 100_000  # steps
 HANG_S = 15
+LOADER_S = 10
 
 
 class Launcher:
@@ -99,7 +100,7 @@ def meet(launcher: Launcher, kind: str) -> None:
 
 def run(folder: Path, source: Path, program: str, kind: str, patience: float = 120) -> tuple[int | None, float, str]:
     """(exit status, or None where it did not end; seconds from the fault to the end; what was printed)."""
-    more = ["--data.num_workers", "1"] if kind.startswith("worker") else []
+    more = ["--data.num_workers", "1", "--data.loader_timeout_s", str(LOADER_S)] if kind.startswith("worker") else []
     steps = 400 if kind == "slow" else FOREVER
     launcher = Launcher(folder / f"{program}-{kind.replace(' ', '-')}", source, program, steps, *more)
     try:
