@@ -107,6 +107,26 @@ def test_cp_copies_what_a_run_needs_and_overwrites_nothing(tmp_path: Path) -> No
         main(["cp", "60n", str(copy)])
 
 
+def test_cp_writes_nothing_through_a_link(tmp_path: Path) -> None:
+    """Not into what a file's link points to, there or not; not into a folder that a link points to."""
+    copy, outside = tmp_path / "copy", tmp_path / "outside"
+    copy.mkdir()
+    outside.mkdir()
+    (outside / "precious").write_text("mine")
+    (copy / "pretrain.py").symlink_to(outside / "precious")
+    (copy / "60m.yaml").symlink_to(outside / "dangling")
+    with pytest.raises(SystemExit):
+        main(["cp", "60m", str(copy)])
+    assert main(["cp", "60m", str(copy), "--force"]) == 0
+    assert not (copy / "pretrain.py").is_symlink()
+    (copy / "launch").rename(tmp_path / "launch")
+    (copy / "launch").symlink_to(outside)
+    with pytest.raises(SystemExit, match=r"launch is a link, and cp writes only into DIR"):
+        main(["cp", "60m", str(copy), "--force"])
+    assert [path.name for path in outside.iterdir()] == ["precious"]
+    assert (outside / "precious").read_text() == "mine"
+
+
 def test_an_edited_copy_is_meant_by_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -73,3 +73,20 @@ def test_a_rank_whose_store_does_not_answer_ends_at_ctrl_c(tmp_path: Path, corpu
             process.kill()
     assert process.returncode == 128 + signal.SIGINT, said
     assert "stopped by SIGINT outside training" in said
+
+
+def test_a_process_whose_stderr_nobody_reads_ends_at_a_signal() -> None:
+    """Its launcher was killed: the line that says why it ends cannot be written."""
+    code = "import os, time; from am_lightning.pretrain.runtime.stop_signals import StopSignals\n"
+    code += "StopSignals().take(); os.write(1, b'taken'); time.sleep(60)"
+    process = subprocess.Popen([PYTHON, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    with process:
+        assert process.stdout.read(5) == b"taken"
+        process.stderr.close()
+        process.terminate()
+        try:
+            assert process.wait(20) == 128 + signal.SIGTERM
+        finally:
+            process.kill()

@@ -120,7 +120,8 @@ class FaultTolerance(L.Callback):
     def _tell(self, number: int) -> None:
         if self._agreed is None and self._is_first_rank():
             name = signal.Signals(number).name
-            os.write(2, f"{name}: stopping with a checkpoint at the end of this step\n".encode())
+            with contextlib.suppress(OSError):  # nobody reads stderr any more; the thread must live on
+                os.write(2, f"{name}: stopping with a checkpoint at the end of this step\n".encode())
 
     def _end_at_once(self, number: int, why: str) -> None:
         """Outside training there is nothing to save, and preparing the data may take longer than the scheduler waits.

@@ -36,22 +36,30 @@ def _run(args: argparse.Namespace) -> int:
 def copy_recipe(name: str, folder: Path, *, force: bool = False) -> None:
     """Put `NAME.yaml`, written out whole, the programs, `configs/` of engines and `launch/` into `folder`.
 
+    With `force` a link in the place of a file is replaced: what it points to stays as it is.
+
     Raises:
-        RecipeError: there is no such recipe, or a file is there already and differs; then nothing is written.
+        RecipeError: there is no such recipe, a file is there already and differs, or a folder in `folder` is a link;
+            then nothing is written.
     """
     if name not in recipe_files():
         find_config(name)  # raises, with the names, unless it is a file
         raise RecipeError(f"NAME is {name!r}, a file: cp copies recipes by name ({', '.join(recipe_files())})")
     recipe, text = folder / f"{name}.yaml", recipe_text(recipe_files()[name]).encode()
     pairs = list(_pairs(folder))
-    differing = [recipe] if recipe.exists() and not _holds(recipe, text) else []
-    differing += [target for source, target in pairs if target.exists() and not _holds(target, source.read_bytes())]
+    parents = sorted({parent for _, target in pairs for parent in target.relative_to(folder).parents})
+    if linked := [folder / parent for parent in parents[1:] if (folder / parent).is_symlink()]:
+        raise RecipeError(f"{linked[0]} is a link, and cp writes only into DIR: remove it, or use another DIR")
+    differing = [recipe] if _differs(recipe, text) else []
+    differing += [target for source, target in pairs if _differs(target, source.read_bytes())]
     if differing and not force:
         shown = ", ".join(map(str, differing[:3])) + (", ..." if len(differing) > 3 else "")
         raise RecipeError(f"{shown}: there already, and other than the recipe's. Use another DIR, or --force")
     for source, target in pairs:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _unlink(target)
         shutil.copy(source, target)
+    _unlink(recipe)
     recipe.write_bytes(text)
 
 
@@ -65,5 +73,13 @@ def _pairs(folder: Path) -> Iterator[tuple[Path, Path]]:
             yield path, folder / relative
 
 
-def _holds(path: Path, content: bytes) -> bool:
-    return path.is_file() and path.read_bytes() == content
+def _differs(path: Path, content: bytes) -> bool:
+    """Whether something else is there; a link always is, since a write would go to what it points to."""
+    if path.is_symlink():
+        return True
+    return path.exists() and not (path.is_file() and path.read_bytes() == content)
+
+
+def _unlink(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()

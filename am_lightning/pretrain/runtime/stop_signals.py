@@ -36,7 +36,8 @@ _channel: tuple[int, socket.socket] | None = None  # the process whose thread re
 
 def end_process(number: int, why: str = "") -> NoReturn:
     """End the process now, from any thread, with status 128 + the signal's number (the shell's convention)."""
-    os.write(2, f"stopped by {' '.join((signal.Signals(number).name, why)).strip()}\n".encode())
+    with contextlib.suppress(OSError):  # nobody reads stderr any more, such as a launcher that was killed
+        os.write(2, f"stopped by {' '.join((signal.Signals(number).name, why)).strip()}\n".encode())
     os._exit(128 + number)
 
 
