@@ -56,7 +56,7 @@ class TextData(L.LightningDataModule):
         seed: of the order.
         num_workers: loader processes on every process. Shards are memory maps, which need none; chunks of an object
             store are downloaded by them.
-        loader_timeout_s: seconds that training waits for a batch of a loader process (shards); then an error ends the run.
+        loader_timeout_s: seconds that training waits for a batch of a loader process (shards); then the run fails.
 
     Attributes:
         scored_rows: of the last val_loader(), over all processes.
