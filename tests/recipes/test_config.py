@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from am_lightning import AdaptiveMemory
-from am_lightning.pretrain.commands.plan.command import read_options
+from am_lightning.pretrain.commands.plan.command import add_parser, read_options
 from am_lightning.pretrain.commands.plan.make import make_plan
 from am_lightning.pretrain.commands.plan.table import duration_text
 from am_lightning.pretrain.model.shape import count_parameters
@@ -25,7 +25,6 @@ from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.paths import recipe_files
 from am_lightning.pretrain.runtime.recipe_text import merge_texts, recipe_text
 from am_lightning.pretrain.runtime.run_config import RunConfig, _Parser, read_run_config
-from am_lightning.recipes.__main__ import make_parser
 from tests.recipes.test_network import FAMILY
 
 CONFIGS = recipe_files()
@@ -293,4 +292,6 @@ def test_the_header_says_what_plan_says(name: str) -> None:
 
 
 def plan_arguments(*args: str) -> argparse.Namespace:
-    return read_options(make_parser().parse_args(["plan", *args]))
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    return read_options(parser.parse_args(["plan", *args]))

