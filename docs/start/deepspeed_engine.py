@@ -51,4 +51,6 @@ if __name__ == "__main__":
         engine.monitor.write_events([(tag, value, engine.global_samples) for tag, value in points.items()])
         if engine.global_steps % 10 == 1 and engine.global_rank == 0:
             print(f"step {engine.global_steps}: loss {float(loss):.3f}, mean beta_t {beta:.3f}")
+    if engine.global_rank == 0:
+        print("tensorboard --logdir deepspeed_logs")
     torch.distributed.destroy_process_group()

@@ -47,3 +47,4 @@ if __name__ == "__main__":
         callbacks=[AdaptiveMemoryCallback()],
     )
     trainer.train()
+    print("tensorboard --logdir trainer_output")

@@ -38,4 +38,5 @@ class HelpTexts(L.LightningDataModule):
 
 
 if __name__ == "__main__":
-    LightningCLI(NextByte, HelpTexts, seed_everything_default=0)
+    cli = LightningCLI(NextByte, HelpTexts, seed_everything_default=0)
+    print("tensorboard --logdir", cli.trainer.log_dir)
