@@ -30,6 +30,7 @@ from am_lightning.pretrain.model.network import build_llama, token_loss
 from am_lightning.pretrain.runtime.collective_errors import Agreement, leave_group
 from am_lightning.pretrain.runtime.errors import RecipeError, require
 from am_lightning.pretrain.runtime.main import command_line
+from am_lightning.pretrain.runtime.operator_build import announce_deepspeed_build
 from am_lightning.pretrain.runtime.run_config import RunConfig, read_run_config
 from am_lightning.pretrain.runtime.stop_signals import StopSignals
 
@@ -162,6 +163,8 @@ def is_due(step: int, every: int | None) -> bool:
 def make_accelerator(settings: RunConfig) -> Accelerator:
     """With TensorBoard curves in DIR/logs, and under DeepSpeed the recipe's sizes in its configuration."""
     require(settings.precision in PRECISIONS, "trainer.precision", settings.precision, " or ".join(PRECISIONS))
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        announce_deepspeed_build()
     accelerator = Accelerator(
         # As a plugin: the launcher's ACCELERATE_GRADIENT_ACCUMULATION_STEPS ("auto" with DeepSpeed) is not read then.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.accumulate),

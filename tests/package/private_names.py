@@ -134,6 +134,8 @@ TORCH = [
     Private(_C10D, "_set_pg_timeout", (_COLLECTIVES,), "give hang_timeout_s to the groups of device meshes"),
     Private("torch._dynamo", "config.patch", ("am_lightning/optim/kernels/compiled.py",),
             "raise the number of graphs of one function"),
+    Private("torch.utils.cpp_extension", "_get_build_directory", ("am_lightning/pretrain/runtime/operator_build.py",),
+            "say that DeepSpeed compiles its operator, where it is not compiled yet"),
     Private("torch.utils.tensorboard.SummaryWriter", "_get_file_writer",
             (_BOARD, "am_lightning/loggers/custom_scalars.py"),
             "write the HParams row, and charts of several curves, into the run's own event file",

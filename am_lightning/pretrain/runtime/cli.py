@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from am_lightning.lightning import AdaptiveMemory
@@ -37,6 +37,7 @@ from am_lightning.pretrain.data.text_data import TextData
 from am_lightning.pretrain.model.lightning_module import LlamaPretraining, check_optimizer
 from am_lightning.pretrain.model.shape import LlamaShape
 from am_lightning.pretrain.runtime.errors import RecipeError, require
+from am_lightning.pretrain.runtime.operator_build import announce_deepspeed_build
 from am_lightning.pretrain.runtime.paths import with_paths
 from am_lightning.pretrain.runtime.run_lock import hold
 from am_lightning.pretrain.runtime.secrets import refuse_secrets
@@ -151,6 +152,8 @@ class PretrainCLI(LightningCLI):
             callbacks.append(BARS[self.config_init[self.subcommand].progress_bar](refresh_rate=every))
         trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         FaultTolerance.prepare(trainer)
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            announce_deepspeed_build()
         return trainer
 
     def before_fit(self) -> None:
