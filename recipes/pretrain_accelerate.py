@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,10 +116,16 @@ def train(settings: RunConfig) -> None:
     stop.later = False
     rows = data.val_loader(rows=data.final_val_rows, **ranks)
     loss = validate(accelerator, model, rows, "final/val_", progress.step)
+    finish(accelerator, settings, loss, checkpoints.newest())
+
+
+def finish(accelerator: Accelerator, settings: RunConfig, loss: torch.Tensor, checkpoint: Path | None) -> None:
+    """Print what there is now, and leave the other processes."""
+    rows = settings.data.scored_rows
     accelerator.print(
-        f"\n  validation loss  {loss:.4f} nats per token (perplexity {loss.exp():.2f}) on {data.scored_rows} held-out"
-        f' rows\n  curves           tensorboard --logdir "{settings.root / "logs"}"\n'
-        f"  checkpoint       {checkpoints.newest()}\n  next             {next_commands(settings.root)}\n"
+        f"\n  validation loss  {loss:.4f} nats per token (perplexity {loss.exp():.2f}) on {rows} held-out rows"
+        f'\n  curves           tensorboard --logdir "{settings.root / "logs"}"\n'
+        f"  checkpoint       {checkpoint}\n  next             {next_commands(settings.root)}\n"
     )
     leave_group()
     accelerator.end_training()
