@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.ports import free_port
-from tests.python import PYTHON
+from tests.python import COLD  # a fork server would start processes outside their namespace
 from tests.recipes.commands import RECIPES, TINY
 
 from . import namespaces
@@ -57,7 +57,7 @@ def _validate(nodes: Sequence[Node], root: Path, source: Path) -> str:
     port, started = str(free_port()), []
     logs = [root.with_name(f"{root.name}.validate{i}.log") for i in range(2)]
     for rank, node in enumerate(nodes):
-        command = [PYTHON, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node"]
+        command = [COLD, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node"]
         command += ["1", "--master-addr", nodes[0].address, "--master-port", port, str(RECIPES / "pretrain.py")]
         command += ["validate", "--config", "laptop", "--ckpt_path", "last", "--trainer.devices", "1", *words]
         env = variables(root, GLOO_SOCKET_IFNAME=namespaces.INTERFACE, TP_SOCKET_IFNAME=namespaces.INTERFACE)
