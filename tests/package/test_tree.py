@@ -50,7 +50,7 @@ def test_named_extras_exist() -> None:
     """Every `am-lightning[...]` in code and documents is an extra that pyproject.toml defines."""
     known = extras()
     frameworks = {"lightning", "pytorch-lightning", "accelerate", "transformers", "deepspeed", "triton"}
-    assert known == {*frameworks, "all", "recipes", "data", "studies", "docs", "dev"}
+    assert known == {*frameworks, "all", "recipes", "data", "litdata", "studies", "docs", "dev"}
     for path, text in texts().items():
         for names in re.findall(r"am[-_]lightning\[([a-z,-]+)\]", text):
             assert set(names.split(",")) <= known, f"{path} names am-lightning[{names}]"

@@ -164,7 +164,7 @@ def test_an_accelerate_configuration_reaches_the_program(config: Path, probe: Pa
         ({"NODES": "2", "MASTER_ADDR": "no.such.host.invalid", "RESOLVE_TIMEOUT": "0"}, "cannot resolve"),
         ({"NODES": "2", "MASTER_ADDR": "127.0.0.1", "RDZV": "static"}, "RDZV is static: set NODE_RANK"),
         ({"RDZV": "mpi"}, "RDZV is 'mpi'; allowed: c10d, static"),
-        ({"CONFIG": "60n"}, "CONFIG is '60n': there is no such file"),
+        ({"CONFIG": "60n"}, "config is '60n': no such file, and no recipe"),
         ({"PROGRAM": "pretrain.pi"}, "PROGRAM is 'pretrain.pi': there is no such file"),
     ],
     ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
