@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import fields
 from typing import Any
 
 import torch
-import yaml
 from part import Context, FailedError, path_of, read_json
 
 from am_lightning.bench.contenders import READ, Contender, make_contenders, make_parameters
@@ -19,7 +17,7 @@ from am_lightning.bench.table import rows_of
 from am_lightning.bench.training import Training
 from am_lightning.pretrain.model.shape import LlamaShape
 from am_lightning.pretrain.runtime.paths import recipe_files
-from am_lightning.pretrain.runtime.recipe_text import recipe_text
+from am_lightning.pretrain.runtime.settings import read_recipe
 
 DECAYS = (0.1, 0.0)
 # Nobody's way to step on a GPU; the last two wait for it at every tensor, and have moments of their own in its memory.
@@ -87,10 +85,8 @@ def _train(what: str, context: Context) -> dict[str, Any]:
 
 
 def _shape(recipe: str, tiny: bool) -> LlamaShape:
-    model = yaml.safe_load(recipe_text(recipe_files()[recipe]))["model"]
-    names = {field.name for field in fields(LlamaShape)}
-    values = {key: value for key, value in model.items() if key in names}
-    return LlamaShape(**(values | TINY | {"vocab_size": 128, "seq_len": 64} if tiny else values))
+    values = read_recipe(recipe_files()[recipe])["model"]
+    return LlamaShape.among(values | TINY | {"vocab_size": 128, "seq_len": 64} if tiny else values)
 
 
 def _peak_flops(device: torch.device) -> int | None:

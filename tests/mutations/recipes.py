@@ -42,8 +42,8 @@ MUTATIONS = [
     Mutation(
         "list imports torch",
         f"{_PACKAGE}/commands/list.py",
-        "import dataclasses\n",
-        "import dataclasses\n\nimport torch  # noqa: F401\n",
+        "import argparse\n",
+        "import argparse\n\nimport torch  # noqa: F401\n",
         ("tests/recipes/test_console.py::test_help_and_refusals_import_nothing_of_training",),
     ),
     Mutation(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from am_lightning.pretrain.runtime.errors import RecipeError, require
 from am_lightning.pretrain.runtime.main import import_training
-from am_lightning.pretrain.runtime.paths import config_files, find_config, recipes_folder
+from am_lightning.pretrain.runtime.paths import find_config, recipes_folder
 from am_lightning.pretrain.runtime.settings import check_names, read_recipe
 
 _USAGE = "fit NAME [--gpus N] [--nodes M] [--KEY VALUE ...]"
@@ -89,17 +89,12 @@ def _launch(options: argparse.Namespace, rest: Sequence[str], words: Sequence[st
     port = options.master_port
     require(port is None or 1 <= port <= 65535, "--master-port", port, "1 to 65535")
     for key, option in (("trainer.devices", "--gpus"), ("trainer.num_nodes", "--nodes")):
-        require(
-            _last(key, settings) is None,
-            f"--{key}",
-            _last(key, settings),
-            f"nothing beside --gpus or --nodes: {option}",
-        )
+        given = _last(key, settings)
+        require(given is None, f"--{key}", given, f"nothing beside --gpus or --nodes: {option}")
     config = find_config(name).absolute()
     folder = _last("trainer.default_root_dir", settings)
     if folder is None:
-        values = [read_recipe(path).get("trainer", {}) for path in config_files(name)]
-        folder = next((v["default_root_dir"] for v in reversed(values) if "default_root_dir" in v), "runs/pretrain")
+        folder = read_recipe(config).get("trainer", {}).get("default_root_dir", "runs/pretrain")
     kind = "processes, each with a GPU" if found else "CPU processes: there is no GPU here"
     print(f"{nodes} x {gpus} {kind}", flush=True)
     restarts = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from typing import Any
 
 from am_lightning.pretrain.model.shape import LlamaShape, count_parameters
@@ -22,7 +21,7 @@ def add_parser(subparsers: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     files = recipe_files()
     recipes = {name: read_recipe(path) for name, path in files.items()}
-    shapes = {name: _shape(recipe["model"]) for name, recipe in recipes.items()}
+    shapes = {name: LlamaShape.among(recipe["model"]) for name, recipe in recipes.items()}
     rows = [("NAME", "PARAMETERS", "TOKENS", "ROW", "STEPS", "STRATEGY", "")]
     for name in sorted(recipes, key=lambda name: count_parameters(shapes[name])):
         rows.append((name, *_columns(recipes[name], shapes[name]), _headline(files[name].read_text())))
@@ -31,10 +30,6 @@ def _run(args: argparse.Namespace) -> int:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
         print("  ".join([*cells, row[-1]]).rstrip())
     return 0
-
-
-def _shape(model: dict[str, Any]) -> LlamaShape:
-    return LlamaShape(**{field.name: model[field.name] for field in dataclasses.fields(LlamaShape)})
 
 
 def _columns(recipe: dict[str, Any], shape: LlamaShape) -> tuple[str, str, str, str, str]:

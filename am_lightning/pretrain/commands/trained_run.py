@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,11 @@ from am_lightning.pretrain.data.hf_tokenizer import as_pretrained
 from am_lightning.pretrain.data.shards import INDEX, read_index
 from am_lightning.pretrain.data.tokenizer import (
     BYTES,
-    ByteTokenizer,
     Tokenizer,
     bpe_size,
     check_vocabulary,
     load_bpe,
-    load_pretrained,
+    load_named,
 )
 from am_lightning.pretrain.model.network import llama_config, trained_llama
 from am_lightning.pretrain.model.shape import LlamaShape
@@ -74,9 +73,7 @@ def open_run(name: str, tokenizer: str | None = None) -> TrainedRun:
     if not path.exists():
         raise RecipeError(f"RUN is {name!r}: there is no such file or folder; allowed: {_ALLOWED}")
     checkpoint = _checked(path) if is_checkpoint(path) else _newest(path)
-    arguments = model_arguments(checkpoint)
-    names = [field.name for field in fields(LlamaShape)]
-    shape = LlamaShape(**{key: value for key, value in arguments.items() if key in names})
+    shape = LlamaShape.among(model_arguments(checkpoint))
     root = next((folder for folder in (path, *path.parents[:2]) if saved_config(folder)), path)
     found = _named(tokenizer) if tokenizer is not None else _of_run(root)
     check_vocabulary(shape.vocab_size, found.vocab_size, found.name)
@@ -124,8 +121,6 @@ def _of_run(root: Path) -> Tokenizer:
 
 
 def _named(name: str) -> Tokenizer:
-    if name == BYTES:
-        return ByteTokenizer()
-    if (file := Path(name).expanduser()).is_file():
+    if name != BYTES and (file := Path(name).expanduser()).is_file():
         return load_bpe(name, file)
-    return load_pretrained(name)
+    return load_named(name)

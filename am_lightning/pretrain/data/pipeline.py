@@ -21,13 +21,11 @@ from am_lightning.pretrain.data.prepare import (
 from am_lightning.pretrain.data.shards import FORMAT_VERSION, INDEX, Index, read_index
 from am_lightning.pretrain.data.sources import Source, find_source
 from am_lightning.pretrain.data.tokenizer import (
-    BYTES,
-    ByteTokenizer,
     Tokenizer,
     bpe_size,
     check_vocabulary,
     load_bpe,
-    load_pretrained,
+    load_named,
     local_fingerprint,
     train_bpe,
 )
@@ -109,11 +107,9 @@ class Pipeline:
         Raises:
             RecipeError: it cannot be loaded.
         """
-        if self.tokenizer == BYTES:
-            return ByteTokenizer()
         size = bpe_size(self.tokenizer)
         if size is None:
-            return load_pretrained(self.tokenizer)
+            return load_named(self.tokenizer)
         key = hashlib.sha256(f"{self.documents.fingerprint} {self.val_percent} {self.shard_mb}".encode())
         path = self.cache / "tokenizers" / f"{self.tokenizer}-{key.hexdigest()[:16]}.json"
         if train and not path.exists():

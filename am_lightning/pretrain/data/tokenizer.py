@@ -178,6 +178,11 @@ def is_gated(name: str) -> bool:
     return name.startswith(_GATED)
 
 
+def load_named(name: str) -> Tokenizer:
+    """The tokenizer of any name but bpe-N, which is trained on a run's own text. Raises: RecipeError: see below."""
+    return ByteTokenizer() if name == BYTES else load_pretrained(name)
+
+
 def load_pretrained(name: str) -> FastTokenizer:
     """The tokenizer in the local folder or on the hub that transformers.AutoTokenizer loads for `name`.
 

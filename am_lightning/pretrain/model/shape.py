@@ -50,6 +50,11 @@ class LlamaShape:
         require(fits, "model.num_key_value_heads", heads, f"a divisor of num_heads = {self.num_heads}, or null")
         require(self.rope_theta > 1, "model.rope_theta", self.rope_theta, "> 1")
 
+    @classmethod
+    def among(cls, values: Mapping[str, Any]) -> LlamaShape:
+        """The shape that a section `model`, or a model's arguments, have among other keys."""
+        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
+
     def state_dict(self) -> dict[str, Any]:
         """As a checkpoint keeps it."""
         return dataclasses.asdict(self)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn
 
@@ -235,8 +234,7 @@ def _resume_step(ckpt_path: str | None, folder: Path, model: Any) -> int:
         hint = f" (runs of before are in {moved[0].parent}: --ckpt_path FILE goes on from one)" if moved else ""
         print(f"no checkpoint in {folder} yet: starting from step 0{hint}")
         return 0
-    names = [field.name for field in fields(LlamaShape)]
-    LlamaShape(**{name: model[name] for name in names}).load_state_dict(saved_hyperparameters(path))
+    LlamaShape.among(model).load_state_dict(saved_hyperparameters(path))
     return saved_step(path)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from am_lightning.pretrain.runtime.errors import RecipeError, UsageError
 from am_lightning.pretrain.runtime.paths import with_paths
 from am_lightning.pretrain.runtime.recipe_text import recipe_text
-from am_lightning.pretrain.runtime.suggestions import meant, place
+from am_lightning.pretrain.runtime.suggestions import unknown_setting
 
 _PRETRAIN = Path(__file__).resolve().parents[1]
 # Section -> the file of its class and the class, whose arguments are the section's keys.
@@ -57,9 +57,16 @@ def check_names(args: Sequence[str]) -> None:
     Raises:
         UsageError: there is no setting of that name; says where it stands and which one was meant.
     """
+    known = setting_names()
+    for name, files in _given_names(args):
+        if not _exists(name, known):
+            raise UsageError(unknown_setting(name, _whole_names(known), files))
+
+
+def _given_names(args: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Every name of a setting, and the word with its YAML where it stands in one."""
     import yaml
 
-    known = setting_names()
     for word in with_paths(["fit", *args])[1:]:
         if word.startswith("--config="):
             try:
@@ -67,12 +74,9 @@ def check_names(args: Sequence[str]) -> None:
             except (yaml.YAMLError, UnicodeDecodeError, OSError):
                 continue  # the parser says why
             for name in _names_in(values if isinstance(values, dict) else {}):
-                if not _exists(name, known):
-                    raise UsageError(f"there is no setting {name}{_meant(name, known)}{place(name, [word])}")
+                yield name, [word]
         elif word.startswith("--") and word != "--":
-            name = word[2:].partition("=")[0].rstrip("+")
-            if not _exists(name, known):
-                raise UsageError(f"there is no setting {name}{_meant(name, known)}")
+            yield word[2:].partition("=")[0].rstrip("+"), []
 
 
 def setting_names() -> dict[str, set[str] | None]:
@@ -116,10 +120,10 @@ def _exists(name: str, known: Mapping[str, set[str] | None]) -> bool:
     return names is None or (rest if dot else section).partition(".")[0] in names
 
 
-def _meant(name: str, known: Mapping[str, set[str] | None]) -> str:
+def _whole_names(known: Mapping[str, set[str] | None]) -> list[str]:
     whole = [f"{section}.{key}" if section else key for section, keys in known.items() for key in sorted(keys or ())]
     optimizer = _arguments(_PRETRAIN.parent / "optim" / "adamw.py", "AMAdamW", "__init__") or ()
-    return meant(name, [*whole, *filter(None, known), *(f"model.optimizer.{key}" for key in sorted(optimizer))])
+    return [*whole, *filter(None, known), *(f"model.optimizer.{key}" for key in sorted(optimizer))]
 
 
 if __name__ == "__main__":

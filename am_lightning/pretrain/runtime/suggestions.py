@@ -24,16 +24,20 @@ def explain(message: str, options: Iterable[str], args: Sequence[str]) -> str:
         args: the command line, its YAMLs as ``--config=PATH``.
     """
     if found := _OPTION.search(message):
-        key = found["key"] or found["word"]
-        return f"there is no setting {key}{meant(key, options)}{place(key, args)}"
+        return unknown_setting(found["key"] or found["word"], options, args)
     if found := _ARGUMENT.search(message):
         path = _CLASS.search(message)
         names = _arguments(path[1]) if path else []
         name = found["name"]
         near = [_SYNONYMS[name]] if _SYNONYMS.get(name) in names else difflib.get_close_matches(name, names, n=1)
         of = path[1].rpartition(".")[2] if path else found["key"]
-        return f"{found['key']}.init_args.{name}: {of} has no argument of that name{_meant(near)}{place(name, args)}"
+        return f"{found['key']}.init_args.{name}: {of} has no argument of that name{_meant(near)}{_place(name, args)}"
     return message
+
+
+def unknown_setting(key: str, options: Iterable[str], args: Sequence[str]) -> str:
+    """The error's text. The arguments are as in `explain`; `args` may have no YAML, then no place is named."""
+    return f"there is no setting {key}{meant(key, options)}{_place(key, args)}"
 
 
 def meant(name: str, names: Iterable[str]) -> str:
@@ -55,7 +59,7 @@ def _arguments(class_path: str) -> list[str]:
         return []
 
 
-def place(key: str, args: Sequence[str]) -> str:
+def _place(key: str, args: Sequence[str]) -> str:
     """The file and line of a key in brackets, where a YAML of the command line has it; the last, which wins."""
     line = re.compile(rf"^\s*(- )?{re.escape(key.rpartition('.')[2])}\s*:")
     first = re.compile(rf"^\s*(- )?{re.escape(key.partition('.')[0])}\s*:")
