@@ -1,4 +1,4 @@
-"""What each rank of a pool runs: the sharding tests' net in a real Trainer, under any strategy."""
+"""Functions that each rank of a pool runs: the sharding tests' net in a real Trainer, under any strategy."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ LONGEST = timedelta(seconds=80)
 
 
 class CPUFSDP(FSDPStrategy):
-    """FSDP1 on the CPU: Lightning refuses FSDPStrategy itself there, and torch wants ``device_id``.
+    """FSDP1 on the CPU, which Lightning's FSDPStrategy refuses and for which torch needs ``device_id``.
 
-    A full state dict must not be offloaded to the CPU: there that shares storage with the shards, which is then freed.
+    A full state dict must not be offloaded to the CPU, because the copy would share its storage with the shards, which
+    are then freed.
     """
 
     def _setup_model(self, model: torch.nn.Module) -> torch.nn.Module:
@@ -48,7 +49,7 @@ class CPUFSDP(FSDPStrategy):
 
 
 def full_state_dict_context(module: torch.nn.Module, world_size: int, rank0_only: bool = True) -> Any:
-    """Lightning's, without offload."""
+    """Return Lightning's context of a full state dict, without the offload."""
     return FSDP.state_dict_type(
         module,
         StateDictType.FULL_STATE_DICT,
@@ -58,7 +59,7 @@ def full_state_dict_context(module: torch.nn.Module, world_size: int, rank0_only
 
 
 def on_cpu(wrap: Any, *arguments: Any, **options: Any) -> Any:
-    """Call ``wrap``, in which FSDP(...) gets ``device_id=cpu``."""
+    """Call ``wrap`` while every FSDP(...) gets ``device_id=cpu``."""
     original = FSDP.__init__
 
     def init(self: Any, *args: Any, **others: Any) -> None:
@@ -72,7 +73,7 @@ def on_cpu(wrap: Any, *arguments: Any, **options: Any) -> Any:
 
 
 class Wide(FSDPPrecision):
-    """float64, which Lightning's own precisions for FSDP1 would make float32."""
+    """Keep float64, which Lightning's own precisions for FSDP1 would cast to float32."""
 
     def __init__(self) -> None:
         super().__init__("32-true")
@@ -102,12 +103,13 @@ def strategy_of(name: str, world: int) -> Any:
 
 
 class Sharded(pl.LightningModule):
-    """Plain AdamW in two groups of unnamed parameters, and what is seen at every step.
+    """Train with plain AdamW in two groups of unnamed parameters and record the betas of every step.
 
     Args:
-        way: "automatic", "manual" (``self.clip_gradients`` by hand), "override" (its own
-            ``configure_gradient_clipping``), or "value" (the same, by value).
-        optimizer: "adamw", "factory" (am_adamw), "flat" (one group of what the strategy's model has), or "amsgrad".
+        way: "automatic", "manual" (calls ``self.clip_gradients``), "override" (overrides
+            ``configure_gradient_clipping`` and clips by norm), or "value" (the same, by value).
+        optimizer: "adamw", "factory" (am_adamw), "flat" (one group of the parameters of the strategy's model), or
+            "amsgrad".
     """
 
     def __init__(
@@ -140,7 +142,7 @@ class Sharded(pl.LightningModule):
             self.is_sharded = True
 
     def share(self) -> tuple[int, int]:
-        """This rank's index among the ranks that see other data, and how many these are."""
+        """Return this rank's index among the ranks that see other data, and the number of these ranks."""
         if self.device_mesh is not None:
             return self.device_mesh["data_parallel"].get_local_rank(), self.device_mesh["data_parallel"].size()
         return self.trainer.global_rank, self.trainer.world_size
@@ -149,7 +151,7 @@ class Sharded(pl.LightningModule):
         return optimizer_and_schedule(self.kind, self.rate, self, self.trainer.model)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Any:
-        step = self.trainer.global_step  # not the loader's: a resumed Trainer starts its loader anew
+        step = self.trainer.global_step  # not batch_idx alone: a resumed Trainer starts its loader again
         x, y = batch_of(step * self.pieces + batch_idx % self.pieces, self.dtype_)
         index, of = self.share()
         x, y = (part.chunk(of)[index].to(self.device) for part in (x, y))
@@ -186,7 +188,7 @@ class Sharded(pl.LightningModule):
 
 
 def optimizer_and_schedule(kind: str, rate: float, net: torch.nn.Module, model: torch.nn.Module) -> Any:
-    """``model``: what the strategy made of ``net``, which has FSDP1's flat parameters."""
+    """Build both. ``model`` is what the strategy made of ``net``: it has FSDP1's flat parameters."""
     if kind == "factory":
         optimizer: Any = am_adamw(net, lr=rate, weight_decay=0.1, betas=(0.89, 0.95))
     elif kind in ("flat", "amsgrad"):
@@ -205,7 +207,7 @@ def optimizer_and_schedule(kind: str, rate: float, net: torch.nn.Module, model: 
 
 
 class Memory(Logger):
-    """Keeps what is logged, on whatever rank."""
+    """Keep what is logged, on every rank."""
 
     name, version = "memory", 0
 
@@ -220,7 +222,7 @@ class Memory(Logger):
 
 
 class Watch(pl.Callback):
-    """Counts all-reduces called from Python while training (FSDP's and DDP's own are other calls); gathers weights."""
+    """Count all-reduces called from Python in training (FSDP's and DDP's own are other calls); gather the weights."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -263,21 +265,21 @@ def run(
     save: str | None = None,
     **options: Any,
 ) -> tuple[pl.Trainer, Sharded, Watch, list[dict[str, float]], list[list[float]]]:
-    """Fit on all ranks of the pool; without one on ``world`` processes that Lightning launches.
+    """Fit on all ranks of the pool, or without a pool on ``world`` processes that Lightning launches.
 
     Args:
-        clip: a norm, or a value where ``way`` is "value".
-        pieces: micro-batches of a step.
+        clip: the largest norm, or the largest value if ``way`` is "value".
+        pieces: number of micro-batches of a step.
         bad: steps in which rank 1 has a NaN loss.
-        resume, save: checkpoints.
-        options: of the Trainer.
+        resume, save: paths of the checkpoints to read and to write. Default: none.
+        options: options of the Trainer.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     plugins: list[Any] = [Wide()] if "fsdp1" in placed and dtype == torch.float64 else []
     if dist.is_initialized():
         world = dist.get_world_size()
-        os.environ["LOCAL_RANK"] = str(dist.get_rank())  # as after a launch: Lightning starts no processes of its own
+        os.environ["LOCAL_RANK"] = str(dist.get_rank())  # as after a launch, so that Lightning starts no processes
         plugins.append(LightningEnvironment())
     module = Sharded(placed, dtype, scope=scope, way=way, optimizer=optimizer, clip=clip, pieces=pieces, bad=bad)
     watch, memory = Watch(), Memory()
@@ -313,7 +315,7 @@ def alone(
     clip: float | None = None,
     pieces: int = 1,
 ) -> dict[str, Any]:
-    """The same run in one process, in a plain loop: no Lightning, no wrapper, torch's own clipping."""
+    """Make the same run in one process, in a plain loop with torch's own clipping, without Lightning or a wrapper."""
     net, rate = make_net(dtype), RATES["adamw"][scope]
     made = optimizer_and_schedule(optimizer, rate, net, net)
     ours = made["optimizer"]
@@ -342,7 +344,10 @@ def alone(
 
 
 def fit(placed: str, dtype: torch.dtype = torch.float64, **how: Any) -> dict[str, Any]:
-    """Fit beside :func:`alone`: largest relative errors, bits that all ranks must share, and what was logged."""
+    """Fit, and compare with :func:`alone`.
+
+    Returns the largest relative errors, the bits that all ranks must share, and what was logged.
+    """
     trainer, module, watch, logged, raw = run(placed, dtype=dtype, **how)
     (optimizer,) = trainer.optimizers
     single = alone(dtype=dtype, **{key: value for key, value in how.items() if key not in ("world", "precision")})
@@ -358,7 +363,7 @@ def fit(placed: str, dtype: torch.dtype = torch.float64, **how: Any) -> dict[str
 
 
 def compared(optimizer: Any, module: Sharded, watch: Watch, raw: Any, single: dict[str, Any]) -> dict[str, Any]:
-    """The last ``len(raw)`` steps of a run and of the run of one process."""
+    """Compare the last ``len(raw)`` steps of a run with those of the run in one process."""
     names = [name.removeprefix("net.") for name in optimizer.parameter_names()]
     seen = [{name.removeprefix("net."): beta for name, beta in step.items()} for step in module.seen]
     errors = [

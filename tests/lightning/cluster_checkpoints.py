@@ -1,4 +1,4 @@
-"""What each rank of a pool runs: fit and save, then resume at another world size beside a run that never stopped."""
+"""Functions that each rank of a pool runs: fit and save, then resume at another world size beside an unbroken run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def fit_and_save(placed: str, where: str, **how: Any) -> None:
 
 
 def resume(placed: str, where: str, switched: bool = False, optimizer: str = "adamw", **how: Any) -> dict[str, Any]:
-    """Resume at ``STOP`` and fit to the end; ``switched``: the checkpoint is AdamW's."""
+    """Resume at ``STOP`` and fit to the end. If ``switched``, the checkpoint is of AdamW."""
     trainer, module, watch, _, raw = run(placed, resume=where, optimizer=optimizer, **how)
     (ours,) = trainer.optimizers
     single = switched_alone() if switched else alone(optimizer=optimizer)
@@ -33,7 +33,7 @@ def resume(placed: str, where: str, switched: bool = False, optimizer: str = "ad
 
 
 def skipped_after_resume(placed: str, where: str) -> float:
-    """What the callback has counted at the end of a resumed run; on rank zero it is also what was logged."""
+    """Return the callback's count of skipped steps at the end of a resumed run; rank zero must have logged the same."""
     trainer, _, _, logged, _ = run(placed, resume=where)
     (callback,) = (c for c in trainer.callbacks if isinstance(c, AdaptiveMemory))
     (skipped,) = callback.state_dict()["skipped_steps"]
@@ -42,7 +42,7 @@ def skipped_after_resume(placed: str, where: str) -> float:
 
 
 def switched_alone() -> dict[str, Any]:
-    """One process: AdamW up to ``STOP``, then AMAdamW from its state_dict; no Lightning.
+    """Train in one process without Lightning: AdamW up to ``STOP``, then AMAdamW from its state_dict.
 
     A scheduler has set the next step's lr by the time a checkpoint is saved.
     """
@@ -71,9 +71,9 @@ def steps(net: torch.nn.Module, optimizer: torch.optim.Optimizer, which: range, 
 
 
 def interval_after_resume(placed: str, where: str) -> tuple[dict[str, float], dict[str, float]]:
-    """The first point that a resumed run logs, and what it has to be: of steps before and after the checkpoint."""
+    """Return the first point that a resumed run logs and the expected one, of steps before and after the checkpoint."""
     every = STOP - 1
     _, _, _, logged, _ = run(placed, resume=where, of_callback={"log_every_n_steps": every})
     expected = numbers_of(alone()["seen"][every : 2 * every])
-    found = next((entry for entry in logged if "am/beta/mean" in entry), expected)  # rank zero logs
+    found = next((entry for entry in logged if "am/beta/mean" in entry), expected)  # only rank zero logs
     return {tag: found[tag] for tag in expected}, expected

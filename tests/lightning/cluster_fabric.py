@@ -1,4 +1,4 @@
-"""What each rank of a pool runs: a Fabric loop with ``attach``, under DDP, FSDP1 and FSDP2."""
+"""Functions that each rank of a pool runs: a Fabric loop with ``attach``, under DDP, FSDP1 and FSDP2."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def strategy_of(placed: str, world: int) -> Any:
 
 
 def set_up(fabric: Fabric, placed: str) -> tuple[Any, Any]:
-    """As each strategy asks for it: ModelParallelStrategy sets up the model before the optimizer is built."""
+    """Set both up in the order of the strategy: ModelParallelStrategy needs the model before the optimizer is built."""
     net = make_net(torch.float32)
     if placed == "fsdp2":
         model = fabric.setup_module(net)
@@ -59,7 +59,7 @@ def optimizer_of(net: torch.nn.Module) -> AMAdamW:
 
 
 def fit(placed: str, folder: str) -> dict[str, Any]:
-    """A loop under Fabric, whose curves go to ``folder``; what the optimizer saw at every step."""
+    """Run a loop under Fabric that logs to ``folder``; return what the optimizer recorded at every step."""
     warnings.simplefilter("ignore")
     world = dist.get_world_size()
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
@@ -75,12 +75,12 @@ def fit(placed: str, folder: str) -> dict[str, Any]:
     model, optimizer = set_up(fabric, placed)
     refused = ""
     try:
-        attach(fabric, model.module, optimizer)  # what is inside the outermost FSDP module
+        attach(fabric, model.module, optimizer)  # the module inside the outermost FSDP module
     except ValueError as error:
         refused = str(error)
     attach(fabric, model, optimizer, log_every_n_steps=1)
-    attach(fabric, model, optimizer, log_every_n_steps=EVERY)  # again: another interval, no second log
-    fabric.save(Path(folder) / f"{placed}.fresh", {"model": model, "optimizer": optimizer})  # FSDP2: a phantom step
+    attach(fabric, model, optimizer, log_every_n_steps=EVERY)  # a second interval, but no second log
+    fabric.save(Path(folder) / f"{placed}.fresh", {"model": model, "optimizer": optimizer})  # FSDP2: creates the state
     seen, calls = loop(fabric, model, optimizer)
     fabric.loggers[0].finalize("success")
     replicas = optimizer.optimizer.replica_group is not None
@@ -114,7 +114,7 @@ def loop(fabric: Fabric, model: Any, optimizer: Any) -> tuple[list[dict[str, flo
 
 
 def alone() -> tuple[list[dict[str, float]], list[float]]:
-    """The same in one process without Fabric: betas and norms."""
+    """Return the betas and norms of the same loop in one process without Fabric."""
     net = make_net(torch.float32)
     optimizer = optimizer_of(net)
     optimizer.bind_model(net)

@@ -1,4 +1,4 @@
-"""What each rank of a pool runs: fits that look at the callback's own behaviour under a strategy."""
+"""Functions that each rank of a pool runs: fits that test the callback's own behaviour under a strategy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.sharding.model import batch_of
 
 
 def give_up(placed: str, folder: str) -> dict[str, Any]:
-    """Every step is bad from the third on: all ranks end together, and the checkpoint has the last good weights."""
+    """Make every step from the third on bad: all ranks end together, and the checkpoint has the last good weights."""
     kept = Weights()
     how: dict[str, Any] = {
         "bad": tuple(range(2, 8)),
@@ -37,7 +37,7 @@ def give_up(placed: str, folder: str) -> dict[str, Any]:
 
 
 class Weights(pl.Callback):
-    """This rank's weights when the fit ends in an exception."""
+    """Keep this rank's weights when the fit ends in an exception."""
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         self.steps = trainer.global_step
@@ -45,16 +45,16 @@ class Weights(pl.Callback):
 
 
 def after_a_learning_rate_finder(placed: str) -> dict[str, Any]:
-    """It makes steps, clipped ones too, before our on_fit_start; then the fit is the one that follows without it."""
+    """Fit after a LearningRateFinder, which makes (clipped) steps before our on_fit_start and must change nothing."""
     finder = Restored(min_lr=1e-4, max_lr=1e-3, num_training_steps=3, update_attr=False)
     trainer, module, watch, _, raw = run(placed, clip=0.05, others=(finder,))
     (optimizer,) = trainer.optimizers
-    raw = raw[-8:]  # the finder's steps are before
+    raw = raw[-8:]  # without the finder's steps
     return {"known": finder.known, **compared(optimizer, module, watch, raw, alone(clip=0.05))}
 
 
 class Restored(LearningRateFinder):
-    """Notes what the optimizer knew in the finder's own steps, and gives it its learning rates back."""
+    """Record what the optimizer knows during the finder's steps, and restore its learning rates afterwards."""
 
     def lr_find(self, trainer: pl.Trainer, pl_module: Any) -> None:
         (optimizer,) = trainer.optimizers
@@ -66,7 +66,7 @@ class Restored(LearningRateFinder):
 
 
 class Late(Sharded):
-    """Two optimizers, of which the second makes its first step in the fourth batch."""
+    """Train two optimizers, the second of which makes its first step in the fourth batch."""
 
     def configure_optimizers(self) -> Any:
         blocks = [param for name, param in self.net.named_parameters() if name.startswith("blocks")]
@@ -88,7 +88,7 @@ class Late(Sharded):
 
 
 def second_optimizer_is_late(placed: str, folder: str) -> list[dict[str, bool]]:
-    """Rank zero describes layouts in TensorBoard: building one there, alone, would wait for the others for ever."""
+    """Log layouts on rank zero, which must not build one alone: it would wait for the other ranks for ever."""
     world = dist.get_world_size()
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
     module = Late(placed, torch.float64, scope="tensor", way="manual", optimizer="", clip=None, pieces=1, bad=())

@@ -1,4 +1,4 @@
-"""Pools of ranks that have imported Lightning; they live as long as the tests of this folder."""
+"""Pools of ranks that have imported Lightning and live as long as this folder's tests."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ from tests.sharding.pool import Pool, pools
 
 @pytest.fixture(scope="package")
 def pool() -> Iterator[Callable[[int], Pool]]:
-    """``pool(world)``: a running group of that many processes."""
+    """Return ``pool(world)``, which returns a running group of ``world`` processes."""
     with pools() as start:
         yield start

@@ -1,4 +1,4 @@
-"""Run by the DDP tests: ``python -m tests.lightning.ddp_worker JOB.json``; every rank writes what it saw."""
+"""Worker of the DDP tests, ``python -m tests.lightning.ddp_worker JOB.json``: every rank writes what it measured."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.lightning.model import Regression, quiet
 
 
 class Count(pl.Callback):
-    """Counts the all-reduces made from Python (DDP's own gradient buckets are reduced in C++), training steps only."""
+    """Count the all-reduces called from Python in training steps (DDP reduces its own gradient buckets in C++)."""
 
     calls = 0
 
@@ -33,7 +33,7 @@ class Count(pl.Callback):
 def main(path: Path) -> None:
     job = json.loads(path.read_text())
     world = job["world"]
-    module = Regression(width=job["width"]).double()  # rounding must not be amplified by the overshoot
+    module = Regression(width=job["width"]).double()  # the overshoot would amplify rounding errors
     strategy = DDPStrategy(process_group_backend="gloo") if world > 1 else "auto"
     count = Count()
     trainer = pl.Trainer(
@@ -67,5 +67,5 @@ if __name__ == "__main__":
     import os
 
     rank = int(os.environ.get("LOCAL_RANK", "0"))
-    torch.set_num_threads(1 + rank)  # sums in another order on each rank
+    torch.set_num_threads(1 + rank)  # each rank adds in another order
     main(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""``python -m tests.lightning.launched FOLDER``: Lightning's own launcher starts the other rank, which runs it too."""
+"""``python -m tests.lightning.launched FOLDER``: a program whose second rank Lightning's launcher starts."""
 
 from __future__ import annotations
 

@@ -25,14 +25,14 @@ def make_net(width: int = 24) -> nn.Sequential:
 
 
 def batch_of(step: int) -> tuple[Tensor, Tensor]:
-    """The global batch of a step, ``[16, 6]`` and ``[16, 1]``."""
+    """Return the global batch of a step, ``[16, 6]`` and ``[16, 1]``."""
     generator = torch.Generator().manual_seed(1000 + step % 5)
     x = torch.randn(BATCH, 6, generator=generator)
     return x, (x**2).sum(1, keepdim=True) / 3 - 2
 
 
 class Regression(pl.LightningModule):
-    """AdamW with decay and no-decay groups and a jumping learning rate; remembers every step's momentum."""
+    """AdamW with decay and no-decay groups and a jumping learning rate; records every step's momentum."""
 
     def __init__(self, lr: float = 0.05, width: int = 24, batches: int = 20) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Regression(pl.LightningModule):
         self.losses: list[float] = []
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        x, y = batch_of(self.trainer.global_step)  # not the loader's: a resumed Trainer starts its loader anew
+        x, y = batch_of(self.trainer.global_step)  # not batch_idx: a resumed Trainer starts its loader again
         rank, world = self.trainer.global_rank, self.trainer.world_size
         x, y = x.chunk(world)[rank], y.chunk(world)[rank]
         loss = F.mse_loss(self.net(x.to(self.net[0].weight)), y.to(self.net[0].weight))
@@ -71,7 +71,7 @@ class Regression(pl.LightningModule):
 
 
 def quiet(**options):
-    """Trainer arguments of a small run."""
+    """Return the Trainer arguments of a small run."""
     return {
         "accelerator": ACCELERATOR,
         "devices": 1,
@@ -85,6 +85,6 @@ def quiet(**options):
 
 
 def interior_share(seen: list[dict[str, float]], cap: float) -> float:
-    """Share of the betas after the first step strictly between 0 and the cap."""
+    """Return the share of the betas after the first step that lie strictly between 0 and the cap."""
     betas = [beta for step in seen[1:] for beta in step.values()]
     return sum(1e-6 < beta < cap - 1e-6 for beta in betas) / len(betas)

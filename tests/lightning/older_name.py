@@ -1,4 +1,4 @@
-"""This folder's tests, with ``pytorch_lightning`` and ``lightning_fabric`` where they say ``lightning``."""
+"""Run this folder's tests with ``pytorch_lightning`` and ``lightning_fabric`` instead of ``lightning``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OLDER = {"lightning.pytorch": "pytorch_lightning", "lightning.fabric": "lightni
 _NAME = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, _OLDER))})\b")
 _ONLY = "AM_TESTS_ONLY_OLDER_NAME"
 
-# As where the other packages are not installed, also in a process that has been forked with them.
+# Acts as if the packages were not installed, also in a process forked after they were imported.
 HIDE = """
 import sys
 
@@ -46,7 +46,7 @@ else:
 
 
 def copy_renamed(target: Path) -> Path:
-    """A checkout whose tests use the older name; returns ``target``."""
+    """Make ``target`` a checkout whose tests use the older name; return ``target``."""
     shutil.copytree(ROOT / "tests", target / "tests", ignore=shutil.ignore_patterns("__pycache__", "*older_name.py"))
     for path in (target / "tests").rglob("*.py"):
         text = path.read_text()
@@ -59,7 +59,7 @@ def copy_renamed(target: Path) -> Path:
 
 
 def run(copy: Path, *tests: str, only_older: bool) -> None:
-    """pytest over ``tests`` of the copy, where the newer name cannot be found, or is loaded too."""
+    """Run pytest over ``tests`` of the copy; the newer name cannot be imported, or is loaded as well."""
     env = {**os.environ, "PYTHONPATH": str(copy), "COLUMNS": "240", _ONLY: "yes" if only_older else "no"}
     env.pop("PYTEST_XDIST_WORKER", None)
     command = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *tests]

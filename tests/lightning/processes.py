@@ -1,4 +1,4 @@
-"""A program under Lightning's own launcher, which starts the other ranks."""
+"""Run a program under Lightning's own launcher, which starts the other ranks."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_module(module: str, argument: Path, results: list[Path], *, threads: int, python: str = PYTHON) -> list[Any]:
-    """What ``python -m module argument`` saved to ``results``.
+    """Return what ``python -m module argument`` saved to ``results``.
 
-    gloo sometimes aborts at exit after the results are written: they decide.
+    The exit code is not checked, because gloo sometimes aborts at exit, after the results have been written.
     """
     env = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
     env |= {"MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}

@@ -1,4 +1,4 @@
-"""Prints the table of checkpoints in docs/tested.md: ``python -m tests.lightning.table``."""
+"""Print the table of checkpoints in docs/tested.md: ``python -m tests.lightning.table``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def row(pools: dict[int, Pool], placed: str, pair: tuple[int, int], adaptive: bool, folder: Path) -> str:
-    """Largest relative error of raw beta_t over the four steps after the resume."""
+    """Return the largest relative error of raw beta_t over the four steps after the resume."""
     where = folder / f"{pair[0]}.ckpt"
     if not where.exists():
         pools[pair[0]].run(f"{HERE}fit_and_save", placed=placed, where=str(where), adaptive=adaptive)

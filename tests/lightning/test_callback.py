@@ -1,4 +1,4 @@
-"""Curves, skipped steps and hooks, in real Trainer runs on one process."""
+"""Curves, skipped steps and hooks in real Trainer runs on one process."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_precisions_and_clipping_run(precision: str) -> None:
 
 
 class Manual(Regression):
-    """Two optimizers, stepped by hand; the second is AdamW in another group."""
+    """Step two optimizers by hand; the second is an AdamW that has the other parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ def test_manual_optimization_with_two_optimizers(tmp_path: Path) -> None:
 
 
 class Poisoned(Regression):
-    """A NaN gradient in one layer at the steps asked for."""
+    """Make the gradient of one layer NaN at the given steps."""
 
     def __init__(self, bad: set[int]) -> None:
         super().__init__()

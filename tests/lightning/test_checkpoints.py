@@ -1,4 +1,4 @@
-"""Checkpoints of a Trainer: resumed at another world size, under another strategy, or from a run of plain AdamW."""
+"""Checkpoints of a Trainer, resumed at another world size, under another strategy, or from a run of plain AdamW."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def worlds(*pairs: tuple[int, int]) -> list[Any]:
     ]
 
 
-# save at, resume at
+# world sizes of the save and of the resume
 PAIRS = worlds((2, 1), (2, 2), (2, 4), (4, 2))
 PATHS = ["ddp", "fsdp1", "fsdp1_full", "fsdp2", "fsdp2_full"]
 
 
 @pytest.fixture(scope="module")
 def saved(pool: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """``saved(placed, world, adaptive=True)``: where the checkpoint of step 4 lies; each is written once."""
+    """Return ``saved(placed, world, adaptive=True)``: the path of the checkpoint of step 4, written once per case."""
     done: dict[Any, str] = {}
 
     def save(placed: str, world: int, **how: Any) -> str:
@@ -66,13 +66,13 @@ def test_the_next_steps_are_those_of_an_unbroken_run(
 def test_a_run_of_adamw_goes_on_with_the_callback(
     pool: Ranks, saved: Callable[..., str], placed: str, pair: tuple[int, int]
 ) -> None:
-    """A distributed checkpoint of ModelParallelStrategy lacks the adaptive scalars, which torch refuses to load."""
+    """A distributed checkpoint of ModelParallelStrategy lacks the adaptive scalars, and torch refuses to load it."""
     where = saved(placed, pair[0], adaptive=False)
     check(pool(pair[1]).run(f"{HERE}resume", placed=placed, where=where, switched=True))
 
 
 MOVES = [
-    ("fsdp2", 2, "fsdp2_full", 2),  # how a distributed checkpoint becomes one file
+    ("fsdp2", 2, "fsdp2_full", 2),  # this turns a distributed checkpoint into one file
     ("fsdp1_full", 2, "ddp", 1),
     ("fsdp1_full", 2, "fsdp2", 2),
     ("fsdp2_full", 2, "fsdp1", 2),
@@ -96,7 +96,7 @@ def test_one_strategy_goes_on_with_anothers_checkpoint(
 
 @pytest.mark.parametrize("target", ["fsdp1", "fsdp2"])
 def test_a_ddp_file_goes_into_fsdp_with_one_group(pool: Ranks, tmp_path: Path, target: str) -> None:
-    """Lightning numbers parameters in the module's order there, torch.optim in the order of the groups."""
+    """Lightning numbers the parameters in the module's order there, torch.optim in the order of the groups."""
     where = str(tmp_path / "ddp.ckpt")
     pool(2).run(f"{HERE}fit_and_save", placed="ddp", where=where, optimizer="flat")
     check(pool(2).run(f"{HERE}resume", placed=target, where=where, optimizer="flat"))
@@ -107,7 +107,7 @@ def test_a_ddp_file_goes_into_fsdp_with_one_group(pool: Ranks, tmp_path: Path, t
 def test_a_ddp_file_of_several_groups_is_not_lightnings(
     pool: Ranks, saved: Callable[..., str], target: str, adaptive: bool
 ) -> None:
-    """Should it pass for AdamW one day, it is a path to support."""
+    """Lightning fails with AdamW too. If this test fails one day, the path can be supported."""
     where = saved("ddp", 2, adaptive=adaptive)
     answers = pool(2).attempt(f"{HERE}resume", placed=target, where=where, adaptive=adaptive)
     for answer in answers:
@@ -123,7 +123,7 @@ def test_lightnings_tool_makes_one_file_of_fsdp1s_shards(pool: Ranks, saved: Cal
 
 
 def test_amsgrad_is_refused_before_a_weight_moves(pool: Ranks, tmp_path: Path) -> None:
-    """torch.distributed.checkpoint would leave its state aside, silently."""
+    """torch.distributed.checkpoint would leave the state of amsgrad out without an error."""
     where = str(tmp_path / "amsgrad.ckpt")
     pool(2).run(f"{HERE}fit_and_save", placed="fsdp2", where=where, optimizer="amsgrad", adaptive=False)
     answers = pool(2).attempt(f"{HERE}resume", placed="fsdp2", where=where, switched=True)
@@ -131,7 +131,7 @@ def test_amsgrad_is_refused_before_a_weight_moves(pool: Ranks, tmp_path: Path) -
 
 
 def test_the_interval_goes_on_at_another_world_size(pool: Ranks, tmp_path: Path) -> None:
-    """The log interval that the checkpoint is in the middle of is whole, on one process as on two."""
+    """The log interval that the checkpoint falls into is complete, with one process as with two."""
     for placed in ("ddp", "fsdp2"):
         where = str(tmp_path / f"{placed}.ckpt")
         pool(2).run(f"{HERE}fit_and_save", placed=placed, where=where, of_callback={"log_every_n_steps": 3})
@@ -141,7 +141,7 @@ def test_the_interval_goes_on_at_another_world_size(pool: Ranks, tmp_path: Path)
 
 
 def test_skipped_steps_are_counted_on(pool: Ranks, tmp_path: Path) -> None:
-    """FSDP and model parallel restore a callback after on_fit_start, the others before."""
+    """FSDP and model parallel restore a callback after on_fit_start, the other strategies before."""
     for placed in ("ddp", "fsdp1", "fsdp2"):
         where = str(tmp_path / f"{placed}.ckpt")
         pool(2).run(f"{HERE}fit_and_save", placed=placed, where=where, bad=(2,))

@@ -1,4 +1,4 @@
-"""Clipping by norm in one process: which optimizers and plugins it is replaced for, and that nothing is left of it."""
+"""Clipping by norm in one process: which optimizers and plugins it is replaced for, and that fit restores it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def norm_of(parameters) -> float:
 
 
 class Two(Regression):
-    """AdamW for the first layers and SGD for the last, both clipped by hand."""
+    """Clip AdamW of the first layers and SGD of the last one by hand."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Two(Regression):
 
 
 def test_each_optimizer_by_its_own_norm(tmp_path: Path) -> None:
-    """The other's clipping is Lightning's as before; only ours has am/grad_norm."""
+    """SGD is clipped by Lightning as before; only our optimizer has am/grad_norm."""
     module, logger = Two(), CSVLogger(tmp_path)
     trainer = pl.Trainer(**quiet(max_steps=8, callbacks=[AdaptiveMemory()], logger=logger, log_every_n_steps=1))
     trainer.fit(module)
@@ -61,7 +61,7 @@ def test_each_optimizer_by_its_own_norm(tmp_path: Path) -> None:
 
 
 class Own(Precision):
-    """A plugin with a norm clipping of its own."""
+    """A plugin that clips by norm in its own way."""
 
     calls = 0
 
@@ -74,11 +74,11 @@ def test_a_plugins_own_clipping_stays() -> None:
     trainer = pl.Trainer(**quiet(max_steps=3, callbacks=[AdaptiveMemory()], plugins=[Own()], gradient_clip_val=CLIP))
     trainer.fit(Regression())
     assert Own.calls == 3
-    assert trainer.optimizers[0].report()[-1].isnan()  # no norm of ours
+    assert trainer.optimizers[0].report()[-1].isnan()  # our clipping has set no norm
 
 
 class Inspect(pl.Callback):
-    """Inside fit the plugin can be copied and pickled, and the copies clip as Lightning's do."""
+    """The plugin can be copied and pickled inside fit, and the copies clip as Lightning's plugin does."""
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
         plugin = trainer.precision_plugin

@@ -1,4 +1,4 @@
-"""The user's AdamW becomes AMAdamW in place: what is carried over, what goes on working, what is refused."""
+"""The user's AdamW becomes AMAdamW in place: what is carried over, what keeps working, what is refused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def step(net, optimizer, index: int) -> None:
 
 
 def twin_runs(schedule, **options):
-    """A converted AdamW and an AMAdamW built with the same options, five scheduled steps each."""
+    """Make five scheduled steps with a converted AdamW and with an AMAdamW built with the same options."""
     weights = []
     for convert in (True, False):
         net = make_net()
@@ -54,7 +54,7 @@ def twin_runs(schedule, **options):
 
 
 class Counting:
-    """What a scheduler that was written after torch's of before 2.5 does to step(), and asks of it."""
+    """Wrap step() as the schedulers of torch before 2.5 do, and check the counter as they do."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         reference, function = weakref.ref(optimizer), optimizer.step.__func__
@@ -71,7 +71,7 @@ class Counting:
         optimizer._step_count = 0
 
     def counted(self) -> int:
-        assert hasattr(self.optimizer.step, "_with_counter")  # else: "step() has been overridden"
+        assert hasattr(self.optimizer.step, "_with_counter")  # without it: "step() has been overridden"
         return self.optimizer._step_count
 
 
@@ -95,7 +95,7 @@ def test_a_scheduler_of_old_counts_on() -> None:
 
 
 def test_what_others_have_put_on_it_stays() -> None:
-    """Hooks, attributes and a scheduler's numbers in the groups; a copy has no more of it than AdamW's."""
+    """Hooks, attributes and a scheduler's numbers in the groups stay; a copy has as many of them as a copy of AdamW."""
     net = make_net()
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.05)
     calls: list[str] = []
@@ -120,7 +120,7 @@ def test_a_method_that_somebody_has_replaced_is_named(method: str) -> None:
     assert type(optimizer) is torch.optim.AdamW and method in optimizer.__dict__
 
 
-@pytest.mark.filterwarnings("ignore:The epoch parameter in")  # SequentialLR of torch 2.6 warns of its own call
+@pytest.mark.filterwarnings("ignore:The epoch parameter in")  # SequentialLR of torch 2.6 causes this warning itself
 @pytest.mark.filterwarnings("error::UserWarning:torch.optim")
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedulers_drive_the_converted_optimizer(name: str) -> None:
@@ -179,7 +179,7 @@ class Custom(torch.optim.AdamW):
 
 
 class FusedAdam(torch.optim.SGD):
-    """As apex and others have it: no torch.optim.Adam."""
+    """An Adam that is no torch.optim.Adam, as in apex."""
 
     __module__ = "some_library.optimizers"
 
@@ -287,7 +287,7 @@ def test_a_checkpoint_of_adam_is_that_of_the_adamw_that_it_is() -> None:
         step(net, optimizer, 1)
         after.append([p.detach() for p in net.parameters()])
     assert all(map(torch.equal, *after))
-    if "decoupled_weight_decay" in saved["Adam", 0.1]["param_groups"][0]:  # from torch 2.7 on
+    if "decoupled_weight_decay" in saved["Adam", 0.1]["param_groups"][0]:  # since torch 2.7
         with pytest.raises(ValueError, match="of Adam with weight_decay that is coupled"):
             AMAdamW(make_net().parameters()).load_state_dict(saved["Adam", 0.1])
 
@@ -341,7 +341,7 @@ def test_the_class_without_brackets_is_named() -> None:
 
 
 def test_the_callback_is_subclassed_with_classes_of_other_kinds() -> None:
-    """Abstract bases, generics and protocols have metaclasses; the callback has the usual one."""
+    """Abstract bases, generics and protocols have metaclasses; the callback must have the usual one."""
 
     class Registered(type):
         pass

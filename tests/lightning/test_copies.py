@@ -1,4 +1,4 @@
-"""What others copy or pickle while a fit runs has nothing of the callback: the copies are what they are with AdamW."""
+"""Objects copied or pickled while a fit runs keep nothing of the callback: they are as they would be with AdamW."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TRIED = (copy.deepcopy, copy.copy, lambda thing: pickle.loads(pickle.dumps(thing
 
 
 class Copying(pl.Callback):
-    """Copies the module in one hook, as an average, a teacher or a checkpoint of one's own does."""
+    """Copy the module in one hook, as an average, a teacher or a user's own checkpoint does."""
 
     def __init__(self, hook: str, how) -> None:
         self.copies: list[pl.LightningModule] = []
@@ -54,18 +54,18 @@ def test_a_copy_of_the_module_is_fitted_as_with_adamw(hook: str, how) -> None:
     for without, beside in zip(*runs, strict=True):
         assert all(map(torch.equal, without, beside))
     start = list(Regression().parameters())
-    assert not any(map(torch.equal, runs[1][0], start))  # it moved, and not the first module
+    assert not any(map(torch.equal, runs[1][0], start))  # it has moved, and this is not the first module
 
 
 class Plain(Regression):
-    """Without a scheduler, whose lambda cannot be pickled."""
+    """A module without a scheduler, because its lambda cannot be pickled."""
 
     def configure_optimizers(self):
         return super().configure_optimizers()["optimizer"]
 
 
 class Inside(pl.Callback):
-    """Copies the Trainer's parts in every hook."""
+    """Copy the Trainer's parts in every hook."""
 
     def __init__(self) -> None:
         self.seen: set[str] = set()
@@ -90,7 +90,7 @@ def test_the_trainers_parts_can_be_copied_and_pickled_in_every_hook() -> None:
 
 
 class Teacher(Regression):
-    """Copies itself in its own setup, which comes after the callbacks'."""
+    """Copy the module in its own setup, which runs after the callbacks'."""
 
     def setup(self, stage: str) -> None:
         self.teacher = [copy.deepcopy(self)]
@@ -113,7 +113,7 @@ def test_a_teacher_is_the_students_copy() -> None:
 
 @pytest.mark.parametrize("average", [lambda: EMAWeightAveraging(decay=0.5), lambda: StochasticWeightAveraging(0.01)])
 def test_averages_of_lightning(average) -> None:
-    """The same average of the same steps, whether the optimizer was converted or built."""
+    """The average of the same steps is the same whether the optimizer was converted or built."""
 
     class Built(Regression):
         def configure_optimizers(self):
@@ -131,7 +131,7 @@ def test_averages_of_lightning(average) -> None:
 
 
 def test_a_copied_trainer_fits_on_its_own() -> None:
-    """Whole Trainers are copied in sweeps and folds."""
+    """Sweeps and folds copy whole Trainers."""
 
     class Copy(pl.Callback):
         def on_train_start(self, trainer, pl_module) -> None:

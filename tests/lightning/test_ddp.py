@@ -1,4 +1,4 @@
-"""DDP on two processes through the real Trainer and its own launcher."""
+"""DDP on two processes, through the real Trainer and its launcher."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.lightning.processes import run_module
 
 
 def run(folder: Path, name: str, **job) -> list[dict]:
-    """Run a job; one result for each rank."""
+    """Run a job and return one result per rank."""
     path = folder / f"{name}.json"
     path.write_text(json.dumps({"world": 2, "width": 300, "steps": 12, "scope": "tensor", **job}))
     results = [Path(f"{path}.rank{rank}.pt") for rank in range(job.get("world", 2))]
@@ -49,7 +49,7 @@ def test_beta_and_weights_are_those_of_one_process_with_the_whole_batch(unbroken
 
 def test_one_all_reduce_a_step_is_the_optimizers_own(unbroken) -> None:
     _, _, results = unbroken
-    assert [result["all_reduces"] for result in results] == [1 + 12, 1 + 12]  # the first asks for kernels, too
+    assert [result["all_reduces"] for result in results] == [1 + 12, 1 + 12]  # the first vote is on kernels
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The callback where the default device is not the model's. Lightning itself makes tensors there, and is left out."""
+"""The callback where the default device is not the model's, except while Lightning itself makes tensors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def under_meta(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Moved(AdaptiveMemory):
-    """Ours, each hook under another default device."""
+    """Run each of our hooks under another default device."""
 
 
 for _hook in HOOKS:
@@ -36,7 +36,7 @@ for _hook in HOOKS:
 
 
 class Kept(pl.loggers.CSVLogger):
-    """Remembers what is logged."""
+    """Keep what is logged."""
 
     def __init__(self, folder: Any) -> None:
         super().__init__(folder)

@@ -38,7 +38,7 @@ def test_under_every_strategy_beta_is_one_process_and_is_logged_once(
     for ours, theirs in zip(first["seen"], seen, strict=True):
         assert ours == pytest.approx(theirs, abs=2e-5)
     assert (first["logged"], second["logged"]) == (STEPS // EVERY, 0)
-    assert first["all_reduces"] == 1 + 2 * STEPS  # the first vote on kernels; the norm's and the sums'
+    assert first["all_reduces"] == 1 + 2 * STEPS  # one vote on kernels; then the norm and the sums of each step
     assert first["replicas"] == (placed == "ddp")
     assert ("the module that fabric.setup returned" in first["refused"]) == (placed == "fsdp1")
     found = events(tmp_path / placed / "run")
@@ -71,7 +71,7 @@ def fabric_of(folder: Path) -> Fabric:
 
 
 def test_two_optimizers_and_skipped_steps(tmp_path: Path) -> None:
-    """The first logs before the second has made a step: its page in TensorBoard has both."""
+    """The first optimizer logs before the second has made a step; the TensorBoard layout has both."""
     fabric, net = fabric_of(tmp_path), make_net()
     model, first, second = fabric.setup(net, AMAdamW(net[:3].parameters(), lr=0.05), am_sgd(net[3:], lr=0.01))
     curves = attach(fabric, model, first, log_every_n_steps=2)
@@ -88,7 +88,7 @@ def test_two_optimizers_and_skipped_steps(tmp_path: Path) -> None:
     assert [e.step for e in found.Scalars("am-1/beta/mean")] == [4, 8]
     assert [e.value for e in found.Scalars("am/skipped_steps")] == [0, 0, 1, 1]
     assert "am/beta/layer/net.0" not in found.Tags()["scalars"] and "am/beta/layer/0" in found.Tags()["scalars"]
-    page = found.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]  # which TensorBoard shows
+    page = found.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]  # the layout that TensorBoard shows
     assert b"adaptive momentum (am)" in page and b"adaptive momentum (am-1)" in page
     cards = [tag for tag in found.Tags()["tensors"] if "summary" in tag]
     assert sorted(cards) == ["am-1/summary/text_summary", "am/summary/text_summary"]
@@ -118,12 +118,12 @@ def test_names_that_the_user_gave_stay(tmp_path: Path) -> None:
     attach(fabric, model, optimizer)
     assert all(name.startswith("mine.") for name in optimizer.momentum())
     unnamed = AMAdamW(net.parameters())
-    attach(fabric, net, unnamed)  # neither set up nor wrapped: one process needs no more
+    attach(fabric, net, unnamed)  # neither set up nor wrapped, which one process does not need
     assert set(unnamed.momentum()) == {name for name, _ in net.named_parameters()}
 
 
 def test_clip_grad_norm_takes_fabrics_optimizer(tmp_path: Path) -> None:
-    """Its class passes for AMAdamW, but what is set on it does not reach the one inside."""
+    """The wrapper's class passes for AMAdamW, but an attribute set on it does not reach the optimizer inside."""
     fabric, net = fabric_of(tmp_path), make_net()
     model, optimizer = fabric.setup(net, am_adamw(net, lr=0.05))
     curves = attach(fabric, model, optimizer)
@@ -168,7 +168,7 @@ def test_no_warning_where_nothing_is_wrong(tmp_path: Path) -> None:
 
 
 def test_the_trainers_callback_in_fabric_is_named() -> None:
-    """Fabric calls its callbacks' methods and nothing else, so AdamW would stay what it is in silence."""
+    """Fabric calls its callbacks' methods and nothing else, so AdamW would stay unchanged without a message."""
     net = make_net()
     fabric = Fabric(accelerator="cpu", callbacks=[AdaptiveMemory()])
     with pytest.raises(TypeError, match=r"callback of Lightning's Trainer.*attach\(fabric, model, optimizer\)"):

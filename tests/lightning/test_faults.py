@@ -1,4 +1,4 @@
-"""Under several ranks: a run that cannot go on, a LearningRateFinder, and Lightning's own launcher."""
+"""Several ranks: a run that must end, a LearningRateFinder, and Lightning's own launcher."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Ranks = Callable[[int], Pool]
 
 @pytest.mark.parametrize("placed", ["ddp", "fsdp1", "fsdp2"])
 def test_too_many_skips_end_the_run_on_every_rank_with_one_checkpoint(pool: Ranks, placed: str, tmp_path: Path) -> None:
-    """One rank's loss is NaN."""
+    """Only one rank's loss is NaN."""
     for rank in pool(2).run(f"{HERE}give_up", placed=placed, folder=str(tmp_path)):
         assert "3 steps in a row were dropped" in rank["text"] and "'net." in rank["text"]
         assert rank["checkpoints"] == ["am-nonfinite-step=5.ckpt"]
@@ -28,7 +28,7 @@ def test_too_many_skips_end_the_run_on_every_rank_with_one_checkpoint(pool: Rank
 
 @pytest.mark.parametrize("placed", ["ddp", "fsdp2"])
 def test_steps_before_on_fit_start_know_the_layout_too(pool: Ranks, placed: str) -> None:
-    """A LearningRateFinder makes them (under FSDP1 Lightning cannot restore what it saves before the first step)."""
+    """A LearningRateFinder makes them. (Under FSDP1 Lightning cannot restore a save made before the first step.)"""
     for rank in pool(2).run(f"{HERE}after_a_learning_rate_finder", placed=placed):
         assert rank["known"] and rank["names"]
         assert rank["raw"] <= 1e-12 and rank["weights"] <= 1e-12 and rank["share"] > 0.2

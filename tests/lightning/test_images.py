@@ -1,4 +1,4 @@
-"""A picture in Lightning's loggers, read back from what each keeps; but for TensorBoard only where it is installed."""
+"""A picture in each of Lightning's loggers, read back from its files. TensorBoard is tested only if installed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_tensorboard(kind: type, tmp_path: Path) -> None:
 
 
 def test_tensorboardx_where_there_is_no_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lightning takes it then: a run has its page and its picture."""
+    """Lightning then uses tensorboardX: a run has its layout and its picture."""
     writer = client("tensorboardX").SummaryWriter
     monkeypatch.setattr(lightning.fabric.loggers.tensorboard, "_TENSORBOARD_AVAILABLE", False)
     logger = loggers.TensorBoardLogger(tmp_path)
@@ -57,7 +57,7 @@ def test_loggers_without_pictures(tmp_path: Path) -> None:
 def test_a_failure_is_warned_of_once(tmp_path: Path) -> None:
     logger = loggers.TensorBoardLogger(tmp_path)
     with pytest.warns(UserWarning, match="TensorBoardLogger did not take the picture am/beta/layers: AssertionError"):
-        assert log_image(logger, TAG, IMAGE[0], STEP) is False  # it is not [H, W, 3]
+        assert log_image(logger, TAG, IMAGE[0], STEP) is False  # the image is not [H, W, 3]
     assert log_image(logger, TAG, IMAGE[0], STEP) is False
     assert log_image(logger, TAG, IMAGE, STEP)
 
@@ -87,10 +87,10 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_comet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     client("comet_ml")
-    # online=False makes a disabled experiment in Lightning 2.6.
+    # With Lightning 2.6, online=False creates a disabled experiment.
     monkeypatch.setenv("COMET_START_ONLINE", "false")
     monkeypatch.setenv("COMET_OFFLINE_DIRECTORY", str(tmp_path))
-    monkeypatch.setenv("COMET_DISABLE_AUTO_LOGGING", "1")  # the logger sets it for good
+    monkeypatch.setenv("COMET_DISABLE_AUTO_LOGGING", "1")  # the logger sets it and does not restore it
     logger = loggers.CometLogger()
     assert log_image(logger, TAG, IMAGE, STEP)
     logger.experiment.end()

@@ -1,4 +1,4 @@
-"""Trainer and Fabric log the mean and the ends of the interval, of a beta_t that is known at every step."""
+"""Trainer and Fabric log the mean and the extremes over the interval, checked with a known beta_t of every step."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ STEPS = 50
 
 
 class Module(pl.LightningModule):
-    """AdamW on the planted gradients; the batches are not looked at."""
+    """Train AdamW on the planted gradients; the content of the batches is not used."""
 
     def __init__(self, batches: int = 4 * STEPS, *, of: Table = table, bad: int | None = None) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Module(pl.LightningModule):
 
 
 class Two(Module):
-    """Stepped by hand: the head has an optimizer of its own."""
+    """Step two optimizers by hand, one of which has only the head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def curves(folder: Path) -> dict[str, dict[int, float]]:
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("every", [1, 7, 50])
 def test_the_trainer_logs_the_interval(tmp_path: Path, every: int, accumulate: int) -> None:
-    """Mean, lowest, highest, clamps, layer groups and layers."""
+    """It logs mean, lowest, highest, clamps, layer groups and layers."""
     fit(Module(), tmp_path, every, accumulate_grad_batches=accumulate)
     found = curves(tmp_path)
     ends = {step + 1 for step in found["am/beta/mean"]}
@@ -103,17 +103,17 @@ def test_the_trainer_logs_the_interval(tmp_path: Path, every: int, accumulate: i
     if accumulate == 1:
         assert ends == set(range(every, STEPS + 1, every))
         assert_curves(found, expected_curves(STEPS, every), axis=-1)
-    else:  # an interval of the Trainer's ends where it has counted batches
+    else:  # the Trainer ends an interval by its count of batches
         assert_curves(found, curves_of(planted(STEPS), sorted(ends), cap=CAP), axis=-1)
 
 
 def test_two_optimizers_have_curves_of_their_own(tmp_path: Path) -> None:
-    fit(Two(), tmp_path, 7, steps=2 * STEPS)  # the Trainer counts those of both
+    fit(Two(), tmp_path, 7, steps=2 * STEPS)  # the Trainer counts the steps of both
     assert_curves(curves(tmp_path), curves_of_two(STEPS, (7, 7)), axis=-1)
 
 
 def test_two_optimizers_have_as_many_pictures_as_one(tmp_path: Path) -> None:
-    """Of both and of the same steps, though ``max_steps`` counts the steps of both."""
+    """Both have the pictures of the same steps, although ``max_steps`` counts the steps of both."""
     fit(Two(), tmp_path / "two", 1, steps=2 * STEPS)
     fit(Module(), tmp_path / "one", 1)
     wanted = {picture.step for picture in events(tmp_path / "one").Images("am/beta/layers")}
@@ -124,7 +124,7 @@ def test_two_optimizers_have_as_many_pictures_as_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stop", [30, 28, 3])
 def test_a_resume_leaves_no_gap(tmp_path: Path, stop: int) -> None:
-    """In an interval, at the end of one, and before the first."""
+    """The run stops inside an interval, at the end of one, and before the first one ends."""
     first = fit(Module(), tmp_path / "first", 7, steps=stop)
     first.save_checkpoint(tmp_path / "half.ckpt")
     fit(Module(), tmp_path / "rest", 7, ckpt_path=tmp_path / "half.ckpt")
@@ -135,7 +135,7 @@ def test_a_resume_leaves_no_gap(tmp_path: Path, stop: int) -> None:
 
 
 def test_a_checkpoint_of_an_older_version_resumes(tmp_path: Path) -> None:
-    """It has a count of skipped steps and nothing else: the first point is of the steps since the resume."""
+    """Its checkpoint has only the count of skipped steps, so the first point covers the steps since the resume."""
     first = fit(Module(), tmp_path / "first", 7, steps=30)
     first.save_checkpoint(tmp_path / "half.ckpt")
     saved = torch.load(tmp_path / "half.ckpt", weights_only=True)
@@ -148,7 +148,7 @@ def test_a_checkpoint_of_an_older_version_resumes(tmp_path: Path) -> None:
 
 
 class Logging(Module):
-    """Lightning logs a number of its own on the axis, and validates."""
+    """Lightning logs a number of its own on the same axis, and validates."""
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         self.log("own", 1.0)
@@ -159,7 +159,7 @@ class Logging(Module):
     val_dataloader = Module.train_dataloader
 
 
-# Of ModelCheckpoint and of the Trainer; each writes after 10 steps.
+# Options of ModelCheckpoint and of the Trainer; each pair writes after 10 steps.
 IN_THE_BATCH: tuple[dict[str, Any], dict[str, Any]] = {"every_n_train_steps": 10}, {}
 AFTER_VALIDATION = (
     {"save_on_train_epoch_end": False},
@@ -172,7 +172,7 @@ AT_THE_FITS_END = {"every_n_train_steps": 100}, {}
 @pytest.mark.parametrize("every", [5, 7])
 @pytest.mark.parametrize("moment", [IN_THE_BATCH, AFTER_VALIDATION, AT_THE_EPOCHS_END, AT_THE_FITS_END])
 def test_a_resume_has_the_axis_of_lightning(tmp_path: Path, every: int, moment: Any) -> None:
-    """Where the checkpoint is written the Trainer's own count may be one behind; every=5: on a log step."""
+    """When the checkpoint is written, the Trainer's own count may be one behind. every=5 saves on a log step."""
     saves, options = moment
     for folder, steps in (("first", 10), ("rest", 29)):
         saver = pl.callbacks.ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, **saves)
@@ -195,12 +195,12 @@ def test_a_resume_has_the_axis_of_lightning(tmp_path: Path, every: int, moment: 
 def test_dropped_steps_are_in_no_interval(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="1 step since the last report dropped"):
         fit(Module(bad=3), tmp_path, 7, steps=14)
-    expected = curves_of(planted(13), (6, 13), cap=CAP)  # one behind, for the fourth step is none
+    expected = curves_of(planted(13), (6, 13), cap=CAP)  # one less, because the fourth step was skipped
     assert_curves(curves(tmp_path), expected)
 
 
 def test_the_end_of_a_fit_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Which optimizer it is stands at the beginning; the dip is known by layer and interval, the last steps count."""
+    """The line begins with the optimizer; it names a dip's layer and interval, and includes the last steps."""
     with caplog.at_level(logging.INFO):
         fit(Module(), tmp_path, 7)
     told = [record.getMessage() for record in caplog.records if "AdaptiveMemory" in record.getMessage()]
@@ -215,7 +215,7 @@ def test_the_end_of_a_fit_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureF
 def test_a_fit_that_is_ended_from_outside_says_the_same(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, why: type[BaseException]
 ) -> None:
-    """Line and last picture, with the steps since the last reading; of a fit that failed the error is enough."""
+    """The line and the last picture include the steps since the last reading. A failed fit shows its error only."""
 
     class Ended(Module):
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -225,7 +225,7 @@ def test_a_fit_that_is_ended_from_outside_says_the_same(
     before = signal.getsignal(signal.SIGINT)
     with caplog.at_level(logging.INFO), pytest.raises((SystemExit, ValueError)):
         fit(Ended(), tmp_path, 7)
-    signal.signal(signal.SIGINT, before)  # which Lightning ignores from Ctrl-C on
+    signal.signal(signal.SIGINT, before)  # Lightning ignores the signal after a Ctrl-C
     told = [record.message for record in caplog.records if "mean beta_t" in record.message]
     if why is ValueError:
         assert not told
@@ -239,7 +239,7 @@ DIPS = {("layers.0.mlp.weight", 13): 0.12, ("embed.weight", 2): 0.5}
 
 
 def dipping(name: str, step: int) -> float:
-    """0.8, with a dip in the second step, and one after the last log interval of ten steps."""
+    """Return 0.8, except for a dip in step 2 and one after the last full log interval of ten steps."""
     return CAP if step == 1 else DIPS.get((name, step), 0.8)
 
 
@@ -268,7 +268,7 @@ def test_the_line_of_a_resumed_fit_is_of_the_whole_run(tmp_path: Path, caplog: p
     betas = [beta for step in planted(17, of=dipping) for beta in step.values()]
     (told,) = [record.message for record in caplog.records if "mean beta_t" in record.message]
     assert f"mean beta_t {sum(betas) / len(betas):.3f}" in told and "1 step skipped" in told
-    assert "layers.0 0.120 in steps 13 to 16, embed 0.500 in steps 1 to 4" in told  # a dropped step has a number
+    assert "layers.0 0.120 in steps 13 to 16, embed 0.500 in steps 1 to 4" in told  # the count includes a dropped step
 
 
 class Deep(Module):
@@ -287,7 +287,7 @@ class Deep(Module):
     ("layers", "per_layer", "shown"), [(32, True, 32), (33, True, 0), (33, "all", 33), (3, False, 0)]
 )
 def test_curves_of_layers_where_they_can_be_read(tmp_path: Path, layers: int, per_layer: Any, shown: int) -> None:
-    """The picture has them all, in TensorBoard; other loggers get numbers only."""
+    """In TensorBoard the picture shows all layers; other loggers get numbers only."""
     csv = CSVLogger(tmp_path / "csv", name="", version="")
     board = TensorBoardLogger(tmp_path, name="", version="")
     callback = AdaptiveMemory(log_every_n_steps=2, per_layer=per_layer)
@@ -332,7 +332,7 @@ def test_fabric_logs_the_interval_and_saves_it(tmp_path: Path, saved: bool) -> N
 
 
 def test_fabric_logs_the_intervals_of_two_optimizers(tmp_path: Path) -> None:
-    """Each at an interval of its own, of its own steps."""
+    """Each has an interval of its own, in its own steps."""
     fabric = Fabric(accelerator="cpu", devices=1, loggers=TensorBoardLogger(tmp_path, name="", version=""))
     net = Planted()
     own = split_in_two(net)

@@ -48,7 +48,7 @@ def test_a_module_is_fitted_again_with_another_callback() -> None:
 
 
 class Sometimes(Regression):
-    """Steps by hand in every second batch only; the gradients are NaN where asked for."""
+    """Step by hand in every second batch only; the gradients of the given steps are NaN."""
 
     def __init__(self, bad_from: int = 10**9) -> None:
         super().__init__(batches=200)

@@ -1,4 +1,4 @@
-"""Optimizers made again in mid-run: the Trainer goes on with them, and so do adaptive memory and its curves."""
+"""Optimizers rebuilt during a run: the Trainer continues with them, and so do adaptive memory and its curves."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ WAYS = {way.__name__: way for way in (set_up_again, assigned, put_into_the_list,
 
 
 class Again(Regression):
-    """Has its optimizer made again before a step, or inside it; the gradient of an earlier step is not finite."""
+    """Rebuild the optimizer before a step or inside it; the gradient of an earlier step is not finite."""
 
     def __init__(self, way: Callable[[Any], None] | None, hook: str = "on_train_batch_start") -> None:
         super().__init__()
@@ -87,18 +87,18 @@ def test_the_successor_is_converted_trained_and_shown(tmp_path: Path, way: str, 
     assert type(last) is AMAdamW and last is not module.stepped[0][0]
     made = STEPS - AGAIN - (hook != "on_train_batch_start")
     late = way in ("put_into_the_list", "behind_the_strategy") and hook == "on_train_batch_start"
-    assert {float(state["step"]) for state in last.state.values()} == {made - late}  # seen at the batch's end
+    assert {float(state["step"]) for state in last.state.values()} == {made - late}  # recorded at the batch's end
     assert [moved for _, moved in module.stepped] == [step != BAD for step in range(STEPS)]
     if way != "set_up_again":
         assert last.param_groups[0]["beta1_max"] == pytest.approx(0.78)
     logged = rows(Path(logger.log_dir))
-    shown = [step for step in range(STEPS) if module.seen[step]["net.0.weight"] >= 0]  # by the successor
-    assert {*shown} - {BAD} <= set(logged) <= {*shown, AGAIN} - {BAD}  # that of the one before, which had no beta_t yet
+    shown = [step for step in range(STEPS) if module.seen[step]["net.0.weight"] >= 0]  # the steps of the new optimizer
+    assert {*shown} - {BAD} <= set(logged) <= {*shown, AGAIN} - {BAD}  # the old optimizer's reading, without a beta_t
     assert AGAIN in logged or hook != "on_train_batch_end"
     for step, row in logged.items():
         if step in shown:
             assert row["am/beta/mean"] == pytest.approx(sum(module.seen[step].values()) / 8, abs=1e-6)
-        assert row["am/skipped_steps"] == (step >= BAD)  # counted on across the change
+        assert row["am/skipped_steps"] == (step >= BAD)  # the count continues across the change
 
 
 @pytest.mark.parametrize("way", [set_up_again, assigned])
@@ -131,7 +131,7 @@ def test_a_successor_that_cannot_be_converted_is_refused(way, text: str) -> None
 
 
 def test_wrappers_of_before_are_taken_off(tmp_path: Path) -> None:
-    """``self.optimizers()`` gives Lightning's, and one around AdamW stays an imitation of AdamW."""
+    """``self.optimizers()`` returns Lightning's wrapper; one around an AdamW still passes for AdamW."""
 
     def by_hand(module) -> None:
         kept = module.optimizers()
@@ -145,7 +145,7 @@ def test_wrappers_of_before_are_taken_off(tmp_path: Path) -> None:
 
 
 class Adversaries(Regression):
-    """Two optimizers, of which the second is made again, then taken away."""
+    """Two optimizers, the second of which is rebuilt and later removed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ def test_one_of_two_is_made_again_and_goes(tmp_path: Path) -> None:
 
 
 class Growing(Again):
-    """A layer more in mid-run, in a group of its own."""
+    """Add a layer during the run, in a group of its own."""
 
     def __init__(self) -> None:
         super().__init__(Growing.grow)
@@ -198,7 +198,7 @@ class Growing(Again):
         self.trainer.optimizers[0].add_param_group({"params": list(self.more.parameters())})
 
     def configure_optimizers(self):
-        return fresh(self)  # torch's schedulers refuse a group more
+        return fresh(self)  # torch's schedulers refuse an additional group
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
@@ -213,7 +213,7 @@ def test_a_layer_that_is_added_has_its_name() -> None:
 
 
 def test_folds_in_one_trainer(tmp_path: Path) -> None:
-    """Each fit makes its optimizer again; the curves go on in the same logger with those of the live one."""
+    """Each fit rebuilds its optimizer; the curves continue in the same logger with those of the new one."""
     logger = CSVLogger(tmp_path)
     trainer = pl.Trainer(**quiet(max_epochs=1, log_every_n_steps=1, callbacks=[AdaptiveMemory()], logger=logger))
     seen, made = [], []

@@ -1,4 +1,4 @@
-"""LearningRateMonitor(log_momentum=True): its ``...-momentum`` is beta_t, as AdamW's is beta1."""
+"""LearningRateMonitor(log_momentum=True) logs beta_t as ``...-momentum``, as it logs beta1 of AdamW."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def logged(module: Regression, folder: Path, *callbacks: pl.Callback) -> tuple[L
     return monitor, {tag: {int(r["step"]): float(r[tag]) for r in rows if r[tag]} for tag in tags}
 
 
-@pytest.mark.filterwarnings("ignore:the learning rate scheduler cycles")  # test_lifecycle of tests/optim asks for it
+@pytest.mark.filterwarnings("ignore:the learning rate scheduler cycles")  # test_lifecycle of tests/optim expects it
 @pytest.mark.parametrize("kind", [Regression, Cycled, Sgd, Own])
 def test_momentum_is_beta_of_the_group(tmp_path: Path, kind: type[Regression]) -> None:
     module = kind()
@@ -57,14 +57,14 @@ def test_momentum_is_beta_of_the_group(tmp_path: Path, kind: type[Regression]) -
             names = [name for name, param in module.named_parameters() if (param.ndim > 1) == (index == 0)]
         else:
             names = [name for name, _ in module.named_parameters()]
-        steps = range(1, STEPS)  # as a step begins: the number of the one before, none at first
+        steps = range(1, STEPS)  # read as a step begins: the value of the step before, none at first
         expected = {step: sum(module.seen[step - 1][name] for name in names) / len(names) for step in steps}
         assert values == pytest.approx(expected, abs=1e-6)
     assert {v for k, v in monitor.last_momentum_values.items() if k in found} == {v[STEPS - 1] for v in found.values()}
 
 
 def test_the_device_is_read_once_for_all_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At each of the steps that are shown, of each optimizer."""
+    """It is read once per shown step and optimizer."""
     reads: list[AMAdamW] = []
     report = AMAdamW.report
     monkeypatch.setattr(AMAdamW, "report", lambda self: (reads.append(self), report(self))[1])
@@ -80,7 +80,7 @@ def test_the_device_is_read_once_for_all_groups(tmp_path: Path, monkeypatch: pyt
 
 
 def test_of_others_it_is_as_before(tmp_path: Path) -> None:
-    """Without the callback, and of an optimizer that stays as it is."""
+    """Without the callback, and for an optimizer that is not converted, it stays as before."""
 
     class Two(Regression):
         automatic_optimization = False

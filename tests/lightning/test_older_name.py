@@ -24,7 +24,7 @@ def renamed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("only_older", MODES)
 def test_a_trainer_of_the_older_name(renamed: Path, only_older: bool) -> None:
-    """Curves, layers and the histogram, a resume, clipping, what is refused, Fabric."""
+    """Curves, layers and the histogram, a resume, clipping, refusals, Fabric."""
     run(
         renamed,
         f"{HERE}/test_callback.py::test_curves_in_tensorboard_and_csv_are_the_momentum",
@@ -58,7 +58,7 @@ def test_this_folder_under_the_older_name(renamed: Path, file: str) -> None:
     run(renamed, f"{HERE}/{file}", only_older=True)
 
 
-# What a program imports, and which name's classes ours are then.
+# The imports of a program, and the package whose classes ours then are.
 IMPORTS = {
     "the newer alone": """
         import lightning.pytorch as newer

@@ -1,4 +1,4 @@
-"""The user changes the strategy and nothing else: beta_t, norms and weights are those of one process."""
+"""The user changes only the strategy: beta_t, norms and weights are those of one process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.lightning.model import Regression, quiet
 from tests.sharding.pool import Pool, RankError
 
 FIT = "tests.lightning.cluster:fit"
-CLIP = 0.05  # bites at about half of the steps
+CLIP = 0.05  # it clips about half of the steps
 Ranks = Callable[[int], Pool]
 
 
@@ -44,7 +44,7 @@ def check(ranks: list[dict[str, Any]], tolerance: float = 1e-12) -> None:
 
 
 def check_norms(ranks: list[dict[str, Any]], tolerance: float = 1e-12) -> None:
-    """Logged at every step by rank zero alone, and those of torch's clipping on the whole model."""
+    """Rank zero alone logs the norms of every step; they are those of torch's clipping on the whole model."""
     first, *others = ranks
     assert first["norms"] == pytest.approx(first["expected_norms"], rel=tolerance)
     assert len(first["norms"]) == first["betas_logged"] == STEPS
@@ -60,13 +60,13 @@ def test_every_strategy_is_one_process(pool: Ranks, placed: str, world: int, sco
     check(ranks)
     assert {rank["all_reduces"] for rank in ranks} == {
         1 + STEPS
-    }  # one a step, the optimizer's own; the first also votes on kernels
+    }  # one per step, by the optimizer; the first also votes on kernels
     assert not any(rank["norms"] for rank in ranks)
 
 
 @pytest.mark.parametrize(("placed", "world"), LAYOUTS)
 def test_clipping_by_norm(pool: Ranks, placed: str, world: int) -> None:
-    """Lightning's own raises under FSDP1, torch's under FSDP2 with tensor parallel."""
+    """Lightning's own clipping raises under FSDP1, and torch's under FSDP2 with tensor parallelism."""
     ranks = pool(world).run(FIT, placed=placed, clip=CLIP)
     check(ranks)
     check_norms(ranks)
@@ -78,7 +78,7 @@ PLACES = [("ddp", 2), ("fsdp1", 2), ("fsdp2", 2), four("fsdp2_tp", 4)]
 
 @pytest.mark.parametrize(("placed", "world"), PLACES)
 def test_a_modules_own_clipping_by_norm(pool: Ranks, placed: str, world: int) -> None:
-    """Its configure_gradient_clipping calls self.clip_gradients."""
+    """The module's configure_gradient_clipping calls self.clip_gradients."""
     ranks = pool(world).run(FIT, placed=placed, way="override", clip=CLIP)
     check(ranks)
     check_norms(ranks)
@@ -93,7 +93,7 @@ def test_clipping_by_value_is_lightnings_own(pool: Ranks, placed: str, world: in
 
 @pytest.mark.parametrize(("placed", "world"), [("ddp", 2), ("fsdp1_inside", 2), ("fsdp2", 2), four("fsdp2_tp", 4)])
 def test_manual_optimization(pool: Ranks, placed: str, world: int) -> None:
-    """FSDP1 around a module inside the LightningModule."""
+    """FSDP1 wraps a module inside the LightningModule."""
     ranks = pool(world).run(FIT, placed=placed, way="manual", clip=CLIP)
     check(ranks)
     check_norms(ranks)
@@ -101,7 +101,7 @@ def test_manual_optimization(pool: Ranks, placed: str, world: int) -> None:
 
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_manual_optimization_under_an_outer_fsdp1_is_not_lightnings(pool: Ranks, adaptive: bool) -> None:
-    """There training_step is FSDP's forward, and torch refuses backward in it. Should it pass, it is one to support."""
+    """training_step is FSDP's forward there, and torch refuses a backward in it. If this passes, support the path."""
     answers = pool(2).attempt(FIT, placed="fsdp1", way="manual", adaptive=adaptive)
     assert all(isinstance(answer, RankError) and "BACKWARD_PRE" in answer.text for answer in answers)
 
@@ -115,7 +115,7 @@ def test_accumulation(pool: Ranks, placed: str, world: int) -> None:
 
 @pytest.mark.parametrize(("placed", "world"), [*PLACES, ("fsdp1_inside", 2)])
 def test_a_module_that_returns_am_adamw(pool: Ranks, placed: str, world: int) -> None:
-    """Weight decay goes by the logical shapes, also of what the outermost FSDP1 module shows as 1-D."""
+    """Weight decay depends on the logical shapes, also of parameters that the outermost FSDP1 module shows as 1-D."""
     check(pool(world).run(FIT, placed=placed, optimizer="factory"))
 
 
@@ -128,7 +128,7 @@ def test_flat_parameters_of_fsdp1(pool: Ranks) -> None:
     assert all(answer.kind == "ValueError" and "use_orig_params=True" in answer.text for answer in refused)
 
 
-# Largest relative error of the first norm: bfloat16 has 8 bits.
+# Largest relative error of the first norm, because bfloat16 has 8 significant bits.
 PRECISIONS = {"32-true": 1e-5, "bf16-mixed": 0.02, "bf16-true": 0.02}
 
 
@@ -147,7 +147,7 @@ def test_precisions(pool: Ranks, placed: str, world: int, precision: str) -> Non
 
 @pytest.mark.slow
 def test_bf16_true_is_the_same_under_every_strategy(pool: Ranks) -> None:
-    """The ranks' shares of a batch are the same, so gradients differ by the rounding of their averages alone."""
+    """The ranks' shares of a batch are equal, so gradients differ by the rounding of their averages alone."""
     how = {"dtype": torch.float32, "precision": "bf16-true"}
     ddp, *others = (pool(2).run(FIT, placed=placed, **how)[0] for placed in ("ddp", "fsdp1", "fsdp2"))
     for other in others:
