@@ -1,4 +1,4 @@
-"""A process in which Triton interprets its kernels, as long as the test session; a foreign default device."""
+"""A process in which Triton interprets its kernels, started once per test session; a foreign default device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def every_size() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def interpreter() -> Iterator[Pool]:
-    """Triton is an interpreter from its import on or not at all, so it needs a process of its own."""
+    """Start a process for Triton's interpreter, because Triton decides at its import whether it interprets."""
     pool = Pool(1)
     try:
         with pytest.MonkeyPatch.context() as patch:

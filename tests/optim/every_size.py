@@ -1,4 +1,4 @@
-"""The chunked kernel for tensors of every size: it leaves small ones to foreach, and tests have few others."""
+"""Run the chunked kernel for tensors of every size: it leaves small ones to foreach, and most tests have only those."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WORTH_IT: int = chunked._WORTH_IT
 
 @contextmanager
 def chunked_for_every_size() -> Iterator[None]:
-    """In this process."""
+    """Change this process alone."""
     before, chunked._WORTH_IT = chunked._WORTH_IT, 0
     try:
         yield

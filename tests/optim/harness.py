@@ -1,4 +1,4 @@
-"""Runs a real optimizer and the oracle side by side and compares every step."""
+"""Run a real optimizer and the oracle side by side and compare every step."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from am_lightning import AMSGD, AMAdamW
 from am_lightning.optim.kernels import agreement, registry
 from tests.optim.oracle import Oracle, OracleAdamW, OracleSGD
 
-# What `foreach` selects: the chunked kernel (None on CPU), single_tensor, the bucketed lists.
+# Values of `foreach`: the chunked kernel (None on the CPU), single_tensor, the bucketed lists.
 KERNELS = (None, False, True)
 SCOPES = ("tensor", "group", "global")
 BETA_TOL = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 STATE_TOL = {torch.float64: 1e-12, torch.float32: 1e-5}
-# Low precision: one rounding of the stored value (half a unit in the last place), relative, and a bit of float32's own.
+# Relative bound of low precision: one rounding of the stored value (half a unit in the last place), and a little of
+# float32's rounding.
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
 def compile_on_cpu(patch: Any) -> None:
-    """``fused=True`` on the CPU is torch.compile, as on devices that are not here."""
+    """Use torch.compile for ``fused=True`` on the CPU, as on other devices that have no kernels of ours."""
     compiled = registry.COMPILED._replace(device_types=frozenset({"cpu"}))
     patch.setattr(registry, "FUSED", (registry.TRITON, compiled))
 
 
 def triton_on_cpu(patch: Any, **changes: Any) -> None:
-    """The CPU passes for a GPU; ``changes``: fields of Triton's line in the table of kernels."""
+    """Let the CPU pass for a GPU. ``changes`` are fields of Triton's entry in the table of kernels."""
     triton = registry.TRITON._replace(device_types=frozenset({"cpu"}), **changes)
     for module in (registry, agreement):
         patch.setattr(module, "TRITON", triton)
@@ -42,7 +43,7 @@ def to_numpy(t: torch.Tensor) -> np.ndarray:
 
 
 def oracle_options(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> dict[str, Any]:
-    """The oracle's options from what the user passed (never from what the optimizer derived)."""
+    """Return the oracle's options from what the user passed, never from what the optimizer derived."""
     out = {k: float(group[k]) for k in ("lr", "weight_decay", "lambd")}
     out["maximize"] = group["maximize"]
     if isinstance(optimizer, AMAdamW):
@@ -65,7 +66,7 @@ def params_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def assert_close(actual: Any, expected: Any, tol: float, what: str) -> None:
-    """Absolute below 1, relative above; nan equals nan. ``tol`` bounds the largest error."""
+    """Compare absolutely below 1 and relatively above; nan equals nan. ``tol`` bounds the largest error."""
     a, e = np.asarray(actual, dtype=np.float64), np.asarray(expected, dtype=np.float64)
     assert a.shape == e.shape, f"{what}: shape {a.shape}, expected {e.shape}"
     if a.size == 0:
@@ -77,12 +78,12 @@ def assert_close(actual: Any, expected: Any, tol: float, what: str) -> None:
 
 @dataclass
 class Twin:
-    """The optimizer under test and its oracle; ``sync`` feeds the oracle the optimizer's rounded state at each step."""
+    """The optimizer under test and its oracle; ``sync`` gives the oracle the optimizer's rounded state at each step."""
 
     optimizer: torch.optim.Optimizer
     oracle: Oracle
     sync: bool = False
-    betas: list[float] = field(default_factory=list)  # every clipped beta that came from a D > 0
+    betas: list[float] = field(default_factory=list)  # clipped betas with D > 0
     interior: int = 0
 
     @property
@@ -105,7 +106,7 @@ class Twin:
             slot.beta_prod = float(state["beta_prod"])
 
     def step(self, grads: list[torch.Tensor | None], loss: torch.Tensor | None = None) -> None:
-        """One step of both on these gradients (a grad keeps the strides it is given), then compare everything."""
+        """Make one step of both on these gradients, which keep their strides, and compare everything."""
         for p, g in zip(self.params, grads, strict=True):
             p.grad = g
         if self.sync:
@@ -139,7 +140,7 @@ class Twin:
             actual, limit = to_numpy(stored), ROUNDING[stored.dtype] * np.abs(expected) * 1.01 + 1e-6
             error = np.abs(actual - expected) - limit
             assert not error.size or error.max() <= 0, f"{what}: {actual} against {expected}"
-        else:  # a float32 neighbour in the same scope makes beta, and so all else, good to float32 only
+        else:  # a float32 tensor in the same scope limits beta, and so all else, to float32's accuracy
             assert_close(to_numpy(stored), expected, max(STATE_TOL[stored.dtype], self.beta_tol(stored)), what)
 
     def beta_tol(self, p: torch.Tensor) -> float:
@@ -149,7 +150,7 @@ class Twin:
         return max(BETA_TOL[t] for t in dtypes)
 
     def assert_not_vacuous(self, share: float = 0.25) -> None:
-        """A clipped beta hides a wrong one: enough betas must lie strictly between 0 and the cap."""
+        """Require that enough betas lie strictly between 0 and the cap, because a clipped beta hides a wrong one."""
         assert self.betas, "no beta was ever computed from sums"
         got = self.interior / len(self.betas)
         assert got >= share, f"only {got:.0%} of {len(self.betas)} betas are inside the clip"
@@ -157,7 +158,7 @@ class Twin:
 
 @dataclass
 class Bowl:
-    """Gradients of overshooting quadratics 1/2 sum h (x - c)^2, taken at the oracle's float64 weights."""
+    """Return gradients of overshooting quadratics 1/2 sum h (x - c)^2 at the oracle's float64 weights."""
 
     curvature: list[np.ndarray]
     centre: list[np.ndarray]
@@ -178,14 +179,14 @@ class Bowl:
 
 
 def as_grads(arrays: list[np.ndarray], params: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Torch gradients of the parameters' dtypes on their devices, contiguous whatever the parameter's strides are."""
+    """Return torch gradients of the parameters' dtypes and devices, contiguous whatever the parameters' strides are."""
     return [torch.tensor(a, dtype=p.dtype, device=p.device) for a, p in zip(arrays, params, strict=True)]
 
 
 def run_bowl(
     twin: Twin, bowl: Bowl, lrs: list[tuple[float, ...]], edit: Callable[[int, list[Any]], None] | None = None
 ) -> None:
-    """Steps the twin once per entry of ``lrs`` (one lr per group); ``edit(step, grads)`` may change the gradients."""
+    """Step the twin once per entry of ``lrs`` (one lr per group). ``edit(step, grads)`` may change the gradients."""
     for i, lr in enumerate(lrs):
         twin.set_lr(*lr)
         sign = [-1.0 if twin.oracle.groups[s.group]["maximize"] else 1.0 for s in twin.oracle.slots]
@@ -207,14 +208,14 @@ def named_params(
 
 
 def build(name: str, params: Any, **kwargs: Any) -> torch.optim.Optimizer:
-    """``foreach=None`` is the chunked kernel; without it the C++ loop, the default, serves AMAdamW."""
+    """Build an optimizer. ``foreach=None`` selects the chunked kernel; by default AMAdamW uses the C++ loop."""
     if name == "adamw" and "foreach" in kwargs and kwargs["foreach"] is None:
         kwargs.setdefault("fused", False)
     return {"adamw": AMAdamW, "sgd": AMSGD}[name](params, **kwargs)
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """Clones of every weight and every state tensor, in a fixed order."""
+    """Return clones of all weights and state tensors in a fixed order."""
     out = []
     for p in params_of(optimizer):
         out.append(p.detach().clone())
@@ -223,7 +224,7 @@ def snapshot(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def assert_bitwise(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
-    """Same dtypes, shapes and bits (nan equals nan)."""
+    """Require the same dtypes, shapes and bits; nan equals nan."""
     assert len(a) == len(b)
     for i, (s, t) in enumerate(zip(a, b, strict=True)):
         assert s.dtype == t.dtype and s.shape == t.shape, f"tensor {i}: {s.dtype} {s.shape} against {t.dtype} {t.shape}"

@@ -1,4 +1,4 @@
-"""Runs with one huge finite gradient, for every kernel: also for the process in which Triton is interpreted."""
+"""Runs with one huge finite gradient for every kernel, also in the process in which Triton is interpreted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.optim.harness import assert_bitwise, build, named_params, params_of, 
 
 SHAPES = [(6, 4), (9,), (70_001,), (3,)]
 BETA2 = 0.99
-# Of each dtype: a gradient that v' = v + (1 - beta2) (g^2 - v) can take, and one that it cannot.
+# For each dtype, a gradient that v' = v + (1 - beta2) (g^2 - v) can represent and one that it cannot.
 FITS = {
     torch.float32: 2.0**64 - 2.0**40,
     torch.float64: 2.0**511,
@@ -41,7 +41,7 @@ def make(kind: str, dtype: torch.dtype, **options: Any) -> Any:
 def dropped(
     kind: str, dtype: str, value: float, tier: str, at: int = 0, clip: float | None = None, **options: Any
 ) -> None:
-    """The step leaves no trace, also as the first; it is counted, and the run ends as one without it, to the bit."""
+    """The step leaves no trace, even as the first one; it is counted, and the run ends bitwise as one without it."""
     ends = []
     for bad in ((), (0, 3, 4)):
         optimizer = make(kind, getattr(torch, dtype), **options)
@@ -53,7 +53,7 @@ def dropped(
                     clip_grad_norm_(optimizer, clip, in_step=True)
                 optimizer.step()
                 assert bool(optimizer.last_step_skipped), f"step {step}"
-                if step:  # the first makes the states
+                if step:  # the first step creates the states
                     assert_bitwise(snapshot(optimizer), before)
                 optimizer.zero_grad()
             give_grads(optimizer, step)
@@ -67,7 +67,7 @@ def dropped(
 
 
 def taken(kind: str, dtype: str, value: float, clip: float | None = None, **options: Any) -> None:
-    """The step counts, what it writes is finite, and so are later steps, in which the other elements move."""
+    """The step counts, what it writes is finite, and so are later steps, in which the other elements still move."""
     optimizer = make(kind, getattr(torch, dtype), **options)
     for step in range(6):
         before = params_of(optimizer)[1].detach().clone()

@@ -1,4 +1,4 @@
-"""What a process with TRITON_INTERPRET=1 runs: the Triton kernels on CPU tensors, beside the float64 oracle."""
+"""Functions that a process with TRITON_INTERPRET=1 runs: Triton kernels on CPU tensors beside the float64 oracle."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.optim.harness import to_numpy
 from tests.optim.oracle import OracleAdamW
 
 BETA_TOL, FLOAT32_TOL, FLOAT64_TOL = 1e-6, 5e-7, 1e-12
-# The interpreter cuts bfloat16 off where the device rounds: one unit in the last place, not half of one.
+# The interpreter truncates to bfloat16 where the device rounds: the error is one unit in the last place, not half.
 UNIT = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 OPTIONS = {"lr": 0.02, "weight_decay": 0.05, "lambd": 0.1, "cap": 0.89, "maximize": False, "beta2": 0.99, "eps": 1e-8}
 
@@ -34,7 +34,7 @@ def count_kernel(out, n):  # type: ignore[no-untyped-def]
 
 
 def refusal() -> str | None:
-    """Why this interpreter runs no loop; None where it does."""
+    """Return why this interpreter runs no loop, or None if it does."""
     try:
         count_kernel[(1,)](torch.zeros(3, dtype=torch.int32), 3)
     except InterpreterError as error:
@@ -45,7 +45,7 @@ def refusal() -> str | None:
 
 
 class Case:
-    """Rows in the middle of a run, as pieces for the kernels and as slots of the oracle."""
+    """Rows in the middle of a run, as shards for the kernels and as slots of the oracle."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Case:
         of: str = "gdvx",
         **options: Any,
     ) -> None:
-        """``dtypes`` of g, d, v, x; ``offset``: elements by which those ``of`` start after an aligned address."""
+        """Take the dtypes of g, d, v, x. Tensors named in ``of`` start ``offset`` elements after an aligned address."""
         self.options = OPTIONS | options
         generator = torch.Generator().manual_seed(seed)
         o = self.options
@@ -76,7 +76,7 @@ class Case:
         self.terms = [self.oracle.terms(s, to_numpy(p.g)) for s, p in zip(self.oracle.slots, self.pieces, strict=True)]
 
     def numbers(self) -> Coefficients:
-        """What the optimizer would hand over, from the slots."""
+        """Return from the slots what the optimizer would hand over."""
         o, slots = self.options, self.oracle.slots
         t = np.array([s.step + 1 for s in slots])
         c = 1 - o["cap"] * np.array([s.beta_prod for s in slots])
@@ -94,7 +94,7 @@ class Case:
         return {name: torch.tensor(column, dtype=torch.float64) for name, column in columns.items()}
 
     def check_sums(self, sums: torch.Tensor, tol: float) -> None:
-        """1 - N / D beside the oracle's unclipped beta_t."""
+        """Compare 1 - N / D with the oracle's unclipped beta_t."""
         for row, (term, (num, den)) in enumerate(zip(self.terms, sums.tolist(), strict=True)):
             if not len(term.g):
                 assert num == den == 0.0
@@ -105,7 +105,7 @@ class Case:
             assert abs(den - term.den) <= tol * term.den, f"row {row}: D is {den}, not {term.den}"
 
     def step(self, numbers: Coefficients, rows: range | list[int]) -> None:
-        """The oracle's update with the omegas of ``numbers``."""
+        """Make the oracle's update with the omegas of ``numbers``."""
         omega = numbers["omega"].tolist()
         for row in rows:
             self.oracle.update(self.oracle.slots[row], self.terms[row], 1 - omega[row], float("nan"))
@@ -120,13 +120,13 @@ class Case:
 
 
 def _placed(values: torch.Tensor, dtype: torch.dtype, offset: int) -> torch.Tensor:
-    room = torch.full((values.numel() + offset + 1,), 7.0, dtype=dtype)  # what a missing mask would read and write
+    room = torch.full((values.numel() + offset + 1,), 7.0, dtype=dtype)  # a missing mask would read and write it
     room[offset : offset + values.numel()] = values.to(dtype)
     return room[offset : offset + values.numel()]
 
 
 def _after(tensor: torch.Tensor) -> torch.Tensor:
-    """The element behind a tensor's last one."""
+    """Return the element behind a tensor's last one."""
     return tensor.as_strided((1,), (1,), tensor.storage_offset() + tensor.numel())
 
 
@@ -141,7 +141,7 @@ def begun(shards: list[LocalShard], workspace: Workspace | None = None) -> Trito
 
 
 def both_passes(sizes: list[int], dtypes: list[str], *, offset: int = 0, **options: Any) -> None:
-    """Both passes beside the oracle, nothing written outside the tensors, and pass 1 the same to the bit twice."""
+    """Compare both passes with the oracle. Nothing is written outside the tensors, and pass 1 repeats its bits."""
     case = Case(sizes, _pair_dtypes(dtypes), offset=offset, **options)
     numbers = case.numbers()
     passes = begun(case.pieces)
@@ -162,7 +162,7 @@ def _tensors(pieces: list[LocalShard]) -> list[torch.Tensor]:
 
 
 def mixed_kinds() -> None:
-    """Four dtypes, aligned and not, with and without decay in one call: each row has its own sums and update."""
+    """Mix four dtypes, alignments and decays in one call: each row has its own sums and update."""
     kinds = [("float32",) * 4, ("bfloat16",) * 4, ("float32",) * 4, ("float64",) * 4, ("bfloat16", "float32") * 2]
     cases = [Case([9, 1500], _pair_dtypes(list(kind)), seed=i, offset=i % 2) for i, kind in enumerate(kinds)]
     cases.append(Case([40, 3], _pair_dtypes(["float32"] * 4), seed=9, weight_decay=0.0, maximize=True))
@@ -170,7 +170,7 @@ def mixed_kinds() -> None:
     order = [(c, r) for r in range(2) for c in range(len(cases))]  # kinds alternate
     last = len(order) - 1
     pieces, columns = [], {}
-    for slot, (c, r) in enumerate(order):  # rows the other way round
+    for slot, (c, r) in enumerate(order):  # rows in reverse order
         piece = cases[c].pieces[r]
         pieces.append(LocalShard(last - slot, piece.x, piece.g, piece.d, piece.v, piece.options))
     for c, r in order[::-1]:
@@ -189,7 +189,7 @@ def mixed_kinds() -> None:
 
 
 def alone_or_among_many() -> None:
-    """A tensor's sums have one order, whatever steps beside it: the same bits."""
+    """The sums of a tensor have one order, whichever tensors are stepped with it, so their bits are the same."""
     case = Case([100, 20_001, 5], _pair_dtypes(["float32"] * 4))
     numbers = case.numbers()
     together = begun(case.pieces).sums(numbers, torch.float64)
@@ -198,7 +198,7 @@ def alone_or_among_many() -> None:
 
 
 def uncounted_rows() -> None:
-    """A row that does not count keeps every bit, nan in its gradient or not; others step."""
+    """An inactive row keeps every bit, with nan in its gradient or without; the other rows are stepped."""
     case = Case([10, 3000, 9000], _pair_dtypes(["float32"] * 4))
     case.pieces[1].g[17] = float("nan")
     numbers = case.numbers()
@@ -214,7 +214,7 @@ def uncounted_rows() -> None:
 
 
 def scaled_gradients(dtype: str) -> None:
-    """A scale in registers is a gradient that was scaled before."""
+    """A scale applied in registers equals a gradient that was scaled before."""
     dtypes = _pair_dtypes([dtype, *["float32"] * 3])
     scaled, plain = Case([700, 9000], dtypes), Case([700, 9000], dtypes)
     for piece in scaled.pieces:
@@ -231,7 +231,7 @@ def scaled_gradients(dtype: str) -> None:
 
 
 class Counter:
-    """Stands in for a kernel and counts its launches."""
+    """Replace a kernel and count its launches."""
 
     def __init__(self, kernel: Any, launches: list[str], name: str) -> None:
         self._kernel, self._launches, self._name = kernel, launches, name
@@ -242,7 +242,7 @@ class Counter:
 
 
 def launches(count: int) -> list[str]:
-    """The launches of one step of ``count`` tensors of one kind."""
+    """Return the launches of one step of ``count`` tensors of one kind."""
     case = Case([1 + i % 40 for i in range(count)], _pair_dtypes(["float32"] * 4))
     numbers, made = case.numbers(), []
     kept = {name: getattr(triton_kernels, name) for name in ("sums_kernel", "reduce_kernel", "update_kernel")}
@@ -261,7 +261,7 @@ def launches(count: int) -> list[str]:
 
 
 def other_addresses() -> None:
-    """Gradients made anew and changed options are seen; nothing else is made again."""
+    """New gradients and changed options take effect; nothing else is rebuilt."""
     case = Case([300, 9000], _pair_dtypes(["float32"] * 4))
     numbers, workspace = case.numbers(), Workspace()
     tables = workspace.keep(Tables)
@@ -290,14 +290,14 @@ def _mixed(x: np.ndarray) -> np.ndarray:
 
 
 def _rounded(d: np.ndarray, step: int, row: int) -> np.ndarray:
-    """float32 to bfloat16 as documented, in numpy."""
+    """Round float32 to bfloat16 in numpy, as documented."""
     seed = _mixed(np.array([(step + 0x9E3779B9 * (row + 1)) % 2**32], dtype=np.uint32))
     noise = _mixed(np.arange(d.size, dtype=np.uint32) ^ seed) >> 16
     return (((d.astype(np.float32).view(np.uint32) + noise) >> 16) << 16).view(np.float32)
 
 
 def stochastic_rounding() -> None:
-    """float32 parameters with d in bfloat16: the documented bits, unbiased, the same again, others in another step."""
+    """float32 parameters with d in bfloat16 have the documented bits: unbiased, reproducible, new in each step."""
     dtypes = _pair_dtypes(["float32", "bfloat16", "float32", "float32"])
     case, again, later = (Case([3, 9000], dtypes) for _ in range(3))
     counts = torch.ones(2, dtype=torch.bool)
@@ -311,10 +311,10 @@ def stochastic_rounding() -> None:
         exact = case.oracle.slots[row].d
         step = 3 + row
         expected = _rounded(exact, step, row)
-        same = np.mean(to_numpy(piece.d) == expected)  # float32 rounding of d' moves a few over a border
+        same = np.mean(to_numpy(piece.d) == expected)  # float32's rounding of d' moves a few across a border
         assert same >= 0.99 or exact.size < 100, f"only {same:.1%} of row {row} are as documented"
         assert torch.equal(piece.d, again.pieces[row].d)
     unit = 2.0 ** (np.floor(np.log2(np.abs(exact))) - 7)
     bias = np.mean((to_numpy(case.pieces[1].d) - exact) / unit)
-    assert abs(bias) < 0.02, f"the mean error is {bias:.3f} units in the last place"  # cut off: -0.5 of its sign
+    assert abs(bias) < 0.02, f"the mean error is {bias:.3f} units in the last place"  # truncation: -0.5 of its sign
     assert 0.2 < np.mean(to_numpy(later.pieces[1].d) == to_numpy(case.pieces[1].d)) < 0.9

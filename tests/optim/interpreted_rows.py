@@ -1,4 +1,4 @@
-"""What a process with TRITON_INTERPRET=1 runs: the kernels of the rows' own numbers beside ``closed_form``."""
+"""Functions that a process with TRITON_INTERPRET=1 runs: the kernels of the per-row scalars beside ``closed_form``."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Random:
         cap, lr, mu, beta2, eps = torch.repeat_interleave(groups, torch.tensor(sizes), 0).unbind(1)
         self.cap, self.lr, self.mu, self.beta2, self.eps = cap, lr, mu, beta2, eps
         step = (uniform(rows) * (1 if phantom else 300)).floor()
-        step[uniform(rows) < 0.2] = 0.0  # reset by hand: what the others say is not to be read
+        step[uniform(rows) < 0.2] = 0.0  # reset by hand: the other scalars must not be read
         self.table = torch.stack([step, uniform(rows), uniform(rows), uniform(rows) * 0.1]).to(torch.float32)
         self.present = (uniform(rows) < 0.8).to(F64)
         num, den = uniform(rows) - 0.3, uniform(rows)
@@ -53,7 +53,7 @@ class Random:
         self.sums = torch.stack([num, den], 1) * self.present[:, None]
 
     def before(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Steps, product of betas and last learning rate, of which a row without a step has none."""
+        """Return the steps, product of betas and last learning rate, which a row without a step does not have."""
         step, beta_prod, _, prev_lr = self.table.to(F64)
         return step, torch.where(step == 0, 1.0, beta_prod), torch.where(step == 0, 0.0, prev_lr)
 
@@ -76,7 +76,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 
 def beside_closed_form(scope: str, nonfinite: str) -> None:
-    """Coefficients, beta_t, the rows that count, the states and the record, over cases one after the other."""
+    """Compare coefficients, beta_t, active rows, states and the record over consecutive cases."""
     active = skips = 0
     for sizes in SIZES:
         kernels, record, ours = RowKernels(sizes, scope, CPU), StepStats(), StepStats()
@@ -117,7 +117,7 @@ def beside_closed_form(scope: str, nonfinite: str) -> None:
 
 
 def one_norm_is_clipped() -> None:
-    """Above, below, infinite, zero and not a number."""
+    """Clip norms that are above, below, infinite, zero and nan."""
     kernels, table = RowKernels([1], "tensor", CPU), torch.zeros(4, 1)
     for norm, max_norm in ((4.0, 1.0), (0.5, 1.0), (3.0, float("inf")), (0.0, 0.0), (float("nan"), 1.0), (9.0, 0.1)):
         clip = GradientClip(torch.tensor(norm, dtype=F64), max_norm)
@@ -127,7 +127,7 @@ def one_norm_is_clipped() -> None:
 
 
 def train(optimizer: AMAdamW, lr: Any) -> None:
-    """Five steps: a parameter whose first gradient comes late, one sum that is not finite, a rate of zero."""
+    """Make five steps with a first gradient that comes late, one sum that is not finite, and a rate of zero."""
     for step in range(5):
         generator = torch.Generator().manual_seed(step)
         for i, p in enumerate(params_of(optimizer)):
@@ -145,7 +145,7 @@ def train(optimizer: AMAdamW, lr: Any) -> None:
 
 
 def whole_steps(scope: str, nonfinite: str, tensor_lr: bool) -> None:
-    """The same run with and without these kernels, also while some states are missing; and its reports."""
+    """Run with and without these kernels, also while some states are missing; the steps and reports are the same."""
     options: dict[str, Any] = {"scope": scope, "nonfinite": nonfinite, "capturable": tensor_lr, "fused": True}
     runs = []
     for in_kernels in (True, False):
@@ -164,7 +164,7 @@ def whole_steps(scope: str, nonfinite: str, tensor_lr: bool) -> None:
 
 
 def the_same_bits_with_and_without_missing_states() -> None:
-    """A rank may lack the state of a tensor of which it holds nothing: beta_t of the others must not differ for it."""
+    """A rank may lack the state of a tensor of which it holds nothing; the beta_t of the others must not change."""
     runs = []
     for spare in (False, True):
         groups = interpreted_steps.two_groups()
@@ -181,7 +181,7 @@ def the_same_bits_with_and_without_missing_states() -> None:
 
 
 def a_reset_by_hand_is_a_fresh_start() -> None:
-    """Of one tensor, of two and of all, in place: the next steps are those of the other kernels, which know it."""
+    """Reset one tensor, two and all of them in place: the next steps are those of the other kernels."""
     for chosen in ([0], [1, 4], range(5)):
         pair = []
         for more in ({"fused": True}, {"fused": False, "foreach": False}):

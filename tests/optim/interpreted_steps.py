@@ -1,4 +1,4 @@
-"""What a process with TRITON_INTERPRET=1 runs: whole steps of AMAdamW(fused=True) through the Triton kernels."""
+"""Functions that a process with TRITON_INTERPRET=1 runs: whole steps of AMAdamW(fused=True) through Triton kernels."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.optim.harness import (
 from tests.optim.test_every_step import SHAPES as EVERY_STEP_SHAPES
 from tests.optim.test_every_step import drop_some, make_twin, schedule
 
-triton_on_cpu(pytest.MonkeyPatch())  # as long as the process
+triton_on_cpu(pytest.MonkeyPatch())  # until the process ends
 SHAPES = [(33, 31), (7,), (), (0,), (1100,)]
 TRITON = "Triton"
 
@@ -42,7 +42,7 @@ def two_groups(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[dict[s
 
 
 def beside_oracle(variant: str, scope: str, dtype: str) -> None:
-    """Ten steps: two groups with options and rates of their own, absent gradients, and one that is not finite."""
+    """Make ten steps with two groups of different options and rates, absent gradients, and one that is not finite."""
     twin = make_twin("adamw", variant, scope, foreach=None, dtype=getattr(torch, dtype), fused=True)
 
     def edit(step: int, grads: list[Any]) -> None:
@@ -66,7 +66,7 @@ def _train(optimizer: AMAdamW, steps: int, *, start: int = 0, edit: Callable[[in
 
 
 def beside_reference(scope: str) -> None:
-    """Mixed dtypes and a tensor whose strides others do not share: to one rounding of what is stored."""
+    """Mixed dtypes and a tensor with its own strides agree to one rounding of the stored values."""
     dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.float32]
 
     def groups() -> list[dict[str, Any]]:
@@ -85,7 +85,7 @@ def beside_reference(scope: str) -> None:
         _train(optimizer, 3, edit=edit)
     assert f"{TRITON} for 6" in ours.describe(), ours.describe()
     for a, b in zip(ours.momentum().values(), plain.momentum().values(), strict=True):
-        assert_close(float(a), float(b), 1e-2, "beta")  # the interpreter cuts bfloat16 off
+        assert_close(float(a), float(b), 1e-2, "beta")  # the interpreter truncates bfloat16
     for p, q in zip(params_of(ours), params_of(plain), strict=True):
         tol = {torch.bfloat16: 3e-2, torch.float16: 4e-3}.get(p.dtype, 1e-3)
         assert_close(to_numpy(p), to_numpy(q), tol, f"weights {p.dtype}")
@@ -94,7 +94,7 @@ def beside_reference(scope: str) -> None:
 
 
 def a_bad_step_leaves_no_trace() -> None:
-    """A nan in one gradient: not a bit of any weight or state changes; then training goes on."""
+    """A nan in one gradient changes no bit of any weight or state, and training continues."""
     optimizer = make(two_groups(), scope="tensor")
     _train(optimizer, 2)
     before = snapshot(optimizer)
@@ -111,7 +111,7 @@ def a_bad_step_leaves_no_trace() -> None:
 
 
 def again_and_resumed(exp_avg_dtype: str | None) -> None:
-    """The same bits in a second run, and in one that a checkpoint cut in two."""
+    """A second run, and one that a checkpoint interrupted, have the same bits."""
     low = None if exp_avg_dtype is None else getattr(torch, exp_avg_dtype)
     runs = [make(two_groups(), scope="global", exp_avg_dtype=low) for _ in range(2)]
     for optimizer in runs:
@@ -138,7 +138,7 @@ KINDS = [
 
 
 def default_where_it_agrees() -> None:
-    """The check of the first step finds the kernels right for every dtype, and then the default is fused=True."""
+    """The check of the first step finds the kernels right for every dtype, and the default becomes fused=True."""
     for dtypes in KINDS:
         assert triton_check.why_not(triton_check.Kind(torch.device("cpu"), *dtypes)) == "", dtypes
     pair = [make(two_groups(), fused=fused) for fused in (None, True)]
@@ -149,7 +149,7 @@ def default_where_it_agrees() -> None:
 
 
 class Spoiled:
-    """A kernel of which one vector of numbers is off by a thousandth."""
+    """A kernel of which one input vector is off by a thousandth."""
 
     def __init__(self, kernel: Any, place: int) -> None:
         self._kernel, self._place = kernel, place
@@ -163,7 +163,7 @@ class Spoiled:
 
 
 def no_default_where_it_differs() -> None:
-    """Each number that a kernel reads, and a row that must not be written."""
+    """The check reads each number that a kernel reads, and a row that must not be written."""
     for name, places in (("sums_kernel", (4, 5)), ("update_kernel", (4, 6, 7, 8))):
         kernel = getattr(triton_kernels, name)
         for place in places:
@@ -176,7 +176,7 @@ def no_default_where_it_differs() -> None:
 
 
 def low_precision_direction() -> None:
-    """exp_avg in bfloat16 is rounded as the plain kernels round it."""
+    """exp_avg in bfloat16 is rounded as by the plain kernels."""
     pair = [
         make(two_groups(), exp_avg_dtype=torch.bfloat16, **more) for more in ({}, {"fused": False, "foreach": False})
     ]
@@ -188,11 +188,11 @@ def low_precision_direction() -> None:
         assert ours.dtype == torch.bfloat16
         same, total = same + int((ours == plain).sum()), total + ours.numel()
         assert_close(to_numpy(p), to_numpy(q), 1e-6, "weights")
-    assert same >= 0.99 * total, f"{same} of {total}"  # float32 rounding of d' moves a few over a border
+    assert same >= 0.99 * total, f"{same} of {total}"  # float32's rounding of d' moves a few across a border
 
 
 def tensor_lr() -> None:
-    """capturable=True with a tensor lr: a change of the tensor alone is seen."""
+    """With capturable=True and a tensor lr, changing the tensor alone takes effect."""
     lrs = [torch.tensor(0.1), 0.1]
     ours = make(two_groups(), lr=lrs[0], capturable=True)
     plain = make(two_groups(), lr=lrs[1])
@@ -207,9 +207,9 @@ def tensor_lr() -> None:
 
 
 def clipping_in_registers() -> None:
-    """The weights of clipping before the step, with gradients that nobody has written.
+    """The weights equal those of clipping before the step, and the gradients are not written.
 
-    To the bit, but for 0-dim tensors: torch multiplies those in float64.
+    They are equal to the bit, except for 0-dim tensors, which torch multiplies in float64.
     """
     pair = [make(two_groups(), lr=0.05) for _ in range(2)]
     for in_step, optimizer in enumerate(pair):
@@ -222,7 +222,7 @@ def clipping_in_registers() -> None:
 
 
 def _clip_and_step(optimizer: AMAdamW, step: int, *, in_step: bool) -> list[torch.Tensor]:
-    """The gradients before."""
+    """Clip the gradients before the step."""
     kept: list[torch.Tensor] = []
 
     def clip(_: int, params: list[torch.Tensor]) -> None:
@@ -234,7 +234,7 @@ def _clip_and_step(optimizer: AMAdamW, step: int, *, in_step: bool) -> list[torc
 
 
 def huge_gradient(dtype: str, value: float, taken: bool) -> None:
-    """By the rule of the other kernels (test_huge_gradients.py), also where the gradient is scaled in registers."""
+    """The rule of the other kernels holds (test_huge_gradients.py), also if the gradient is scaled in registers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(huge, "SHAPES", [(33, 3), (5,), (1100,)])
         if taken:
@@ -247,7 +247,7 @@ def huge_gradient(dtype: str, value: float, taken: bool) -> None:
 
 
 def under_another_default_device() -> None:
-    """To the same bits, where the first step also tries the kernels."""
+    """The bits are the same, also in a first step, which tries the kernels."""
     ends = []
     for device in ("cpu", "meta"):
         triton_check.why_not.cache_clear()

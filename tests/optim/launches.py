@@ -1,4 +1,4 @@
-"""How many kernels a CUDA device would launch for what the CPU does, by torch's rules for ``_foreach_*``."""
+"""Count the kernels that a CUDA device would launch for the CPU's operators, by torch's rules for ``_foreach_*``."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Operators that make a view, or memory that nothing is written to.
+# Operators that make a view or uninitialised memory.
 FREE = {
     "alias", "as_strided", "detach", "diagonal", "empty", "empty_like", "empty_strided", "expand", "lift_fresh",
     "narrow", "new_empty", "new_empty_strided", "permute", "promote_types", "reshape", "select", "slice", "split",
     "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "_reshape_alias", "_unsafe_view",
     "_local_scalar_dense", "_record_function_enter_new", "_record_function_exit",
 }  # fmt: skip
-_TENSORS_OF_A_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36}  # by the number of lists: depth_to_max_tensors in torch
+_TENSORS_OF_A_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36}  # by the number of lists; depth_to_max_tensors in torch
 
 
 class Launches(TorchDispatchMode):
-    """Counts: 1 for an operator, for a list what the multi-tensor route takes, or 1 a tensor where it is closed."""
+    """Count 1 for an operator, and for a list its launches on the multi-tensor route, or 1 per tensor without it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,14 +42,14 @@ def _of_lists(name: str, args: tuple[Any, ...]) -> int:
     lists = [arg for arg in args if isinstance(arg, (list, tuple)) and arg and all(isinstance(t, Tensor) for t in arg)]
     if not is_multi_tensor(lists, [arg for arg in args if isinstance(arg, Tensor)]):
         return len(lists[0])
-    if name == "_foreach_norm":  # one list, and a launch that adds what the chunks have given
+    if name == "_foreach_norm":  # one list, and a launch that adds the chunks' sums
         return -(-len(lists[0]) // _TENSORS_OF_A_LAUNCH[1]) + 1
     depth = len(lists) + (not name.endswith("_"))
     return -(-len(lists[0]) // _TENSORS_OF_A_LAUNCH[depth])
 
 
 def is_multi_tensor(lists: list[Any], numbers: list[Tensor]) -> bool:
-    """One dtype in all lists and numbers, elements close together, and partners of one shape and one order."""
+    """Return whether all lists and numbers have one dtype, dense elements, and matching shapes and strides."""
     dtypes = {t.dtype for tensors in lists for t in tensors} | {t.dtype for t in numbers}
     if len(dtypes) != 1 or any(not _is_dense(t) for tensors in lists for t in tensors):
         return False

@@ -1,8 +1,8 @@
-"""State dicts and parameter groups as people break them, at random; what torch.optim does with the same stands beside.
+"""Break state dicts and parameter groups at random, as people do, and compare with torch.optim.
 
     python -m tests.optim.mutated --state-dicts 10000 --groups 500
 
-A case is a seed. ``load_case`` and ``group_case`` return what is wrong about it, or how it ended.
+A case is a seed. ``load_case`` and ``group_case`` return how the case ended and what is wrong about it.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def mutate_top(rng: random.Random, saved: dict[str, Any]) -> list[Any]:
 
 
 def mutate(rng: random.Random, saved: dict[str, Any]) -> list[str]:
-    """Change ``saved``; returns words of which an error must have one."""
+    """Change ``saved``; return words, at least one of which an error must contain."""
     touched: list[Any] = []
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         kinds = [
@@ -127,13 +127,13 @@ def mutate(rng: random.Random, saved: dict[str, Any]) -> list[str]:
             *([mutate_value] * 5 + [mutate_key] * 3 if isinstance(saved.get("state"), dict) else []),
         ]
         with contextlib.suppress(TypeError, KeyError, AttributeError, IndexError, ValueError, RuntimeError):
-            # it is broken already
+            # an earlier change may have broken it
             touched += rng.choice(kinds)(rng, saved)
     return [str(word) for word in touched]
 
 
 def load_case(seed: int) -> tuple[str, str]:
-    """("refused" | "loaded" | "wrong", what happened)."""
+    """Return ("refused" | "loaded" | "wrong", what happened)."""
     rng = random.Random(seed)
     ours, theirs = optimizer_of(rng, parameters(rng))
     for run in (ours, theirs):
@@ -178,7 +178,7 @@ _OPTIONS = (
 
 def change_option(rng: random.Random, run: Run) -> None:
     group = pick(rng, run.optimizer.param_groups)
-    option = pick(rng, _OPTIONS)  # the same for ours and torch.optim's
+    option = pick(rng, _OPTIONS)  # the same for our optimizer and torch.optim's
     value = anything(rng, group.get(option))
     if rng.random() < 0.2:
         group.pop(option, None)
@@ -238,7 +238,7 @@ def state_of(run: Run) -> Any:
 
 
 def group_case(seed: int) -> tuple[str, str]:
-    """As ``load_case``: ("refused" | "stepped" | "wrong", what happened)."""
+    """Return ("refused" | "stepped" | "wrong", what happened), as ``load_case`` does."""
     rng = random.Random(seed)
     ours, theirs = optimizer_of(rng, parameters(rng))
     for run in (ours, theirs):
@@ -249,7 +249,7 @@ def group_case(seed: int) -> tuple[str, str]:
     made = tried(lambda: change(rng, ours))
     rng.setstate(choices)
     theirs_made = tried(lambda: change(rng, theirs))
-    if made is not None:  # by add_param_group
+    if made is not None:  # built by add_param_group
         if not isinstance(made, CLEAR) and type(made) is not type(theirs_made):
             return "wrong", f"{change.__name__} raises {made!r}, torch {theirs_made!r}"
         return ("refused", repr(made)) if unchanged(ours, twin) else ("wrong", f"refused after a change: {made!r}")

@@ -1,4 +1,4 @@
-"""Optimizers of many kinds, with torch.optim's beside each, and values of any type to put in place of theirs."""
+"""Optimizers of many kinds with torch.optim's beside each, and values of any type to put in place of theirs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def groups_of(rng: random.Random, params: list[Parameter]) -> list[dict[str, Any
 
 
 def optimizer_of(rng: random.Random, params: list[Parameter]) -> tuple[Any, Any]:
-    """Ours, and torch.optim's for the same."""
+    """Return our optimizer and torch.optim's with the same options."""
     lr = rng.choice([0.01, 0.01, torch.tensor(0.01)])
     foreach = rng.choice([False, None, True]) if isinstance(lr, float) else False
     groups, theirs = groups_of(rng, params), [Parameter(p.detach().clone()) for p in params]
@@ -67,9 +67,9 @@ def finite(run: Run) -> bool:
     return all(bool(torch.isfinite(p).all()) for p in run.params)
 
 
-# ---------------------------------------------------------------------- what is put in place of what
+# ---------------------------------------------------------------------- replacements
 def anything(rng: random.Random, old: Any = None) -> Any:
-    """A value of any type; of a tensor often one that resembles it."""
+    """Return a value of any type; in place of a tensor often one that resembles it."""
     if isinstance(old, torch.Tensor) and rng.random() < 0.6:
         return rng.choice(_RESEMBLING)(old)
     return rng.choice(_VALUES)()
@@ -119,9 +119,9 @@ def pick(rng: random.Random, items: Any) -> Any:
     return rng.choice(list(items))
 
 
-# ---------------------------------------------------------------------- what is looked at
+# ---------------------------------------------------------------------- comparisons
 def same(one: Any, other: Any) -> bool:
-    """Bitwise, nan included."""
+    """Compare bitwise; nan equals nan."""
     if isinstance(one, torch.Tensor):
         alike = isinstance(other, torch.Tensor) and one.dtype == other.dtype and one.shape == other.shape
         return alike and bool(torch.equal(torch.nan_to_num(one.double(), 7.25), torch.nan_to_num(other.double(), 7.25)))
@@ -133,7 +133,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def unchanged(run: Run, twin: Run) -> bool:
-    """The two are alike, and their next steps are."""
+    """Return whether the two are equal and their next steps are, too."""
     if not same(run.optimizer.state_dict(), twin.optimizer.state_dict()) or not same(run.params, twin.params):
         return False
     for each in (run, twin):

@@ -26,7 +26,7 @@ Array = np.ndarray
 
 @dataclass
 class Slot:
-    """One parameter tensor with its state; ``step == 0`` means it never took part in a step."""
+    """One parameter tensor with its state; ``step == 0`` means that it took no part in a step."""
 
     x: Array
     group: int
@@ -36,18 +36,18 @@ class Slot:
     beta_prod: float = 1.0
     prev_lr: float = 0.0
     beta: float = float("nan")
-    raw: float = float("nan")  # unclamped; nan where no raw value exists (own first step, D == 0)
+    raw: float = float("nan")  # unclamped; nan if there is no raw value (first step, D == 0)
 
 
 @dataclass
 class Terms:
-    """What one tensor adds to its scope: numerator and denominator of beta_t, and what the update needs."""
+    """Return what one tensor adds to its scope (numerator and denominator of beta_t), and what the update needs."""
 
     g: Array
     p: Array
     v: Array
     first: bool
-    still: bool  # the gradient as given is zero everywhere
+    still: bool  # the given gradient is zero everywhere
     num: float = 0.0
     den: float = 0.0
 
@@ -80,12 +80,12 @@ class Oracle:
             x = np.array(x, dtype=np.float64)
             self.slots.append(Slot(x, len(self.groups) - 1, np.zeros_like(x), np.zeros_like(x)))
 
-    # -- what the two algorithms differ in ------------------------------------------------------------------------
+    # -- differences of the two algorithms -------------------------------------------------------------------------
     def gradient(self, slot: Slot, grad: Array) -> Array:
         raise NotImplementedError
 
     def metric(self, slot: Slot, g: Array) -> tuple[Array, Array]:
-        """The new second moment and the metric P."""
+        """Return the new second moment and the metric P."""
         raise NotImplementedError
 
     def mu(self, group: dict[str, Any]) -> float:
@@ -93,7 +93,7 @@ class Oracle:
 
     # -- one step -------------------------------------------------------------------------------------------------
     def step(self, grads: list[Array | None], loss: float | None = None) -> None:
-        """One step; ``grads`` in the order of the slots, None = absent. ``loss`` only with ``exact``."""
+        """Make one step. ``grads`` has the order of the slots, None = absent. ``loss`` only with ``exact``."""
         present = {i: np.asarray(g, dtype=np.float64) for i, g in enumerate(grads) if g is not None}
         value = self.objective(loss) if self.exact else None
         bad = any(not np.isfinite(g).all() for g in present.values()) or (value is not None and not np.isfinite(value))
@@ -110,14 +110,14 @@ class Oracle:
         self.prev_loss = value
 
     def objective(self, loss: float | None) -> float:
-        """The loss as minimised: negated under maximize, with wd/2 |x|^2 where the decay is coupled."""
+        """Return the minimised loss: negated under maximize, with wd/2 |x|^2 if the decay is coupled."""
         assert loss is not None
         sign = -1.0 if self.groups[0]["maximize"] else 1.0
         coupled = [s for s in self.slots if self.mu(self.groups[s.group]) == 0.0]
         return sign * loss + sum(0.5 * self.groups[s.group]["weight_decay"] * float((s.x**2).sum()) for s in coupled)
 
     def is_phantom(self, terms: dict[int, Terms]) -> bool:
-        """A checkpointer's first step at lr 0 with only zero gradients leaves no trace."""
+        """Return whether this is a checkpointer's first step at lr 0 with zero gradients, which leaves no trace."""
         return all(t.first and t.still and self.groups[self.slots[i].group]["lr"] == 0.0 for i, t in terms.items())
 
     def terms(self, slot: Slot, grad: Array) -> Terms:
@@ -141,7 +141,7 @@ class Oracle:
         return out
 
     def exact_delta(self, i: int, value: float | None) -> float:
-        """(1 + mu eta) Delta / eta with the exact difference of losses; needs one lr (and one mu) for the model."""
+        """Return (1 + mu eta) Delta / eta with the exact difference of losses; the model needs one lr and one mu."""
         if not self.exact or self.prev_loss is None or value is None:
             return 0.0
         group = self.groups[self.slots[i].group]
@@ -153,7 +153,7 @@ class Oracle:
         return {"tensor": i, "group": self.slots[i].group, "global": 0}[self.scope]
 
     def betas(self, terms: dict[int, Terms], value: float | None) -> dict[int, tuple[float, float]]:
-        """Slot -> (clipped, raw) beta_t: the sums of a scope are shared, each group clips with its own cap."""
+        """Map each slot to its (clipped, raw) beta_t: a scope shares the sums, each group clips with its own cap."""
         out = {}
         for i, own in terms.items():
             cap = float(self.groups[self.slots[i].group]["cap"])

@@ -1,16 +1,16 @@
-"""The two-plane proximal subproblem itself, solved by brute force (numpy, small dimension).
+"""The two-plane proximal subproblem, solved by brute force (numpy, small dimension).
 
 At x with gradient g, memory d, gap Delta, positive diagonal metric P, decay mu and memory regularisation lambda:
 
     min_{d'}  max{ <g, u>,  Delta + <d, u> } + 1/(2 eta) |u|_P^2 + mu/2 |x + u|_P^2 + lambda s/2 |d' - d|^2
     where  u = -s (d'/P + mu x)  is the proximal step that the new memory d' makes,  s = eta / (1 + mu eta).
 
-With mu = 0 this is word for word the model of the method (s = eta); with mu > 0 the step is the implicit (proximal)
-form of decoupled decay, which the optimizer replaces by its first-order form x' = (1 - mu eta) x - eta d'/P, and the
-memory term is scaled by s like the step is, which is what makes d' independent of mu in the published update.
+With mu = 0 this is exactly the model of the method (s = eta). With mu > 0 the step is the implicit (proximal) form of
+decoupled decay, which the optimizer replaces by its first-order form x' = (1 - mu eta) x - eta d'/P. The memory term is
+scaled by s like the step, which makes d' independent of mu in the published update.
 
 The max is written as a maximum over b in [0, cap] of the blend of both planes; cap = 1 is the max itself, a smaller cap
-restricts how much the memory plane may count. Nothing below uses the closed form of beta or of d'.
+limits the weight of the memory plane. Nothing below uses the closed form of beta or of d'.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Subproblem:
         return b * memory_plane + (1.0 - b) * gradient_plane + self.regular(memory)
 
     def inner(self, b: float) -> Array:
-        """The minimiser d' for a fixed b: the objective is a strictly convex quadratic, read off by differences."""
+        """Return the minimiser d' for a fixed b. The objective is a strictly convex quadratic, found by differences."""
         n = self.g.size
         unit = np.eye(n) * np.sqrt(self.p / self.eta)[:, None]  # differences are exact; this keeps them well scaled
         f0 = self.blend(b, np.zeros(n))
@@ -62,14 +62,14 @@ class Subproblem:
         return unit @ np.linalg.solve(hessian, -(plus - minus) / 2)
 
     def value(self, b: float) -> float:
-        """The dual function: concave in b."""
+        """Return the dual function, which is concave in b."""
         return self.blend(b, self.inner(b))
 
     def primal(self, memory: Array) -> float:
         return max(self.planes(memory)) + self.regular(memory)
 
     def golden(self, cap: float) -> float:
-        """argmax of ``value`` on [0, cap] by golden section; good to about 1e-7, as flat as a maximum is."""
+        """Return the argmax of ``value`` on [0, cap] by golden section, right to about 1e-7: a maximum is flat."""
         ratio = (np.sqrt(5.0) - 1.0) / 2.0
         low, high = 0.0, cap
         left, right = high - ratio * (high - low), low + ratio * (high - low)
@@ -86,7 +86,7 @@ class Subproblem:
         return 0.5 * (low + high)
 
     def vertex(self, cap: float) -> float:
-        """The same argmax from three values of ``value``, which is a parabola: exact to rounding."""
+        """Return the same argmax from three values of ``value``, which is a parabola: exact to rounding."""
         f0, f1, f2 = self.value(0.0), self.value(0.5), self.value(1.0)
         curve = 2.0 * (f0 - 2.0 * f1 + f2)
         slope = f2 - f0 - curve

@@ -1,4 +1,4 @@
-"""AdamW state_dicts into AMAdamW and back, and torch.distributed.checkpoint's phantom first step."""
+"""AdamW state_dicts into AMAdamW and back, and the first step by which torch.distributed.checkpoint creates a state."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def train(optimizer: torch.optim.Optimizer, steps: range) -> None:
 @pytest.mark.parametrize("live_cap", [0.9, 0.5])
 @pytest.mark.parametrize("scope", ["tensor", "global"])
 def test_adamw_state_loads_mid_run(scope: str, live_cap: float, foreach: bool | None) -> None:
-    """The next steps are the oracle's with prod beta = 0.9 ** step and eta_{t-1} = the checkpoint's lr."""
+    """The next steps are the oracle's with prod beta = 0.9 ** step and the checkpoint's lr as eta_{t-1}."""
     params = named_params(SHAPES, torch.float64)
     adamw = torch.optim.AdamW(groups_of(params), lr=0.3, betas=(0.9, 0.95), eps=1e-6)
     train(adamw, range(5))
@@ -68,7 +68,7 @@ def test_adamw_state_loads_mid_run(scope: str, live_cap: float, foreach: bool | 
 
 
 def test_adamw_checkpoint_of_an_older_layout() -> None:
-    """Float steps and no newer keys, as in old checkpoints; a tensor that never stepped has no state."""
+    """Old checkpoints have float steps and lack newer keys; a tensor that was not stepped has no state."""
     params = named_params(SHAPES, torch.float32)
     adamw = torch.optim.AdamW(groups_of(params), lr=0.3, betas=(0.9, 0.95))
     for _, p in params[:2]:
@@ -106,7 +106,7 @@ def test_bfloat16_adamw_state_gets_wide_scalars() -> None:
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_amadamw_state_loads_into_adamw(dtype: torch.dtype, foreach: bool) -> None:
-    """Plain AdamW goes on from these moments, with nothing of ours in its way."""
+    """Plain AdamW continues from these moments, and our additional state does not disturb it."""
     params = named_params(SHAPES, dtype)
     mine = AMAdamW(groups_of(params), lr=0.3, betas=(0.8, 0.95), foreach=foreach)
     train(mine, range(5))
@@ -130,7 +130,7 @@ def test_amadamw_state_loads_into_adamw(dtype: torch.dtype, foreach: bool) -> No
 
 
 def test_round_trip_through_adamw_is_seen_as_a_full_state() -> None:
-    """AMAdamW -> AdamW -> AMAdamW: AdamW carries our scalars along untouched, and they are used as they are."""
+    """AMAdamW -> AdamW -> AMAdamW: AdamW keeps our scalars unchanged, and they are used as they are."""
     params = named_params(SHAPES, torch.float64)
     mine = AMAdamW(groups_of(params), lr=0.3, betas=(0.8, 0.95))
     train(mine, range(5))
@@ -156,7 +156,7 @@ def small_model() -> torch.nn.Module:
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_phantom_step_leaves_no_trace(kind: str) -> None:
-    """lr 0 and zero gradients on a fresh optimizer: zero moments, step 0, beta_prod 1; then a run like any other."""
+    """lr 0 and zero gradients on a fresh optimizer give zero moments, step 0 and beta_prod 1; the run is unchanged."""
     touched, fresh = make(kind, small_model()), make(kind, small_model())
     for group in touched.param_groups:
         group["lr"] = 0.0
@@ -179,7 +179,7 @@ def test_phantom_step_leaves_no_trace(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_distributed_checkpoint_save_and_load(kind: str) -> None:
-    """The real get / set of torch.distributed.checkpoint, before the first step and in mid-run."""
+    """Use the real get / set of torch.distributed.checkpoint, before the first step and during a run."""
     model, reference = small_model(), small_model()
     optimizer, straight = make(kind, model), make(kind, reference)
     get_optimizer_state_dict(model, optimizer)
@@ -200,7 +200,7 @@ def test_distributed_checkpoint_save_and_load(kind: str) -> None:
 @pytest.mark.parametrize("foreach", KERNELS)
 @pytest.mark.parametrize("scope", ["tensor", "group", "global"])
 def test_a_first_step_at_lr_zero_with_gradients_counts(scope: str, foreach: bool | None) -> None:
-    """Warmup from lr 0 is a genuine first step, as in AdamW, also for a tensor whose own gradient is zero."""
+    """Warmup from lr 0 makes a real first step, as in AdamW, also for a tensor whose own gradient is zero."""
     optimizer = AMAdamW(groups_of(named_params(SHAPES, torch.float64)), lr=0.0, scope=scope, foreach=foreach)
     twin = Twin(optimizer, make_oracle(optimizer, scope=scope))
 
@@ -222,7 +222,7 @@ def test_a_first_step_at_lr_zero_with_gradients_counts(scope: str, foreach: bool
 def test_any_gradient_makes_a_first_step_at_lr_zero_count(
     kind: str, zero: int | None, lrs: tuple[float, float], foreach: bool | None
 ) -> None:
-    """Whichever group has it, with or without decay, and whatever the other group's lr is."""
+    """It counts whichever group has the gradient, with or without decay, and whatever the other group's lr is."""
     cls = AMAdamW if kind == "adamw" else AMSGD
     optimizer = cls(groups_of(named_params(SHAPES, torch.float64)), lr=0.0, scope="tensor", foreach=foreach)
     twin = Twin(optimizer, make_oracle(optimizer, scope="tensor"))
@@ -238,7 +238,7 @@ def test_any_gradient_makes_a_first_step_at_lr_zero_count(
 
 
 def test_a_first_step_at_lr_zero_is_adamws() -> None:
-    """At the cap with lambda = 0 the warmup from lr 0 is AdamW's, moments and counters included."""
+    """At the cap with lambda = 0 the warmup from lr 0 equals AdamW's, moments and counters included."""
     results = []
     for cls, extra in ((AMAdamW, {"lambd": 0.0}), (torch.optim.AdamW, {})):
         optimizer = cls(named_params(SHAPES, torch.float64), lr=0.0, betas=(0.05, 0.99), **extra)

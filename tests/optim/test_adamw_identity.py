@@ -23,7 +23,7 @@ SCHEDULES: dict[str, Callable[[int], float]] = {
 
 
 def steady_grads(seed: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Gradients around a fixed non-zero mean: the memory points along them, so raw betas are far above a small cap."""
+    """Return gradients around a fixed non-zero mean: the memory points along them and raw betas far exceed a cap."""
     gen = torch.Generator().manual_seed(seed)
 
     def make(p: torch.Tensor) -> torch.Tensor:
@@ -85,7 +85,7 @@ def test_equal_to_adamw_while_beta_is_at_its_cap(
 
 
 def test_the_identity_needs_the_cap() -> None:
-    """The comparison above is not vacuous: where the raw beta falls below the cap, the two part."""
+    """The comparison above is not vacuous: the two differ where the raw beta falls below the cap."""
     mine, torchs = pair("tensor", None, lr=0.5, weight_decay=0.0)
     for sign, lr in ((1.0, 0.5), (-1.0, 0.1)):
         for opt in (mine, torchs):

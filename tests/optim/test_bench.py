@@ -1,4 +1,4 @@
-"""python -m am_lightning.bench: what its columns say is what was done."""
+"""python -m am_lightning.bench: its columns describe what was run."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_bytes_of_the_word_model(size: int, adamw: int, plain: int, decays: int)
 
 
 class Hungry:
-    """Takes 64 MiB for a moment."""
+    """Allocate 64 MiB for a moment."""
 
     def __init__(self) -> None:
         self.state: dict[Any, Any] = {}
@@ -123,14 +123,14 @@ def test_the_table_fits_a_line_and_making_is_timed() -> None:
 
 
 def test_operations_of_the_host_are_counted_without_views() -> None:
-    numbers = torch.ones(4, 4)  # a norm calls others
+    numbers = torch.ones(4, 4)  # norm calls further operators
     counts = calls_of(lambda: numbers.view(16)[2:].add_(1).norm(), CPU)
     assert counts == {"operations": 2, "launches": None, "copies": None, "waits": None}
 
 
 @pytest.mark.slow
 def test_a_training_step_is_what_a_recipe_does() -> None:
-    """Every optimizer takes the steps that are timed, and its numbers follow from each other."""
+    """Every optimizer takes the timed steps, and the numbers are consistent."""
     from am_lightning.bench.training import STEPS, Training
     from am_lightning.pretrain.model.shape import LlamaShape, flops_per_token
 

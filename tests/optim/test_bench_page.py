@@ -1,4 +1,4 @@
-"""python -m am_lightning.bench.page: saved runs become the results of a page."""
+"""python -m am_lightning.bench.page: saved runs become the results on a page."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_what_the_bench_prints_becomes_a_page(tmp_path: Path, capsys: pytest.Cap
         files[-1].write_text(json.dumps(run(parse(["--model", "tensors:4x50", "--repeats", "1", "--only", "default"]))))
     to = tmp_path / "page.md"
     to.write_text(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n")
-    for _ in range(2):  # writing again changes nothing
+    for _ in range(2):  # writing twice changes nothing
         main([*map(str, files), "--to", str(to)])
         text = to.read_text()
         assert text == f"before\n\n{BEGIN}\n\n{results(read_runs(files))}\n\n{END}\n\nafter\n"

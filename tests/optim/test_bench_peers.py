@@ -1,4 +1,4 @@
-"""python -m am_lightning.bench --peers: optimizers of others step on what ours step on."""
+"""python -m am_lightning.bench --peers: other optimizers step on the tensors that ours step on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PACKAGES = [peer for peer in PEERS if peer.package != "torch"]
 
 
 class Stranger(torch.optim.AdamW):
-    """Where the package is not installed: says what it was asked for, as some do."""
+    """Replace the package if it is not installed, and print its arguments, as some packages do."""
 
     def __init__(self, params: list[torch.nn.Parameter], **options: Any) -> None:
         print("Using decoupled weight decay")
@@ -48,7 +48,7 @@ def test_what_is_not_installed_is_left_out_with_the_reason(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for peer in PACKAGES:
-        monkeypatch.setitem(sys.modules, peer.path[0], None)  # as if it were not there
+        monkeypatch.setitem(sys.modules, peer.path[0], None)  # as if not installed
     report = run(parse([*SMALL, "--peers", "--only", "RAdam", *(peer.name for peer in PACKAGES)]))
     assert {row["optimizer"] for row in report["rows"]} == {"AdamW fused", "RAdam foreach"}
     assert report["left out"].keys() == {peer.name for peer in PACKAGES}
@@ -69,7 +69,7 @@ def test_a_row_for_each(option: str, monkeypatch: pytest.MonkeyPatch, capsys: py
         sys, "argv", ["bench", *SMALL, option, "--json", "--only", "AdamW default", "AdamW foreach", *names]
     )
     main()
-    report = json.loads(capsys.readouterr().out)  # and nothing else was printed there
+    report = json.loads(capsys.readouterr().out)  # nothing else was printed there
     rows = {row["optimizer"]: row for row in report["rows"]}
     adamw = {"AdamW fused", "AdamW default", "AdamW foreach"}
     assert rows.keys() == adamw | {"AMAdamW default", "AMAdamW foreach", *names} and report["left out"] == {}
@@ -82,7 +82,7 @@ def test_a_row_for_each(option: str, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 @pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.package)
 def test_a_peer_steps_with_our_options_and_leaves_the_gradients(peer: Peer) -> None:
-    """The real package: a few steps of 1e-6 and decay, on the same gradients every time."""
+    """The real package makes a few steps with lr 1e-6 and decay, on the same gradients every time."""
     pytest.importorskip(peer.path[0])
     params = make_parameters([(64, 3), (9,)], torch.float32, CPU)
     begun, gradients = [p.detach().clone() for p in params], [p.grad.clone() for p in params]
@@ -121,13 +121,13 @@ def test_words_of_half_precision() -> None:
 
 @pytest.mark.slow
 def test_deepspeeds_own_beside_ours() -> None:
-    """In a process of its own: where DeepSpeed is loaded, engines are looked for."""
+    """DeepSpeed is loaded in a separate process, because the optimizer then searches for engines."""
     pytest.importorskip("deepspeed")
     command = [COLD, "-m", "am_lightning.bench", *SMALL, "--deepspeed", "--json", "--only", "DeepSpeed", "AMAdamW def"]
     env = os.environ | operator_build.variables()
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout[done.stdout.index("{") :])  # DeepSpeed prints what it builds
+    report = json.loads(done.stdout[done.stdout.index("{") :])  # DeepSpeed prints while it builds
     rows = {row["optimizer"]: row for row in report["rows"]}
     assert rows.keys() == {"AdamW fused", "AMAdamW default", "DeepSpeedCPUAdam"}
     assert rows["DeepSpeedCPUAdam"]["limit"] == 1.0 and "C++ loop" in rows["AMAdamW default"]["kernels"]

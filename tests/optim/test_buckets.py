@@ -1,4 +1,4 @@
-"""foreach takes tensors in buckets of bounded size, large ones in parts: small temporaries, the same result."""
+"""foreach handles tensors in buckets of bounded size and splits large ones: small temporaries, the same result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BUCKET = 1000
 
 
 class Live(TorchDispatchMode):
-    """Most bytes alive at once of tensors that operators have made."""
+    """Track the peak of bytes held by tensors that operators have made."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def run(kind: str, scope: str, **options: Any) -> tuple[torch.optim.Optimizer, i
             p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype) + 0.5 * p.detach()
         with Live() as live:
             optimizer.step()
-        peak = live.peak  # of the last: states are made at the first
+        peak = live.peak  # of the second step; the first creates the states
     return optimizer, peak
 
 
@@ -80,7 +80,7 @@ def test_a_skipped_step_leaves_every_part_alone(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_sums_over_very_many_blocks_are_those_of_plain_formulas() -> None:
-    """A long tensor beside tiny ones has thousands of blocks, which three levels of sums add up."""
+    """A long tensor beside tiny ones has thousands of blocks, which are summed on three levels."""
     found = []
     for tier in (True, False):
         optimizer = build("adamw", named_params([(300_001,), *[(3,)] * 400], torch.float64), lr=0.05, foreach=tier)
@@ -95,7 +95,7 @@ def test_sums_over_very_many_blocks_are_those_of_plain_formulas() -> None:
 
 
 def test_tensors_in_the_order_of_their_strides_and_others_agree_with_plain_formulas() -> None:
-    """Channels last is walked in the order of the storage; a gradient of other strides than its parameter is not."""
+    """Channels last is walked in storage order, but a gradient with other strides than its parameter is not."""
     found = []
     for tier in (True, False):
         params = [torch.nn.Parameter(torch.full((5, 3, 4, 6), 0.5, dtype=torch.float64)) for _ in range(3)]

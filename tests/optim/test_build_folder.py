@@ -1,4 +1,4 @@
-"""The C++ loop is built where torch builds extensions: the same variables and the same default move it."""
+"""The C++ loop is built where torch builds extensions: the same variables and the same default decide."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_variable_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 
 def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """So says the XDG specification; torch would write into the working directory."""
+    """The XDG specification requires this; torch would write into the working directory."""
     for name in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, "")
     monkeypatch.setattr(compiler.sys, "platform", "linux")
@@ -61,7 +61,7 @@ def test_a_folder_that_refuses_is_replaced(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_the_folder_is_private(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Also under a umask that lets others write."""
+    """This holds also under a umask that lets others write."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     before = os.umask(0)
     try:
@@ -90,7 +90,7 @@ def test_one_of_another_user_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_one_in_a_folder_that_everybody_may_write_to_is_not_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """They could rename it and put their own there; in one like /tmp they cannot."""
+    """Others could replace it there; in a sticky folder such as /tmp they cannot."""
     shared = tmp_path / "shared"
     shared.mkdir()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(shared))
@@ -135,7 +135,7 @@ def test_a_compiler_that_hangs_is_killed_with_what_it_started(monkeypatch: pytes
 @pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file away")
 def test_a_library_that_another_user_planted_is_built_anew(tmp_path: Path) -> None:
-    """It would run with this user's rights; one without our functions is built anew, too."""
+    """It would run with this user's rights. A library without our functions is rebuilt, too."""
     program = "from am_lightning.optim.kernels.cpu.build import load_library; print(load_library().description)"
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
 
@@ -148,7 +148,7 @@ def test_a_library_that_another_user_planted_is_built_anew(tmp_path: Path) -> No
     empty = tmp_path / "empty.so"
     subprocess.run(["c++", "-shared", "-x", "c++", "/dev/null", "-o", str(empty)], check=True)
     for owner, planted in ((12345, path.read_bytes()), (0, b"no library"), (0, empty.read_bytes())):
-        path.unlink()  # a loaded library is not written to
+        path.unlink()  # a loaded library must not be overwritten
         path.write_bytes(planted)
         os.chown(path, owner, -1)
         assert build() == built

@@ -1,4 +1,4 @@
-"""A CUDA graph's capture that cannot be served is refused before anything is made whose zeros are only recorded."""
+"""An unsupported capture of a CUDA graph is refused before anything is allocated whose zeros are only recorded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def step(optimizer: Any, number: int, *, without: int | None = None) -> None:
 
 @pytest.fixture
 def capture(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A context in which all devices say that a graph is being captured."""
+    """Make all devices report that a graph is being captured."""
 
     def begin() -> Any:
         context = monkeypatch.context()
@@ -60,7 +60,7 @@ def test_a_parameter_that_first_steps_in_a_capture_is_refused(kind: type[Any], c
     context = capture()
     with pytest.raises(RuntimeError, match="has no optimizer state that a step has used"):
         step(optimizer, 1)
-    step(optimizer, 1, without=1)  # what has stepped before goes on
+    step(optimizer, 1, without=1)  # a parameter that has stepped before continues
     context.__exit__(None, None, None)
     assert len(optimizer.state) == 2
     step(expected, 1, without=1)
@@ -86,7 +86,7 @@ def test_states_that_adamw_wrote_are_not_completed_in_a_capture(capture: Any) ->
 def test_states_that_were_loaded_are_not_put_into_one_tensor_in_a_capture(
     kind: type[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every replay would begin with the loaded numbers: the step in it reads and writes the tensors that are there."""
+    """Every replay would begin with the loaded numbers, so the captured step reads and writes the existing tensors."""
     optimizer, expected = make(kind), make(kind)
     for each in (optimizer, expected):
         step(each, 0)

@@ -11,7 +11,7 @@ from am_lightning import AMSGD, AMAdamW, clip_grad_norm_
 def make(dtype: torch.dtype = torch.float64) -> list[torch.nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in ((3, 4), (5,), (), (0,), (2,))]
-    for param in params[:-1]:  # the last has no gradient
+    for param in params[:-1]:  # the last parameter has no gradient
         param.grad = torch.randn(param.shape, generator=generator, dtype=torch.float64).to(dtype)
     return params
 
@@ -64,7 +64,7 @@ def test_clipping_in_the_step_is_clipping_before_it(optimizer, kernels: dict[str
         params = make(torch.float32)
         ours = optimizer(params, lr=0.1, **kernels)
         for step in range(3):
-            norm = clip_grad_norm_(ours, 0.5, in_step=in_step) if step < 2 else None  # the last is not clipped
+            norm = clip_grad_norm_(ours, 0.5, in_step=in_step) if step < 2 else None  # the third step is not clipped
             ours.step()
             for i, param in enumerate(params[:-1]):
                 param.grad = torch.full_like(param, 0.1 * (i + step + 1))
@@ -80,7 +80,7 @@ def test_zero_grad_takes_clipping_in_the_step_back() -> None:
     for optimizer, param in zip((one, two), params, strict=True):
         param.grad = torch.ones(3)
         if optimizer is one:
-            clip_grad_norm_(one, 1e-3, in_step=True)  # a GradScaler may leave out the step that follows
+            clip_grad_norm_(one, 1e-3, in_step=True)  # a GradScaler may skip the following step
             one.zero_grad()
             param.grad = torch.ones(3)
         optimizer.step()

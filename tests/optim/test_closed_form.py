@@ -20,7 +20,7 @@ def gradient(rng: np.random.Generator, memory: np.ndarray, i: int) -> np.ndarray
 
 
 def check(optimizer, p: torch.Tensor, sub: Subproblem, cap: float, key: str) -> bool:
-    """Compares beta and direction with the brute force; returns whether beta is strictly inside the clip."""
+    """Compare beta and direction with the brute force; return whether beta is strictly inside the clip."""
     beta = float(optimizer.momentum()["p"])
     best, exact = sub.golden(cap), sub.vertex(cap)
     assert beta == pytest.approx(best, abs=2e-6)
@@ -28,7 +28,7 @@ def check(optimizer, p: torch.Tensor, sub: Subproblem, cap: float, key: str) -> 
     direction = to_numpy(optimizer.state[p][key])
     np.testing.assert_allclose(direction, sub.inner(best), atol=1e-4)
     np.testing.assert_allclose(direction, sub.inner(exact), atol=1e-8)
-    # No other blend the model may choose does better: the dual value is at its top.
+    # No other blend in the model's range is better: the dual value is at its maximum.
     assert all(sub.value(b) <= sub.value(beta) + 1e-9 for b in np.linspace(0.0, cap, 21))
     if cap == 1.0:
         assert sub.primal(direction) == pytest.approx(sub.value(beta), abs=1e-8)
@@ -38,7 +38,7 @@ def check(optimizer, p: torch.Tensor, sub: Subproblem, cap: float, key: str) -> 
 @pytest.mark.parametrize("lam", LAMBDAS)
 @pytest.mark.parametrize("decay", ["none", "coupled", "decoupled"])
 def test_sgd_solves_the_two_plane_problem(lam: float, decay: str) -> None:
-    """Primal: identity metric, first-order gap, the true max (cap 1); coupled decay is part of g."""
+    """Primal: identity metric, first-order gap, the exact max (cap 1); coupled decay is part of g."""
     rng = np.random.default_rng(0)
     p = torch.nn.Parameter(torch.tensor(rng.normal(size=N)))
     wd = 0.0 if decay == "none" else 0.3
@@ -68,7 +68,7 @@ def test_sgd_solves_the_two_plane_problem(lam: float, decay: str) -> None:
 @pytest.mark.parametrize("wd", [0.0, 0.3])
 @pytest.mark.parametrize("lam", LAMBDAS)
 def test_adamw_solves_the_capped_two_plane_problem(lam: float, wd: float, cap: float) -> None:
-    """Primal: metric P of AdamW, first-order gap, memory plane counted at most ``cap``."""
+    """Primal: metric P of AdamW, first-order gap, memory plane weighted at most by ``cap``."""
     rng = np.random.default_rng(1)
     p = torch.nn.Parameter(torch.tensor(rng.normal(size=N)))
     curvature, beta2, eps = rng.uniform(0.2, 1.0, N), 0.9, 1e-3
@@ -97,7 +97,7 @@ def test_adamw_solves_the_capped_two_plane_problem(lam: float, wd: float, cap: f
 @pytest.mark.parametrize("decay", ["none", "coupled", "decoupled"])
 @pytest.mark.parametrize("lam", LAMBDAS)
 def test_sgd_with_the_exact_gap_solves_the_two_plane_problem(lam: float, decay: str) -> None:
-    """Primal: the memory plane passes through the previous loss itself; no first-order estimate is left."""
+    """Primal: the memory plane passes through the previous loss itself, without a first-order estimate."""
     rng = np.random.default_rng(2)
     a = rng.normal(size=(N, N))
     hessian, c = torch.tensor(a @ a.T / N + 0.3 * np.eye(N)), torch.tensor(rng.normal(size=N))

@@ -1,4 +1,4 @@
-"""torch.compile(optimizer.step): the step runs as it is, to the same bits, and nothing is compiled again and again."""
+"""torch.compile(optimizer.step): the step runs eagerly with the same bits, and nothing is recompiled repeatedly."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 class Counting:
-    """A backend that counts graphs and runs them as they are."""
+    """A backend that counts graphs and runs them eagerly."""
 
     def __init__(self) -> None:
         self.graphs = 0
@@ -42,7 +42,7 @@ def fresh() -> Iterator[None]:
 
 
 def train(kind: str, backend: Counting | None, *, whole: bool, clips: bool = False) -> tuple[list[Any], list[int]]:
-    """Five steps at other rates; weights, and how many frames and graphs there were after each step."""
+    """Make five steps at different rates; return the weights, and the numbers of frames and graphs after each step."""
     cls, options = KINDS[kind]
     optimizer = cls(named_params(SHAPES, torch.float32), lr=1e-2, **options)
 
@@ -86,7 +86,7 @@ def test_clipping_in_a_compiled_function() -> None:
 
 
 def test_a_whole_training_step() -> None:
-    """The model in graphs, the step between them as it is."""
+    """The model runs in graphs, and the step between them runs eagerly."""
     ends = []
     for backend in (Counting(), None):
         torch.manual_seed(0)
@@ -113,7 +113,7 @@ def test_a_whole_training_step() -> None:
 
 @pytest.mark.slow
 def test_the_compiled_kernels_inside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fused=True through torch.compile compiles its two passes inside the step that is left out."""
+    """fused=True through torch.compile compiles its two passes inside the step that runs eagerly."""
     compile_on_cpu(monkeypatch)
     found, _ = train("fused", Counting(), whole=False)
     assert counters["stats"]["unique_graphs"] > 0

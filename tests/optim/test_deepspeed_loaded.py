@@ -1,4 +1,4 @@
-"""An optimizer beside which DeepSpeed is imported, and whose parameters somebody has replaced, as FSDP2 does."""
+"""An optimizer in a process that has imported DeepSpeed, and parameters replaced by a framework, as by FSDP2."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from am_lightning import AMAdamW
 
 @pytest.fixture
 def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for each look at all objects of the process."""
+    """Record one entry per search through all objects of the process."""
     found: list[int] = []
     get_objects = gc.get_objects
 
@@ -50,7 +50,7 @@ def read(optimizer: AMAdamW) -> None:
 
 
 def test_an_engine_is_looked_for_once(looks: list[int]) -> None:
-    """Before the first step, as often as anything is read; a step makes the parameters those that were given."""
+    """It is searched for once before the first step, however often anything is read; a step fixes the parameters."""
     _, optimizer = replaced()
     assert not looks
     for _ in range(3):
@@ -67,19 +67,19 @@ def test_an_engine_is_looked_for_once(looks: list[int]) -> None:
 
 
 def test_one_that_comes_later_is_found(looks: list[int]) -> None:
-    """It puts its own partitions into the groups."""
+    """The engine puts its own partitions into the groups."""
     model, optimizer = replaced()
     read(optimizer)
     assert not optimizer.is_partitioned()
     for param in model.parameters():
-        param._dp_group = None  # how DeepSpeed marks what it keeps
+        param._dp_group = None  # DeepSpeed marks its tensors so
     optimizer.param_groups[0]["params"] = [nn.Parameter(torch.zeros(23))]
     assert optimizer.is_partitioned()
     assert len(looks) == 2
 
 
 def test_nothing_is_remembered_of_empty_groups(looks: list[int]) -> None:
-    """ZeRO 3 shows empty ones while it is built."""
+    """ZeRO 3 shows empty groups while it is built."""
     model, optimizer = replaced()
     optimizer.param_groups[0]["params"] = []
     assert not optimizer.is_partitioned()

@@ -1,4 +1,4 @@
-"""A default device that is not the parameters': every path goes on to the same bits, as AdamW's do."""
+"""A default device that is not the parameters': every path has the same bits, as AdamW's paths have."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def set_as_default(device: str) -> Iterator[None]:
     finally:
         torch.set_default_device(None)
         if getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", ...) is None:
-            del torch._GLOBAL_DEVICE_CONTEXT.device_context  # torch 2.6 asks it for its device afterwards
+            del torch._GLOBAL_DEVICE_CONTEXT.device_context  # torch 2.6 asks the context for its device afterwards
 
 
 WAYS: dict[str, Callable[[str], Any]] = {"context": torch.device, "set_default_device": set_as_default}
 
 
 def train(kind: str, foreign: Callable[[], Any]) -> list[torch.Tensor]:
-    """All that an optimizer can be asked, under a default device that ``foreign`` sets; weights and states."""
+    """Use all methods of an optimizer under a default device that ``foreign`` sets; return weights and states."""
     cls, options = KINDS[kind]
     ours = cls is not torch.optim.AdamW
     params = named_params(SHAPES, torch.float32)
@@ -101,7 +101,7 @@ def test_in_triton(interpreter: Pool) -> None:
 
 
 def test_what_was_not_made_by_a_step() -> None:
-    """An optimizer that is copied, pickled, converted, or goes on from AdamW's checkpoint, before its first step."""
+    """Copy, pickle or convert an optimizer, or load AdamW's checkpoint, before its first step."""
 
     def run(device: str) -> list[torch.Tensor]:
         params = named_params([(5, 3), (4,)], torch.float32)
@@ -132,7 +132,7 @@ def test_what_was_not_made_by_a_step() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("kind", ["AdamW", "chunked", "single_tensor", "foreach", "cpp"])
 def test_of_fake_tensors(kind: str, device: str) -> None:
-    """Memory and shapes of a step without numbers, as tools for planning a run make it."""
+    """Planning tools need memory and shapes of a step without numbers."""
     if device == "cuda" and not torch.backends.cuda.is_built():
         pytest.skip("this torch has no CUDA")
     cls, options = KINDS[kind]
@@ -143,7 +143,7 @@ def test_of_fake_tensors(kind: str, device: str) -> None:
             pytest.skip("fake tensors of this torch ask for CUDA's driver")
         params = [
             torch.nn.Parameter(torch.ones(shape, device=device)) for shape in SHAPES[:3]
-        ]  # torch 2.11 splits no empty one
+        ]  # torch 2.11 cannot split an empty tensor
         optimizer: Any = cls(params, lr=1e-2, **options)
         for _ in range(2):
             for p in params:

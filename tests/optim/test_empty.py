@@ -1,4 +1,4 @@
-"""An optimizer without parameters, as a pipeline stage or a rank may have one; parameters that others replace."""
+"""An optimizer without parameters, as of a pipeline stage or a rank that holds none; parameters that are replaced."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_no_parameters(kind: type, scope: str) -> None:
 
 
 def test_a_replaced_parameter_is_let_go_at_once() -> None:
-    """A framework that shards replaces whole parameters: the optimizer must not keep a whole model."""
+    """A sharding framework replaces all parameters, and the optimizer must not keep the whole model alive."""
     whole, part = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
     optimizer = AMAdamW([("w", whole)])
     optimizer.param_groups[0]["params"][0] = part

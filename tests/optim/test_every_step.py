@@ -10,11 +10,11 @@ import torch
 from tests.optim.harness import KERNELS, SCOPES, Bowl, Twin, as_grads, build, make_oracle, named_params, run_bowl
 
 SHAPES = [(7, 5), (13,), (), (1,), (0,), (4, 3, 3)]
-# Jumping rates overshoot the bowl, so that betas fall inside the clip; one 0.0 is a schedule's end or pause.
+# Jumping rates overshoot the bowl, so that betas fall inside the clip. A rate of 0.0 is a schedule's end or pause.
 RATES = {"adamw": [1.0, 0.5, 0.9, 0.3, 0.6], "sgd": [1.9, 1.5, 0.5, 1.2, 1.7]}
 STEPS = 20
 
-# name -> (options of the first group, options of the second); both groups override everything that a group can.
+# name -> (options of the first group, options of the second). Together the groups override every option of a group.
 VARIANTS: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
     "adamw": {
         "paper": ({}, {}),
@@ -53,13 +53,13 @@ def make_twin(
 
 
 def schedule(kind: str) -> list[tuple[float, float]]:
-    """Two groups on two rates, both 0 at step 11."""
+    """Return two groups on two rates, both 0 at step 11."""
     rates = [RATES[kind][i % 5] for i in range(STEPS)]
     return [(r, 0.7 * r) if i != 11 else (0.0, 0.0) for i, r in enumerate(rates)]
 
 
 def drop_some(step: int, grads: list[Any]) -> None:
-    """Absent gradients: one tensor joins late, one pauses, a whole group is absent once."""
+    """Remove gradients: one tensor joins late, one pauses, a whole group is absent once."""
     if step < 3:
         grads[1] = None
     if step in (6, 7):
@@ -89,7 +89,7 @@ def test_float32(kind: str, variant: str, scope: str, foreach: bool | None) -> N
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("scope", SCOPES)
 def test_capturable_with_a_tensor_lr(scope: str, foreach: bool) -> None:
-    """A tensor lr keeps its value on the device: fill_ changes it between steps."""
+    """A tensor lr keeps its value on the device, and fill_ changes it between steps."""
     lr = torch.tensor(0.5, dtype=torch.float64)
     params = named_params(SHAPES, torch.float64)
     groups = [{"params": params[:4]}, {"params": params[4:], "weight_decay": 0.0}]
@@ -121,13 +121,13 @@ def test_tensor_lr_in_the_default_kernel(capturable: bool) -> None:
 @pytest.mark.parametrize("foreach", KERNELS)
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_zero_difference_gives_beta_zero(kind: str, foreach: bool | None) -> None:
-    """d == g everywhere (S1 == 0) after the first step: beta is 0 for that scope, and nothing turns into nan."""
+    """If d == g everywhere (S1 == 0) after the first step, the beta of that scope is 0, and nothing becomes nan."""
     params = named_params([(3,), (2, 2)], torch.float64)
     optimizer = build(kind, params, lr=0.1, weight_decay=0.0, scope="tensor", foreach=foreach)
     twin = Twin(optimizer, make_oracle(optimizer))
     gen = torch.Generator().manual_seed(0)
     for _ in range(3):
-        # All zeros: d stays 0 = g under AM-AdamW; under AM-SGD the direction is g from the start.
+        # With zeros only, d stays 0 = g under AM-AdamW. Under AM-SGD the direction is g from the start.
         twin.step([torch.zeros(3, dtype=torch.float64), torch.randn(2, 2, generator=gen, dtype=torch.float64)])
     betas = list(optimizer.momentum().values())
     assert float(betas[0]) == 0.0
@@ -136,7 +136,7 @@ def test_zero_difference_gives_beta_zero(kind: str, foreach: bool | None) -> Non
 
 @pytest.mark.parametrize("foreach", KERNELS)
 def test_sgd_constant_gradient_is_beta_zero(foreach: bool | None) -> None:
-    """d_0 = g_0 and the same gradient again: d - g is exactly zero with non-zero gradients."""
+    """d_0 = g_0 and the same gradient again make d - g exactly zero with non-zero gradients."""
     params = named_params([(3,)], torch.float64)
     optimizer = build("sgd", params, lr=0.25, weight_decay=0.0, lambd=0.0, foreach=foreach)
     start = params[0][1].detach().clone()
@@ -149,7 +149,7 @@ def test_sgd_constant_gradient_is_beta_zero(foreach: bool | None) -> None:
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_no_gradient_at_all(kind: str) -> None:
-    """A step in which nothing has a gradient changes nothing and is not a skipped step."""
+    """A step without any gradient changes nothing and is not a skipped step."""
     params = named_params([(3,), (2,)], torch.float64)
     optimizer = build(kind, params, lr=0.1, scope="tensor")
     twin = Twin(optimizer, make_oracle(optimizer, scope="tensor"))

@@ -92,7 +92,7 @@ def test_float32_equals_the_oracle() -> None:
 
 
 def test_exact_and_first_order_differ() -> None:
-    """The exact gap of a curved loss is not its first-order estimate: a stub that ignores the loss is caught."""
+    """The exact gap of a curved loss differs from its first-order estimate, so ignoring the loss is detected."""
     betas = []
     for gap in ("exact", "first_order"):
         params = named_params(SHAPES, torch.float64)
@@ -153,7 +153,7 @@ def test_a_closure_without_a_real_scalar_moves_nothing(bad: str, steps_before: i
     with pytest.raises((ValueError, TypeError), match=r"closure|loss"):
         optimizer.step(lambda: BAD_LOSSES[bad](problem()))
     assert_bitwise(snapshot(optimizer), before)
-    optimizer.step(problem)  # and the next good step is as if the bad one had not been
+    optimizer.step(problem)  # the next good step is as without the bad one
     twin[1].step(Quadratic([p for _, p in twin[0]], 1.0))
     assert_bitwise(snapshot(optimizer), snapshot(twin[1]))
 
@@ -172,7 +172,7 @@ def test_step_without_closure_moves_nothing() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_loss_that_is_not_finite_is_a_skipped_step(first: bool, value: float) -> None:
-    """The previous loss stays, too: the next step measures its gap from the last step that counted."""
+    """The previous loss is kept, too: the next step measures its gap from the last active step."""
     runs = []
     for bad_step in (0 if first else 2, None):
         params = named_params(SHAPES, torch.float64)
@@ -210,7 +210,7 @@ def test_the_previous_loss_survives_a_checkpoint() -> None:
 
 
 def test_two_learning_rates_are_refused() -> None:
-    """Delta / eta has one meaning only where the whole model moves with one eta."""
+    """Delta / eta is defined only if the whole model moves with one eta."""
     params = named_params(SHAPES, torch.float64)
     optimizer = AMSGD([{"params": params[:1], "lr": 0.1}, {"params": params[1:], "lr": 0.2}], loss_gap="exact")
     before = snapshot(optimizer)

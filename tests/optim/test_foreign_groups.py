@@ -1,4 +1,4 @@
-"""What others put in place of groups and parameters: groups of AdamW's checkpoint, appended dicts, a whole model."""
+"""Groups and parameters that others replace: groups of AdamW's checkpoint, appended dicts, a whole model."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def steps(optimizer: Any, given: list[torch.nn.Parameter]) -> list[torch.Tensor]
 
 
 def adamws(optimizer: Any, given: list[torch.nn.Parameter]) -> None:
-    """A callback restores the groups of AdamW, whose options are AdamW's."""
+    """Restore groups that have AdamW's options, as a callback does."""
     restored = torch.optim.AdamW(given, lr=0.05, betas=(0.8, 0.9)).param_groups
     optimizer.param_groups = copy.copy(restored)
 
 
 def updated(optimizer: Any, given: list[torch.nn.Parameter]) -> None:
-    """New dicts with an option or two."""
+    """Replace the groups by new dicts with some options changed."""
     optimizer.param_groups[:] = [{"params": given, "lr": 0.05, "betas": (0.8, 0.9), "weight_decay": 0.01}]
 
 

@@ -1,4 +1,4 @@
-"""fused=True on the CPU: the C++ loop and torch.compile against float64, bit for bit where bits are promised."""
+"""fused=True on the CPU: the C++ loop and torch.compile against float64, bitwise where equal bits are promised."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.optim.test_layouts import scatter_strides, with_odd_strides
 from tests.python import COLD
 
 ROOT = Path(__file__).resolve().parents[2]
-# Less than a tile, tiles and a rest, blocks and a rest; one element and none.
+# Less than a tile; tiles and a remainder; blocks and a remainder; one element; none.
 SHAPES = [(33, 7), (40_001,), (), (0,), (1024,), (3, 0, 2), (16_385,)]
 IMPLEMENTATIONS = ["cpp", pytest.param("compile", marks=pytest.mark.slow)]
 
@@ -59,7 +59,7 @@ cpp = pytest.mark.parametrize("implementation", ["cpp"], indirect=True)
 
 
 class Close(Twin):
-    """As a twin, but beta must be right to 1e-6."""
+    """A twin that requires beta to be right to 1e-6."""
 
     def beta_tol(self, p: torch.Tensor) -> float:
         return min(1e-6, super().beta_tol(p))
@@ -103,7 +103,7 @@ def test_mixed_dtypes(implementation: str, scope: str) -> None:
 
 @each_implementation
 def test_strides(implementation: str) -> None:
-    """Transposed, channels last, with gaps; gradients of other strides than their parameters."""
+    """Transposed, channels last, with gaps; gradients with other strides than their parameters."""
     shapes, params = with_odd_strides()
     strides = [p.stride() for p in params]
     twin = twin_of(params, "global")
@@ -114,7 +114,7 @@ def test_strides(implementation: str) -> None:
 
 @each_implementation
 def test_unaligned_views(implementation: str) -> None:
-    """Parts of one flat buffer at odd places, as engines cut them."""
+    """Views of one flat buffer at unaligned offsets, as engines make them."""
     base = torch.randn(40_100, generator=torch.Generator().manual_seed(0))
     shapes = [(17_001,), (5, 3), (22_000,)]
     pieces = [base[1:17_002], base[17_002:17_017].view(5, 3), base[18_001:40_001]]
@@ -161,7 +161,7 @@ def test_the_number_of_threads_does_not_matter(implementation: str, threads: Cal
     ids=lambda dtype: str(dtype).removeprefix("torch."),
 )
 def test_all_instruction_sets_give_the_same_bits(dtype: torch.dtype | str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So replicas on different CPUs stay equal, and a run goes on alike on another machine."""
+    """Replicas on different CPUs stay equal, and a run resumes alike on another machine."""
     library = compiler.load_library()
     if len(library.paths) == 1:
         pytest.skip(f"this CPU has {', '.join(library.paths)} alone")
@@ -197,7 +197,7 @@ def test_a_skipped_first_step_leaves_no_trace(implementation: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["compile"], indirect=True)
 def test_nothing_is_compiled_again(implementation: str) -> None:
-    """lr, beta2, step, beta_t and the decay's value change; so do the sizes, once two were seen."""
+    """lr, beta2, step, beta_t and the decay's value change, and so do the sizes after two have been seen."""
     optimizer = run_steps(2)
     graphs = counters["stats"]["unique_graphs"]
     assert graphs > 0
@@ -229,7 +229,7 @@ def test_a_resumed_run_goes_on_to_the_bit(implementation: str) -> None:
     assert_bitwise(snapshot(resumed), snapshot(whole))
 
 
-# ---------------------------------------------------------------- what must be installed
+# ---------------------------------------------------------------- installation
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -275,7 +275,7 @@ def test_a_device_without_kernels_is_named() -> None:
         with pytest.raises(RuntimeError, match=r"no kernels for parameters on 'hpu' .*cpu, cuda, .*xpu.*fused=None"):
             ask(torch.device("hpu"))
         ask(torch.device("xpu"))
-    AMAdamW([torch.nn.Parameter(torch.empty(3, device="meta"))], fused=True)  # it will get a device before it steps
+    AMAdamW([torch.nn.Parameter(torch.empty(3, device="meta"))], fused=True)  # it is moved to a device before it steps
 
 
 @pytest.mark.slow
@@ -297,7 +297,7 @@ def test_a_damaged_library_is_built_anew(tmp_path: Path) -> None:
 
 
 def test_tensors_that_wrap_others_are_not_walked_by_address() -> None:
-    """TwoTensor's own address is 0: a kernel that reads there ends the process."""
+    """TwoTensor's own address is 0, and a kernel that reads there crashes the process."""
     torch.manual_seed(0)
     start, gradients = torch.randn(5, 3), torch.randn(4, 5, 3)
 
@@ -320,7 +320,7 @@ def test_tensors_that_wrap_others_are_not_walked_by_address() -> None:
 
 @pytest.mark.slow
 def test_processes_that_build_at_once_and_a_killed_build(tmp_path: Path) -> None:
-    """Nobody waits for anybody: leftovers of a killed build are in no one's way, a path may have spaces."""
+    """No process waits for another, leftovers of a killed build do no harm, and the path may have spaces."""
     folder = tmp_path / "a folder" / "am_lightning"
     folder.mkdir(parents=True)
     (folder / "building_killed").mkdir()

@@ -1,4 +1,4 @@
-"""``fused=True`` on a GPU where Triton cannot build or launch: said when the optimizer is made, and on every rank."""
+"""``fused=True`` on a GPU where Triton cannot build or launch: reported at construction, and on every rank."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEXT = r"fused=True .* cannot be built or launched on cpu \(.*no C compiler\).*g
 
 
 class StandIn:
-    """Stands in for a Triton kernel that has no compiler, or for one that does nothing."""
+    """Stand in for a Triton kernel that has no compiler, or for one that does nothing."""
 
     def __init__(self, error: Exception | None) -> None:
         self.error, self.launches = error, 0
@@ -43,7 +43,7 @@ class StandIn:
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> StandIn:
-    """The CPU passes for a GPU."""
+    """Let the CPU pass for a GPU."""
     kernel = StandIn(error)
     module = SimpleNamespace(
         tl=SimpleNamespace(float32=0, float64=0), sums_kernel=kernel, reduce_kernel=kernel, update_kernel=kernel
@@ -67,20 +67,20 @@ def looked_at_anew() -> Iterator[None]:
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    """Kernels that cannot be built."""
+    """Install kernels that cannot be built."""
     monkeypatch.setenv("PATH", "")
     return stand_in(monkeypatch, RuntimeError("Failed to find\nno C compiler"))
 
 
 @pytest.fixture
 def idle(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    """Kernels that are launched and do nothing."""
+    """Install kernels that can be launched and do nothing."""
     return stand_in(monkeypatch, None)
 
 
 @pytest.fixture
 def working(idle: StandIn, monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    """Kernels whose numbers are taken for right: the interpreter's tests look at those."""
+    """Install kernels whose results are taken for right, because the interpreter's tests check those."""
     look = triton_check._difference
     monkeypatch.setattr(triton_check, "_difference", lambda kind: look(kind)[:0])
     return idle
@@ -128,9 +128,9 @@ def test_a_converted_run_goes_on_and_warns(broken: StandIn) -> None:
 
 
 class Together:
-    """A layout of tensors that another rank shares, whose vote is known.
+    """A layout that another rank with a known vote shares.
 
-    A vote: asked and failed, default and failed, fallen back.
+    A vote counts three things: fused asked for and failed, fused by default and failed, fallen back.
     """
 
     def __init__(self, optimizer: Any, *vote: float) -> None:
@@ -144,7 +144,7 @@ class Together:
 
 
 def agree(optimizer: Any, *vote: float) -> Together:
-    """The agreement of the first step, with another rank's vote; as ``step`` does."""
+    """Run the agreement of the first step with another rank's vote, as ``step`` does."""
     layout: Any = Together(optimizer, *vote)
     if not agree_on_kernels(layout, optimizer.param_groups, optimizer._workspace, optimizer.fused_dropped, None):
         drop_fused(optimizer.param_groups)
@@ -191,13 +191,13 @@ def test_ranks_agree_at_the_first_step(working: StandIn) -> None:
 
 def test_a_rank_that_lacks_the_cpp_loop_stops_all() -> None:
     optimizer: Any = AMAdamW(params(), fused=True)
-    agree(optimizer)  # a rank whose parameters lie elsewhere needs none
+    agree(optimizer)  # no vote of a rank whose parameters are on another device is needed
     with pytest.raises(RuntimeError, match=r"on the CPU needs C.*it does not work on 1 of the other ranks"):
         agree(optimizer, 1)
 
 
 def test_a_rank_whose_compiler_is_no_command_votes_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others wait for its vote, and none for ever."""
+    """The other ranks wait for its vote, and must not wait for ever."""
     optimizer: Any = AMAdamW(params(), fused=True)
     monkeypatch.setenv("CXX", "'g++")
     compiler.load_library.cache_clear()
@@ -230,7 +230,7 @@ def test_triton_is_the_default_where_it_works(working: StandIn) -> None:
     [({"fused": False}, "chunked"), ({"foreach": True}, "foreach"), ({"foreach": False}, "single_tensor")],
 )
 def test_what_is_set_is_taken(idle: StandIn, options: dict[str, bool], kernels: str) -> None:
-    """And nothing is built or tried for it."""
+    """Nothing is built or tried."""
     assert stepped(**options).endswith(f"kernels: {kernels} for 1")
     assert idle.launches == 0
 
@@ -240,7 +240,7 @@ def test_where_triton_gives_wrong_numbers_the_default_is_another(idle: StandIn) 
 
 
 def test_dtypes_that_the_device_lacks_are_seen_at_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bfloat16 on a GPU that has none: float32 works there, so nothing is known when the optimizer is made."""
+    """Only bfloat16 is missing on this GPU; float32 works, so construction cannot find the lack."""
     stand_in(monkeypatch, None)
     monkeypatch.setattr(triton_check, "_difference", lambda kind: "no bfloat16 here" if torch.bfloat16 in kind else "")
     optimizer = AMAdamW([torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))], fused=True)
@@ -259,7 +259,7 @@ def test_nothing_is_tried_in_a_capture(working: StandIn, monkeypatch: pytest.Mon
 
 
 def test_a_lack_of_memory_is_not_remembered(working: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first step's check found no room: that optimizer does without, and the next one looks again."""
+    """The first step's check has no memory: that optimizer uses no fused kernels, and the next one checks again."""
     look, full = triton_check._difference, [True]
 
     def crowded(kind: triton_check.Kind) -> str:

@@ -1,4 +1,4 @@
-"""A finite gradient whose square overflows: the step is dropped, by one rule for all kernels."""
+"""A finite gradient whose square overflows: all kernels drop the step by one rule."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.optim import huge
 from tests.optim.harness import build, compile_on_cpu, named_params, params_of
 from tests.sharding.pool import Pool
 
-# Kernels: options of AMAdamW, and what describe() calls them.
+# Options of AMAdamW for each kernel, and its name in describe().
 KERNELS: dict[str, tuple[dict[str, Any], str]] = {
     "chunked": ({"fused": False}, "chunked for 4"),
     "single_tensor": ({"foreach": False}, "single_tensor for 4"),
@@ -22,7 +22,7 @@ KERNELS: dict[str, tuple[dict[str, Any], str]] = {
 }
 EAGER = ["chunked", "single_tensor", "foreach"]
 DTYPES = ["float32", "bfloat16", "float16", "float64"]
-PLACES = [0, 2]  # a small tensor, and the end of one that takes several blocks
+PLACES = [0, 2]  # a small tensor, and the end of one with several blocks
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_the_step_is_dropped(kernel: tuple[dict[str, Any], str], dtype: str, at:
 @each_kernel
 @pytest.mark.parametrize("value", [-2e19, 1e30, -3e38])
 def test_far_beyond(kernel: tuple[dict[str, Any], str], value: float) -> None:
-    """Where P, too, overflows, so that 1 / P hides it from both sums."""
+    """P overflows as well, so that 1 / P hides it from both sums."""
     options, words = kernel
     huge.dropped("adamw", "float32", value, words, maximize=True, scope="global", **options)
 
@@ -60,7 +60,7 @@ def test_what_fits_is_taken(kernel: tuple[dict[str, Any], str], dtype: str) -> N
 
 @each_kernel
 def test_with_clipping_in_the_step(kernel: tuple[dict[str, Any], str]) -> None:
-    """The square of what is left of the gradient decides."""
+    """The square of the clipped gradient decides."""
     options, words = kernel
     huge.taken("adamw", "float32", 1e30, clip=1.0, **options)
     huge.dropped("adamw", "float32", 1e30, words, clip=1e25, **options)
@@ -76,7 +76,7 @@ def test_with_a_direction_in_bfloat16(kernel: tuple[dict[str, Any], str]) -> Non
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_of_sgd_whose_sum_overflows(kernel: tuple[dict[str, Any], str], dtype: str) -> None:
     options, words = kernel
-    options = {key: value for key, value in options.items() if key != "fused"}  # AMSGD has no such kernels
+    options = {key: value for key, value in options.items() if key != "fused"}  # AMSGD has no fused kernels
     huge.dropped("sgd", dtype, 1e30, words, **options)
     huge.taken("sgd", dtype, 1e18, **options)
 
@@ -100,7 +100,7 @@ def test_in_triton(interpreter: Pool, dtype: str) -> None:
 
 
 def test_adamw_freezes_the_element_and_goes_on() -> None:
-    """What the same gradient does to torch's: the step is made, and its element never moves again."""
+    """torch's AdamW makes the step, and the element never moves again."""
     optimizer = torch.optim.AdamW([p for _, p in named_params(huge.SHAPES[:2], torch.float32)], lr=1e-2, weight_decay=0)
     param = params_of(optimizer)[0]
     huge.give_grads(optimizer, 0, 1e30)
@@ -113,7 +113,7 @@ def test_adamw_freezes_the_element_and_goes_on() -> None:
 
 
 def test_a_gradient_of_another_dtype() -> None:
-    """bfloat16 weights whose squares fit in float32 only: between the largest bfloat16 and 2^128."""
+    """bfloat16 weights have gradients whose squares fit in float32 only: between the largest bfloat16 and 2^128."""
     optimizer = build("adamw", named_params([(4,)], torch.bfloat16), lr=1e-2, betas=(0.89, 0.0))
     param = params_of(optimizer)[0]
     if not hasattr(param, "grad_dtype"):

@@ -1,4 +1,4 @@
-"""The kernel tiers (reference, cache-blocked, foreach) equal each other to rounding, whatever the inputs."""
+"""The kernels (single_tensor, chunked, foreach) equal each other to rounding, whatever the inputs are."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run(kind: str, foreach: bool | None, dtypes: list[torch.dtype], scope: str, 
 @pytest.mark.parametrize(("which", "scope"), [(0, "tensor"), (0, "group"), (0, "global"), (1, "tensor"), (2, "global")])
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_tiers_agree(kind: str, which: int, mixed: bool, scope: str) -> None:
-    """One float32 rounding of beta, one rounding of the dtype in the state: nothing else may differ."""
+    """They may differ by one float32 rounding of beta and one rounding of the state's dtype, and nothing else."""
     dtypes = DTYPES if mixed else [torch.float32]
     runs = [run(kind, foreach, dtypes, scope, OPTIONS[kind][which]) for foreach in KERNELS]
     for other in (runs[0], runs[2]):
@@ -57,7 +57,7 @@ def test_tiers_agree(kind: str, which: int, mixed: bool, scope: str) -> None:
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_step_from_one_state_agrees(kind: str, dtype: torch.dtype) -> None:
-    """From the same state even low precision agrees to one unit in the last place, and beta to 1e-6."""
+    """From one state even low precision agrees to one unit in the last place, and beta to 1e-6."""
     rtol = 2**-7 if dtype == torch.bfloat16 else 1e-6
     base = run(kind, False, [dtype], "tensor", {})
     state = base.state_dict()

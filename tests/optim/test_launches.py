@@ -43,7 +43,7 @@ def give(optimizer: torch.optim.Optimizer, step: int) -> list[torch.Tensor]:
 )
 def test_a_step_takes_few_launches(kind: Any, dtypes: list[torch.dtype], options: dict[str, Any], most: int) -> None:
     optimizer = make(kind, dtypes, **options)
-    for step in range(2):  # states and plans are made
+    for step in range(2):  # the first step creates states and plans
         give(optimizer, step)
         optimizer.step()
     give(optimizer, 2)
@@ -54,7 +54,7 @@ def test_a_step_takes_few_launches(kind: Any, dtypes: list[torch.dtype], options
 
 def test_more_tensors_of_a_bucket_cost_only_longer_lists() -> None:
     counts = []
-    for tensors in (30, 60):  # both fit one launch of a list
+    for tensors in (30, 60):  # both fit into one launch of a list
         optimizer = make(AMAdamW, [torch.float32], tensors)
         for step in range(3):
             give(optimizer, step)

@@ -20,7 +20,7 @@ def rates(kind: str, steps: int) -> list[tuple[float, ...]]:
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 @pytest.mark.parametrize("scope", ["tensor", "global"])
 def test_longer_than_a_block(kind: str, dtype: torch.dtype, scope: str, foreach: bool | None) -> None:
-    """300 001 elements are one full block of 256 Ki and an odd rest; 262 144 are exactly one."""
+    """300 001 elements are one full block of 256 Ki and an odd remainder; 262 144 are exactly one."""
     optimizer = build(kind, named_params(BIG, dtype), lr=0.1, weight_decay=0.01, scope=scope, foreach=foreach)
     twin = Twin(optimizer, make_oracle(optimizer, scope=scope), sync=dtype == torch.float32)
     run_bowl(twin, Bowl.around(BIG, seed=3), rates(kind, 4))
@@ -28,14 +28,14 @@ def test_longer_than_a_block(kind: str, dtype: torch.dtype, scope: str, foreach:
 
 
 def strided(shape: tuple[int, ...], order: tuple[int, ...], seed: int) -> torch.nn.Parameter:
-    """A parameter of this shape whose memory order is ``order``."""
+    """Return a parameter of this shape whose memory order is ``order``."""
     gen = torch.Generator().manual_seed(seed)
     base = torch.randn([shape[i] for i in order], generator=gen, dtype=torch.float64)
     return torch.nn.Parameter(base.permute([order.index(i) for i in range(len(shape))]))
 
 
 def scatter_strides(step: int, grads: list[torch.Tensor]) -> None:
-    """Gives every gradient other strides than its parameter: transposed, expanded-free gaps, channels last."""
+    """Give every gradient other strides than its parameter's: transposed, with gaps, channels last."""
     for i, g in enumerate(grads):
         if g.dim() == 2 and step % 2:
             grads[i] = g.t().contiguous().t()
@@ -48,7 +48,7 @@ def scatter_strides(step: int, grads: list[torch.Tensor]) -> None:
 
 
 def with_odd_strides() -> tuple[list[tuple[int, ...]], list[torch.nn.Parameter]]:
-    """Shapes and parameters: transposed, contiguous, channels last, a vector, with gaps."""
+    """Return shapes and parameters: transposed, contiguous, channels last, a vector, with gaps."""
     shapes = [(6, 5), (6, 5), (2, 3, 4, 5), (9,), (5, 4)]
     params = [
         strided(shapes[0], (1, 0), 0),
@@ -77,7 +77,7 @@ def test_strides_of_params_and_grads(kind: str, scope: str, foreach: bool | None
 @pytest.mark.parametrize("foreach", KERNELS)
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_large_transposed_parameter(kind: str, foreach: bool | None) -> None:
-    """More than a block, in the other memory order, with contiguous gradients."""
+    """The tensor is longer than a block and transposed, with contiguous gradients."""
     shape = (601, 501)
     optimizer = build(kind, [strided(shape, (1, 0), 0)], lr=0.1, weight_decay=0.01, scope="tensor", foreach=foreach)
     twin = Twin(optimizer, make_oracle(optimizer))
@@ -90,7 +90,7 @@ def test_large_transposed_parameter(kind: str, foreach: bool | None) -> None:
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_low_precision(kind: str, scope: str, dtype: torch.dtype, foreach: bool | None) -> None:
-    """Fed the rounded state, beta must still be right to 1e-5: arithmetic and sums are float32 at least."""
+    """From the rounded state, beta must be right to 1e-5: arithmetic and sums have at least float32."""
     shapes = [(33, 7), (129,), (), (5,)]
     optimizer = build(kind, named_params(shapes, dtype), lr=0.1, weight_decay=0.01, scope=scope, foreach=foreach)
     twin = Twin(optimizer, make_oracle(optimizer, scope=scope), sync=True)
@@ -134,7 +134,7 @@ def test_float16_eps_does_not_underflow(foreach: bool | None) -> None:
 
 @pytest.mark.parametrize("foreach", KERNELS)
 def test_sums_do_not_lose_small_terms(foreach: bool | None) -> None:
-    """One float32 accumulator is off by 1e-3 in beta at this length; blocks and float64 across them are not."""
+    """One float32 accumulator is off by 1e-3 in beta at this length; blocks summed in float64 are not."""
     n = 4_000_003
     gen = torch.Generator().manual_seed(1)
     p = torch.nn.Parameter(torch.randn(n, generator=gen))

@@ -1,4 +1,4 @@
-"""Groups added in mid-run, learning-rate schedulers, and what momentum() says."""
+"""Groups added during a run, learning-rate schedulers, and momentum()."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LATE = [(5, 2), (3,)]
 
 
 def bowl_step(twin: Twin, bowl: Bowl) -> None:
-    """One step at whatever lr a scheduler has set."""
+    """Make one step at the lr that a scheduler has set."""
     for group, mirror in zip(twin.optimizer.param_groups, twin.oracle.groups, strict=True):
         mirror["lr"] = float(group["lr"])
     twin.step(as_grads(bowl.grads([s.x for s in twin.oracle.slots]), twin.params))
@@ -40,7 +40,7 @@ def bowl_step(twin: Twin, bowl: Bowl) -> None:
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_a_group_added_in_mid_run(kind: str, scope: str, foreach: bool | None) -> None:
-    """The late joiner adds nothing to the shared sums of its first step; its t and prod beta are its own."""
+    """The new tensor adds nothing to the shared sums of its first step; its t and prod beta are its own."""
     optimizer = build(kind, named_params(SHAPES, torch.float64), lr=0.1, scope=scope, foreach=foreach)
     twin = Twin(optimizer, make_oracle(optimizer, scope=scope))
     run_bowl(twin, Bowl.around(SHAPES, seed=1), [(r,) for r in RATES[kind]])
@@ -48,7 +48,7 @@ def test_a_group_added_in_mid_run(kind: str, scope: str, foreach: bool | None) -
     cap = {"betas": (0.6, 0.9)} if kind == "adamw" else {"beta_max": 0.5}
     before = optimizer.describe()
     optimizer.add_param_group({"params": late, "lr": 0.3, "weight_decay": 0.05, **cap})
-    assert optimizer.layout is not None and optimizer.describe() == before != "no step made yet"  # of the steps so far
+    assert optimizer.layout is not None and optimizer.describe() == before != "no step made yet"  # the steps so far
     group = optimizer.param_groups[-1]
     twin.oracle.add_group({"params": [to_numpy(p) for _, p in late], **oracle_options(optimizer, group)})
     assert list(optimizer.momentum()) == ["w0", "w1", "w2", "late0", "late1"]
@@ -81,7 +81,7 @@ def test_schedulers_are_followed_every_step(kind: str) -> None:
 
 
 def test_one_cycle_moves_betas_but_not_the_cap() -> None:
-    """OneCycleLR overwrites betas[0] at once and at every step; the cap lives in beta1_max."""
+    """OneCycleLR overwrites betas[0] at once and at every step; the cap is kept in beta1_max."""
     optimizer = AMAdamW(named_params(SHAPES, torch.float64), lr=0.5, betas=(0.3, 0.99))
     oracle = make_oracle(optimizer)
     scheduler = lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=12)
@@ -170,7 +170,7 @@ def test_an_absent_parameter_keeps_its_last_beta(kind: str) -> None:
     before = {n: float(b) for n, b in optimizer.momentum().items()}
     params = params_of(optimizer)
     params[0].grad = None
-    optimizer.param_groups[0]["lr"] = 0.01  # a large eta_{t-1} / eta_t and a turned gradient send beta to 0
+    optimizer.param_groups[0]["lr"] = 0.01  # a large eta_{t-1} / eta_t and a reversed gradient make beta 0
     for p in params[1:]:
         p.grad = -3.0 * optimizer.state[p]["exp_avg" if kind == "adamw" else "momentum_buffer"]
     frozen = [params[0].detach().clone(), *(v.clone() for v in optimizer.state[params[0]].values())]
@@ -183,7 +183,7 @@ def test_an_absent_parameter_keeps_its_last_beta(kind: str) -> None:
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_what_a_scope_shares(scope: str) -> None:
-    """tensor: all differ; group: equal inside a group; global: one value for the model."""
+    """ "tensor": all differ; "group": equal inside a group; "global": one value for the model."""
     params = named_params([(6,), (7,), (8,), (9,)], torch.float64)
     optimizer = AMSGD([{"params": params[:2]}, {"params": params[2:]}], lr=0.5, scope=scope, beta_max=1.0, lambd=0.0)
     twin = Twin(optimizer, make_oracle(optimizer, scope=scope))

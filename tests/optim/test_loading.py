@@ -1,4 +1,4 @@
-"""Foreign checkpoints: what loads, and that what does not leaves everything as it was. Names, copies, small devices."""
+"""Foreign checkpoints: which ones load, and that a refusal changes nothing. Names, copies, small devices."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_keys_that_a_checkpoint_lacks_keep_the_optimizers_values() -> None:
 
 
 def test_the_cap_of_a_checkpoint_is_not_taken() -> None:
-    """A run goes on with the cap that it is given now; the decay of the second moment is the checkpoint's."""
+    """A run keeps its own cap; the decay of the second moment comes from the checkpoint."""
     saved = AMAdamW([param()], betas=(0.6, 0.9))
     saved.step()
     optimizer = AMAdamW([param()], betas=(0.8, 0.99))
@@ -70,7 +70,7 @@ def test_the_cap_of_a_checkpoint_is_not_taken() -> None:
 
 
 def test_a_state_that_somebody_replaces_is_read() -> None:
-    """Scalars are packed behind the states; who puts others there means those."""
+    """The scalars are packed behind the states, but a value put into a state takes effect."""
     optimizer = AMAdamW([param()])
     optimizer.step()
     (state,) = optimizer.state.values()
@@ -106,7 +106,7 @@ def test_what_does_not_load_changes_nothing(bad: str) -> None:
 
 
 def two_steps(optimizer_class=AMAdamW) -> dict:
-    """A state_dict of two named parameters."""
+    """Return a state_dict of two named parameters."""
     optimizer = named(optimizer_class)
     optimizer.step()
     optimizer.step()
@@ -114,7 +114,7 @@ def two_steps(optimizer_class=AMAdamW) -> dict:
 
 
 def refuses(optimizer: torch.optim.Optimizer, saved: dict, words: str) -> None:
-    """``saved`` is refused and nothing changes."""
+    """Require that ``saved`` is refused and nothing changes."""
     optimizer.step()
     before, weights = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in params_of(optimizer)]
     with pytest.raises(ValueError, match=words):
@@ -167,7 +167,7 @@ def test_a_parameter_that_never_stepped_may_lack_scalars() -> None:
 
 @pytest.mark.parametrize("unset", [param_state.NO_BETA, float("nan")])
 def test_scalars_that_nothing_was_loaded_into_are_those_of_adamw(unset: float) -> None:
-    """torch.distributed.checkpoint loads AdamW's checkpoint into the state of a fresh AMAdamW, in part."""
+    """torch.distributed.checkpoint loads AdamW's checkpoint into a part of a fresh AMAdamW's state."""
     saved = two_steps(torch.optim.AdamW)
     for state in saved["state"].values():
         state |= {"beta_prod": torch.tensor(1.0), "beta": torch.tensor(unset), "prev_lr": torch.tensor(0.0)}
@@ -223,7 +223,7 @@ def descend(model: torch.nn.Linear, optimizer: AMSGD) -> list[float]:
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_the_loss_of_the_exact_gap_goes_through_a_sharded_checkpoint(tmp_path) -> None:
-    """torch.distributed.checkpoint reads only what a fresh optimizer shows to have; the loss keeps all its digits."""
+    """torch.distributed.checkpoint reads only the keys of a fresh optimizer; the loss keeps all its digits."""
     model, optimizer = line()
     descend(model, optimizer)
     parts = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}

@@ -1,4 +1,4 @@
-"""exp_avg_dtype=torch.bfloat16: exp_avg in half the memory, rounded stochastically: unbiased and reproducible."""
+"""exp_avg_dtype=torch.bfloat16: exp_avg in half the memory, with unbiased and reproducible stochastic rounding."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def step(optimizer: AMAdamW, index: int) -> None:
 
 
 class Rounded(Twin):
-    """Stochastic rounding goes to either neighbour: one unit in the last place of bfloat16."""
+    """Allow either neighbour, as stochastic rounding does: one unit in the last place of bfloat16."""
 
     def compare_stored(self, stored: torch.Tensor, expected: Any, what: str) -> None:
         if stored.dtype == torch.bfloat16:
@@ -68,7 +68,7 @@ class Rounded(Twin):
 
 @each_tier
 def test_each_step_against_float64(tier: str) -> None:
-    """Fed the rounded state, beta_t, weights and second moment are float32's; exp_avg is a neighbour in bfloat16."""
+    """From the rounded state, beta_t, weights and second moment are float32's; exp_avg is a bfloat16 neighbour."""
     optimizer = make(tier)
     twin = Rounded(optimizer, make_oracle(optimizer), sync=True)
     run_bowl(twin, Bowl.around(SHAPES, seed=3), [(RATES["adamw"][i % 5],) for i in range(12)])
@@ -98,7 +98,7 @@ def test_runs_repeat_and_resume_to_the_bit(tier: str) -> None:
 
 
 def test_tiers_round_alike() -> None:
-    """The same hash everywhere: from one state the tiers differ where the last bit of float32 decides, if at all."""
+    """All kernels use one hash: from one state they may differ only where the last bit of float32 decides."""
     stored = []
     for tier in ("chunked", "single_tensor", "foreach", "fused"):
         optimizer = make(tier)
@@ -109,7 +109,7 @@ def test_tiers_round_alike() -> None:
 
 
 def test_tiers_round_a_long_tensor_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is walked in chunks, and in parts: the noise of an element is that of its place in the whole."""
+    """It is walked in chunks and split; the noise of an element depends on its index in the whole tensor."""
     monkeypatch.setattr(packs, "_BUCKET_ELEMENTS_ON_CPU", 100_000)
     stored = []
     for tier in ("single_tensor", "chunked", "foreach", "fused"):
@@ -136,7 +136,7 @@ def test_the_mean_of_many_roundings_is_the_number() -> None:
 
 
 def test_noise_of_elements_rows_and_steps_is_not_correlated() -> None:
-    y = torch.full((4096,), 1.0 + 2.0**-8)  # half way: up or down like a coin
+    y = torch.full((4096,), 1.0 + 2.0**-8)  # half way: up or down with equal chance
     draws = [stochastic(y, seed_of(torch.tensor(t), row)) > 1 for t, row in ((5.0, 1), (6.0, 1), (5.0, 2))]
     for i, a in enumerate(draws):
         assert abs(float(a.float().mean()) - 0.5) < 0.04
@@ -152,7 +152,7 @@ def test_parts_of_a_tensor_round_like_the_whole() -> None:
 
 
 def test_blocks_of_several_rows_round_like_each_row() -> None:
-    """In 32-bit words that wrap, as in 64 bits, also where the index of an element has more than 32."""
+    """Wrapping 32-bit arithmetic equals 64 bits, also if the index of an element has more than 32."""
     y = torch.randn(4, 256, generator=torch.Generator().manual_seed(0))
     rows, starts, steps = (
         torch.tensor([0, 0, 7, 300]),
@@ -177,7 +177,7 @@ def test_what_is_not_finite_stays(tier: str) -> None:
 
 
 def test_nan_stays_nan_whatever_its_bits() -> None:
-    """Noise that carries out of a mantissa full of ones would make a zero of it. CUDA's own NaN has these bits."""
+    """Noise that carries out of a mantissa of ones would make it zero. CUDA's own NaN has these bits."""
     nan = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001, -0x7FFFFF], dtype=torch.int32).view(torch.float32)
     assert bool(nan.isnan().all())
     for t in range(20):
@@ -196,7 +196,7 @@ def test_a_large_tensor_is_rounded_in_parts(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_small_changes_are_not_lost() -> None:
-    """An average that gains 1/1000 of its distance a step: to nearest it stops long before it has arrived."""
+    """An average that gains 1/1000 of its distance per step would stop early if rounded to nearest."""
     exact, nearest, drawn = torch.zeros(()), torch.zeros((), dtype=torch.bfloat16), torch.zeros(4096)
     for t in range(2000):
         exact = exact + 0.001 * (1 - exact)

@@ -1,4 +1,4 @@
-"""Peak extra memory of one eager step on the CPU: scratch, not copies of the model."""
+"""Peak extra memory of one eager step on the CPU: scratch buffers, not copies of the model."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.python import COLD, PYTHON
 LIMIT_MIB = 8.0
 ROOT = Path(__file__).resolve().parents[2]
 
-# A small optimizer runs first, so that code pages and torch's own pools are there. Then all that the first steps add
-# beyond the state is counted: what a step allocates and gives back, and scratch that the optimizer keeps.
+# A small optimizer runs first, so that code pages and torch's pools are allocated. Then everything that the first steps
+# add to the state is counted: temporaries of a step, and scratch buffers that the optimizer keeps.
 PROGRAM = """
 import json
 import sys
@@ -64,7 +64,7 @@ print(extra(lambda: two_steps(optimizer), state), extra(optimizer.step), extra(l
 """
 
 
-# Every path of the CPU; the default is the C++ loop for AMAdamW, chunked for AMSGD.
+# All kernels of the CPU; the default is the C++ loop for AMAdamW and chunked for AMSGD.
 KERNELS: dict[str, tuple[str, dict[str, Any]]] = {
     "default": ("adamw", {}),
     "chunked": ("adamw", {"fused": False}),

@@ -1,4 +1,4 @@
-"""A model that is moved, cast or swapped under its optimizer, and states that are not where their parameters are."""
+"""A model that is moved, cast or swapped under its optimizer, and states on another device than their parameters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ each_kernel = pytest.mark.parametrize("options", KERNELS, ids=["chunked", "refer
 
 @pytest.fixture(params=[True, False], ids=["swapped", "in place"])
 def swaps(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """How torch converts a module: other contents for the same objects, or other data in the same tensors."""
+    """Set how torch converts a module: the tensor objects get other contents, or the tensors get other data."""
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(request.param)
     yield bool(request.param)
@@ -44,7 +44,7 @@ def step(model: nn.Module, optimizer: Any, seed: int) -> None:
 
 
 def train(cls: Any, dtype: torch.dtype, at: int, *, cast_before: bool, **options: Any) -> tuple[nn.Module, Any]:
-    """Six steps; the model is cast after ``at`` of them, or before its optimizer is made."""
+    """Make six steps. The model is cast after ``at`` of them, or before its optimizer is built."""
     model = make_model()
     if cast_before:
         model.to(dtype)
@@ -60,7 +60,7 @@ def train(cls: Any, dtype: torch.dtype, at: int, *, cast_before: bool, **options
 @pytest.mark.parametrize("at", [0, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_a_model_that_is_cast(dtype: torch.dtype, at: int, options: dict[str, Any], swaps: bool) -> None:
-    """Beside one of that dtype from the start. AdamW goes on only where it has made no step."""
+    """It equals a model of that dtype from the start. AdamW continues only if it has made no step."""
     model, optimizer = train(AMAdamW, dtype, at, cast_before=False, **options)
     other, expected = train(AMAdamW, dtype, at, cast_before=True, **options)
     tol = {torch.float64: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
@@ -79,7 +79,7 @@ def test_a_model_that_is_cast(dtype: torch.dtype, at: int, options: dict[str, An
 
 @pytest.mark.parametrize("cls", [AMAdamW, AMSGD])
 def test_a_model_that_goes_to_another_device_after_a_step(cls: Any) -> None:
-    """States and sums follow; "meta" stands for it. AdamW leaves its states where they were."""
+    """States and sums follow; "meta" stands for the device. AdamW leaves its states on the old device."""
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
@@ -99,7 +99,7 @@ def test_a_model_that_goes_to_another_device_after_a_step(cls: Any) -> None:
 
 @pytest.mark.parametrize("cls", [AMAdamW, AMSGD])
 def test_nothing_of_ours_is_a_weak_reference_to_a_parameter(cls: Any) -> None:
-    """torch swaps no tensor that has one: torchao's conversions, module.to under FSDP2."""
+    """torch swaps no tensor that has a weak reference: torchao's conversions, module.to under FSDP2."""
     model = make_model()
     optimizer = cls(model.named_parameters(), lr=1e-2)
     optimizer.bind_model(model)
@@ -112,7 +112,7 @@ def test_nothing_of_ours_is_a_weak_reference_to_a_parameter(cls: Any) -> None:
 
 
 def test_a_parameter_that_becomes_a_subclass_by_a_swap() -> None:
-    """As torchao converts a model: the same objects then hold a tensor subclass."""
+    """torchao converts a model this way: the same objects then hold a tensor subclass."""
     model = make_model()
     optimizer = AMAdamW(model.named_parameters(), lr=1e-2, foreach=False)
     step(model, optimizer, 0)
@@ -130,7 +130,7 @@ def test_a_parameter_that_becomes_a_subclass_by_a_swap() -> None:
 
 @each_kernel
 def test_a_state_of_adamw_put_in_place(options: dict[str, Any]) -> None:
-    """Its ``step`` may be anywhere, and a plain number in old checkpoints: it goes beside the parameter."""
+    """Its ``step`` may be on any device, and a plain number in old checkpoints; it moves to the parameter's device."""
     ends = []
     for kind in ("tensor", "number", "float64"):
         model = make_model()
@@ -150,14 +150,14 @@ def test_a_state_of_adamw_put_in_place(options: dict[str, Any]) -> None:
 
 
 def test_the_step_of_a_state_goes_to_its_parameters_device() -> None:
-    """AdamW's is on the CPU wherever its parameters are; "meta" stands for a GPU."""
+    """AdamW's step is on the CPU wherever its parameters are; "meta" stands for a GPU."""
     p = nn.Parameter(torch.ones(3, device="meta"))
     p.grad = torch.ones_like(p)
     torchs = torch.optim.AdamW([p])
     torchs.step()
     assert torchs.state[p]["step"].device.type == "cpu"
     ours = AMAdamW([p])
-    ours.step()  # there is a layout
+    ours.step()  # builds the layout
     ours.state = torchs.state
     ours.step()
     assert ours.state[p]["step"].is_meta and ours.state[p]["beta_prod"].is_meta

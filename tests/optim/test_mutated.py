@@ -1,4 +1,4 @@
-"""State dicts and groups as people break them: refused with a name and nothing changed, or loaded, and steps work."""
+"""Broken state dicts and groups: refused by name with nothing changed, or loaded, and steps work."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def step(model: torch.nn.Module, optimizer: Any) -> Any:
 
 @pytest.mark.parametrize("key", ["step", "exp_avg", "exp_avg_sq", "beta_prod", "beta", "prev_lr"])
 def test_a_flat_dict_that_lacks_an_entry_is_refused_by_name(key: str) -> None:
-    """torch.distributed.checkpoint puts an empty dict in its place (2.6: refuses it), and AdamW's next step fails."""
+    """torch.distributed.checkpoint inserts an empty dict (2.6 refuses it), and AdamW's next step fails."""
     flat = StateDictOptions(flatten_optimizer_state_dict=True)
     model, optimizer = trained()
     saved: Any = get_optimizer_state_dict(model, optimizer, options=flat)
@@ -68,7 +68,7 @@ def test_a_flat_dict_that_lacks_an_entry_is_refused_by_name(key: str) -> None:
 
 
 def broken(**changes: Any) -> dict[str, Any]:
-    """A state dict with changes to the state of its last parameter."""
+    """Return a state dict with changes to the state of its last parameter."""
     saved = copy.deepcopy(trained()[1].state_dict())
     saved["state"][3] |= changes
     return saved
@@ -95,7 +95,7 @@ def test_what_would_fail_or_poison_the_next_step_is_named(changes: dict[str, Any
     before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(ValueError, match=words) as caught:
         optimizer.load_state_dict(broken(**changes))
-    assert "rank" not in str(caught.value)  # there is one
+    assert "rank" not in str(caught.value)  # only one rank
     assert same(optimizer.state_dict(), before)
 
 
@@ -106,18 +106,18 @@ def test_moments_that_are_not_finite_load_where_steps_may_be() -> None:
 
 
 def test_keys_that_became_strings_are_refused() -> None:
-    """As by a file of JSON. AdamW loads them, and all moments are lost."""
+    """A JSON file turns keys into strings. AdamW loads them and loses all moments."""
     _, optimizer = trained()
     saved = optimizer.state_dict()
     saved["state"] = {str(key): state for key, state in saved["state"].items()}
     with pytest.raises(ValueError, match=r"no state of parameter '0.weight' .*but one of '0', which no group lists"):
         optimizer.load_state_dict(saved)
     saved["state"] = {int(key): state for key, state in saved["state"].items()} | {"9": saved["state"]["0"], "note": 1}
-    optimizer.load_state_dict(saved)  # all have theirs: what is left over is kept, as by AdamW
+    optimizer.load_state_dict(saved)  # states of no parameter are kept, as AdamW does
 
 
 def test_one_id_for_two_parameters_is_refused() -> None:
-    """AdamW gives the state to the last of them, and forgets the others'."""
+    """AdamW gives the state to the last of them and drops the others'."""
     saved = broken()
     saved["param_groups"][0]["params"] = [0, 1, 1, 3]
     with pytest.raises(ValueError, match=r"lists 1 for parameter '0.bias' and for '1.weight'"):
@@ -131,7 +131,7 @@ def test_one_step_in_a_list_is_a_step() -> None:
 
 
 def test_a_load_that_fails_in_the_middle_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As for lack of memory, when torch.optim has put the new states in place already."""
+    """Memory may run out after torch.optim has replaced the states."""
     model, optimizer = trained()
     saved, before = broken(step=torch.tensor(5.0)), copy.deepcopy(optimizer.state_dict())
 
@@ -173,7 +173,7 @@ def test_a_step_names_the_group_and_its_option_before_it_moves(changes: dict[str
 
 
 def test_the_last_lr_of_a_schedule_may_be_below_zero() -> None:
-    """By a hair, as ``LambdaLR(lambda t: 1 - t / n)`` leaves it one step too far; AdamW takes it, too."""
+    """``LambdaLR(lambda t: 1 - t / n)`` falls slightly below zero one step too late; AdamW takes it, too."""
     model, optimizer = trained()
     for lr in (-1e-12, torch.tensor(-1e-12)):
         optimizer.param_groups[0]["lr"] = lr

@@ -1,4 +1,4 @@
-"""No host sync in the accelerator path of step(): foreach=True may not read a tensor's value on the host."""
+"""No host sync in the accelerator path of step(): foreach=True must not read a tensor's value on the host."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_the_exact_gap_reads_nothing() -> None:
 
 
 def test_what_a_bad_step_of_partitions_leaves_reads_nothing() -> None:
-    """DeepSpeed's rows are some of all tensors; the first bad one is looked up among all."""
+    """DeepSpeed's rows are a part of all tensors; the first bad one is searched for among all."""
     record, bad = StepStats(), torch.tensor([False, False, True])
     decision = Decision(torch.zeros(3), torch.ones(3), ~bad, torch.tensor(True), bad)
     positions = torch.tensor([4, 1, 7])

@@ -50,7 +50,7 @@ def numbers(momentum: dict[str, torch.Tensor]) -> list[torch.Tensor]:
 @pytest.mark.parametrize("bad", list(BAD))
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_skip_leaves_everything_bitwise_untouched(kind: str, bad: str, scope: str, foreach: bool | None) -> None:
-    """Also in the tensors whose gradients were fine, and the run goes on as if the step had not been."""
+    """This includes tensors with good gradients, and the run continues as without the step."""
     ends = []
     for where in (0, 2, None):
         optimizer = build(kind, groups_of(named_params(SHAPES, torch.float32)), lr=0.1, scope=scope, foreach=foreach)
@@ -141,7 +141,7 @@ def test_skip_agrees_with_the_oracle(kind: str) -> None:
 @pytest.mark.parametrize("bad", list(BAD))
 @pytest.mark.parametrize("at", [0, 2])
 def test_propagate_does_what_adamw_does(at: int, bad: str, foreach: bool | None) -> None:
-    """Weights are nan where AdamW has nan and equal elsewhere, then and in later steps (cap and lambda as in AdamW)."""
+    """Weights are nan where AdamW has nan and equal elsewhere, also in later steps (cap and lambda as in AdamW)."""
     cap = 0.1
     mine = AMAdamW(
         named_params(SHAPES, torch.float64),
@@ -197,7 +197,7 @@ def test_last_step_skipped_is_a_plain_flag_from_the_start(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_skipped_steps_are_counted_in_all_and_in_a_row(kind: str) -> None:
-    """The row is that of the steps until now: a good one ends it."""
+    """The count of consecutive steps ends with a good one."""
     optimizer = build(kind, groups_of(named_params(SHAPES, torch.float32)), lr=0.1)
     found = []
     for step, bad in enumerate([None, 0, 0, None, 2, None, None]):

@@ -1,4 +1,4 @@
-"""A step takes options, states and groups as they are when it writes, however somebody has changed them."""
+"""A step uses options, states and groups as they are when it writes, however they have been changed."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_amsgd_from_a_state_dict_of_sgd_walks_gradients_in_their_order() -> None
         if loads:
             optimizer.load_state_dict(torch.optim.SGD([param], lr=0.1, fused=None).state_dict())
         assert "fused" not in optimizer.param_groups[0]
-        optimizer.param_groups[0]["fused"] = None  # and where somebody puts it back
+        optimizer.param_groups[0]["fused"] = None  # also if it is set later
         for _ in range(2):
             param.grad = torch.arange(30.0).reshape(5, 6).t()
             optimizer.step()

@@ -1,4 +1,4 @@
-"""The oracle itself: checked against independent statements of the method before anything is checked against it."""
+"""The oracle itself, checked against independent statements of the method before anything is checked against it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def random_state(kind: str, rng: np.random.Generator, *, lam: float, wd: float, 
 
 
 def two_sums(kind: str, oracle, grads, members) -> tuple[float, float]:
-    """N and D of the derived two-sum form, for an independent look at the five sums."""
+    """Return N and D of the derived two-sum form, as an independent check of the five sums."""
     n = d = 0.0
     for i in members:
         slot, group = oracle.slots[i], oracle.groups[0]
@@ -49,7 +49,7 @@ def test_five_sums_agree_with_the_two_sum_identity(kind: str, scope: str) -> Non
 
 
 def test_sgd_agrees_with_its_own_published_formula() -> None:
-    """Section 2 divides by |d-g|^2 and knows no metric; the oracle weighs by M = 1/(1 + lambda)."""
+    """Section 2 divides by |d-g|^2 and has no metric; the oracle weights by M = 1/(1 + lambda)."""
     rng = np.random.default_rng(2)
     for lam in (0.0, 0.1, 2.0):
         oracle, grads = random_state("sgd", rng, lam=lam, wd=0.3, scope="global")
@@ -66,7 +66,7 @@ def test_sgd_agrees_with_its_own_published_formula() -> None:
 @pytest.mark.parametrize("wd", [0.0, 0.4])
 @pytest.mark.parametrize("lam", [0.0, 0.5])
 def test_duality_gap_of_the_brute_force_solution_is_zero(lam: float, wd: float) -> None:
-    """The best blend must reach the primal value: this certifies the brute force without any formula."""
+    """The best blend reaches the primal value, which certifies the brute force without any formula."""
     rng = np.random.default_rng(3)
     interior = 0
     for _ in range(12):

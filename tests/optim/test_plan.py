@@ -1,4 +1,4 @@
-"""The plan of kernels is kept from step to step, and made anew when what it was made for changes."""
+"""The plan of kernels is kept from step to step and rebuilt when its inputs change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPTIONS: dict[str, dict[str, Any]] = {"chunked": {}, "foreach": {"foreach": True
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for each plan that was built."""
+    """Record one entry per plan that is built."""
     count: list[int] = []
 
     def counted(*arguments: Any, **options: Any) -> KernelPlan:
@@ -83,7 +83,7 @@ def other_kernel(optimizer: Any) -> None:
     optimizer.param_groups[1] |= {"foreach": False, "fused": False}
 
 
-# What changes, and whether it takes another plan: new tensors of the same kind do not.
+# A change, and whether it needs another plan: new tensors of the same kind do not.
 CHANGES: dict[str, tuple[Callable[[Any], None], bool]] = {
     "strides": (other_strides, True),
     "strides of the parameter alone": (strides_of_the_parameter_alone, True),
@@ -108,7 +108,7 @@ def test_five_steps_take_one_plan(made: list[int], kernel: str) -> None:
 @pytest.mark.parametrize("change", list(CHANGES))
 @pytest.mark.parametrize("kernel", list(OPTIONS))
 def test_what_changes_is_followed(made: list[int], kernel: str, change: str) -> None:
-    """Beside single_tensor, which has a plan made for each of its steps."""
+    """Compare with single_tensor, which builds a plan for each step."""
     edit, anew = CHANGES[change]
     ours, plain = make(**OPTIONS[kernel]), make(foreach=False)
     go(ours, range(3))
@@ -145,7 +145,7 @@ def same(ours: Any, plain: Any) -> None:
 @pytest.mark.parametrize("kernel", [*OPTIONS, "single_tensor"])
 @pytest.mark.parametrize("kind", [AMAdamW, AMSGD])
 def test_gradients_are_not_kept_alive_between_steps(kind: type[Any], kernel: str) -> None:
-    """A kept plan holds no tensors of its step: zero_grad() frees the memory of the gradients."""
+    """A kept plan holds no tensors of its step, so zero_grad() frees the gradients' memory."""
     if kind is AMSGD and kernel == "cpp":
         pytest.skip("AMSGD has no fused kernel")
     optimizer = make(kind, **OPTIONS.get(kernel, {"foreach": False}))

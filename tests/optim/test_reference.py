@@ -1,4 +1,4 @@
-"""The references, one screen each, and the optimizers that compute the same in two sums: 200 steps in float64."""
+"""The short reference implementations and the optimizers, which compute the same in two sums: 200 float64 steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _parameters() -> list[torch.Tensor]:
 
 
 def _set_gradients(params: list[torch.Tensor], step: int) -> None:
-    """Those of a quadratic with noise; the third parameter takes no part in every fifth step."""
+    """Set gradients of a quadratic with noise; the third parameter has none in every fifth step."""
     generator = torch.Generator().manual_seed(step)
     for index, param in enumerate(params):
         noise = torch.randn(param.shape, generator=generator, dtype=torch.float64)
@@ -29,7 +29,7 @@ def _set_gradients(params: list[torch.Tensor], step: int) -> None:
 
 
 def _rate(step: int) -> float:
-    """Warmup, a step at rate 0, decay."""
+    """Return a rate with warmup, one step at rate 0, and decay."""
     return 0.0 if step == 50 else 0.3 * min(1.0, (step + 1) / 20) * (1 - step / (2 * STEPS))
 
 

@@ -1,4 +1,4 @@
-"""float32 states and beta_t at float32's rounding, relatively: an absolute bound hides errors of small numbers."""
+"""Relative errors of float32 states and beta_t, because an absolute bound hides errors of small numbers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from tests.optim.harness import Bowl, Twin, build, compile_on_cpu, make_oracle, named_params, run_bowl, to_numpy
 
 SHAPES = [(33, 7), (16_385,)]
-UNIT = 2.0**-24  # of float32's rounding, relative
+UNIT = 2.0**-24  # float32's relative rounding error
 TIERS: list[Any] = ["single_tensor", "eager", "foreach", "cpp", pytest.param("compile", marks=pytest.mark.slow)]
 OPTIONS: dict[str, dict[str, Any]] = {"single_tensor": {"foreach": False}, "eager": {}, "foreach": {"foreach": True}}
 
 
 class Relative(Twin):
-    """Beside what every twin compares: v' within two units of float32, and beta_t within 1e-6."""
+    """A twin that also requires v' to two units of float32, and beta_t to 1e-6."""
 
     def beta_tol(self, p: torch.Tensor) -> float:
         return 1e-6
@@ -34,7 +34,7 @@ class Relative(Twin):
 def test_a_slow_second_moment_is_right_to_its_last_bits(
     tier: str, beta2: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1 - beta2 is formed in float64: in float32 it is off by up to 3e-4, and so is v'."""
+    """1 - beta2 is formed in float64; in float32 it would be off by up to 3e-4, and v' with it."""
     if tier == "compile":
         compile_on_cpu(monkeypatch)
     options = OPTIONS.get(tier, {"fused": True})

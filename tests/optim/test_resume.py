@@ -35,7 +35,7 @@ def make(kind: str, dtypes: str, *, named: bool = True, weights: list[torch.Tens
 
 
 def run(optimizer: torch.optim.Optimizer, start: int, stop: int) -> None:
-    """Gradients depend on step and weights, so that any difference grows."""
+    """Run with gradients that depend on step and weights, so that any difference grows."""
     for step in range(start, stop):
         gen = torch.Generator().manual_seed(step)
         for group in optimizer.param_groups:
@@ -97,7 +97,7 @@ def test_every_kernel_resumes_bitwise(kind: str, foreach: bool | None) -> None:
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_loading_into_an_optimizer_that_has_stepped(kind: str) -> None:
-    """A rollback: nothing of the abandoned steps may be left."""
+    """A rollback must leave nothing of the abandoned steps."""
     straight = make(kind, "float32")
     run(straight, 0, 3)
     saved, weights = copy.deepcopy(straight.state_dict()), [p.detach().clone() for p in params_of(straight)]
@@ -138,7 +138,7 @@ def test_a_copied_optimizer_continues_bitwise(kind: str, how: str, dtypes: str, 
     run(optimizer, stop_at, 7)
     run(copied, stop_at, 7)
     assert_same_run(copied, optimizer)
-    params_of(copied)[0].grad = torch.full_like(params_of(copied)[0], float("nan"))  # nonfinite came along
+    params_of(copied)[0].grad = torch.full_like(params_of(copied)[0], float("nan"))  # nonfinite is copied, too
     copied.step()
     assert not bool(copied.last_step_skipped)
 
@@ -160,7 +160,7 @@ def test_saved_groups_that_lack_a_newer_key_get_the_default(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_low_precision_moments_and_wide_scalars_come_back_in_their_dtypes(kind: str) -> None:
-    """torch.optim casts every float state to the parameter's dtype on load; the scalars must not be."""
+    """torch.optim casts every float state to the parameter's dtype on load, but must not cast the scalars."""
     straight = make(kind, "bfloat16")
     run(straight, 0, 5)
     resumed = make(kind, "bfloat16", weights=params_of(straight))

@@ -1,4 +1,4 @@
-"""The adaptive scalars of parameters on several devices: a copy for each device, not one for each number."""
+"""The adaptive scalars of parameters on several devices: one copy per device, not one per number."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_table_goes_to_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(3):
         moves.clear()
         step(split, number)
-    assert len(moves) == 2 * len(scalars.DEFAULTS) + 2, moves  # read, and a table for each device
+    assert len(moves) == 2 * len(scalars.DEFAULTS) + 2, moves  # one read, and one table per device
     assert_bitwise(snapshot(plain), snapshot(split))
     assert torch.equal(torch.stack(list(plain.momentum().values())), torch.stack(list(split.momentum().values())))
 

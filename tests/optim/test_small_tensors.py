@@ -1,4 +1,4 @@
-"""Without a compiler small tensors are taken together, large ones in chunks; their sums meet in one step."""
+"""Without a compiler small tensors are batched and large ones walked in chunks; one step combines their sums."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def test_a_bad_gradient_of_either_leaves_both_alone(bad: int) -> None:
             param.grad = torch.full_like(param, 0.1 * (step + 1))
         if step == 2:
             before = snapshot(optimizer)
-            params[bad].grad[-1] = 2e19  # finite, and its square is not
+            params[bad].grad[-1] = 2e19  # finite, but its square is not
         optimizer.step()
     assert bool(optimizer.last_step_skipped)
     assert_bitwise(snapshot(optimizer), before)
 
 
 def test_other_strides_and_shapes_under_a_kept_plan() -> None:
-    """A row may have as many elements in another shape, or in another order, from one step to the next."""
+    """A row may keep its number of elements and change its shape or strides from one step to the next."""
     ends = []
     for options in ({"fused": False}, {"foreach": False}):
         param = torch.nn.Parameter(torch.arange(12.0).view(3, 4))
@@ -63,7 +63,7 @@ def test_other_strides_and_shapes_under_a_kept_plan() -> None:
             gradient = torch.arange(12.0).view(3, 4).sin() * (step + 1)
             param.grad = gradient.t().contiguous().t() if step % 2 else gradient
             optimizer.step()
-            if step == 1:  # as FSDP2 and DeepSpeed do with what they flatten
+            if step == 1:  # FSDP2 and DeepSpeed do this with flattened tensors
                 for name in ("exp_avg", "exp_avg_sq"):
                     optimizer.state[param][name] = optimizer.state[param][name].t().contiguous().t()
                 param.data = param.data.t().contiguous().t()
@@ -73,7 +73,7 @@ def test_other_strides_and_shapes_under_a_kept_plan() -> None:
 
 @pytest.mark.parametrize("numel", [1, 65, 100, 400, 1000])
 def test_the_memory_of_buckets_does_not_grow_with_their_number(numel: int) -> None:
-    """Whatever fills up their blocks, all take turns in the same matrices."""
+    """All buckets use the same scratch matrices in turn, whatever fills their blocks."""
     params = [torch.nn.Parameter(torch.ones(numel)) for _ in range(300_000 // (numel + 63))]
     optimizer: Any = build("adamw", params, fused=False)
     for param in params:

@@ -1,4 +1,4 @@
-"""``optimizer.state`` is its owner's: who gives it another dict, or empties it, starts the moments and beta_t anew."""
+"""``optimizer.state`` belongs to the user: replacing or emptying it restarts the moments and beta_t."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def emptied(optimizer: Optimizer) -> None:
 
 
 def copied(optimizer: Optimizer) -> None:
-    """Other tensors of the same values."""
+    """Return other tensors of the same values."""
     optimizer.state = defaultdict(dict, {p: copy.deepcopy(state) for p, state in optimizer.state.items()})
 
 
@@ -45,14 +45,14 @@ def saved_and_loaded(optimizer: Optimizer) -> None:
 
 
 def one_parameter_emptied(optimizer: Optimizer) -> None:
-    """The second starts anew, as people do with neurons that are dead."""
+    """Empty the second parameter's state, as people do for dead neurons."""
     optimizer.state[optimizer.param_groups[0]["params"][1]] = {}
 
 
 def run(
     make: Callable[[list[Any]], Optimizer], steps: int, change: Callable[[Optimizer], None] | None, start: Any
 ) -> Any:
-    """Weights after each step, and the optimizer; ``change`` comes before the third step."""
+    """Return the weights after each step, and the optimizer; ``change`` is called before the fourth step."""
     params = [torch.nn.Parameter(p.clone()) for p in start]
     optimizer, seen = make(params), []
     for step in range(steps):
@@ -104,7 +104,7 @@ def test_one_parameter_starts_anew_and_the_other_goes_on(kind: str) -> None:
     unbroken, _ = run(MADE[kind], 6, None, START)
     anew, _ = run(MADE[kind], 3, None, seen[2])
     assert torch.equal(seen[-1][0], unbroken[-1][0])
-    # another stream of gradients for it alone: its steps are those of a new optimizer
+    # It alone has another sequence of gradients: its steps are those of a new optimizer.
     assert [float(s["step"]) for s in optimizer.state.values()] == [6, 3]
     assert torch.equal(seen[-1][1], anew[-1][1])
 
@@ -112,7 +112,7 @@ def test_one_parameter_starts_anew_and_the_other_goes_on(kind: str) -> None:
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("foreach", [None, True, False])
 def test_a_reset_by_hand_is_a_fresh_start(foreach: bool | None, in_place: bool) -> None:
-    """Step and moments put to 0, as people do with AdamW: the next steps are those of a new optimizer."""
+    """Step and moments are set to 0, as people do with AdamW: the next steps are those of a new optimizer."""
 
     def steps(optimizer: torch.optim.Optimizer, param: torch.Tensor, numbers: range) -> None:
         for number in numbers:
@@ -137,7 +137,7 @@ def test_a_reset_by_hand_is_a_fresh_start(foreach: bool | None, in_place: bool) 
 
 
 def test_a_negative_learning_rate_is_saved_and_loaded() -> None:
-    """A schedule may go a hair beyond its end; AdamW loads what it saved then."""
+    """A schedule may end slightly below zero; AdamW loads its own save with such a rate."""
     for kind in (torch.optim.AdamW, AMAdamW):
         param = torch.nn.Parameter(torch.ones(3))
         optimizer = kind([param], lr=0.1)
@@ -154,7 +154,7 @@ STEPS_BY_HAND = {"int": 3, "float": 0.0, "bool": True, "None": None, "text": "3"
 
 
 def step_by_hand(make: Callable[[list[Any]], Optimizer], value: Any) -> tuple[Optimizer, list[torch.Tensor]]:
-    """Two steps, the first parameter's ``step`` set to ``value``, and another one."""
+    """Make two steps, set the first parameter's ``step`` to ``value``, and make another step."""
     params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
     optimizer = make(params)
     for number in range(3):
@@ -188,7 +188,7 @@ def test_so_is_another_number(key: str) -> None:
 @pytest.mark.parametrize("kind", MADE)
 @pytest.mark.parametrize("value", [torch.tensor([2.0]), torch.tensor([[2.0]]), torch.tensor(2)], ids=str)
 def test_a_step_of_one_element_is_taken(kind: str, value: torch.Tensor) -> None:
-    """In any shape; AdamW's foreach takes no integer."""
+    """It may have any shape; AdamW's foreach refuses an integer."""
     if kind == "AdamW" and value.dim() == 0:
         return
     optimizer, params = step_by_hand(MADE[kind], value.clone())

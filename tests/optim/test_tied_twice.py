@@ -1,4 +1,4 @@
-"""A tied weight that a group was given twice: torch.optim warns, and the weight is stepped once, as if given once."""
+"""A tied weight that is twice in a group: torch.optim warns, and the weight is stepped once."""
 
 from __future__ import annotations
 

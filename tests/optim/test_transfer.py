@@ -1,4 +1,4 @@
-"""What goes between host and devices: numbers that the host reads have arrived, and a CUDA graph's vectors stay."""
+"""Transfers between host and devices: numbers arrive before the host reads them; a CUDA graph keeps its vectors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 class RefuseUnfinished(TorchFunctionMode):
-    """A copy to the CPU that is not waited for may be read before it is there."""
+    """Refuse copies to the CPU that are not waited for, because they may be read before they arrive."""
 
     seen = 0
 

@@ -50,7 +50,7 @@ def check(interpreter: Pool, name: str, **arguments: Any) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("offset", [0, 1])
 def test_sizes(interpreter: Pool, offset: int) -> None:
-    """Empty, one, odd, around a block and around a chunk; also where no address is a multiple of 16."""
+    """Empty, one, odd, around a block and around a chunk; also with no address at a multiple of 16."""
     check(interpreter, "both_passes", sizes=SIZES[:-6] if offset else SIZES, dtypes=[F32] * 4, offset=offset)
 
 

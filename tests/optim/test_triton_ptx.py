@@ -1,4 +1,4 @@
-"""The code of the Triton kernels for NVIDIA and AMD, compiled as a step would launch them: needs no GPU."""
+"""The code of the Triton kernels for NVIDIA and AMD, compiled as a step would launch them. It needs no GPU."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CASES = [
 
 
 class Recorder:
-    """Stands in for a kernel and keeps what it is launched with."""
+    """Stand in for a kernel and record its launch arguments."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
@@ -54,7 +54,7 @@ class Recorder:
         return launch
 
     def compile(self, target: GPUTarget) -> Any:
-        """What the just-in-time compiler would make of the launch on such a GPU."""
+        """Compile the launch as the just-in-time compiler would on such a GPU."""
         names = self.kernel.arg_names
         given = dict(zip(names, self.args, strict=False)) | self.kwargs
         constants = {n: given[n] for n in names if not isinstance(given[n], torch.Tensor)}
@@ -75,7 +75,7 @@ class Recorder:
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
-    """The module of kernels, of which a launch is only recorded."""
+    """Return the module of kernels with launches only recorded."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     real = triton_pair.require_triton()
     names = ("sums_kernel", "reduce_kernel", "update_kernel")
@@ -89,7 +89,7 @@ def nvidia(capability: int) -> GPUTarget:
 
 
 def launch(dtypes: tuple[torch.dtype, ...], *, offset: int = 0, of: str = "gdvx") -> None:
-    """A step of one tensor; dtypes of g, d, v, x, of which those ``of`` begin ``offset`` elements later."""
+    """Record a step of one tensor; dtypes of g, d, v, x. Those in ``of`` begin ``offset`` elements later."""
     starts = [offset if name in of else 0 for name in "gdvx"]
     g, d, v, x = (torch.ones(41, dtype=dtype)[at : at + 40] for dtype, at in zip(dtypes, starts, strict=True))
     names = ("one_plus_k", "c_root", "c_eps", "lr", "decay_factor", "omega", "step")
@@ -102,19 +102,19 @@ def launch(dtypes: tuple[torch.dtype, ...], *, offset: int = 0, of: str = "gdvx"
 
 
 def accesses(ptx: str, word: str) -> tuple[int, int]:
-    """(16-byte, narrower) accesses of global memory."""
+    """Return the numbers of (16-byte, narrower) accesses of global memory."""
     widths = re.findall(rf"\b{word}\.global\S*?(?:\.v(\d))?\.b(\d+)\b", ptx)
     wide = sum(int(count or 1) * int(bits) == 8 * WIDE for count, bits in widths)
     return wide, len(widths) - wide
 
 
 def wide_accesses(*dtypes: torch.dtype) -> int:
-    """How many 16-byte accesses a thread makes for one full block of these tensors."""
+    """Return the number of 16-byte accesses that a thread makes for one full block of these tensors."""
     return sum(BLOCK * dtype.itemsize // THREADS // WIDE for dtype in dtypes)
 
 
 def stack_bytes(compiled: Any, folder: Path) -> int:
-    """Registers that did not fit are spilled to a thread's stack."""
+    """Return the bytes of registers spilled to a thread's stack."""
     tool = Path(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
     binary = folder / "kernel.cubin"
     binary.write_bytes(compiled.asm["cubin"])
@@ -127,7 +127,7 @@ def stack_bytes(compiled: Any, folder: Path) -> int:
 def test_full_chunks_use_the_widest_accesses(
     kernels: SimpleNamespace, tmp_path: Path, capability: int, dtypes: tuple[torch.dtype, ...]
 ) -> None:
-    """Every tensor of the unmasked loop 16 bytes at a time; no atomics, nothing spilled."""
+    """The unmasked loop accesses every tensor 16 bytes at a time, without atomics or spills."""
     launch(dtypes)
     sums, update = (kernel.compile(nvidia(capability)) for kernel in (kernels.sums_kernel, kernels.update_kernel))
     g, d, v, x = dtypes
@@ -148,7 +148,7 @@ def test_addresses_that_are_not_aligned_are_not_taken_for_aligned(kernels: Simpl
 
 @pytest.mark.parametrize("of", ["g", "x", "gx", "v"])
 def test_a_tensor_at_an_odd_place_costs_its_own_access_alone(kernels: SimpleNamespace, of: str) -> None:
-    """Gradients of FSDP2 and DDP are views at any place. d and v go together, which bounds the kinds."""
+    """Gradients of FSDP2 and DDP are views at any offset. d and v change together, which bounds the kinds."""
     launch(ALL_F32, offset=1, of=of)
     wide = wide_accesses(F32)
     aligned = {"g": "dvx", "x": "gdv", "gx": "dv", "v": "gx"}[of]
@@ -159,17 +159,17 @@ def test_a_tensor_at_an_odd_place_costs_its_own_access_alone(kernels: SimpleName
 
 @pytest.mark.nightly("machine code")
 def test_rocm(kernels: SimpleNamespace) -> None:
-    """The same for an MI300: 16 bytes at a time, nothing spilled."""
+    """An MI300 accesses 16 bytes at a time, too, and spills nothing."""
     launch(ALL_F32)
     for kernel, stores in ((kernels.sums_kernel, 0), (kernels.update_kernel, 3)):
         code = kernel.compile(GPUTarget("hip", "gfx942", 64)).asm["amdgcn"]
-        assert len(re.findall(r"_load_dwordx4\b", code)) >= 4  # a few numbers may be read together, too
+        assert len(re.findall(r"_load_dwordx4\b", code)) >= 4  # a few scalars may be read together, too
         assert len(re.findall(r"_store_dwordx4\b", code)) == stores
         assert re.findall(r"\.vgpr_spill_count:\s*(\d+)", code) == ["0"] and "atomic" not in code
 
 
 def test_the_second_stage(kernels: SimpleNamespace, tmp_path: Path) -> None:
-    """float64 additions, no atomics, nothing spilled; an embedding of Llama-8B in few turns of one program."""
+    """float64 additions without atomics or spills; one program sums an embedding of Llama-8B in few iterations."""
     launch(ALL_F32)
     assert -(-128_256 * 4096 // (BLOCK * BLOCKS)) / kernels.reduce_kernel.kwargs["BLOCK"] <= 32
     compiled = kernels.reduce_kernel.compile(nvidia(80))
@@ -180,7 +180,7 @@ def test_the_second_stage(kernels: SimpleNamespace, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scope", ["tensor", "global"])
 def test_the_rows_own_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, scope: str) -> None:
-    """Built for NVIDIA and AMD; no atomics, nothing spilled."""
+    """They are built for NVIDIA and AMD, without atomics or spills."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     names = ("coefficients_kernel", "decide_kernel")
     recorders = SimpleNamespace(**{name: Recorder(getattr(triton_row_kernels, name)) for name in names})

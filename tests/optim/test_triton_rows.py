@@ -1,4 +1,4 @@
-"""The kernels of the rows' own numbers under Triton's interpreter: equal to ``closed_form`` and its neighbours."""
+"""The kernels of the per-row scalars under Triton's interpreter equal ``closed_form`` and its neighbours."""
 
 from __future__ import annotations
 

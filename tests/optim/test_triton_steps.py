@@ -1,4 +1,4 @@
-"""Whole steps of AMAdamW(fused=True) through the Triton kernels: interpreted on the CPU, and what the host does."""
+"""Whole steps of AMAdamW(fused=True) through the Triton kernels: interpreted on the CPU, and the host's part."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_tensor_lr_is_read_on_the_device(interpreter: Pool) -> None:
 
 
 class Idle:
-    """Stands in for kernels, and counts their launches."""
+    """Stand in for kernels and count their launches."""
 
     launches = 0
 
@@ -88,7 +88,7 @@ class Idle:
 
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> Idle:
-    """CPU tensors take the host's part of the Triton path; nothing is computed."""
+    """Run the host's part of the Triton path on CPU tensors, computing nothing."""
     idle = Idle()
     names = ("sums_kernel", "reduce_kernel", "update_kernel")
     module = SimpleNamespace(tl=SimpleNamespace(float32=0, float64=0, bfloat16=0), **dict.fromkeys(names, idle))
@@ -114,7 +114,7 @@ def test_the_host_reads_nothing(no_kernels: Idle, scope: str, lr: Any) -> None:
 
 
 class Operations(TorchDispatchMode):
-    """Counts what would be launched beside the kernels."""
+    """Count what would be launched beside the kernels."""
 
     count = 0
 
@@ -142,7 +142,7 @@ def test_a_step_of_more_tensors_is_not_more_operations(no_kernels: Idle) -> None
 def test_a_step_of_300_tensors_is_few_launches(
     no_kernels: Idle, clips: bool, scope: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By torch's rules for lists, and by the host's calls of operators, views and allocations among them."""
+    """Launches are counted by torch's rules for lists; the host's calls of operators include views and allocations."""
     monkeypatch.setattr(squares, "_in_blocks", lambda device: False)
     params = [torch.nn.Parameter(torch.ones(8 + i % 5, 6)) for i in range(300)]
     optimizer = AMAdamW([{"params": params[:200]}, {"params": params[200:], "lr": 0.1}], scope=scope)
@@ -161,7 +161,7 @@ def test_a_step_of_300_tensors_is_few_launches(
 
 
 def test_gradients_live_until_the_step_is_done(no_kernels: Idle) -> None:
-    """The tables hold addresses only: a gradient that was copied for the step must not be freed before its kernels."""
+    """The tables hold addresses only: a gradient copied for the step must live until its kernels have run."""
     tensors = [torch.zeros(4) for _ in range(4)]
     watched = weakref.ref(tensors[1])
     x, g, d, v = tensors
@@ -175,7 +175,7 @@ def test_gradients_live_until_the_step_is_done(no_kernels: Idle) -> None:
 
 
 def test_what_is_kept_is_bounded(no_kernels: Idle) -> None:
-    """A new set of gradients at every step, as with experts that are idle by turns."""
+    """Every step has a new set of gradients, as with experts that are idle by turns."""
     tables = triton_pair.Tables()
     for row in range(100):
         tensors = [torch.zeros(4) for _ in range(4)]
@@ -184,7 +184,7 @@ def test_what_is_kept_is_bounded(no_kernels: Idle) -> None:
 
 
 def test_a_captured_copy_is_apart_from_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CUDA graph fills a table of its own from a buffer of its own, at every replay; eager steps never use it."""
+    """A CUDA graph fills a table of its own from a buffer of its own at every replay; eager steps never use it."""
     following = triton_tables.Following(torch.device("cpu"), torch.int64)
     monkeypatch.setattr(triton_tables.Following, "_buffer", lambda self, numel: torch.empty(numel, dtype=torch.int64))
     captured: list[Any] = []
