@@ -1,4 +1,4 @@
-"""What each rank runs: AdamW up to a checkpoint, AMAdamW from there on; and what torch cannot load for either."""
+"""Functions that each rank runs: AdamW up to a checkpoint, AMAdamW afterwards; and what torch can load for neither."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tests.sharding.layouts import LAYOUTS
 from tests.sharding.model import groups_of, interior_share, make_net, raw_betas, train
 from tests.sharding.steps import optimizer_of
 
-RATE = 0.2  # half of the betas after the switch are between the clamps
+RATE = 0.2  # half of the betas after the switch lie between the clamps
 
 
 class PlainAdamW(torch.optim.AdamW):
-    """Fits ``train``, which asks for the betas."""
+    """Give AdamW the betas that ``train`` asks for."""
 
     def momentum(self) -> dict[str, Tensor]:
         return {}
@@ -34,13 +34,13 @@ def adamw_of(model: nn.Module) -> PlainAdamW:
 
 
 def loader_of(path: str) -> Move:
-    """The path's own; where it reads into a state that is there already, scalars may be missing from the file."""
+    """Return the path's loader, or one that tolerates missing scalars if the path reads into an existing state."""
     return load_partly if PATHS[path].load is load_sharded else PATHS[path].load
 
 
 @functools.cache
 def switched() -> dict[str, Any]:
-    """One process: AdamW to STOP, then AMAdamW from its state_dict."""
+    """Train in one process: AdamW to STOP, then AMAdamW from its state_dict."""
     net = make_net(DTYPE)
     adamw = adamw_of(net)
     train(net, adamw, range(STOP), DTYPE, rate=RATE)
@@ -71,24 +71,24 @@ def switch(path: str, where: str) -> dict[str, Any]:
 
 
 def fsdp1_into_a_template(kind: str, where: str) -> str:
-    """get_optimizer_state_dict, dcp.save, dcp.load under FSDP1: what torch says of it."""
+    """Run get_optimizer_state_dict, dcp.save and dcp.load under FSDP1; return torch's error."""
     placed = LAYOUTS["fsdp1_full"][0](DTYPE)
     optimizer = adamw_of(placed.model) if kind == "torch" else optimizer_of(placed, kind, "tensor")
     train(placed.model, optimizer, range(2), DTYPE, share=placed.share)
     refusals: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(refusals, refusal_to_save(placed.model))  # who raises alone leaves the others waiting
+    dist.all_gather_object(refusals, refusal_to_save(placed.model))  # all must raise together, or some would hang
     if any(refusals):
         raise NotImplementedError(next(filter(None, refusals)))
     save_sharded(placed.model, optimizer, Path(where))
     try:
         load_sharded(placed.model, optimizer, Path(where))
-    except CheckpointException as error:  # a BaseException
+    except CheckpointException as error:  # this is a BaseException
         return str(error)
     return "loaded"
 
 
 def refusal_to_save(model: nn.Module) -> str | None:
-    """What torch says to this rank's shards of the model; None where it takes them."""
+    """Return torch's error for this rank's shards of the model, or None if it accepts them."""
     try:
         get_model_state_dict(model)
     except NotImplementedError as error:

@@ -43,12 +43,12 @@ def plain(dtype: torch.dtype) -> Placed:
 
 
 def or_plain(builder: Builder) -> Builder:
-    """In one process the model as it is: a full checkpoint needs no sharding to be loaded."""
+    """Return the model unsharded in one process, because a full checkpoint needs no sharding to be loaded."""
     return lambda dtype: (plain if dist.get_world_size() == 1 else builder)(dtype)
 
 
 def grid(first: str, second: str) -> Any:
-    """1 x 1, 1 x 2 or 2 x 2."""
+    """Return a mesh of 1 x 1, 1 x 2 or 2 x 2."""
     shape = {1: (1, 1), 2: (1, 2), 4: (2, 2)}[dist.get_world_size()]
     return mesh(*shape, names=(first, second))
 
@@ -100,12 +100,12 @@ def load_sharded(model: nn.Module, optimizer: Optimizer, where: Path, planner: A
 
 
 def load_partly(model: nn.Module, optimizer: Optimizer, where: Path) -> None:
-    """A checkpoint of AdamW, in which the adaptive scalars are missing."""
+    """Load a checkpoint of AdamW, which lacks the adaptive scalars."""
     load_sharded(model, optimizer, where, DefaultLoadPlanner(allow_partial_load=True))
 
 
 def full_options(model: nn.Module, **options: bool) -> StateDictOptions:
-    """On the CPU FSDP1 must not offload to it: that shares storage with the shards, which it then frees."""
+    """Return the options of a full state dict. FSDP1 must not offload it to the CPU, or it frees shared storage."""
     return StateDictOptions(full_state_dict=True, cpu_offload=not isinstance(model, FSDP), **options)
 
 
@@ -116,7 +116,10 @@ def save_full(model: nn.Module, optimizer: Optimizer, where: Path) -> None:
 
 
 def load_full(model: nn.Module, optimizer: Optimizer, where: Path, *, broadcast: bool = False) -> None:
-    """With ``broadcast`` only rank 0 reads the file. Not set_state_dict: it skips ranks that are given nothing."""
+    """Load a full checkpoint; with ``broadcast`` only rank 0 reads the file.
+
+    set_state_dict is not used, because it skips ranks that are given nothing.
+    """
     options = full_options(model, broadcast_from_rank0=broadcast)
     weights, states = _read(where) if dist.get_rank() == 0 or not broadcast else ({}, {})
     set_model_state_dict(model, weights, options=options)
@@ -127,7 +130,7 @@ def load_broadcast(model: nn.Module, optimizer: Optimizer, where: Path) -> None:
     load_full(model, optimizer, where, broadcast=True)
 
 
-# ---------------------------------------------------------------- FSDP1's own
+# ---------------------------------------------------------------- FSDP1
 def fsdp1_full(model: nn.Module) -> Any:
     configs = FullStateDictConfig(offload_to_cpu=False), FullOptimStateDictConfig(offload_to_cpu=False)
     return FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT, *configs)
@@ -158,7 +161,7 @@ def save_fsdp1_sharded(model: nn.Module, optimizer: Optimizer, where: Path) -> N
 
 
 def load_fsdp1_sharded(model: nn.Module, optimizer: Optimizer, where: Path) -> None:
-    """As Lightning does. dcp.load into a template of get_optimizer_state_dict fails, with torch.optim.AdamW too."""
+    """Load as Lightning does; dcp.load into a template of get_optimizer_state_dict fails even for torch.optim.AdamW."""
     reader = dcp.FileSystemReader(where)
     with fsdp1_sharded(model):
         weights = model.state_dict()
@@ -170,7 +173,7 @@ def load_fsdp1_sharded(model: nn.Module, optimizer: Optimizer, where: Path) -> N
 
 @dataclass(frozen=True)
 class SavePath:
-    """``reader``: the model that loads, where it is not placed like the one that saved."""
+    """A way to save and load. ``reader`` builds the model that loads if it is placed differently."""
 
     writer: Builder
     save: Move

@@ -1,4 +1,4 @@
-"""What each rank runs around the step that torch.distributed.checkpoint makes to create an optimizer's state."""
+"""Functions that each rank runs around the step by which torch.distributed.checkpoint creates an optimizer's state."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def bits(seen: list[dict[str, float]]) -> list[dict[str, str]]:
 
 
 def train_after_looking(layout: str, kind: str, scope: str, look: bool) -> dict[str, Any]:
-    """Train, after asking for the state of an optimizer that has none yet, or not."""
+    """Train, with or without asking first for the state of an optimizer that has none yet."""
     torch.manual_seed(0)
     placed = LAYOUTS[layout][0](DTYPE)
     optimizer = optimizer_of(placed, kind, scope)
@@ -44,7 +44,7 @@ def train_after_looking(layout: str, kind: str, scope: str, look: bool) -> dict[
 
 
 def first_step_at_lr_zero(layout: str) -> dict[str, Any]:
-    """A warmup from 0 after torch's own step has been made, beside one process."""
+    """Start a warmup at lr 0 after torch's own step has been made, and compare with one process."""
     placed = LAYOUTS[layout][0](DTYPE)
     optimizer = optimizer_of(placed, "adamw", "tensor")
     get_optimizer_state_dict(placed.model, optimizer)
@@ -66,7 +66,7 @@ def first_step_at_lr_zero(layout: str) -> dict[str, Any]:
 
 
 class Three(nn.Module):
-    """One tensor of three elements: over four ranks one holds none."""
+    """One tensor of three elements: over four ranks, one rank holds none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def three(weights: Tensor | None = None) -> tuple[nn.Module, AMAdamW]:
 
 
 def save_where_a_rank_holds_nothing(full: bool) -> dict[str, Any]:
-    """Save in mid-run; load into a new optimizer, and save that before it has made a step; train on."""
+    """Save during a run, load into a new optimizer, save that one before it has made a step, and train."""
     model, optimizer = three()
     share = (dist.get_rank(), dist.get_world_size())
     options = StateDictOptions(full_state_dict=full)

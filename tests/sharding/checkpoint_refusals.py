@@ -1,4 +1,4 @@
-"""What each rank runs: states that are not placed like the parameters, or are another model's, are loaded."""
+"""Functions that each rank runs: they load states that are placed unlike the parameters or are another model's."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def train(model: nn.Module, optimizer: AMAdamW, steps: int) -> None:
 
 
 def replaced(state_dict: dict[str, Any], place: Callable[[Tensor], DTensor]) -> dict[str, Any]:
-    """The same values, placed otherwise."""
+    """Return the same values with another placement."""
     result = copy.deepcopy(state_dict)
     for state in result["state"].values():
         for key in ("exp_avg", "exp_avg_sq"):
@@ -69,7 +69,7 @@ def other_dimension(sharded: Pair) -> None:
 
 
 def other_mesh(sharded: Pair) -> None:
-    """The same placement, over the ranks in the opposite order."""
+    """Return the same placement over the ranks in the opposite order."""
     grid = DeviceMesh("cpu", list(reversed(range(everyone()[1]))))
     sharded[1].load_state_dict(
         replaced(sharded[1].state_dict(), lambda whole: distribute_tensor(whole, grid, [Shard(0)]))
@@ -103,7 +103,7 @@ def snapshot(pair: Pair) -> list[Any]:
 
 
 def attempted(pair: Pair, load: Callable[[Pair], None]) -> dict[str, Any]:
-    """What it says, and whether all is as it was."""
+    """Return the error, and whether nothing has changed."""
     before = snapshot(pair)
     try:
         load(pair)
@@ -122,19 +122,19 @@ def shards_into_whole() -> dict[str, Any]:
 
 
 def partly_by_dcp(missing: list[str]) -> dict[str, Any]:
-    """Where a full state dict lacks a scalar, torch.distributed.checkpoint leaves that of the fresh state."""
+    """Load a full state dict that lacks a scalar, of which torch.distributed.checkpoint keeps the fresh value."""
     states = get_optimizer_state_dict(*stepped(model_of(6, 4, True)), options=FULL)
     for state in states["state"].values():
         for key in missing:
             del state[key]
     model = model_of(6, 4, True)
     fresh = AMAdamW(model.named_parameters(), lr=0.1)
-    get_optimizer_state_dict(model, fresh)  # so that there is a state to compare
+    get_optimizer_state_dict(model, fresh)  # creates the state to compare with
     return attempted((model, fresh), lambda pair: set_optimizer_state_dict(*pair, states, options=FULL))
 
 
 def spoiled_on_one_rank(key: str, value: float) -> dict[str, Any]:
-    """The last rank's piece of a state dict is spoiled."""
+    """Spoil the last rank's shard in a state dict."""
     pair = stepped(model_of(6, 4, True))
     states = copy.deepcopy(pair[1].state_dict())
     rank, world = everyone()
@@ -144,7 +144,7 @@ def spoiled_on_one_rank(key: str, value: float) -> dict[str, Any]:
 
 
 def own_shards_through_a_file() -> bool:
-    """Each rank's own state_dict, saved by torch.save and read again: other mesh objects, the same placement."""
+    """Save each rank's own state_dict by torch.save and load it: other mesh objects, the same placement."""
     model, optimizer = stepped(model_of(6, 4, True))
     file = io.BytesIO()
     torch.save((model.state_dict(), optimizer.state_dict()), file)

@@ -1,4 +1,4 @@
-"""What each rank runs: train and save; load elsewhere and train on beside a run of one process that never stopped."""
+"""Functions that each rank runs: train and save; load elsewhere and train on beside an unbroken run of one process."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def train_and_save(path: str, kind: str, scope: str, where: str) -> None:
     placed = PATHS[path].writer(DTYPE)
     optimizer = optimizer_of(placed, kind, scope)
     train(placed.model, optimizer, range(STOP), DTYPE, share=placed.share, rate=RATES[kind][scope])
-    for group in optimizer.param_groups:  # as a scheduler does after the step: not eta_{t-1} any more
+    for group in optimizer.param_groups:  # a scheduler sets it after the step: it is no longer eta_{t-1}
         group["lr"] = lr_of(STOP, RATES[kind][scope])
     PATHS[path].save(placed.model, optimizer, Path(where))
 
 
 def load_and_train(path: str, kind: str, scope: str, where: str) -> dict[str, Any]:
-    """One entry of the table: largest relative errors of raw beta_t and of the weights after the resume."""
+    """Return an entry of the table: largest relative errors of raw beta_t and of the weights after the resume."""
     torch.manual_seed(1)
     builder = PATHS[path].reader or PATHS[path].writer
     placed = builder(DTYPE)
     optimizer = optimizer_of(placed, kind, scope)
     with torch.no_grad():
         for param in placed.model.parameters():
-            param.zero_()  # all that follows comes from the checkpoint
+            param.zero_()  # everything must come from the checkpoint
     PATHS[path].load(placed.model, optimizer, Path(where))
     return compare(placed, optimizer, kind, scope, unbroken(kind, scope, "flat" in path), RATES[kind][scope])
 

@@ -1,4 +1,4 @@
-"""Prints the table of checkpoints in docs/tested.md: ``python -m tests.sharding.checkpoint_table``."""
+"""Print the table of checkpoints in docs/tested.md: ``python -m tests.sharding.checkpoint_table``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ STEPS = "tests.sharding.checkpoint_steps:"
 
 
 def row(pools: dict[int, Pool], path: str, kind: str, scope: str, where: Path) -> str:
-    """One line: the largest relative error of raw beta_t in the four steps after each resume."""
+    """Return a line with the largest relative error of raw beta_t in the four steps after each resume."""
     case = {"path": path, "kind": kind, "scope": scope}
     errors = []
     for before, after in PAIRS:

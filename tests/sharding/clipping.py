@@ -1,4 +1,4 @@
-"""What each rank runs: clip_grad_norm_ at every step beside torch's own in one process that holds the whole model."""
+"""Functions that each rank runs: clip_grad_norm_ at every step beside torch's in one process with the whole model."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ from tests.sharding.model import (
 from tests.sharding.steps import optimizer_of, raw_error, whole_weights
 
 DTYPE = torch.float64
-# Below the norm (before the first step() too), above it, none, below, below, far below.
+# Below the norm (before the first step(), too), above it, none, below, below, far below.
 LIMITS = (0.1, 5.0, math.inf, 0.05, 0.06, 0.01)
 
 
 def rate_of(kind: str, scope: str) -> float:
-    """Clipped gradients of SGD are small: it overshoots at a larger rate."""
+    """Return the learning rate. SGD's clipped gradients are small, so it overshoots at a larger rate only."""
     return 20.0 if kind == "sgd" else RATES[kind][scope]
 
 
 def whole_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> full gradient, on every rank; nothing for flat parameters. Collective."""
+    """Map each name to its full gradient on every rank; empty for flat parameters. Collective."""
     if not isinstance(model, FSDP):
         grads = {strip_wrappers(n): p.grad for n, p in model.named_parameters()}
         return {n: (g.full_tensor() if isinstance(g, DTensor) else g.clone()).cpu() for n, g in grads.items()}
@@ -70,7 +70,7 @@ def clipper(
 
 @functools.cache
 def reference(kind: str, scope: str, flat: bool) -> dict[str, Any]:
-    """One process, torch.nn.utils.clip_grad_norm_."""
+    """Clip with torch.nn.utils.clip_grad_norm_ in one process."""
     net, norms, gradients = make_net(DTYPE), [], []
     params = list(net.named_parameters()) if flat else groups_of(net)
     optimizer = make_optimizer(kind, params, scope, **({"weight_decay": 0.1} if flat else {}))
@@ -84,14 +84,14 @@ def reference(kind: str, scope: str, flat: bool) -> dict[str, Any]:
 
 
 def compare(layout: str, kind: str, scope: str) -> dict[str, Any]:
-    """Largest relative errors of norms, gradients, raw beta_t and weights; what infinity changed; collectives."""
+    """Return the largest relative errors of norms, gradients, raw beta_t and weights, bits of infinity, collectives."""
     placed = LAYOUTS[layout][0](DTYPE)
     optimizer, model = optimizer_of(placed, kind, scope), placed.model
     norms, gradients, unlike, clips, steps = [], [], [], [], []
 
     def clip(limit: float) -> Tensor:
         before = bits(model)
-        counting = len(clips) < 2  # it is slow
+        counting = len(clips) < 2  # counting is slow
         with CommDebugMode() if counting else nullcontext() as mode:
             norm = clip_grad_norm_(optimizer, limit)
         if counting:
@@ -129,7 +129,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 
 def refused(layout: str, cure: bool) -> dict[str, Any]:
-    """Clipping where the whole model is not known; with ``cure`` once more after doing as the message says."""
+    """Clip where the whole model is not known. With ``cure``, follow the message and clip again."""
     placed = LAYOUTS[layout][0](DTYPE)
     placed.options, groups = {}, placed.options
     optimizer = optimizer_of(placed, "adamw", "tensor")
@@ -151,7 +151,7 @@ def refused(layout: str, cure: bool) -> dict[str, Any]:
 
 
 def one_nan(layout: str) -> dict[str, Any]:
-    """A gradient that is not finite on the last rank alone."""
+    """Make a gradient on the last rank alone not finite."""
     placed = LAYOUTS[layout][0](DTYPE)
     optimizer = optimizer_of(placed, "adamw", "tensor")
     weights = [local(param).detach().clone() for param in placed.model.parameters()]

@@ -1,4 +1,4 @@
-"""The mesh that covers several: worker of ``test_covers.py``."""
+"""Functions of ``test_covers.py`` that each rank runs: find the mesh that covers several."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from am_lightning.distributed.strategies.dtensor import mesh_groups, span_of_roo
 
 
 def cover() -> dict[str, object]:
-    """What covers two halves of a mesh of 2 x 2, what an all-reduce in it adds up, and what covers two roots."""
+    """Cover two halves of a mesh of 2 x 2, sum by an all-reduce in the result, and cover two roots."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("rows", "columns"))
     found = span_of_root([mesh["rows"], mesh["columns"]])
     assert found is not None

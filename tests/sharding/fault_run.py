@@ -1,8 +1,8 @@
 """A run that saves every second step and may be killed: ``torchrun -m tests.sharding.fault_run DIR [KILL]``.
 
-KILL is ``rank,step,point``: that rank kills itself in that step, at "sums" (its sums are formed, the others wait for
-them in the all-reduce) or "update" (they are reduced, and the others write). A launch goes on from the last checkpoint
-in DIR. Each rank writes what it ends with to ``DIR/rank<rank>.json``.
+KILL is ``rank,step,point``: that rank kills itself in that step, at "sums" (its sums are formed, and the other ranks
+wait for them in the all-reduce) or at "update" (they are reduced, and the other ranks write). A new launch resumes from
+the last checkpoint in DIR. Each rank writes its result to ``DIR/rank<rank>.json``.
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ def die_at(point: str, optimizer: Any) -> None:
 
 def main(where: str, kill: str | None = None) -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the agent's, when another rank died: this one shall see it itself
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent when another rank died, which this rank must find itself
     dist.init_process_group("gloo", timeout=timedelta(seconds=20))
     answer = Path(where) / f"rank{dist.get_rank()}.json"
     try:
         result = train_to_the_end(where, kill)
     except Exception as error:
         answer.write_text(json.dumps({"error": f"{type(error).__name__}: {error}"}))
-        os._exit(1)  # the group is broken: nothing to take down in order
+        os._exit(1)  # the group is broken: an orderly exit could hang
     answer.write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()

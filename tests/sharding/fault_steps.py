@@ -1,4 +1,4 @@
-"""What each rank runs: steps in which one rank has bad gradients, or none for a module."""
+"""Functions that each rank runs: steps in which one rank has bad gradients, or none for a module."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.sharding.model import RATES, Net, batch_of, groups_of, make_net, make
 from tests.sharding.steps import optimizer_of, whole_weights
 
 DTYPE = torch.float64
-BAD, END = 3, 7  # the step with the fault, and where the run ends
+BAD, END = 3, 7  # the faulty step, and the number of steps
 RATE = RATES["adamw"]["tensor"]
 
 
@@ -29,7 +29,7 @@ def bits(seen: list[dict[str, float]]) -> list[dict[str, str]]:
 
 
 def held(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
-    """This rank's weights and states."""
+    """Return this rank's weights and states."""
     states = [value for state in optimizer.state.values() for value in state.values()]
     return [local(tensor.detach()).tolist() for tensor in (*model.parameters(), *states)]
 
@@ -44,7 +44,7 @@ def spoil(model: nn.Module, value: float) -> str:
 
 
 def spoiled_alone(name: str, value: float, nonfinite: str) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
-    """One process in which the gradient of ``name`` is bad in the same step."""
+    """Train in one process in which the gradient of ``name`` is bad in the same step."""
     net = make_net(DTYPE)
     optimizer = make_optimizer("adamw", groups_of(net), "tensor", nonfinite=nonfinite)
 
@@ -57,7 +57,7 @@ def spoiled_alone(name: str, value: float, nonfinite: str) -> tuple[list[dict[st
 
 
 def bad_gradient(layout: str, value: float, where: str, nonfinite: str = "skip") -> dict[str, Any]:
-    """The last rank's gradient (or, before backward, its part of the batch) is bad in one step."""
+    """Spoil the last rank's gradient, or its part of the batch before backward, in one step."""
     torch.manual_seed(0)
     placed = LAYOUTS[layout][0](DTYPE)
     optimizer = optimizer_of(placed, "adamw", "tensor", nonfinite=nonfinite)
@@ -100,9 +100,9 @@ def bad_gradient(layout: str, value: float, where: str, nonfinite: str = "skip")
     }
 
 
-# ---------------------------------------------------------------- no batch for a module
+# ---------------------------------------------------------------- a module without a batch
 class Skipping(Net):
-    """The second block is left out where ``skip`` says so."""
+    """Skip the second block if ``skip`` is set."""
 
     skip = False
 
@@ -121,7 +121,7 @@ def skipping() -> Skipping:
 
 
 def leaves_out(step: int, rank: int) -> bool:
-    """One rank has nothing for the block in every third step, no rank in every fifth."""
+    """Return whether to skip: one rank has no input for the block in every third step, no rank in every fifth."""
     return step % 5 == 4 or (step % 3 == 1 and rank == 0)
 
 
@@ -141,7 +141,7 @@ def part_loss(model: nn.Module, net: Skipping, step: int, rank: int, world: int)
 
 
 def unused_module_under_ddp() -> dict[str, Any]:
-    """find_unused_parameters: some steps use the block on a part of the ranks, some on none."""
+    """Train with find_unused_parameters: some steps use the block on a part of the ranks, some on none."""
     rank, world = dist.get_rank(), dist.get_world_size()
     net = skipping()
     model = DistributedDataParallel(net, find_unused_parameters=True)
@@ -173,7 +173,7 @@ def unused_module_under_ddp() -> dict[str, Any]:
 
 
 def gradients_missing_on_one_rank(layout: str) -> dict[str, Any]:
-    """Gradients are taken away after backward: in one step on one rank, in the next on all."""
+    """Remove gradients after backward: in one step on one rank, in the next on all."""
     placed = LAYOUTS[layout][0](DTYPE)
     optimizer = optimizer_of(placed, "adamw", "tensor")
     rank, culprit = dist.get_rank(), dist.get_world_size() - 1
@@ -196,7 +196,7 @@ def gradients_missing_on_one_rank(layout: str) -> dict[str, Any]:
 
 
 def step_left_out_by_one_rank() -> str:
-    """What rank 0 is told, whose sums rank 1 does not join: it skipped its step, as a local GradScaler may."""
+    """Return the error of rank 0, whose sums rank 1 does not join because it skipped its step, as a GradScaler may."""
     group = dist.new_group([0, 1], timeout=timedelta(seconds=1))
     if dist.get_rank() > 1:
         return ""

@@ -1,4 +1,4 @@
-"""How many frames of the call stack the package looks at."""
+"""Count the frames of the call stack that the package looks at."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from am_lightning.distributed import call_stack
 
 @contextmanager
 def count_frames() -> Iterator[list[int]]:
-    """One number, which grows."""
+    """Yield a count that grows."""
     counter, frames = [0], call_stack._frames
 
     def counted() -> Iterator[FrameType]:

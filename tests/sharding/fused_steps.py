@@ -1,4 +1,4 @@
-"""What each rank runs with fused kernels and with a direction in bfloat16."""
+"""Functions that each rank runs with fused kernels and with a direction in bfloat16."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DTYPE = torch.float32
 
 
 def bits(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[float]]:
-    """All of this rank's weights and states."""
+    """Return all of this rank's weights and states."""
     tensors = []
     for param in model.parameters():
         state = optimizer.state[param]
@@ -42,7 +42,7 @@ def start(layout: str, **options: Any) -> tuple[Placed, Any]:
 
 
 def low_precision(layout: str, where: str, **options: Any) -> dict[str, Any]:
-    """Four steps, and two with a distributed checkpoint and two more steps."""
+    """Make four steps, and two steps with a distributed checkpoint and two more."""
     options["exp_avg_dtype"] = torch.bfloat16
     placed, optimizer = start(layout, **options)
     go(placed, optimizer, range(2))
@@ -66,7 +66,7 @@ def low_precision(layout: str, where: str, **options: Any) -> dict[str, Any]:
 
 
 def offloaded() -> dict[str, Any]:
-    """FSDP2 that keeps its shards on the CPU between steps, with no option, beside one that does not."""
+    """Train FSDP2 with its shards on the CPU between steps, without an option, beside one without offload."""
     optimizers = []
     for policy in (CPUOffloadPolicy(pin_memory=False), OffloadPolicy()):
         net = shard(make_net(DTYPE), mesh=mesh(dist.get_world_size()), offload_policy=policy)
@@ -78,7 +78,7 @@ def offloaded() -> dict[str, Any]:
 
 
 def refused_direction(layout: str) -> str:
-    """The error, and that nothing has moved."""
+    """Return the error, and whether nothing has moved."""
     placed, optimizer = start(layout, exp_avg_dtype=torch.bfloat16)
     before = [p.detach().clone() for p in placed.model.parameters()]
     with pytest.raises(ValueError, match="exp_avg_dtype") as caught:
@@ -88,7 +88,7 @@ def refused_direction(layout: str) -> str:
 
 
 def without_compiler(rank: int, layout: str) -> dict[str, Any]:
-    """A step with ``fused=True`` where this rank has no C++ compiler."""
+    """Make a step with ``fused=True`` while this rank has no C++ compiler."""
     placed, optimizer = start(layout, fused=True)
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == rank:
@@ -103,7 +103,7 @@ def without_compiler(rank: int, layout: str) -> dict[str, Any]:
 
 
 def triton_on_some(reasons: dict[int, str], layout: str, **options: Any) -> dict[str, Any]:
-    """Two steps where the CPU passes for a GPU, and ranks have reasons why Triton does not work ("": it does)."""
+    """Make two steps on a CPU that passes for a GPU; ``reasons``: why Triton fails on each rank ("": it works)."""
     placed, optimizer = start(layout, **options)
     with pytest.MonkeyPatch.context() as patch:
         triton_on_cpu(patch, why_not=lambda kind: reasons[dist.get_rank()])

@@ -1,4 +1,4 @@
-"""What each rank runs: one step in which one rank has a finite gradient whose square overflows."""
+"""Functions that each rank runs: a step in which one rank has a finite gradient whose square overflows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BAD, END = 3, 30
 
 
 def loss_of(placed: Placed, dtype: torch.dtype) -> float:
-    """Of one whole batch, on every rank."""
+    """Return the loss of one whole batch, on every rank."""
     x, y = (part.to(DEVICE) for part in batch_of(0, dtype))
     with torch.no_grad():
         return float(F.mse_loss(placed.model(x).float(), y.float()))
@@ -39,7 +39,7 @@ def huge_gradient(
     chunked: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """The last rank's gradient is huge in one step, and in the very first."""
+    """Make the last rank's gradient huge in one step, and in the very first."""
     torch.manual_seed(0)
     kind, there = "adamw", getattr(torch, dtype)
     placed = LAYOUTS[layout][0](there)

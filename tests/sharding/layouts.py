@@ -1,4 +1,4 @@
-"""Every way to place the model over ranks that the package supports: ``LAYOUTS[name](dtype) -> Placed``."""
+"""Every placement of the model over ranks that the package supports: ``LAYOUTS[name](dtype) -> Placed``."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Placed:
     model: nn.Module
     share: tuple[int, int]
     options: dict[str, Any] = field(default_factory=dict)  # of the optimizer
-    bind: bool = False  # FSDP1: give the optimizer the model
-    collectives: int = 1  # a step, for the sums
-    partial: int = 0  # gradients that are redistributed in each step
+    bind: bool = False  # FSDP1: bind the model to the optimizer
+    collectives: int = 1  # per step, for the sums
+    partial: int = 0  # number of gradients that each step redistributes
     scopes: tuple[str, ...] = ("tensor", "global")
 
 
@@ -52,7 +52,7 @@ def mesh(*shape: int, names: tuple[str, ...] = ("dp", "tp", "x")) -> DeviceMesh:
 
 
 def spread(full: torch.Tensor, over: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
-    """A tensor that every rank has, as a DTensor. Nothing is sent: distribute_tensor of torch 2.6 would."""
+    """Make a DTensor of a tensor that every rank has, without the communication of torch 2.6's distribute_tensor."""
     copies = DTensor.from_local(full.clone(), over, [Replicate()] * over.ndim, run_check=False)
     return copies.redistribute(over, placements)
 
@@ -69,7 +69,7 @@ def shard(net: Net, **options: Any) -> Net:
 
 
 def tensor_parallel(net: Net, tp: DeviceMesh, *, sequence: bool = False) -> Net:
-    """Column- and row-wise blocks; with ``sequence`` their norms see shards of the tokens: Partial gradients."""
+    """Split blocks by columns and rows. With ``sequence``, norms see a part of the tokens: Partial gradients."""
     for block in net.blocks:
         plan: dict[str, Any] = {"up": ColwiseParallel(), "down": RowwiseParallel()}
         if sequence:
@@ -82,7 +82,7 @@ def tensor_parallel(net: Net, tp: DeviceMesh, *, sequence: bool = False) -> Net:
 
 
 def split_tokens(module: nn.Module, arguments: tuple[Any, ...], *, tp: DeviceMesh) -> Any:
-    """This rank's tokens of an input that all ranks have."""
+    """Return this rank's tokens of an input that all ranks have."""
     return (DTensor.from_local(arguments[0], tp, [Replicate()]).redistribute(tp, [Shard(1)]),)
 
 
@@ -91,12 +91,12 @@ def fsdp2(dtype: torch.dtype) -> Placed:
 
 
 def fsdp2_without_mesh(dtype: torch.dtype) -> Placed:
-    """Each call of fully_shard makes an equal mesh of its own."""
+    """Call fully_shard without a mesh, so that each call makes an equal mesh of its own."""
     return Placed(shard(make_net(dtype)), everyone())
 
 
 def fsdp2_ignored(dtype: torch.dtype) -> Placed:
-    """Some parameters stay plain and whole on each rank; the user averages their gradients."""
+    """Ignore some parameters: they stay whole on each rank, and the user averages their gradients."""
     net = make_net(dtype)
     ignored = {net.gain, net.norm.weight, net.norm.bias, net.mix.weight}
     for block in net.blocks:
@@ -118,7 +118,7 @@ def hsdp(dtype: torch.dtype) -> Placed:
 
 
 def tp(dtype: torch.dtype) -> Placed:
-    """Norms and all that the plan does not name stay plain."""
+    """Use tensor parallelism; norms and all that the plan does not name stay plain."""
     return Placed(tensor_parallel(make_net(dtype), mesh(dist.get_world_size(), names=("tp",))), (0, 1))
 
 
@@ -129,7 +129,7 @@ def tp_sequence(dtype: torch.dtype) -> Placed:
 
 
 def fsdp2_tp(dtype: torch.dtype) -> Placed:
-    """LogicalParam-wise weights are (_StridedShard, Shard) on two dimensions, norms DTensors on the first alone."""
+    """Combine both: row-wise weights are (_StridedShard, Shard) on two dimensions, norms DTensors on the first."""
     grid = mesh(2, 2)
     net = shard(tensor_parallel(make_net(dtype), grid["tp"]), mesh=grid["dp"])
     return Placed(net, (grid["dp"].get_local_rank(), 2))
@@ -142,7 +142,7 @@ def fsdp2_tp_sequence(dtype: torch.dtype) -> Placed:
 
 
 def fsdp2_beside_tp(dtype: torch.dtype) -> Placed:
-    """Blocks are tensor parallel only, the rest FSDP only: no parameter lies on the whole mesh, yet one sum serves."""
+    """Shard blocks by TP only and the rest by FSDP only: no parameter is on the whole mesh, yet one sum is enough."""
     grid = mesh(2, 2)
     net = tensor_parallel(make_net(dtype), grid["tp"])
     inside = {param for block in net.blocks for param in block.parameters()}
@@ -166,13 +166,13 @@ def hsdp_tp(dtype: torch.dtype) -> Placed:
 
 
 def fsdp2_merged_mesh(dtype: torch.dtype) -> Placed:
-    """fully_shard on a mesh that was flattened from two dimensions, as with context parallelism."""
+    """Call fully_shard on a mesh that was flattened from two dimensions, as with context parallelism."""
     grid = mesh(2, 2, names=("dp", "cp"))
     return Placed(shard(make_net(dtype), mesh=grid["dp", "cp"]._flatten("dp_cp")), everyone())
 
 
 def views_of_world(dtype: torch.dtype) -> Placed:
-    """All meshes are views of one flat root, as in current torchtitan: the root's dimensions say nothing."""
+    """Make all meshes views of one flat root, as in current torchtitan: the root's dimensions say nothing."""
     world = mesh(4, names=("world",))
     grid = split_world(world)
     net = shard(tensor_parallel(make_net(dtype), grid["tp"]), mesh=grid["fsdp"])
@@ -185,7 +185,7 @@ def split_world(world: DeviceMesh) -> DeviceMesh:
 
 
 def two_roots(dtype: torch.dtype) -> Placed:
-    """Experts on a mesh of their own: two roots, one set of ranks."""
+    """Put the experts on a mesh of their own: two roots, one set of ranks."""
     net = make_net(dtype)
     other = mesh(2, 2, names=("edp", "ep"))
     fully_shard(net.blocks[0], mesh=other)
@@ -194,7 +194,7 @@ def two_roots(dtype: torch.dtype) -> Placed:
 
 
 def tp_ddp(dtype: torch.dtype) -> Placed:
-    """Tensor parallel on one dimension, replicas on the other that no placement mentions."""
+    """Use TP on one dimension, and replicas on the other, which no placement mentions."""
     grid = mesh(2, 2)
     net = tensor_parallel(make_net(dtype), grid["tp"])
     for param in net.parameters():
@@ -228,7 +228,7 @@ def fsdp1(
 
 @functools.cache
 def _hybrid_groups() -> tuple[Any, Any]:
-    """(shards, replicas) of this rank, 2 x 2."""
+    """Return this rank's groups (shards, replicas) of 2 x 2."""
     grid = mesh(2, 2, names=("node", "local"))
     return grid["local"].get_group(), grid["node"].get_group()
 

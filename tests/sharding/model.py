@@ -1,4 +1,4 @@
-"""A small transformer-like regression whose tensors split unevenly, and the run of one process that all others copy."""
+"""A small transformer-like regression with tensors that split unevenly, and the run in one process to compare with."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """5-, 3- and 1-row tensors: over 2 and 4 ranks some shards are smaller than others and some are empty."""
+    """Tensors of 5, 3 and 1 rows: over 2 and 4 ranks some shards are smaller than others and some are empty."""
 
     def __init__(self, blocks: int = 2) -> None:
         super().__init__()
@@ -55,14 +55,14 @@ def make_net(dtype: torch.dtype, blocks: int = 2) -> Net:
 
 
 def batch_of(step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The global batch of a step: ``[8, 4, 6]`` and ``[8, 4, 3]``."""
+    """Return the global batch of a step: ``[8, 4, 6]`` and ``[8, 4, 3]``."""
     generator = torch.Generator().manual_seed(100 + step % 5)
     x = torch.randn(BATCH, TOKENS, WIDTH, generator=generator, dtype=torch.float64)
     y = torch.sin(2 * x[..., :OUT]) + 0.1 * torch.randn(BATCH, TOKENS, OUT, generator=generator, dtype=torch.float64)
     return x.to(dtype), y.to(dtype)
 
 
-# Rates at which the run overshoots: a good share of the betas lies strictly between 0 and the cap.
+# Rates at which the run overshoots, so that many betas lie strictly between 0 and the cap.
 RATES = {"adamw": {"tensor": 0.1, "group": 0.3, "global": 0.3}, "sgd": {"tensor": 1.0, "group": 4.0, "global": 2.0}}
 CAPS = {"adamw": 0.89, "sgd": 0.9}
 
@@ -76,7 +76,7 @@ def is_plain_decay(name: str) -> bool:
 
 
 def groups_of(model: nn.Module, decay: float = 0.1) -> list[dict[str, Any]]:
-    """Two groups, by name: shapes are not the logical ones under FSDP1."""
+    """Return two groups by name, because shapes are not the logical ones under FSDP1."""
     named = list(model.named_parameters())
     return [
         {"params": [(n, p) for n, p in named if is_plain_decay(n)], "weight_decay": decay},
@@ -92,7 +92,7 @@ def make_optimizer(kind: str, params: Any, scope: str, **options: Any) -> AMAdam
 
 @contextmanager
 def raw_betas(scope: str) -> Iterator[list[list[float]]]:
-    """Collects beta_t of every row before it is clipped, at each step; nan where the sums say nothing."""
+    """Collect beta_t of every row before it is clipped, at each step; nan if the sums do not determine it."""
     collected: list[list[float]] = []
     original: Callable[..., Any] = base.decide
 
@@ -112,13 +112,13 @@ def raw_betas(scope: str) -> Iterator[list[list[float]]]:
         base.decide = original
 
 
-Betas = list[dict[str, float]]  # of each step, by name
+Betas = list[dict[str, float]]  # per step, by name
 
 
 def beside(raw: list[list[float]], names: list[str], seen: Betas, single: dict[str, Betas]) -> list[Any]:
-    """beta_t of each step beside that of one process: before it is clipped, where ``raw_betas`` has collected it.
+    """Pair beta_t of each step with that of one process: before clipping, if ``raw_betas`` has collected it.
 
-    Triton kernels decide on a GPU, unseen; then what they came to is compared, clipped.
+    Triton kernels on a GPU clip it inside; then the clipped values are compared.
     """
     if not raw:
         return list(zip(seen, single["seen"], strict=True))
@@ -137,7 +137,7 @@ def train(
     before_step: Callable[[int], None] | None = None,
     counts: list[dict[str, int]] | None = None,
 ) -> Betas:
-    """Train on this rank's share (index, of how many) of each global batch.
+    """Train on this rank's share (index, number of shares) of each global batch.
 
     Returns:
         beta_t by name after each step; ``counts`` gets the collectives of the first two optimizer steps by operator
@@ -163,6 +163,6 @@ def train(
 
 
 def interior_share(seen: list[dict[str, float]], kind: str) -> float:
-    """Share of the betas after the first step strictly between 0 and the cap."""
+    """Return the share of the betas after the first step that lie strictly between 0 and the cap."""
     betas = [beta for step in seen[1:] for beta in step.values()]
     return sum(1e-6 < beta < CAPS[kind] - 1e-6 for beta in betas) / len(betas)

@@ -1,4 +1,4 @@
-"""What each rank runs: steps under another default device, and of a model that is moved or cast while it trains."""
+"""Functions that each rank runs: steps under another default device, and of a model that is moved or cast in a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.sharding.steps import optimizer_of, whole_weights
 
 
 def under_another_default_device(layout: str, scope: str, **options: Any) -> dict[str, Any]:
-    """The same run twice: the optimizer's own calls are under ``meta`` in the second."""
+    """Make the same run twice, the second time with the optimizer's own calls under ``meta``."""
     ends = []
     for foreign in ("cpu", "meta"):
         placed = LAYOUTS[layout][0](torch.float32)
@@ -42,7 +42,7 @@ def _cast(model: nn.Module, how: str) -> None:
 
 
 def moved(layout: str, how: str, at: int, **options: Any) -> dict[str, Any]:
-    """``model.to`` after ``at`` steps; then the run goes on beside one whose model had that dtype all the time."""
+    """Call ``model.to`` after ``at`` steps and continue beside a run whose model had that dtype from the start."""
     dtype = torch.float32 if how == "cpu" else getattr(torch, how)
     ends = []
     for moves in (True, False):
@@ -67,7 +67,7 @@ def moved(layout: str, how: str, at: int, **options: Any) -> dict[str, Any]:
 
 
 def cast_and_stepped(layout: str, how: str, at: int, ours: bool) -> dict[str, Any]:
-    """Steps with gradients given by hand; before the one numbered ``at`` the model is cast. Its error is an answer."""
+    """Make steps with given gradients and cast the model before step ``at``. Return an error as a result."""
     placed = LAYOUTS[layout][0](torch.float32)
     if ours:
         made: Any = optimizer_of(placed, "adamw", "tensor")

@@ -1,4 +1,4 @@
-"""What each rank runs: a strategy that the package does not have, entered in its table."""
+"""Functions that each rank runs: a strategy that the package does not have, entered in its table."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from am_lightning.distributed.shard import ShardInfo, TensorSlice
 from am_lightning.distributed.strategies import LogicalParam, Strategy
 
 DTYPE = torch.float64
-SIZES = (5, 3)  # of two tensors that lie in one parameter, cut over the ranks
+SIZES = (5, 3)  # sizes of two tensors in one parameter, split over the ranks
 
 
 class Cut(Strategy):
-    """Two tensors in one vector, of which each rank holds every world-size-th part of each."""
+    """Two tensors in one vector, of each of which a rank holds every world-size-th part."""
 
     name = "cut"
     one_state_dtype = True
@@ -48,7 +48,7 @@ def of_this_rank(whole: list[Tensor]) -> Tensor:
 
 
 def compare(scope: str) -> dict[str, Any]:
-    """Largest difference from one process that has both tensors whole, and what the package says of the strategy."""
+    """Return the largest difference from one process with both tensors whole, and the strategy's description."""
     generator = torch.Generator().manual_seed(0)
     draw = [[torch.randn(size, generator=generator, dtype=DTYPE) for size in SIZES] for _ in range(6)]
     whole = [nn.Parameter(tensor.clone()) for tensor in draw[0]]

@@ -1,4 +1,4 @@
-"""What each rank runs: one stage of two, with gradients that one process computed for the whole model."""
+"""Functions that each rank runs: one of two stages, with gradients that one process computed for the whole model."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ Place = Callable[[str, Tensor], Tensor]
 
 @dataclass
 class Stage:
-    """This rank's tensors of the whole model's, and how they lie over the ranks of the stage.
+    """This rank's tensors of the whole model, and their placement over the ranks of the stage.
 
     Attributes:
-        place: (name, full tensor) -> this rank's.
-        options: of the optimizer.
+        place: (name, full tensor) -> this rank's tensor.
+        options: options of the optimizer.
         stages: group of one rank of each stage.
         inside: group of the ranks of this stage.
     """
@@ -68,7 +68,7 @@ class Stage:
 
 
 def stage_of(layout: str) -> Stage:
-    """ "alone" at 2 ranks, the others at 4: two stages of two."""
+    """Return the stage: "alone" is for 2 ranks, the others for 4, which are two stages of two."""
     if layout == "alone":
         grid = mesh(2, names=("pp",))
         return Stage(grid.get_local_rank(), lambda name, full: full.clone(), {}, grid.get_group(), None)
@@ -91,7 +91,7 @@ def stage_of(layout: str) -> Stage:
 
 
 class Whole:
-    """One process that holds both stages."""
+    """Hold both stages in one process."""
 
     def __init__(self, kind: str, scope: str) -> None:
         self.net, self.rate = make_net(DTYPE), RATES[kind][scope]
@@ -105,14 +105,14 @@ class Whole:
 
 
 def optimizer_of(stage: Stage, kind: str, scope: str, pipeline: str | None, groups: Any = None) -> Any:
-    """``pipeline``: which group is said to be that of the stages."""
+    """Build the optimizer. ``pipeline`` selects the group that is given as that of the stages."""
     optimizer = make_optimizer(kind, stage.groups() if groups is None else groups, scope, **stage.options)
     optimizer.pipeline_group = {"stages": stage.stages, "inside": stage.inside, "world": dist.group.WORLD}.get(pipeline)
     return optimizer
 
 
 def run(layout: str, kind: str, scope: str, pipeline: str | None, clip: float | None = None) -> dict[str, Any]:
-    """Train the whole model here and this stage of it beside; largest errors."""
+    """Train the whole model here beside this stage of it; return the largest errors."""
     stage, whole = stage_of(layout), Whole(kind, scope)
     optimizer = optimizer_of(stage, kind, scope, pipeline)
     counts, norms, errors, bits, whole_run = [], [], [], [], []
@@ -123,7 +123,7 @@ def run(layout: str, kind: str, scope: str, pipeline: str | None, clip: float | 
         for each in (whole.optimizer, optimizer):
             for group in each.param_groups:
                 group["lr"] = lr_of(step, whole.rate)
-        counting = len(counts) < 2  # it is slow
+        counting = len(counts) < 2  # counting is slow
         with CommDebugMode() if counting else nullcontext() as mode:
             if clip is not None:
                 ours = clip_grad_norm_(optimizer, clip)
@@ -156,7 +156,7 @@ def full(param: Tensor) -> Tensor:
 
 
 def attempt(layout: str, scope: str, pipeline: str | None, what: str = "step", cure: bool = False) -> dict[str, Any]:
-    """A step, or clipping, that may be refused; with ``cure`` once more with the right group."""
+    """Make a step or clip, which may be refused. With ``cure``, do it again with the right group."""
     stage = stage_of(layout)
     groups = [{"params": list(stage.params.items())}] if what == "uneven" and stage.number else None
     optimizer = optimizer_of(stage, "adamw", scope, pipeline, groups)
@@ -181,7 +181,7 @@ def moved(stage: Stage, before: list[Tensor]) -> bool:
 
 
 def one_nan(layout: str, scope: str, pipeline: str | None) -> dict[str, Any]:
-    """A gradient of the last rank is not finite in the second step."""
+    """Make a gradient of the last rank not finite in the second step."""
     stage = stage_of(layout)
     optimizer = optimizer_of(stage, "adamw", scope, pipeline)
     found = []

@@ -1,4 +1,4 @@
-"""Processes of one group that stay up and run functions by name: a test costs milliseconds, not a launch."""
+"""Running processes of one group that call functions by name: a test costs milliseconds instead of a launch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BACKEND = "AM_TESTS_POOL_BACKEND"
 
 
 class RankError(Exception):
-    """What a rank raised: ``kind`` is the exception's class, ``text`` its message."""
+    """An exception of a rank: ``kind`` is its class, ``text`` its message."""
 
     def __init__(self, rank: int, kind: str, text: str, trace: str) -> None:
         super().__init__(f"rank {rank}: {kind}: {text}\n{trace}")
@@ -37,11 +37,11 @@ class RankError(Exception):
 
 
 class HangError(Exception):
-    """Some rank did not answer in time; the others did."""
+    """A rank did not answer in time; the others did."""
 
 
 class Pool:
-    """``world`` ranks. A hang or a death kills all of them; the next run starts new ones."""
+    """``world`` ranks. A hang or a death kills all of them, and the next run starts new ones."""
 
     def __init__(self, world: int, backend: str = "gloo") -> None:
         self.world, self.backend = world, backend
@@ -49,11 +49,11 @@ class Pool:
         self._pipes: list[Connection] = []
 
     def run(self, function: str, *, timeout: float = 90, **arguments: Any) -> list[Any]:
-        """``module:name`` called with ``arguments`` on every rank; its results by rank.
+        """Call ``module:name`` with ``arguments`` on every rank and return the results by rank.
 
         Raises:
-            RankError: the first rank's exception, when any raised.
-            HangError: no answer in time.
+            RankError: the first rank's exception, if any rank raised.
+            HangError: if a rank does not answer in time.
         """
         answers = self.attempt(function, timeout=timeout, **arguments)
         for answer in answers:
@@ -62,7 +62,7 @@ class Pool:
         return answers
 
     def attempt(self, function: str, *, timeout: float = 90, **arguments: Any) -> list[Any]:
-        """As :meth:`run`, but a rank's exception is its answer."""
+        """Call as :meth:`run` does, but return an exception as its rank's result."""
         self._start()
         for pipe in self._pipes:
             pipe.send((function, arguments))
@@ -81,7 +81,7 @@ class Pool:
     def stop(self, *, dump: bool = False) -> None:
         for process in self._ranks:
             if dump and process.poll() is None:
-                process.send_signal(signal.SIGUSR1)  # prints its stacks
+                process.send_signal(signal.SIGUSR1)  # it prints its stacks
                 time.sleep(0.2)
             process.kill()
             process.wait()
@@ -94,12 +94,12 @@ class Pool:
             return
         self.stop()
         variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(self.world)}
-        # Tensors in an answer are fetched from the rank that made them, by whoever knows its key.
+        # Tensors in an answer are fetched from the rank that made them, which needs the key.
         variables |= {"PYTHONPATH": str(ROOT), KEY: bytes(current_process().authkey).hex(), BACKEND: self.backend}
         with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
             listener.bind(address := f"{folder}/ranks")
             listener.listen(self.world)
-            listener.settimeout(START_S)  # else a rank that died would be waited for
+            listener.settimeout(START_S)  # without it, a rank that died would be waited for
             command = [PYTHON, "-m", "tests.sharding.pool", address]
             for rank in range(self.world):
                 env = {**os.environ, **variables, "RANK": str(rank)}
@@ -115,7 +115,7 @@ class Pool:
 
 @contextmanager
 def pools() -> Iterator[Callable[[int], Pool]]:
-    """``start(world)``: a running group of that many processes, kept until the end."""
+    """Return ``start(world)``, which returns a running group of ``world`` processes that are kept until the end."""
     started: dict[int, Pool] = {}
     try:
         yield lambda world: started.setdefault(world, Pool(world))
@@ -125,7 +125,7 @@ def pools() -> Iterator[Callable[[int], Pool]]:
 
 
 def serve(address: str) -> None:
-    """A rank: run what the pool sends until the pool has ended."""
+    """Run as a rank what the pool sends, until the pool ends."""
     faulthandler.register(signal.SIGUSR1)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     current_process().authkey = bytes.fromhex(os.environ[KEY])
@@ -136,7 +136,7 @@ def serve(address: str) -> None:
 
     torch.set_num_threads(1)
     if rank == 0:
-        store = dist.TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False)  # on a port that is free
+        store = dist.TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False)  # on a free port
         pipe.send(store.port)
     port = pipe.recv()
     if rank:

@@ -1,4 +1,4 @@
-"""What each rank runs for a drawn example: tensors placed at random, beside one optimizer that holds them whole."""
+"""Functions that each rank runs for a drawn example: tensors placed at random, beside an optimizer of whole tensors."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from tests.sharding.model import CAPS, make_optimizer, raw_betas
 from tests.sharding.steps import raw_error
 
 DIMS = ("a", "b", "c")
-OTHER_ROOT = ("world",)  # a mesh of its own, over all ranks
+OTHER_ROOT = ("world",)  # a separate mesh over all ranks
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """One tensor.
+    """A tensor.
 
     Attributes:
-        shape: of the whole tensor.
-        dims: of the mesh it lies on; () for a plain tensor that each rank holds.
+        shape: shape of the whole tensor.
+        dims: dimensions of its mesh; () for a plain tensor that each rank holds.
         splits: for each of ``dims`` the tensor dimension that it splits, None for copies.
         present: for each step, whether there is a gradient.
-        partial: the gradient comes as Partial sums where the tensor is copied.
-        none_if_empty: a rank that holds no element gets no gradient, as under FSDP1.
-        group: of the optimizer.
+        partial: whether the gradient comes as Partial sums where the tensor is copied.
+        none_if_empty: whether a rank that holds no element gets no gradient, as under FSDP1.
+        group: index of its parameter group.
     """
 
     shape: tuple[int, ...]
@@ -77,7 +77,7 @@ def place(drawn: Drawn, example: Example, full: Tensor) -> Tensor:
 
 
 def gradient(drawn: Drawn, example: Example, full: Tensor) -> Tensor | None:
-    """``full`` placed like its tensor. Partial: rank k of a dimension holds 2^-(k+1) of it, which adds up exactly."""
+    """Place ``full`` like its tensor. If Partial, rank k of a dimension holds 2^-(k+1) of it, which adds up exactly."""
     placed = place(drawn, example, full)
     if not isinstance(placed, DTensor):
         return placed
@@ -121,7 +121,7 @@ class Twins:
         return torch.randn(drawn.shape, generator=self.generator, dtype=torch.float64)
 
     def give_gradients(self, step: int) -> None:
-        """Those of a bowl around the goals, with noise, at the weights of the one process."""
+        """Set the gradients of a noisy bowl around the goals, at the weights of the one process."""
         for optimizer in (self.single, self.many):
             for group in optimizer.param_groups:
                 group["lr"] = self.example.rates[step]
@@ -132,12 +132,12 @@ class Twins:
 
 
 def run(example: Example) -> dict[str, Any]:
-    """Largest errors of raw beta_t, beta_t and weights, and what all ranks must share; or why it was refused."""
+    """Return largest errors of raw beta_t, beta_t and weights and what ranks must share, or why it was refused."""
     twins = Twins(example)
     before = [whole(p).clone() for p in twins.placed]
     seen, off, betas = [], [0.0], []
     with raw_betas(example.scope) as raw, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # plain tensors on all ranks: nobody said they are copies
+        warnings.simplefilter("ignore")  # plain tensors on all ranks are not declared as copies
         for step in range(len(example.rates)):
             twins.give_gradients(step)
             twins.single.step()

@@ -1,4 +1,4 @@
-"""What each rank runs: optimizers over layouts that cannot be summed, and what is left after the refusal."""
+"""Functions that each rank runs: optimizers of layouts that cannot be summed, and their state after the refusal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DTYPE = torch.float64
 
 
 def attempt(case: str, **arguments: Any) -> dict[str, Any]:
-    """Build, take a step, and say what came of it: ``error`` is None where it went through."""
+    """Build an optimizer, make a step, and return the outcome: ``error`` is None if it succeeded."""
     optimizer, params = CASES[case](**arguments)
     before = [local(param).detach().clone() for param in params]
     for param in params:
@@ -39,7 +39,7 @@ def attempt(case: str, **arguments: Any) -> dict[str, Any]:
 
 
 def copies_named_late() -> dict[str, Any]:
-    """Two steps of a DDP-like optimizer without a replica group, on each rank's own gradient, and two with one."""
+    """Make two steps of a DDP-like optimizer without a replica group, with local gradients, and two with one."""
     optimizer, (param,) = over([("w", weight(3))])
     texts, described = [], []
     for step in range(4):
@@ -66,7 +66,7 @@ def weight(*shape: int) -> nn.Parameter:
 def from_local(
     piece: tuple[int, ...], placement: Placement, shape: tuple[int, ...] | None = None, ranks: int = 0
 ) -> nn.Parameter:
-    """A DTensor on all ranks whose piece here has the shape ``piece``, said to be one of ``shape``."""
+    """Make a DTensor on all ranks whose local shard has the shape ``piece`` and which claims the shape ``shape``."""
     whole = {} if shape is None else {"shape": torch.Size(shape), "stride": torch.empty(shape).stride()}
     world = mesh(dist.get_world_size())
     return nn.Parameter(
@@ -79,13 +79,13 @@ def partial_parameter(scope: str) -> Any:
 
 
 def pieces_do_not_add_up(scope: str) -> Any:
-    """5 rows are said to be there; each rank holds 2."""
+    """Claim 5 rows while each rank holds 2."""
     named = [("fine", from_local((2, 3), Shard(0))), ("short.weight", from_local((2, 3), Shard(0), (5, 3)))]
     return over(named, scope=scope)
 
 
 def one_piece_too_large(scope: str) -> Any:
-    """The last rank alone has a row more than it should."""
+    """Give the last rank alone one row too many."""
     world, rank = dist.get_world_size(), dist.get_rank()
     rows = 3 if rank == world - 1 else 2
     named = [("fine", weight(3)), ("long.weight", from_local((rows, 3), Shard(0), (2 * world, 3)))]
@@ -99,19 +99,19 @@ def replicas_inside_the_mesh(scope: str) -> Any:
 
 
 def replicas_not_named(scope: str, kind: str) -> Any:
-    """Tensor parallel on one dimension, DDP on the other, and nobody says so."""
+    """Use TP on one dimension and DDP on the other without naming the replicas."""
     placed = LAYOUTS["tp_ddp"][0](DTYPE)
     return over(list(placed.model.named_parameters()), kind, scope=scope)
 
 
 def outside_of_the_mesh(scope: str) -> Any:
-    """A mesh of the first two ranks; the others get a DTensor that has nothing on them."""
+    """Use a mesh of the first two ranks; the other ranks get a DTensor without elements."""
     pair = DeviceMesh("cpu", [0, 1])
     piece = torch.ones(2 if dist.get_rank() < 2 else 0, 3, dtype=DTYPE)
     return over([("pair.weight", nn.Parameter(DTensor.from_local(piece, pair, [Shard(0)])))], scope=scope)
 
 
-# ---------------------------------------------------------------- other models on other ranks
+# ---------------------------------------------------------------- different models on the ranks
 def odd_name(named: Named) -> Named:
     return [("odd.weight" if name == "mix.weight" else name, param) for name, param in named]
 
@@ -132,7 +132,7 @@ DIFFERENCES = {"name": odd_name, "shape": odd_shape, "count": odd_count, "order"
 
 
 def other_models(what: str, odd_ranks: Sequence[int], scope: str) -> Any:
-    """Copies of one model, or so it is said; ``odd_ranks`` hold another."""
+    """Claim copies of one model, while ``odd_ranks`` hold another."""
     named = list(make_net(DTYPE).named_parameters())
     if dist.get_rank() in odd_ranks:
         named = DIFFERENCES[what](named)
@@ -140,7 +140,7 @@ def other_models(what: str, odd_ranks: Sequence[int], scope: str) -> Any:
 
 
 def other_groups(odd_ranks: Sequence[int], scope: str) -> Any:
-    """The same tensors in the same order; where one group ends and the next begins differs."""
+    """Put the same tensors in the same order, with another boundary between the groups."""
     named = list(make_net(DTYPE).named_parameters())
     first = 3 if dist.get_rank() in odd_ranks else 5
     groups = [{"params": named[:first]}, {"params": named[first:]}]
@@ -149,7 +149,7 @@ def other_groups(odd_ranks: Sequence[int], scope: str) -> Any:
 
 
 def other_sharded_models(what: str, odd_ranks: Sequence[int], scope: str) -> Any:
-    """FSDP2, and some ranks hold one plain tensor more, or in another place."""
+    """Use FSDP2 while some ranks hold an additional plain tensor, or hold one in another place."""
     named = list(LAYOUTS["fsdp2"][0](DTYPE).model.named_parameters())
     if dist.get_rank() in odd_ranks:
         named = DIFFERENCES[what](named)
@@ -192,7 +192,7 @@ CASES: dict[str, Callable[..., Any]] = {
 
 
 def not_a_member() -> tuple[str, str] | None:
-    """A group of the first two ranks, given to the optimizer on all."""
+    """Give the optimizer of every rank a group of the first two ranks."""
     group = dist.new_group([0, 1])
     try:
         AMAdamW([weight(3)], replica_group=group)

@@ -1,4 +1,4 @@
-"""What each rank runs for the table of layouts: train a few steps beside one process that holds the whole model."""
+"""Functions that each rank runs for the table of layouts: train beside one process that holds the whole model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def optimizer_of(placed: Placed, kind: str, scope: str, **options: Any) -> torch
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> full tensor on the CPU, on every rank. Collective."""
+    """Map each name to its full tensor on the CPU, on every rank. Collective."""
     if isinstance(model, FSDP):
         with FSDP.summon_full_params(model):
             return {strip_wrappers(n): p.detach().clone().cpu() for n, p in model.named_parameters()}
@@ -40,7 +40,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def alone(kind: str, scope: str, dtype: torch.dtype, flat: bool, steps: int = STEPS) -> dict[str, Any]:
-    """The run of one process."""
+    """Make the run of one process."""
     net = make_net(dtype)
     params = list(net.named_parameters()) if flat else groups_of(net)
     optimizer = make_optimizer(kind, params, scope, **({"weight_decay": 0.1} if flat else {}))
@@ -53,19 +53,19 @@ def alone(kind: str, scope: str, dtype: torch.dtype, flat: bool, steps: int = ST
 
 @functools.cache
 def reference(kind: str, scope: str, dtype: torch.dtype, flat: bool) -> dict[str, Any]:
-    """As :func:`alone`, once for each rank: only to be read."""
+    """Return :func:`alone`, cached per rank: do not change it."""
     return alone(kind, scope, dtype, flat)
 
 
 def raw_error(ours: float, theirs: float) -> float:
-    """Relative, but not blown up near zero; infinite where one is a number and the other is not."""
+    """Return the error, relative except near zero, and infinite if only one of the two is a number."""
     if math.isnan(ours) or math.isnan(theirs):
         return 0.0 if math.isnan(ours) and math.isnan(theirs) else math.inf
     return abs(ours - theirs) / (abs(theirs) + 0.1)
 
 
 def assert_as_one_process(ranks: list[dict[str, Any]], limit: float) -> None:
-    """Of what ``compare`` gave on every rank."""
+    """Check what ``compare`` returned on every rank."""
     first = ranks[0]
     assert first["share"] > 0.2, "the clamps would hide a wrong sum"
     for rank in ranks:
@@ -74,14 +74,14 @@ def assert_as_one_process(ranks: list[dict[str, Any]], limit: float) -> None:
         assert rank["weights"] <= limit, f"weights are off by {rank['weights']}"
         assert rank["bits"] == first["bits"], "beta_t differs between ranks"
         assert rank["weight_bits"] == first["weight_bits"], "weights differ between ranks"
-        assert rank["names"] and not rank["missing"], "momentum() is to have the whole model on every rank"
+        assert rank["names"] and not rank["missing"], "momentum() must have the whole model on every rank"
 
 
 def compare(layout: str, kind: str, scope: str, dtype: str, **options: Any) -> dict[str, Any]:
-    """One row of the table: largest relative error of raw beta_t, bits that all ranks must share, collectives.
+    """Return a row of the table: largest error of raw beta_t, bits that all ranks must share, collectives.
 
     Args:
-        options: of the optimizer here, not of the run of one process.
+        options: options of the optimizer here, not of the run of one process.
     """
     precision = getattr(torch, dtype)
     torch.manual_seed(0)

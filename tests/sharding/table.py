@@ -1,4 +1,4 @@
-"""Prints the table of layouts in docs/tested.md: ``python -m tests.sharding.table``."""
+"""Print the table of layouts in docs/tested.md: ``python -m tests.sharding.table``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DTYPES = ("float64", "float32")
 
 
 def row(pool: Pool, layout: str, scope: str) -> str:
-    """One line: worlds are columns of the caller; here the largest relative error of raw beta_t by dtype."""
+    """Return one line: the largest relative error of raw beta_t by dtype. The caller's columns are worlds."""
     runs = [pool.run("tests.sharding.steps:compare", layout=layout, kind="adamw", scope=scope, dtype=d) for d in DTYPES]
     errors = [max(rank["raw"] for rank in ranks) for ranks in runs]
     equal = all(rank["bits"] == ranks[0]["bits"] for ranks in runs for rank in ranks)

@@ -1,4 +1,4 @@
-"""The call stack is looked at while there is no state and no layout, and at no ordinary step after the first."""
+"""The call stack is searched while there is no state or layout, and in no ordinary step after the first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint.state_dict as dcp
-import torch.distributed.optim  # ZeroRedundancyOptimizer's module is looked for, too
+import torch.distributed.optim  # ZeroRedundancyOptimizer is searched for only if its module is imported
 from torch import nn
 
 from am_lightning import AMSGD, AMAdamW, clip_grad_norm_
@@ -31,7 +31,7 @@ MAKE: dict[str, Callable[..., Any]] = {
 
 @pytest.fixture
 def walked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """One number: frames that were looked at. All that is looked for counts as imported."""
+    """Count the frames that are looked at, with everything that is searched for counted as imported."""
     monkeypatch.setitem(sys.modules, "deepspeed", types.ModuleType("deepspeed"))
     with count_frames() as counter:
         yield counter
@@ -52,7 +52,7 @@ def make_step(model: nn.Module, optimizer: Any, number: int) -> None:
 @pytest.mark.parametrize("logged", [False, True])
 @pytest.mark.parametrize("kind", MAKE)
 def test_no_step_after_the_first_walks_the_stack(kind: str, logged: bool, walked: list[int]) -> None:
-    """With a log, clipping, a checkpoint and the momentum between the steps."""
+    """A log, clipping, a checkpoint and a call of momentum() come between the steps."""
     model = nn.Linear(3, 2)
     optimizer = MAKE[kind](model.named_parameters())
     ours = kind != "torch"
@@ -91,14 +91,14 @@ def test_a_log_leaves_the_step_that_makes_a_state_out(kind: str) -> None:
     assert optimizer.state and log.steps == 0
     make_step(model, optimizer, 0)
     assert log.steps == 1
-    optimizer.state.clear()  # so that the next checkpoint makes it again
+    optimizer.state.clear()  # the next checkpoint creates it again
     optimizer.zero_grad()
     dcp.get_optimizer_state_dict(model, optimizer)
     assert log.steps == 1
 
 
 def test_a_learning_rate_rules_a_state_creation_out(walked: list[int]) -> None:
-    """Of a rank without state that is stepped on and on, as one of FSDP1 that holds no element."""
+    """A rank without state steps repeatedly, as one of FSDP1 does that holds no element."""
     assert not call_stack.inside_state_creation([{"lr": 0.0}, {"lr": 0.1}]) and walked[0] == 0
     assert not call_stack.inside_state_creation([{"lr": 0.0}]) and walked[0] > 0
     walked[0] = 0

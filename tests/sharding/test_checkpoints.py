@@ -1,4 +1,4 @@
-"""Saved at one world size and loaded at another, by every path: the next steps are those of an unbroken run."""
+"""Save at one world size and load at another, by every path: the next steps are those of an unbroken run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PHANTOM = "tests.sharding.checkpoint_phantom:"
 def saved(
     pool: Callable[[int], Pool], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str, str, int], Path]:
-    """``saved(path, kind, scope, world)``: where the checkpoint lies; each is written once."""
+    """Return ``saved(path, kind, scope, world)``: the path of a checkpoint, which is written once."""
     done: dict[tuple[str, str, str, int], Path] = {}
 
     def save(path: str, kind: str, scope: str, world: int) -> Path:
@@ -57,7 +57,7 @@ def test_the_next_steps_are_those_of_an_unbroken_run(
 def test_a_run_of_adamw_goes_on_as_amadamw(
     pool: Callable[[int], Pool], tmp_path: Path, path: str, pair: tuple[int, int]
 ) -> None:
-    """As in one process: its momentum decayed by betas[0] at each step, its lr was the group's, beta is the cap."""
+    """As in one process, its momentum decayed by betas[0] per step, its lr was the group's, and beta is the cap."""
     pool(pair[0]).run(f"{ADAMW}train_adamw_and_save", path=path, where=str(tmp_path / "saved"))
     ranks = pool(pair[1]).run(f"{ADAMW}switch", path=path, where=str(tmp_path / "saved"))
     for rank in ranks:
@@ -67,7 +67,7 @@ def test_a_run_of_adamw_goes_on_as_amadamw(
 
 @pytest.mark.parametrize("kind", ["torch", "adamw"])
 def test_what_torch_does_not_load_under_fsdp1(pool: Callable[[int], Pool], tmp_path: Path, kind: str) -> None:
-    """Should this pass for torch.optim.AdamW one day, it is a path to support."""
+    """If torch.optim.AdamW passes here one day, the path can be supported."""
     answers = pool(2).run(f"{ADAMW}fsdp1_into_a_template", kind=kind, where=str(tmp_path / "saved"))
     assert all("Missing key in checkpoint state_dict: optim.param_groups" in answer for answer in answers)
 
@@ -84,7 +84,7 @@ def test_what_torch_does_not_load_under_fsdp1(pool: Callable[[int], Pool], tmp_p
     ],
 )
 def test_a_state_of_another_placement_or_model_is_refused(pool: Callable[[int], Pool], case: str, words: str) -> None:
-    """On every rank alike, before anything moves."""
+    """Every rank refuses it before anything moves."""
     answers = pool(2).run(f"{REFUSALS}refused", case=case)
     assert all(re.search(words, answer["text"]) and answer == answers[0] for answer in answers)
     assert answers[0]["untouched"]
@@ -108,7 +108,7 @@ def test_scalars_that_are_missing_in_a_full_checkpoint(pool: Callable[[int], Poo
     [("exp_avg", float("nan"), "nan or inf"), ("exp_avg_sq", float("inf"), "nan or inf"), ("exp_avg_sq", -1.0, "-1")],
 )
 def test_a_piece_that_one_rank_alone_refuses(pool: Callable[[int], Pool], key: str, value: float, words: str) -> None:
-    """A load is no collective. The text says whose piece it is, and what the others do."""
+    """A load is no collective: the error names the rank and says what the other ranks do."""
     good, bad = pool(2).run(f"{REFUSALS}spoiled_on_one_rank", key=key, value=value)
     assert good["text"] == "loaded"
     assert f"has {words} in '{key}' for parameter 'weight'" in bad["text"] and bad["untouched"]
@@ -146,7 +146,7 @@ def test_asking_for_a_state_that_is_not_there_yet_leaves_no_trace(
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("layout", ["fsdp2", "fsdp1_full"])
 def test_a_first_step_at_lr_zero_counts(pool: Callable[[int], Pool], layout: str, world: int) -> None:
-    """A warmup that begins at 0: nothing moves, but the step is one, as AdamW counts."""
+    """A warmup that begins at 0 moves nothing, but makes a step, as with AdamW."""
     for rank in pool(world).run(f"{PHANTOM}first_step_at_lr_zero", layout=layout):
         assert not rank["moved"] and rank["steps"] == [5.0]
         assert rank["off"] <= 1e-12 and rank["share"] > 0.1
@@ -154,7 +154,7 @@ def test_a_first_step_at_lr_zero_counts(pool: Callable[[int], Pool], layout: str
 
 @pytest.mark.parametrize("full", [False, True])
 def test_saving_where_a_rank_holds_no_element(pool: Callable[[int], Pool], full: bool) -> None:
-    """It has no state in mid-run either, so torch.distributed.checkpoint makes it step alone: nobody may wait."""
+    """It has no state during a run either, so torch.distributed.checkpoint steps on it alone, and must not wait."""
     ranks = pool(4).run(f"{PHANTOM}save_where_a_rank_holds_nothing", full=full)
     assert [rank["holds"] for rank in ranks] == [1, 1, 1, 0] and ranks[3]["empty"]
     assert all(rank["off"] <= 1e-12 and rank["bits"] == ranks[0]["bits"] for rank in ranks)

@@ -1,4 +1,4 @@
-"""clip_grad_norm_ on each layout against torch's own in one process."""
+"""clip_grad_norm_ on each layout against torch's in one process."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def check(ranks: list[dict[str, Any]]) -> None:
             "the steps after clipping are not those of one process"
         )
         assert rank["norm_bits"] == first["norm_bits"]
-        if not rank["partial"]:  # Partial gradients are summed on the way
-            assert not any(rank["unlike"][1:3]), "max_norm above the norm, or infinite, is to leave the bits alone"
+        if not rank["partial"]:  # Partial gradients are summed before
+            assert not any(rank["unlike"][1:3]), "max_norm above the norm, or infinite, must not change the bits"
         check_collectives(rank)
 
 
 def check_collectives(rank: dict[str, Any]) -> None:
-    """One, and one for each Partial gradient, which step() then finds settled."""
+    """Require one collective, and one per Partial gradient, which step() does not repeat."""
     sums = {"c10d.allreduce_": rank["collectives"]}
     settling = {"c10d_functional.all_reduce": rank["partial"]} if rank["partial"] else {}
-    votes = 2 * rank["collectives"] if rank["votes"] else rank["collectives"]  # on the kernels that all ranks have
+    votes = 2 * rank["collectives"] if rank["votes"] else rank["collectives"]  # one vote on the kernels
     first = {"c10d.allgather_": 1, **sums, "c10d.allreduce_": votes, **settling}
     assert rank["clips"][0] == first, "the layout is compared between ranks once"
     assert rank["clips"][1] == {**sums, **settling}

@@ -1,4 +1,4 @@
-"""Sums over several meshes take one all-reduce where one mesh covers them, in every release of torch."""
+"""Sums over several meshes use one all-reduce if one mesh covers them, in every release of torch."""
 
 from __future__ import annotations
 

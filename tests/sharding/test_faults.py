@@ -1,4 +1,4 @@
-"""One rank has bad gradients, one has none, one dies: nobody hangs, all agree, and the run goes on."""
+"""One rank has bad gradients, one has none, or one dies: no rank hangs, all agree, and the run resumes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ BAD_STEPS = [(*place, math.nan, "gradient") for place in PLACES] + [
 def test_a_bad_gradient_on_one_rank_is_a_step_that_all_skip(
     pool: Callable[[int], Pool], layout: str, world: int, value: float, where: str
 ) -> None:
-    """Also where that rank holds a mere copy, whose sums do not count. The run goes on as in one process."""
+    """This includes a rank with a copy, whose sums do not count. The run continues as in one process."""
     ranks = pool(world).run(f"{FAULTS}bad_gradient", layout=layout, value=value, where=where)
     for rank in ranks:
         assert rank["skipped"] and rank["untouched"] and not rank["skipped later"]
@@ -52,7 +52,7 @@ def test_a_bad_gradient_on_one_rank_is_a_step_that_all_skip(
 
 @pytest.mark.parametrize(("layout", "world"), [("fsdp2", 2), *WIDE])
 def test_a_bad_gradient_that_is_propagated(pool: Callable[[int], Pool], layout: str, world: int) -> None:
-    """Its tensor takes the cap on every rank, the others their own beta."""
+    """Its tensor uses the cap on every rank, and the others use their own beta."""
     arguments = {"layout": layout, "value": math.nan, "where": "gradient", "nonfinite": "propagate"}
     ranks = pool(world).run(f"{FAULTS}bad_gradient", **arguments)
     for rank in ranks:
@@ -73,7 +73,7 @@ def test_a_module_that_a_rank_does_not_use_under_ddp(pool: Callable[[int], Pool]
 
 @pytest.mark.parametrize(("layout", "world"), [("fsdp2", 2), ("fsdp2", 4), ("ddp", 2), ("ddp", 4), ("hsdp", 4)])
 def test_a_gradient_that_one_rank_lacks(pool: Callable[[int], Pool], layout: str, world: int) -> None:
-    """Every rank enters the collective; what has no gradient on any rank takes no part."""
+    """Every rank enters the collective; a tensor without a gradient on any rank takes no part."""
     ranks = pool(world).run(f"{FAULTS}gradients_missing_on_one_rank", layout=layout)
     for number, rank in enumerate(ranks):
         assert rank["bits"] == ranks[0]["bits"] and len(rank["bits"]) == END
@@ -88,7 +88,7 @@ def test_a_step_that_one_rank_leaves_out_is_said(pool: Callable[[int], Pool]) ->
 
 
 def launch(world: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """torchrun of the failure tests, on a free port."""
+    """Launch torchrun of the failure tests on a free port."""
     command = [PYTHON, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     command += ["-m", "tests.sharding.fault_run", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -107,7 +107,7 @@ def answers(where: Path, world: int) -> list[dict | None]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "point"), [(2, "sums"), (4, "update")])
 def test_a_rank_that_is_killed_in_mid_step(pool: Callable[[int], Pool], tmp_path: Path, world: int, point: str) -> None:
-    """The others get an error within the group's timeout; a new launch ends bitwise as if nothing had been."""
+    """The other ranks get an error within the group's timeout; a new launch ends bitwise as an unbroken run."""
     victim = world - 1
     killed = launch(world, str(tmp_path), f"{victim},5,{point}")
     assert killed.returncode != 0

@@ -1,4 +1,4 @@
-"""fused=True and exp_avg_dtype over ranks: the bits of all copies are equal, and the run is that of one process."""
+"""fused=True and exp_avg_dtype over ranks: all copies have equal bits, and the run is that of one process."""
 
 from __future__ import annotations
 

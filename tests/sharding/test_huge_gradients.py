@@ -1,4 +1,4 @@
-"""One rank has a finite gradient whose square overflows: all ranks drop the step, and the run learns on."""
+"""One rank has a finite gradient whose square overflows: all ranks drop the step, and the run still learns."""
 
 from __future__ import annotations
 
@@ -52,6 +52,6 @@ def test_of_sgd(pool: Callable[[int], Pool], layout: str) -> None:
 
 
 def test_what_clipping_makes_small_is_taken(pool: Callable[[int], Pool]) -> None:
-    """The norm is a float64 sum, which takes it: the direction of the huge gradient counts, on all ranks alike."""
+    """The norm is a float64 sum, which can hold it, so the direction of the huge gradient counts on all ranks alike."""
     for rank in run(pool, "fsdp2", dtype="float32", clip=1.0):
         assert not rank["skipped"] and rank["skipped in all"] == 0

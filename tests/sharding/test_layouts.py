@@ -19,12 +19,12 @@ WITH_EMPTY_SHARDS = ("fsdp2", "fsdp2_tp", "hsdp", "fsdp1_full", "fsdp1_hybrid", 
 LIMITS = {"float64": 1e-12, "float32": 2e-5}
 FLAT_LIMIT = 4e-5  # of float32 in FSDP1's flat parameters
 
-# What torch's own lines say on the way.
+# torch's own code warns.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
 def scopes_of(layout: str) -> tuple[str, str]:
-    """A flat parameter has one state for all its tensors: scope tensor is refused."""
+    """Return the scopes of a layout: a flat parameter has one state for all its tensors and refuses scope "tensor"."""
     return ("global", "group") if layout.startswith("fsdp1_flat") else ("tensor", "global")
 
 
@@ -35,9 +35,9 @@ def check(ranks: list[dict[str, Any]], dtype: str, limit: float | None = None) -
 
 
 def check_collectives(rank: dict[str, Any]) -> None:
-    """One all-reduce for the sums; a functional one for each Partial gradient.
+    """Require one all-reduce for the sums, and a functional one per Partial gradient.
 
-    The first step also compares what ranks hold, and AMAdamW's asks them for the kernels that all of them have.
+    The first step also compares what ranks hold, and AMAdamW's votes on the kernels.
     """
     regular = {"c10d.allreduce_": rank["expected"], "c10d_functional.all_reduce": rank["partial"]}
     regular = {operator: count for operator, count in regular.items() if count}

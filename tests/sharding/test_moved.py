@@ -1,4 +1,4 @@
-"""Sharded models under another default device, and ones that are moved or cast while they train."""
+"""Sharded models under another default device, and models that are moved or cast while they train."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CASTS = ["float64", "half", "bfloat16"]
     [("fsdp2", "cpu", 3), ("ddp", "cpu", 3), *[("fsdp2", how, 0) for how in ("cpu", *CASTS)]],
 )
 def test_a_model_that_is_moved_or_cast(pool: Callable[[int], Pool], layout: str, how: str, at: int) -> None:
-    """FSDP2 swaps the tensors under the same parameters. AdamW goes on, too."""
+    """FSDP2 swaps the tensors in the same parameters. AdamW continues, too."""
     ranks = pool(2).run(f"{STEPS}moved", layout=layout, how=how, at=at)
     for rank in ranks:
         assert rank["bits"] == ranks[0]["bits"] and not rank["skipped"]
@@ -44,7 +44,7 @@ def test_a_model_that_is_moved_or_cast(pool: Callable[[int], Pool], layout: str,
 @pytest.mark.parametrize("how", CASTS)
 @pytest.mark.parametrize("layout", ["fsdp2", "ddp"])
 def test_a_step_after_a_cast_in_mid_run(pool: Callable[[int], Pool], layout: str, how: str) -> None:
-    """FSDP2's and DDP's own forward knows the old dtype; the step itself goes on, where AdamW's ends."""
+    """The forward of FSDP2 and DDP keeps the old dtype. Our step works, while AdamW's fails."""
     ranks = pool(2).run(f"{STEPS}cast_and_stepped", layout=layout, how=how, at=3, ours=True)
     for rank in ranks:
         assert rank["error"] is None and rank["weights"] == ranks[0]["weights"]

@@ -1,4 +1,4 @@
-"""A strategy that the package has never seen: one class, and one entry in the table."""
+"""A strategy unknown to the package needs one class and one entry in the table."""
 
 from __future__ import annotations
 

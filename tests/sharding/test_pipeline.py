@@ -1,4 +1,4 @@
-"""Two pipeline stages, each over its own ranks: one beta_t for each tensor, or one for the whole model."""
+"""Two pipeline stages, each over its own ranks: one beta_t per tensor, or one for the whole model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check(ranks: list[dict[str, Any]], collectives: int) -> None:
 def test_one_beta_for_each_tensor_needs_no_group(
     pool: Callable[[int], Pool], layout: str, world: int, kind: str
 ) -> None:
-    """One collective for each stage, none where one rank is the stage."""
+    """One collective per stage, and none if one rank is the stage."""
     ranks = pool(world).run(f"{WORKER}run", layout=layout, kind=kind, scope="tensor", pipeline=None)
     check(ranks, collectives=int(world == 4))
 
@@ -44,7 +44,7 @@ def test_one_beta_for_each_tensor_needs_no_group(
 def test_with_the_group_of_the_stages(
     pool: Callable[[int], Pool], layout: str, world: int, scope: str, kind: str
 ) -> None:
-    """One collective inside the stage and one across."""
+    """One collective inside the stage and one across the stages."""
     ranks = pool(world).run(f"{WORKER}run", layout=layout, kind=kind, scope=scope, pipeline="stages")
     check(ranks, collectives=1 + int(world == 4))
     if scope == "global":
@@ -54,7 +54,7 @@ def test_with_the_group_of_the_stages(
 
 @pytest.mark.parametrize(("layout", "world"), LAYOUTS)
 def test_clipping_over_the_stages(pool: Callable[[int], Pool], layout: str, world: int) -> None:
-    """The norm is that of both stages; its collectives come on top of the step's."""
+    """The norm is that of both stages; its collectives are additional to the step's."""
     arguments = {"layout": layout, "kind": "adamw", "scope": "global", "pipeline": "stages", "clip": 0.05}
     check(pool(world).run(f"{WORKER}run", **arguments), collectives=2 * (1 + int(world == 4)))
 
@@ -81,7 +81,7 @@ def test_a_pipeline_group_that_overlaps_the_stage(pool: Callable[[int], Pool], l
 
 
 def test_stages_with_other_numbers_of_groups(pool: Callable[[int], Pool]) -> None:
-    """Scope group sums the first groups of all stages, then the second ones; scope global does not care."""
+    """Scope "group" sums the first groups of all stages, then the second ones; scope "global" sums everything."""
     arguments = {"layout": "fsdp", "pipeline": "stages", "what": "uneven"}
     for rank in pool(4).run(f"{WORKER}attempt", timeout=60, scope="group", **arguments):
         assert rank["text"] is not None and "stages do not fit together" in rank["text"]
@@ -101,6 +101,6 @@ def test_what_is_not_finite_in_one_stage_skips_all(
 
 
 def test_without_their_group_stages_skip_alone(pool: Callable[[int], Pool]) -> None:
-    """Why the group is worth a collective with scope tensor too."""
+    """This is why the group is worth a collective with scope "tensor", too."""
     for rank in pool(4).run(f"{WORKER}one_nan", layout="fsdp", scope="tensor", pipeline=None):
         assert rank["skipped"] == [False, rank["stage"] == 1, False]

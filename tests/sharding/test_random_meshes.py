@@ -1,4 +1,4 @@
-"""Meshes, placements, shapes and missing gradients at random: always what one process gets, or refused by all."""
+"""Meshes, placements, shapes and missing gradients at random: the result is one process's, or all ranks refuse."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ MESHES = {
 }
 STEPS = 4
 SIZES = st.sampled_from([5, 1, 3, 8, 2, 0])  # uneven over 2 and 4; one row; none
-RATES = {"adamw": (1.0, 2.0, 0.7, 1.5, 0.0), "sgd": (1.0, 0.5, 0.7, 1.5, 0.0)}  # the betas are often inside the clamps
+RATES = {"adamw": (1.0, 2.0, 0.7, 1.5, 0.0), "sgd": (1.0, 0.5, 0.7, 1.5, 0.0)}  # many betas lie inside the clamps
 
 
 @st.composite
 def tensors(draw: st.DrawFn, names: tuple[str, ...], roots: tuple[tuple[str, ...], ...]) -> Drawn:
-    """On all of ``names``, some of them, none, or one of ``roots``."""
+    """Draw tensors on all of ``names``, some of them, none, or one of ``roots``."""
     shape = tuple(draw(st.lists(SIZES, max_size=3)))
     some = st.lists(st.sampled_from(names), unique=True).map(lambda chosen: tuple(n for n in names if n in chosen))
     dims = draw(st.one_of(st.just(names), some, *(st.just(root) for root in roots)))
@@ -59,7 +59,7 @@ def examples(draw: st.DrawFn, *, part_of_the_world: bool = False) -> Example:
 
 
 def spanned(example: Example) -> int:
-    """Ranks of the smallest slice of the mesh that has all of the tensors; 1 where all are plain."""
+    """Return the number of ranks of the smallest mesh slice that has all tensors; 1 if all are plain."""
     used = {dim for tensor in example.tensors for dim in tensor.dims}
     if used & set(OTHER_ROOT):
         return math.prod(example.mesh_shape)
@@ -67,7 +67,7 @@ def spanned(example: Example) -> int:
 
 
 def is_refused(example: Example) -> bool:
-    """What the other ranks hold is not known: copies, or other parts of the model."""
+    """Return whether the other ranks' content is unknown: copies, or other parts of the model."""
     return example.scope != "tensor" and spanned(example) not in (1, math.prod(example.mesh_shape))
 
 

@@ -1,4 +1,4 @@
-"""What cannot be summed exactly is refused at the first step: by every rank, with the cure, before anything moves."""
+"""Sums that cannot be exact are refused at the first step, by every rank, with a remedy, before anything moves."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_one_shard_that_is_too_large(pool: Callable[[int], Pool]) -> None:
 
 @pytest.mark.parametrize("scope", ["tensor", "global"])
 def test_a_mesh_that_leaves_ranks_out(pool: Callable[[int], Pool], scope: str) -> None:
-    """Those outside are told so; those inside do not wait for them."""
+    """The ranks outside raise, and those inside do not wait for them."""
     ranks = attempt(pool, 4, "outside_of_the_mesh", scope=scope)
     for number, rank in enumerate(ranks[2:], start=2):
         assert_refused(
@@ -85,7 +85,7 @@ def test_a_replica_group_that_overlaps_the_mesh(pool: Callable[[int], Pool], wor
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_copies_that_nobody_named(pool: Callable[[int], Pool], kind: str) -> None:
-    """Tensor parallel under DDP: the other ranks could hold copies or other stages. One tensor's sums need no more."""
+    """With TP under DDP the other ranks could hold copies or other stages. The sums of one tensor need no more."""
     for scope in ("global", "group"):
         ranks = attempt(pool, 4, "replicas_not_named", scope=scope, kind=kind)
         assert_refused(ranks, UNKNOWN.format(scope=scope))
@@ -93,7 +93,7 @@ def test_copies_that_nobody_named(pool: Callable[[int], Pool], kind: str) -> Non
 
 
 def test_copies_are_warned_of_once_until_they_are_named(pool: Callable[[int], Pool]) -> None:
-    """Nothing can be refused: with scope tensor the ranks may be independent. A group that is set later counts."""
+    """No error is possible, because with scope "tensor" the ranks may be independent. A group set later counts."""
     ranks = pool(2).run("tests.sharding.refusals:copies_named_late", timeout=TIMEOUT)
     for rank in ranks:
         (text,) = rank["texts"][0]
@@ -141,7 +141,7 @@ def test_one_rank_of_fsdp2_with_another_model(pool: Callable[[int], Pool], world
 
 
 def test_a_group_without_this_rank(pool: Callable[[int], Pool]) -> None:
-    """new_group gives ranks that it leaves out no group; they are told at once."""
+    """new_group returns no group to ranks that it leaves out, and they raise at once."""
     ranks = pool(4).run("tests.sharding.refusals:not_a_member", timeout=TIMEOUT)
     assert ranks[:2] == [None, None]
     for kind, text in ranks[2:]:

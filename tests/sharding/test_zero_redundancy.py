@@ -40,7 +40,7 @@ def test_the_norm_of_some_tensors_is_refused(pool: Callable[[int], Pool]) -> Non
 @pytest.mark.parametrize(("start", "end"), [("many", "many"), ("many", "alone"), ("alone", "many")])
 @pytest.mark.parametrize("world", [2, 4])
 def test_resumed_is_unbroken(pool: Callable[[int], Pool], world: int, start: str, end: str, kind: str) -> None:
-    """By consolidate_state_dict and state_dict, into another of its kind or one process's optimizer; and back."""
+    """consolidate_state_dict and state_dict resume into another such optimizer or one process's optimizer, and back."""
     for rank in pool(world).run(f"{WORKER}resume", kind=kind, start=start, end=end):
         assert rank["before"] <= 1e-12 and rank["error"] <= 1e-12 and rank["weights"] <= 1e-12
         if end == "alone":

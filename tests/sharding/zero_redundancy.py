@@ -1,4 +1,4 @@
-"""What each rank runs: torch's ZeroRedundancyOptimizer around AMAdamW and AMSGD, beside one process."""
+"""Functions that each rank runs: ZeroRedundancyOptimizer around AMAdamW and AMSGD, beside one process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CLASSES = {"adamw": AMAdamW, "sgd": AMSGD}
 
 
 class Redundancy(ZeroRedundancyOptimizer):
-    """Shows the betas of this rank's tensors, as ``train`` asks for them."""
+    """Return the betas of this rank's tensors, which ``train`` asks for."""
 
     def momentum(self) -> dict[str, Tensor]:
         return self.optim.momentum()
@@ -47,7 +47,7 @@ def wrapped(net: nn.Module, kind: str, scope: str) -> tuple[nn.Module, Redundanc
 def against_one_process(
     model: nn.Module, optimizer: Redundancy | AMAdamW | AMSGD, kind: str, steps: range
 ) -> dict[str, Any]:
-    """Train on, and compare raw beta_t of the tensors of this rank, and all weights."""
+    """Train on, and compare raw beta_t of this rank's tensors, and all weights."""
     inner = getattr(optimizer, "optim", optimizer)
     share = (0, 1) if inner is optimizer else everyone()
     with raw_betas("tensor") as raw, warnings.catch_warnings(record=True) as warned:
@@ -86,7 +86,7 @@ def refused(kind: str, scope: str) -> dict[str, Any]:
 
 
 def clip_the_inner_optimizer() -> str | None:
-    """The norm of this rank's tensors is not the model's."""
+    """Clip the inner optimizer: the norm of this rank's tensors is not the model's."""
     model, optimizer = wrapped(make_net(DTYPE), "adamw", "tensor")
     train(model, optimizer, range(1), DTYPE, share=everyone())
     try:
@@ -97,7 +97,7 @@ def clip_the_inner_optimizer() -> str | None:
 
 
 def frames_walked(kind: str) -> list[int]:
-    """How many frames of the call stack each of five steps looks at."""
+    """Return how many frames of the call stack each of five steps looks at."""
     model, optimizer = wrapped(make_net(DTYPE), kind, "tensor")
     found = []
     for number in range(5):
@@ -109,7 +109,7 @@ def frames_walked(kind: str) -> list[int]:
 
 # ---------------------------------------------------------------- checkpoints
 def consolidated(optimizer: Redundancy) -> dict[str, Any]:
-    """The whole state dict, from rank 0, on every rank."""
+    """Return the whole state dict from rank 0 on every rank."""
     optimizer.consolidate_state_dict(to=0)
     box = [optimizer.state_dict() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(box, src=0)
@@ -117,7 +117,7 @@ def consolidated(optimizer: Redundancy) -> dict[str, Any]:
 
 
 def resume(kind: str, start: str, end: str) -> dict[str, Any]:
-    """STOP steps with ``start``, the others with ``end``: each "many" ranks or one "alone"."""
+    """Make STOP steps with ``start`` and the others with ``end``: each is "many" ranks or one "alone"."""
     net = make_net(DTYPE)
     model, optimizer = wrapped(net, kind, "tensor") if start == "many" else alone(net, kind)
     first = against_one_process(model, optimizer, kind, range(STOP))
@@ -139,7 +139,7 @@ def alone(net: nn.Module, kind: str) -> tuple[nn.Module, AMAdamW | AMSGD]:
 
 
 def low_precision() -> dict[str, Any]:
-    """bfloat16 parameters: dtypes and values of the scalars after a load, and what the next step makes of them."""
+    """Train bfloat16 parameters: dtypes and values of the scalars after a load and after the next step."""
     generator = torch.Generator().manual_seed(0)
     grads = [torch.randn(5, 3, generator=generator).to(torch.bfloat16) for _ in range(5 * 4)]
 
