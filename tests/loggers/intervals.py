@@ -1,4 +1,4 @@
-"""What an interval of steps has to show, from the beta_t of every tensor after every step."""
+"""The values that an interval of steps must show, from the beta_t of every tensor after every step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def numbers_of(seen: Sequence[Mapping[str, float]], cap: float = 0.89) -> dict[str, float]:
-    """Of the steps in ``seen``, which are one interval: name -> beta_t, nan where it has never stepped."""
+    """Return the values of the steps in ``seen``, which are one interval: name -> beta_t, nan before its first step."""
     betas = [beta for step in seen for beta in step.values() if beta == beta]
     return {
         "am/beta/mean": sum(betas) / len(betas),
@@ -24,10 +24,10 @@ def numbers_of(seen: Sequence[Mapping[str, float]], cap: float = 0.89) -> dict[s
 def curves_of(
     seen: Sequence[Mapping[str, float]], ends: Iterable[int], *, begins: int = 0, cap: float = 0.89
 ) -> dict[str, dict[int, float]]:
-    """Tag -> step -> value, where a point is logged at each of ``ends``, after so many steps.
+    """Return tag -> step -> value, with a point logged after each number of steps in ``ends``.
 
     Args:
-        begins: steps before the first interval.
+        begins: number of steps before the first interval. Default: 0.
     """
     curves: dict[str, dict[int, float]] = {}
     for after, until in itertools.pairwise([begins, *ends]):
@@ -39,7 +39,7 @@ def curves_of(
 def assert_curves(
     found: Mapping[str, Mapping[int, float]], expected: dict[str, dict[int, float]], axis: int = 0
 ) -> None:
-    """``axis``: what the logger's steps are behind the number of steps made."""
+    """Compare curves. ``axis`` is the logger's step minus the number of steps made."""
     for tag, points in expected.items():
         wanted = {step + axis: value for step, value in points.items()}
         assert found[tag] == pytest.approx(wanted, rel=2e-6, abs=1e-7), tag

@@ -1,4 +1,4 @@
-"""A picture, and what the loggers have kept of it: tag, step and pixels, read back from their own files."""
+"""A picture, and the tag, step and pixels that loggers have kept of it, read back from their own files."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 _Y, _X = np.indices((24, 40))
-IMAGE = np.stack([_X * 6, 240 - _Y * 10, _X * 2 + _Y * 5], axis=2).astype(np.uint8)  # smooth: a JPEG loses little
+IMAGE = np.stack([_X * 6, 240 - _Y * 10, _X * 2 + _Y * 5], axis=2).astype(np.uint8)  # smooth: a JPEG keeps it
 Kept = list[tuple[str, int, np.ndarray]]
 
 
 def same(kept: Kept, tag: str, step: int, *, atol: int = 0) -> bool:
-    """Whether IMAGE was kept once, with this tag and step, up to the loss of a format."""
+    """Return whether IMAGE was kept once with this tag and step, up to the loss of a format."""
     if [(tag, step, IMAGE.shape)] != [(name, at, pixels.shape) for name, at, pixels in kept]:
         return False
     return bool(np.abs(kept[0][2].astype(int) - IMAGE).mean() <= atol)
@@ -40,7 +40,7 @@ def in_events(folder: Path) -> Kept:
 
 
 def wandb_rows(folder: Path) -> list[dict[str, Any]]:
-    """What was logged, in order: one dict a row."""
+    """Return what was logged in order, one dict per row."""
     from wandb.proto import wandb_internal_pb2
 
     rows: list[dict[str, Any]] = []
@@ -57,7 +57,7 @@ def wandb_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def _wandb_records(data: bytes) -> Iterator[bytes]:
-    """Of a file in LevelDB's log format behind seven bytes of W&B's: blocks of 32 KiB, records in one or more parts."""
+    """Yield the records of a LevelDB log after W&B's seven bytes: blocks of 32 KiB, records in one or more parts."""
     at, record = 7, b""
     while at + 7 <= len(data):
         if (left := 32768 - at % 32768) < 7:
@@ -97,7 +97,7 @@ def in_comet(folder: Path) -> Kept:
 
 
 def in_trackio(folder: Path, axis: str) -> Kept:
-    """``folder`` is its TRACKIO_DIR, also that of this process."""
+    """Read ``folder``, which is also the TRACKIO_DIR of this process."""
     from trackio.sqlite_storage import SQLiteStorage
 
     found = []
@@ -119,5 +119,5 @@ def in_clearml(folder: Path) -> Kept:
 
 
 def in_swanlab(folder: Path) -> Kept:
-    """Its own file has no reader; the picture's name begins with the step."""
+    """Read SwanLab's folder, whose file has no reader; the picture's name begins with the step."""
     return [("", int(path.name.partition("-")[0]), pixels(path)) for path in folder.rglob("media/image/*.png")]

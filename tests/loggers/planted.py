@@ -1,6 +1,6 @@
-"""A model whose beta_t is known at every step: it takes the gradients that give the beta_t of a table.
+"""A model with a known beta_t at every step: its gradients are solved from a table of beta_t.
 
-Every tensor is uniform and its gradient is g = r d, so that N / D = (1 - 2 r) q / (1 - r)^2 with q = 1 + lambda P. That
+Every tensor is uniform and its gradient is g = r d, so that N / D = (1 - 2 r) q / (1 - r)^2 with q = 1 + lambda P. This
 is solved for r. Weight decay is 0 and the learning rate constant.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from am_lightning import AMAdamW
 
 CAP = 0.89
-DIP = "layers.1.mlp.weight", 24, 0.01  # one step, which no log interval of 7 or 50 steps ends at
+DIP = "layers.1.mlp.weight", 24, 0.01  # a single step, at which no log interval of 7 or 50 steps ends
 NAMES = ["embed.weight", *(f"layers.{i}.{kind}.weight" for i in range(2) for kind in ("mlp", "norm")), "head.weight"]
 PARTS = NAMES[:-1], NAMES[-1:]  # of two optimizers
 GROUPS = {kind: [name for name in NAMES if f"{kind}." in name] for kind in ("embed", "mlp", "norm", "head")}
@@ -28,10 +28,10 @@ Table = Callable[[str, int], float]
 
 
 def table(name: str, step: int) -> float:
-    """beta_t of tensor ``name`` in step 1, 2, ...: between the clamps, at the cap, and one tensor's also at 0."""
+    """Return beta_t of tensor ``name`` in step 1, 2, ...: between the clamps, at the cap, and for one tensor also 0."""
     tensor = NAMES.index(name)
     if step == 1:
-        return CAP  # always
+        return CAP  # in every step
     if (name, step) == DIP[:2]:
         return DIP[2]
     if name == "layers.0.norm.weight" and step % 5 == 3:
@@ -40,12 +40,12 @@ def table(name: str, step: int) -> float:
 
 
 def planted(steps: int, names: Sequence[str] = NAMES, of: Table = table) -> list[dict[str, float]]:
-    """beta_t of each step: what ``tests.loggers.intervals`` calls seen."""
+    """Return beta_t of each step, which ``tests.loggers.intervals`` calls ``seen``."""
     return [{name: of(name, step) for name in names} for step in range(1, steps + 1)]
 
 
 class Planted(nn.Module):
-    """Six small tensors in float64; ``loss`` has the gradients that the table asks for."""
+    """Six small tensors in float64; the gradients of ``loss`` follow the table."""
 
     def __init__(self, of: Table = table) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Planted(nn.Module):
         self.double()
 
     def loss(self, *optimizers: Any) -> Tensor:
-        """Of the tensors of all ``optimizers``, for their next step; of one that DeepSpeed or a wrapper has, that."""
+        """Return the loss for the next step of the tensors of all ``optimizers``; pass those inside a wrapper."""
         names = {id(param): name for name, param in self.named_parameters()}
         terms = [
             param.sum() * gradient_for(partial(self.of, names[id(param)]), param, group, optimizer)
@@ -72,7 +72,7 @@ class Planted(nn.Module):
 
 
 def gradient_for(wanted: Callable[[int], float], param: Tensor, group: Mapping[str, Any], optimizer: Any) -> float:
-    """Of every element of ``param``, so that beta_t of its next step is what ``wanted`` says of that step."""
+    """Return the gradient of every element of ``param`` that makes beta_t of its next step equal to ``wanted``."""
     state = optimizer.state.get(param, {})
     step = int(state.get("step", 0)) + 1
     beta = wanted(step)
@@ -80,7 +80,7 @@ def gradient_for(wanted: Callable[[int], float], param: Tensor, group: Mapping[s
         return 1.0
     d, v, product = (float(state[key].flatten()[0]) for key in ("exp_avg", "exp_avg_sq", "beta_prod"))
     cap, beta2 = group["betas"]
-    if beta == cap:  # beyond the clamp
+    if beta == cap:  # above the clamp
         return math.copysign(2.0, d)
     if beta == 0:
         return 0.02 * d
@@ -93,13 +93,13 @@ def gradient_for(wanted: Callable[[int], float], param: Tensor, group: Mapping[s
 
 
 def split_in_two(net: Planted) -> list[AMAdamW]:
-    """The head has an optimizer of its own, the second."""
+    """Give the head to a second optimizer."""
     named = dict(net.named_parameters())
     return [AMAdamW([(name, named[name]) for name in part], lr=0.01, weight_decay=0.0) for part in PARTS]
 
 
 def curves_of_two(steps: int, every: Sequence[int]) -> dict[str, dict[int, float]]:
-    """Of the two, each at its own log interval."""
+    """Return the curves of the two, each at its own log interval."""
     from tests.loggers.intervals import curves_of
 
     found = {}
@@ -112,11 +112,11 @@ def curves_of_two(steps: int, every: Sequence[int]) -> dict[str, dict[int, float
 def by_label(
     seen: Sequence[Mapping[str, float]], ends: Iterable[int], labels: Mapping[str, Sequence[str]], tag: str
 ) -> dict[str, dict[int, float]]:
-    """Curves of the mean and the lowest of each label, as ``intervals.curves_of``.
+    """Return curves of the mean and the lowest of each label, as ``intervals.curves_of`` does.
 
     Args:
         labels: label -> its tensors.
-        tag: what comes before the label: ``am/beta/`` or ``am/beta/layer/``.
+        tag: prefix of the label: ``am/beta/`` or ``am/beta/layer/``.
     """
     curves: dict[str, dict[int, float]] = {}
     after = 0
@@ -130,7 +130,7 @@ def by_label(
 
 
 def expected_curves(steps: int, every: int, *, layers: bool = True) -> dict[str, dict[int, float]]:
-    """All tags that are planted, of a run that logs after each ``every`` steps."""
+    """Return all planted curves of a run that logs after each ``every`` steps."""
     from tests.loggers.intervals import curves_of
 
     seen, ends = planted(steps), range(every, steps + 1, every)

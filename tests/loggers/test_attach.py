@@ -1,4 +1,4 @@
-"""attach(): what a loop of one's own writes, where, at which steps, and that nothing of it is in the way."""
+"""attach(): what a user's own loop writes, where and at which steps, and that it does not disturb the loop."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def model_and(kind: str = "adamw", *, named: bool = True) -> tuple[nn.Module, An
 def train(
     model: Any, optimizer: Any, steps: int, *, bad: int | None = None, clip: bool = False
 ) -> list[dict[str, float]]:
-    """Returns beta_t after each step."""
+    """Train and return beta_t after each step."""
     seen = []
     for number in range(steps):
         optimizer.zero_grad()
@@ -58,12 +58,12 @@ def train(
 
 
 def images_in(folder: Path) -> list[tuple[str, int, tuple[int, ...]]]:
-    """Tag, step, and width and channels."""
+    """Return the tag, step, width and channels of each image."""
     return [(tag, step, image.shape[1:]) for tag, step, image in in_events(folder)]
 
 
 class Run:
-    """As wandb's: ``log(data, step)``."""
+    """A run like wandb's: ``log(data, step)``."""
 
     def __init__(self) -> None:
         self.rows: dict[int, dict[str, float]] = {}
@@ -75,7 +75,7 @@ class Run:
 
 
 class Metrics(Run):
-    """As Lightning's loggers and mlflow."""
+    """A logger like Lightning's and mlflow's."""
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         Run.log(self, metrics, step)
@@ -101,7 +101,7 @@ def test_a_summary_writer_has_all_curves(tmp_path: Path, kind: str) -> None:
     assert_curves(found, curves_of(seen, (2, 4, 6), cap=0.9 if kind == "sgd" else 0.89))
     assert {"am/clamp/at_max", "am/clamp/at_zero", "am/skipped_steps", "am/grad_norm"} <= set(found)
     assert histograms_in(tmp_path) == {"am/beta": {2: 5, 4: 5, 6: 5}}
-    (page,) = pages_in(tmp_path)  # once
+    (page,) = pages_in(tmp_path)  # exactly one
     assert list(page) == ["adaptive momentum (am)"]
 
 
@@ -183,7 +183,7 @@ def test_a_resumed_run_goes_on_where_it_was(before: bool) -> None:
 
 
 def test_at_the_end_there_is_a_last_picture_and_a_sentence(tmp_path: Path) -> None:
-    """Up to the last step, which no interval ended at; by the handle and by its reader alike."""
+    """They include the last step, at which no interval ended, by the handle and by its reader alike."""
     model, optimizer = model_and()
     with SummaryWriter(str(tmp_path)) as writer:
         handle = attach(optimizer, writer, every=4)
@@ -202,7 +202,7 @@ def test_removed_it_writes_no_more_and_twice_is_once() -> None:
     run = Run()
     hooks = [len(optimizer._optimizer_step_post_hooks), len(optimizer._optimizer_load_state_dict_post_hooks)]
     attach(optimizer, run, every=1)
-    handle = attach(optimizer, run, every=2)  # as in a notebook's cell that is run again
+    handle = attach(optimizer, run, every=2)  # a notebook's cell is run again
     other = attach(optimizer, run, every=3, prefix="am-1")
     train(model, optimizer, 3)
     assert [sorted({tag.partition("/")[0] for tag in row}) for row in run.rows.values()] == [["am"], ["am-1"]]
@@ -218,7 +218,7 @@ def test_removed_it_writes_no_more_and_twice_is_once() -> None:
     "clone", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"]
 )
 def test_a_copy_writes_nothing_and_the_first_goes_on(clone: Any) -> None:
-    """Though what is written to cannot be pickled."""
+    """The object written to cannot be pickled, and copying still works."""
     model, optimizer = model_and()
     rows: list[int] = []
     attach(optimizer, lambda scalars, step: rows.append(step), every=1)
@@ -275,9 +275,9 @@ def test_wrong_arguments_are_named(arguments: dict[str, Any], error: type[Except
 
 
 def on_a_rank() -> list[int]:
-    """Run by every rank: the steps that it wrote, and whether it has a sentence at the end.
+    """Return, on every rank, the steps that it wrote and whether it has a sentence at the end.
 
-    Rank 0 alone reads: a collective would wait for the others.
+    Only rank 0 reads: a collective would wait for the other ranks.
     """
     model, optimizer = model_and()
     optimizer.replica_group = torch.distributed.group.WORLD
@@ -296,7 +296,7 @@ def test_rank_0_writes() -> None:
 
 
 def test_a_load_in_an_interval() -> None:
-    """Of the step that the run is at: the interval goes on. Of an earlier one: the steps that it takes back are out."""
+    """A load at the run's own step continues the interval; one of an earlier step removes the steps since."""
     for back, first in ((False, 0), (True, 1)):
         model, optimizer = model_and()
         run = Run()
@@ -314,7 +314,7 @@ def test_a_load_in_an_interval() -> None:
 
 
 def test_what_a_checkpoint_gets_is_json() -> None:
-    """Of a tensor without a step nothing is known, and its lowest is no number; the HF Trainer writes JSON."""
+    """The HF Trainer writes JSON; for a tensor without a step the lowest beta_t is not a number."""
     model, optimizer = model_and()
     for param in model["embed"].parameters():
         param.requires_grad_(False)
@@ -326,7 +326,7 @@ def test_what_a_checkpoint_gets_is_json() -> None:
 
 
 class MoreNumbers(NamedTuple):
-    """StepNumbers with one more, as CONTRIBUTING.md adds it."""
+    """StepNumbers with an additional one, as CONTRIBUTING.md describes."""
 
     skipped_steps: float
     skipped_in_a_row: float

@@ -1,4 +1,4 @@
-"""TensorBoard's Custom Scalars page, which several write: the last to write is what TensorBoard shows."""
+"""TensorBoard's Custom Scalars layout, which several programs write: TensorBoard shows the last one written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MOMENTUM = {"momentum": {"beta_t": ["Margin", ["train/am/beta/mean", "train/am/b
 
 
 def test_what_is_written_later_leaves_what_is_there(tmp_path: Path) -> None:
-    """On the same board, and not on another one; the same page is not written again."""
+    """This holds for the same board and no other; an equal layout is not written again."""
     one, other = SummaryWriter(tmp_path / "one"), SummaryWriter(tmp_path / "other")
     for pages in (LOSS, MOMENTUM, LOSS, MOMENTUM):
         add_custom_scalars(one, pages)
@@ -22,6 +22,6 @@ def test_what_is_written_later_leaves_what_is_there(tmp_path: Path) -> None:
     one.close(), other.close()
     first, last = pages_in(tmp_path / "one")
     assert first == {"training": {"loss": ["^loss$"]}}
-    edges = ["train/am/beta/floor", "train/am/beta/cap"]  # which the axis reaches to
+    edges = ["train/am/beta/floor", "train/am/beta/cap"]  # they extend the axis
     assert last == first | {"momentum": {"beta_t": ["train/am/beta/mean", *edges]}}
     assert pages_in(tmp_path / "other") == [first]

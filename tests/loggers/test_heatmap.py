@@ -1,4 +1,4 @@
-"""HeatMap: what its columns hold, and what a reader of the picture sees."""
+"""HeatMap: the content of its columns, and what a reader of the picture sees."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def quiet(steps: int, layers: int) -> np.ndarray:
 
 
 def panels(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The two panels, found in the picture as the coloured areas left of the bar, which is coloured too."""
+    """Return the two panels: the coloured areas left of the colour bar."""
     coloured = np.ptp(image, axis=-1) > 0
     left, right = runs(coloured.any(axis=0))[0]
     (top, middle), (low, bottom) = runs(coloured[:, left:right].any(axis=1))
@@ -49,13 +49,13 @@ def runs(flags: np.ndarray) -> list[tuple[int, int]]:
 
 
 def dark(panel: np.ndarray) -> tuple[slice, slice] | None:
-    """The smallest box around all dark pixels."""
+    """Return the smallest box around all dark pixels."""
     y, x = np.nonzero(panel.sum(axis=-1) < 200)
     return (slice(y.min(), y.max() + 1), slice(x.min(), x.max() + 1)) if len(y) else None
 
 
 def png(image: np.ndarray) -> int:
-    """Bytes of the file, written as SummaryWriter.add_image does."""
+    """Return the file's bytes as SummaryWriter.add_image writes them."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, format="PNG")
     return file.tell()
@@ -63,7 +63,7 @@ def png(image: np.ndarray) -> int:
 
 @pytest.mark.parametrize("layers", [100, 300])
 def test_dip_of_one_step(layers: int) -> None:
-    """It is seen at its layer and its step among 100,000, in the lower panel alone."""
+    """It is visible at its layer and step among 100,000, in the lower panel only."""
     betas = quiet(100_000, layers)
     step, layer = 61_234, layers * 3 // 5
     betas[step - 1, layer] = 0.05
@@ -132,7 +132,7 @@ def test_a_young_run_fills_the_width() -> None:
 
 
 def test_colours_go_from_dark_to_light() -> None:
-    """And grey is none of them."""
+    """No colour of the scale is grey."""
     heat = HeatMap(names(100), CAP)
     feed(heat, np.linspace(0, CAP, 200)[:, None].repeat(100, axis=1), range(1, 201))
     _, lowest = panels(heat.image())
@@ -153,7 +153,7 @@ def test_resumed_run_goes_on() -> None:
     state = before.state_dict()
     feed(before, betas[500:], range(520, 901, 20), first=500)
     assert np.array_equal(whole.image(), before.image())
-    before.load_state_dict(state)  # which the steps since have not changed
+    before.load_state_dict(state)  # later steps have not changed it
     after.load_state_dict(torch.load(file, weights_only=True))
     feed(after, betas[500:], range(520, 901, 20), first=500)
     feed(before, betas[500:], range(520, 901, 20), first=500)
@@ -162,7 +162,7 @@ def test_resumed_run_goes_on() -> None:
 
 
 def test_a_cap_of_zero_has_a_picture() -> None:
-    """All of it is dark, and none is grey."""
+    """The whole picture is dark, without grey."""
     heat = HeatMap(names(100), 0.0)
     feed(heat, np.zeros((100, 100)), [50, 100])
     for panel in panels(heat.image()):
@@ -181,9 +181,9 @@ def test_gap_is_grey() -> None:
 
 
 def panels_with_blanks(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """As ``panels``, where a part between the first and the last column is blank."""
+    """Return the panels as ``panels`` does, with blank parts between the first and the last column."""
     coloured = np.ptp(image, axis=-1) > 0
-    *parts, _ = runs(coloured.any(axis=0))  # without the bar
+    *parts, _ = runs(coloured.any(axis=0))  # without the colour bar
     left, right = parts[0][0], parts[-1][1]
     (top, middle), (low, bottom) = runs(coloured[:, left : left + 1].any(axis=1))
     return image[top:middle, left:right], image[low:bottom, left:right]
@@ -191,7 +191,7 @@ def panels_with_blanks(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("back", [300, 310])
 def test_the_later_life_counts(back: int) -> None:
-    """A run that returns to an earlier checkpoint; 310 is inside a column of 20."""
+    """A run returns to an earlier checkpoint; 310 is inside a column of 20."""
     betas = np.random.default_rng(0).uniform(0.5, CAP, (600, 3))
     abandoned = betas.copy()
     abandoned[400:] = 0.01
@@ -238,7 +238,7 @@ def test_layers_without_a_step_are_blank_and_stay_out_of_the_mean() -> None:
     assert state["steps"].tolist() == [[20, 0, 0]] * 2 + [[20, 20, 0]] * 2
     assert (state["totals"] / state["steps"])[2:, :2].allclose(torch.tensor([0.8, 0.5], dtype=torch.float64))
     assert state["lowest"][:, 1].tolist() == [np.inf, np.inf, 0.4, 0.4]
-    heat.image()  # no warning of a number that is not one
+    heat.image()  # must not warn of nan
 
 
 def test_state_of_another_number_of_columns_leaves_it_empty() -> None:
@@ -251,7 +251,7 @@ def test_state_of_another_number_of_columns_leaves_it_empty() -> None:
 
 @pytest.mark.parametrize("resumed", [False, True])
 def test_layers_that_come_and_go_keep_their_columns(resumed: bool) -> None:
-    """Also where a checkpoint has those of before; columns before a layer came, and after it went, are blank."""
+    """A checkpoint may have older layers; columns before a layer came and after it went are blank."""
     heat = HeatMap(["b", "head"], 0.5, columns=4)
     feed(heat, np.full((20, 2), [0.4, 0.3]), [10, 20])
     if resumed:
@@ -281,7 +281,7 @@ def test_layers_that_were_named_begin_anew() -> None:
 
 
 def test_size_of_the_file() -> None:
-    """At most 60 kB of 100 layers that differ from cell to cell, with as many columns as there can be."""
+    """It is at most 60 kB with 100 layers that differ in every cell, and the largest number of columns."""
     random = np.random.default_rng(0)
     betas = np.clip(CAP - random.exponential(0.02, (12_000, 100)), 0, CAP)
     betas[random.random(betas.shape) < 1e-3] = 0.3

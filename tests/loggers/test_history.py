@@ -1,4 +1,4 @@
-"""RunHistory: how often a picture is due, and which layer dipped when."""
+"""RunHistory: when a picture is due, and which layer dipped when."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LAYERS = ["embed", "layers.0", "layers.1", "head"]
 
 
 def interval(steps: int, *, mean: float = 0.8, lowest: tuple[float, ...] = (0.8,) * 4, at_max: int = 0) -> Interval:
-    """Of four layers."""
+    """Return an interval of four layers."""
     every = torch.full((4,), float(steps), dtype=torch.float64)
     low = torch.tensor(lowest, dtype=torch.float64)
     return Interval(every * mean, torch.full_like(every, at_max), 0 * every, every, low, torch.full_like(every, 0.85))
@@ -28,10 +28,10 @@ def nothing() -> Interval:
 
 
 def pictures(steps: int, every: int, total: int | None, *, life: int | None = None) -> list[int]:
-    """At which steps of a run they are drawn; and one at the end, if there are none of its last step.
+    """Return the steps of a run at which pictures are drawn, with one at the end if the last step has none.
 
     Args:
-        life: the run is resumed after so many steps, again and again.
+        life: number of steps after which the run is resumed, repeatedly.
     """
     history, drawn = RunHistory(), []
     for step in range(every, steps + 1, every):
@@ -48,14 +48,14 @@ def pictures(steps: int, every: int, total: int | None, *, life: int | None = No
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("steps", [10, 100, 1_000, 10_000, 100_000, 1_000_000])
 def test_a_run_has_some_pictures_and_never_more_than_forty(steps: int, known: bool) -> None:
-    """However long it is, also where its last step is not known before."""
+    """This holds for any length, also if the last step is not known in advance."""
     every = max(1, steps // 1000)
     drawn = pictures(steps, every, steps if known else None)
     assert drawn[0] == every and len(drawn) + 1 <= 40
     assert len(drawn) >= min(steps // 2, 8)
     assert len(drawn) + 1 <= 20 or not known
     gaps = [(after - before) / steps for before, after in zip(drawn, [*drawn[1:], steps], strict=True)]
-    assert max(gaps) <= 0.3  # the last picture before the end is of most of the run
+    assert max(gaps) <= 0.3  # the last picture before the end shows most of the run
 
 
 def test_a_run_that_goes_on_beyond_its_total_has_no_more_than_forty() -> None:
@@ -101,7 +101,7 @@ def test_the_sentence_names_the_deepest_layers_and_when() -> None:
 
 
 def test_a_layer_that_is_a_number_is_told_from_a_value() -> None:
-    """Of an ``nn.Sequential``."""
+    """The layer is of an ``nn.Sequential``."""
     history = RunHistory()
     history.add(50, ["0", "2", "4", "head.0"], interval(50, lowest=(0.5, 0.0, 0.7, 0.6)), 0.89)
     told = "layer 2 0.000 in steps 1 to 50", "layer 0 0.500 in steps 1 to 50", "head.0 0.600 in steps 1 to 50"
@@ -112,7 +112,7 @@ def test_a_layer_that_is_a_number_is_told_from_a_value() -> None:
 
 
 def test_a_resumed_run_begins_after_its_checkpoint() -> None:
-    """Without a history, at the step that it has; with one, where the last reading was."""
+    """Without a history it begins at the checkpoint's step, with one at the last reading."""
     without = RunHistory()
     without.begin(100)
     without.add(150, LAYERS, interval(50), 0.89)
@@ -126,7 +126,7 @@ def test_a_resumed_run_begins_after_its_checkpoint() -> None:
 
 @pytest.mark.parametrize("resumed", [False, True], ids=["in the process", "of a loaded history"])
 def test_a_return_to_an_earlier_step_leaves_the_steps_since_out_of_the_sentence(resumed: bool) -> None:
-    """A layer whose deepest dip is taken back has the one before."""
+    """A layer whose deepest dip is removed shows the one before."""
     history, plain = RunHistory(), RunHistory()
     for step, lowest in ((10, (0.7, 0.8, 0.6, 0.8)), (20, (0.3, 0.5, 0.75, 0.8)), (30, (0.1, 0.8, 0.2, 0.8))):
         history.add(step, LAYERS, interval(10, mean=0.02 * step, at_max=step // 10, lowest=lowest), 0.89)

@@ -1,4 +1,4 @@
-"""What is read is of the interval: its mean, lowest and highest beta_t, its clamps, of a beta_t known at every step."""
+"""Readings cover the interval: mean, lowest and highest beta_t and clamps, checked with a known beta_t."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def train(model: Planted, optimizer: AMAdamW, steps: int, *, after_each: Callabl
 
 
 class Rows(dict[int, dict[str, float]]):
-    """A writer."""
+    """Keep rows as a writer."""
 
     def __call__(self, scalars: dict[str, float], step: int) -> None:
         assert step not in self
@@ -54,7 +54,7 @@ class Rows(dict[int, dict[str, float]]):
 
 
 def assert_read(reader: StatsReader, first: int, last: int) -> None:
-    """What it has read last are the steps ``first`` to ``last``."""
+    """Require that the last reading covers the steps ``first`` to ``last``."""
     found = {tag: {0: value} for tag, value in reader.scalars().items()}
     assert_curves(found, {tag: {0: value} for tag, value in numbers_of(planted(last)[first - 1 :]).items()})
     assert reader.interval.steps.tolist() == [last - first + 1] * len(NAMES)
@@ -76,7 +76,7 @@ def test_the_table_is_what_the_optimizer_computes() -> None:
 
 @pytest.mark.parametrize("every", [1, 7, 50])
 def test_a_writer_gets_the_mean_and_the_ends_of_the_interval(every: int) -> None:
-    """Of all tensors, layer groups and layers; a dip of one step is in it, whichever step is logged."""
+    """They cover all tensors, layer groups and layers, and include a dip of one step, whichever step is logged."""
     model, optimizer = model_and()
     rows = Rows()
     attach(optimizer, rows, every=every)
@@ -101,14 +101,14 @@ def test_groups_have_the_highest_too() -> None:
 
 # ---------------------------------------------------------------------- readers
 def test_each_reader_has_an_interval_of_its_own() -> None:
-    """Two writers, a user's reader, and the writer's own reader read by hand: none shortens another's."""
+    """Two writers, a user's reader, and the writer's own reader read by hand do not shorten each other's intervals."""
     model, optimizer = model_and()
     often, seldom = Rows(), Rows()
     handle = attach(optimizer, often, every=3)
     attach(optimizer, seldom, every=10)
     mine = StatsReader(optimizer)
     train(model, optimizer, 4)
-    handle.reader.read()  # a user's own reading: of the steps since the last one of this kind
+    handle.reader.read()  # a user's own reading covers the steps since the last such reading
     assert_read(handle.reader, 1, 4)
     mine.read()
     assert_read(mine, 1, 4)
@@ -164,9 +164,9 @@ def test_readers_that_are_gone_are_not_kept() -> None:
     assert set(unread) == {kept, kept.history}
 
 
-# ---------------------------------------------------------------------- what a step costs
+# ---------------------------------------------------------------------- cost of a step
 class Count(TorchDispatchMode):
-    """Operators that run on the device: not views."""
+    """Count operators that run on the device, without views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,13 +239,13 @@ def test_what_is_kept_does_not_grow_with_the_steps() -> None:
     assert reader.interval.steps.tolist() == [2000.0]
 
 
-# ---------------------------------------------------------------------- what happens between two readings
+# ---------------------------------------------------------------------- changes between two readings
 def rename(model: Planted, optimizer: AMAdamW) -> None:
     optimizer.name_parameters(model.named_parameters())
 
 
 def cast(model: Planted, optimizer: AMAdamW) -> None:
-    """Another dtype, as another device: the layout is built anew."""
+    """Use another dtype, which stands for another device: the layout is rebuilt."""
     model.float()
 
 
@@ -297,7 +297,7 @@ def test_a_group_that_is_added_counts_from_its_first_step() -> None:
 
 
 def test_a_group_that_is_added_leaves_the_map_of_the_others() -> None:
-    """Though its layers' names are then longer: there is a second block 0."""
+    """Its layers' names then become longer, because there is a second block 0."""
     blocks = {side: nn.Linear(2, 2, bias=False) for side in ("encoder", "decoder")}
     names = {side: f"{side}.layers.0.weight" for side in blocks}
     optimizer = AMAdamW([(names["encoder"], blocks["encoder"].weight)], lr=0.01)
@@ -317,7 +317,7 @@ def test_a_group_that_is_added_leaves_the_map_of_the_others() -> None:
 
 
 def test_the_cap_is_that_of_the_group_now() -> None:
-    """In the scalars; the colours of the map reach up to the largest there was."""
+    """The scalars use it; the map's colours extend to the largest cap of the run."""
     model, optimizer = model_and()
     reader, caps = StatsReader(optimizer), []
     for step, cap in ((3, 0.8), (6, 0.95), (9, 0.7)):
@@ -366,7 +366,7 @@ def test_the_step_that_a_checkpoint_makes_leaves_no_trace() -> None:
 
 # ---------------------------------------------------------------------- checkpoints
 def resumed(step: int, *, saved_reader: bool, names: Sequence[str] | None = None) -> tuple[Rows, Rows]:
-    """Two runs that log every 5 steps, with a checkpoint after ``step``."""
+    """Return two runs that log every 5 steps, with a checkpoint after ``step``."""
     runs: list[Rows] = []
     saved: dict[str, Any] = {}
     for part in range(2):
@@ -414,7 +414,7 @@ def test_saving_takes_nothing_from_an_interval() -> None:
 @pytest.mark.parametrize("order", [("optimizer", "reader"), ("reader", "optimizer")])
 @pytest.mark.parametrize("step", [7, 10])
 def test_what_is_loaded_takes_the_place_of_what_was_counted(step: int, order: tuple[str, str]) -> None:
-    """Also of another run that was at the same step."""
+    """This includes a checkpoint of another run at the same step."""
     (model, optimizer), rows = model_and(), Rows()
     handle = attach(optimizer, rows, every=5)
     train(model, optimizer, step)
@@ -433,7 +433,7 @@ def test_what_is_loaded_takes_the_place_of_what_was_counted(step: int, order: tu
 @pytest.mark.filterwarnings("ignore:am. 3 steps")
 @pytest.mark.parametrize("order", [("optimizer", "reader"), ("reader", "optimizer")])
 def test_a_resume_after_dropped_steps_goes_on_at_their_step(order: tuple[str, str]) -> None:
-    """The optimizer's state does not count them."""
+    """The optimizer's state does not count dropped steps."""
     rows, saved = Rows(), dict[str, Any]()
     for steps in (20, 20):
         model, optimizer = model_and()
@@ -456,7 +456,7 @@ def test_a_resume_after_dropped_steps_goes_on_at_their_step(order: tuple[str, st
 
 
 def test_a_return_to_an_earlier_checkpoint_leaves_out_what_came_after_it() -> None:
-    """Though a later checkpoint was written in between, for which the interval was read."""
+    """A later checkpoint was written in between, for which the interval was read."""
     model, optimizer = model_and()
     rows = Rows()
     handle = attach(optimizer, rows, every=10)
