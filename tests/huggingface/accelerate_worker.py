@@ -1,4 +1,4 @@
-"""What each rank runs for test_accelerate.py: Accelerate's layouts beside one process that holds the whole model."""
+"""Functions that each rank of test_accelerate.py runs: Accelerate's layouts beside one process with the whole model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FLOAT = torch.float32
 
 
 def accelerator_of(kind: str, **options: Any) -> Accelerator:
-    """A fresh one."""
+    """Return a new accelerator."""
     if ON_GPU:
         return on_gpu(kind, **options)
     let_fsdp1_run_on_cpu()
@@ -51,24 +51,24 @@ def accelerator_of(kind: str, **options: Any) -> Accelerator:
         force(accelerator, plugin_of(2, "Block"))
     elif kind == "fsdp1":
         force(accelerator, plugin_of(1, "Block", use_orig_params=True))
-    elif kind == "fsdp1_flat":  # what a plugin has that is built in code
+    elif kind == "fsdp1_flat":  # as a plugin built in code may have it
         force(accelerator, plugin_of(1, "Block"))
     return accelerator
 
 
 def on_gpu(kind: str, **options: Any) -> Accelerator:
-    """As after a launch, where Accelerate does what it is forced to on the CPU."""
+    """Set the environment of a launch in which Accelerate acts on the CPU as on a GPU."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     os.environ["LOCAL_RANK"] = "0"
-    os.environ.pop("ACCELERATE_USE_FSDP", None)  # a plugin before this one has set it
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # an earlier plugin has set it
     versions: dict[str, dict[str, Any]] = {"fsdp1": {"use_orig_params": True}, "fsdp1_flat": {}, "fsdp2": {}}
     plugin = plugin_of(int(kind[4]), "Block", **versions[kind]) if kind in versions else None
     return Accelerator(fsdp_plugin=plugin, **options)
 
 
 def params_of(model: torch.nn.Module, kind: str) -> Any:
-    """Under DDP named by the user, else without names; flat parameters are in one group."""
+    """Return the parameters, named by the user under DDP and unnamed otherwise; flat parameters are in one group."""
     if kind == "fsdp1_flat":
         return list(model.parameters())
     groups = groups_of(model)
@@ -88,7 +88,7 @@ def prepared(accelerator: Accelerator, kind: str, scope: str, optimizer_kind: st
 def train(
     accelerator: Accelerator, model: Any, optimizer: Any, steps: range, rate: float, *, clip: bool, parts: int = 1
 ) -> dict[str, list[Any]]:
-    """Each rank on its share of ``parts`` micro-batches a step."""
+    """Train each rank on its share of ``parts`` micro-batches per step."""
     rank, world, inner = accelerator.process_index, accelerator.num_processes, optimizer.optimizer
     seen: list[dict[str, float]] = []
     norms: list[tuple[float, float]] = []
@@ -112,12 +112,12 @@ def train(
 
 
 def alone(scope: str, *, clip: bool, flat: bool, kind: str = "adamw") -> dict[str, Any]:
-    """One process, the whole batch, nothing of Accelerate."""
+    """Train in one process on the whole batch, without Accelerate."""
     net, rate = make_net(FLOAT), RATES[kind][scope]
     optimizer = make_optimizer(kind, list(net.named_parameters()) if flat else groups_of(net), scope)
     seen = []
     with raw_betas(scope) as raw, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is one of two, and says so
+        warnings.simplefilter("ignore")  # it is one of two and warns
         for step in range(STEPS):
             for group in optimizer.param_groups:
                 group["lr"] = lr_of(step, rate)
@@ -138,7 +138,7 @@ def alone(scope: str, *, clip: bool, flat: bool, kind: str = "adamw") -> dict[st
 
 
 def layout(kind: str, scope: str, *, clip: bool = False, parts: int = 1, optimizer: str = "adamw") -> dict[str, Any]:
-    """Eight steps; what a test needs to compare them with one process."""
+    """Make eight steps and return what a test compares with one process."""
     accelerator = accelerator_of(kind, gradient_accumulation_steps=parts)
     model, wrapped = prepared(accelerator, kind, scope, optimizer)
     attach(accelerator, wrapped)
@@ -157,7 +157,7 @@ def layout(kind: str, scope: str, *, clip: bool = False, parts: int = 1, optimiz
 
 
 def resumed(kind: str, folder: str) -> dict[str, Any]:
-    """Save after four steps and go on; then a new model and optimizer load that and go on: with a tracker."""
+    """Save after four steps and continue; a new model and optimizer load that and continue, too, with a tracker."""
     results: dict[str, Any] = {}
     for name in ("unbroken", "resumed"):
         accelerator = accelerator_of(kind, log_with="tensorboard", project_dir=f"{folder}/{kind}")
@@ -180,7 +180,7 @@ def resumed(kind: str, folder: str) -> dict[str, Any]:
 
 
 def fresh_optimizer(folder: str) -> dict[str, list[float]]:
-    """Steps in the state that load_state gives an FSDP1 optimizer which has not stepped: none as of accelerate 1.15."""
+    """Return the steps in the state that load_state gives a fresh FSDP1 optimizer: none as of accelerate 1.15."""
     found = {}
     for make in (torch.optim.AdamW, AMAdamW):
         for done in (1, 0):
@@ -206,7 +206,7 @@ def attempt(action: Callable[[], Any]) -> tuple[str, str]:
 
 
 def refusals() -> dict[str, tuple[str, str]]:
-    """What each rank raises."""
+    """Return what each rank raises."""
     found = {}
     accelerator = accelerator_of("fsdp1_flat")
     model, optimizer = prepared(accelerator, "fsdp1_flat", "tensor")

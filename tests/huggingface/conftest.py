@@ -1,3 +1,3 @@
-"""What the installed Trainer cannot do skips its test."""
+"""Skip tests of what the installed Trainer cannot do."""
 
 from tests.lacking import pytest_runtest_makereport  # noqa: F401

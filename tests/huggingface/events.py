@@ -1,4 +1,4 @@
-"""What a TensorBoard event file holds."""
+"""Read what a TensorBoard event file holds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 
 def scalars_in(folder: Path) -> dict[str, dict[int, float]]:
-    """tag -> step -> value; a tag of ours that is written twice for a step is an error."""
+    """Return tag -> step -> value; a tag of ours that is written twice for a step is an error."""
     found: dict[str, dict[int, float]] = {}
     for events in _files(folder):
         for tag in events.Tags()["scalars"]:
@@ -21,7 +21,7 @@ def scalars_in(folder: Path) -> dict[str, dict[int, float]]:
 
 
 def histograms_in(folder: Path) -> dict[str, dict[int, float]]:
-    """tag -> step -> how many values."""
+    """Return tag -> step -> number of values."""
     found: dict[str, dict[int, float]] = {}
     for events in _files(folder):
         for tag in events.Tags()["histograms"]:
@@ -30,7 +30,7 @@ def histograms_in(folder: Path) -> dict[str, dict[int, float]]:
 
 
 def pages_in(folder: Path) -> list[dict[str, dict[str, list[str]]]]:
-    """Custom Scalars as they were written, the last of which TensorBoard shows: page -> chart -> what is drawn."""
+    """Return the Custom Scalars layouts as written: page -> chart -> curves. TensorBoard shows the last one."""
     layouts = [
         Layout.FromString(event.tensor_proto.string_val[0])
         for events in _files(folder)

@@ -1,6 +1,6 @@
-"""A picture in each reporting callback of a Trainer's and each tracker of Accelerate's, in a process of its own.
+"""A picture in each reporting callback of a Trainer and each tracker of Accelerate, in a process of its own.
 
-What these packages read from the environment, they read when they are imported: ``set_up`` comes first.
+These packages read the environment when they are imported, so ``set_up`` must come first.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ENDS = {"wandb": "finish", "comet_ml": "end"}  # what their callbacks leave to the end of the process
+ENDS = {"wandb": "finish", "comet_ml": "end"}  # their callbacks leave these until the process ends
 TAG, STEP = "am/beta/layers", 30
 
 
 def set_up(folder: Path) -> None:
-    """Everything is written below ``folder``, and nothing to a network."""
+    """Write everything below ``folder``, and nothing to a network."""
     os.chdir(folder)
     os.environ |= {
         "WANDB_MODE": "offline",
@@ -37,7 +37,7 @@ def set_up(folder: Path) -> None:
 
 
 def trainer(report_to: str, folder: Path) -> list[bool]:
-    """What ``report_image`` returned for each callback before training, and while it logged."""
+    """Return what ``report_image`` returned for each callback before training, and during a log call."""
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -63,7 +63,7 @@ def trainer(report_to: str, folder: Path) -> list[bool]:
 
 
 def accelerator(log_with: str, folder: Path) -> list[bool]:
-    """What ``track_image`` returned, with a scalar before and after it."""
+    """Return what ``track_image`` returned, with a scalar before and after it."""
     from accelerate import Accelerator
 
     from am_lightning.huggingface.images import track_image
@@ -81,7 +81,7 @@ def accelerator(log_with: str, folder: Path) -> list[bool]:
 if __name__ == "__main__":
     kind, name, given = sys.argv[1:]
     set_up(Path(given))
-    if name == "swanlab" and kind == "trainer":  # its get_run raises, transformers 5.24 expects None
+    if name == "swanlab" and kind == "trainer":  # its get_run raises where transformers 5.24 expects None
         import swanlab
 
         swanlab.init(project="project")

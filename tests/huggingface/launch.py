@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def launch(module: str, folder: Path, *, processes: int, timeout: float = 150, **job: Any) -> list[Any]:
-    """``python -m module JOB.json`` on so many processes; what each saved to ``JOB.json.rank<r>.pt``.
+    """Run ``python -m module JOB.json`` on ``world`` processes; return what each saved to ``JOB.json.rank<r>.pt``.
 
-    gloo sometimes aborts at exit, after the results are written: they decide.
+    The exit code is not checked, because gloo sometimes aborts at exit, after the results have been written.
     """
     path = folder / f"job-{processes}.json"
     path.write_text(json.dumps({"folder": str(folder), **job}))
@@ -34,7 +34,7 @@ def launch(module: str, folder: Path, *, processes: int, timeout: float = 150, *
 
 
 def finish(results: dict[str, Any], path: Path) -> None:
-    """What a launched program does last: leave this rank's results where :func:`launch` finds them."""
+    """Save this rank's results for :func:`launch` as the last act of a launched program."""
     torch.save(results, f"{path}.rank{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()

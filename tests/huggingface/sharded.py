@@ -1,4 +1,4 @@
-"""FSDP on CPU processes, where Accelerate ignores its plugin without a word."""
+"""FSDP on CPU processes, where Accelerate ignores its plugin without a message."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def plugin_of(version: int, layer: str, **options: Any) -> FullyShardedDataParal
 
 
 def force(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
-    """What Accelerate does on a GPU; before anything is prepared."""
+    """Make Accelerate act as on a GPU; call it before anything is prepared."""
     accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
 
 
 @functools.cache
 def let_fsdp1_run_on_cpu() -> None:
-    """Once in a process. FSDP1 takes a CPU only where it is called "cpu"; Accelerate calls it "cpu:0"."""
+    """Patch FSDP1 once per process: it accepts a CPU only if called "cpu", and Accelerate passes "cpu:0"."""
     original = FSDP.__init__
 
     @functools.wraps(original)

@@ -44,7 +44,7 @@ def ranks(tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_beta_is_that_of_one_process(ranks, name: str) -> None:
-    """Before it is clipped; clipping of gradients and accumulation included."""
+    """beta_t is compared before it is clipped, with gradient clipping and accumulation included."""
     _, (first, second) = ranks
     ours, alone = first[name], first[name]["alone"]
     assert alone["share"] > 0.2
@@ -64,7 +64,7 @@ def test_beta_is_that_of_one_process(ranks, name: str) -> None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_names_replicas_and_norms(ranks, name: str) -> None:
-    """The user's names stay, others are the model's; both norms are the global one, and nobody warns of replicas."""
+    """The user's names stay, others are the model's; both norms are global, and no warning about replicas appears."""
     _, results = ranks
     for result in results:
         ours = result[name]
@@ -89,7 +89,7 @@ def test_a_loaded_run_is_bitwise_the_unbroken_one(ranks, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", RESUMED)
 def test_trackers_get_the_curves_at_optimizer_steps(ranks, kind: str) -> None:
-    """From the main process only; after a resume the steps go on, and saving a fresh optimizer is no step."""
+    """The main process alone logs; after a resume the steps continue, and saving a fresh optimizer makes no step."""
     folder, (first, _) = ranks
     seen = first[f"resumed {kind}"]["unbroken"]["seen"]
     for name, steps in (("unbroken", (2, 4, 6, 8)), ("resumed", (6, 8))):
@@ -118,7 +118,7 @@ def test_every_rank_refuses_with_the_cure(ranks, case: str, kind: str, words: li
 
 
 def test_fsdp1_loads_what_it_loads_for_adamw(ranks) -> None:
-    """Accelerate 1.15 gives an optimizer that has not stepped an empty sharded state, whichever optimizer it is."""
+    """Accelerate 1.15 gives any optimizer without a step an empty sharded state."""
     _, results = ranks
     for result in results:
         assert result["fresh"]["AMAdamW"] == result["fresh"]["AdamW"]
@@ -166,7 +166,7 @@ def test_two_optimizers_and_attaching_twice(accelerator, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_a_later_run_of_the_process_starts_with_am_again(accelerator) -> None:
-    """As find_executable_batch_size does it: an earlier run's optimizer can be freed."""
+    """An earlier run's optimizer can be freed, as find_executable_batch_size needs."""
     alive = []
     for _ in range(2):
         accelerator.free_memory()
@@ -191,7 +191,7 @@ def test_one_optimizer_over_two_models(accelerator) -> None:
 
 
 def test_skipped_steps_are_warned_of_and_counted(accelerator, tmp_path) -> None:
-    """Without None nothing is read or said; a first step that is dropped counts as a step of the curve."""
+    """If None, nothing is read or reported; a dropped first step counts as a step of the curve."""
     accelerator.init_trackers("run")
     net = make_net(torch.float32)
     net, optimizer = accelerator.prepare(net, AMAdamW(net.parameters()))
@@ -225,5 +225,5 @@ def test_wrong_arguments(accelerator) -> None:
         attach(accelerator, ours, log_every_n_steps=0)
     with pytest.raises(TypeError, match=r"Invalid log_every_n_steps: 2.5"):
         attach(accelerator, ours, log_every_n_steps=2.5)
-    with pytest.raises(RuntimeError, match=r"not prepared by this accelerator"):  # others are
+    with pytest.raises(RuntimeError, match=r"not prepared by this accelerator"):  # others are prepared
         attach(accelerator, AMAdamW(net.parameters()))

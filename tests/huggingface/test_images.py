@@ -1,4 +1,4 @@
-"""A picture in transformers' reporters and Accelerate's trackers; but for TensorBoard only where they are installed."""
+"""A picture in transformers' reporters and Accelerate's trackers. All but TensorBoard are tested only if installed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ READERS: dict[str, Callable[[Path], Kept]] = {
     "clearml": pictures.in_clearml,
     "swanlab": pictures.in_swanlab,
 }
-LOSS = {"clearml": 3}  # the mean of a JPEG's
+LOSS = {"clearml": 3}  # the JPEG's mean
 CLIENTS = ["wandb", "trackio", *READERS]
 
 
@@ -71,7 +71,7 @@ def test_a_callback_without_a_run() -> None:
 
 @pytest.mark.parametrize(
     "name", [name for name in CLIENTS if name != "clearml"]
-)  # whose callback takes a minute or more
+)  # their callbacks take a minute or more
 def test_the_trainers_reporters(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sent("trainer", name, tmp_path) == [False, True]
     found = kept(name, tmp_path, "train/global_step", monkeypatch)
@@ -93,7 +93,7 @@ def test_accelerates_trackers(name: str, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_neptune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its service has ended, and its offline file has no reader: that it takes the picture."""
+    """Its service has ended and its offline file has no reader, so only the call is tested."""
     neptune = pytest.importorskip("neptune")
     from transformers.integrations import NeptuneCallback
 

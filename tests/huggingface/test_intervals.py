@@ -1,4 +1,4 @@
-"""Accelerate's trackers and the Trainer get the mean and the ends of the interval, of a beta_t known at every step."""
+"""Accelerate's trackers and the Trainer log the mean and the extremes over the interval of a known beta_t."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STEPS = 50
 def run(
     folder: Path, first: int, last: int, *, every: int, accumulate: int = 1, saved: bool = True, load: bool = False
 ) -> None:
-    """Steps after ``first`` up to ``last``, then a checkpoint in the folder above, which ``load`` begins with."""
+    """Make the steps after ``first`` up to ``last``, beginning with the checkpoint ``load``, and save one."""
     AcceleratorState._reset_state()
     GradientState._reset_state()
     accelerator = Accelerator(
@@ -61,7 +61,7 @@ def test_trackers_get_the_interval(tmp_path: Path, every: int, accumulate: int) 
 
 
 def check_page(folder: Path, before: str) -> None:
-    """Custom Scalars has the momentum once, from 0 to the cap, and each of its curves is there."""
+    """Require that Custom Scalars has the momentum once, from 0 to the cap, with each of its curves present."""
     (page,) = pages_in(folder)
     charts = page["adaptive momentum (am)"]
     assert charts["beta_t of all tensors"] == [f"{before}am/beta/{what}" for what in ("mean", "floor", "cap")]
@@ -80,7 +80,7 @@ def test_a_resume_leaves_no_gap_where_the_reader_is_saved(tmp_path: Path, saved:
 
 
 def test_trackers_get_the_intervals_of_two_optimizers(tmp_path: Path) -> None:
-    """Each at an interval of its own, of its own steps."""
+    """Each has an interval of its own, in its own steps."""
     AcceleratorState._reset_state()
     GradientState._reset_state()
     accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
@@ -101,7 +101,7 @@ def test_trackers_get_the_intervals_of_two_optimizers(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------- the Trainer
 class ForTrainer(nn.Module):
-    """As the Trainer wants it; ``adaptive`` is its optimizer."""
+    """A model with the Trainer's interface; ``adaptive`` is its optimizer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ def test_the_trainer_logs_the_interval(tmp_path: Path, every: int, accumulate: i
 
 @pytest.mark.parametrize("older", [False, True])
 def test_a_resumed_trainer_goes_on_in_its_interval(tmp_path: Path, older: bool) -> None:
-    """A checkpoint of an older version has nothing of it, and what is saved after it is resumed, has."""
+    """A checkpoint of an older version lacks the interval; one saved after its resume has it."""
     train(tmp_path / "first", 10)
     file = tmp_path / "first" / "checkpoint-10" / "trainer_state.json"
     if older:
@@ -175,7 +175,7 @@ def test_a_resumed_trainer_goes_on_in_its_interval(tmp_path: Path, older: bool) 
 
 @pytest.mark.parametrize("bar", [True, False])
 def test_the_end_of_a_run_in_one_line(tmp_path: Path, bar: bool) -> None:
-    """At the user's own verbosity, beside the Trainer's train_runtime, on a line of its own and once."""
+    """The line is logged once at the user's own verbosity, beside the Trainer's train_runtime."""
     code = (
         "from pathlib import Path\nfrom tests.huggingface.test_intervals import train\n"
         f"train(Path({str(tmp_path)!r}), 10, save=1000, arguments={{'disable_tqdm': {not bar}}})"
@@ -189,7 +189,7 @@ def test_the_end_of_a_run_in_one_line(tmp_path: Path, bar: bool) -> None:
 
 
 def test_a_second_train_is_a_run_of_its_own(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """With the same optimizer: its intervals, its line and its picture begin anew."""
+    """The optimizer is the same, but its intervals, line and picture start again."""
     trainer = train(tmp_path, 10, save=1000)
     trainer.train()
     told = [line for line in capfd.readouterr().out.splitlines() if line.startswith("AdaptiveMemory, am: ")]

@@ -28,7 +28,7 @@ LOGGED = range(LOG, STEPS + 1, LOG)
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
-    """The runs of one process, with the global batch of two."""
+    """Return the runs of one process, with the global batch of two."""
     folder = tmp_path_factory.mktemp("one")
     runs: dict[str, Any] = {form: unless_lacking(run, folder / form, form, batch=4) for form in FORMS}
     return folder, runs | {"resumed": run(folder / "resumed", "class", batch=4, resume=folder / "class")}
@@ -41,10 +41,10 @@ def double(tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
 
 
 def check_curves(folder: Path, result: dict[str, Any], before: Sequence[dict[str, float]] = ()) -> None:
-    """The event file and ``log_history`` have the betas of all steps since the last log.
+    """Require that the event file and ``log_history`` have the betas of all steps since the last log.
 
     Args:
-        before: those of the steps of the run that this one resumes.
+        before: betas of the steps of the run that this one resumes. Default: none.
     """
     ends, begins = [step for step in LOGGED if step > len(before)], len(before) // LOG * LOG
     expected = curves_of([*before, *result["seen"]], ends, begins=begins)
@@ -72,7 +72,7 @@ def test_the_curves_are_the_optimizers(single, form: str) -> None:
 
 
 def test_the_factory_takes_the_training_arguments(single) -> None:
-    """adam_beta1 0.9 is a cap of 0.89; keywords of am_adamw win."""
+    """adam_beta1 0.9 becomes a cap of 0.89; keywords of am_adamw take precedence."""
     _, runs = single
     decay, plain, wpe = runs["factory"]["groups"]
     assert (decay["lr"], plain["lr"], wpe["lr"]) == (0.07, 0.07, 0.035)
@@ -111,7 +111,7 @@ def test_two_processes_have_the_beta_of_one(single, double, form: str) -> None:
 
 @pytest.mark.parametrize("name", ["FSDP1Trainer class", "FSDP1Trainer factory", "FSDP2Trainer class"])
 def test_sharded_processes_have_the_beta_of_one(single, double, name: str) -> None:
-    """The factory keeps weight decay from norms though FSDP1 shows all parameters as vectors."""
+    """The factory excludes norms from weight decay although FSDP1 shows all parameters as vectors."""
     _, runs = single
     folder, results = double
     expected = runs[name.partition(" ")[2]]
@@ -146,7 +146,7 @@ def test_a_second_train_of_one_trainer_counts_from_zero(tmp_path) -> None:
 
 
 def test_optimizers_evaluation_and_a_callback_added_late(tmp_path) -> None:
-    """The curves are beside the training loss alone, and in what every later callback gets."""
+    """The curves are logged beside the training loss only, and every later callback receives them."""
 
     class Reporter(TrainerCallback):
         def __init__(self) -> None:
@@ -187,7 +187,7 @@ def test_optimizers_evaluation_and_a_callback_added_late(tmp_path) -> None:
 
 
 class Replace(TrainerCallback):
-    """Gives the Trainer another optimizer after a step."""
+    """Give the Trainer another optimizer after a step."""
 
     def __init__(self, kind: type, after: int) -> None:
         self.kind, self.after = kind, after
@@ -203,7 +203,7 @@ class Replace(TrainerCallback):
 
 @pytest.mark.parametrize("kind", [AMAdamW, torch.optim.AdamW])
 def test_an_optimizer_given_in_mid_run_is_read_or_refused(tmp_path, kind: type) -> None:
-    """The Trainer trains on with it, AdamW too; its handler of callbacks goes on giving the old one."""
+    """The Trainer uses the new one, also an AdamW; its callback handler still passes the old one."""
     replace = Replace(kind, after=3)
     trainer = make_trainer(
         tmp_path,
@@ -223,11 +223,11 @@ def test_an_optimizer_given_in_mid_run_is_read_or_refused(tmp_path, kind: type) 
     assert set(last.momentum()) == {name for name, _ in make_model().named_parameters()}
     logged = {r["step"]: r["am/beta/mean"] for r in trainer.state.log_history if "am/beta/mean" in r}
     assert [logged[step] for step in (1, 2, 4, 5, 6)] == pytest.approx(replace.seen, rel=1e-6)
-    assert 3 in logged  # the step of the one before
+    assert 3 in logged  # the step before
 
 
 class Growing(Trainer):
-    """Has its optimizer made again after two steps: between them, or in the middle of the third."""
+    """Rebuild the optimizer after two steps: between steps, or in the middle of the third."""
 
     way = ""
     kind: type = AMAdamW
@@ -248,7 +248,7 @@ class CreateAgain(TrainerCallback):
 
 
 class Names(TrainerCallback):
-    """What the optimizer calls its parameters when it is about to step."""
+    """Record the optimizer's names of its parameters just before a step."""
 
     def __init__(self) -> None:
         self.seen: list[set[str]] = []
@@ -261,7 +261,7 @@ class Names(TrainerCallback):
 @pytest.mark.parametrize("way", ["created again", "in training_step"])
 @pytest.mark.parametrize("ours", [True, False], ids=["callback", "none"])
 def test_an_optimizer_given_in_mid_run_is_met_before_its_first_step(tmp_path, way: str, kind: type, ours: bool) -> None:
-    """Long before the next log. Without the callback whatever is given trains on."""
+    """It is found long before the next log. Without the callback any optimizer is used."""
     again, names = CreateAgain(), Names()
     trainer = make_trainer(
         tmp_path,
@@ -289,7 +289,7 @@ def test_the_default_optimizer_is_refused_with_the_cure(tmp_path) -> None:
 
 
 def test_a_learning_rate_that_is_not_used_is_warned_of(tmp_path) -> None:
-    """The Trainer gives an optimizer class nothing of its arguments: AMAdamW's default lr would go unnoticed."""
+    """The Trainer passes no arguments to an optimizer class, so AMAdamW's default lr would be used silently."""
     trainer = make_trainer(tmp_path, batch=4, optimizer_cls_and_kwargs=(AMAdamW, {}), arguments={"max_steps": 1})
     with pytest.warns(UserWarning, match=r"learning_rate=0.07 is not used: the optimizer was built with lr 0.001"):
         trainer.train()
@@ -297,15 +297,15 @@ def test_a_learning_rate_that_is_not_used_is_warned_of(tmp_path) -> None:
 
 @dataclass
 class OwnArguments(TrainingArguments):
-    """As TRL's SFTConfig and DPOConfig: other defaults than TrainingArguments'."""
+    """Arguments with defaults other than TrainingArguments', as TRL's SFTConfig and DPOConfig have."""
 
     learning_rate: float = 2e-5
     adam_beta2: float = 0.99
 
 
 CLASS = {"optimizer_cls_and_kwargs": (AMAdamW, {})}
-NOT_SET = {"learning_rate": 2e-5, "adam_beta2": 0.99}  # what the arguments' class has of itself
-# What is set, how the optimizer is built, and what the callback says is not used.
+NOT_SET = {"learning_rate": 2e-5, "adam_beta2": 0.99}  # defaults of the class
+# What is set, how the optimizer is built, and the options that the callback reports as unused.
 SET: dict[str, tuple[dict[str, Any], Any, list[str]]] = {
     "nothing": ({}, CLASS, []),
     "what TrainingArguments have of themselves": ({"learning_rate": 5e-5}, CLASS, ["learning_rate=5e-05"]),
@@ -344,7 +344,7 @@ def test_keywords_of_the_factory_win_over_the_training_arguments(tmp_path) -> No
 
 
 def test_outside_a_trainer() -> None:
-    """The callback says what to do where it cannot find the Trainer's list; the factory needs lr."""
+    """The callback names the remedy if it cannot find the Trainer's list; the factory needs lr."""
     model = make_model()
     with pytest.raises(TypeError, match=r"came with transformers 5.2. Use optimizer_cls_and_kwargs=\(AMAdamW"):
         AMAdamWFactory([{"params": list(model.parameters())}], lr=0.5)  # as older Trainers do

@@ -1,4 +1,4 @@
-"""A tiny GPT-2 under transformers' Trainer: what test_trainer.py runs in its process, and each rank that it starts."""
+"""A tiny GPT-2 under transformers' Trainer, for test_trainer.py in its process and in each rank that it starts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def make_model() -> GPT2LMHeadModel:
 
 
 class Watch(TrainerCallback):
-    """beta_t after each step, straight from the optimizer; spoils the gradients of some steps."""
+    """Record beta_t after each step from the optimizer itself; spoil the gradients of some steps."""
 
     def __init__(self, bad_steps: tuple[int, ...] = ()) -> None:
         self.bad_steps = bad_steps
@@ -107,7 +107,7 @@ def run(
     trainer_class: type[Trainer] = Trainer,
     **arguments: Any,
 ) -> dict[str, Any]:
-    """Train, or go on from the checkpoint that an earlier run left in ``resume``."""
+    """Train, or resume from the checkpoint that an earlier run left in ``resume``."""
     watch = Watch(bad_steps)
     trainer = make_trainer(
         folder,
