@@ -1,4 +1,4 @@
-"""What every argument of the constructors accepts and refuses, as hypothesis strategies."""
+"""Accepted and refused values of every constructor argument, as hypothesis strategies."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ NUMPY_NUMBERS = st.floats(0, 1, width=32).flatmap(
 
 @dataclass(frozen=True)
 class Argument:
-    """`good` values are accepted; `bad` ones raise an error that holds each of `words`."""
+    """`good` values are accepted; `bad` ones raise an error that contains each of `words`."""
 
     good: st.SearchStrategy[Any]
     bad: st.SearchStrategy[Any]
@@ -133,7 +133,7 @@ ARGUMENTS: dict[type, dict[str, Argument]] = {
 
 
 def names_value(message: str, value: Any) -> bool:
-    """Whether the text shows the value: as written by str or repr, or, for a pair or a tensor, one of its parts."""
+    """Return whether the text shows the value, as str or repr write it; of a pair or a tensor one part is enough."""
     texts = {str(value), repr(value)}
     if isinstance(value, torch.Tensor):
         texts |= {str(tuple(value.shape)), str(value.dtype)} | ({str(value.item())} if value.numel() == 1 else set())

@@ -177,7 +177,7 @@ each_error = pytest.mark.parametrize(("info", "error"), list(_error_cases()))
 
 
 def with_own_lr(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A copy of the keywords whose tensors no other test shares."""
+    """Return a copy of the keywords whose tensors no other test shares."""
     return {key: value.clone() if isinstance(value, Tensor) else value for key, value in kwargs.items()}
 
 

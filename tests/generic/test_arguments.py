@@ -1,4 +1,4 @@
-"""Every argument of the constructors, the param groups and the overrides: hypothesis looks for one that slips."""
+"""hypothesis searches all constructor arguments, param groups and overrides for a value that is not checked."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _check_text(error: BaseException, name: str, value: Any, words: tuple[str, .
 
 
 def _allowed_together(cls: type, kwargs: dict[str, Any]) -> bool:
-    """The pairs that the constructors refuse by rule; test_errors.py has them."""
+    """Return whether the constructors allow the pair; test_errors.py tests the pairs that they refuse."""
     tensor_lr = isinstance(kwargs.get("lr"), Tensor)
     if tensor_lr and kwargs.get("foreach") and not kwargs.get("capturable"):
         return False
@@ -123,7 +123,7 @@ def test_arguments_after_the_star_are_keywords_only(cls: type) -> None:
 @calm
 @given(data=st.data())
 def test_bad_option_of_an_added_group(cls: type, name: str, data: st.DataObject) -> None:
-    """The same error as from the constructor; the optimizer stays as it was and goes on."""
+    """The error is the constructor's; the optimizer stays as it was and continues."""
     argument = ARGUMENTS[cls][name]
     value = data.draw(argument.bad)
     params = _params()
@@ -134,7 +134,7 @@ def test_bad_option_of_an_added_group(cls: type, name: str, data: st.DataObject)
     assert len(optimizer.param_groups) == 1
     _give_gradients(params, seed=0)
     optimizer.step()
-    optimizer.add_param_group({"params": params[2:]})  # nothing remembers the parameters that were refused
+    optimizer.add_param_group({"params": params[2:]})  # the refused parameters are not remembered
 
 
 @each_group_option
@@ -227,7 +227,7 @@ def test_later_overrides_win(factory: Any, cls: type) -> None:
 
 @each_factory
 def test_norms_biases_and_vectors_have_no_weight_decay(factory: Any, cls: type) -> None:
-    """Also a norm and a bias of more than one dimension; embeddings where that is asked for."""
+    """This includes norms and biases of more than one dimension, and embeddings on request."""
 
     class Model(torch.nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The constructor's refusals that torch.optim's own optimizers share, in torch.optim's words."""
+"""Refusals that the constructors share with torch.optim's own optimizers, in torch.optim's words."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_state_of_another_shape_of_groups_is_refused(info: OptimizerInfo) -> Non
     ("name", "value"), [("scope", "global"), ("nonfinite", "skip"), ("loss_gap", "exact"), ("replica_group", None)]
 )
 def test_an_option_of_the_whole_optimizer_is_refused_in_a_group(info: OptimizerInfo, name: str, value: Any) -> None:
-    """Taken silently it would do nothing, and the user would never know."""
+    """Accepted silently, it would do nothing, and the user would not know."""
     problem = LeastSquares()
     with pytest.raises((ValueError, TypeError), match=name):
         info.optim_cls([{"params": [problem.weight]}, {"params": [problem.bias], name: value}])
@@ -98,7 +98,7 @@ def test_cap_of_a_group(value: Any) -> None:
 
 @each_optimizer
 def test_keys_that_a_user_adds_to_a_group_stay(info: OptimizerInfo) -> None:
-    """As in torch.optim: schedulers and frameworks keep notes there."""
+    """torch.optim keeps them, too: schedulers and frameworks store values there."""
     problem = LeastSquares()
     optimizer = info.optim_cls([{"params": problem.params, "note": "mine", "initial_lr": 0.1}])
     optimizer.step(problem.loss)

@@ -20,7 +20,7 @@ def _make(info: OptimizerInfo) -> tuple[LeastSquares, Any]:
 
 @each_optimizer
 def test_step_hooks(info: OptimizerInfo) -> None:
-    """Own and global hooks run in torch's order, see the arguments of step, and go away when removed."""
+    """Own and global hooks run in torch's order, receive the arguments of step, and can be removed."""
     _, optimizer = _make(info)
     calls: list[str] = []
 
@@ -91,7 +91,7 @@ def test_state_dict_hooks(info: OptimizerInfo) -> None:
 
 @each_optimizer
 def test_load_state_dict_hooks(info: OptimizerInfo) -> None:
-    """The pre-hook sees, and may replace, what is loaded; the post-hook comes after the state is in."""
+    """The pre-hook may replace what is loaded; the post-hook runs after the state is loaded."""
     _, optimizer = _make(info)
     optimizer.step()
     saved = optimizer.state_dict()
@@ -115,7 +115,7 @@ def test_load_state_dict_hooks(info: OptimizerInfo) -> None:
     resumed.load_state_dict(saved)
     assert calls == ["pre", "post"]
     assert resumed.param_groups[0]["lr"] == 0.25
-    assert saved["param_groups"][0]["lr"] == 1e-3  # the caller's own is untouched
+    assert saved["param_groups"][0]["lr"] == 1e-3  # the caller's dict is unchanged
 
 
 @each_optimizer

@@ -1,4 +1,4 @@
-"""Slips of the hand, as people coming from torch.optim make them: a TypeError that ends with what to write."""
+"""Mistakes of people who come from torch.optim: a TypeError that ends with what to write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What torch.optim promises of state: state_dict in and out, older ones, copies, pickles, a plain repr."""
+"""torch.optim's guarantees about state: state_dict in and out, older ones, copies, pickles, a plain repr."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _copy_of(problem: LeastSquares) -> LeastSquares:
 
 
 def _assert_same(first: Any, second: Any) -> None:
-    """Equal structure, types and numbers, tensors bitwise."""
+    """Require equal structure, types and numbers, and bitwise equal tensors."""
     assert type(first) is type(second)
     if isinstance(first, Tensor):
         torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
@@ -57,7 +57,7 @@ def test_state_dict_resumes_bitwise(info: OptimizerInfo, kwargs: dict[str, Any])
     saved = deepcopy(optimizer.state_dict())
     given = deepcopy(saved)
     resumed.load_state_dict(given)
-    _assert_same(given, saved)  # loading changes nothing in what it was given
+    _assert_same(given, saved)  # loading does not change its input
     _assert_same(resumed.state_dict(), optimizer.state_dict())
     for _ in range(3):
         optimizer.step(problem.loss)
@@ -77,7 +77,7 @@ def test_save_load_equality_with_weights_only(info: OptimizerInfo, kwargs: dict[
 
 @each_case
 def test_state_dict_is_deterministic(info: OptimizerInfo, kwargs: dict[str, Any]) -> None:
-    """Two runs of equal but not identical parameters leave the same state, keys in the same order."""
+    """Two runs of equal but not identical parameters give the same state, with keys in the same order."""
     _, first = _trained(info, **kwargs)
     _, second = _trained(info, **kwargs)
     _assert_same(first.state_dict(), second.state_dict())
@@ -87,7 +87,7 @@ def test_state_dict_is_deterministic(info: OptimizerInfo, kwargs: dict[str, Any]
 def test_non_empty_state(info: OptimizerInfo, kwargs: dict[str, Any]) -> None:
     problem = LeastSquares()
     optimizer = info.optim_cls(problem.params, **with_own_lr(kwargs))
-    assert all(len(state) == 0 for state in optimizer.state.values())  # nothing is made before the first step
+    assert all(len(state) == 0 for state in optimizer.state.values())  # no state before the first step
     optimizer.step(problem.loss)
     for param in problem.params:
         state = optimizer.state[param]
@@ -103,7 +103,7 @@ def test_non_empty_state(info: OptimizerInfo, kwargs: dict[str, Any]) -> None:
 
 @each_case
 def test_can_load_older_state_dict(info: OptimizerInfo, kwargs: dict[str, Any]) -> None:
-    """A saved group may lack any one key, or all that torch.optim does not know: this optimizer's values stay."""
+    """A saved group may lack any one key, or all keys unknown to torch.optim: this optimizer's values stay."""
     problem, optimizer = _trained(info, **kwargs)
     saved = optimizer.state_dict()
     keys = [key for key in saved["param_groups"][0] if key != "params"]
@@ -139,7 +139,7 @@ def test_unpickled_groups_that_lack_a_key_get_its_default(info: OptimizerInfo) -
 
 @each_optimizer
 def test_load_nontensor_step(info: OptimizerInfo) -> None:
-    """State dicts of old hold `step` as a plain number."""
+    """Old state dicts hold `step` as a plain number."""
     problem, optimizer = _trained(info)
     other = _copy_of(problem)
     resumed = info.optim_cls(other.params)
@@ -175,7 +175,7 @@ def test_can_load_from_to_named_state_dict(info: OptimizerInfo, saved_named: boo
 @each_optimizer
 @pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_state_follows_the_parameters_dtype(info: OptimizerInfo, loaded: torch.dtype) -> None:
-    """Moments are cast to the parameters they are loaded for; scalars stay float32 or wider and keep their value."""
+    """Moments are cast to their parameters' dtype; scalars stay float32 or wider and keep their value."""
     _, optimizer = _trained(info)
     problem = LeastSquares(dtype=loaded)
     resumed = info.optim_cls(problem.params)

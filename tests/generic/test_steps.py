@@ -1,4 +1,4 @@
-"""What torch.optim promises of `step`: the right direction, loop and foreach alike, schedulers, odd parameters."""
+"""torch.optim's guarantees about `step`: the right direction, equal implementations, schedulers, odd parameters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.generic.optimizers import (
     with_own_lr,
 )
 
-# beta_t is float64 made of sums in float32 at least; bfloat16 moments may round either way
+# beta_t is float64, from sums in float32 at least; bfloat16 moments may round either way
 BETA_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 each_foreach = pytest.mark.parametrize("foreach", [False, True], ids=["forloop", "foreach"])
@@ -79,7 +79,7 @@ def test_schedulers_go_in_the_right_direction(
     optimizer.register_step_pre_hook(lambda opt, *_: rates.add(float(opt.param_groups[0]["lr"])))
     first, last = _minimize(problem, optimizer, [make(optimizer) for make in schedulers], steps=60)
     assert last < first
-    # the plateau scheduler alone has nothing to do on this problem
+    # The plateau scheduler alone changes nothing on this problem.
     assert len(rates) == 1 if schedulers is SCHEDULERS[1] else len(rates) > 1
 
 
@@ -110,7 +110,7 @@ def _mixed_params(dtype: torch.dtype) -> list[Parameter]:
 def test_implementations_match_forloop(
     info: OptimizerInfo, kwargs: dict[str, Any], implementation: str, dtype: torch.dtype
 ) -> None:
-    """After every step, for parameters that come and go, of all sizes: the same weights, states and betas."""
+    """Weights, states and betas agree after every step, for parameters of all sizes, which come and go."""
     if implementation not in info.supported_impls:
         pytest.skip(f"there is no {implementation}")
     _skip_tensor_lr(kwargs, foreach=implementation == "foreach")
@@ -138,7 +138,7 @@ def test_implementations_match_forloop(
 @each_foreach
 @each_optimizer
 def test_mixed_dtypes_in_one_optimizer(info: OptimizerInfo, foreach: bool) -> None:
-    """Every dtype keeps its own, each parameter goes down, and 16-bit ones follow the float64 one."""
+    """Every dtype is kept, each parameter decreases, and 16-bit ones follow the float64 one."""
     dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
     params = [Parameter(torch.full((9,), 1.0, dtype=dtype)) for dtype in dtypes]
     optimizer = info.optim_cls(params, lr=1e-2, foreach=foreach, scope="tensor")
@@ -173,7 +173,7 @@ def test_default_dtype_does_not_matter(info: OptimizerInfo, foreach: bool) -> No
 @each_foreach
 @each_optimizer
 def test_tensor_lr_matches_float_lr(info: OptimizerInfo, foreach: bool) -> None:
-    """Also as the scheduler changes it in place; the tensor stays the user's own."""
+    """This includes a scheduler's in-place changes; the tensor stays the user's own."""
     if foreach and not info.has_capturable_arg:
         pytest.skip("a tensor lr needs capturable where foreach is on")
     extra = {"capturable": True} if foreach else {}
@@ -201,7 +201,7 @@ def test_tensor_lr_matches_float_lr(info: OptimizerInfo, foreach: bool) -> None:
 
 @each_optimizer
 def test_param_groups_lr(info: OptimizerInfo) -> None:
-    """A group's own lr is used: 0 holds its parameters still while the other group moves."""
+    """A group's own lr is used: 0 keeps its parameters fixed while the other group moves."""
     problem = LeastSquares()
     still = problem.bias.detach().clone()
     moving = problem.weight.detach().clone()
@@ -248,7 +248,7 @@ def test_step_without_gradients_is_a_noop(info: OptimizerInfo, kwargs: dict[str,
 @each_foreach
 @each_case
 def test_parameter_without_gradient_keeps_its_state(info: OptimizerInfo, kwargs: dict[str, Any], foreach: bool) -> None:
-    """It sits out one step, bitwise unchanged, while its neighbour moves."""
+    """It is left out of one step, bitwise unchanged, while the other parameter moves."""
     _skip_tensor_lr(kwargs, foreach)
     problem = LeastSquares()
     optimizer = info.optim_cls(problem.params, foreach=foreach, **with_own_lr(kwargs))
@@ -334,7 +334,7 @@ def test_step_without_closure_returns_none(info: OptimizerInfo) -> None:
     ids=["adamw", "adamw-global", "sgd", "sgd-exact"],
 )
 def test_rosenbrock(info: OptimizerInfo, kwargs: dict[str, Any], foreach: bool) -> None:
-    """A curved valley: the distance to its minimum at (1, 1) falls by a third, the height by nine tenths."""
+    """In the curved valley the distance to the minimum at (1, 1) falls by a third, the value by nine tenths."""
     solution = torch.tensor([1.0, 1.0], dtype=torch.float64)
     start = torch.tensor([1.5, 1.5], dtype=torch.float64)
 
@@ -361,7 +361,7 @@ def test_rosenbrock(info: OptimizerInfo, kwargs: dict[str, Any], foreach: bool) 
 @each_foreach
 @each_optimizer
 def test_big_and_small_tensors_agree_with_the_pieces(info: OptimizerInfo, foreach: bool) -> None:
-    """A tensor longer than one cache block takes the step of the same numbers cut into a matrix."""
+    """A tensor longer than one cache block takes the same step as the same numbers split into a matrix."""
     numbers = torch.randn(600_000, generator=torch.Generator().manual_seed(3))
     flat, matrix = Parameter(numbers.clone()), Parameter(numbers.view(600, 1000).clone())
     optimizer = info.optim_cls([flat, matrix], lr=1e-2, foreach=foreach, scope="tensor")
