@@ -1,4 +1,4 @@
-"""Whether DeepSpeed can run here, and the build of the operator that it communicates with between CPU processes."""
+"""Check whether DeepSpeed can run here, and build the operator by which its CPU processes communicate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.python import COLD
 
 
 def refusal() -> str | None:
-    """Why DeepSpeed cannot run; None where it can."""
+    """Return why DeepSpeed cannot run, or None if it can."""
     if find_spec("deepspeed") is None:
         return "deepspeed is not installed"
     if ON_GPU:
@@ -30,8 +30,11 @@ def refusal() -> str | None:
 
 
 def build_operator() -> None:
-    """Once, in one process: minutes on a busy machine, and a build that is killed leaves a lock on which every later
-    start would wait without a word. NCCL needs none."""
+    """Build the operator once, in one process; NCCL needs none.
+
+    It takes minutes on a busy machine. A build that is killed leaves a lock on which every later start would wait
+    without a message.
+    """
     if ON_GPU:
         return
     os.environ.update(operator_build.variables())

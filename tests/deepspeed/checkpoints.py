@@ -1,4 +1,4 @@
-"""What each rank runs for checkpoints: train and save, then load into a new engine and go on."""
+"""Functions that each rank runs for checkpoints: train and save, then load into a new engine and continue."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def attach(engine: Any, scope: str) -> None:
 
 
 def resume(folder: str, stage: int, scope: str = "tensor", dtype: str = "float32", universal: bool = False) -> Any:
-    """Largest errors of beta_t and weights after four more steps, against one process that was never interrupted."""
+    """Return the largest errors of beta_t and weights after four more steps, against one unbroken process."""
     config = config_of(stage, dtype)
     if universal:
         config["checkpoint"] = {"load_universal": True}
@@ -62,7 +62,7 @@ def resume(folder: str, stage: int, scope: str = "tensor", dtype: str = "float32
 
 
 def take_over(folder: str, stage: int) -> dict[str, Any]:
-    """AdamW for four steps under one engine, its checkpoint into AMAdamW under another."""
+    """Train AdamW for four steps under one engine and load its checkpoint into AMAdamW under another."""
     net = make_net().float()
     plain = torch.optim.AdamW(groups_of(net, "tensor"), betas=(0.89, 0.999))
     engine, *_ = deepspeed.initialize(model=net, optimizer=plain, config=config_of(stage))

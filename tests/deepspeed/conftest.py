@@ -1,4 +1,4 @@
-"""DeepSpeed compiles a communication operator once: a compiler must be there."""
+"""DeepSpeed compiles a communication operator once, which needs a compiler."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ def compiled() -> None:
 
 @pytest.fixture(scope="session")
 def pool(compiled: None) -> Iterator[Callable[[int], Pool]]:
-    """``pool(world)``: processes that keep DeepSpeed imported."""
+    """Return ``pool(world)``, whose processes keep DeepSpeed imported."""
     with pools() as start:
         yield start

@@ -1,4 +1,4 @@
-"""What each rank runs for the frameworks' own entry points to DeepSpeed, beside one process in float64."""
+"""Functions that each rank runs for the frameworks' own entry points to DeepSpeed, beside one float64 process."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from tests.huggingface.trainer_runs import FORMS, Watch, make_trainer
 from tests.lightning.model import quiet
 from tests.loggers.planted import Planted
 
-STEPS, EVERY = 6, 2  # of which ZeRO makes each in several calls
+STEPS, EVERY = 6, 2  # ZeRO makes each step in several calls
 
 
 class CPU:
-    """What both DeepSpeed strategies ask for."""
+    """An accelerator with what both DeepSpeed strategies ask for."""
 
     def _get_process_group_backend(self) -> str:
         return "gloo"
@@ -57,7 +57,7 @@ class OnCPU(CPU, DeepSpeedStrategy):
 
 
 class FabricOnCPU(CPU, FabricDeepSpeedStrategy):
-    """The same for Fabric."""
+    """The same strategy for Fabric."""
 
     setup_environment = FabricDeepSpeedStrategy.__mro__[1].setup_environment
 
@@ -67,7 +67,7 @@ class FabricOnCPU(CPU, FabricDeepSpeedStrategy):
 
 
 class Module(pl.LightningModule):
-    """Plain AdamW in two groups, a schedule, and what is seen at every step."""
+    """Train with plain AdamW in two groups and a schedule, and record the betas of every step."""
 
     def __init__(self, scope: str) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Module(pl.LightningModule):
 
 def zero_config(stage: int) -> dict[str, Any]:
     config = config_of(stage)
-    for key in ("gradient_clipping", "gradient_accumulation_steps"):  # the Trainer's
+    for key in ("gradient_clipping", "gradient_accumulation_steps"):  # set by the Trainer
         del config[key]
     for key in ("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"):  # set by the callback
         del config[key]
@@ -101,7 +101,7 @@ def zero_config(stage: int) -> dict[str, Any]:
 
 
 def lightning(folder: str, stage: int, scope: str = "tensor", offload: bool = False) -> dict[str, Any]:
-    """A whole fit, then one that is saved half way and resumed."""
+    """Make a whole fit, then one that is saved half way and resumed."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logger = TensorBoardLogger(folder, name="", version="curves")
     unbroken = _fit(folder, stage, scope, STEPS, logger, offload=offload)
@@ -163,7 +163,7 @@ def _errors(run: dict[str, Any], single: dict[str, Any]) -> dict[str, float]:
 
 
 def accelerate(folder: str, stage: int, scope: str = "tensor") -> dict[str, Any]:
-    """Accelerate's plugin, attach, save_state and load_state."""
+    """Use Accelerate's plugin, attach, save_state and load_state."""
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
@@ -193,7 +193,7 @@ def accelerate(folder: str, stage: int, scope: str = "tensor") -> dict[str, Any]
             wrapped.step()
             wrapped.zero_grad()
             seen.append({name: float(beta) for name, beta in optimizer.momentum().items()})
-        for tracker in accelerator.trackers:  # not end_training(), which ends the process group
+        for tracker in accelerator.trackers:  # end_training() would end the process group
             tracker.finish()
         run = {"seen": seen, "weights": whole_weights(model, stage, "float32")}
         single = alone(scope, steps=STEPS)
@@ -223,7 +223,7 @@ def _fabric_on_cpu(folder: str, **config: Any) -> Fabric:
 
 
 def planted(folder: str, stage: int, steps: int, every: int) -> dict[str, dict[int, float]]:
-    """The curves of a beta_t that is known; the gradients are those of one process, whose state is not partitioned."""
+    """Return the curves of a known beta_t; the gradients are those of one process, whose state is not partitioned."""
     runner = _fabric_on_cpu(folder, stage=stage, clip=0.0)
     alone, net = Planted(), Planted().float()
     theirs, own = (AMAdamW(part.named_parameters(), lr=0.01, weight_decay=0.0) for part in (alone, net))
@@ -244,7 +244,7 @@ def planted(folder: str, stage: int, steps: int, every: int) -> dict[str, dict[i
 
 
 def fabric(folder: str, stage: int, scope: str = "tensor") -> dict[str, Any]:
-    """Fabric's setup and attach."""
+    """Use Fabric's setup and attach."""
     runner = _fabric_on_cpu(folder, stage=stage)
     net = make_net().float()
     optimizer = am_adamw(net, lr=1.0, betas=(0.89, 0.999), scope=scope)
@@ -275,7 +275,7 @@ def fabric(folder: str, stage: int, scope: str = "tensor") -> dict[str, Any]:
 
 
 def named_in_config(stage: int) -> str:
-    """A DeepSpeed configuration with an optimizer of its own, in Lightning."""
+    """Name an optimizer in the DeepSpeed configuration of Lightning."""
     config = zero_config(stage)
     config["optimizer"] = {"type": "AdamW", "params": {"lr": RATES["tensor"][0]}}
     trainer = pl.Trainer(
@@ -295,7 +295,7 @@ def named_in_config(stage: int) -> str:
 
 
 class WatchInside(Watch):
-    """Through DeepSpeed's optimizer, too."""
+    """Watch the optimizer inside DeepSpeed's optimizer, too."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         betas = unwrap_optimizer(optimizer).momentum()
@@ -303,7 +303,7 @@ class WatchInside(Watch):
 
 
 def trainer(folder: str, stage: int, form: str = "class") -> dict[str, Any]:
-    """transformers' Trainer with a DeepSpeed configuration, beside the same Trainer under DDP."""
+    """Run transformers' Trainer with a DeepSpeed configuration, beside the same Trainer under DDP."""
     with_engine = _train(Path(folder) / "deepspeed", form, stage)
     plain = _train(Path(folder) / "ddp", form, None)
     dist.barrier()

@@ -1,4 +1,4 @@
-"""What each rank runs: an engine whose last rank has a finite gradient in two steps whose square overflows."""
+"""Functions that each rank runs: the last rank's gradient is finite in two steps, but its square overflows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BAD, STEPS = (0, 3), 16
 
 
 def states_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Partitions of this rank and what is kept beside them."""
+    """Return this rank's partitions and the tensors kept beside them."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     return params + [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
 

@@ -1,4 +1,4 @@
-"""Cases that must be refused on every rank, and what the package reads of DeepSpeed."""
+"""Cases that every rank must refuse, and the attributes of DeepSpeed that the package reads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.package.private_deepspeed import names_of
 
 
 def missing(stage: int) -> list[str]:
-    """Names that the package reads and this DeepSpeed does not have."""
+    """Return the names that the package reads and this DeepSpeed does not have."""
     engine, _ = start(stage, "tensor", config_of(stage))
     ours, theirs = names_of(stage)
     param = next(engine.module.parameters())
@@ -25,7 +25,7 @@ def missing(stage: int) -> list[str]:
 
 
 def refuse(case: str) -> dict[str, Any]:
-    """The error of the first step (or of attach), and whether a weight had moved by then."""
+    """Return the error of the first step (or of attach), and whether a weight had moved by then."""
     engine, optimizer, act = CASES[case]()
     stage = engine.zero_optimization_stage()
     before = whole_weights(engine, stage, "float32")
@@ -48,12 +48,12 @@ def elastic() -> tuple[Any, AMAdamW, Callable[[], None]]:
 
 
 def with_attribute(name: str) -> Callable[[], tuple[Any, AMAdamW, Callable[[], None]]]:
-    """Features that need hardware or libraries of their own: DeepSpeed's optimizer says so by an attribute."""
+    """Set an attribute by which DeepSpeed's optimizer shows a feature that needs hardware or libraries of its own."""
     return lambda: just_before_step(3, lambda engine: setattr(engine.optimizer, name, True))
 
 
 def just_before_step(stage: int, mark: Callable[[Any], None]) -> tuple[Any, AMAdamW, Callable[[], None]]:
-    """Not earlier: the engine reads the mark, too."""
+    """Set it just before the step, because the engine reads the mark, too."""
     engine, optimizer = start(stage, "tensor", config_of(stage))
 
     def step(part: int) -> None:
@@ -65,12 +65,12 @@ def just_before_step(stage: int, mark: Callable[[Any], None]) -> tuple[Any, AMAd
 
 
 def with_mark(name: str, value: bool) -> Callable[[], tuple[Any, AMAdamW, Callable[[], None]]]:
-    """What DeepSpeed and Megatron write on a parameter."""
+    """Set what DeepSpeed and Megatron write on a parameter."""
     return lambda: just_before_step(2, lambda engine: setattr(next(engine.module.parameters()), name, value))
 
 
 def unknown_partitions(stage: int) -> Callable[[], tuple[Any, AMAdamW, Callable[[], None]]]:
-    """A DeepSpeed that no longer puts its marks on the parameters."""
+    """Act as a DeepSpeed that no longer puts its marks on the parameters."""
 
     def build() -> tuple[Any, AMAdamW, Callable[[], None]]:
         engine, optimizer = start(stage, "tensor", config_of(stage))

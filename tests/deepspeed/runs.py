@@ -1,4 +1,4 @@
-"""What each rank runs: training under a DeepSpeed engine beside one process that holds the whole model in float64."""
+"""Functions that each rank runs: training under a DeepSpeed engine beside one float64 process with the whole model."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def make_net() -> nn.Sequential:
 
 
 def groups_of(net: nn.Module, scope: str) -> list[dict[str, Any]]:
-    """Matrices, then the rest, with a learning rate and a decay of their own."""
+    """Return two groups, the matrices and the rest, each with its own learning rate and decay."""
     named = list(net.named_parameters())
     parts = ([e for e in named if e[1].ndim == 2], [e for e in named if e[1].ndim != 2])
     return [
@@ -56,7 +56,7 @@ def groups_of(net: nn.Module, scope: str) -> list[dict[str, Any]]:
 
 
 def batch_of(step: int, micro: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
-    """This rank's share of a micro batch, which is the same for every number of ranks."""
+    """Return this rank's share of a micro batch, which is the same for every number of ranks."""
     generator = torch.Generator().manual_seed(1000 * (step % 2) + micro)
     x = torch.randn(BATCH, 7, generator=generator, dtype=torch.float64).chunk(world)[rank]
     return x, 3 * torch.sin(2 * x[:, :3])
@@ -94,7 +94,7 @@ def config_of(
 
 
 def start(stage: int, scope: str, config: dict[str, Any], **options: Any) -> tuple[Any, AMAdamW]:
-    """The engine and the optimizer that it was given."""
+    """Return the engine and the optimizer that it was given."""
     torch.manual_seed(0)
     net = make_net().float()
     optimizer = AMAdamW(groups_of(net, scope), betas=(0.89, 0.999), scope=scope, **options)
@@ -103,7 +103,7 @@ def start(stage: int, scope: str, config: dict[str, Any], **options: Any) -> tup
 
 
 def advance(engine: Any, optimizer: AMAdamW, scope: str, steps: range, accumulate: int = 1) -> list[dict[str, float]]:
-    """beta_t by name after each step."""
+    """Make steps and return beta_t by name after each."""
     seen = []
     for step in steps:
         train(engine, optimizer, scope, range(step, step + 1), accumulate)
@@ -132,7 +132,7 @@ def whole_weights(engine: Any, stage: int, dtype: str) -> dict[str, Tensor]:
 
 
 def alone(scope: str, steps: int = STEPS, accumulate: int = 1, clip: float = CLIP) -> dict[str, Any]:
-    """The float64 run of one process."""
+    """Return the float64 run of one process."""
     net = make_net()
     optimizer = AMAdamW(groups_of(net, scope), betas=(0.89, 0.999), scope=scope)
     seen = []
@@ -160,14 +160,14 @@ def compare(
     fused: bool | None = None,
     **zero: Any,
 ) -> dict[str, Any]:
-    """Largest errors of beta_t and weights; ``naive`` leaves the reduce out."""
+    """Return the largest errors of beta_t and weights; ``naive`` leaves out the reduction."""
     engine, optimizer = start(stage, scope, config_of(stage, dtype, accumulate, **zero), fused=fused)
     if attach:
         from am_lightning.deepspeed import attach as attach_engine
 
         attach_engine(engine)
     local = patch.object(ShardLayout, "all_reduce", lambda self, packed, shared=None: (packed, shared))
-    counter = Mock(wraps=layout.all_reduce)  # every sum over ranks goes through it
+    counter = Mock(wraps=layout.all_reduce)  # every sum over ranks uses it
     counted = patch.multiple(layout, all_reduce=counter), patch("am_lightning.deepspeed.engine.all_reduce", counter)
     with local if naive else nullcontext(), counted[0], counted[1]:
         seen = advance(engine, optimizer, scope, range(STEPS), accumulate)
@@ -188,7 +188,7 @@ def compare(
 
 
 def frames_walked(stage: int, attach: bool) -> list[int]:
-    """How many frames of the call stack each of five steps looks at."""
+    """Return how many frames of the call stack each of five steps looks at."""
     engine, optimizer = start(stage, "tensor", config_of(stage))
     if attach:
         from am_lightning.deepspeed import attach as attach_engine
@@ -203,7 +203,7 @@ def frames_walked(stage: int, attach: bool) -> list[int]:
 
 
 def compare_in_16_bit(stage: int, scope: str = "tensor", dtype: str = "bfloat16", **zero: Any) -> dict[str, Any]:
-    """The engine's own gradients, gathered by its public call, are given to the one process too."""
+    """Give the engine's own gradients, gathered by its public call, to the one process, too."""
     if dtype == "float16":
         allow_float16()
     engine, optimizer = start(stage, scope, config_of(stage, dtype, clip=0.0, **zero))
@@ -212,7 +212,7 @@ def compare_in_16_bit(stage: int, scope: str = "tensor", dtype: str = "bfloat16"
 
         attach_engine(engine)
     half = torch.float16 if dtype == "float16" else torch.bfloat16
-    single = make_net().to(half).double()  # the engine's master copies begin with what the half precision left
+    single = make_net().to(half).double()  # the engine's master copies start from the rounded weights
     reference = AMAdamW(groups_of(single, scope), betas=(0.89, 0.999), scope=scope)
     off, seen, dropped = [], [], 0
     for step in range(STEPS):
@@ -244,7 +244,7 @@ def compare_in_16_bit(stage: int, scope: str = "tensor", dtype: str = "bfloat16"
 
 
 def allow_float16() -> None:
-    """DeepSpeed's CPU accelerator says that it has none; torch has."""
+    """Enable float16, which torch has and DeepSpeed's CPU accelerator denies."""
     if DEVICE.type != "cpu":
         return
     accelerator = get_accelerator()

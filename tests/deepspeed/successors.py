@@ -1,4 +1,4 @@
-"""What each rank runs: optimizers given in mid-run, beside those that DeepSpeed's engine steps."""
+"""Functions that each rank runs: optimizers given during a run, beside those that DeepSpeed's engine steps."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def said(call: Any) -> str:
 
 
 class Again(Module):
-    """Gives the Trainer an optimizer in mid-run."""
+    """Give the Trainer an optimizer during the run."""
 
     def __init__(self, way: str) -> None:
         super().__init__("tensor")
@@ -77,7 +77,7 @@ def lightning(way: str, stage: int = 2, ours: bool = True) -> dict[str, Any]:
 
 
 def trainer(folder: str, stage: int = 2) -> str:
-    """transformers' Trainer is given an AMAdamW beside its engine."""
+    """Give transformers' Trainer an AMAdamW beside its engine."""
 
     class Replace(AdaptiveMemoryCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -104,7 +104,7 @@ def trainer(folder: str, stage: int = 2) -> str:
 
 
 def fabric(stage: int = 2) -> list[str]:
-    """``attach`` of the engine's optimizer, and of another one."""
+    """Call ``attach`` with the engine's optimizer, and with another one."""
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
     strategy = FabricOnCPU(config=config_of(stage))
     runner = Fabric(

@@ -1,4 +1,4 @@
-"""Prints the table of checkpoints in docs/tested.md: ``python -m tests.deepspeed.table``."""
+"""Print the table of checkpoints in docs/tested.md: ``python -m tests.deepspeed.table``."""
 
 from __future__ import annotations
 

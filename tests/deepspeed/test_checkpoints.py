@@ -1,4 +1,4 @@
-"""DeepSpeed's own checkpoints at the same number of ranks, universal ones at any."""
+"""DeepSpeed's own checkpoints at the same number of ranks, and universal ones at any number."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 SAVE, RESUME = "tests.deepspeed.checkpoints:save", "tests.deepspeed.checkpoints:resume"
 START_UP = 300
-OPTIONS = {"am_table", "am_options"}  # are in files only: a live group would go stale
+OPTIONS = {"am_table", "am_options"}  # in files only: in a live group they would become stale
 
 
 def check(ranks: list[dict]) -> None:

@@ -17,7 +17,7 @@ TAGS = {"am/beta/mean", "am/beta/min", "am/beta/max", "am/clamp/at_max", "am/cla
 
 
 def check(ranks: list[dict], *, axis: int = 0) -> None:
-    """beta_t and weights of one process, the same on all ranks; the curves are of both steps of each interval."""
+    """Require beta_t and weights of one process, equal on all ranks, and curves of both steps of each interval."""
     seen = [{name: float.fromhex(beta) for name, beta in step.items()} for step in ranks[0]["bits"]]
     for rank in ranks:
         assert rank["beta"] <= 5e-6
@@ -31,7 +31,7 @@ def check(ranks: list[dict], *, axis: int = 0) -> None:
     ("stage", "scope"), [(0, "tensor"), (2, "tensor"), (2, "global"), (3, "tensor"), (3, "global")]
 )
 def test_lightning(pool, tmp_path: Path, stage: int, scope: str) -> None:
-    """A converted AdamW; unbroken, and saved and resumed half way."""
+    """A converted AdamW trains unbroken, and is saved and resumed half way."""
     ranks = pool(2).run(f"{ENTRY_POINTS}:lightning", timeout=START_UP, folder=str(tmp_path), stage=stage, scope=scope)
     check(ranks, axis=-1)
     assert all(rank["resumed"]["beta"] <= 5e-6 and rank["resumed"]["weights"] <= 1e-5 for rank in ranks)
@@ -57,7 +57,7 @@ def test_fabric(pool, tmp_path: Path, stage: int, scope: str) -> None:
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_the_curves_of_a_beta_that_is_known(pool, tmp_path: Path, stage: int) -> None:
-    """Of an engine that steps the optimizer several times in a step, in float32."""
+    """The engine steps the optimizer several times in a step, in float32."""
     options = {"folder": str(tmp_path), "stage": stage, "steps": 28, "every": 7}
     found = pool(2).run(f"{ENTRY_POINTS}:planted", timeout=START_UP, **options)[0]
     for tag, points in expected_curves(28, 7).items():
@@ -66,7 +66,7 @@ def test_the_curves_of_a_beta_that_is_known(pool, tmp_path: Path, stage: int) ->
 
 @pytest.mark.parametrize(("stage", "scope"), [(0, "tensor"), (2, "tensor"), (3, "global")])
 def test_accelerate(pool, tmp_path: Path, stage: int, scope: str) -> None:
-    """save_state and load_state in mid-run, too."""
+    """This includes save_state and load_state during the run."""
     check(pool(2).run(f"{ENTRY_POINTS}:accelerate", timeout=START_UP, folder=str(tmp_path), stage=stage, scope=scope))
 
 

@@ -1,4 +1,4 @@
-"""One rank has a finite gradient whose square overflows, under ZeRO 0 to 3: no rank's run is poisoned."""
+"""One rank has a finite gradient whose square overflows, under ZeRO 0 to 3: no rank's run is spoiled."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run(pool, **case: Any) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_all_ranks_drop_the_step(pool, case: str) -> None:
-    """DeepSpeed's engine drops some before they come to the optimizer: where a norm in its dtype overflows."""
+    """DeepSpeed's engine itself drops steps whose norm overflows in its dtype."""
     for rank in run(pool, **CASES[case]):
         assert sum(rank["dropped"].values()) == len(BAD)
         assert rank["finite"]

@@ -1,4 +1,4 @@
-"""What cannot be summed or saved rightly is refused on every rank, before a weight moves; and a naive sum is seen."""
+"""What cannot be summed or saved correctly is refused on every rank before a weight moves; a naive sum is detected."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_canary_private_attributes_are_where_they_were(pool, stage: int) -> None
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_local_beta_would_be_seen(pool, stage: int) -> None:
-    """Without the reduce the betas are wrong by far more than the other tests allow."""
+    """Without the reduction the betas are wrong by far more than the other tests allow."""
     ranks = pool(2).run("tests.deepspeed.runs:compare", timeout=START_UP, stage=stage, naive=True)
     assert max(rank["beta"] for rank in ranks) > 1e-2
     assert ranks[0]["bits"] != ranks[1]["bits"]

@@ -50,7 +50,7 @@ def test_each_tensor_has_its_own_beta(pool, case: dict[str, Any]) -> None:
     ranks = pool(2).run(f"{RUNS}:compare", timeout=START_UP, **case)
     check(ranks, beta=5e-6, weights=5e-6)
     calls = {0: 1, 1: 2, 2: 2, 3: ranks[0]["partitions"]}[case["stage"]]
-    votes = 0 if case.get("kind") == "sgd" else calls  # on the kernels, in the first step
+    votes = 0 if case.get("kind") == "sgd" else calls  # the first step's vote on the kernels
     assert [rank["sums"] for rank in ranks] == [calls * STEPS + votes] * 2
     assert case["stage"] < 3 or calls >= 4
 
@@ -60,7 +60,7 @@ def test_scopes_that_span_several_calls(pool, case: dict[str, Any]) -> None:
     ranks = pool(2).run(f"{RUNS}:compare", timeout=START_UP, attach=True, **case)
     checks = 0 if case["stage"] == 0 else CHECKED_STEPS * ranks[0]["partitions"]  # of predicted gradients
     calls = 1 if case["stage"] == 0 else ranks[0]["partitions"]
-    votes = 0 if case.get("kind") == "sgd" else calls  # on the kernels, in the first step
+    votes = 0 if case.get("kind") == "sgd" else calls  # the first step's vote on the kernels
     assert [rank["sums"] for rank in ranks] == [STEPS + checks + votes] * 2
     check(ranks, beta=5e-6, weights=2e-5)
 
@@ -68,7 +68,7 @@ def test_scopes_that_span_several_calls(pool, case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("asked", [{"fused": True}, {}], ids=["asked", "by default"])
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_the_fused_loop(pool, stage: int, asked: dict[str, bool]) -> None:
-    """What ZeRO-Offload's states are stepped with, also where nobody asks for it."""
+    """ZeRO-Offload's states are stepped with it, even if it is not requested."""
     ranks = pool(2).run(f"{RUNS}:compare", timeout=START_UP, stage=stage, **asked, **(OFFLOAD if stage else {}))
     check(ranks, beta=5e-6, weights=5e-6)
     assert all("C++ loop" in rank["kernels"] for rank in ranks)
@@ -83,7 +83,7 @@ def test_bfloat16(pool, stage: int, scope: str) -> None:
 
 @pytest.mark.parametrize("scope", ["tensor", "global"])
 def test_bf16_optimizer(pool, scope: str) -> None:
-    """Stage 1 with float32 accumulation: one step() call sees all groups."""
+    """In stage 1 with float32 accumulation, one step() call has all groups."""
     job = {"stage": 1, "dtype": "bfloat16, float32 sums", "scope": scope}
     ranks = pool(2).run(f"{RUNS}:compare_in_16_bit", timeout=START_UP, **job)
     assert ranks[0]["engine"] == "BF16_Optimizer"
@@ -108,7 +108,7 @@ def test_four_ranks(pool) -> None:
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_the_call_stack_is_looked_at_once(pool, stage: int) -> None:
-    """And for less where attach has told what the engine is."""
+    """Less is searched if attach has been given the engine."""
     first = {}
     for attach in (False, True):
         for rank in pool(2).run(f"{RUNS}:frames_walked", timeout=START_UP, stage=stage, attach=attach):

@@ -1,4 +1,4 @@
-"""The DeepSpeed program of the page Start."""
+"""The DeepSpeed program of docs/start.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimizers given in mid-run under DeepSpeed, whose engine keeps its own: refused at once, on every rank."""
+"""Optimizers given during a run under DeepSpeed, whose engine keeps its own: refused at once, on every rank."""
 
 from __future__ import annotations
 
