@@ -1,4 +1,4 @@
-"""A run under an Accelerator of one process, whose ``save_state`` folder is kept."""
+"""A run under an Accelerator of one process; its ``save_state`` folder is the fixture."""
 
 from __future__ import annotations
 

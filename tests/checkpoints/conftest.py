@@ -1,4 +1,4 @@
-"""The pools live as long as the test session."""
+"""Pools that live as long as the test session."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ from tests.sharding.pool import Pool, pools
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Callable[[int], Pool]]:
-    """``pool(world)``: a running group of that many processes."""
+    """Return ``pool(world)``, which returns a running group of ``world`` processes."""
     with pools() as start:
         yield start

@@ -1,4 +1,4 @@
-"""Runs of two ranks under FSDP2 and FSDP1, saved by torch alone: ``LAYOUTS[name]()`` on every rank."""
+"""Runs of two ranks under FSDP2 and FSDP1, saved by torch alone: call ``LAYOUTS[name]()`` on every rank."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Fsdp2(RankRun):
 
 
 class Fsdp1(RankRun):
-    """With ``flat`` parameters (use_orig_params=False) in one group."""
+    """A run with ``flat`` parameters (use_orig_params=False) in one group."""
 
     def __init__(self, make: Callable[..., Any], rate: float, *, flat: bool = False, sharded: bool = False) -> None:
         policy = ModuleWrapPolicy({Block})
@@ -142,7 +142,7 @@ LAYOUTS: dict[str, Callable[[], RankRun]] = {
     "fsdp1_flat_adamw_sharded": partial(Fsdp1, partial(adamw, scope="global"), 0.1, flat=True, sharded=True),
 }
 
-# Name -> (stage, scope); a name that ends in _universal is that of a converted checkpoint.
+# Name -> (stage, scope). A name that ends in _universal is that of a converted checkpoint.
 ZERO = {
     "zero1": (1, "tensor"),
     "zero2": (2, "tensor"),

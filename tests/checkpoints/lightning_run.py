@@ -1,4 +1,4 @@
-"""A Trainer's run with the AdaptiveMemory callback, whose checkpoint another resumes."""
+"""A Trainer's run with the AdaptiveMemory callback, and the run that resumes its checkpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.checkpoints.saved import (
 
 
 class Drawn(pl.LightningModule):
-    """``torch.optim.AdamW`` that the callback converts, with a schedule; saves itself after STOP steps."""
+    """Train with a ``torch.optim.AdamW`` that the callback converts, and a schedule; save after STOP steps."""
 
     cap = 0.89
 
@@ -75,7 +75,7 @@ def fit(module: Drawn, resume: Path | None = None) -> Drawn:
     options |= {"enable_progress_bar": False, "enable_model_summary": False, "max_steps": END}
     trainer = pl.Trainer(callbacks=[AdaptiveMemory()], **options)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of few workers
+        warnings.simplefilter("ignore")  # about few workers
         trainer.fit(module, ckpt_path=resume, weights_only=True if resume else None)
     return module
 

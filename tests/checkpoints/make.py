@@ -1,7 +1,7 @@
-"""Writes tests/checkpoints/saved: ``python -m tests.checkpoints.make [NAME ...]``, all of them without names.
+"""Write tests/checkpoints/saved: ``python -m tests.checkpoints.make [NAME ...]``, by default all of them.
 
-The files were written once, by the code before its core was laid out anew, and are never written again to make a test
-pass: that a later version reads them is what the tests assert. Write one for a new kind of checkpoint.
+The files were written once, by the code before its core was reorganised, and must not be rewritten to make a test pass:
+the tests assert that a later version reads them. Write a new file only for a new kind of checkpoint.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _on_ranks(function: str, name: str, folder: Path) -> None:
 
 
 def main(names: list[str]) -> None:
-    """Print each file with its size."""
+    """Write the files and print each with its size."""
     makers: list[tuple[Iterable[str], Callable[[str, Path], None]]] = [
         (PLAIN, make_plain),
         (("lightning", "accelerate"), make_framework),

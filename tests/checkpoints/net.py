@@ -1,4 +1,4 @@
-"""A model of 62 parameters whose gradients are given, the same bits on every machine and under every engine."""
+"""A model of 62 parameters with given gradients: the same bits on every machine and under every engine."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-STOP, END = 7, 10  # a checkpoint is of the state after STOP steps; the run goes on to END
+STOP, END = 7, 10  # a checkpoint is saved after STOP steps; the run continues to END
 
 
 def gradient(name: str, shape: torch.Size, step: int) -> Tensor:
-    """Of one parameter: swings from step to step as where a run overshoots; multiples of 1/64, exact in bfloat16."""
+    """Return a parameter's gradient: it swings as in a run that overshoots; multiples of 1/64, exact in bfloat16."""
     seed = sum(map(ord, name))
     index = torch.arange(math.prod(shape), dtype=torch.float64, device="cpu")
     phase, speed = 0.75 * index + 0.37 * seed, 2.0 + 0.9 * torch.sin(1.3 * index + seed)
@@ -21,7 +21,7 @@ def gradient(name: str, shape: torch.Size, step: int) -> Tensor:
 
 
 class Block(nn.Module):
-    """Its loss is linear in its parameters."""
+    """A block whose loss is linear in its parameters."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """``net(step)`` is a loss whose gradients are :func:`gradient`'s."""
+    """A net whose loss ``net(step)`` has the gradients that :func:`gradient` returns."""
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()

@@ -18,7 +18,7 @@ from tests.checkpoints.saved import Betas
 
 
 def groups_of(net: torch.nn.Module, *, named: bool = True) -> list[dict[str, Any]]:
-    """Matrices with decay, vectors without."""
+    """Return two groups: matrices with decay, vectors without."""
     parts: dict[bool, list[Any]] = {True: [], False: []}
     for name, param in net.named_parameters():
         parts[name.endswith("weight")].append((name, param) if named else param)
@@ -50,7 +50,7 @@ def sgd(params: Any, rate: float, scope: str = "global", **options: Any) -> AMSG
 
 
 class PlainRun:
-    """One optimizer, or ``before`` until the checkpoint and the other from it on."""
+    """A run with one optimizer, or with ``before`` until the checkpoint and another one afterwards."""
 
     cap = 0.89
 
@@ -96,7 +96,7 @@ class PlainRun:
             self.optimizer.load_state_dict(parts["optimizer"])
 
     def switch(self) -> None:
-        """From torch.optim.AdamW to AMAdamW."""
+        """Switch from torch.optim.AdamW to AMAdamW."""
         self.optimizer, self.switches = self.make(groups_of(self.net), self.rate), False
 
     def load(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The fixtures: zip files of a checkpoint as it was written, and of what the code that wrote it had and did next."""
+"""The fixtures: zip files with a checkpoint, and with the state and next steps of the code that wrote it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch.distributed.tensor import DTensor
 from tests.checkpoints.net import END, STOP
 
 FOLDER = Path(__file__).parent / "saved"
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}  # of the steps after: another CPU sums in another order
-UNIT = 2.0**-7  # where numbers are rounded to bfloat16, one element may come out a unit away there
-Betas = list[dict[str, float]]  # of each step, by name
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}  # of later steps: another CPU sums in another order
+UNIT = 2.0**-7  # rounding to bfloat16 may give an element one unit more or less
+Betas = list[dict[str, float]]  # per step, by name
 
 
 class Run(Protocol):
-    """A model and its optimizer, in one process or in one of several ranks; ``load`` is called on one that is new."""
+    """A model and its optimizer, in one process or in a rank of several. ``load`` is called on a new one."""
 
     cap: float
 
@@ -34,7 +34,7 @@ class Run(Protocol):
 
 # ---------------------------------------------------------------- written
 def write(run: Run, folder: Path, rank: int = 0) -> None:
-    """Train, save into ``folder/checkpoint``, go on, and keep what there was and what came of it."""
+    """Train, save into ``folder/checkpoint``, continue, and keep the state and the result."""
     before = run.train(range(STOP))
     run.save(folder / "checkpoint")
     loaded = loaded_of(run)
@@ -42,7 +42,7 @@ def write(run: Run, folder: Path, rank: int = 0) -> None:
 
 
 def keep(folder: Path, rank: int, loaded: dict[str, Any], before: Betas, after: Betas, run: Run) -> None:
-    """``folder/expectedRANK.pt``; before and after the checkpoint a good share of betas must say something."""
+    """Write ``folder/expectedRANK.pt``; before and after the checkpoint many betas must lie between the clamps."""
     if before:  # torch's AdamW has none
         assert_not_vacuous(before[1:], run.cap)
     assert_not_vacuous(after, run.cap)
@@ -52,20 +52,20 @@ def keep(folder: Path, rank: int, loaded: dict[str, Any], before: Betas, after: 
 
 
 def loaded_of(run: Run) -> dict[str, Any]:
-    """Copies of all that a checkpoint gives back; betas[0] it does not: that is the live optimizer's cap."""
+    """Return copies of all that a checkpoint restores, without betas[0], which is the live optimizer's cap."""
     tree = {"weights": run.weights(), "optimizer": run.optimizer_state()}
     return {path: _plain(leaf) for path, leaf in _leaves(tree) if not path.endswith("/betas/0")}
 
 
 def assert_not_vacuous(seen: Betas, cap: float, share: float = 0.3) -> None:
-    """A clipped beta hides a wrong one."""
+    """Require many betas between the clamps, because a clipped beta hides a wrong one."""
     betas = [beta for step in seen for beta in step.values()]
     inside = sum(1e-3 < beta < cap - 1e-3 for beta in betas) / len(betas)
     assert inside >= share, f"only {inside:.0%} of the betas lie between 0 and the cap"
 
 
 def pack(folder: Path, name: str) -> Path:
-    """``saved/NAME.zip`` of all that lies in ``folder``, but for the programs that DeepSpeed puts there."""
+    """Write ``saved/NAME.zip`` of everything in ``folder``, except the programs that DeepSpeed puts there."""
     FOLDER.mkdir(exist_ok=True)
     with zipfile.ZipFile(FOLDER / f"{name}.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for path in sorted(folder.rglob("*")):
@@ -88,10 +88,10 @@ def expected_of(folder: Path, rank: int = 0) -> dict[str, Any]:
 
 
 def differences(run: Run, folder: Path, rank: int = 0, *, rounded: bool = False) -> list[str]:
-    """Load ``folder/checkpoint`` into a new run and go on: what is not as it was.
+    """Load ``folder/checkpoint`` into a new run and continue; return what differs.
 
     Args:
-        rounded: numbers that are rounded to bfloat16 follow each step; see :data:`UNIT`.
+        rounded: whether numbers are rounded to bfloat16 after each step; see :data:`UNIT`.
     """
     expected = expected_of(folder, rank)
     run.load(folder / "checkpoint")
@@ -100,7 +100,7 @@ def differences(run: Run, folder: Path, rank: int = 0, *, rounded: bool = False)
 
 
 def differences_of_loaded(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """Bit for bit. A later version's groups may have more options, its states may not have more tensors."""
+    """Compare bitwise. A later version's groups may have more options, but its states no more tensors."""
     wrong = [
         f"{path} was {value!r}, is {found.get(path)!r}"
         for path, value in expected.items()
@@ -144,7 +144,7 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _plain(leaf: Any) -> Any:
-    """A copy; of a DTensor this rank's shard."""
+    """Return a copy; of a DTensor this rank's shard."""
     if not isinstance(leaf, Tensor):
         return leaf
     return (leaf.to_local() if isinstance(leaf, DTensor) else leaf).detach().clone()

@@ -1,4 +1,4 @@
-"""Checkpoints that an earlier version of the package wrote: loaded bit for bit, and the run goes on as it did then."""
+"""Checkpoints of an earlier version of the package load bitwise, and the run continues as it did then."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_state_dict(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_frameworks(tmp_path: Path, name: str) -> None:
-    """A Trainer resumes its checkpoint, an Accelerator loads its folder."""
+    """A Trainer resumes its checkpoint, and an Accelerator loads its folder."""
     assert importlib.import_module(f"tests.checkpoints.{name}_run").resume(unpack(name, tmp_path)) == []
 
 

@@ -1,4 +1,4 @@
-"""Runs of two ranks under DeepSpeed's ZeRO, saved by the engine, and one that ``ds_to_universal`` has converted."""
+"""Runs of two ranks under DeepSpeed's ZeRO, saved by the engine, one of them converted by ``ds_to_universal``."""
 
 from __future__ import annotations
 
@@ -66,10 +66,7 @@ class ZeroRun(RankRun):
         return found
 
     def optimizer_state(self) -> dict[str, Any]:
-        """As the engine saves it: only then ZeRO-3's optimizer has its parameters in its groups.
-
-        Where ZeRO-3 has loaded a universal checkpoint, all groups have the first one's options until the next step.
-        """
+        """Return the state as the engine saves it: only then ZeRO-3's optimizer has its parameters in its groups."""
         whole = self.model.optimizer.state_dict()
         found = whole["optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"]
         return {"state": found["state"]} if self.name == "zero3_universal" else dict(found)
