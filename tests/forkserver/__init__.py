@@ -1,13 +1,14 @@
-"""A Python that starts in a tenth of a second: a process that has imported the heavy libraries forks for each program.
+"""A Python that starts in a tenth of a second: a process with the heavy libraries imported forks for each program.
 
-``PYTHON`` of ``tests.python`` is a drop-in for ``sys.executable`` while pytest runs: a process with the same arguments,
+``PYTHON`` of ``tests.python`` replaces ``sys.executable`` while pytest runs: a process with the same arguments,
 environment, working directory, standard streams, signals and exit status. ``am_lightning`` and the tests' own modules
 are not preloaded: every program imports the checkout that it would import from a cold start.
 
-What a fork cannot imitate starts cold by itself: options of the interpreter, and variables that libraries read while
-they are imported (``client.READ_AT_IMPORT``). What differs needs ``COLD`` of ``tests.python``:
+Programs that a fork cannot imitate start cold by themselves: those with options of the interpreter, or with other
+values of variables that libraries read while they are imported (``client.READ_AT_IMPORT``). A test that depends on one
+of these differences needs ``COLD`` of ``tests.python``:
 
-- the program is not the process that the test started: SIGKILL reaches it (and its process group, where the test's
+- the program is not the process that the test started: SIGKILL reaches it (and its process group, if the test's
   process leads one), SIGSTOP does not, and /proc shows the server's command line;
 - it stays in the network namespace of the test session;
 - a signal in its first moments meets a process whose imports are done;
@@ -27,7 +28,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 VARIABLE = "AM_TESTS_PYTHON"
-COLD_VARIABLE = "AM_TESTS_COLD_PYTHON"  # there ``sys.executable`` is the stand-in
+COLD_VARIABLE = "AM_TESTS_COLD_PYTHON"  # ``sys.executable`` is the stand-in there
 _FOLDER = Path(__file__).resolve().parent
 
 
@@ -35,7 +36,7 @@ class ForkServer:
     """The preloaded process. It ends with the process that started it, and ends what it started.
 
     Attributes:
-        python: the executable that stands for Python.
+        python: the executable that replaces Python.
     """
 
     def __init__(self) -> None:
@@ -43,7 +44,7 @@ class ForkServer:
         self.python = Path(self._folder.name) / "python"
         address = Path(self._folder.name) / "socket"
         command = [sys.executable, "-I", "-S", str(_FOLDER / "client.py"), str(address), sys.executable]
-        # A script of the shell, because a path with a space cannot stand in a script's first line.
+        # This is a shell script, because a script's first line cannot hold a path with a space.
         self.python.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
         self.python.chmod(self.python.stat().st_mode | stat.S_IXUSR)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
@@ -63,12 +64,12 @@ class ForkServer:
         self._server.stdin.close()
         try:
             self._server.wait(30)
-        except subprocess.TimeoutExpired:  # it may still be importing, where a run was short and the machine busy
+        except subprocess.TimeoutExpired:  # it may still be importing after a short run on a busy machine
             self._server.kill()
             self._server.wait()
         self._folder.cleanup()
 
 
 def _without_path(variables: Mapping[str, str]) -> dict[str, str]:
-    """Programs bring a PYTHONPATH of their own."""
+    """Return the variables without PYTHONPATH, because programs bring their own."""
     return {key: value for key, value in variables.items() if key != "PYTHONPATH"}

@@ -1,7 +1,7 @@
-"""What stands for a program that the fork server runs: passes its arguments on, then signals, then the exit status.
+"""Stand in for a program that the fork server runs: pass on its arguments, then signals, then the exit status.
 
-Started as ``python -I -S client.py SOCKET REAL_PYTHON ARGUMENTS...`` and kept small, because it is started for every
-program. Where the server cannot serve, the real Python takes this process's place.
+It is started as ``python -I -S client.py SOCKET REAL_PYTHON ARGUMENTS...`` for every program and therefore kept small.
+If the server cannot run the program, the real Python replaces this process.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import signal
 import socket
 import sys
 
-# Prefixes of variables that preloaded libraries read while they are imported. A program for which one of them differs
-# from the server's starts cold.
+# Prefixes of variables that preloaded libraries read while they are imported. A program with a value that differs from
+# the server's starts cold.
 READ_AT_IMPORT = (
     "HF_",
     "LANG",
@@ -40,12 +40,12 @@ FORWARDED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signa
 
 
 def relevant(variables: dict[str, str]) -> dict[str, str]:
-    """The variables that a program and the server must have in common."""
+    """Return the variables that a program and the server must have in common."""
     return {k: v for k, v in variables.items() if k.startswith(READ_AT_IMPORT) and not k.startswith(READ_LATER)}
 
 
 def can_serve(arguments: list[str]) -> bool:
-    """Whether these are a script, a module or code, with no option of the interpreter except ``-u``."""
+    """Return whether these are a script, a module or code, with no option of the interpreter except ``-u``."""
     given = [argument for argument in arguments[:1] if argument != "-u"] or arguments[1:2]
     if not given:
         return False
@@ -71,12 +71,12 @@ def main() -> None:
         "leads": os.getpgrp() == os.getpid(),
     }
     content = json.dumps(job).encode()
-    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # a signal's number must not stand inside the job
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # a signal's number must not arrive inside the job
     for number in FORWARDED:  # ignored ones, too: the program may set a handler of its own
-        signal.signal(number, lambda caught, frame: None)  # its number goes to the server all the same, see below
+        signal.signal(number, lambda caught, frame: None)  # its number still goes to the server, see below
     socket.send_fds(server, [b"j"], [0, 1, 2])
     server.sendall(len(content).to_bytes(8, "big") + content)
-    # A handler in Python would wait for recv() to return where the signal came just before it.
+    # A Python handler would wait for recv() to return if the signal came just before it.
     server.setblocking(False)
     signal.set_wakeup_fd(server.fileno(), warn_on_full_buffer=False)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def leave(status: int) -> None:
-    """End as the program did, which is by a signal, too."""
+    """End as the program did, also by a signal."""
     if not os.WIFSIGNALED(status):
         os._exit(os.waitstatus_to_exitcode(status))
     number = os.WTERMSIG(status)

@@ -1,10 +1,10 @@
-"""``python server.py SOCKET NAME``: imports the heavy libraries once, then forks for every program that is asked for.
+"""``python server.py SOCKET NAME``: import the heavy libraries once, then fork for every requested program.
 
-SOCKET is the descriptor of one that listens, NAME what programs see as ``sys.executable``.
+SOCKET is the descriptor of a listening socket, NAME what programs see as ``sys.executable``.
 
-A forked process leaves the loop, runs the program and ends with its exit hooks, its threads and its status. It does
-not tear down the interpreter: collecting what was preloaded takes longer than most programs run. What happens there (a
-thread of C++ that outlives main, for one) is seen by the tests that start cold.
+A forked process leaves the loop, runs the program and ends with its exit hooks, its threads and its status. It does not
+tear down the interpreter, because collecting what was preloaded takes longer than most programs run. What happens there
+(a thread of C++ that outlives main, for example) is tested by programs that start cold.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ REFUSED = b"c" + bytes(4)
 
 
 class Variables:
-    """The environment that the libraries were imported in, and what they made of it."""
+    """The environment in which the libraries were imported, and what they changed in it."""
 
     def __init__(self, before: dict[str, str], after: dict[str, str]) -> None:
         self.before, self.after = before, after
 
     def agree_with(self, other: dict[str, str]) -> bool:
-        """Whether a program with these would have imported the same; imports of its parent may have set some."""
+        """Return whether a program with these would have imported the same; imports of its parent may have set some."""
         names = {*relevant(self.before), *relevant(other)}
         return all(other.get(name) in (self.before.get(name), self.after.get(name)) for name in names)
 
@@ -72,7 +72,7 @@ class Job:
         self.leads = False  # whether the client leads a process group, which is killed as a whole
 
     def read(self) -> dict:
-        """What the client sent; the descriptors are in ``streams``."""
+        """Read what the client sent; the descriptors are in ``streams``."""
         _, descriptors, _, _ = socket.recv_fds(self.connection, 1, 3)
         size = int.from_bytes(self._exactly(8), "big")
         return {**json.loads(self._exactly(size)), "streams": descriptors}
@@ -111,14 +111,14 @@ def preload() -> None:
 
 
 def serve(listener: socket.socket, own: Variables) -> dict:
-    """The loop of the server; returns in forked processes only, with what they are to run."""
+    """Run the server's loop; it returns in forked processes only, with what they must run."""
     jobs: dict[int, Job] = {}
     with selectors.DefaultSelector() as selector, _wake_ups() as (ended, woken):
         for file in (listener, sys.stdin, ended):
             selector.register(file, selectors.EVENT_READ)
         while True:
             for key, _ in selector.select():
-                if key.fileobj is sys.stdin:  # whoever started this process has ended
+                if key.fileobj is sys.stdin:  # the process that started this one has ended
                     _end(jobs)
                 elif key.fileobj is ended:
                     ended.recv(4096)
@@ -137,7 +137,7 @@ def serve(listener: socket.socket, own: Variables) -> dict:
 
 @contextlib.contextmanager
 def _wake_ups() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Two ends of a socket that is readable after a child has ended."""
+    """Return both ends of a socket that is readable after a child has ended."""
     ended, woken = socket.socketpair()
     woken.setblocking(False)
     signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
@@ -146,7 +146,7 @@ def _wake_ups() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 def _start(job: Job, own: Variables) -> dict | None:
-    """Fork for a job. In the new process: what it is to run."""
+    """Fork for a job; return in the new process what it must run."""
     try:
         asked = job.read()
     except (OSError, EOFError, ValueError):
@@ -165,7 +165,7 @@ def _start(job: Job, own: Variables) -> dict | None:
 
 
 def _pass_on(job: Job, selector: selectors.BaseSelector) -> None:
-    """Signals of the client; its end is SIGKILL."""
+    """Pass on signals of the client; its end becomes SIGKILL."""
     try:
         numbers = job.connection.recv(64)
     except OSError:
@@ -200,7 +200,7 @@ def _close(files: object) -> None:
 
 
 def become(job: dict, name: str) -> list[str]:
-    """Take the streams, environment and folder of the client; returns the arguments of Python."""
+    """Take the streams, environment and folder of the client; return the arguments of Python."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for number in job["ignored"]:
@@ -225,7 +225,7 @@ def become(job: dict, name: str) -> list[str]:
 
 
 def _seed() -> None:
-    """What a Python that has just started draws from the system or reads from its environment."""
+    """Seed what a newly started Python draws from the system or reads from its environment."""
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
     if "torch" in sys.modules:
@@ -234,7 +234,7 @@ def _seed() -> None:
 
 
 def run(arguments: list[str]) -> None:
-    """What Python does with ``-c CODE``, ``-m MODULE`` or a file's path."""
+    """Run what Python runs for ``-c CODE``, ``-m MODULE`` or a file's path."""
     how, main = arguments[0], types.ModuleType("__main__")
     main.__builtins__ = __builtins__  # type: ignore[attr-defined]
     sys.modules["__main__"] = main
@@ -254,7 +254,7 @@ def run(arguments: list[str]) -> None:
 
 
 def status_of(arguments: list[str]) -> int:
-    """Run the program; its exit status. What it raised is printed, as Python does."""
+    """Run the program and return its exit status. An exception is printed as by Python."""
     try:
         run(arguments)
     except SystemExit as exit_:
