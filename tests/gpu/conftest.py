@@ -12,7 +12,7 @@ import pytest
 from tests.gates import DEVICE_VARIABLE
 from tests.lacking import pytest_runtest_makereport  # noqa: F401
 
-if TYPE_CHECKING:  # what they import reads the variables that the session sets later
+if TYPE_CHECKING:  # they import modules that read variables which the session sets later
     import torch
 
     from tests.sharding.pool import Pool
@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def refusal() -> str | None:
-    """Why nothing can run."""
+    """Return why nothing can run."""
     wanted = os.environ.get(DEVICE_VARIABLE)
     if wanted is None:
         return "a GPU is hidden from all sessions but those of tests/gpu alone"
@@ -39,7 +39,7 @@ def refusal() -> str | None:
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where the optimizers step."""
+    """Return the device on which the optimizers step."""
     from tests.device import DEVICE
 
     return DEVICE
@@ -47,7 +47,7 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session")
 def alone() -> Iterator[Pool]:
-    """One rank, of NCCL (gloo in a rehearsal)."""
+    """Return one rank of NCCL (gloo in a rehearsal)."""
     from tests.device import BACKEND
 
     yield from _pool(1, BACKEND)
@@ -55,7 +55,7 @@ def alone() -> Iterator[Pool]:
 
 @pytest.fixture(scope="session")
 def pair() -> Iterator[Pool]:
-    """Two ranks on one GPU, which gloo takes and NCCL does not."""
+    """Return two ranks on one GPU, which gloo supports and NCCL does not."""
     yield from _pool(2, "gloo")
 
 

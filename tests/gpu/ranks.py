@@ -1,4 +1,4 @@
-"""What ranks run beside the programs of tests/sharding: other places of parameters, and what only NCCL can show."""
+"""Functions that ranks run beside the programs of tests/sharding: other placements, and what only NCCL shows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def fsdp2_offload(dtype: torch.dtype) -> Placed:
-    """Weights, gradients and states on the CPU, computing on the GPU."""
+    """Offload FSDP2: weights, gradients and states are on the CPU, the computation is on the GPU."""
     policy = CPUOffloadPolicy(pin_memory=ON_GPU)
     return Placed(shard(make_net(dtype), mesh=mesh(dist.get_world_size()), offload_policy=policy), everyone())
 
@@ -34,7 +34,7 @@ LAYOUTS["fsdp2_offload"] = (fsdp2_offload, (1,))
 
 
 def compare(*, unseen: bool = False, **arguments: Any) -> dict[str, Any]:
-    """Beside one process on the CPU; ``unseen``: as where kernels decide and nobody collects beta_t before clipping."""
+    """Compare with one process on the CPU. ``unseen``: kernels decide, and beta_t before clipping is not collected."""
     dtype = getattr(torch, arguments["dtype"])
     steps.reference(arguments["kind"], arguments["scope"], dtype, "flat" in arguments["layout"])  # is kept
     with pytest.MonkeyPatch.context() as patch:
@@ -44,7 +44,7 @@ def compare(*, unseen: bool = False, **arguments: Any) -> dict[str, Any]:
 
 
 def reduced_on_the_accelerator() -> dict[str, Any]:
-    """One rank's sums over NCCL, of float64: from the GPU, and from the CPU of offloaded parameters."""
+    """Sum float64 of one rank over NCCL, from the GPU and from the CPU of offloaded parameters."""
     vector = torch.arange(5, dtype=torch.float64) / 3
     sums = {where.type: all_reduce(vector.to(where), dist.group.WORLD) for where in (DEVICE, CPU)}
     return {
@@ -54,7 +54,7 @@ def reduced_on_the_accelerator() -> dict[str, Any]:
 
 
 def pipelined(offload: bool) -> dict[str, Any]:
-    """Eight steps in which a group of one stage adds up the sums: NCCL's all-reduce runs, and nothing waits for it."""
+    """Make eight steps in which a group of one stage sums: NCCL's all-reduce runs, and nothing waits for it."""
     weights = []
     for pooled in (True, False):
         where = DEVICE if pooled and not offload else CPU
@@ -75,7 +75,7 @@ def pipelined(offload: bool) -> dict[str, Any]:
 
 
 def waits(layout: str) -> list[float]:
-    """Steps of a sharded model in which nothing waits; beta_t of the last."""
+    """Make steps of a sharded model in which nothing waits; return beta_t of the last."""
     placed = LAYOUTS[layout][0](torch.float32)
     optimizer = steps.optimizer_of(placed, "adamw", "tensor")
     for step in range(5):
@@ -89,7 +89,7 @@ def waits(layout: str) -> list[float]:
 
 
 def mixed_precision() -> dict[str, Any]:
-    """FSDP2 with bfloat16 weights and gradients of a float32 model: views of one buffer, whatever their alignment."""
+    """Train FSDP2 with bfloat16 weights and gradients of a float32 model: views of one buffer at any alignment."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     net = shard(make_net(torch.float32), mesh=mesh(dist.get_world_size()), mp_policy=policy)
     optimizer = AMAdamW(groups_of(net), lr=0.05)

@@ -1,4 +1,4 @@
-"""What the tests of tests/gpu share: kernels by name, parameters at any address, gradients made on the device."""
+"""Helpers of tests/gpu: kernels by name, parameters at any address, gradients made on the device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.optim.harness import params_of
 
 KERNELS: dict[str, dict[str, Any]] = {
     "default": {},
-    "triton": {"fused": True},  # in a rehearsal the C++ loop
+    "triton": {"fused": True},  # the C++ loop in a rehearsal
     "foreach": {"foreach": True},
     "plain": {"foreach": False, "fused": False},
 }
@@ -32,7 +32,7 @@ only_cuda = pytest.mark.skipif(not ON_GPU, reason="a CPU has no CUDA graphs and 
 
 
 def words_of(kernel: str) -> str:
-    """What ``describe`` calls a kernel on this device."""
+    """Return the name of a kernel in ``describe`` on this device."""
     if kernel in ("foreach", "plain"):
         return {"foreach": "foreach", "plain": "single_tensor"}[kernel]
     if not ON_GPU:
@@ -46,7 +46,7 @@ def words_of(kernel: str) -> str:
 
 
 def placed(values: torch.Tensor, offset: int) -> torch.Tensor:
-    """The values on the device, so many elements after an aligned address."""
+    """Return the values on the device, ``offset`` elements after an aligned address."""
     room = torch.empty(values.numel() + offset, dtype=values.dtype, device=DEVICE)
     return room[offset:].view(values.shape).copy_(values)
 
@@ -54,14 +54,14 @@ def placed(values: torch.Tensor, offset: int) -> torch.Tensor:
 def make_params(
     dtypes: Sequence[torch.dtype], *, shapes: Any = SHAPES, seed: int = 0, offset: int = 1
 ) -> list[tuple[str, Any]]:
-    """Every other one starts so many elements off alignment."""
+    """Return parameters; every other one starts ``offset`` elements off alignment."""
     generator = torch.Generator().manual_seed(seed)
     values = [torch.randn(s, generator=generator).to(dtypes[i % len(dtypes)]) for i, s in enumerate(shapes)]
     return [(f"w{i}", torch.nn.Parameter(placed(t, i % 2 * offset))) for i, t in enumerate(values)]
 
 
 def make(kernel: str, dtypes: Sequence[torch.dtype] = (torch.float32,), **options: Any) -> AMAdamW:
-    """Two groups, with and without decay."""
+    """Build two groups, with and without decay."""
     params = make_params(dtypes, shapes=options.pop("shapes", SHAPES), offset=options.pop("offset", 1))
     half = len(params) // 2
     groups = [{"params": params[:half]}, {"params": params[half:], "weight_decay": 0.0}]
@@ -69,7 +69,7 @@ def make(kernel: str, dtypes: Sequence[torch.dtype] = (torch.float32,), **option
 
 
 def give(optimizer: torch.optim.Optimizer, step: int, offset: int = 1) -> None:
-    """New gradients at new addresses, every third so many elements off alignment; nothing waits for the device."""
+    """Set new gradients at new addresses, every third ``offset`` elements off alignment, without any wait."""
     generator = torch.Generator(DEVICE.type).manual_seed(step)
     for i, p in enumerate(params_of(optimizer)):
         start = offset if (i + step) % 3 == 0 else 0
@@ -79,14 +79,14 @@ def give(optimizer: torch.optim.Optimizer, step: int, offset: int = 1) -> None:
 
 
 def delay() -> None:
-    """The device falls behind the host, by a few milliseconds."""
+    """Delay the device by a few milliseconds behind the host."""
     if ON_GPU:
         torch.cuda._sleep(5_000_000)
 
 
 @contextmanager
 def side_stream() -> Iterator[None]:
-    """A stream of its own, after all that came before; what comes later waits for it."""
+    """Use another stream, which runs after all earlier work and before all later work."""
     if not ON_GPU:
         yield
         return
@@ -99,7 +99,7 @@ def side_stream() -> Iterator[None]:
 
 @contextmanager
 def no_sync() -> Iterator[None]:
-    """An error where the host waits for the device. A rehearsal has nothing to wait for, and runs the same code."""
+    """Raise if the host waits for the device. A rehearsal has nothing to wait for and runs the same code."""
     if not ON_GPU:
         yield
         return

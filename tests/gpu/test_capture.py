@@ -1,4 +1,4 @@
-"""Steps in CUDA graphs: replays are the oracle's steps. A rehearsal runs the same code without a graph."""
+"""Steps in CUDA graphs: replays equal the oracle's steps. A rehearsal runs the same code without a graph."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tests.gpu.steps import KERNELS, give, make, only_cuda, side_stream
 from tests.optim.harness import SCOPES, assert_bitwise, assert_close, make_oracle, params_of, snapshot, to_numpy
 from tests.sharding.model import batch_of, make_net
 
-FAST = ("default", "triton", "foreach")  # plain kernels are for reading
+FAST = ("default", "triton", "foreach")  # the plain kernels are for reading
 each_kernel = pytest.mark.parametrize("kernel", FAST)
 
 
 def captured(action: Callable[[], Any]) -> Callable[[], Any]:
-    """What replays the launches of ``action``, which does not run now."""
+    """Return what replays the launches of ``action``, which does not run now."""
     if not ON_GPU:
         return action
     graph = torch.cuda.CUDAGraph()
@@ -30,14 +30,14 @@ def captured(action: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def warm_up(action: Callable[[int], Any]) -> None:
-    """As torch's documentation does it: three times, on a stream of its own."""
+    """Run it three times on another stream, as torch's documentation does."""
     with side_stream():
         for step in range(3):
             action(step)
 
 
 class Run:
-    """An optimizer that steps on gradients at fixed addresses, its oracle, and the learning rate of both."""
+    """An optimizer with gradients at fixed addresses, its oracle, and the learning rate of both."""
 
     def __init__(self, kernel: str, scope: str) -> None:
         self.lr = torch.tensor(0.05, device=DEVICE)
@@ -48,7 +48,7 @@ class Run:
         self.optimizer.begin_interval(self)
 
     def feed(self, step: int) -> None:
-        """Other gradients and another rate, for both."""
+        """Give both other gradients and another rate."""
         self.lr.fill_(0.05 / (1 + step))
         for group in self.oracle.groups:
             group["lr"] = float(self.lr)
@@ -85,7 +85,7 @@ class Run:
 @pytest.mark.parametrize("scope", SCOPES)
 @each_kernel
 def test_replays_are_steps(kernel: str, scope: str) -> None:
-    """With other gradients and another lr; a bad one is dropped; eager steps in between are safe."""
+    """Gradients and lr change between replays; a bad step is dropped; eager steps in between are safe."""
     run = Run(kernel, scope)
 
     def eager(step: int) -> None:
@@ -105,7 +105,7 @@ def test_replays_are_steps(kernel: str, scope: str) -> None:
             assert_bitwise(before, snapshot(run.optimizer))
             continue
         run.step(replay)
-        if step == 6:  # an eager step on gradients elsewhere
+        if step == 6:  # an eager step on gradients at other addresses
             run.feed(20)
             run.use([gradient.clone() for gradient in run.static])
             run.step(run.optimizer.step)
@@ -114,7 +114,7 @@ def test_replays_are_steps(kernel: str, scope: str) -> None:
 
 @each_kernel
 def test_a_whole_training_step(kernel: str) -> None:
-    """Forward, backward, clipping and step in one graph, beside the same without a graph."""
+    """One graph with forward, backward, clipping and step equals the same without a graph."""
     runs = []
     for graphed in (True, False):
         net = make_net(torch.float32).to(DEVICE)
@@ -141,7 +141,7 @@ def test_a_whole_training_step(kernel: str) -> None:
             advance(step, replay)
         runs.append((optimizer, [to_numpy(p) for p in net.parameters()]))
     for a, b in zip(*(weights for _, weights in runs), strict=True):
-        assert_close(a, b, 1e-4, "weights")  # addresses, and so the order of sums, are others in a graph
+        assert_close(a, b, 1e-4, "weights")  # a graph has other addresses, and so another order of sums
     assert {float(state["step"]) for state in runs[0][0].state.values()} == {9.0}
 
 
@@ -163,7 +163,7 @@ def test_a_capture_before_any_step_is_refused_and_leaves_nothing(kernel: str) ->
 
 @only_cuda
 def test_without_capturable_a_capture_is_refused() -> None:
-    """As torch.optim does it."""
+    """torch.optim refuses it, too."""
     optimizer = make("default")
     give(optimizer, 0)
     optimizer.step()

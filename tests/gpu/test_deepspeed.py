@@ -1,4 +1,4 @@
-"""DeepSpeed at one rank: ZeRO 0 to 3 and offload beside one process in float64 on the CPU."""
+"""DeepSpeed at one rank: ZeRO 0 to 3 and offload beside one float64 process on the CPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HALF = [(0, "bfloat16"), (1, "bfloat16"), (2, "float16"), (3, "bfloat16"), (3, "
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Pool]:
-    """A rank of its own, for DeepSpeed changes what it is imported into."""
+    """Return a rank of its own, because DeepSpeed changes the process that imports it."""
     from tests.deepspeed.build import build_operator, refusal
 
     if reason := refusal():
@@ -49,7 +49,7 @@ def test_zero(engine: Pool, name: str) -> None:
 
 @pytest.mark.parametrize(("stage", "dtype"), HALF)
 def test_16_bit(engine: Pool, stage: int, dtype: str) -> None:
-    """The engine's own gradients in one process; with float16 the first steps overflow."""
+    """One process gets the engine's own gradients; with float16 the first steps overflow."""
     (rank,) = engine.run(f"{RUNS}compare_in_16_bit", timeout=START, stage=stage, dtype=dtype)
     assert rank["share"] > 0.1 and rank["beta"] <= 2e-5
     assert rank["dropped"] > 0 or dtype != "float16"

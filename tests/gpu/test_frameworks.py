@@ -43,7 +43,7 @@ def trained(net: torch.nn.Module, kernel: str, *, steps: int = 8) -> tuple[list[
 @pytest.mark.parametrize("mode", ["default", pytest.param("reduce-overhead", marks=only_cuda)])
 @pytest.mark.parametrize("kernel", ["default", "foreach"])
 def test_a_compiled_model(kernel: str, mode: str) -> None:
-    """reduce-overhead: gradients live in the memory of CUDA graphs. A rehearsal traces, and builds nothing."""
+    """With reduce-overhead, gradients live in the memory of CUDA graphs. A rehearsal traces, and builds nothing."""
     net = make_net(torch.float32).to(DEVICE)
     how: dict[str, Any] = {"mode": mode} if ON_GPU else {"backend": "eager"}
     seen, weights = trained(torch.compile(copy.deepcopy(net), **how), kernel)
@@ -76,11 +76,11 @@ def test_a_compiled_net_in_the_trainer() -> None:
 # ---------------------------------------------------------------------- Accelerate
 @pytest.mark.parametrize("name", KINDS)
 def test_accelerate(alone: Pool, name: str) -> None:
-    """beta_t, before it is clipped where that is seen, and both norms."""
+    """Compare beta_t, before it is clipped if that is collected, and both norms."""
     (found,) = alone.run(f"{WORKER}layout", **KINDS[name])
     single = found["alone"]
     assert single["share"] > 0.2
-    key = "raw" if found["raw"] else "seen"  # as tests.sharding.model.beside
+    key = "raw" if found["raw"] else "seen"  # as in tests.sharding.model.beside
     for row, theirs in zip(found[key], single[key], strict=True):
         for given, beta in row.items():
             expected = theirs[given.removeprefix("mine.")]
@@ -98,7 +98,7 @@ def test_accelerate_resumes_to_the_bit(alone: Pool, kind: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_accelerate_in_mixed_precision(precision: str) -> None:
-    """The prepared optimizer has a GradScaler with fp16: what overflows is no step."""
+    """With fp16 the prepared optimizer has a GradScaler: an overflow makes no step."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
     from accelerate.utils import GradScalerKwargs
@@ -132,7 +132,7 @@ def test_accelerate_in_mixed_precision(precision: str) -> None:
 # ---------------------------------------------------------------------- transformers' Trainer
 @pytest.fixture
 def fresh_state() -> Iterator[None]:
-    """Accelerate keeps the device of the first Trainer of a process."""
+    """Reset Accelerate, which keeps the device of the first Trainer of a process."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     for state in (AcceleratorState, GradientState, PartialState):
@@ -144,7 +144,7 @@ def fresh_state() -> Iterator[None]:
 
 @pytest.mark.parametrize("form", ["class", "factory"])
 def test_the_hf_trainer(form: str, fresh_state: None, tmp_path: Path) -> None:
-    """As on the CPU."""
+    """The result is that of the CPU."""
     from accelerate.state import AcceleratorState
 
     from tests.huggingface.trainer_runs import run
@@ -154,7 +154,7 @@ def test_the_hf_trainer(form: str, fresh_state: None, tmp_path: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     there = run(tmp_path / "cpu", form, batch=4, use_cpu=True)
     assert len(here["seen"]) == len(there["seen"]) == 8
-    for ours, theirs in zip(here["seen"][:4], there["seen"][:4], strict=True):  # later roundings have grown
+    for ours, theirs in zip(here["seen"][:4], there["seen"][:4], strict=True):  # later, roundings have grown
         assert ours == pytest.approx(theirs, abs=0.01)
 
 

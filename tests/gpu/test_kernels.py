@@ -1,4 +1,4 @@
-"""Every kernel against the float64 oracle, step by step; the same bits again; a bad step leaves no trace.
+"""Every kernel against the float64 oracle, step by step, with repeatable bits; a bad step leaves no trace.
 
 tests/run.sh tests/gpu -v                               # on a GPU
 AM_GPU_TESTS_DEVICE=cpu tests/run.sh tests/gpu          # a rehearsal
@@ -45,14 +45,14 @@ EAGER = ("foreach", "plain")
 
 
 class OnDevice(Twin):
-    """float64 to 1e-10: powers and roots are another library's."""
+    """Compare float64 to 1e-10, because powers and roots come from another library."""
 
     def beta_tol(self, p: torch.Tensor) -> float:
         return max(1e-10, super().beta_tol(p))
 
 
 def unaligned(step: int, grads: list[Any]) -> None:
-    """Gradients that start elsewhere at each step, as in the buckets of DDP and FSDP; one is absent at times."""
+    """Return gradients at new addresses in each step, as in the buckets of DDP and FSDP; one is sometimes absent."""
     grads[:] = [placed(g, (i + step) % 3) for i, g in enumerate(grads)]
     if step in (2, 5) and len(grads) > 4:
         grads[4] = None
@@ -61,7 +61,7 @@ def unaligned(step: int, grads: list[Any]) -> None:
 def beside_oracle(
     kind: str, kernel: str, dtypes: list[torch.dtype], scope: str, *, steps: int = 8, **more: Any
 ) -> Twin:
-    """Two groups with rates and options of their own; the oracle is fed what was rounded."""
+    """Run two groups with their own rates and options; the oracle gets the rounded state."""
     twin_type, shapes = more.pop("twin_type", OnDevice), more.pop("shapes", SHAPES)
     params = make_params(dtypes, shapes=shapes)
     half = len(params) // 2
@@ -69,7 +69,7 @@ def beside_oracle(
     groups = [{"params": params[:half], "weight_decay": 0.1}, {"params": params[half:], "weight_decay": 0.0}]
     optimizer = build(kind, groups, lr=0.1, scope=scope, **options)
     twin: Twin = twin_type(optimizer, make_oracle(optimizer, scope=scope), sync=True)
-    high = 1 if scope == "tensor" and len(shapes) > 4 else 2  # large tensors take more to overshoot
+    high = 1 if scope == "tensor" and len(shapes) > 4 else 2  # large tensors need more to overshoot
     rates = [(high * rate, 0.7 * high * rate) for rate in (RATES[kind] * 3)[:steps]]
     run_bowl(twin, Bowl.around(shapes, seed=7), rates, unaligned)
     twin.assert_not_vacuous(0.1)
@@ -108,20 +108,20 @@ def test_amsgd(kernel: str, scope: str) -> None:
 
 @each_kernel
 def test_a_direction_in_bfloat16(kernel: str) -> None:
-    """float32 parameters: what is stored is one of the two neighbours of the oracle's d."""
+    """With float32 parameters the stored d is one of the two neighbours of the oracle's."""
     twin = beside_oracle("adamw", kernel, DTYPES["float32"], "tensor", twin_type=Rounded, exp_avg_dtype=torch.bfloat16)
     assert {state["exp_avg"].dtype for state in twin.optimizer.state.values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("kernel", ["triton", "foreach"])
 def test_many_chunks(kernel: str) -> None:
-    """So many that one program, or one level of a tree, does not add them all up at once."""
+    """One program, or one level of a tree, cannot add them all at once."""
     beside_oracle("adamw", kernel, DTYPES["float32"], "tensor", steps=6, shapes=[(2_200_003,), (65_537,), (77,)])
 
 
 @each_kernel
 def test_other_strides(kernel: str, device: torch.device) -> None:
-    """channels_last weights with gradients in another order, and a transposed one."""
+    """Use channels_last weights with gradients in another order, and a transposed one."""
     torch.manual_seed(0)
     weights = torch.randn(8, 6, 3, 3).to(device).to(memory_format=torch.channels_last)
     params = [("conv", torch.nn.Parameter(weights)), ("turned", torch.nn.Parameter(torch.randn(70, 30).to(device).t()))]
@@ -160,14 +160,14 @@ def test_a_bad_step_leaves_no_trace(kernel: str, bad: float) -> None:
 @pytest.mark.parametrize("in_step", [False, True], ids=["before", "in-step"])
 @each_kernel
 def test_clipping(kernel: str, in_step: bool, device: torch.device) -> None:
-    """The norm is that of float64, the step that of the oracle on clipped gradients."""
+    """The norm is a float64 one, and the step is the oracle's on clipped gradients."""
     optimizer = make(kernel, weight_decay=0.1)
     oracle = make_oracle(optimizer)
     for step in range(4):
         give(optimizer, step)
         grads = [to_numpy(p.grad) for p in params_of(optimizer)]
         norm = float(sum((g**2).sum() for g in grads)) ** 0.5
-        limit = 0.3 * norm if step != 2 else 1e6  # the step forgets a scale that is always the same
+        limit = 0.3 * norm if step != 2 else 1e6  # a scale that never changes would hide a stale one
         found = clip_grad_norm_(optimizer, limit, in_step=in_step)
         assert found.device.type == device.type and float(found) == pytest.approx(norm, rel=1e-6)
         oracle.step([g * min(1.0, limit / (norm + 1e-6)) for g in grads])
@@ -178,7 +178,7 @@ def test_clipping(kernel: str, in_step: bool, device: torch.device) -> None:
 
 
 def test_an_index_beyond_32_bits(device: torch.device) -> None:
-    """2^31 + 8,195 equal elements in bfloat16: each goes where those of a small tensor go. A rehearsal has 2^20."""
+    """2^31 + 8,195 equal bfloat16 elements change as those of a small tensor. A rehearsal has 2^20."""
     if ON_GPU and torch.cuda.mem_get_info()[0] < 30 << 30:
         pytest.skip("needs 30 GB of free GPU memory")
     sizes = (8195, (2**31 if ON_GPU else 2**20) + 8195)
@@ -215,7 +215,7 @@ def test_many_steps_in_flight(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", ["default", "triton", "foreach"])
 def test_steps_on_another_stream(kernel: str) -> None:
-    """All of a step follows the current stream, tables and copies included."""
+    """All of a step uses the current stream, tables and copies included."""
     here, there = make(kernel), make(kernel)
     for step in range(5):
         give(here, step)
@@ -230,7 +230,7 @@ def test_steps_on_another_stream(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_tensor_without_elements_comes_last(kernel: str) -> None:
-    """Lists of tensors have been launched wrongly where their last is empty."""
+    """Lists whose last tensor is empty have been launched wrongly before."""
     twin = beside_oracle("adamw", kernel, DTYPES["float32"], "tensor", shapes=[(700,), (33,), (5, 5), (0,)])
     grads = [p.grad.double() for p in twin.params]
     norm = float(torch.stack([g.norm() for g in grads]).norm())

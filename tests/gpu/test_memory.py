@@ -1,4 +1,4 @@
-"""Memory of real runs beside the recipes' plan, and what one step takes beyond weights, gradients and state."""
+"""Memory of real runs against the recipes' plan, and of one step beyond weights, gradients and state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.device import DEVICE, ON_GPU
 from tests.gpu.steps import KERNELS, words_of
 from tests.sharding.pool import Pool
 
-# On a GPU 217 million parameters and some 4 to 8 GB; in a rehearsal the small Llama of tests/recipes.
+# On a GPU 217 million parameters and about 4 to 8 GB; in a rehearsal the small Llama of tests/recipes.
 LARGE = {"hidden_size": 1024, "intermediate_size": 2752, "num_heads": 16, "num_layers": 12, "vocab_size": 32000}
 RUNS: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -21,7 +21,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "bf16-mixed, checkpointing, accumulated": {"precision": "bf16-mixed", "checkpointing": True, "accumulate": 2},
 }
 MIB = 1 << 20
-# Of 256 MiB of float32 parameters, beyond what is there between steps: a few buckets of 16 MiB, or tables.
+# With 256 MiB of float32 parameters, memory beyond that between steps: a few buckets of 16 MiB, or tables.
 MOST = {"Triton": 16 * MIB, "foreach": 192 * MIB}
 
 
@@ -32,7 +32,7 @@ def test_the_plan(alone: Pool, name: str, record_property: Callable[[str, object
 
     shape = LlamaShape(**LARGE, seq_len=512) if ON_GPU else SHAPE
     on_gpu = 0 if words_of("default") == "Triton" else None  # None: what foreach takes
-    case = Case("ddp", 1, 8, **RUNS[name])  # which is one process without DDP
+    case = Case("ddp", 1, 8, **RUNS[name])  # one process without DDP
     got = outcome_of(case, alone, shape=shape, scratch=on_gpu if ON_GPU else SCRATCH)
     record_property(f"planned {name}", got.memory)
     record_property(f"measured {name}", got.peaks[0])

@@ -1,4 +1,4 @@
-"""Half precision: a GradScaler's overflow is no step, through torch.amp and through Lightning's Trainer."""
+"""Half precision: a GradScaler's overflow makes no step, in torch.amp and in Lightning's Trainer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def backward(net: torch.nn.Module, step: int, scaler: Any, half: torch.dtype) ->
 
 @each_kernel
 def test_a_scaler_drops_overflows(kernel: str) -> None:
-    """Its scale starts far too high: steps are left out, not counted, and those that are made are the oracle's."""
+    """The first scale is far too high: some steps are skipped and not counted, and the others equal the oracle's."""
     net = make_net(torch.float32).to(DEVICE)
     optimizer = AMAdamW(net.parameters(), lr=0.05, weight_decay=0.1, **KERNELS[kernel])
     twin = Twin(optimizer, make_oracle(optimizer), sync=True)
@@ -59,7 +59,7 @@ def test_a_scaler_drops_overflows(kernel: str) -> None:
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_autocast_trains(half: torch.dtype, clip: float | None) -> None:
-    """The default kernel, float32 weights: beside float32 on the CPU, as close as the half precision lets it be."""
+    """The default kernel trains float32 weights as close to float32 on the CPU as half precision permits."""
     losses = []
     for where, scaler in ((DEVICE, torch.amp.GradScaler(DEVICE.type, init_scale=256.0)), (torch.device("cpu"), None)):
         net = make_net(torch.float32).to(where)
@@ -123,7 +123,7 @@ def test_the_trainer(precision: str) -> None:
 
 @pytest.mark.parametrize("scale", [2.0**10, 2.0**40])
 def test_the_trainer_in_16_mixed(scale: float) -> None:
-    """With a scale far too high the first steps overflow: nothing is written, and they are not counted."""
+    """A scale that is far too high makes the first steps overflow: they write nothing and are not counted."""
     from lightning.pytorch.plugins.precision import MixedPrecision
 
     scaler = torch.amp.GradScaler(DEVICE.type, init_scale=scale, backoff_factor=2.0**-12)
@@ -143,7 +143,7 @@ def test_the_trainer_in_16_mixed(scale: float) -> None:
 @pytest.mark.parametrize("dtypes", ["float32", "mixed"])
 @each_kernel
 def test_a_resumed_run_goes_on_to_the_bit(kernel: str, dtypes: str, exp_avg_dtype: torch.dtype | None) -> None:
-    """Through torch.save, loaded to the CPU and to the device."""
+    """The state goes through torch.save and is loaded to the CPU and to the device."""
     whole = make(kernel, DTYPES[dtypes], exp_avg_dtype=exp_avg_dtype, scope="global")
     half = make(kernel, DTYPES[dtypes], exp_avg_dtype=exp_avg_dtype, scope="global")
     for step in range(6):

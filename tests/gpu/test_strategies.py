@@ -1,4 +1,4 @@
-"""NCCL at one rank, and two ranks of gloo on one GPU: the run is that of one process in float64 on the CPU.
+"""NCCL at one rank, and two ranks of gloo on one GPU: the run is that of one float64 process on the CPU.
 
 In a rehearsal both are gloo on the CPU.
 """
@@ -30,7 +30,7 @@ def scope_of(layout: str) -> str:
 
 
 def of_gloo(pool: Pool, layout: str, function: str, **arguments: Any) -> list[Any]:
-    """Skips what this torch's gloo does not do for tensors of a GPU; DDP's all-reduce it does."""
+    """Skip what this torch's gloo cannot do for tensors of a GPU; it can do DDP's all-reduce."""
     try:
         return pool.run(function, layout=layout, **arguments)
     except RankError as error:
@@ -50,7 +50,7 @@ def test_one_rank(alone: Pool, layout: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2", "fsdp1_full", "fsdp2_offload"])
 def test_one_rank_fused(alone: Pool, layout: str) -> None:
-    """Offloaded parameters are stepped by the CPU's loop."""
+    """The CPU's loop steps offloaded parameters."""
     if layout == "fsdp2_offload" and find_compiler() is None:
         pytest.skip("the loop for offloaded parameters needs a C++ compiler")
     arguments = {"kind": "adamw", "scope": "tensor", "dtype": "float32", "fused": True}
@@ -69,7 +69,7 @@ def test_one_rank_clips(alone: Pool, layout: str) -> None:
 
 
 def test_float64_goes_over_the_backend(alone: Pool) -> None:
-    """Also from the CPU, whose tensors NCCL does not take."""
+    """This includes the CPU, whose tensors NCCL does not accept."""
     (found,) = alone.run(f"{RANKS}reduced_on_the_accelerator")
     assert found["equal"] and all(name == device for name, device in found["devices"].items())
 
@@ -96,7 +96,7 @@ def test_mixed_precision_of_fsdp2(alone: Pool) -> None:
 def test_a_distributed_checkpoint_resumes_to_the_bit(
     alone: Pool, layout: str, options: dict[str, bool], tmp_path: Path
 ) -> None:
-    """With the direction in bfloat16."""
+    """The direction is in bfloat16."""
     (rank,) = alone.run(f"{FUSED}low_precision", layout=layout, where=str(tmp_path), **options)
     assert rank["saved"] == rank["kept"] == {"torch.bfloat16"}
     assert rank["resumed"] == rank["whole"]

@@ -1,4 +1,4 @@
-"""The host never waits for the device: in a step, in clipping, in the callback's steps. And what a step launches.
+"""The host never waits for the device in a step, in clipping or in the callback's steps; launches are counted.
 
 In a rehearsal the same code runs, but nothing is waited for, and the profiler sees no launches.
 """
@@ -29,7 +29,7 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 
 @only_cuda
 def test_the_mode_sees_a_wait() -> None:
-    """Reading a number, and a copy from memory that is not page-locked."""
+    """It finds the reading of a number, and a copy from memory that is not page-locked."""
     flag = torch.ones((), device=DEVICE)
     for wait in (lambda: float(flag), lambda: torch.tensor([1.0, 2.0], device=DEVICE)):
         with pytest.raises(RuntimeError, match="synchroniz"), no_sync():
@@ -40,7 +40,7 @@ def test_the_mode_sees_a_wait() -> None:
 @pytest.mark.parametrize("dtypes", ["float32", "mixed"])
 @each_kernel
 def test_a_step_waits_for_nothing(kernel: str, dtypes: str, scope: str) -> None:
-    """With clipping, an absent gradient now and then, and a step that is dropped."""
+    """The steps include clipping, an absent gradient at times, and a dropped step."""
     optimizer = make(kernel, DTYPES[dtypes], scope=scope)
     for step in range(9):
         give(optimizer, step)
@@ -48,7 +48,7 @@ def test_a_step_waits_for_nothing(kernel: str, dtypes: str, scope: str) -> None:
             params_of(optimizer)[0].grad = None
         if step == 7:
             params_of(optimizer)[5].grad.fill_(float("nan"))
-        if step < 3:  # builds kernels and tables
+        if step < 3:  # these build kernels and tables
             clip_grad_norm_(optimizer, 1.0, in_step=True)
             optimizer.step()
             continue
@@ -65,7 +65,7 @@ def test_a_step_waits_for_nothing(kernel: str, dtypes: str, scope: str) -> None:
 
 @each_kernel
 def test_a_changing_lr_waits_for_nothing(kernel: str) -> None:
-    """As a number, and as a tensor on the device."""
+    """lr is a number, or a tensor on the device."""
     for lr in (0.05, torch.tensor(0.05, device=DEVICE)):
         optimizer = make(kernel, lr=lr, capturable=True)
         for step in range(5):
@@ -92,7 +92,7 @@ def test_amsgd_waits_for_nothing(foreach: bool) -> None:
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_the_callback_waits_at_its_log_interval_only(precision: str) -> None:
-    """From the gradients on: clipping, the step, the schedule, and what callbacks do after the batch."""
+    """This covers all after backward: clipping, the step, the schedule, and the callbacks after the batch."""
     import lightning.pytorch as pl
 
     from am_lightning import AdaptiveMemory
@@ -119,7 +119,7 @@ def test_the_callback_waits_at_its_log_interval_only(precision: str) -> None:
                 max_steps=10,
                 gradient_clip_val=0.5,
                 log_every_n_steps=1000,
-                callbacks=[AdaptiveMemory(), guard],  # the guard ends after ours
+                callbacks=[AdaptiveMemory(), guard],  # the guard ends after our callback
             )
         )
         trainer.fit(Regression())
@@ -130,7 +130,7 @@ def test_the_callback_waits_at_its_log_interval_only(precision: str) -> None:
 
 
 def profiled(action: Callable[[], Any]) -> tuple[Counter[str], int]:
-    """Calls of CUDA's runtime and what ran on the device, by name; the host's outermost operators, views apart."""
+    """Return CUDA's runtime calls and the device's work by name, and the host's outermost operators without views."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -142,7 +142,7 @@ def profiled(action: Callable[[], Any]) -> tuple[Counter[str], int]:
     events = profiler.events()
     names = Counter(e.name for e in events if e.device_type == DeviceType.CPU and e.name.startswith("cuda"))
     for e in events:
-        if e.device_type == DeviceType.CUDA and not e.name.startswith("Optimizer."):  # which is a range, no launch
+        if e.device_type == DeviceType.CUDA and not e.name.startswith("Optimizer."):  # a range, not a launch
             names[f"{DEVICE_SIDE}{e.name}"] += 1
     return names, sum(name not in FREE for name in outer_operators(events))
 
@@ -151,8 +151,8 @@ def launches_of(names: Counter[str]) -> int:
     return sum(count for name, count in names.items() if name.startswith(DEVICE_SIDE))
 
 
-# At most: what runs on the device in a step with clipping, and operators that the host calls for it. On a CPU fewer are
-# counted (tests/optim/test_launches.py, test_triton_steps.py); on a device some operators are more than one launch.
+# Largest numbers of device launches in a step with clipping, and of operators that the host calls for it. A CPU counts
+# fewer (tests/optim/test_launches.py, test_triton_steps.py), because some operators are several launches on a device.
 LIMITS = {"default": (500, 350), "triton": (40, 100) if ON_GPU else (0, 200), "foreach": (500, 350)}
 
 
@@ -161,8 +161,8 @@ LIMITS = {"default": (500, 350), "triton": (40, 100) if ON_GPU else (0, 200), "f
 def test_launches_of_a_step(
     kernel: str, dtype: str, record_property: Callable[[str, object], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """300 aligned tensors, half of them decayed, with clipping; the counts go into the report."""
-    monkeypatch.setattr(squares, "_in_blocks", lambda device: False)  # in a rehearsal too
+    """300 aligned tensors, half of them decayed, with clipping; the counts are recorded in the report."""
+    monkeypatch.setattr(squares, "_in_blocks", lambda device: False)  # in a rehearsal, too
     shapes = [(8 + i % 5, 6) if i % 3 else (7 + i % 4,) for i in range(TENSORS)]
     optimizer = make(kernel, DTYPES[dtype], shapes=shapes, weight_decay=0.1, offset=0)
 
@@ -192,7 +192,7 @@ def test_launches_of_a_step(
 
 
 def test_more_tensors_launch_nothing_more() -> None:
-    """The fused step of 30 tensors and of 90."""
+    """The fused step launches as much for 30 tensors as for 90."""
     counts = []
     for tensors in (30, 90):
         params = [torch.nn.Parameter(torch.ones(100, device=DEVICE)) for _ in range(tensors)]
