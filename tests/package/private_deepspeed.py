@@ -1,6 +1,6 @@
-"""What is read of DeepSpeed, which documents hardly a name: also names without an underscore are listed.
+"""What is read of DeepSpeed, which documents few of its names, so names without an underscore are listed, too.
 
-Only a running engine has them; ``tests/deepspeed/test_refusals.py`` starts one and looks.
+Only a running engine has them; ``tests/deepspeed/test_refusals.py`` starts one and checks them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ DEEPSPEED = [
 
 
 def names_of(stage: int) -> tuple[list[str], list[str]]:
-    """Names that DeepSpeed's optimizer of this stage must have, and those that a parameter must have."""
+    """Return the names that DeepSpeed's optimizer of this stage must have, and those that a parameter must have."""
     optimizer, parameter = {1: (_STAGE_1, _PARAM_1), 3: (_STAGE_3, _PARAM_3)}[stage]
     return [row.name for row in DEEPSPEED if row.owner == optimizer], [
         row.name for row in DEEPSPEED if row.owner == parameter

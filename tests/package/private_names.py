@@ -1,7 +1,7 @@
 """The private names of torch, Lightning, Accelerate and DeepSpeed that this project reads, and why.
 
-Each may move or go in any release. ``test_private_names.py`` looks whether it is there, and that none is missing here.
-``pytorch_lightning`` has the code of ``lightning.pytorch``, so its names are not listed again.
+Each may move or disappear in any release. ``test_private_names.py`` checks that each exists and that none is missing
+here. ``pytorch_lightning`` has the code of ``lightning.pytorch``, so its names are not listed again.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ class Private:
     """A name that another package does not promise to keep.
 
     Attributes:
-        owner: the module or class that has it, as it is imported.
-        name: the attribute of ``owner``; with dots where an attribute of it is read too.
+        owner: import path of the module or class that has it.
+        name: the attribute of ``owner``; with dots if an attribute of it is read, too.
         where: files that read it.
-        why: continues "reads it in order to".
-        made_by: a function of ``private_objects.py`` that makes an object which has it; None: ``owner`` has it.
-        since: the first version of the library in which it is read; before it something else is.
-        until: the first version in which it is read no more.
-        needs: packages without which it cannot be looked up, beside the library itself.
-        cure: what to do when it is gone.
+        why: text that continues "reads it in order to".
+        made_by: a function of ``private_objects.py`` that builds an object with the name. None: ``owner`` has it.
+        since: the first version of the library in which it is read; earlier ones use something else.
+        until: the first version in which it is no longer read.
+        needs: packages needed to look it up, besides the library itself.
+        cure: what to do when it has disappeared.
     """
 
     owner: str
@@ -50,7 +50,7 @@ class Private:
 
     @property
     def read_as(self) -> str:
-        """What stands in the code: the name, or the private module that a public name is imported from."""
+        """Return what the code contains: the name, or the private module that a public name is imported from."""
         first = self.name.partition(".")[0]
         parts = [part for part in self.owner.split(".") if part.startswith("_")]
         return first if first.startswith("_") or not parts else parts[-1]

@@ -1,7 +1,7 @@
-"""Objects that have the private attributes which no class has; and the look whether a name is there.
+"""Build objects whose private attributes no class has, and check whether a name exists.
 
-Run as a program it looks for all names of the table: one process of its own, whose process group, Accelerator and
-Trainer no other test meets. It prints one JSON object, the key of a name -> "there", or what is wrong.
+As a program it checks all names of the table in a process of its own, whose process group, Accelerator and Trainer do
+not affect other tests. It prints one JSON object: the key of a name -> "there", or the problem.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ THERE, ABSENT = "there", "not needed: "
 
 
 def version_of(library: str) -> str | None:
-    """The installed version; None where it is not installed."""
+    """Return the installed version, or None if it is not installed."""
     if importlib.util.find_spec(library) is None:
         return None
     return importlib.metadata.version(library)
 
 
 def why_not_looked_up(row: Private) -> str | None:
-    """The reason why this environment cannot have or need the name; None where it must be there."""
+    """Return the reason why this environment cannot have or need the name, or None if it must exist."""
     for package in (row.library, *row.needs):
         if version_of(package) is None:
             return f"{package} is not installed"
@@ -44,7 +44,7 @@ def why_not_looked_up(row: Private) -> str | None:
 
 
 def problem_of(row: Private) -> str | None:
-    """What a maintainer must know where the name is gone; None where it is there."""
+    """Return what a maintainer must know if the name has disappeared, or None if it exists."""
     try:
         operator.attrgetter(row.name)(_imported(row.owner) if row.made_by is None else MAKERS[row.made_by]())
     except (AttributeError, ImportError) as error:
@@ -62,7 +62,7 @@ def _numbers(version: str) -> tuple[int, int]:
 
 
 def _imported(path: str) -> Any:
-    """A module, or an attribute of the longest part of the path that is one."""
+    """Return a module, or an attribute of the longest part of the path that is one."""
     parts = path.split(".")
     for length in range(len(parts), 0, -1):
         name = ".".join(parts[:length])
@@ -203,7 +203,7 @@ def main() -> None:
     import torch.distributed as dist
 
     found = {}
-    # Those that would look at a process group come before the first one is made.
+    # Names that inspect a process group are checked before the first one is built.
     for row in [*LIGHTNING, *ACCELERATE, *TORCH, *TRANSFORMERS, *TIMM, *LITDATA]:
         reason = why_not_looked_up(row)
         found[row.key] = ABSENT + reason if reason else problem_of(row) or THERE

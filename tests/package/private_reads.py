@@ -1,7 +1,7 @@
-"""Finds by the syntax tree which private names of other packages this project reads.
+"""Find by the syntax tree which private names of other packages this project reads.
 
-A name is private that starts with an underscore and is no ``__dunder__``. Ours are the names that our own code defines:
-for ``self`` and ``cls`` anywhere in the project, for every other object in the same file.
+A private name starts with an underscore and is no ``__dunder__``. Ours are the names that our own code defines: for
+``self`` and ``cls`` anywhere in the project, for every other object in the same file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.package.tree import PACKAGE, RECIPES, ROOT, sources
 
-# Private by their spelling alone: documented, or names of ours that another file of ours reads, or no attribute at all.
+# These only look private: documented names, names of ours that another file of ours reads, or no attributes.
 NOT_PRIVATE = {
     "_exit": "os._exit is documented",
     "_getframe": "sys._getframe is documented",
@@ -35,11 +35,11 @@ _IN_TEXT = re.compile(r"(?<![A-Za-z0-9_])_[A-Za-z]\w*")
 
 @dataclass(frozen=True)
 class Read:
-    """One place that reads a private name which is not ours.
+    """A place that reads a private name of another package.
 
     Attributes:
-        file: relative to the repository's root.
-        at_import: it runs, or names a module, as soon as the file is imported.
+        file: path relative to the repository's root.
+        at_import: whether the read happens, or names a module, when the file is imported.
     """
 
     file: str
@@ -54,13 +54,13 @@ def is_private(name: str) -> bool:
 
 @cache
 def trees() -> dict[str, ast.Module]:
-    """Relative path -> syntax tree of every file of the package and of the recipes."""
+    """Return relative path -> syntax tree of every file of the package and of the recipes."""
     return {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in sources(PACKAGE, RECIPES)}
 
 
 @cache
 def foreign_reads() -> list[Read]:
-    """Every read of a private name that is not ours."""
+    """Return every read of a private name that is not ours."""
     return reads_in(trees())
 
 
@@ -79,7 +79,7 @@ def reads_in(files: dict[str, ast.Module]) -> list[Read]:
 
 
 def mentions(tree: ast.Module) -> set[str]:
-    """Every name that a file reads, imports, defines or spells in a string, private or not."""
+    """Return every name that a file reads, imports, defines or spells in a string, private or not."""
     found = set(_defined(tree))
     for node in ast.walk(tree):
         found.update(_names(node))
@@ -114,7 +114,7 @@ def _private_names(node: ast.AST) -> Iterable[str]:
 
 
 def _names(node: ast.AST) -> Iterable[str]:
-    """What one node names: an attribute, the parts of an import, the identifiers in a string of one word."""
+    """Yield the names in one node: an attribute, the parts of an import, the identifier in a string of one word."""
     if isinstance(node, ast.Attribute):
         return [node.attr]
     if isinstance(node, ast.Import):
@@ -129,7 +129,7 @@ def _names(node: ast.AST) -> Iterable[str]:
 
 
 def _defined(tree: ast.Module) -> Iterator[str]:
-    """Names of functions, classes, variables, fields, and of attributes that ``self`` or ``cls`` is given."""
+    """Return the names of functions, classes, variables, fields, and of attributes that ``self`` or ``cls`` gets."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             yield node.name

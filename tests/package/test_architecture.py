@@ -1,6 +1,6 @@
-"""The house of floors: imports go down only, in no circle; the core knows torch alone; nothing grows beyond a screen.
+"""The floors of the design: imports go down only, without a circle; the core imports torch alone; sizes are limited.
 
-An import counts wherever it stands: at the top of a module, inside a function, or under ``TYPE_CHECKING``.
+An import counts wherever it is: at the top of a module, inside a function, or under ``TYPE_CHECKING``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 
 from tests.package.tree import PACKAGE, RECIPES, ROOT, module_name, sources
 
-# Longest prefix wins. A module may import from its own floor and from those below.
+# The longest prefix decides. A module may import from its own floor and from those below.
 FLOORS = {
     "am_lightning.optional_imports": 1,
     "am_lightning.distributed": 1,
@@ -33,7 +33,7 @@ FLOORS = {
     "recipes": 7,
 }
 CORE = 3  # this floor and those below import torch and the standard library only
-# Packages of floor 4 know one framework each; this one serves several, for its engine is inside them.
+# Packages of floor 4 know one framework each; this one serves several, because its engine is inside them.
 SHARED = {"am_lightning.deepspeed"}
 ADAPTERS = {
     "am_lightning.loggers.custom_scalars": {"tensorboard"},
@@ -51,7 +51,7 @@ ADAPTERS = {
     "am_lightning.optim.kernels.triton.row_kernels": {"triton"},
 }
 HELPERS = [path for path in sources(ROOT / "tests") if not path.name.startswith("test_")]
-TABLES = ROOT / "tests" / "mutations"  # of faults: as long as there are faults
+TABLES = ROOT / "tests" / "mutations"  # the tables are as long as there are faults
 PATHS = {module_name(path): path for path in sources(PACKAGE, RECIPES)}
 MODULES = sorted(module for module in PATHS if module.startswith("am_lightning"))
 
@@ -67,7 +67,7 @@ def _floor(module: str) -> int:
 
 
 def imports(module: str, text: str, known: set[str]) -> Iterator[tuple[str, int]]:
-    """(module, line) of every import in ``text``, at whatever depth."""
+    """Return (module, line) of every import in ``text``, at any depth."""
     path = PATHS.get(module)
     package = module if path and path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(text)):
@@ -115,7 +115,7 @@ def test_imports_go_down_only(module: str) -> None:
 
 
 def test_frameworks_do_not_know_each_other() -> None:
-    """Packages of floor 4 import none of their neighbours but DeepSpeed's, which knows none."""
+    """Packages of floor 4 import no neighbour except DeepSpeed's, which imports none."""
     package = {module: _prefix(module, FLOORS) for module in MODULES if _floor(module) == CORE + 1}
     pairs = {
         (package[module], package[name])
@@ -128,7 +128,7 @@ def test_frameworks_do_not_know_each_other() -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_third_party_imports(module: str) -> None:
-    """The core: torch alone. An adapter: torch and what it serves."""
+    """The core imports torch alone; an adapter imports torch and the framework that it serves."""
     if _floor(module) > CORE + 1:
         pytest.skip("the floors above may use anything, inside what needs it")
     allowed = {"torch", "am_lightning", *sys.stdlib_module_names} | ADAPTERS.get(_prefix(module, ADAPTERS), set())
@@ -137,7 +137,7 @@ def test_third_party_imports(module: str) -> None:
 
 
 def test_no_import_cycles() -> None:
-    """Among files, recipes' too; not even lazy or for types only."""
+    """This covers all files, the recipes' too, and lazy imports and imports for types."""
     graph = {
         module: {name for name, _ in _imports(module) if name in PATHS and name != module}
         for module in PATHS
@@ -150,7 +150,7 @@ STRATEGIES = "am_lightning.distributed.strategies"
 
 
 def test_nothing_above_the_strategies_names_one() -> None:
-    """A new strategy is one file there and one line in its table; adapters of a framework may know its own."""
+    """A new strategy is one file there and one line in its table; a framework's adapter may know the framework's."""
     found = {
         module
         for module in PATHS
@@ -163,7 +163,7 @@ def test_nothing_above_the_strategies_names_one() -> None:
 
 @pytest.mark.parametrize("path", [*PATHS.values(), *HELPERS], ids=lambda path: str(path.relative_to(ROOT)))
 def test_sizes(path: Path) -> None:
-    """Files of at most 400 lines, functions of at most 60 without their docstrings."""
+    """Files have at most 400 lines, and functions at most 60 without their docstrings."""
     text = path.read_text()
     assert len(text.splitlines()) <= 400 or TABLES in path.parents
     for node in ast.walk(ast.parse(text)):

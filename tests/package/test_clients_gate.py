@@ -38,7 +38,7 @@ ENV = """ensure_venv() { PYTHON="$PWD/main/bin/python"; }"""
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """What the two scripts use, in a folder with a space in its name."""
+    """Return a folder with a space in its name that has what the two scripts use."""
     root = tmp_path / "a checkout"
     for name in ("bin", "main/bin", "recipes", "tests/clients"):
         (root / name).mkdir(parents=True)
@@ -60,7 +60,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def run(root: Path, script: str, *arguments: str, fails: str = "") -> tuple[int, list[str]]:
-    """Its exit status and the calls that it made."""
+    """Return its exit status and the calls that it made."""
     calls = root / "calls"
     calls.write_text("")
     variables = {"PATH": f"{root / 'bin'}:/usr/bin:/bin", "CALLS": str(calls), "FAILS": fails}
@@ -99,7 +99,7 @@ def test_an_environment_is_made_once(checkout: Path) -> None:
 
 
 def test_what_cannot_be_installed_is_a_failure(checkout: Path) -> None:
-    for _ in range(2):  # and it is tried again
+    for _ in range(2):  # the second run tries again
         status, calls = run(checkout, "clients.sh", fails="uv")
         assert status != 0 and pytests(calls) == [] and any("--requirement" in call for call in calls)
     assert run(checkout, "run.sh", "--nightly", fails="uv")[0] != 0

@@ -1,4 +1,4 @@
-"""Every tensor that the package makes says where: the default device is the user's, and may be any."""
+"""Every tensor that the package makes names its device, because the default device is the user's and may be any."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BY_PLACE = {"Generator"}  # its device may be the first argument
 
 
 def _homeless(path: Path) -> list[int]:
-    """Lines of calls of torch's factories without ``device=``."""
+    """Return the lines of calls of torch's factories without ``device=``."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):

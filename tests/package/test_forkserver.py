@@ -1,4 +1,4 @@
-"""A program that the fork server starts is to tests what a started Python is: both are tried side by side."""
+"""A program started by the fork server behaves as one that Python starts: both are compared."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_every_end_is_that_of_a_started_one(code: str) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signals_reach_the_program(python: str, number: signal.Signals) -> None:
     code = f"import signal, sys, time\nsignal.signal({int(number)}, lambda n, f: sys.exit(40 + n))\n"
-    # A handler in Python runs after a sleep that began as the signal came: short ones.
+    # A Python handler waits for the end of a sleep that began as the signal came, so sleeps are short.
     code += "print('ready', flush=True)\nfor _ in range(600): time.sleep(0.1)"
     with subprocess.Popen([python, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
@@ -78,7 +78,7 @@ def test_signals_reach_the_program(python: str, number: signal.Signals) -> None:
 @BOTH
 @pytest.mark.parametrize("handled", [True, False])
 def test_a_signal_that_was_ignored_at_the_start(python: str, handled: bool) -> None:
-    """As in a shell's background: a handler of the program's own sees it, else it stays ignored."""
+    """As in a shell's background, a handler of the program's own gets it, and otherwise it stays ignored."""
     code = "import signal, sys, time\n"
     code += "signal.signal(signal.SIGINT, lambda n, f: sys.exit(40))\n" if handled else ""
     code += "print('ready', flush=True)\ntime.sleep(1)"
@@ -115,7 +115,7 @@ def test_variables_that_imports_read_make_a_cold_start(change: dict[str, str]) -
 
 
 def test_variables_that_imports_set_do_not() -> None:
-    """A test's own process has imported the same libraries and hands on what they have set."""
+    """A test's own process has imported the same libraries and passes on what they have set."""
     code = "import os; print({k: v for k, v in os.environ.items() if k.startswith(('PYTORCH_', 'TORCH'))})"
     found = eval(run(PYTHON, "-c", code).stdout)
     assert found
@@ -123,7 +123,7 @@ def test_variables_that_imports_set_do_not() -> None:
 
 
 def test_the_environment_of_a_test_makes_a_warm_start() -> None:
-    """Whatever this process has imported until now, and set by that; a cold start would only be slower, in silence."""
+    """This holds whatever this process has imported and set; a cold start would only be slower, without a message."""
     pytest.importorskip("sklearn")
     assert run(PYTHON, "-c", WITHOUT_TORCH).stdout == "True\n"
 

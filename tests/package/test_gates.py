@@ -1,4 +1,4 @@
-"""Which tests a gate runs."""
+"""The tests that a gate runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On a machine with a GPU only tests/gpu sees it: programs under test would all take it, several ranks at once."""
+"""On a machine with a GPU only tests/gpu sees it: all programs under test would take it, with several ranks at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tests/gpu is rehearsed on the CPU: a typing error there must not wait for a GPU to be found."""
+"""tests/gpu is rehearsed on the CPU, so that a typing error there is found without a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILES = sorted(path.name for path in GPU_TESTS.glob("test_*.py"))
 
 
 def rehearse(*arguments: str) -> str:
-    """What pytest said at its end, all passed or skipped."""
+    """Return the end of pytest's output; all tests must have passed or been skipped."""
     command = [COLD, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     env = os.environ | {DEVICE_VARIABLE: "cpu"}  # with this session's fork server
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1500)
@@ -34,7 +34,7 @@ def passed(said: str) -> int:
 @NIGHTLY
 @pytest.mark.sample
 def test_some() -> None:
-    """Those of two files that take seconds."""
+    """Two files that take seconds are rehearsed."""
     assert passed(rehearse("tests/gpu/test_kernels.py", "tests/gpu/test_capture.py", "-k", "clipping or replays")) > 15
 
 

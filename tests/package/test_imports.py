@@ -1,4 +1,4 @@
-"""`import am_lightning` costs torch and nothing else; what needs an extra says so if it is missing."""
+"""`import am_lightning` imports torch and nothing else; what needs an extra names it if it is missing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.lacking import PACKAGES
 from tests.package.tree import PACKAGE, ROOT, module_name, sources
 from tests.python import COLD
 
-# Public name or module -> (package that it needs, extra that brings it)
+# Public name or module -> (package that it needs, extra that installs it)
 NEEDS = {
     "am_lightning:AdaptiveMemory": ("lightning", "lightning"),
     "am_lightning.lightning:AdaptiveMemory": ("lightning", "lightning"),
@@ -34,7 +34,7 @@ OPTIONAL = {
     "am_lightning.lightning.compat": "lightning",
 }
 IMPORTABLE = {module_name(path) for path in sources(PACKAGE)} - {"am_lightning.__main__"}
-OLDER = {"pytorch_lightning", "lightning_fabric"}  # what may stand in for lightning
+OLDER = {"pytorch_lightning", "lightning_fabric"}  # packages that may replace lightning
 HEAVY = {
     "lightning",
     *OLDER,
@@ -68,7 +68,7 @@ def _modules_after(code: str) -> set[str]:
 
 @pytest.mark.slow
 def test_import_brings_torch_and_nothing_else() -> None:
-    """The public optimizers and factories are used too: they stay as light as the import."""
+    """The public optimizers and factories are used, too, without further imports."""
     use = "import am_lightning as am; am.AMAdamW, am.AMSGD, am.am_adamw, am.am_sgd, am.clip_grad_norm_"
     added = {name.partition(".")[0] for name in _modules_after(use) - _modules_after("import torch, json")}
     assert added - set(sys.stdlib_module_names) <= {"am_lightning", "torch"}
@@ -77,7 +77,7 @@ def test_import_brings_torch_and_nothing_else() -> None:
 
 @pytest.mark.slow
 def test_every_module_imports_first() -> None:
-    """Each module is a fit first import: no cycle that works only in one order."""
+    """Each module can be imported first: no cycle works in one order only."""
     code = (
         "import importlib, sys, torch\n"
         "lacking = set(sys.argv[1].split())\n"
@@ -112,7 +112,7 @@ def test_missing_extra_is_named(target: str) -> None:
 
 @pytest.mark.slow
 def test_a_package_that_fails_to_import_is_told_from_one_that_is_missing(tmp_path: Path) -> None:
-    """The error has a cause where the package is installed, and none where it is not."""
+    """The error has a cause if the package is installed, and none if it is not."""
     for package in OPTIONAL.values():
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text("import a_dependency_of_it")

@@ -1,4 +1,4 @@
-"""Warnings of coming change: every private name of another package that is read is known, and there."""
+"""Every private name of another package that is read is in the table and exists, which warns early of changes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ADD = "add it to tests/package/private_names.py with why it is read, or read som
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, str]:
-    """Key of a name -> whether it is there; one process looks for all of them."""
+    """Return key of a name -> whether it exists; one process checks all of them."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.package.private_objects"],
         cwd=ROOT,
@@ -86,7 +86,7 @@ def test_every_row_is_whole() -> None:
 
 @pytest.mark.slow
 def test_private_names_shared_with_a_base_class_are_in_the_table() -> None:
-    """A method of ours that overrides a private one, and an attribute that both set, carry the same name by intent."""
+    """A method of ours that overrides a private one, and an attribute that both set, share the name on purpose."""
     unlisted = [f"{file}: {cls} shares {name} with its base class: {ADD}" for file, cls, name in _shared_names()]
     assert not unlisted, "\n".join(unlisted)
 
@@ -109,7 +109,7 @@ def _shared_names() -> Iterator[tuple[str, str, str]]:
 
 
 def _names_on_self(cls: type) -> set[str]:
-    """Private attributes of a class, and those that its methods read or set on ``self``."""
+    """Return private attributes of a class, and those that its methods read or set on ``self``."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, TypeError, SyntaxError):  # a built-in class
@@ -122,7 +122,7 @@ def _names_on_self(cls: type) -> set[str]:
 
 
 def test_import_am_lightning_reads_no_private_name() -> None:
-    """A private name that torch moves may break what needs it, never the import."""
+    """A private name that torch moves may break what needs it, but never the import."""
     core = {name for name, floor in FLOORS.items() if floor <= CORE}
     early = []
     for read in foreign_reads():
@@ -170,7 +170,7 @@ def test_a_name_at_import_is_told_from_one_in_a_function() -> None:
 
 
 def test_a_name_of_ours_in_another_file_hides_no_foreign_one() -> None:
-    """FSDP1's ``_params`` is foreign, although another class of ours has ``_params`` too."""
+    """FSDP1's ``_params`` is foreign, although another class of ours has ``_params``, too."""
     ours, reader = ast.parse("class Ours:\n    _params = 1\n"), ast.parse("flat._params\n")
     assert [read.name for read in reads_in({"am_lightning/a.py": ours, "am_lightning/b.py": reader})] == ["_params"]
 

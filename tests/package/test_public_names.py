@@ -1,6 +1,6 @@
-"""Every public name, with its arguments: none may go, and none may change in silence.
+"""Every public name with its arguments: none may disappear or change without this test failing.
 
-A name that is added is added here, too. Annotations are left out: they name classes that may move.
+Add every new name here. Annotations are left out, because they name classes that may move.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CALLBACK = (
     "(*, lambd=0.1, beta1_max=None, scope='tensor', per_layer=True, histogram=True, log_every_n_steps=None, "
     "max_consecutive_skips=100)"
 )
-# Path -> inspect.signature without annotations; None of what is not called.
+# Path -> inspect.signature without annotations; None if it is not called.
 NAMES: dict[str, str | None] = {
     "am_lightning.__version__": None,
     "am_lightning.AMAdamW": ADAMW,
@@ -73,7 +73,7 @@ NAMES: dict[str, str | None] = {
     "am_lightning.clients.torchtitan.MomentumMetrics.log": "(self, *args, extra_metrics=None, **kwargs)",
 }
 
-# What both optimizers have; properties and attributes are None.
+# Attributes of both optimizers; properties and attributes are None.
 METHODS: dict[str, str | None] = {
     "step": "(self, closure=None)",
     "momentum": "(self)",
@@ -111,7 +111,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 
 
 def find(path: str) -> Any:
-    """The object at a dotted path, as ``from ... import`` finds it: an attribute before a module of its name."""
+    """Return the object at a dotted path as ``from ... import`` finds it: an attribute before a module of its name."""
     module, *names = path.split(".")
     found: Any = importlib.import_module(module)
     for name in names:
@@ -123,7 +123,7 @@ def find(path: str) -> Any:
 
 
 def signature_of(found: Any) -> str | None:
-    """As text, without annotations; None of what is not called."""
+    """Return the signature without annotations, or None for what is not called."""
     if not callable(found):
         return None
     signature = inspect.signature(found)
@@ -150,7 +150,7 @@ def test_attributes(kind: type) -> None:
 
 
 def test_readings() -> None:
-    """What ``huggingface.attach`` returns, and the handle of ``loggers.attach`` has."""
+    """``huggingface.attach`` returns it, and the handle of ``loggers.attach`` has it."""
     log = loggers.attach(AMAdamW([torch.nn.Parameter(torch.ones(2, device="cpu"))]), print, every=7)
     log.readings.read()
     assert log.every == 7 and isinstance(log.readings.scalars(), dict)
@@ -158,7 +158,7 @@ def test_readings() -> None:
 
 
 def test_all_lists() -> None:
-    """``import *`` gives what it gave."""
+    """``import *`` gives the same names as before."""
     exported = {
         "am_lightning": ["AMSGD", "AMAdamW", "AdaptiveMemory", "am_adamw", "am_sgd", "clip_grad_norm_"],
         "am_lightning.lightning": ["AdaptiveMemory", "attach"],

@@ -1,4 +1,4 @@
-"""The repository's texts: commands that exist, extras that exist, one version, no traces of one machine."""
+"""The repository's texts: commands and extras exist, there is one version, and nothing names this machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.package.tree import PACKAGE, ROOT, extras, texts, version
 
 
 def _first_bash_block(heading: str) -> list[str]:
-    """The lines of the first ```bash block below README's heading, before the next heading."""
+    """Return the lines of the first ```bash block below README's heading, before the next heading."""
     readme = (ROOT / "README.md").read_text()
     sections = re.split(r"^#+ +(.+?) *#*$", readme, flags=re.MULTILINE)
     bodies = [body for title, body in zip(sections[1::2], sections[2::2], strict=True) if title == heading]
@@ -28,7 +28,7 @@ def _first_bash_block(heading: str) -> list[str]:
 @pytest.mark.parametrize(("heading", "script"), [("Quickstart", "recipes/quickstart.sh"), ("Tests", "tests/run.sh")])
 def test_readme_command(heading: str, script: str) -> None:
     lines = _first_bash_block(heading)
-    assert len(lines) == 1, f"below {heading!r} stands one command, not {len(lines)} lines"
+    assert len(lines) == 1, f"README.md must have one command below {heading!r}, but has {len(lines)} lines"
     words = shlex.split(lines[0])
     files = [Path(word) for word in words if word.endswith(".sh")]
     assert [str(file) for file in files] == [script]
@@ -42,8 +42,8 @@ def test_scripts_run_as_they_are(script: str) -> None:
     assert path.read_text().startswith("#!/usr/bin/env bash\n")
     subprocess.run(["bash", "-n", str(path)], check=True)
     head = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-s", script], capture_output=True, text=True)
-    if head.returncode == 0 and head.stdout:  # in a checkout git must know it too
-        assert head.stdout.startswith("100755"), f"git has {script} without its executable bit"
+    if head.returncode == 0 and head.stdout:  # in a checkout git must know it, too
+        assert head.stdout.startswith("100755"), f"git does not record {script} as executable"
 
 
 def test_named_extras_exist() -> None:
@@ -58,12 +58,12 @@ def test_named_extras_exist() -> None:
 
 @pytest.mark.parametrize("extra", ["lightning"])
 def test_extras_of_modules_are_named_in_their_errors(extra: str) -> None:
-    """Modules that need an extra say which: the package's texts name it."""
+    """The package's texts name the extra of each module that needs one."""
     assert any(f"am-lightning[{extra}]" in path.read_text() for path in PACKAGE.rglob("*.py"))
 
 
 def test_one_version() -> None:
-    """The package, the citation and the changelog: the newest release is this version, or comes before it."""
+    """Package, citation and changelog agree: the newest release is this version or precedes it."""
     citation = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
     assert citation is not None and citation[1] == version()
     released = [Version(name) for name in _changelog() if name != "Unreleased"]
@@ -72,7 +72,7 @@ def test_one_version() -> None:
 
 
 def test_changelog_is_kept() -> None:
-    """Keep a Changelog's form: what is not released comes first; the kinds of changes are its six, in its order."""
+    """Keep a Changelog's form: the unreleased changes come first, and their kinds are its six, in its order."""
     versions = _changelog()
     assert next(iter(versions)) == "Unreleased"
     kinds = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
@@ -85,7 +85,7 @@ def test_changelog_is_kept() -> None:
 
 
 def _changelog() -> dict[str, str]:
-    """Version -> what CHANGELOG.md has below its heading."""
+    """Return version -> the text below its heading in CHANGELOG.md."""
     parts = re.split(r"^## (.+)\n", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
     titles = [re.fullmatch(r"\[(?:(Unreleased)\]|(\S+)\] - \d{4}-\d\d-\d\d)", title) for title in parts[1::2]]
     assert all(titles), f"headings are [Unreleased] and [VERSION] - YYYY-MM-DD, but got {parts[1::2]}"
@@ -93,7 +93,7 @@ def _changelog() -> dict[str, str]:
 
 
 def test_no_machine_paths_and_no_index_hosts() -> None:
-    """No folder of the machine this was written on, no host of a package index: both belong to a user's own set-up."""
+    """No folder of this machine and no host of a package index appears: both belong to a user's own set-up."""
     folders = "|".join(["work", "root", "Users", "home/[a-z]+"])
     hosts = "|".join(["pypi[.]org", "pythonhoste[d]", "download[.]pytorch", "deb[.]debian[.]org"])
     pattern = re.compile(rf"(?<![\w.~-])/(?:{folders})/|(?:{hosts})")

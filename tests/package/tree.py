@@ -15,7 +15,7 @@ _LEFT_BY_TOOLS = {"__pycache__", "build", "dist", "runs", "lightning_logs", "nod
 
 
 def files() -> list[Path]:
-    """Every file of the project: what git has or would add; without git (a source archive) all but what tools leave."""
+    """Return every file that git has or would add; without git (a source archive) all except what tools leave."""
     try:
         listing = subprocess.run(
             ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -33,7 +33,7 @@ def _is_left_over(path: Path) -> bool:
 
 
 def texts() -> dict[Path, str]:
-    """Relative path -> content of every file that is UTF-8 text."""
+    """Return relative path -> content of every file that is UTF-8 text."""
     result = {}
     for path in files():
         try:
@@ -44,7 +44,7 @@ def texts() -> dict[Path, str]:
 
 
 def sources(*folders: Path) -> list[Path]:
-    """The Python files below the folders."""
+    """Return the Python files below the folders."""
     return [path for path in files() if path.suffix == ".py" and any(folder in path.parents for folder in folders)]
 
 
@@ -55,14 +55,14 @@ def module_name(path: Path) -> str:
 
 
 def version() -> str:
-    """``__version__`` as written in the source."""
+    """Return ``__version__`` as written in the source."""
     found = re.search(r'^__version__ = "([^"]+)"$', (PACKAGE / "__init__.py").read_text(), re.MULTILINE)
     assert found is not None, "am_lightning/__init__.py has no __version__"
     return found[1]
 
 
 def extras() -> set[str]:
-    """The names under ``[project.optional-dependencies]``."""
+    """Return the names under ``[project.optional-dependencies]``."""
     text = (ROOT / "pyproject.toml").read_text()
     table = re.search(r"^\[project\.optional-dependencies\]$(.*?)^\[", text, re.MULTILINE | re.DOTALL)
     assert table is not None
