@@ -1,4 +1,4 @@
-"""Programs of others with am_lightning, in their own releases: docs/clients, tests/clients.sh."""
+"""Other projects' programs with am_lightning, in their own releases: docs/clients, tests/clients.sh."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ REQUIRED_VARIABLE = "AM_CLIENTS_TESTS"  # "1" in tests/clients.sh, which has ins
 
 
 def client(module: str) -> Any:
-    """Import a module of a client's. Where it is missing the test is skipped; in tests/clients.sh it fails."""
+    """Import a client's module. If it is missing, the test is skipped; in tests/clients.sh it fails."""
     if os.environ.get(REQUIRED_VARIABLE) == "1":
         return importlib.import_module(module)
     return pytest.importorskip(module)
 
 
 def block(page: str, language: str) -> str:
-    """The first block of code of a language on a page of docs/clients."""
+    """Return the first code block of a language on a page of docs/clients."""
     found = re.search(rf"^```{language}\n(.*?)\n```$", (PAGES / page).read_text(), re.MULTILINE | re.DOTALL)
     assert found is not None, f"docs/clients/{page} has no block of {language}"
     return found[1]

@@ -1,4 +1,4 @@
-"""The configuration of lightning-hydra-template with the lines of its page, in Hydra's release and a module of ours."""
+"""The configuration of lightning-hydra-template with the lines of its page, Hydra itself, and a module of ours."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.clients import block, client
 
 pytestmark = pytest.mark.nightly("clients")
 
-# The template's files of these names, as short as they can be.
+# Short versions of the template's files of these names.
 CONFIGS = {
     "train.yaml": "defaults: [_self_, callbacks: default, model: mnist]\n",
     "callbacks/default.yaml": "defaults: [model_summary, _self_]\n",
@@ -31,7 +31,7 @@ scheduler: {_target_: torch.optim.lr_scheduler.ReduceLROnPlateau, _partial_: tru
 
 
 class Module(pl.LightningModule):
-    """Makes its optimizer as the template's does."""
+    """Build the optimizer as the template does."""
 
     def __init__(self, optimizer: Any, scheduler: Any) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Module(pl.LightningModule):
 
 
 def fit(folder: Path, *overrides: str, **files: str) -> pl.Trainer:
-    """Two steps with what Hydra makes of the configuration."""
+    """Make two steps with what Hydra builds from the configuration."""
     hydra = client("hydra")
     instantiate = client("hydra.utils").instantiate
     for name, text in (CONFIGS | files).items():

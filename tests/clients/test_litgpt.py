@@ -1,4 +1,4 @@
-"""litgpt's own pretraining program with the optimizer by its path: steps, curves, and a resume to the bit."""
+"""litgpt's own pretraining program with the optimizer by its path: steps, curves, and a bitwise resume."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TRAIN = {"global_batch_size": 1, "micro_batch_size": 1, "max_seq_length": 16, "l
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer and two texts; the first run splits and tokenizes them, the next ones find that."""
+    """Return a folder with a tokenizer and two texts; the first run splits and tokenizes them for the later ones."""
     client("litgpt")
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -41,13 +41,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = {"bos_token": "<s>", "eos_token": "<s>", "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config))
     choice = random.Random(0).choice
-    for name in ("a", "b"):  # the first is what it validates with
+    for name in ("a", "b"):  # it validates with the first
         (folder / "text" / f"{name}.txt").write_text(" ".join(choice(WORDS[2:]) for _ in range(400)))
     return folder
 
 
 def pretrain(folder: Path, program: list[str], steps: int, *options: str) -> str:
-    """Run it; what it prints."""
+    """Run it and return its output."""
     sizes = {f"model_config.{key}": value for key, value in MODEL.items()}
     train = {f"train.{key}": value for key, value in TRAIN.items()} | {"train.max_tokens": 16 * steps}
     data = {"data": "TextFiles", "data.train_data_path": "text", "data.num_workers": 0, "tokenizer_dir": "tokenizer"}
@@ -68,7 +68,7 @@ def pretrain(folder: Path, program: list[str], steps: int, *options: str) -> str
 
 
 def rows(run: Path) -> list[dict[str, str]]:
-    """What its last run has logged."""
+    """Return what its last run has logged."""
     files = (run / "logs" / "csv").glob("version_*/metrics.csv")
     with max(files, key=lambda path: int(path.parent.name.partition("_")[2])).open() as file:
         return list(csv.DictReader(file))
@@ -101,7 +101,7 @@ def test_it_trains_and_resumes_to_the_bit(folder: Path) -> None:
 
 
 def test_a_copy_of_its_program_with_the_pages_line_logs_curves(folder: Path) -> None:
-    """With the optimizer's options in YAML as on the page."""
+    """The optimizer's options are in YAML, as on the page."""
     source = Path(client("litgpt.pretrain").__file__).read_text()
     imported, attached = block("litgpt.md", "python").split("\n\n")
     before = "    optimizer = fabric.setup_optimizers(optimizer)\n"

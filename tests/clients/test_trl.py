@@ -42,7 +42,7 @@ def options(folder: Path, **given: Any) -> dict[str, Any]:
 
 
 def fine_tuned(folder: Path, optimizer: tuple[Any, dict[str, Any]], lora: Any = None, **given: Any) -> Any:
-    """An SFTTrainer that has trained four steps."""
+    """Return an SFTTrainer that has trained four steps."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -62,7 +62,7 @@ def fine_tuned(folder: Path, optimizer: tuple[Any, dict[str, Any]], lora: Any = 
 
 
 def curves(trainer: Any) -> dict[str, float]:
-    """What the trainer logged last of the momentum; it did so each time it logged the loss."""
+    """Return the last logged curves; the trainer must have logged them each time it logged the loss."""
     losses = [record for record in trainer.state.log_history if "loss" in record]
     assert [record["step"] for record in losses] == [2, 4]
     assert all(record.keys() >= CURVES and 0 <= record["am/beta/mean"] <= 0.9 for record in losses)
@@ -70,7 +70,7 @@ def curves(trainer: Any) -> dict[str, float]:
 
 
 def groups(trainer: Any) -> set[str]:
-    """The layer groups that have a curve."""
+    """Return the layer groups that have a curve."""
     tags = {tag.removeprefix("am/beta/") for tag in curves(trainer) if tag.startswith("am/beta/")}
     return tags - {"mean", "min", "max"}
 
@@ -108,10 +108,10 @@ def test_lora_has_the_groups_of_what_it_adapts(tmp_path: Path, recwarn: pytest.W
     trainer = fine_tuned(tmp_path, (AMAdamW, {"lr": 1e-3}), lora)
     optimizer = bare(trainer)
     names = list(optimizer.momentum())
-    assert names and all("lora_" in name for name in names)  # the layers themselves do not train
+    assert names and all("lora_" in name for name in names)  # the layers themselves are not trained
     assert groups(trainer) == {"attn.qkv", "mlp"}
     assert {group["initial_lr"] for group in optimizer.param_groups} == {1e-3}
-    assert in_vain(recwarn) == []  # SFTConfig's learning rate is another, but nobody set it
+    assert in_vain(recwarn) == []  # SFTConfig has another default learning rate, which nobody set
 
 
 def test_a_learning_rate_in_vain_is_named(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
@@ -129,7 +129,7 @@ def test_dpo_takes_the_optimizer(tmp_path: Path, recwarn: pytest.WarningsRecorde
 
     from am_lightning.huggingface import AdaptiveMemoryCallback
 
-    llama().save_pretrained(tmp_path / "model")  # TRL reads the reference model from where the model came from
+    llama().save_pretrained(tmp_path / "model")  # TRL reads the reference model from the path of the model
     model = LlamaForCausalLM.from_pretrained(tmp_path / "model")
     before = {name: param.detach().clone() for name, param in model.named_parameters()}
     pairs = [{"prompt": "one", "chosen": f" two {word}", "rejected": f" four {word}"} for word in WORDS[2:] * 4]

@@ -1,6 +1,6 @@
 """torchtitan's own config, model, container, checkpoint format and metrics in one process, beside its AdamW.
 
-Its Trainer needs a GPU; what it does with the optimizer is done here: build, step, log, save, load.
+Its Trainer needs a GPU, so this module does what it does with the optimizer: build, step, log, save, load.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Seen(titan_metrics.BaseLogger):
 def logged(config: Any, optimizers: Any) -> dict[str, Any]:
     peak = titan_metrics.DeviceMemStats(*[0] * len(titan_metrics.DeviceMemStats._fields))
     monitor = SimpleNamespace(reset_peak_stats=lambda: None, get_peak_stats=lambda: peak, device_name="CPU")
-    titan_metrics.build_device_memory_monitor = lambda: monitor  # torchtitan's reads a GPU's memory
+    titan_metrics.build_device_memory_monitor = lambda: monitor  # torchtitan's own reads a GPU's memory
     dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, world_size=1)
     processor = config.metrics.build(parallel_dims=dims, dump_folder=sys.argv[1])
     processor.logger, processor.optimizers, processor.num_flops_per_token = Seen(), optimizers, 1
