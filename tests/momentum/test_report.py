@@ -55,7 +55,7 @@ def test_layer_groups_of_common_models(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("wrapped", ["module._orig_mod.{}", "_orig_mod.module.{}", "_forward_module.module.{}"])
 def test_an_adapters_layer_group_under_wrappers(wrapped: str) -> None:
-    """DDP and torch.compile around a PEFT model, in either order, and DeepSpeed."""
+    """DDP and torch.compile wrap a PEFT model in either order, and DeepSpeed wraps it."""
     name = "base_model.model.model.layers.0.self_attn._fsdp_wrapped_module.q_proj.lora_A.default.weight"
     assert kind_of(strip_wrappers(wrapped.format(name))) == "attn.qkv"
 
@@ -79,7 +79,7 @@ def test_an_adapter_is_in_the_layer_of_what_it_adapts() -> None:
 
 
 def test_scalars_leave_out_what_has_not_stepped() -> None:
-    """Three steps of two tensors, one of a third, none of a fourth, whose caps differ."""
+    """Two tensors have made three steps, a third one, a fourth none; their caps differ."""
     names = ["layers.0.mlp.up_proj.weight", "layers.0.norm.weight", "lm_head.weight", "layers.1.norm.weight"]
     stats = MomentumStats(names, [0.9, 0.9, 0.5, 0.9])
     rows = [[2.4, 0.6, 0.5, 0], [1, 0, 1, 0], [0, 1, 0, 0], [3, 3, 1, 0], [0.7, 0.0, 0.5, math.inf]]
