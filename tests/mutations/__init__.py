@@ -1,1 +1,1 @@
-"""Planted faults: small changes of the package, each of which a named test must see. ``python -m tests.mutations``."""
+"""Planted faults: small changes of the package that a named test must detect. ``python -m tests.mutations``."""

@@ -15,11 +15,11 @@ from tests.mutations.children import preload
 from tests.mutations.runner import ERROR, NOT_SEEN, SEEN, STALE, Result, Runner
 from tests.mutations.tables import AREAS, select
 
-_WIDTH = 100  # of a reason that is printed
+_WIDTH = 100  # of a printed reason
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Try the faults; returns 0 where every one is seen."""
+    """Try the faults; return 0 if every one is detected."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutations", description="Plant faults; do tests see them?")
     parser.add_argument("words", nargs="*", metavar="NAME-SUBSTRING", help="faults, or whole areas; default: all")
     parser.add_argument("--jobs", type=int, default=1, help="faults at a time (default: 1)")
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     preload()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # children and copies are cleared away
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # children and copies are removed
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         runner = Runner(Path(folder).resolve(), min(options.jobs, len(chosen)))
         if not options.no_check and not _check(runner, [test for _, mutation in chosen for test in mutation.tests]):
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check(runner: Runner, tests: Sequence[str]) -> bool:
-    """Whether all named tests pass without a fault."""
+    """Return whether all named tests pass without a fault."""
     distinct, began = list(dict.fromkeys(tests)), time.monotonic()
     failures = runner.check(distinct)
     seconds = time.monotonic() - began
@@ -63,7 +63,7 @@ def _tell(result: Result) -> None:
 
 
 def _table(results: Sequence[Result]) -> str:
-    """Counts by area."""
+    """Print counts by area."""
     lines = [f"{'area':12} {'planted':>8} {'seen':>8} {'not seen':>8} {'stale':>8} {'error':>8}"]
     areas = [area for area in AREAS if any(result.area == area for result in results)]
     for area in [*areas, "all"]:

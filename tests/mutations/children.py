@@ -1,4 +1,4 @@
-"""pytest in forked children of a process that has imported what takes long, and nothing that is under test."""
+"""Run pytest in forked children of a process that has imported the slow libraries, and nothing that is under test."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TIMED_OUT = -1000  # a status that no process has
-_ELSEWHERE = 97  # the child's: it would import another checkout's package
+_ELSEWHERE = 97  # of a child that would import another checkout's package
 _SLOW_IMPORTS = (
     "torch",
     "torch.distributed.checkpoint",
@@ -32,7 +32,7 @@ _OWN = ("tests", "am_lightning")  # packages that a child imports from its copy
 
 
 def preload() -> None:
-    """Import what the tests need and does not change. What is not installed is left out."""
+    """Import what the tests need and do not change; skip what is not installed."""
     for name in _SLOW_IMPORTS:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
@@ -42,13 +42,13 @@ def preload() -> None:
 
 @dataclass
 class Child:
-    """pytest over some tests in one copy.
+    """A run of pytest over some tests in one copy.
 
     Attributes:
-        pid: of the process, which leads its own group.
-        log: what it prints.
-        started: ``time.monotonic()``.
-        timeout: seconds.
+        pid: id of the process, which leads its own group.
+        log: path of its output.
+        started: ``time.monotonic()`` at its start.
+        timeout: time limit in seconds.
         status: its exit status, ``TIMED_OUT``, or minus the signal that ended it; None while it runs.
     """
 
@@ -59,7 +59,7 @@ class Child:
     status: int | None = None
 
     def poll(self) -> bool:
-        """Whether it has ended; it is killed, with all that it has started, when its time is over."""
+        """Return whether it has ended. When its time is over, it is killed with all that it has started."""
         if self.status is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
@@ -82,7 +82,7 @@ class Child:
 
     @property
     def failures(self) -> list[str]:
-        """``node id - reason`` of the tests that failed."""
+        """Return ``node id - reason`` of the failed tests."""
         lines = self.log.read_text(errors="replace").splitlines()
         marks = ("FAILED ", "ERROR ")
         return [line.partition(" ")[2] for line in lines if line.startswith(marks) and "::" in line]
@@ -99,8 +99,8 @@ def start(tests: Sequence[str], copy: Path, log: Path, *, timeout: float, stop_a
 
 
 def _run(tests: Sequence[str], copy: Path, log: Path, stop_at_first: bool) -> None:
-    """In the child: never returns."""
-    status = 3  # pytest's for an internal error
+    """Run in the child; this never returns."""
+    status = 3  # pytest's status of an internal error
     try:
         os.setsid()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -116,7 +116,7 @@ def _run(tests: Sequence[str], copy: Path, log: Path, stop_at_first: bool) -> No
 
             first = ["-x"] if stop_at_first else []
             status = int(pytest.main([*first, "-q", "-p", "no:cacheprovider", *tests]))
-    except BaseException as error:  # whatever it is, the child must not go on as the parent
+    except BaseException as error:  # the child must not continue as the parent, whatever happens
         print(f"{type(error).__name__}: {error}")
     finally:
         sys.stdout.flush()
@@ -132,9 +132,9 @@ def _redirect(log: Path) -> None:
 
 
 def _import_from(copy: Path) -> None:
-    """Packages of the checkout come from ``copy``, here and in processes that tests start.
+    """Import the checkout's packages from ``copy``, here and in processes that tests start.
 
-    No bytecode is written: that of a fault could pass for the restored file's, of the same size and second.
+    No bytecode is written: that of a fault could pass for the restored file's, with the same size and second.
     """
     os.chdir(copy)
     root = Path(__file__).resolve().parents[2]

@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def copy_checkout(target: Path) -> Path:
-    """Copy the files that git tracks, and those that it neither tracks nor ignores; returns ``target``.
+    """Copy the files that git tracks, and those that it neither tracks nor ignores; return ``target``.
 
-    Modules are compiled, with the hash of their source: bytecode is used where no fault is in the file, and only there.
+    Modules are compiled with the hash of their source, so that bytecode is used only for files without a fault.
     """
     command = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
     names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
@@ -33,14 +33,14 @@ def copy_checkout(target: Path) -> Path:
 
 
 class Planted:
-    """One fault in one copy, from ``plant`` until ``remove``."""
+    """A fault in a copy, from ``plant`` until ``remove``."""
 
     def __init__(self, copy: Path, mutation: Mutation) -> None:
         self._file, self._mutation = copy / mutation.file, mutation
         self._before: bytes | None = None
 
     def plant(self) -> bool:
-        """Write the fault; False where it does not apply any more."""
+        """Write the fault; return False if it does not apply any more."""
         before = self._file.read_bytes() if self._file.is_file() else b""
         after = self._mutation.applied_to(before.decode())
         if after is None:
@@ -50,7 +50,7 @@ class Planted:
         return True
 
     def remove(self) -> None:
-        """Give the file its own text back."""
+        """Restore the file's own text."""
         if self._before is not None:
             self._file.write_bytes(self._before)
             self._before = None

@@ -1,4 +1,4 @@
-"""Faults under DeepSpeed: where tensors lie in its flat partitions, and sums that span several calls of step()."""
+"""Faults under DeepSpeed: the offsets of tensors in its flat partitions, and sums that span several calls of step()."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults of the intervals that readers have, of what is saved of them, and of the run's history."""
+"""Faults of the readers' intervals, of what is saved of them, and of the run's history."""
 
 from __future__ import annotations
 

@@ -10,10 +10,10 @@ class Mutation:
     """A fault that a change of the code could bring.
 
     Attributes:
-        name: what is wrong with it, in one line.
-        file: relative to the checkout.
+        name: one line that describes the fault.
+        file: path relative to the checkout.
         old: text that occurs exactly once in the file.
-        new: what the fault puts in its place.
+        new: text that replaces it.
         tests: node ids, relative to the checkout, of which at least one must fail.
     """
 
@@ -24,7 +24,7 @@ class Mutation:
     tests: tuple[str, ...]
 
     def applied_to(self, text: str) -> str | None:
-        """The file's text with the fault; None where ``old`` is not there exactly once, or changes nothing."""
+        """Return the file's text with the fault, or None if ``old`` does not occur exactly once, or changes nothing."""
         if text.count(self.old) != 1 or self.old == self.new:
             return None
         return text.replace(self.old, self.new)

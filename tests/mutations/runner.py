@@ -1,4 +1,4 @@
-"""Plants one fault after the other in copies of the checkout, and runs the tests that must see it."""
+"""Plant one fault after the other in copies of the checkout, and run the tests that must detect it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _POLL = 0.05
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a fault.
+    """The result of a fault.
 
     Attributes:
         verdict: ``SEEN``, ``NOT_SEEN``, ``STALE`` (it does not apply to the file any more) or ``ERROR`` (pytest could
             not run the tests, for instance because an import failed).
-        seconds: from planting to the end of pytest.
-        by: the test that failed and why, "timed out", or what was wrong.
+        seconds: time from planting to the end of pytest.
+        by: the failed test and its reason, "timed out", or the error.
     """
 
     area: str
@@ -41,7 +41,7 @@ class Result:
 
 @dataclass
 class _Worker:
-    """A copy of the checkout, and the fault that is in it."""
+    """A copy of the checkout, and the fault in it."""
 
     copy: Path
     area: str = ""
@@ -51,7 +51,7 @@ class _Worker:
 
 
 class Runner:
-    """Copies of the checkout below ``folder``, in which faults are tried, ``jobs`` at a time."""
+    """Try faults in copies of the checkout below ``folder``, ``jobs`` at a time."""
 
     def __init__(self, folder: Path, jobs: int) -> None:
         self.folder = folder
@@ -59,7 +59,7 @@ class Runner:
         self._logs = 0
 
     def check(self, tests: Sequence[str]) -> list[str]:
-        """The tests that fail without any fault; or what pytest said, where it could not run them."""
+        """Return the tests that fail without any fault, or pytest's output if it could not run them."""
         child = start(tests, self._workers[0].copy, self._log(), timeout=CHECK_TIMEOUT, stop_at_first=False)
         try:
             while not child.poll():
@@ -71,7 +71,7 @@ class Runner:
         return child.failures or [f"pytest ended with status {child.status}", *_tail(child.log)]
 
     def run(self, chosen: Sequence[tuple[str, Mutation]], tell: Callable[[Result], None]) -> list[Result]:
-        """Try every fault; ``tell`` hears of each as it is done."""
+        """Try every fault; call ``tell`` with each result."""
         waiting, results = deque(chosen), []
         try:
             while waiting or any(worker.child for worker in self._workers):
@@ -88,7 +88,7 @@ class Runner:
         return results
 
     def _advance(self, worker: _Worker, waiting: deque[tuple[str, Mutation]]) -> Result | None:
-        """Give an idle worker a fault, or take the result of one that is done."""
+        """Give an idle worker a fault, or take the result of a finished one."""
         if worker.child is None and waiting:
             worker.area, worker.mutation = waiting.popleft()
             worker.planted = Planted(worker.copy, worker.mutation)
@@ -109,7 +109,7 @@ class Runner:
 
 
 def _verdict(child: Child) -> tuple[str, str]:
-    """Only failed tests, and those that never end, count as seen."""
+    """Return the verdict: only failed tests and time-outs count as seen."""
     if child.status == 0:
         return NOT_SEEN, ""
     if child.status == TIMED_OUT:

@@ -1,4 +1,4 @@
-"""Faults of layouts over ranks: what is summed, over whom, and what is refused."""
+"""Faults of layouts over ranks: what is summed, over which ranks, and what is refused."""
 
 from __future__ import annotations
 

@@ -29,10 +29,10 @@ AREAS: dict[str, list[Mutation]] = {
 
 
 def select(words: list[str]) -> list[tuple[str, Mutation]]:
-    """(area, fault) of those whose area or name holds one of ``words``; all of them without words.
+    """Return (area, fault) pairs whose area or name contains one of ``words``; all of them without words.
 
     Raises:
-        ValueError: two faults have one name, or no fault is found.
+        ValueError: if two faults have one name, or no fault is found.
     """
     everything = [(area, mutation) for area, mutations in AREAS.items() for mutation in mutations]
     twice = [name for name, count in Counter(mutation.name for _, mutation in everything).items() if count > 1]
