@@ -1,1 +1,1 @@
-"""The documentation: its site is whole, and what it shows runs."""
+"""The documentation: its site is complete, and its code runs."""

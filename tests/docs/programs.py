@@ -1,4 +1,4 @@
-"""Running the programs of docs/start as their reader would: copied into an empty folder."""
+"""Run the programs of docs/start as their reader would, copied into an empty folder."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ START = ROOT / "docs" / "start"
 
 
 def run_program(folder: Path, command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
-    """``python COMMAND`` in `folder`, which gets a copy of the program that the command names."""
+    """Run ``python COMMAND`` in `folder`, which gets a copy of the program that the command names."""
     name = next(part for part in command if part.endswith(".py"))
     shutil.copy(START / name, folder / name)
     return run_python(folder, command, **variables)
 
 
 def run_python(folder: Path, command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
-    """``python COMMAND`` in `folder`, which must end well, on a machine without a GPU."""
+    """Run ``python COMMAND`` in `folder`, which must succeed, on a machine without a GPU."""
     env = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
     env |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **variables}
     done = subprocess.run([PYTHON, *command], cwd=folder, env=env, capture_output=True, text=True, timeout=600)
@@ -32,7 +32,7 @@ def run_python(folder: Path, command: list[str], **variables: str) -> subprocess
 
 
 def curves(folder: Path) -> dict[str, list[float]]:
-    """Tag -> values of all event files below `folder`."""
+    """Return tag -> values of all event files below `folder`."""
     found: dict[str, list[float]] = {}
     for path in folder.rglob("events.out.tfevents.*"):
         events = EventAccumulator(str(path), size_guidance={"scalars": 0})
@@ -43,7 +43,7 @@ def curves(folder: Path) -> dict[str, list[float]]:
 
 
 def steps(folder: Path, ending: str) -> list[int]:
-    """The points' steps, in order, of the tags with this ending."""
+    """Return the points' steps, in order, of the tags with this ending."""
     found: list[int] = []
     for path in folder.rglob("events.out.tfevents.*"):
         events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
@@ -53,5 +53,5 @@ def steps(folder: Path, ending: str) -> list[int]:
 
 
 def betas(folder: Path) -> list[float]:
-    """The points of the mean beta_t, under whatever prefix a framework's logger gives it; of a plain loop, its own."""
+    """Return the points of the mean beta_t under any framework logger's prefix, or of a plain loop."""
     return [v for tag, values in curves(folder).items() if tag.endswith(("am/beta/mean", "beta")) for v in values]

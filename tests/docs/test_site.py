@@ -35,7 +35,7 @@ class _Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def address(site: Path) -> Iterator[str]:
-    """Where the site is served."""
+    """Return the address where the site is served."""
     handler = functools.partial(_Quiet, directory=str(site))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -45,7 +45,7 @@ def address(site: Path) -> Iterator[str]:
 
 @pytest.mark.slow
 def test_no_link_is_broken(address: str) -> None:
-    """Of the pages as rendered, pictures included; anchors are the strict build's, other hosts are not asked."""
+    """The rendered pages and pictures are checked; the strict build checks anchors, and other hosts are not asked."""
     command = [PYTHON, "-m", "linkcheck", "--no-status", "--timeout", "30"]
     done = subprocess.run([*command, address], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -64,7 +64,7 @@ def test_the_programs_are_shown_whole(site: Path) -> None:
 
 @pytest.mark.slow
 def test_every_formula_is_rendered(site: Path) -> None:
-    """MathML in place of LaTeX, and no command in it that the renderer does not know: it leaves those as they are."""
+    """MathML replaces LaTeX, and contains no command unknown to the renderer, which would leave it as it is."""
     pages = {str(path.relative_to(site)): path.read_text() for path in site.rglob("*.html")}
     assert [name for name, page in pages.items() if "arithmatex" in page] == []
     formulas = re.findall(r"<math .*?</math>", pages["idea/index.html"], re.S)

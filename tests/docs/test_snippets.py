@@ -1,4 +1,4 @@
-"""Every Python block of README and of the pages runs as it stands, after the lines that its reader has already."""
+"""Every Python block of README and of the pages runs unchanged, after the lines that its reader has already."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ as_pretrained(ByteTokenizer(), 128).save_pretrained("my-llama")
 """
 LOGGED = "from lightning.fabric import Fabric\nfrom lightning.pytorch.loggers import TensorBoardLogger\n" + TORCH
 
-# Page -> for each block what stands before it. A block that needs a GPU where it is read runs with another word here.
+# Page -> for each block the lines before it. A block that needs a GPU runs here with another word.
 BEFORE = {
     "README.md": [LIGHTNING, STEPPED],
     "docs/after_training.md": [EXPORTED],
@@ -112,7 +112,7 @@ BLOCKS = [(page, number) for page, before in BEFORE.items() for number in range(
 
 
 def gate_of(page: str) -> pytest.MarkDecorator:
-    """The front page's is run by every gate but the fast one, the others by the nightly one."""
+    """Return the gate: all but the fast one run the front page's blocks, and the nightly one runs the others."""
     return pytest.mark.slow if page == "docs/index.md" else pytest.mark.nightly("blocks of the pages")
 
 

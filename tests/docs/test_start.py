@@ -1,4 +1,4 @@
-"""The six programs of the page Start (DeepSpeed's is run in tests/deepspeed)."""
+"""The six programs of docs/start.md (tests/deepspeed runs DeepSpeed's)."""
 
 from __future__ import annotations
 
