@@ -1,4 +1,4 @@
-"""LaTeX in the pages becomes MathML while the site is built: a reader needs no script and nothing from elsewhere."""
+"""Convert LaTeX in the pages to MathML while the site is built: a reader needs no script and no other host."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import re
 
 from latex2mathml.converter import convert
 
-# What pymdownx.arithmatex makes of $...$ and of $$...$$.
+# The output of pymdownx.arithmatex for $...$ and $$...$$.
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
 
 
 def on_page_content(content: str, **_: object) -> str:
-    """mkdocs calls this with the HTML of every page."""
+    """Replace the formulas in the HTML of a page; mkdocs calls this for every page."""
 
     def mathml(formula: re.Match[str]) -> str:
         block = formula[1] == "div"

@@ -13,7 +13,7 @@ from tests.gates import GATES, kept, let_see_gpu
 
 SERVER = pytest.StashKey[ForkServer]()
 
-# `ci` looks at the same few examples at every run, `nightly` at many new ones; HYPOTHESIS_PROFILE chooses.
+# `ci` uses the same few examples in every run, `nightly` many new ones; HYPOTHESIS_PROFILE selects the profile.
 common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("ci", max_examples=15, derandomize=True, database=None, **common)
 settings.register_profile("nightly", max_examples=100, **common)

@@ -1,4 +1,4 @@
-"""How many examples hypothesis tries: few and always the same by day, many and new ones in the nightly gate."""
+"""The number of hypothesis' examples: few and always the same by day, many and new ones in the nightly gate."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 
 
 def examples(nightly: int) -> settings:
-    """``nightly`` of them in the nightly gate, a sixth of that (at least 10) elsewhere."""
+    """Return ``nightly`` in the nightly gate, and a sixth of that (at least 10) elsewhere."""
     return settings(max_examples=nightly if NIGHTLY else max(10, nightly // 6))

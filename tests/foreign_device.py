@@ -1,7 +1,8 @@
-"""Tests under a default device that is not the parameters': ``AM_TESTS_DEFAULT_DEVICE=meta``.
+"""Run the tests under a default device that is not the parameters': ``AM_TESTS_DEFAULT_DEVICE=meta``.
 
-What tests make themselves stays where they want it: the device is the default inside the optimizers' methods only, in
-which every tensor is to say where it lives. "meta" stands for any other; what goes there by mistake has no numbers.
+The default applies inside the optimizers' methods only, in which every tensor must name its device; tensors of the
+tests themselves stay where they are. "meta" stands for any other device; a tensor that goes there by mistake loses its
+numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ METHODS = (
 
 
 def install() -> None:
-    """Where the variable is set: before test modules take ``clip_grad_norm_`` by name, or an optimizer is made."""
+    """Install it if the variable is set, before test modules import ``clip_grad_norm_`` or build an optimizer."""
     device = os.environ.get(VARIABLE)
     if device is None:
         return
@@ -45,7 +46,7 @@ def _under(device: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_closure(step: Callable[..., Any]) -> Callable[..., Any]:
-    """The closure is the test's."""
+    """Call the closure, which belongs to the test, without the default device."""
 
     @functools.wraps(step)
     def closed(self: Any, closure: Callable[[], Any] | None = None) -> Any:

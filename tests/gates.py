@@ -1,4 +1,4 @@
-"""Which tests each of the named gates runs: tests/run.sh's --fast, its own, .ci/run's and --nightly."""
+"""Select the tests of a gate: tests/run.sh --fast, tests/run.sh itself, .ci/run and --nightly."""
 
 from __future__ import annotations
 
@@ -16,18 +16,13 @@ DEVICE_VARIABLE = "AM_GPU_TESTS_DEVICE"  # "cpu": tests/gpu is rehearsed there
 
 
 def asks_for_gpu(paths: Sequence[str], folder: Path) -> bool:
-    """Whether pytest was given tests/gpu and nothing else: all others start programs that would take the GPU.
-
-    Args:
-        paths: pytest's arguments, with or without ``::`` and a test's name.
-        folder: what they are relative to.
-    """
+    """Return whether pytest was given tests/gpu and nothing else: all other tests start programs that take the GPU."""
     places = [(folder / path.partition("::")[0]).resolve() for path in paths]
     return bool(places) and all(place.is_relative_to(GPU_TESTS) for place in places)
 
 
 def let_see_gpu(paths: Sequence[str], folder: Path) -> bool:
-    """Show the GPU to tests/gpu alone, and hide it in a rehearsal; before anything starts a process, or CUDA.
+    """Show the GPU to tests/gpu alone, and hide it in a rehearsal. Call it before any process or CUDA is started.
 
     Returns:
         Whether it is shown.
@@ -39,12 +34,10 @@ def let_see_gpu(paths: Sequence[str], folder: Path) -> bool:
 
 
 def kept(items: list[pytest.Item], gate: str) -> list[pytest.Item]:
-    """The tests of a gate.
+    """Return the tests of a gate.
 
-    - fast: those that are marked neither ``slow`` nor ``nightly``.
-    - full: all but ``nightly`` ones.
-    - ci: those of full, and of each kind of nightly test the one marked ``sample``, else the first.
-    - nightly: all.
+    - fast: those that are marked neither ``slow`` nor ``nightly``. - full: all except ``nightly`` ones. - ci: those of
+    full, and of each kind of nightly test the one marked ``sample``, or else the first. - nightly: all.
     """
     if gate == "nightly":
         return items
@@ -54,7 +47,7 @@ def kept(items: list[pytest.Item], gate: str) -> list[pytest.Item]:
 
 
 def samples(items: list[pytest.Item]) -> list[pytest.Item]:
-    """One test of each kind of nightly test, or those that are marked as its samples."""
+    """Return one test of each kind of nightly test, or those marked as its samples."""
     kinds: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
         if marker := item.get_closest_marker("nightly"):

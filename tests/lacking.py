@@ -1,7 +1,7 @@
-"""What some release in the supported range cannot do, whatever the optimizer: known by the error that it raises.
+"""What a release in the supported range cannot do with any optimizer, known by the error that it raises.
 
-A conftest that has :func:`pytest_runtest_makereport` turns a failure by such an error into a skip with the reason. On
-a release that can do it the error does not come, so nothing is skipped there.
+A conftest that has :func:`pytest_runtest_makereport` turns a failure by such an error into a skip with the reason. A
+release that can do it raises no such error, so nothing is skipped there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-# What the release says -> why the test is skipped there.
+# The release's error -> why the test is skipped.
 LACKS = {
     "'Stream' object has no attribute 'record_event'": "FSDP2 of this torch does not run on a CPU",
     "fully_shard() got an unexpected keyword argument 'ignored_params'": "fully_shard of this torch ignores nothing",
@@ -24,18 +24,18 @@ LACKS = {
     "T5Tokenizer requires the SentencePiece library": "T5Tokenizer of this transformers needs sentencepiece",
     "this Trainer knows no optimizer factories": "this Trainer knows no optimizer factories",
 }
-# Packages that a stack may lack. Any other that cannot be found is a failure: a wrong name in an import, for one.
+# Packages that a stack may lack. Any other missing package is a failure, for example a wrong name in an import.
 PACKAGES = {
     *("datasets", "deepspeed", "expecttest", "hatchling", "jsonargparse", "kubeflow_trainer_api", "latex2mathml"),
     *("linkcheck", "mkdocs", "pyarrow", "rich", "schedulefree", "scipy", "sentencepiece", "sklearn", "timm"),
     *("torchtitan", "triton"),
 }
-# How imports, frameworks and our programs name what they miss.
+# How imports, frameworks and our programs name a missing package.
 MISSING = re.compile(r"(?:No module named|Requirement|the recipes need|the data need|deepspeed needs) '?([A-Za-z_]\w*)")
 
 
 def lacking(error: str) -> str | None:
-    """Why a release cannot do what ended in ``error``; None for every other error."""
+    """Return why a release cannot do what ended in ``error``, or None for every other error."""
     for words, reason in LACKS.items():
         if words in error:
             return reason
@@ -56,7 +56,7 @@ def pytest_runtest_makereport(
 
 
 class Lacking:
-    """Stands for results that the installed releases cannot give: the test that reads one is skipped."""
+    """Replace results that the installed releases cannot give: a test that reads one is skipped."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -66,7 +66,7 @@ class Lacking:
 
 
 def unless_lacking(run: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """What ``run`` returns, or a :class:`Lacking`."""
+    """Return what ``run`` returns, or a :class:`Lacking`."""
     try:
         return run(*args, **options)
     except Exception as error:

@@ -1,7 +1,7 @@
-"""Where DeepSpeed's CPU operator is built, once for all tests.
+"""The folder in which DeepSpeed's CPU operator is built, once for all tests.
 
 Every program that starts DeepSpeed has these variables: a ninja of another version would build it again, and a build
-that is killed leaves a lock on which every later start waits without a word.
+that is killed leaves a lock on which every later start waits without a message.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ FOLDER = Path(sys.prefix) / "torch_extensions"  # not the user's: another enviro
 
 
 def variables() -> dict[str, str]:
-    """What a program's environment needs besides the test's own."""
+    """Return what a program's environment needs besides the test's own."""
     scripts = sysconfig.get_path("scripts")  # ninja is beside python
     return {
         "DS_ACCELERATOR": "cpu",

@@ -7,14 +7,14 @@ import re
 import socket
 from itertools import count
 
-# Below the ports that the system gives to whoever asks for any; each worker of pytest-xdist has a range of its own, so
-# that no other takes a port between its choice and its use.
+# Below the ephemeral ports. Each worker of pytest-xdist has a range of its own, so that no other takes a port between
+# its choice and its use.
 _FIRST, _PER_WORKER = 20000, 500
 _numbers = count(os.getpid() * 7)
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on now. Where a launcher can choose one itself, let it."""
+    """Return a TCP port that nothing listens on now. If a launcher can choose one itself, let it."""
     worker = int(re.sub(r"\D", "", os.environ.get("PYTEST_XDIST_WORKER", "")) or 0)
     for _ in range(_PER_WORKER):
         port = _FIRST + worker * _PER_WORKER + next(_numbers) % _PER_WORKER

@@ -1,4 +1,4 @@
-"""Which Python tests start programs with."""
+"""The Python that tests start programs with."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ import sys
 
 from tests.forkserver import COLD_VARIABLE, VARIABLE
 
-COLD = os.environ.get(COLD_VARIABLE, sys.executable)  # a start like any user's: all imports, a process of its own
-PYTHON = os.environ.get(VARIABLE, COLD)  # in a test session: the fork server's (tests/forkserver), else the same
+COLD = os.environ.get(COLD_VARIABLE, sys.executable)  # starts as for any user: all imports, a process of its own
+PYTHON = os.environ.get(VARIABLE, COLD)  # in a test session the fork server's (tests/forkserver)
