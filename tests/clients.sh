@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# tests/clients with the programs of others that docs/clients is about, in the releases that its pages name.
+# Run tests/clients with other projects' programs, in the releases that the pages of docs/clients name.
 #
 #   tests/clients.sh                        both rows: programs, litgpt
 #   tests/clients.sh litgpt                 this row
-#   tests/clients.sh programs -- -k trl -x  what comes after -- goes to pytest
+#   tests/clients.sh programs -- -k trl -x  arguments after -- go to pytest
 #
 # programs   tests/clients/requirements.txt and loggers.txt
 # litgpt     tests/clients/litgpt.txt: it needs an older huggingface-hub than the others
 #
 # The environments are in .clients/, Python 3.11, 6 and 5 GB, most of it the torch of PyPI with 3 GB of CUDA (downloaded
-# once, and where uv can link from its cache also stored once). They are made again when this file, their requirements or
-# pyproject.toml changed. Nothing is skipped: a package that cannot be installed or imported is a failure.
-# tests/run.sh --nightly runs this after its own tests. The exit status is 0 where every test passed.
+# once, and stored once if uv can link from its cache). They are rebuilt after a change of this file, their requirements
+# or pyproject.toml. Nothing is skipped: a package that cannot be installed or imported is a failure.
+# tests/run.sh --nightly runs this after its own tests. The exit status is 0 if every test passed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tests/environments.sh

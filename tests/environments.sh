@@ -1,6 +1,5 @@
 # shellcheck shell=bash
-# Shared by tests/versions.sh and tests/clients.sh, which make environments of their own; to be sourced by bash, not run.
-# They set FOLDER, where their environments are.
+# Functions of tests/versions.sh and tests/clients.sh, which build environments in $FOLDER. Source this file with bash.
 
 fail() {
     printf 'error: %s\n' "$*" >&2

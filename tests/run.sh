@@ -3,18 +3,18 @@
 #
 #   tests/run.sh               everything that a change may break
 #   tests/run.sh --fast        the tests that take seconds, while writing
-#   tests/run.sh --nightly     also the many cases of what the others have one case of, and more random examples; then
-#                              tests/clients.sh: programs of others, which it installs (9 GB, 3 GB of it CUDA for torch)
-#   tests/run.sh --ci          what .ci/run does: the first, and one case of each kind of --nightly
+#   tests/run.sh --nightly     also all cases of tests with many cases, and more random examples; then tests/clients.sh,
+#                              which installs other projects' programs (9 GB, 3 GB of it CUDA for torch)
+#   tests/run.sh --ci          the tests of .ci/run: the default ones, and one case of each kind of --nightly
 #   tests/run.sh -k sgd -x     anything else goes to pytest; paths are relative to the repository's root
 #
 # A gate runs on all cores (pytest-xdist, a file at a time); with arguments for pytest, tests run in one process.
-# The exit status is pytest's, with --nightly that of tests/clients.sh where all before it passed.
+# The exit status is pytest's; with --nightly it is that of tests/clients.sh if all earlier tests passed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source recipes/env.sh
 ensure_venv "dev,recipes,data,studies,docs,accelerate,deepspeed"
-# litdata asks for torchvision, which must be of the build of torch that is there, and which token chunks do not need.
+# litdata requires torchvision, which must match the installed build of torch and which token chunks do not need.
 if ! "$PYTHON" -c 'import litdata' >/dev/null 2>&1; then
     install=("$PYTHON" -m pip install --quiet --no-input --disable-pip-version-check)
     "${install[@]}" boto3 obstore tifffile && "${install[@]}" --no-deps 'litdata>=0.2.76,<0.3' \

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# The fast tests and a laptop run of 20 steps with other versions of what the package works with: docs/support.md.
+# Run the fast tests and 20 steps of the laptop recipe with other versions of the dependencies: docs/support.md.
 #
 #   tests/versions.sh                      all rows: floor, gpu-image, newest
 #   tests/versions.sh floor newest         these rows
-#   tests/versions.sh --keep newest        with the environment that is there, whatever its age
-#   tests/versions.sh floor -- -k sgd -x   what comes after -- goes to pytest
+#   tests/versions.sh --keep newest        with the existing environment, however old it is
+#   tests/versions.sh floor -- -k sgd -x   arguments after -- go to pytest
 #
 # floor       Python 3.10, the lowest versions that pyproject.toml names
-# gpu-image   Python 3.12 with what a common image for GPUs has: no jsonargparse, deepspeed, datasets and others
-# newest      Python 3.13, whatever is the newest today
+# gpu-image   Python 3.12 with the packages of a common image for GPUs: no jsonargparse, deepspeed, datasets and others
+# newest      Python 3.13, the newest versions of today
 #
-# The environments are in .versions/, 5 to 8 GB each, and are made again when this file or pyproject.toml changed, that
-# of `newest` also once a day. What pytest said is in .versions/ROW.log. The last line of each row can be pasted into
-# the page's table. The exit status is 0 where every test passed or was skipped and every run trained.
+# The environments are in .versions/, 5 to 8 GB each, and are rebuilt after a change of this file or pyproject.toml, that
+# of `newest` also once a day. pytest's output is in .versions/ROW.log. The last line of each row can be pasted into the
+# page's table. The exit status is 0 if every test passed or was skipped and every run trained.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tests/environments.sh

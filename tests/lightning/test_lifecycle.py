@@ -1,4 +1,4 @@
-"""What happens around fit: failed fits, second fits, pickles, checkpoints after fit, fused AdamW, GradScaler."""
+"""The callback around fit: failed fits, second fits, pickles, checkpoints after fit, fused AdamW, GradScaler."""
 
 from __future__ import annotations
 

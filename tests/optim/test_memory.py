@@ -84,7 +84,7 @@ KERNELS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_a_step_needs_less_than_8_mib(kernel: str, dtype: str) -> None:
     kind, options = KERNELS[kernel]
     if "exp_avg_dtype" in options and dtype != "float32":
-        pytest.skip("it is of float32 parameters only")
+        pytest.skip("exp_avg_dtype needs float32 parameters")
     env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(
         [COLD, "-c", PROGRAM, kind, dtype, json.dumps(options)],

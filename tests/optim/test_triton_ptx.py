@@ -61,7 +61,7 @@ class Recorder:
         signature = {n: "constexpr" if n in constants else POINTERS[given[n].dtype] for n in names}
         aligned = [n for n in names if n not in constants and given[n].data_ptr() % WIDE == 0]
         if "constexprs" not in inspect.signature(ASTSource).parameters:
-            pytest.skip(f"Triton {triton.__version__} is asked for PTX in other words")
+            pytest.skip(f"Triton {triton.__version__} has another interface for PTX")
         source = ASTSource(
             fn=self.kernel,
             signature=signature,

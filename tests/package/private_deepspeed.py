@@ -1,4 +1,4 @@
-"""What is read of DeepSpeed, which documents few of its names, so names without an underscore are listed, too.
+"""The names that are read of DeepSpeed, also those without an underscore, because it documents few of them.
 
 Only a running engine has them; ``tests/deepspeed/test_refusals.py`` starts one and checks them.
 """

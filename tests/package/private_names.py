@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FIND = (
-    "Find in the release notes or the source of {library} what does it now; read that where it is there and the old "
-    "name where it is not, or do without; then correct tests/package/private_names.py"
+    "Find in the release notes or the source of {library} what replaces it; read that if it exists and otherwise the "
+    "old name, or do without; then correct tests/package/private_names.py"
 )
 
 
@@ -80,7 +80,7 @@ _MESH = "torch.distributed.device_mesh"
 _C10D = "torch.distributed.distributed_c10d"
 _DCP = "torch.distributed.checkpoint"
 _DESCRIBED = "take it, and nothing that runs code, out of the pickle that describes shards"
-_WITHOUT_PREFIX = "strip it from the names of parameters, which would else differ from one wrapper to the next"
+_WITHOUT_PREFIX = "strip it from the names of parameters, which would otherwise differ between wrappers"
 
 TORCH = [
     Private(_OPTIMIZER, "_accelerator_graph_capture_health_check", ("am_lightning/optim/base.py",),
@@ -98,44 +98,44 @@ TORCH = [
     Private("torch.optim.lr_scheduler.LRScheduler", "_opt_called", (_CONVERT,),
             "tell the scheduler that the optimizer has stepped before it", "stepped_optimizer"),
     Private("torch.optim.lr_scheduler.LRScheduler", "_with_counter", (_CONVERT,),
-            "know the wrapper of step() by schedulers of others that were written after torch's of then", until="2.5"),
+            "recognise the wrapper of step() by other schedulers that follow torch's of that time", until="2.5"),
     Private("torch.optim.lr_scheduler.LRScheduler", "_step_count", (_CONVERT,),
             "count steps for such a scheduler", until="2.5"),
     Private("torch.distributed.checkpoint.state_dict", "_init_optim_state.__code__",
             ("am_lightning/distributed/call_stack.py",),
-            "know the step at lr 0 that only makes a state, of which nothing may be left"),
+            "recognise the step at lr 0 that only creates a state and must leave no trace"),
     Private(f"{_DCP}.filesystem", "_StorageInfo", _WEIGHTS, _DESCRIBED),
     Private(f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING", _WEIGHTS, _DESCRIBED),
     Private("torch.serialization", "_get_layout", _WEIGHTS, _DESCRIBED),
     Private(_MESH + ".DeviceMesh", "_flatten", (_DTENSOR,), "have one process group for a mesh of several dimensions"),
     Private(_MESH + ".DeviceMesh", "_get_root_mesh", (_DTENSOR,),
-            "cover several meshes by one, so that all sums take one all-reduce", since="2.10"),
+            "cover several meshes by one, so that one all-reduce is enough for all sums", since="2.10"),
     Private(_MESH, "_mesh_resources.get_root_mesh", (_DTENSOR,),
-            "cover several meshes by one, so that all sums take one all-reduce", until="2.10"),
+            "cover several meshes by one, so that one all-reduce is enough for all sums", until="2.10"),
     Private("torch.distributed.tensor.placement_types", "_StridedShard", (_DTENSOR,),
-            "know the placement that FSDP2 gives to a dimension which tensor parallel has split already"),
+            "recognise FSDP2's placement of a dimension that tensor parallelism has split already"),
     Private(_MODULE, "_handle", (_FSDP1,), "reach the flat parameter of an FSDP1 module", "fsdp1"),
     Private(_FLAT, "_params", (_FSDP1,),
             "reach the parameters that use_orig_params=True shows", "flat_parameter"),
     Private(_FLAT, "_shapes", (_FSDP1,), "give norms and biases no weight decay", "flat_parameter"),
     Private(_FLAT, "_fqns", (_FSDP1,), "name the tensors in a flat parameter", "flat_parameter"),
     Private(_FLAT, "_numels", (_FSDP1,), "check that the shards add up to each tensor", "flat_parameter"),
-    Private(_FLAT, "_param_extensions", (_FSDP1,), "refuse tensor parallel below FSDP1", "flat_parameter"),
+    Private(_FLAT, "_param_extensions", (_FSDP1,), "refuse tensor parallelism below FSDP1", "flat_parameter"),
     Private(_FLAT, "_shard_param_infos", (_FSDP1,),
             "find each tensor's elements in this rank's shard", "flat_parameter"),
     Private(_FLAT, "_fsdp_flattened", (_FSDP1,),
-            "know a parameter of FSDP1, which would else be taken for a whole tensor", "flat_parameter"),
+            "recognise a parameter of FSDP1, which looks like a whole tensor", "flat_parameter"),
     Private(_MODULE, "_inter_node_pg", (_FSDP1,), "add up over the copies that HYBRID_SHARD keeps", "hybrid_fsdp1"),
     Private(_MODULE, "_fsdp_wrapped_module", (_NAMES,), _WITHOUT_PREFIX, "fsdp1"),
     Private("torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper",
             "_checkpoint_wrapped_module", (_NAMES,), _WITHOUT_PREFIX, "checkpoint_wrapper"),
     Private("torch._dynamo.OptimizedModule", "_orig_mod", (_NAMES,), _WITHOUT_PREFIX, "compiled_module"),
-    Private(_C10D, "_world.pg_map", (_COLLECTIVES,), "list the process groups, for hang_timeout_s is for each of them"),
+    Private(_C10D, "_world.pg_map", (_COLLECTIVES,), "list the process groups: hang_timeout_s applies to each"),
     Private(_C10D, "_set_pg_timeout", (_COLLECTIVES,), "give hang_timeout_s to the groups of device meshes"),
     Private("torch._dynamo", "config.patch", ("am_lightning/optim/kernels/compiled.py",),
             "raise the number of graphs of one function"),
     Private("torch.utils.cpp_extension", "_get_build_directory", ("am_lightning/pretrain/runtime/operator_build.py",),
-            "say that DeepSpeed compiles its operator, where it is not compiled yet"),
+            "log that DeepSpeed compiles its operator, if it is not compiled yet"),
     Private("torch.utils.tensorboard.SummaryWriter", "_get_file_writer",
             (_BOARD, "am_lightning/loggers/custom_scalars.py"),
             "write the HParams row, and charts of several curves, into the run's own event file",
@@ -170,20 +170,20 @@ LIGHTNING = [
     Private("lightning.fabric.wrappers._FabricModule", "_forward_module", ("am_lightning/lightning/fabric.py", _NAMES),
             "reach the DeepSpeed engine, and to strip it from the names of parameters", "fabric_module"),
     Private("lightning.pytorch.callbacks.LearningRateMonitor", "_extract_momentum", (_PATCHES,),
-            "show beta_t where it would show the cap as the momentum"),
+            "show beta_t instead of the cap as the momentum"),
     Private(_CHECKPOINT, "_should_skip_saving_checkpoint", (_CALLBACK,), "save no step twice"),
     Private(_CHECKPOINT, "_save_topk_checkpoint", (_CALLBACK,), "save at the end of a run"),
     Private(_CHECKPOINT, "_monitor_candidates", (_CALLBACK,), "save at the end of a run"),
-    Private(_CHECKPOINT, "_save_checkpoint", (_CALLBACK,), "override it: a checkpoint is whole or not there"),
-    Private(_CHECKPOINT, "_save_last_checkpoint", (_CALLBACK,), "override it: last.ckpt follows a whole checkpoint"),
+    Private(_CHECKPOINT, "_save_checkpoint", (_CALLBACK,), "override it: a checkpoint is complete or absent"),
+    Private(_CHECKPOINT, "_save_last_checkpoint", (_CALLBACK,), "override it: last.ckpt follows a complete checkpoint"),
     Private(_CHECKPOINT, "_find_last_checkpoints", (_CALLBACK,),
-            "override it: ckpt_path='last' means the newest whole one"),
+            "override it: ckpt_path='last' means the newest complete one"),
     Private(_CHECKPOINT, "_last_global_step_saved", (_CALLBACK,), "set it, so that no step is saved twice",
             "model_checkpoint"),
     Private(_CHECKPOINT, "_last_checkpoint_saved", (_CALLBACK,), "set it, as Lightning's own saving does",
             "model_checkpoint"),
     Private(_CLI, "_parse_ckpt_path", ("am_lightning/pretrain/runtime/cli.py",),
-            "override it: the command line wins over a checkpoint's hyperparameters"),
+            "override it: the command line takes precedence over a checkpoint's hyperparameters"),
     Private(_CLI, "_dump_config", (_SETTINGS,), "have the settings as plain values"),
     Private(_CLI, "_set_seed", (_SETTINGS,), "override it: a program that only reads settings seeds nothing"),
     Private(_CLI, "_run_subcommand", (_SETTINGS,), "override it: a program that only reads settings runs nothing"),
@@ -224,7 +224,7 @@ TRANSFORMERS = [
     for owner, (name, package) in _REPORTERS.items()
 ] + [
     Private("transformers.integrations.WandbCallback", "_initialized", _IMAGES,
-            "write to no callback that has no run yet: its module would begin one", "WandbCallback", needs=("wandb",)),
+            "skip a callback without a run, because its module would begin one", "WandbCallback", needs=("wandb",)),
 ]  # fmt: skip
 
 TIMM = [
@@ -235,5 +235,5 @@ TIMM = [
 LITDATA = [
     Private("litdata.streaming.downloader", "_OBSTORE_CLIENT_OPTIONS",
             ("am_lightning/pretrain/data/litdata_loader.py",),
-            "let obstore read a server without TLS where AWS_ALLOW_HTTP says so"),
+            "let obstore read a server without TLS if AWS_ALLOW_HTTP permits it"),
 ]  # fmt: skip

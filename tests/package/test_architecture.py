@@ -130,7 +130,7 @@ def test_frameworks_do_not_know_each_other() -> None:
 def test_third_party_imports(module: str) -> None:
     """The core imports torch alone; an adapter imports torch and the framework that it serves."""
     if _floor(module) > CORE + 1:
-        pytest.skip("the floors above may use anything, inside what needs it")
+        pytest.skip("the floors above may import anything where they need it")
     allowed = {"torch", "am_lightning", *sys.stdlib_module_names} | ADAPTERS.get(_prefix(module, ADAPTERS), set())
     for name, line in _imports(module):
         assert name.partition(".")[0] in allowed, f"{module}:{line} imports {name}"
