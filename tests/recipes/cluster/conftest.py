@@ -1,4 +1,4 @@
-"""Clusters that are made once, and the run that all others are compared with."""
+"""Clusters that are started once, and the run that all others are compared with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from . import namespaces, slurm
 from .runs import LAUNCH, options, variables
 
-STEPS, EVERY = 120, 10  # also on a fast machine more than a second is left after the second checkpoint
+STEPS, EVERY = 120, 10  # even a fast machine needs more than a second after the second checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +21,7 @@ def run_options(corpus_folder: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def unbroken(tmp_path_factory: pytest.TempPathFactory, run_options: list[str]) -> Path:
-    """Two processes on one machine, by torchrun."""
+    """Run two processes on one machine by torchrun."""
     root = tmp_path_factory.mktemp("unbroken") / "run"
     env = variables(root, NODES="1", GPUS_PER_NODE="2")
     command = [str(LAUNCH / "torchrun.sh"), *run_options]

@@ -1,11 +1,11 @@
-"""Endings of runs over two nodes: each program trains, and no agent starts its processes again after the end.
+"""Endings of runs over two nodes: each program trains, and no agent restarts its processes after the end.
 
     python -m tests.recipes.cluster.endings --times 6
 
-Needs root and iproute2. Two network namespaces with an agent of launch/torchrun.sh each; the laptop recipe with a tiny
-model, 40 steps. Kinds: a run that finishes, `validate` of its checkpoint, a run that both agents' SIGTERM ends, and one
-that an error ends (a batch that two processes cannot share). Agents may not restart processes, so that a process which
-fails on its way out is seen as the agent's failure. Prints a table; exits with 1 where a run ended otherwise.
+It needs root and iproute2. Two network namespaces with an agent of launch/torchrun.sh each run the laptop recipe with a
+tiny model for 40 steps. Kinds: a run that finishes, `validate` of its checkpoint, a run that both agents' SIGTERM ends,
+and one that an error ends (a batch that two processes cannot share). Agents may not restart processes, so that a
+process which fails on its way out makes its agent fail. It prints a table and exits with 1 if a run ended otherwise.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TIMEOUT = 240.0  # seconds of one run
 
 
 def end(nodes: Sequence[Node], root: Path, source: Path, program: str, kind: str) -> str:
-    """Run once; "" where it ended as it must, else what was seen."""
+    """Run once; return "" if it ended as it must, and otherwise what happened."""
     if kind == "validate":
         return _validate(nodes, root, source)
     steps = 40 if kind != "SIGTERM" else 100_000
@@ -51,7 +51,7 @@ def end(nodes: Sequence[Node], root: Path, source: Path, program: str, kind: str
 
 
 def _validate(nodes: Sequence[Node], root: Path, source: Path) -> str:
-    """Of a finished run's checkpoint; the launchers start `fit` alone, so torchrun's own command is used."""
+    """Validate a finished run's checkpoint. The launchers only start `fit`, so torchrun's own command is used."""
     settings = {**TINY, "data.source": source, "trainer.default_root_dir": root, "trainer.num_nodes": 2}
     words = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
     port, started = str(free_port()), []

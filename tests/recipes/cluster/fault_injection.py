@@ -1,11 +1,11 @@
-"""Fault injection: kill runs over two nodes at random moments; every one ends with the bits of an unbroken run.
+"""Fault injection: kill runs over two nodes at random moments; each must end with the bits of an unbroken run.
 
     python -m tests.recipes.cluster.fault_injection --kills 20 --seed 0
 
-Needs root, iproute2 and, for SIGUSR1, slurm-wlm and munge. Every run trains the laptop recipe with a tiny model over
+It needs root, iproute2 and, for SIGUSR1, slurm-wlm and munge. Every run trains the laptop recipe with a tiny model over
 two nodes (network namespaces with a torchrun agent each, or two nodes of a SLURM) and is hit several times, by a kind
-and at a moment that the seed draws. Prints a table; exits with 1 where a run did not end or differs from the unbroken
-one in a bit.
+and at a moment that the seed draws. It prints a table and exits with 1 if a run did not end or differs from the
+unbroken one in a bit.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from .runs import LAUNCH, Agents, changed, newest_step, options, wait_until
 
 STEPS, EVERY = 240, 10
 KILLS_PER_RUN = 4
-LATEST = 0.8  # share of the steps after which nothing is killed: the run might end first
+LATEST = 0.8  # share of the steps after which nothing is killed, because the run might end first
 EARLY = 0.15  # share of the kills that come while the processes still start
 RUN_TIMEOUT = 1500.0  # seconds
 
 
 @dataclass
 class Row:
-    """One kill of a run, or its result."""
+    """A kill of a run, or its result."""
 
     run: int
     launcher: str
@@ -50,7 +50,7 @@ HEADER = (
 
 
 def unbroken(root: Path, args: list[str]) -> None:
-    """Train on two nodes that nothing happens to."""
+    """Train on two nodes without faults."""
     with namespaces.two_nodes() as nodes:
         agents = Agents(nodes, root, args)
         if agents.end(RUN_TIMEOUT) != [0, 0]:
@@ -58,7 +58,7 @@ def unbroken(root: Path, args: list[str]) -> None:
 
 
 def corpus(folder: Path) -> Path:
-    """Some text, the same every time."""
+    """Write some text, the same every time."""
     rng = random.Random(0)
     words = ["def", "return", "memory", "momentum", "step", "=", "(x)", ":", "\n", "for", "in", "range"]
     for number in range(120):
@@ -69,7 +69,7 @@ def corpus(folder: Path) -> Path:
 
 
 def plan(number: int, rng: random.Random, with_slurm: bool) -> list[list[str]]:
-    """The kinds of kills of every run: all kinds about as often; those under SLURM in runs of their own."""
+    """Draw the kinds of kills of every run, equally often; SLURM's have runs of their own."""
     kinds = [*kills.KINDS, *(["SIGUSR1"] if with_slurm else [])]
     drawn = [kinds[i % len(kinds)] for i in range(number)]
     under_slurm = [kind for kind in drawn if kind == "SIGUSR1"]
@@ -79,7 +79,7 @@ def plan(number: int, rng: random.Random, with_slurm: bool) -> list[list[str]]:
 
 
 def moments(count: int, rng: random.Random, steps: int) -> list[int]:
-    """The steps whose checkpoint is waited for before each kill; one in every part of the run."""
+    """Draw the steps whose checkpoint each kill waits for, one in every part of the run."""
     part = steps * LATEST / count
     return [0 if rng.random() < EARLY else int(part * (i + rng.random())) for i in range(count)]
 
@@ -88,10 +88,10 @@ class FaultInjection:
     """Runs in one folder, compared with an unbroken one.
 
     Args:
-        folder: where the runs go.
-        args: of pretrain.py; `steps` of them are optimizer steps.
-        reference: the folder of the unbroken run.
-        pause: seconds that pass at most between a checkpoint and the kill that waits for it.
+        folder: folder of the runs.
+        args: arguments of pretrain.py; `steps` of them are optimizer steps.
+        reference: folder of the unbroken run.
+        pause: largest number of seconds between a checkpoint and the kill that waits for it.
 
     Attributes:
         failures: runs that did not end, or differ.
@@ -108,12 +108,12 @@ class FaultInjection:
         print(row, flush=True)
 
     def wait_for_moment(self, root: Path, step: int) -> None:
-        """Until the checkpoint at `step` is there (0: not at all), and a random time more."""
+        """Wait until the checkpoint at `step` exists (0: no wait), and a random time more."""
         wait_until(lambda: newest_step(root) >= step, f"{root} does not reach step {step}", timeout=600)
         time.sleep(self.rng.uniform(0, self.pause))
 
     def torchrun(self, number: int, kinds: list[str]) -> None:
-        """A run of two torchrun agents on a small disk, hit by `kinds`."""
+        """Run two torchrun agents on a small disk and hit them with `kinds`."""
         root = self.folder / f"run{number}"
         with kills.small_disk(root), namespaces.two_nodes() as nodes:
             began = time.monotonic()
@@ -126,7 +126,7 @@ class FaultInjection:
             self._result(number, "torchrun", root, f"{agents.starts} starts of agents", began)
 
     def slurm(self, cluster: slurm.Slurm, number: int, count: int) -> None:
-        """A job on two SLURM nodes that gets SIGUSR1 `count` times."""
+        """Run a job on two SLURM nodes that gets SIGUSR1 `count` times."""
         root, began = self.folder / f"run{number}", time.monotonic()
         others = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "SBATCH_ARGS": ""}
         job = cluster.submit([str(LAUNCH / "slurm.sh"), *self.args], root, **others)

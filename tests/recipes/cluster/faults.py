@@ -2,9 +2,9 @@
 
     python -m tests.recipes.cluster.faults [KIND ...]
 
-One machine, two processes of each program by launch/torchrun.sh, the laptop recipe with a tiny model,
-fault_tolerance.hang_timeout_s 15, data.loader_timeout_s 10. Prints for each kind how the launcher ended, after
-how long, and the first line of the error; exits with 1 where a run neither finished nor ended with an error.
+On one machine, launch/torchrun.sh starts two processes of each program: the laptop recipe with a tiny model,
+fault_tolerance.hang_timeout_s 15, data.loader_timeout_s 10. It prints for each kind how the launcher ended, after how
+long, and the first line of the error, and exits with 1 if a run neither finished nor ended with an error.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class Launcher:
         return max((int(number) for numbers in found for number in numbers[:1]), default=0)
 
     def ranks(self) -> list[int]:
-        """Without the workers that they forked."""
+        """Return the ranks without the workers that they forked."""
         return [pid for pid in self._pids() if _parent(pid) not in self._pids()]
 
     def workers(self) -> list[int]:
-        """DataLoaders' workers, which are forked from ranks."""
+        """Return the DataLoaders' workers, which are forked from ranks."""
         return [pid for pid in self._pids() if _parent(pid) in self._pids()]
 
     def _pids(self) -> list[int]:
@@ -84,7 +84,7 @@ def _parent(pid: int) -> int:
 
 
 def meet(launcher: Launcher, kind: str) -> None:
-    """Do it, to the last rank or worker."""
+    """Apply the fault to the last rank or worker."""
     wait_until(lambda: launcher.checkpoints() >= 5, "no checkpoint", 120)
     victims = launcher.workers() if kind.startswith("worker") else launcher.ranks()
     number = signal.SIGKILL if "killed" in kind else signal.SIGSTOP
@@ -99,7 +99,7 @@ def meet(launcher: Launcher, kind: str) -> None:
 
 
 def run(folder: Path, source: Path, program: str, kind: str, patience: float = 120) -> tuple[int | None, float, str]:
-    """(exit status, or None where it did not end; seconds from the fault to the end; what was printed)."""
+    """Return (exit status, or None if it did not end; seconds from the fault to the end; output)."""
     more = ["--data.num_workers", "1", "--data.loader_timeout_s", str(LOADER_S)] if kind.startswith("worker") else []
     steps = 400 if kind == "slow" else FOREVER
     launcher = Launcher(folder / f"{program}-{kind.replace(' ', '-')}", source, program, steps, *more)

@@ -1,4 +1,4 @@
-"""What happens to runs on clusters: each function does it to a run of two torchrun agents and says what it did."""
+"""Faults of runs on clusters: each function hits a run of two torchrun agents and returns what it did."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Kill = Callable[[Agents, random.Random], str]
 
 
 def kill_rank(agents: Agents, rng: random.Random) -> str:
-    """SIGKILL one rank: torchrun starts all of them again."""
+    """SIGKILL one rank: torchrun restarts all of them."""
     index = rng.randrange(len(agents.nodes))
     node = agents.nodes[index]
     wait_until(lambda: bool(node.workers(PROGRAM)), f"no rank on node {index}")
-    with contextlib.suppress(ProcessLookupError):  # it may be on its way out: killed all the same
+    with contextlib.suppress(ProcessLookupError):  # it may be exiting already
         os.kill(node.workers(PROGRAM)[0], signal.SIGKILL)
     return f"the rank on node {index}"
 
 
 def kill_node(agents: Agents, rng: random.Random) -> str:
-    """SIGKILL all that runs on a node; a new agent comes. Losing the first node ends the other agent, too."""
+    """SIGKILL everything on a node and start a new agent. Losing the first node also ends the other agent."""
     index = rng.randrange(len(agents.nodes))
     agents.nodes[index].lose()
     if index == 0:
@@ -37,7 +37,7 @@ def kill_node(agents: Agents, rng: random.Random) -> str:
 
 
 def terminate(agents: Agents, rng: random.Random) -> str:
-    """SIGTERM to the agents, as a scheduler sends it before it takes the nodes away; then the same command again."""
+    """Send SIGTERM to the agents, as a scheduler does before it takes the nodes away; run the same command again."""
     for process in agents.processes:
         process.terminate()
     states = agents.end(300)
@@ -47,7 +47,7 @@ def terminate(agents: Agents, rng: random.Random) -> str:
 
 
 def truncate(agents: Agents, rng: random.Random) -> str:
-    """All nodes lose their power, and the newest checkpoint its end."""
+    """Cut the power of all nodes, so that the newest checkpoint loses its end."""
     for node in agents.nodes:
         node.lose()
     last = agents.root / "checkpoints" / "last.ckpt"
@@ -63,7 +63,7 @@ def truncate(agents: Agents, rng: random.Random) -> str:
 
 
 def fill_disk(agents: Agents, rng: random.Random) -> str:
-    """The disk becomes full; when a write has failed, there is room again."""
+    """Fill the disk, and make room again after a write has failed."""
     ballast = agents.root / "ballast"
     before = [log.stat().st_size for log in agents.logs]
     with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
@@ -92,7 +92,7 @@ KINDS: dict[str, Kill] = {
 
 @contextlib.contextmanager
 def small_disk(folder: Path, megabytes: int = 64) -> Iterator[None]:
-    """A disk of its own for a run."""
+    """Mount a separate disk for a run."""
     folder.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], check=True)
     try:

@@ -1,4 +1,4 @@
-"""Nodes on one machine: a network namespace each, joined by a veth pair; the file system is shared, as in a cluster."""
+"""Nodes on one machine: network namespaces joined by a veth pair, with a shared file system as in a cluster."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _numbers = itertools.count()
 
 
 def missing() -> str | None:
-    """Why there can be no namespaces here; None where there can."""
+    """Return why there can be no namespaces here, or None if there can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if shutil.which("ip") is None:
@@ -58,11 +58,11 @@ class Node:
         return [int(pid) for pid in found.stdout.split()]
 
     def workers(self, program: Path) -> list[int]:
-        """The processes here that are `program`: ranks, not launchers."""
+        """Return the processes here that run `program`: ranks, not launchers."""
         return [pid for pid in self.pids() if os.fsencode(program) in _command_line(pid)]
 
     def lose(self) -> None:
-        """SIGKILL everything that runs here, as when the machine loses its power."""
+        """SIGKILL everything that runs here, as a power cut would."""
         deadline = time.monotonic() + 30
         while pids := self.pids():
             for pid in pids:
@@ -82,7 +82,7 @@ def _command_line(pid: int) -> list[bytes]:
 
 @contextlib.contextmanager
 def two_nodes() -> Iterator[tuple[Node, Node]]:
-    """Two nodes that reach each other and nothing else; afterwards their processes and networks are gone."""
+    """Yield two nodes that reach each other and nothing else; then remove their processes and networks."""
     number = next(_numbers)
     nodes = tuple(Node(f"am{os.getpid()}-{number}-{i}", f"10.77.0.{i + 1}") for i in range(2))
     first, second = nodes

@@ -1,4 +1,4 @@
-"""A tiny run over two processes, started by the launchers of recipes/launch, and what became of it."""
+"""A tiny run over two processes, started by the launchers of recipes/launch, and its result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROGRAM = RECIPES / "pretrain.py"
 
 
 def options(source: Path, steps: int, every: int) -> list[str]:
-    """Of pretrain.py, after what the launchers give it: the laptop recipe with a tiny model."""
+    """Return pretrain.py's options in addition to the launchers': the laptop recipe with a tiny model."""
     settings = {
         **TINY,
         "data.source": source,
@@ -29,13 +29,13 @@ def options(source: Path, steps: int, every: int) -> list[str]:
 
 
 def variables(root: Path, **others: str) -> dict[str, str]:
-    """The environment of a launcher: two nodes of one process, unless `others` say otherwise."""
+    """Return the environment of a launcher: two nodes of one process, unless `others` override it."""
     sizes = {"NODES": "2", "GPUS_PER_NODE": "1", "RUN_DIR": str(root), "OMP_NUM_THREADS": "1"}
     return {**os.environ, **sizes, **others}
 
 
 def newest_step(root: Path) -> int:
-    """Of the checkpoints in a run's folder; 0 where there is none."""
+    """Return the newest step of the checkpoints in a run's folder, or 0 without one."""
     names = [path.stem.removeprefix("step-") for path in (root / "checkpoints").glob("step-*.ckpt")]
     return max((int(name) for name in names if name.isdigit()), default=0)
 
@@ -49,17 +49,17 @@ def wait_until(ready: Callable[[], bool], what: str, timeout: float = 180) -> No
 
 
 def changed(root: Path, reference: Path) -> list[str]:
-    """Where the last checkpoints of two runs differ in a bit."""
+    """Return where the last checkpoints of two runs differ in a bit."""
     states = [training_state(folder / "checkpoints" / "last.ckpt") for folder in (root, reference)]
     return differences(*states)
 
 
 class Agents:
-    """torchrun.sh on two nodes, and what a scheduler does: an agent that failed is started again.
+    """torchrun.sh on two nodes, and a scheduler that restarts a failed agent.
 
     Attributes:
-        starts: how often an agent was started.
-        logs: what the agents and their workers printed.
+        starts: number of times that an agent was started.
+        logs: output of the agents and their workers.
     """
 
     def __init__(self, nodes: Sequence[Node], root: Path, args: Sequence[str], **others: str) -> None:
@@ -79,15 +79,15 @@ class Agents:
         self.processes[index] = self._start(index)
 
     def end(self, timeout: float) -> list[int]:
-        """The agents' exit statuses."""
+        """Wait for the agents and return their exit statuses."""
         deadline = time.monotonic() + timeout
         return [process.wait(max(1.0, deadline - time.monotonic())) for process in self.processes]
 
     def finish(self, steps: int, timeout: float) -> None:
-        """Start what failed again until the run has made its steps.
+        """Restart what fails until the run has made its steps.
 
         Raises:
-            TimeoutError: it has not; says what was printed last.
+            TimeoutError: if it does not get there; the text has the last output.
         """
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:

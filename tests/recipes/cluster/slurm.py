@@ -1,4 +1,4 @@
-"""A SLURM of two nodes on this machine: munged, slurmctld and two slurmd, with all they write in one folder."""
+"""A SLURM of two nodes on this machine: munged, slurmctld and two slurmd, with all their files in one folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from tests.ports import free_port
 
 from .runs import variables
 
-# cred_expire is also how long a requeued job waits, 120 s by default; sched_interval, how soon it is seen then.
+# cred_expire is also the time that a requeued job waits (120 s by default), and sched_interval how soon it is
+# considered then.
 CONFIGURATION = """
 ClusterName=am
 SlurmctldHost={host}(127.0.0.1)
@@ -57,7 +58,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scan
 
 
 def missing() -> str | None:
-    """Why SLURM cannot run here; None where it can."""
+    """Return why SLURM cannot run here, or None if it can."""
     if os.geteuid() != 0:
         return "SLURM's daemons need root"
     absent = [program for program in PROGRAMS if shutil.which(program) is None]
@@ -68,7 +69,7 @@ class Slurm:
     """A running cluster.
 
     Attributes:
-        env: what a client needs in its environment.
+        env: environment variables that a client needs.
     """
 
     def __init__(self, folder: Path, env: Mapping[str, str]) -> None:
@@ -76,25 +77,25 @@ class Slurm:
         self.env = dict(env)
 
     def call(self, *command: str, env: Mapping[str, str] | None = None) -> str:
-        """What a client program prints."""
+        """Return what a client program prints."""
         done = subprocess.run(command, env=self.env if env is None else env, capture_output=True, text=True, timeout=60)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
         return done.stdout
 
     def submit(self, command: Sequence[str], root: Path, **others: str) -> str:
-        """Run a command that ends in sbatch, for a run in the folder `root`; the job's number."""
+        """Submit a command that ends in sbatch, for a run in the folder `root`; return the job's number."""
         printed = self.call(*command, env={**variables(root, **others), "SLURM_CONF": self.env["SLURM_CONF"]})
         found = re.search(r"Submitted batch job (\d+)", printed)
         assert found, printed
         return found[1]
 
     def job(self, number: str) -> dict[str, str]:
-        """scontrol's fields of a job."""
+        """Return scontrol's fields of a job."""
         return dict(re.findall(r"(\w+)=(\S*)", self.call("scontrol", "show", "job", number)))
 
     def wait(self, number: str, timeout: float) -> str:
-        """The state that a job ends in."""
+        """Wait for a job's end and return its state."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             job = self.job(number)
@@ -106,8 +107,8 @@ class Slurm:
 
 @contextlib.contextmanager
 def two_node_slurm() -> Iterator[Slurm]:
-    """The cluster; afterwards its jobs and its daemons are gone."""
-    # A short path: munged's socket is a file in it. Not below pytest's, whose parents only their owner may enter.
+    """Yield the cluster; then remove its jobs and its daemons."""
+    # munged's socket needs a short path. pytest's folders have parents that only their owner may enter.
     folder = Path(tempfile.mkdtemp(prefix="am-slurm-"))
     daemons: list[subprocess.Popen[bytes]] = []
     try:
@@ -131,7 +132,7 @@ def two_node_slurm() -> Iterator[Slurm]:
 
 
 def _munged(folder: Path) -> subprocess.Popen[bytes]:
-    """munged with a key and a socket of its own, so that one of the machine's is left alone."""
+    """Start munged with a key and a socket of its own, independent of the machine's."""
     owner = pwd.getpwnam("munge")
     private = folder / "munge"
     private.mkdir(mode=0o700)
@@ -171,7 +172,7 @@ def _until(ready: Callable[[], bool], folder: Path, daemons: list[subprocess.Pop
 
 
 def _stop(folder: Path, daemons: list[subprocess.Popen[bytes]]) -> None:
-    """Also slurmstepd and the jobs' processes, no children of the daemons: all of them have SLURM_CONF."""
+    """Kill also slurmstepd and the jobs' processes, which are no children of the daemons; all have SLURM_CONF."""
     for daemon in reversed(daemons):
         daemon.terminate()
     for daemon in daemons:

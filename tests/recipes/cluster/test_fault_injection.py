@@ -1,4 +1,4 @@
-"""A short run of kills, with what the other tests of this folder do not do; fault_injection.py is the long one."""
+"""A short run of kills that the other tests of this folder do not make; fault_injection.py is the long version."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rank that is killed, stopped or slow, and a DataLoader's worker: faults.py has all programs."""
+"""A rank that is killed, stopped or slow, and a DataLoader's worker; faults.py has all programs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Every launcher starts the same program with the same arguments, as often as the sizes say, and says what it misses.
+"""Every launcher starts the same program with the same arguments on all ranks, and names what is missing.
 
-The real launchers start a small program that writes down what it was given, so that this takes seconds.
+The real launchers start a small program that records its arguments, so that this takes seconds.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def launch(script: str, root: Path, *args: str, **others: str) -> subprocess.Com
 
 
 def said(root: Path) -> list[dict[str, Any]]:
-    """By every rank; checks that they are all there and have been given the same."""
+    """Return what every rank recorded; all ranks must be there with the same arguments."""
     ranks = [json.loads(path.read_text()) for path in sorted(root.glob("rank*.json"))]
     assert [rank["env"]["RANK"] for rank in ranks] == [str(i) for i in range(len(ranks))]
     for rank in ranks:
@@ -80,7 +80,7 @@ HOSTILE = "a b' \" $(touch X) `touch X`; touch X & * \\\\ \n--{} %s $HOME"
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["torchrun.sh", "accelerate.sh", "deepspeed.sh"])
 def test_no_value_is_executed_or_split(script: str, probe: Path, tmp_path: Path) -> None:
-    """The recipe's path, the run's folder and the program's options reach every rank as they were given."""
+    """The recipe's path, the run's folder and the program's options reach every rank unchanged."""
     if script == "deepspeed.sh":
         pytest.importorskip("deepspeed")
     config, root = tmp_path / f"-{HOSTILE}.yaml", tmp_path / f"-{HOSTILE}"
@@ -99,7 +99,7 @@ def test_no_value_is_executed_or_split(script: str, probe: Path, tmp_path: Path)
 def test_two_nodes_find_each_other_by_number(
     script: str, probe: Path, tmp_path: Path, nodes: tuple[Node, Node]
 ) -> None:
-    """Static rendezvous; DeepSpeed without ssh."""
+    """The rendezvous is static, and DeepSpeed needs no ssh."""
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("".join(f"{node.address} slots=1\n" for node in nodes))
     others = {"MASTER_ADDR": nodes[0].address, "RDZV": "static", "HOSTFILE": str(hostfile), "PROGRAM": str(probe)}
@@ -127,7 +127,7 @@ def test_an_elastic_run_is_told_how_many_nodes_came(probe: Path, tmp_path: Path,
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", ["kubeflow", "skypilot"])
 def test_the_sizes_of_kubernetes_and_skypilot_win(sizes: str, probe: Path, tmp_path: Path) -> None:
-    """What their controllers put into the environment of a pod or a machine, for one node of two GPUs."""
+    """Their controllers set these variables for a pod or a machine, here for one node of two GPUs."""
     port = str(free_port())
     kubeflow = {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "2", "PET_NODE_RANK": "0", "PET_MASTER_ADDR": "127.0.0.1"}
     skypilot = {"SKYPILOT_NUM_NODES": "1", "SKYPILOT_NUM_GPUS_PER_NODE": "2", "SKYPILOT_NODE_RANK": "0"}
@@ -176,7 +176,7 @@ def test_wrong_sizes_are_refused(given: dict[str, str], message: str, tmp_path: 
 
 
 def test_the_environment_wins_over_cluster_env() -> None:
-    """And every variable of it is used by a launcher."""
+    """Every variable of it is used by a launcher."""
     lines = [line for line in (LAUNCH / "cluster.env").read_text().splitlines() if line.startswith(": ")]
     names = [line.split("{")[1].split("=")[0].rstrip(":") for line in lines]
     code = "\n".join(path.read_text() for path in SCRIPTS)

@@ -30,7 +30,7 @@ def skypilot() -> dict[str, Any]:
 
 
 def accepted(config: str, *options: str) -> None:
-    """pretrain.py takes these."""
+    """Require that pretrain.py accepts these."""
     path = RECIPES / "configs" / f"{config}.yaml"
     command = [PYTHON, str(PRETRAIN), "fit", "--config", str(path), *options, "--print_config"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -44,7 +44,7 @@ def without_none(value: Any) -> Any:
 
 
 def test_the_kubeflow_objects_fit_their_api() -> None:
-    """Every field is known to the API's models and has its type: nothing is lost on the way through them."""
+    """The API's models know every field with its type, so that nothing is lost in conversion."""
     models = pytest.importorskip("kubeflow_trainer_api.models")
     runtime, job = kubeflow()
     for kind, given in ((models.TrainerV1alpha1TrainingRuntime, runtime), (models.TrainerV1alpha1TrainJob, job)):

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.nightly("SLURM")
 
 
 def submit(cluster: Slurm, root: Path, args: list[str]) -> str:
-    # The nodes' names do not resolve, so the job is told where its first node is; no GPUs to ask for.
+    # The nodes' names do not resolve, so the job gets the first node's address; there are no GPUs to request.
     others = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "SBATCH_ARGS": ""}
     return cluster.submit([str(LAUNCH / "slurm.sh"), *args], root, **others)
 
@@ -39,7 +39,7 @@ def test_a_signalled_job_is_requeued_and_ends_with_the_same_bits(
 
 
 def test_a_failed_step_is_started_again_and_given_up(cluster: Slurm, tmp_path: Path) -> None:
-    """With a program that always fails; the job fails after MAX_RESTARTS more attempts."""
+    """The program always fails, and the job fails after MAX_RESTARTS more attempts."""
     program = tmp_path / "fails.py"
     program.write_text("import os, sys\nprint('rank', os.environ['RANK'], flush=True)\nsys.exit(3)\n")
     root = tmp_path / "run"

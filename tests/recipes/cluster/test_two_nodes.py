@@ -1,4 +1,4 @@
-"""recipes/launch/torchrun.sh on two nodes that share nothing but a cable and the file system."""
+"""recipes/launch/torchrun.sh on two nodes that share only a cable and the file system."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_killed_rank_is_started_again_on_both_nodes(
     os.kill(rank, signal.SIGKILL)
     assert agents.end(240) == [0, 0], agents.tail()
     assert "Restored all states from the checkpoint" in agents.logs[0].read_text()
-    assert agents.starts == 2  # the agents themselves lived on
+    assert agents.starts == 2  # the agents themselves kept running
     assert changed(agents.root, unbroken) == []
 
 
