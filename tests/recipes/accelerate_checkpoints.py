@@ -1,4 +1,4 @@
-"""What each rank runs: checkpoints of Accelerate's saved twice, and on a disk that becomes full."""
+"""Functions that each rank runs: Accelerate checkpoints that are saved twice, and on a disk that becomes full."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from am_lightning.pretrain.runtime.errors import RecipeError
 
 @contextmanager
 def fresh_accelerator() -> Iterator[Accelerator]:
-    """One that leaves nothing behind for what the rank runs next."""
+    """Return an accelerator whose state does not affect what the rank runs next."""
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
     try:
         yield Accelerator(cpu=True)
@@ -28,7 +28,7 @@ def fresh_accelerator() -> Iterator[Accelerator]:
 
 
 def save_one_step_twice(folder: str) -> tuple[list[str], bool]:
-    """What lies in the folder, and whether a load gives what was saved last."""
+    """Return the folder's content, and whether a load restores what was saved last."""
     with fresh_accelerator() as accelerator:
         params = list(accelerator.prepare(torch.nn.Linear(3, 3)).requires_grad_(False).parameters())
         folders = AccelerateCheckpoints(accelerator, Path(folder))
@@ -42,7 +42,7 @@ def save_one_step_twice(folder: str) -> tuple[list[str], bool]:
 
 
 def save_until_the_disk_is_full(folder: str) -> tuple[int, str]:
-    """How many checkpoints were made, and the error."""
+    """Return the number of checkpoints made, and the error."""
     with fresh_accelerator() as accelerator:
         accelerator.prepare(torch.nn.Linear(500, 500))  # 1 MB
         folders = AccelerateCheckpoints(accelerator, Path(folder))

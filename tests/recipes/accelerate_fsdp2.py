@@ -1,4 +1,4 @@
-"""pretrain_accelerate.py with FSDP2 on CPU processes, where Accelerate ignores its plugin without a word."""
+"""pretrain_accelerate.py with FSDP2 on CPU processes, where Accelerate ignores its plugin without a message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A chunk of a data set that is given, not read."""
+"""A chunk of a data set in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands of the recipe with a model small enough for a test, and what to look at afterwards."""
+"""Commands of the recipe with a model small enough for a test, and helpers to compare the results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TINY = {
 
 
 def arguments(root: Path, source: Path, steps: int, *extra: str, command: str = "fit") -> list[str]:
-    """Of pretrain.py: the laptop recipe with a tiny model, `steps` steps, in the folder `root`."""
+    """Return arguments of pretrain.py: the laptop recipe with a tiny model, `steps` steps, in the folder `root`."""
     settings = {
         **TINY,
         "trainer.devices": 1,
@@ -62,7 +62,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def differences(left: Any, right: Any, where: str = "") -> list[str]:
-    """Where two nested states differ in a bit."""
+    """Return where two nested states differ in a bit."""
     if isinstance(left, torch.Tensor):
         same = isinstance(right, torch.Tensor) and left.dtype == right.dtype and torch.equal(left, right)
         return [] if same else [where]
@@ -79,6 +79,6 @@ def differences(left: Any, right: Any, where: str = "") -> list[str]:
 
 
 def training_state(path: Path) -> dict[str, Any]:
-    """Weights, optimizer and schedule of a checkpoint: what must not depend on interruptions."""
+    """Return the weights, optimizer and schedule of a checkpoint, which must not depend on interruptions."""
     checkpoint = load(path)
     return {key: checkpoint[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step")}

@@ -15,7 +15,7 @@ import torch
 
 from tests.lacking import pytest_runtest_makereport  # noqa: F401
 
-if find_spec("jsonargparse") is None:  # what the programs say of it is a SystemExit, which fixtures do not remember
+if find_spec("jsonargparse") is None:  # the programs raise SystemExit for it, which fixtures do not cache
 
     def _skip(*args: Any, **options: Any) -> None:
         pytest.skip("LightningCLI needs jsonargparse, which is not installed")
@@ -28,7 +28,7 @@ sys.path.insert(0, str(RECIPES))
 
 @pytest.fixture(scope="session")
 def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 small text files, of which about 5 % are held out; the same words every time."""
+    """Return 120 small text files, of which about 5 % are held out; the same words every time."""
     folder = tmp_path_factory.mktemp("corpus")
     words = ["def", "return", "memory", "momentum", "step", "=", "(x)", ":", "\n", "for", "in", "range"]
     rng = random.Random(0)
@@ -41,7 +41,7 @@ def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def same_process() -> Iterator[None]:
-    """Runs inside the test's process set the number of threads; put it back."""
+    """Restore the number of threads, which runs inside the test's process change."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

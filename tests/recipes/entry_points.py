@@ -1,4 +1,4 @@
-"""Run a recipe on two processes through each of its programs and engines, and read back what it logged."""
+"""Run a recipe on two processes through each of its programs and engines, and read what it logged."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Curve = dict[int, tuple[float, float]]  # step -> loss over all rows of the step
 
 @dataclass(frozen=True)
 class EntryPoint:
-    """A program, and the settings and variables that choose the engine."""
+    """A program, and the settings and variables that select the engine."""
 
     program: str
     settings: tuple[str, ...] = ()
     variables: dict[str, str] = field(default_factory=dict)
-    launcher: str | None = None  # of recipes/launch/; None: plain torchrun
+    launcher: str | None = None  # in recipes/launch/; None: plain torchrun
 
     @property
     def lightning(self) -> bool:
@@ -99,6 +99,6 @@ def _environment(entry: EntryPoint) -> dict[str, str]:
 
 
 def curve_of(entry: EntryPoint, root: Path) -> Curve:
-    """What a run logged, step by step; Lightning numbers steps from 0 where it logs."""
+    """Return what a run logged by step; Lightning counts steps from 0 when it logs."""
     curves, shift = scalars_in(root / "logs"), int(entry.lightning)
     return {step + shift: (loss, curves["am/beta/mean"][step]) for step, loss in curves["train/loss"].items()}

@@ -1,4 +1,4 @@
-"""Load exported folders as anybody would, in a process of its own: python exported.py IDS.pt OUT.pt FOLDER..."""
+"""Load exported folders in a new process, as any user would: python exported.py IDS.pt OUT.pt FOLDER..."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main(given: str, out: str, *folders: str) -> None:
         model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         with torch.no_grad():
             logits = model(input_ids=ids).logits
-        assert model.get_input_embeddings().padding_idx is None  # a row that fine-tuning would leave as it is
+        assert model.get_input_embeddings().padding_idx is None  # fine-tuning would not change its row
         assert model.config.bos_token_id is None and model.generation_config.pad_token_id == 0
         end = [model.config.eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_token_id]
         tokens = tokenizer(TEXT)["input_ids"]

@@ -1,7 +1,8 @@
 """Run pretrain.py and die by SIGKILL inside a chosen system call: python killed.py CALL PART NUMBER ARGUMENTS...
 
-CALL is a function of `os` that file writing ends with (fsync, replace, link, unlink); the process is killed just before
-its NUMBERth call for a file whose path contains PART. Nothing else differs from `python pretrain.py ARGUMENTS...`.
+CALL is one of the functions of `os` that end a file's writing (fsync, replace, link, unlink). The process is killed
+just before its NUMBERth call for a file whose path contains PART. Otherwise it runs as `python pretrain.py
+ARGUMENTS...`.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from typing import NoReturn
 def leave() -> NoReturn:
     """End this finished process without the interpreter's last steps.
 
-    In them torch 2.13 aborts about one process in ten that has used fully_shard over gloo ("terminate called without an
-    active exception"; a few lines of torch alone do), and the launcher takes the run for a failed one.
+    In these steps torch 2.13 aborts about one process in ten that has used fully_shard over gloo ("terminate called
+    without an active exception"; a few lines of torch alone do it), and the launcher takes the run for a failed one.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Pages of `am-lightning report` as a reader sees them, and event files to make them of."""
+"""Pages of `am-lightning report` as a reader sees them, and event files as their source."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class Page(HTMLParser):
-    """The report as a reader of it sees it: links, tables, and the data behind the charts."""
+    """The report as its reader sees it: links, tables, and the data behind the charts."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -44,13 +44,13 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data.strip()
 
     def series(self, chart: str) -> dict[tuple[int, str], tuple[list[int], list[float]]]:
-        """(run, style) -> steps, values."""
+        """Return (run, style) -> steps, values."""
         found = next(c for c in self.data["charts"] if c["id"] == chart)
         return {(s["run"], s["style"]): (s["steps"], s["values"]) for s in found["series"]}
 
 
 def write_run(folder: Path, scalars: dict[str, dict[int, float]], config: dict[str, Any] | None = None) -> Path:
-    """Event files and configuration in the place where the programs put them."""
+    """Write event files and a configuration where the programs put them."""
     with SummaryWriter(str(folder / "logs")) as writer:
         for tag, points in scalars.items():
             for step, value in points.items():
@@ -62,7 +62,7 @@ def write_run(folder: Path, scalars: dict[str, dict[int, float]], config: dict[s
 
 
 def intervals(folder: Path, *, cap: float | None) -> list[str]:
-    """A run whose points are of intervals of two steps; with a picture of its layers, and no curves of them."""
+    """Write a run whose points cover intervals of two steps, with a picture of its layers but no curves of them."""
     with SummaryWriter(str(folder / "logs")) as writer:
         for step in (2, 4, 6):
             points = {"train/loss": 2.0, "am/beta/mean": 0.7, "am/beta/min": 0.1 * step}

@@ -1,4 +1,4 @@
-"""What each rank of a pool runs: the recipe's Llama in a real Trainer under a strategy, and what every step showed."""
+"""Functions that each rank runs: the recipe's Llama in a real Trainer under a strategy, with a record of every step."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def strategy_of(name: str, world: int) -> Any:
 
 
 class Watched(LlamaPretraining):
-    """Reads its own rows, and remembers losses and momentum."""
+    """Read rows of its own, and record losses and momentum."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -82,7 +82,7 @@ class Watched(LlamaPretraining):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         index, of = self.share()
         generator = torch.Generator().manual_seed(int(batch))
-        # Few tokens are frequent: something to learn.
+        # Some tokens are frequent, so that there is something to learn.
         rows = torch.randint(64, (ROWS, self.shape.seq_len), generator=generator) ** 2 // 64
         loss = super().training_step(rows.chunk(of)[index].to(self.device), batch_idx)
         self.losses.append(loss.detach().double())
@@ -94,7 +94,7 @@ class Watched(LlamaPretraining):
 
 
 def fit(name: str, *, precision: str = "32-true", clip: float | None = 0.5, **options: Any) -> dict[str, Any]:
-    """Train on all ranks of the pool, or in this process where there is none.
+    """Train on all ranks of the pool, or in this process without a pool.
 
     Returns:
         ``losses`` (over the whole batch, by step), ``betas`` by step, ``norms`` of the gradient by step, ``first``:
@@ -105,7 +105,7 @@ def fit(name: str, *, precision: str = "32-true", clip: float | None = 0.5, **op
     world, plugins = 1, []
     if dist.is_initialized():
         world = dist.get_world_size()
-        os.environ["LOCAL_RANK"] = str(dist.get_rank())  # as after a launch: Lightning starts no processes of its own
+        os.environ["LOCAL_RANK"] = str(dist.get_rank())  # as after a launch, so that Lightning starts no processes
         plugins.append(LightningEnvironment())
     L.seed_everything(0, verbose=False)
     module = Watched(**{**SHAPE, "optimizer": partial(AMAdamW, lr=RATE, betas=(0.89, 0.95)), **options})

@@ -1,6 +1,6 @@
-"""`plan` beside what a run takes: memory and bytes of small runs under every strategy.
+"""Compare `plan` with the memory and the sent bytes of small runs under every strategy.
 
-`python -m tests.recipes.plan_cases` measures all of them and prints the table of docs/recipes.md; minutes.
+`python -m tests.recipes.plan_cases` measures all of them in minutes and prints the table of docs/recipes.md.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from tests.sharding.pool import Pool, pools
 
 SHAPE = LlamaShape(
     hidden_size=384, intermediate_size=1024, num_heads=6, num_layers=6, vocab_size=8192, seq_len=128
-)  # 16.9 M parameters: beside them what the processes need anyway is small
+)  # 16.9 M parameters outweigh what the processes need anyway
 SCRATCH = 7 << 20  # the optimizer's blocked kernel on the CPU
 
 
 @dataclass(frozen=True)
 class Case:
-    """A run; `rows` of a micro-batch, over the ranks that share a layer."""
+    """A run; `rows` is the size of a micro-batch, over the ranks that share a layer."""
 
-    strategy: str  # as parallel_runs.strategy_of names it
+    strategy: str  # a name of parallel_runs.strategy_of
     ranks: int
     rows: int
     accumulate: int = 1
@@ -70,7 +70,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """Bytes: the plan's, and each rank's."""
+    """Planned bytes, and the measured ones of each rank."""
 
     memory: int
     peaks: list[int]
@@ -78,7 +78,7 @@ class Outcome:
     sent: list[int]
 
     def errors(self) -> tuple[float, float]:
-        """Of memory against the rank that took most, and of traffic: planned / measured - 1."""
+        """Return planned / measured - 1 of memory, on the rank that took most, and of traffic."""
         return self.memory / max(self.peaks) - 1, self.traffic / max(self.sent) - 1
 
 

@@ -1,4 +1,4 @@
-"""What each rank runs to measure a step: peak of the allocator's memory, and bytes sent, under a strategy."""
+"""Functions that each rank runs to measure a step: the allocator's peak memory, and bytes sent, under a strategy."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from tests.recipes.parallel_runs import strategy_of
 from tests.recipes.wire import bytes_sent
 
 STEPS = 3
-ZERO_BUCKET = 5_000_000  # elements; DeepSpeed's own would be larger than the models measured here
+ZERO_BUCKET = 5_000_000  # elements; DeepSpeed's default would be larger than the models measured here
 
 
 class Rows(LlamaPretraining):
-    """Reads rows of random tokens."""
+    """Read rows of random tokens."""
 
     def __init__(self, rows: int, **options: Any) -> None:
         super().__init__(**options)
@@ -44,7 +44,7 @@ class Rows(LlamaPretraining):
 
 
 class WholeSteps(L.Callback):
-    """Bytes sent at the end of every optimizer step."""
+    """Record the bytes sent at the end of every optimizer step."""
 
     def __init__(self) -> None:
         self.sent: list[int] = []
@@ -58,11 +58,15 @@ class WholeSteps(L.Callback):
 def measure(
     folder: str, name: str, rows: int, accumulate: int, precision: str, shape: dict[str, Any]
 ) -> dict[str, int]:
-    """Train STEPS steps; ``peak``: bytes that torch's allocator had given out at most since before the model was
-    made; ``sent``: bytes of the last step."""
+    """Train STEPS steps.
+
+    Returns:
+        ``peak``: the largest number of bytes that torch's allocator held since before the model was built; ``sent``:
+        bytes sent in the last step.
+    """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    os.environ["LOCAL_RANK"] = str(dist.get_rank())  # as after a launch: Lightning starts no processes of its own
+    os.environ["LOCAL_RANK"] = str(dist.get_rank())  # as after a launch, so that Lightning starts no processes
     gc.collect()
     steps = WholeSteps()
 
@@ -92,7 +96,7 @@ def _strategy(name: str) -> Any:
     from tests.deepspeed.entry_points import OnCPU, zero_config  # needs DeepSpeed's compiled operator
 
     config = zero_config(int(name[4:]))
-    del config["zero_optimization"]["sub_group_size"]  # so small that every tensor is cut up
+    del config["zero_optimization"]["sub_group_size"]  # so small that every tensor is split
     config["zero_optimization"] |= {"reduce_bucket_size": ZERO_BUCKET, "allgather_bucket_size": ZERO_BUCKET}
     return OnCPU(config=config)
 
@@ -115,7 +119,7 @@ def _peak_on_cpu(action: Callable[[], None], trace: Path) -> int:
 
 
 def _peak(events: list[dict[str, Any]]) -> int:
-    """The largest sum of what was allocated, and not yet freed, within the trace."""
+    """Return the largest sum of allocated and not yet freed bytes within the trace."""
     memory = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
     alive: dict[int, int] = {}
     total = peak = 0

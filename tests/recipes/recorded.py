@@ -1,9 +1,9 @@
-"""Run a program of recipes/ with data.mode litdata, write down the rows that this process is given, and maybe die.
+"""Run a program of recipes/ with data.mode litdata, record the rows that this process gets, and optionally die.
 
     python recorded.py FOLDER DIES PROGRAM ARGUMENTS...
 
-For each micro-batch FOLDER/rank-R.jsonl gets a line {"step", "rows"}: the optimizer step it belongs to, hashes of the
-rows. The process is killed by SIGKILL when it asks for the first micro-batch of step DIES (-1: never).
+Each micro-batch adds a line {"step", "rows"} to FOLDER/rank-R.jsonl: its optimizer step, and hashes of its rows. The
+process is killed by SIGKILL when it requests the first micro-batch of step DIES (-1: never).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
 def record(folder: Path, dies: int) -> None:
-    """Let every LitdataLoader write down what it gives."""
+    """Make every LitdataLoader record what it yields."""
     real = LitdataLoader.__iter__
 
     def recorded(loader: LitdataLoader) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""A callback that writes down which rows each process was given: for pretrain.py's command line."""
+"""A callback for pretrain.py's command line that records which rows each process gets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 
 
 class RowLog(Callback):
-    """For each micro-batch a line {"step", "rows"} in `folder`/rank-R.jsonl: steps done before, hashes of the rows."""
+    """Write per micro-batch a line {"step", "rows"} to `folder`/rank-R.jsonl: steps before it, hashes of its rows."""
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
@@ -28,7 +28,7 @@ class RowLog(Callback):
 
 
 def read_rows(folder: Path) -> dict[int, list[Any]]:
-    """Step -> the rows of its micro-batches, each a list over the ranks in order."""
+    """Return step -> the rows of its micro-batches, each a list over the ranks in order."""
     steps: dict[int, list[list[str]]] = {}
     ranks = [path.read_text().splitlines() for path in sorted(folder.glob("rank-*.jsonl"))]
     for lines in zip(*ranks, strict=True):

@@ -1,7 +1,7 @@
-"""Runs of a few steps of a tiny model, with something done to them on the way: python small_run.py '{"root": ...}' ...
+"""Runs of a few steps of a tiny model with planned events: python small_run.py '{"root": ...}' ...
 
 The keys are those of `Options`. Signals are raised inside training_step, in the middle of a step, so that a test needs
-no clock to hit one. Several runs in one process each leave a line with how they ended in ROOT/ended-RANK.
+no clock to hit one. Each of several runs in one process adds a line about its end to ROOT/ended-RANK.
 """
 
 from __future__ import annotations
@@ -45,24 +45,23 @@ class Options:
     accumulate: int = 1
     asynchronous: bool = False
     resume: str | None = "last"
-    # micro-batch number (over the whole run), or "before" training -> what happens there: a signal's name, "hang",
-    # "nan"
+    # micro-batch number (over the whole run), or "before" training -> event: a signal's name, "hang", "nan"
     events: dict[str, str] = field(default_factory=dict)
     event_rank: int = 0
     max_skips: int = 100  # of AdaptiveMemory
     fault_tolerance: dict[str, Any] = field(default_factory=dict)
     stop_at: int | None = None  # the micro-batch in which should_stop is set
-    validate_every: int | None = None  # micro-batches; what happens there is the event "validation"
-    late_answers: bool = False  # as on accelerators, where a question is answered at the next one
+    validate_every: int | None = None  # micro-batches; the event there is "validation"
+    late_answers: bool = False  # as on accelerators, where the next question brings the answer
     truncate: str | None = None  # a file below `root` that loses its second half before the run
 
     def ended(self, rank: int) -> list[str]:
-        """How the runs in `root` ended on a rank: finished, stopped STATUS, error: TEXT."""
+        """Return how the runs in `root` ended on a rank: finished, stopped STATUS, error: TEXT."""
         return Path(self.root, f"ended-{rank}").read_text().splitlines()
 
 
 class Steps(Sampler[list[int]]):
-    """Rows of a step as a function of the step and the rank alone."""
+    """Return the rows of a step as a function of the step and the rank alone."""
 
     def __init__(self, trainer: L.Trainer) -> None:
         self.trainer = trainer
@@ -118,7 +117,7 @@ class Small(L.LightningModule):
             self.meet("validation")
 
     def meet(self, moment: str) -> float:
-        """What `events` says for this moment; a factor of the loss."""
+        """Apply the event of this moment; return a factor of the loss."""
         event = self.options.events.get(moment) if self.global_rank == self.options.event_rank else None
         if event == "hang":
             time.sleep(600)
@@ -168,7 +167,7 @@ def trainer_for(options: Options) -> L.Trainer:
 
 
 def run(options: Options) -> str:
-    """How it ended."""
+    """Run, and return how it ended."""
     if options.truncate and os.environ.get("RANK", "0") == "0":
         path = Path(options.root, options.truncate)
         os.truncate(path, path.stat().st_size // 2)

@@ -30,7 +30,7 @@ def test_a_step_saved_again_replaces_the_first_and_clears_what_a_kill_left(tmp_p
 
 
 class Code:
-    """A pickle that makes a file when it is loaded."""
+    """A pickle that creates a file when it is loaded."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -56,7 +56,7 @@ def checkpoints(tmp_path: Path) -> Any:
 
 
 def test_no_file_of_a_checkpoint_runs_code(checkpoints: AccelerateCheckpoints, tmp_path: Path) -> None:
-    """Whoever can write the folder can write its manifest, too."""
+    """Whoever can write to the folder can write its manifest, too."""
     path = checkpoints.save(1)
     names = {file.name for file in path.iterdir()} - {"manifest.json"}
     assert {"states.pt", "optimizer.bin", "random_states_0.pkl"} <= names
@@ -78,11 +78,11 @@ def test_no_file_of_a_checkpoint_runs_code(checkpoints: AccelerateCheckpoints, t
     write_manifest(path)
     assert checkpoints.load("last") == path
     pickle.loads(pickle.dumps(Code(tmp_path / "ran")))
-    assert (tmp_path / "ran").exists()  # the plant is one
+    assert (tmp_path / "ran").exists()  # the planted pickle does run code
 
 
 def test_the_newest_go_by_their_numbers_and_a_damaged_one_is_passed_over(checkpoints: AccelerateCheckpoints) -> None:
-    for number, step in enumerate((7, 9, 8)):  # 8 after going back
+    for number, step in enumerate((7, 9, 8)):  # 8 after a return to an earlier step
         path = checkpoints.save(step)
         for file in (path, path / "manifest.json"):
             os.utime(file, (2e9 - number, 2e9 - number))

@@ -1,4 +1,4 @@
-"""The batch study: its rule of tuning, the gradient's noise, and the page, from runs whose losses are made up."""
+"""The batch study: its tuning rule, the gradient's noise, and the page, from runs with invented losses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CELLS = list(dict.fromkeys(cell for cells in KINDS.values() for cell in cells))
 
 
 def made_up(config: Config) -> Result:
-    """A parabola over the logarithm of the rate, whose lowest point depends on the method; large rates diverge."""
+    """Return a parabola in the logarithm of the rate, whose minimum depends on the method; large rates diverge."""
     method, lr = Method(**config["method"]), config["lr"]
     ours = method.kind == "am"
     best = math.log2(2e-3) + 4 * method.warmup - 3 * (method.beta1 - 0.8) + 0.5 * ours
@@ -43,7 +43,7 @@ def made_up(config: Config) -> Result:
 def fill(
     ledger: Ledger, stages: tuple[str, ...] = STAGES, *, cells: int = len(CELLS), families: Families = FEW
 ) -> None:
-    """All runs of a study, with made-up losses."""
+    """Write all runs of a study with invented losses."""
     for cell in CELLS[:cells]:
         tuning = Tuning(ledger, cell, families)
         for stage in stages:
@@ -78,7 +78,7 @@ def test_what_is_close_to_its_familys_best_is_tuned_finer(tuned: Tuning) -> None
         fine = {method for method in family if any(step % 2 for step in tuned.tried(method))}
         close = {m for m in family if tuned.value(m, tuned.best(m, fine=False)) <= best + 0.05}
         assert fine == close
-    assert any(tuned.best(method) % 2 for method in tuned.families["AM-AdamW"])  # and is picked where it is better
+    assert any(tuned.best(method) % 2 for method in tuned.families["AM-AdamW"])  # and is chosen if it is better
 
 
 def test_adamw_gets_at_least_as_many_runs_as_am(tuned: Tuning) -> None:
@@ -87,7 +87,7 @@ def test_adamw_gets_at_least_as_many_runs_as_am(tuned: Tuning) -> None:
 
 
 def test_the_grid_ends_at_its_limits(tmp_path: Path) -> None:
-    """A method that only ever gets better stops the study nowhere else."""
+    """A method that only improves still ends the study at the limits."""
     method = Method("adamw")
     tuning = Tuning(Ledger(tmp_path / "x.jsonl"), CELLS[0], {"AdamW": (method,)})
     while configs := list(tuning.missing()):
@@ -163,7 +163,7 @@ def test_the_page_has_the_cells_that_are_complete(tmp_path: Path) -> None:
     assert "With few methods: 32 rows x 300 steps. With all methods: 8 rows x 300 steps. Not complete: 64 rows" in text
     assert text.count("## Finalists: ") == 2 and text.count("## Tuning: ") == 3
     summary = text.split("## Summary")[1].split("![")[0]
-    first, second = (line for line in summary.splitlines() if "+0.003 ± 0.002" in line)  # made-up: AM's seeds rise more
+    first, second = (line for line in summary.splitlines() if "+0.003 ± 0.002" in line)  # invented: AM's seeds increase
     assert "0.8 w15%" in first and "0.8 w5%" in second and "w15%" not in second
     for name in ("batch-gains.png", "batch-learning-rates.png", "batch-smallest.png", "batch-momentum.png"):
         assert Image.open(tmp_path / name).width > 400
@@ -172,7 +172,7 @@ def test_the_page_has_the_cells_that_are_complete(tmp_path: Path) -> None:
 
 
 def test_all_methods_go_on_from_few(tmp_path: Path) -> None:
-    """And an interrupted study makes the same choices."""
+    """An interrupted study makes the same choices."""
     few, cut = Ledger(tmp_path / "few.jsonl"), Ledger(tmp_path / "cut.jsonl")
     fill(few, cells=1)
     for config in list(missing("tune", Tuning(cut, CELLS[0], FEW)))[:30]:

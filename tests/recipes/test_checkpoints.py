@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and what is said about those that are not whole."""
+"""Files are complete or absent, and incomplete ones are named."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _CLOCK = itertools.count(2_000_000_000, -100)
 
 
 def save(path: Path, step: int = 7) -> Path:
-    """Written by a clock that goes back: what is saved later seems older."""
+    """Save with a clock that runs backwards: what is saved later seems older."""
     AtomicCheckpointIO().save_checkpoint({**SMALL, "global_step": step}, path)
     time = next(_CLOCK)
     for file in (path, manifest_of(path)):
@@ -76,7 +76,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 def test_the_newest_whole_one_is_chosen_and_the_broken_ones_are_named(
     tmp_path: Path, damage: Callable[[Path], None], manifest: bool, recwarn: pytest.WarningsRecorder
 ) -> None:
-    """Without a manifest, as a kill just after the rename leaves it, by the checksums inside the file."""
+    """Without a manifest, as after a kill just after the rename, the checksums inside the file decide."""
     save(tmp_path / "step-000001.ckpt", 1)
     whole = save(tmp_path / "step-000002.ckpt", 2)
     newest = save(tmp_path / "step-000003.ckpt", 3)
@@ -105,7 +105,7 @@ def test_without_last_ckpt_the_newest_step_is_chosen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("manifests", ["of an older version", "lost"])
 def test_checkpoints_without_numbers_go_by_their_steps(tmp_path: Path, manifests: str) -> None:
-    """A copy that lost the times of files, too; and what is written from now on is the newest."""
+    """A copy may have lost the files' times, too; a file written afterwards is the newest."""
     paths = [save(tmp_path / f"step-{step:06d}.ckpt", step) for step in (9, 10, 8)]
     for path in paths:
         content = json.loads(manifest_of(path).read_text())
@@ -116,7 +116,7 @@ def test_checkpoints_without_numbers_go_by_their_steps(tmp_path: Path, manifests
     shutil.copyfile(paths[1], tmp_path / "last.ckpt")
     assert newest_first(list(tmp_path.glob("step-*.ckpt"))) == [paths[1], paths[0], paths[2]]
     assert saved_step(newest_whole(tmp_path) or tmp_path) == 10
-    earlier = save(tmp_path / "step-000004.ckpt", 4)  # after going back
+    earlier = save(tmp_path / "step-000004.ckpt", 4)  # after a return to an earlier step
     assert newest_whole(tmp_path) == earlier
 
 
@@ -144,7 +144,7 @@ def test_what_a_kill_left_without_a_manifest_is_the_newest(tmp_path: Path) -> No
 @pytest.mark.parametrize("folder", [False, True])
 @pytest.mark.filterwarnings("ignore:the checkpoint:UserWarning")
 def test_a_manifest_that_is_none_stops_nothing(tmp_path: Path, content: str, folder: bool) -> None:
-    """A file has checksums of its own; of a folder nobody can say that it is whole."""
+    """A file has checksums of its own, but a folder without a manifest cannot be verified."""
     make = save_folder if folder else save
     older, newest = (make(tmp_path / f"step-{step:06d}.ckpt", step) for step in (1, 2))
     replace_with_link(newest, tmp_path / "last.ckpt")
@@ -154,7 +154,7 @@ def test_a_manifest_that_is_none_stops_nothing(tmp_path: Path, content: str, fol
 
 
 def save_folder(path: Path, step: int) -> Path:
-    """As CheckpointWriter leaves a sharded one."""
+    """Save a folder as CheckpointWriter leaves a sharded one."""
     (path / "sub").mkdir(parents=True)
     torch.save({"global_step": step}, path / "meta.pt")
     (path / "sub" / "__0_0.distcp").write_bytes(os.urandom(1000))
@@ -200,7 +200,7 @@ def test_another_tools_folder_needs_no_manifest(tmp_path: Path) -> None:
 
 
 def test_a_new_file_is_never_beside_an_old_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whenever it is killed while it writes over a checkpoint."""
+    """The process may be killed at any time while it overwrites a checkpoint."""
     path = save(tmp_path / "a.ckpt", 1)
     real = os.replace
 
@@ -216,7 +216,7 @@ def test_a_new_file_is_never_beside_an_old_manifest(tmp_path: Path, monkeypatch:
 
 
 def test_the_oldest_go_with_their_manifests(tmp_path: Path) -> None:
-    """By the order they were written in: after going back to an early step, its successors are the newest."""
+    """The order is that of writing: after a return to an early step, its successors are the newest."""
     callback = RunCheckpoint(str(tmp_path), keep=2)
     for step in (10, 30, 20, 25):
         callback._publish(save(tmp_path / f"step-{step:06d}.ckpt", step))
@@ -263,7 +263,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What happens to files from now on: "flushed NAME" and "renamed NAME", the name being the old one."""
+    """Yield what happens to files: "flushed NAME" and "renamed NAME", with the old name."""
     happened: list[str] = []
     fsync, replace = os.fsync, os.replace
 
@@ -282,7 +282,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc to tell a descriptor's file from")
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A power cut may lose what was written, and keep the rename: that would be an empty file of the right name."""
+    """A power cut may lose the content but keep the rename, which would leave an empty file of the right name."""
     happened = watched(monkeypatch)
     save(tmp_path / "a.ckpt")
     parts = [f".{name}.{os.getpid()}.part" for name in ("a.ckpt", "a.ckpt.manifest.json")]
@@ -322,7 +322,7 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one(small_disk: Path) -> 
     before = sorted(small_disk.iterdir())
     with pytest.raises(RecipeError, match=r"cannot write .*last.ckpt: No space left.*4.0 MB are needed.*MB free"):
         AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(1_000_000)}, path)
-    other = {str(i): 0 for i in range(300_000)}  # what is not a tensor is not foreseen
+    other = {str(i): 0 for i in range(300_000)}  # the check of free space counts tensors only
     with pytest.raises(RecipeError, match=r"cannot write .*last.ckpt: No space left.*MB free.*last good checkpoint"):
         AtomicCheckpointIO().save_checkpoint({"other": other}, path)
     assert saved_step(path) == 7
@@ -353,7 +353,7 @@ def test_a_wrong_argument_is_named(argument: dict[str, int]) -> None:
 
 
 class MakesFile:
-    """Unpickled, it runs code."""
+    """An object whose unpickling runs code."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -373,7 +373,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_fails_in_the_background_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the latest with the next checkpoint; the one before stays."""
+    """It ends at the latest with the next checkpoint; the one before stays."""
     real = AtomicCheckpointIO.save_checkpoint
 
     def refused(self: AtomicCheckpointIO, checkpoint: dict[str, Any], path: Any, *args: Any) -> None:
@@ -389,7 +389,7 @@ def test_what_fails_in_the_background_ends_the_run(tmp_path: Path, monkeypatch: 
 
 
 def test_without_room_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the foreground, also where the writing would be done in the background."""
+    """The check is in the foreground, also if the writing is in the background."""
     full = SimpleNamespace(free=100)
     begun: list[Any] = []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)

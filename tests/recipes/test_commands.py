@@ -20,7 +20,7 @@ NAMES = sorted(recipe_files())
 
 
 def tree(folder: Path) -> dict[str, bool]:
-    """Path -> whether it is executable."""
+    """Return path -> whether it is executable."""
     files = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     return {path.relative_to(folder).as_posix(): os.access(path, os.X_OK) for path in files}
 
@@ -108,7 +108,7 @@ def test_cp_copies_what_a_run_needs_and_overwrites_nothing(tmp_path: Path) -> No
 
 
 def test_cp_writes_nothing_through_a_link(tmp_path: Path) -> None:
-    """Not into what a file's link points to, there or not; not into a folder that a link points to."""
+    """It follows no link: neither to a file, present or not, nor to a folder."""
     copy, outside = tmp_path / "copy", tmp_path / "outside"
     copy.mkdir()
     outside.mkdir()
@@ -152,7 +152,7 @@ def test_validate_says_which_library_the_data_need(
 
 
 def test_a_gated_tokenizer_is_named_before_it_is_asked_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """By validate and plan, whatever HF_TOKEN is; an open one is not."""
+    """validate and plan name it, whatever HF_TOKEN is; an open one is not named."""
     root = ["--trainer.default_root_dir", str(tmp_path)]
     for command in (["validate", "llama-8b", "--trainer.strategy", "auto", *root], ["plan", "llama-8b", "--gpus", "8"]):
         assert main(command) == 0
@@ -164,7 +164,7 @@ def test_a_gated_tokenizer_is_named_before_it_is_asked_for(capsys: pytest.Captur
 
 @pytest.mark.slow
 def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
-    """As `list | head -1` does."""
+    """`list | head -1` does this."""
     command = [COLD, "-m", "am_lightning.recipes", "list"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     assert process.stdout is not None and process.stderr is not None
@@ -174,7 +174,7 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
 
 
 def test_fit_takes_a_name(tmp_path: Path, corpus_folder: Path) -> None:
-    """`fit NAME`, as pretrain.py; and nothing of the same name in the working directory is needed."""
+    """`fit NAME` works as pretrain.py does, and needs no file of that name in the working directory."""
     [_, _, _, *settings] = arguments(tmp_path / "run", corpus_folder, 2)
     assert main(["fit", "laptop", *settings]) == 0
     assert (tmp_path / "run" / "checkpoints" / "step-000002.ckpt").exists()
@@ -182,7 +182,7 @@ def test_fit_takes_a_name(tmp_path: Path, corpus_folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_built_wheel_has_it_all(tmp_path: Path, corpus_folder: Path) -> None:
-    """Installed beside nothing of the checkout: list, cp, and the copy trains by launch/torchrun.sh."""
+    """Without the checkout it lists and copies recipes, and the copy trains by launch/torchrun.sh."""
     build = [COLD, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=120)
     (wheel,) = (tmp_path / "dist").iterdir()

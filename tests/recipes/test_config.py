@@ -1,4 +1,4 @@
-"""Every YAML: it parses, its model has the size it says, and each key's comment tells the type and the true default."""
+"""Every YAML parses, its model has the stated size, and each key's comment has the type and the true default."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def settings_of(name: str) -> RunConfig:
 
 
 def keys(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, int, yaml.Node]]:
-    """(dotted key, line from 0, value) of all keys, also in lists."""
+    """Yield (dotted key, line from 0, value) of all keys, also in lists."""
     for key, value in node.value:
         path = f"{prefix}{key.value}"
         yield path, key.start_mark.line, value
@@ -49,7 +49,7 @@ def keys(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, int, y
 
 
 def comment_at(lines: list[str], line: int) -> tuple[re.Match[str] | None, str]:
-    """(type, default), and all the words, at the end of the line and right above it."""
+    """Return (type, default) and all words of the comment at the end of the line and right above it."""
     comments = [lines[line].partition("#")[2].strip()]
     while line and lines[line - 1].lstrip().startswith("#"):
         line -= 1
@@ -69,7 +69,7 @@ def test_every_key_is_commented(name: str) -> None:
 
 
 def words_of(hint: Any) -> set[str]:
-    """The words that a comment may use for a type."""
+    """Return the words by which a comment may name a type."""
     if hint in (int, float, bool):
         return {hint.__name__} | ({"int"} if hint is float else set())
     if typing.get_origin(hint) is typing.Literal or hint in (str, Path):
@@ -85,7 +85,7 @@ def words_of(hint: Any) -> set[str]:
 
 
 def bare_trainer() -> dict[str, Any]:
-    """What Lightning's Trainer takes where its argument's default is None."""
+    """Return what Lightning's Trainer uses if its argument's default is None."""
     trainer = L.Trainer(accelerator="cpu", devices=1)
     return {
         "log_every_n_steps": trainer.log_every_n_steps,
@@ -100,7 +100,7 @@ def bare_trainer() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def truth() -> dict[str, tuple[set[str], Any]]:
-    """Key of the program -> (words for its type, default)."""
+    """Return key of the program -> (words for its type, default)."""
     parser = _Parser(["--config", str(CONFIGS["laptop"])])._parser("fit")
     defaults = parser.get_defaults()
     for key, value in bare_trainer().items():
@@ -116,7 +116,7 @@ def truth() -> dict[str, tuple[set[str], Any]]:
 
 
 def default_of_class(path: str) -> Any:
-    """A key like KEY.CLASS_PATH.init_args.ARGUMENT, of a list, or KEY.init_args.ARGUMENT."""
+    """Return the default of a key KEY.CLASS_PATH.init_args.ARGUMENT, of a list, or KEY.init_args.ARGUMENT."""
     class_path, argument = path.split(".init_args.")
     module, _, name = class_path.rpartition(".")
     parameter = inspect.signature(getattr(importlib.import_module(module), name)).parameters[argument]
@@ -144,7 +144,7 @@ def test_comments_say_the_true_type_and_default(name: str, truth: dict[str, tupl
 
 
 def _with_class(path: str, config: dict[str, Any]) -> str:
-    """A key's path with the class in place of model.optimizer or trainer.strategy."""
+    """Return a key's path with the class in place of model.optimizer or trainer.strategy."""
     if path.startswith("trainer.callbacks."):
         return path.removeprefix("trainer.callbacks.")
     owner, _, argument = path.partition(".init_args.")
@@ -156,7 +156,7 @@ def _with_class(path: str, config: dict[str, Any]) -> str:
 def same(written: str, default: Any) -> bool:
     value = yaml.safe_load(written)
     if isinstance(value, str) and isinstance(default, float):
-        value = float(value)  # YAML 1.1 takes 1e-3 for a text
+        value = float(value)  # YAML 1.1 reads 1e-3 as text
     if isinstance(value, list):
         value = tuple(value)
     return bool(value == default) or str(value) == str(default)
@@ -164,7 +164,7 @@ def same(written: str, default: Any) -> bool:
 
 @every_config
 def test_a_recipe_over_its_base_is_the_whole_text(name: str, tmp_path: Path) -> None:
-    """What jsonargparse makes of the two files is what `cp` writes out; a recipe repeats little of its base."""
+    """jsonargparse's result for the two files is what `cp` writes; a recipe repeats little of its base."""
     whole = tmp_path / "whole.yaml"
     whole.write_text(recipe_text(CONFIGS[name]))
     assert read_run_config(["--config", str(whole)]).config == settings_of(name).config
@@ -241,7 +241,7 @@ PUBLIC = ["am_lightning.AdaptiveMemory", "am_lightning.lightning.AdaptiveMemory"
 
 @pytest.mark.parametrize("path", PUBLIC)
 def test_a_saved_configuration_names_the_callback_as_any_version_knows_it(path: str, tmp_path: Path) -> None:
-    """Both are public; the module that the class is in is not. Some versions of jsonargparse write the shorter one."""
+    """Both names are public, unlike the class's module. Some versions of jsonargparse write the shorter one."""
     callbacks = f'--trainer.callbacks=[{{"class_path": "{path}"}}]'
     settings = read_run_config(["--config", str(CONFIGS["laptop"]), callbacks])
     settings.save(tmp_path / "config.yaml")
@@ -266,7 +266,7 @@ def test_the_model_has_the_published_shape(name: str) -> None:
 
 @every_config
 def test_the_header_says_what_plan_says(name: str) -> None:
-    """Tokens, tokens for every parameter, and the time, with the GPUs and the MFU that it names."""
+    """It has the tokens, tokens per parameter, and the time, with the GPUs and the MFU that it names."""
     header = " ".join(line.lstrip("# ") for line in recipe_text(CONFIGS[name]).partition("\n\n")[0].splitlines())
     if name == "laptop":
         assert "0.86 M parameters" in header
@@ -285,7 +285,7 @@ def test_the_header_says_what_plan_says(name: str) -> None:
     assert float(ratio) == pytest.approx(plan.steps * plan.speed.tokens_per_step / plan.parameters, rel=0.01)
     assert time == duration_text(plan.speed.days * 86400)
     assert plan.fits
-    # Where the numbers of nodes and devices are in the YAML, the header's are these.
+    # If the YAML has the numbers of nodes and devices, the header has the same.
     trainer = settings.config["trainer"]
     if trainer["devices"] != "auto":
         assert trainer["devices"] * trainer["num_nodes"] == int(gpus)

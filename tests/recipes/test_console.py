@@ -1,4 +1,4 @@
-"""am-lightning: help and refusals without the imports of training, names of settings, processes that `fit` starts."""
+"""am-lightning: help and refusals without the imports of training, settings' names, processes that `fit` starts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.python import COLD, PYTHON
 from .commands import RECIPES, arguments
 
 HEAVY = ["torch", "lightning", "transformers", "numpy", "matplotlib", "datasets", "deepspeed"]
-# Words -> exit status, and what is in the text.
+# Words -> exit status, and what the text contains.
 LIGHT = [
     ([], 0, "COMMAND --help"),
     (["--help"], 0, "am-lightning COMMAND"),
@@ -74,7 +74,7 @@ def test_help_and_refusals_import_nothing_of_training(tmp_path: Path) -> None:
 
 
 def test_the_names_are_those_of_the_parser() -> None:
-    """Read from source files, they must not drift from what the parser of `fit` takes."""
+    """They are read from source files and must not drift from what the parser of `fit` accepts."""
     known = setting_names()
     config = read_run_config(["--config", str(RECIPES / "configs" / "laptop.yaml")]).config
     sections = {name: set(config[name]) for name in known if name}
@@ -113,7 +113,7 @@ def test_the_other_machines_command_is_printed(
     monkeypatch.setenv("MASTER_ADDR", "node0")
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text("# base: /nowhere\n".replace("/nowhere", str(RECIPES / "configs" / "laptop.yaml")))
-    with pytest.raises(TypeError):  # execvpe came back
+    with pytest.raises(TypeError):  # execvpe returned
         int(fit.main(["mine.yaml", "--gpus", "3", "--nodes", "2", "--model.optimizer.lr", "1e-3"]))  # type: ignore[call-overload]
     first = dict(seen)
     with pytest.raises(TypeError):

@@ -28,7 +28,7 @@ pytestmark = [
 
 
 class Batches(L.Callback):
-    """Keeps the batches of each loop."""
+    """Keep the batches of each loop."""
 
     def __init__(self) -> None:
         self.train: list[torch.Tensor] = []
@@ -101,7 +101,7 @@ def test_the_cache_may_be_elsewhere(tmp_path: Path, corpus_folder: Path) -> None
 
 
 def test_a_folder_of_shards_is_a_source(tmp_path: Path, corpus_folder: Path) -> None:
-    """Where the documents are not: the tokens of another machine, with the identity that they had there."""
+    """The documents are elsewhere: the tokens come from another machine, with their identity."""
     made = TextData(str(corpus_folder), cache_dir=str(tmp_path / "cache"))
     made.prepare()
     made.open()
@@ -120,7 +120,7 @@ def test_a_folder_of_shards_is_a_source(tmp_path: Path, corpus_folder: Path) -> 
 @pytest.mark.filterwarnings("ignore:.*suggested max number of worker.*")
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_workers_do_not_change_the_order_or_the_resume(tmp_path: Path, corpus_folder: Path, workers: int) -> None:
-    """A worker reads ahead of the training: what it had read at a checkpoint must not be lost."""
+    """A worker reads ahead of the training; what it has read at a checkpoint must not be lost."""
     _, whole, _, batches = fit(tmp_path / "whole", corpus_folder, steps=6)
     _, _, _, same = fit(tmp_path / "same", corpus_folder, steps=6, num_workers=workers)
     assert differences([b.clone() for b in same.train], batches.train) == []
@@ -152,7 +152,7 @@ except RecipeError as error:
 
 @pytest.mark.parametrize("mode", ["shards"])
 def test_a_stopped_loader_process_ends_the_run(tmp_path: Path, mode: str) -> None:
-    """At the next batch, and its own end, which waits for all its children, and SIGTERM ends none that is stopped."""
+    """It ends at the next batch. Its own end waits for its children, and SIGTERM does not end a stopped one."""
     (tmp_path / "text.jsonl").write_text(
         "".join(json.dumps({"text": f"document {i} " * 9}) + "\n" for i in range(20_000))
     )

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """4 MiB: room for the token file, the curves and a few checkpoints of the tiny model."""
+    """Return 4 MiB: room for the token file, the curves and a few checkpoints of the tiny model."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]).returncode:
@@ -51,7 +51,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(disk: Path, tmp_path: Path,
 
 @pytest.mark.slow
 def test_accelerates_checkpoints_fail_on_all_ranks_and_leave_the_good_ones(disk: Path) -> None:
-    """Only rank 0 meets the full disk; the other would wait for it."""
+    """Only rank 0 finds the disk full; the other rank would wait for it."""
     with pools() as start:
         ends = start(2).run(
             "tests.recipes.accelerate_checkpoints:save_until_the_disk_is_full", timeout=60, folder=str(disk / "c")

@@ -13,7 +13,7 @@ from .entry_points import ENTRY_POINTS, Curve, curve_of, launch
 pytestmark = pytest.mark.nightly("programs and engines")
 
 STEPS, REFERENCE = 20, "Lightning DDP"
-# A rate at which beta_t leaves its cap; much above it the run is chaotic, and rounding alone makes other curves.
+# At this rate beta_t leaves its cap; much above it the run is chaotic, and rounding alone changes the curves.
 SETTINGS = ["--trainer.max_steps", str(STEPS), "--model.optimizer.lr", "0.004"]
 SETTINGS += ["--data.val_rows", "16", "--data.final_val_rows", "32", "--trainer.val_check_interval", "10"]
 SETTINGS += ["--checkpoint.every_n_train_steps", "10", "--trainer.accumulate_grad_batches", "2"]
@@ -33,7 +33,7 @@ def run_of(name: str, root: Path, corpus: Path, *extra: str) -> Curve:
 
 @pytest.fixture(scope="module")
 def curve(tmp_path_factory: pytest.TempPathFactory, corpus_folder: Path) -> Callable[[str], Curve]:
-    """`curve(NAME)`: the entry's run, made once."""
+    """Return `curve(NAME)`: the entry's run, made once."""
     runs: dict[str, Curve] = {}
 
     def get(name: str) -> Curve:
@@ -45,14 +45,14 @@ def curve(tmp_path_factory: pytest.TempPathFactory, corpus_folder: Path) -> Call
 
 
 def errors(ours: Curve, reference: Curve) -> tuple[float, float]:
-    """Largest relative difference of the losses, largest difference of the mean of beta_t."""
+    """Return the largest relative difference of the losses, and the largest difference of the mean of beta_t."""
     assert list(ours) == list(reference) == list(range(1, STEPS + 1))
     pairs = [(ours[step], reference[step]) for step in reference]
     return max(abs(a[0] / b[0] - 1) for a, b in pairs), max(abs(a[1] - b[1]) for a, b in pairs)
 
 
 def test_the_reference_is_worth_comparing_with(curve: Callable[[str], Curve]) -> None:
-    """The loss falls, and the momentum moves: equal curves are no accident."""
+    """The loss falls and the momentum moves, so equal curves are no accident."""
     losses, betas = zip(*curve(REFERENCE).values(), strict=True)
     assert losses[-1] < 0.95 * losses[0]
     assert sum(beta < 0.79 for beta in betas) >= 5
@@ -74,6 +74,6 @@ def test_the_same_curve(curve: Callable[[str], Curve], name: str) -> None:
 
 
 def test_another_clip_value_is_seen(curve: Callable[[str], Curve], tmp_path: Path, corpus_folder: Path) -> None:
-    """What the comparison is blind to would make it worthless."""
+    """The comparison must detect a small change."""
     other = run_of("Accelerate DDP", tmp_path / "run", corpus_folder, "--trainer.gradient_clip_val", "0.9")
     assert errors(other, curve(REFERENCE))[0] > 1e-4

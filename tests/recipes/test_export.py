@@ -1,4 +1,4 @@
-"""`sample` and `export`: what can be done with a trained model, whichever program and engine trained it."""
+"""`sample` and `export`: use a trained model, whichever program and engine trained it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from .test_entry_points import needs_compiler
 
 STEPS = 4
 ALONE = ("pretrain", "pretrain_accelerate", "pretrain_hf_trainer")  # in one process
-# Its head is its embedding, its heads share keys, its tokenizer is trained here: what a configuration must carry.
+# Its head is its embedding, its heads share keys, its tokenizer is trained here: a configuration must carry all this.
 GROUPED = {
     "model.tie_word_embeddings": "true",
     "model.num_key_value_heads": 1,
@@ -68,7 +68,7 @@ SHARDED = {
 
 @pytest.fixture(scope="module")
 def run_of(tmp_path_factory: pytest.TempPathFactory, corpus_folder: Path) -> Callable[[str], Path]:
-    """`run_of(NAME)`: the folder of a run of 4 steps, made once, with checkpoints of the steps 2 and 4."""
+    """Return `run_of(NAME)`: the folder of a run of 4 steps, made once, with checkpoints of the steps 2 and 4."""
     runs: dict[str, Path] = {}
 
     def get(name: str) -> Path:
@@ -104,7 +104,7 @@ def _train(name: str, root: Path, corpus: Path) -> None:
 
 
 def network_of(root: Path) -> LlamaPretraining:
-    """The module that a run of pretrain.py in one process has trained."""
+    """Return the module that a run of pretrain.py in one process has trained."""
     checkpoint = load(root / "checkpoints" / "last.ckpt")
     arguments = {key: value for key, value in checkpoint["hyper_parameters"].items() if not key.startswith("_")}
     module = LlamaPretraining(**arguments)
@@ -121,7 +121,7 @@ def logits_of(module: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 def load_elsewhere(folder: Path, ids: torch.Tensor, *exports: Path) -> list[dict[str, Any]]:
-    """What a new process finds in exported folders."""
+    """Return what a new process finds in exported folders."""
     torch.save(ids, folder / "ids.pt")
     command = [COLD, exported.__file__, str(folder / "ids.pt"), str(folder / "out.pt"), *map(str, exports)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
@@ -134,7 +134,7 @@ IDS = torch.randint(256, (2, 32), generator=torch.Generator().manual_seed(0))
 
 @pytest.mark.slow
 def test_an_exported_model_is_the_trained_one(run_of: Callable[[str], Path], tmp_path: Path) -> None:
-    """To the bit in float32, from every program; the grouped one with its own tokenizer."""
+    """It is bitwise equal in float32, from every program; the grouped model has its own tokenizer."""
     names = (*ALONE, "grouped")
     for name in names:
         assert main(["export", str(run_of(name)), str(tmp_path / name)]) == 0
@@ -169,14 +169,14 @@ def test_an_exported_model_is_the_trained_one(run_of: Callable[[str], Path], tmp
     ],
 )
 def test_every_engines_checkpoints_are_exported(run_of: Callable[[str], Path], tmp_path: Path, name: str) -> None:
-    """Two processes train to the weights of one, up to rounding; what is exported is what they saved, to the bit."""
+    """Two processes train to the weights of one, up to rounding; the export equals what they saved, to the bit."""
     assert main(["export", str(run_of(name)), str(tmp_path / "out")]) == 0
     (found,) = load_elsewhere(tmp_path, IDS, tmp_path / "out")
     trained = logits_of(network_of(run_of("pretrain")), IDS)
     torch.testing.assert_close(found["logits"], trained, rtol=0, atol=1e-4)
     assert torch.equal(found["logits"], logits_of(open_run(str(run_of(name))).model(), IDS))
     before = logits_of(open_run(str(sorted((run_of(name) / "checkpoints").glob("step-*2*"))[0])).model(), IDS)
-    assert (before - trained).abs().max() > 1e-2  # the bound above sees a step more or less
+    assert (before - trained).abs().max() > 1e-2  # the bound above detects one step more or less
     if "DeepSpeed" in name:
         path = next((run_of(name) / "checkpoints").glob("step-*4*/*/*_optim_states.pt"))
         torch.save(Code(tmp_path / "ran"), path)
@@ -188,7 +188,7 @@ def test_every_engines_checkpoints_are_exported(run_of: Callable[[str], Path], t
 
 @pytest.fixture
 def shards(tmp_path: Path) -> tuple[Path, Any]:
-    """A folder as Lightning's FSDP2 writes it, of a bfloat16 model; and the model."""
+    """Return a folder as Lightning's FSDP2 writes it, of a bfloat16 model, and the model."""
     shape = LlamaShape(16, 24, 2, 1, 256, 32)
     model = build_llama(shape).to(torch.bfloat16)
     folder = tmp_path / "step-000001.ckpt"
@@ -249,7 +249,7 @@ def umask() -> int:
 @pytest.mark.slow
 def test_a_disk_that_refuses_leaves_nothing(run_of: Callable[[str], Path], tmp_path: Path) -> None:
     root = str(run_of("pretrain"))
-    (tmp_path / "out").mkdir()  # an empty folder is taken
+    (tmp_path / "out").mkdir()  # an empty folder is accepted
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
     try:
@@ -265,7 +265,7 @@ def test_a_disk_that_refuses_leaves_nothing(run_of: Callable[[str], Path], tmp_p
 
 @pytest.mark.slow
 def test_samples_are_the_models_own(run_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
-    """The likeliest tokens, one by one, are what our network finds without a cache; a seed repeats a text."""
+    """The greedy tokens are those that our network finds without a cache; a seed repeats a text."""
     root = run_of("grouped")
     capsys.readouterr()
 
@@ -331,7 +331,7 @@ def test_what_is_wrong_is_said_in_a_line(
 def test_the_tokenizer_is_the_one_that_made_the_tokens(
     run_of: Callable[[str], Path], tmp_path: Path, corpus_folder: Path
 ) -> None:
-    """Of several in a cache that runs share; also of shards that were made elsewhere. A changed one is refused."""
+    """It is found among several in a shared cache, and for shards made elsewhere. A changed one is refused."""
     root = tmp_path / "run"
     shutil.copytree(run_of("grouped"), root)
     (file,) = (root / "data" / "tokenizers").glob("*.json")
@@ -376,7 +376,7 @@ def test_bytes_have_the_ids_of_the_data() -> None:
 
 
 def test_a_prompt_is_not_ended(tmp_path: Path) -> None:
-    """T5's tokenizer puts an end of text behind every text, and a model would begin another one there."""
+    """T5's tokenizer ends every text with an end of text, after which a model would begin a new one."""
     backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1, "</s>": 2, "?": 3}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.add_special_tokens(["</s>"])

@@ -1,4 +1,4 @@
-"""One process and its signals: what is saved, how the process ends, and that a resumed run is the unbroken one."""
+"""One process and its signals: what is saved, how the process ends, and that a resumed run equals the unbroken one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def own_handlers() -> Iterator[None]:
-    """A process that was stopped keeps FaultTolerance's to its end; this one goes on."""
+    """Restore the handlers, because a stopped process keeps FaultTolerance's to its end, and this process continues."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
@@ -47,7 +47,7 @@ def last(root: Path) -> Path:
 def test_a_stopped_run_goes_on_bitwise(
     tmp_path: Path, unbroken: Path, name: str, status: int, batch: int, asynchronous: bool
 ) -> None:
-    """Signalled in either micro-batch of step 5, it ends after that step, not in the middle of it."""
+    """A signal in either micro-batch of step 5 ends the run after that step, not in the middle of it."""
     options = Options(str(tmp_path), accumulate=2, asynchronous=asynchronous)
     options.events = {str(batch): name}
     assert run(options) == f"stopped {status}"
@@ -89,7 +89,7 @@ def test_a_signal_after_the_last_step_is_obeyed(tmp_path: Path, moment: str, mor
 
 
 def ends(tmp_path: Path, code: str, python: str = PYTHON, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A process of its own that runs `code` after these imports."""
+    """Run `code` after these imports in a process of its own."""
     head = "import os, signal, sys, time\nfrom tests.recipes.small_run import *\noptions = Options(sys.argv[1])\n"
     return subprocess.run(
         [python, "-c", head + code, str(tmp_path)],
@@ -102,7 +102,7 @@ def ends(tmp_path: Path, code: str, python: str = PYTHON, **variables: str) -> s
 
 
 class Twice(Small):
-    """Gets SIGTERM twice in one step."""
+    """Send SIGTERM twice in one step."""
 
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
         if batch_idx == 4:
@@ -113,7 +113,7 @@ class Twice(Small):
 
 
 def test_a_sigterm_that_follows_at_once_is_the_same_one(tmp_path: Path) -> None:
-    """torchrun sends on what srun or a process group has sent to everybody."""
+    """torchrun passes on what srun or a process group has sent to all processes."""
     options = Options(str(tmp_path))
     with pytest.raises(Stopped) as stopped:
         trainer_for(options).fit(Twice(options))
@@ -144,7 +144,7 @@ exit 0
 
 
 class Job:
-    """What a process of a SLURM job sees, with a program called scontrol that notes how it was called.
+    """Set the variables of a SLURM job, and a program called scontrol that records its calls.
 
     tests/recipes/cluster has a real SLURM.
     """
@@ -234,8 +234,10 @@ with command_line():
 def test_outside_training_a_signal_ends_the_process_at_once(
     tmp_path: Path, job: Job, where: str, number: str, requeued: list[str]
 ) -> None:
-    """Preparing the data may take longer than a scheduler waits, and nothing is lost. When the program has just
-    started, and where no Trainer runs, as soon as there is somebody to handle it."""
+    """Preparing the data may take longer than a scheduler waits, and nothing is lost.
+
+    If the program has just started, or no Trainer runs, it ends as soon as a handler is installed.
+    """
     code = f"from am_lightning.pretrain.runtime.main import command_line{OUTSIDE}"
     python = COLD if where == "start" else PYTHON  # its first moments are those of a cold start
     result = ends(tmp_path / "run", code, python, **job.variables, WHERE=where, NUMBER=number)
@@ -268,14 +270,14 @@ with early_signals():
 def test_an_early_signal_is_kept_for_the_programs_without_lightning(
     tmp_path: Path, when: str, status: int, told: list[str] | None
 ) -> None:
-    """It ends the process as soon as somebody takes the signals, or is noted there; once."""
+    """It ends the process once, as soon as the signals are handled or the early one is read."""
     result = ends(Path(when), KEPT)
     assert result.returncode == status, result.stderr
     assert result.stdout.split() == (told or ["kept", "taken", "True", "once"])
 
 
 def test_a_forked_worker_requeues_nothing(tmp_path: Path, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SLURM signals all processes of a job, those of DataLoaders too."""
+    """SLURM signals all processes of a job, also those of DataLoaders."""
     trainer_for(Options(str(tmp_path)))
     for name, value in job.variables.items():
         monkeypatch.setenv(name, value)

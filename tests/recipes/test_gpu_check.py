@@ -1,4 +1,4 @@
-"""recipes/gpu/check.sh without a GPU: where it runs, what it keeps, and how it goes on; the parts at toy sizes."""
+"""recipes/gpu/check.sh without a GPU: where it runs, what it keeps, and how it resumes; the parts at toy sizes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def answers(out: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
-    """The modules beside check.sh, which import each other by their short names."""
+    """Return the modules beside check.sh, which import each other by their short names."""
     names = ("part", "right", "worth", "check")
     monkeypatch.syspath_prepend(str(GPU))
     yield {name: importlib.import_module(name) for name in names}
@@ -55,7 +55,7 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
 
 
 def wheel(folder: Path) -> None:
-    """One module and nothing else."""
+    """Build a wheel of one module."""
     folder.mkdir()
     info = "am_extra-1.0.dist-info"
     with zipfile.ZipFile(folder / "am_extra-1.0-py3-none-any.whl", "w") as file:
@@ -101,7 +101,7 @@ def test_a_cut_off_loses_one_part_and_the_next_call_goes_on(tmp_path: Path, modu
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     started = children(process.pid)
-    process.kill()  # as a machine that is taken away
+    process.kill()  # as when a machine is taken away
     process.communicate()
     while any(Path(f"/proc/{pid}").exists() for pid in started):
         assert time.monotonic() < deadline, "the part outlives the call that started it"
@@ -139,7 +139,7 @@ def test_what_is_missing_comes_before_what_failed(tmp_path: Path, modules: dict[
 
 
 def refused(*words: str) -> str:
-    """What check.sh says after it has found an interpreter."""
+    """Return check.sh's message after it has found an interpreter."""
     done = subprocess.run([COLD, str(GPU / "check.py"), *words], capture_output=True, text=True, timeout=60)
     assert done.returncode != 0
     return done.stderr
@@ -175,7 +175,7 @@ def test_a_rehearsal_and_measurements_are_not_mixed(tmp_path: Path, modules: dic
 
 
 def test_a_part_without_an_answer_failed(tmp_path: Path, modules: dict[str, ModuleType]) -> None:
-    """Killed by a signal, out of its own time, or out of the call's."""
+    """It was killed by a signal, or exceeded its own time or the call's."""
     check, part = modules["check"], modules["part"]
     options = check.argparse.Namespace(out=tmp_path, device="cpu", tiny=True, python=COLD)
     short, log = part.Part("short", "facts", 0, 1.0), tmp_path / "work" / "logs" / "short.log"
@@ -191,7 +191,7 @@ def test_a_part_without_an_answer_failed(tmp_path: Path, modules: dict[str, Modu
     deadline = time.monotonic() + 20
     while Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
         assert time.monotonic() < deadline, "what the part started is still there"
-    assert check.run_part(short, options, time.monotonic() + 0.1, {}, "x") is None  # not begun
+    assert check.run_part(short, options, time.monotonic() + 0.1, {}, "x") is None  # not started
     assert not log.exists()
     found = check.run_part(short, options, time.monotonic() + 60, {"PATH": "/nowhere"}, "x")
     assert (found["status"] == "failed" and "took more than its 1 s" in found["why"]) or "status" in found["why"]
@@ -240,7 +240,7 @@ def test_a_file_of_tests_that_is_stopped_says_what_it_had(tmp_path: Path, module
 
 
 def test_training_runs_are_what_they_are_called(tmp_path: Path, modules: dict[str, ModuleType]) -> None:
-    """By the recipes' own parser."""
+    """The recipes' own parser decides."""
     pytest.importorskip("jsonargparse")
     from am_lightning.pretrain.runtime.run_config import read_run_config
 

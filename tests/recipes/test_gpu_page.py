@@ -1,4 +1,4 @@
-"""python -m recipes.gpu.page: what the answers say stands on the page, and nothing else does."""
+"""python -m recipes.gpu.page: the page contains what the answers contain, and nothing else."""
 
 from __future__ import annotations
 
@@ -120,14 +120,14 @@ def test_what_is_missing_is_not_measured(tmp_path: Path) -> None:
 def training_steps(recipe: str, rate: float, *, compiled: bool = False) -> dict[str, Any]:
     more = {"share": 0.1, "TFLOP/s": 1.0, "MFU": None, "peak bytes": None, "kernels": "Triton", "s": 0.5}
     rows = [{"optimizer": name, "tokens/s": rate, **more} for name in ("AMAdamW default", "AdamW fused")]
-    rows[1]["tokens/s"] = 9e9  # another optimizer's rate is not ours
+    rows[1]["tokens/s"] = 9e9  # another optimizer's rate must not be used
     result = {"recipe": recipe, "compiled": compiled, "batch rows": 8, "seq_len": 256, "rows": rows, "left out": {}}
     return answer(f"fast/train-{recipe}", result | {"forward and backward": 0.4})
 
 
 @pytest.fixture
 def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """`planned(answers, arguments)`: what `plan` prints where the page of these answers was the last that was made."""
+    """Return `planned(answers, arguments)`: what `plan` prints if the page of these answers was made last."""
     monkeypatch.setattr(measured, "FILE", tmp_path / "measured.json")
 
     def plan(answers: list[dict[str, Any]], *args: str) -> str:
@@ -141,9 +141,9 @@ def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 @pytest.mark.slow
 def test_plan_takes_what_was_measured(planned: Any) -> None:
-    """Of this GPU and the nearest size; 130m is 134,259,456 parameters at 3.0e5 tokens a second, by hand below."""
+    """It uses this GPU and the nearest size; 130m is 134,259,456 parameters at 3.0e5 tokens a second, by hand below."""
     answers = [training_steps("130m", 300_000.0), training_steps("1b", 40_000.0)]
-    # Operations of a token: six for every parameter but the embedding's, and 12 x 12 layers x 768 wide x 256 long.
+    # Operations per token: six per parameter except the embedding's, and 12 x 12 layers x 768 wide x 256 long.
     mfu = 300_000 * (6 * (134_259_456 - 32_100 * 768) + 12 * 12 * 768 * 256) / 989e12
     text = planned(answers, "130m", "--gpus", "1")
     assert f"at a measured MFU of {mfu:.3g}\n" in text and "300,000 tokens/s" in text
@@ -160,7 +160,7 @@ def test_plan_takes_what_was_measured(planned: Any) -> None:
 
 
 def test_plan_takes_a_run_before_steps(planned: Any) -> None:
-    """The median of those of AM-AdamW."""
+    """It uses the median of the AM-AdamW runs."""
     runs = [
         answer(f"worth/130m/{rate}", training_run("AM 0.89", 2.0, **{"tokens/s": float(rate)}))
         for rate in (10**5, 2 * 10**5, 10**6)

@@ -1,4 +1,4 @@
-"""A hub that does not answer: the programs end with one line, and what is in the cache is used."""
+"""A hub that does not answer: the programs end with one line, and the cache is used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TINY = ["--trainer.max_steps", "1", "--trainer.accelerator", "cpu"]
 
 
 class Silent:
-    """A server that takes connections and says nothing."""
+    """A server that accepts connections and sends nothing."""
 
     def __init__(self) -> None:
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=100)
@@ -34,7 +34,7 @@ class Silent:
                 return
 
     def environment(self, home: Path) -> dict[str, str]:
-        """Of a program whose hub it is, with an empty cache; a second is enough to see that nothing comes."""
+        """Return the environment of a program that uses this hub, with an empty cache and a timeout of a second."""
         address = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_CACHE")
         inherited = {key: value for key, value in os.environ.items() if key not in names}
@@ -84,7 +84,7 @@ print("vocabulary", load_pretrained("some/tokenizer").vocab_size)
 
 @pytest.mark.slow
 def test_a_silent_hub_is_asked_once(silent: Silent, tmp_path: Path) -> None:
-    """validate and plan do not ask; what is not there is one line; a tokenizer in the cache is used."""
+    """validate and plan do not ask; a missing tokenizer gives one line; one in the cache is used."""
     pytest.importorskip("datasets")
     env = silent.environment(tmp_path) | {"PYTHONPATH": str(ROOT)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -1,4 +1,4 @@
-"""Initial weights are a function of seed, name and place, whatever a program does before and wherever it builds."""
+"""Initial weights are a function of seed, name and index, whatever a program does before and wherever it builds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DRAWS = ("normal_", "uniform_", "kaiming_uniform_", "trunc_normal_")
 
 
 class OtherDevice(TorchFunctionMode):
-    """Passes for an accelerator: whatever is not put on the CPU by name draws from a generator of its own."""
+    """Pass for an accelerator: whatever is not put on the CPU by name draws from a generator of its own."""
 
     def __init__(self) -> None:
         super().__init__()

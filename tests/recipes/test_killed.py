@@ -1,4 +1,4 @@
-"""Killed with -9 and started again with --ckpt_path last, a run ends with the bits of the unbroken one."""
+"""A run that is killed with -9 and restarted with --ckpt_path last ends with the bits of the unbroken one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def command(root: Path, source: Path, *extra: str) -> list[str]:
 
 
 def start(program: list[str], cwd: Path) -> subprocess.Popen[bytes]:
-    """In a process group of its own, so that a kill takes the ranks that Lightning starts, too."""
+    """Start it in a process group of its own, so that a kill includes the ranks that Lightning starts."""
     return subprocess.Popen(
         [PYTHON, *program],
         cwd=cwd,
@@ -41,7 +41,7 @@ def start(program: list[str], cwd: Path) -> subprocess.Popen[bytes]:
 
 
 def kill_when(process: subprocess.Popen[bytes], ready: Callable[[], bool]) -> None:
-    """SIGKILL the whole group as soon as `ready` says so."""
+    """SIGKILL the whole group as soon as `ready` returns True."""
     deadline = time.monotonic() + 120
     while not ready():
         assert process.poll() is None, "the run ended before it could be killed"
@@ -60,7 +60,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, corpus_folder: Path) -> P
 
 
 def test_kills_at_the_worst_moments_leave_no_trace(tmp_path: Path, corpus_folder: Path, unbroken: Path) -> None:
-    """One run, killed again and again; after every kill last.ckpt is whole, or not there yet."""
+    """One run is killed repeatedly; after every kill last.ckpt is complete, or absent."""
     root = tmp_path / "run"
     last = root / "checkpoints" / "last.ckpt"
     moments = [
@@ -69,10 +69,10 @@ def test_kills_at_the_worst_moments_leave_no_trace(tmp_path: Path, corpus_folder
         ("fsync", "step-", "1", None),  # the first checkpoint is written, not renamed
         ("replace", "manifest", "1", None),  # it is renamed, and has no manifest yet
         ("replace", "step-000020", "1", 10),  # resumed from it; the second is flushed, not renamed
-        ("link", "step-000020", "1", 10),  # the second has its manifest, last.ckpt is not yet it
+        ("link", "step-000020", "1", 10),  # the second has its manifest, last.ckpt is still the first
         ("fsync", "step-000030", "1", 20),  # resumed from it, in the middle of the third write
-        ("unlink", ".last.ckpt", "2", 30),  # last.ckpt has just been replaced, and nothing was done since
-        ("replace", ".last.ckpt", "1", 30),  # the very last checkpoint is there, last.ckpt is not yet it
+        ("unlink", ".last.ckpt", "2", 30),  # last.ckpt has just been replaced
+        ("replace", ".last.ckpt", "1", 30),  # the last checkpoint is there, last.ckpt is still the third
     ]
     for call, part, number, step in moments:
         args = [str(KILLED), call, part, number, *command(root, corpus_folder)]
@@ -87,13 +87,13 @@ def test_kills_at_the_worst_moments_leave_no_trace(tmp_path: Path, corpus_folder
     )  # no leftover of a killed write
     ours, theirs = (read_curves(folder / "logs")["train/loss"] for folder in (root, unbroken))
     assert theirs.steps.tolist() == list(range(1, STEPS + 1))
-    # Lightning logs a step after its checkpoint: the points of the kills' own steps may be lost, no others.
+    # Lightning logs a step after its checkpoint, so the points of the kills' own steps may be lost, but no others.
     assert set(theirs.steps) - set(ours.steps) <= {10, 20, 30, 40}
     assert np.isin(ours.values, theirs.values).all()
 
 
 def test_the_curves_reach_as_far_as_the_checkpoint(tmp_path: Path, corpus_folder: Path) -> None:
-    """With a logger that leaves its points in memory, killed when the first checkpoint has just been written."""
+    """The logger keeps its points in memory, and the kill comes just after the first checkpoint."""
     options = {"save_dir": str(tmp_path), "name": "logs", "version": ""}
     logger = {
         "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
@@ -119,7 +119,7 @@ def test_a_kill_between_two_checkpoints_leaves_no_trace(tmp_path: Path, corpus_f
 
 
 def finish(args: list[str], cwd: Path) -> None:
-    """Run to the end. gloo sometimes aborts a process at exit; the same command then goes on from the last one."""
+    """Run to the end. gloo sometimes aborts a process at exit; the same command then resumes the run."""
     result = run(args, cwd)
     if result.returncode:
         result = run(args, cwd)
@@ -127,7 +127,7 @@ def finish(args: list[str], cwd: Path) -> None:
 
 
 def test_two_processes_resume_to_the_same_bits(tmp_path: Path, corpus_folder: Path, unbroken: Path) -> None:
-    """DDP, killed and resumed, is bitwise DDP unbroken, and up to rounding one process with the whole batch."""
+    """DDP, killed and resumed, is bitwise unbroken DDP, and up to rounding one process with the whole batch."""
     ddp = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     whole, root = tmp_path / "whole", tmp_path / "run"
     finish(command(whole, corpus_folder, *ddp), tmp_path)

@@ -1,4 +1,4 @@
-"""data.mode litdata: every row once in a pass, exact resumes for any number of processes, damage that is named."""
+"""data.mode litdata: every row once per pass, exact resumes for any number of processes, damage that is named."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*suggested max number of worker
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts of which no two rows are the same."""
+    """Return texts of which no two rows are the same."""
     folder = tmp_path_factory.mktemp("text")
     for number in range(2):
         texts = (f"{number} {i} " + random.Random(i + 1000 * number).randbytes(130).hex() for i in range(60))
@@ -50,7 +50,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of chunks of `source`, cut smaller than `shard_mb` can."""
+    """Return the folder of chunks of `source`, smaller than `shard_mb` permits."""
     from am_lightning.pretrain.data.litdata_folder import write_chunks
 
     data = TextData(str(source), cache_dir=str(tmp_path_factory.mktemp("shards")), seq_len=SEQ_LEN, shard_mb=1)
@@ -70,7 +70,7 @@ def opened(made: Path | str, **options: Any) -> TextData:
 
 
 def steps_of(data: TextData, first: int, stop: int, world_size: int = 1, accumulate: int = 1) -> tuple[list[Rows], Any]:
-    """The rows of the steps [first, stop) over all ranks, in order, and the state behind them."""
+    """Return the rows of the steps [first, stop) over all ranks, in order, and the state after them."""
     state, micro = json.loads(json.dumps(data.state_dict())), []
     for rank in range(world_size):
         data.load_state_dict(state)
@@ -102,7 +102,7 @@ def test_a_pass_has_every_row_once(made: Path, world_size: int, workers: int, ac
 
 
 def test_a_resume_is_exact_for_any_processes_workers_and_micro_batches(made: Path) -> None:
-    """Again and again, late in a pass (litdata itself refuses more processes there), and over its end."""
+    """It resumes repeatedly, late in a pass (litdata itself refuses more processes there), and across its end."""
     per_pass = len(all_rows(made)) // BATCH
     data = opened(made, num_workers=2)
     whole, _ = steps_of(data, 0, per_pass, world_size=2)
@@ -130,7 +130,7 @@ def test_a_resume_is_exact_for_any_processes_workers_and_micro_batches(made: Pat
 
 
 def test_a_parallel_file_system_has_the_same_order(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """litdata gives whole chunks to a process there, other ones to another number of processes."""
+    """litdata assigns whole chunks to a process there, others for another number of processes."""
     expected, _ = steps_of(opened(made), 0, 20)
     monkeypatch.setenv("LITDATA_POSIX_FAST", "1")
     assert steps_of(opened(made), 0, 20)[0] == expected
@@ -218,7 +218,7 @@ def test_prepare_data_makes_the_folder_from_documents(
 
 
 class _Store(http.server.SimpleHTTPRequestHandler):
-    """What is read of S3: GET and HEAD of /BUCKET/KEY."""
+    """The part of S3 that is read: GET and HEAD of /BUCKET/KEY."""
 
     def end_headers(self) -> None:
         self.send_header("ETag", '"0"')
@@ -230,7 +230,7 @@ class _Store(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def store(copied: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A server that gives the chunks in `copied` as s3://bucket/copied."""
+    """Return a server that serves the chunks in `copied` as s3://bucket/copied."""
     root = copied.parent / "store"
     (root / "bucket").mkdir(parents=True)
     copied.rename(root / "bucket" / "copied")
@@ -274,7 +274,7 @@ SMALL = {
 
 
 def train(program: str, root: Path, made: Path, steps: int, processes: int, dies: int = -1) -> dict[int, list[str]]:
-    """Go on to `steps` on so many processes; the hashes of the rows of each step, over all ranks."""
+    """Continue to `steps` on `processes` processes; return the hashes of the rows of each step, over all ranks."""
     rows = root.parent / f"rows-{processes}"
     settings = {**SMALL, "data.source": made, "trainer.max_steps": steps, "trainer.default_root_dir": root}
     if program == "pretrain.py":
@@ -310,5 +310,5 @@ def test_a_killed_run_gets_the_same_rows_on_fewer_and_on_more_processes(
     first = train(program, tmp_path / "run", made, 6, 1)
     second = train(program, tmp_path / "run", made, 9, 4)
     begun = min(first)
-    assert begun in (4, 5)  # a program may ask for a step's rows before or after it has saved the step before
+    assert begun in (4, 5)  # a program may request a step's rows before or after it has saved the previous step
     assert {step: sorted(rows) for step, rows in {**first, **second}.items()} == dict(enumerate(hashes[begun:], begun))

@@ -32,7 +32,7 @@ def build(**options: Any) -> LlamaPretraining:
     torch.manual_seed(0)
     module = LlamaPretraining(**{**TINY, **options})
     module.configure_model()
-    module._trainer = SimpleNamespace(max_steps=10)  # all that configure_optimizers asks of it
+    module._trainer = SimpleNamespace(max_steps=10)  # all that configure_optimizers reads of it
     return module
 
 

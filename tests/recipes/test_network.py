@@ -1,4 +1,4 @@
-"""Shapes: parameters against numbers worked out by hand, and against the module on the meta device."""
+"""Shapes: parameters against numbers computed by hand, and against the module on the meta device."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_checkpointed_activations_give_the_same_gradients() -> None:
 
 
 def test_attention_is_transformers_own_without_its_look_at_the_positions() -> None:
-    """Bit for bit, and without a value that goes to the host."""
+    """It is bitwise equal and transfers no value to the host."""
     model, tokens = build_llama(SMALL).train(), torch.randint(64, (2, 16))
     found = []
     for name in (model.config._attn_implementation, "sdpa"):
@@ -102,7 +102,7 @@ def test_attention_is_transformers_own_without_its_look_at_the_positions() -> No
 
 
 class Reads(TorchDispatchMode):
-    """What takes a value to the host."""
+    """Record what transfers a value to the host."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: single ones are dropped, many in a row end the run, which can resume."""
+"""Losses and gradients that are not finite: single ones are dropped; many in a row end the run, which can resume."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def weights(root: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def test_a_bad_step_changes_nothing(tmp_path: Path) -> None:
-    """The steps before and after count."""
+    """The steps before and after it count."""
     assert run(Options(str(tmp_path), every=1, steps=6, events={"3": "nan"})) == "finished"
     before, bad, after = (weights(tmp_path, step) for step in (3, 4, 5))
     for name, weight in before.items():
@@ -31,7 +31,7 @@ def test_a_bad_step_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_too_many_bad_steps_end_the_run_which_goes_on_from_before_them(tmp_path: Path) -> None:
-    """Of the weights nothing is lost, and without the trouble the run ends as one that never met it."""
+    """No weight is lost, and without the fault the resumed run ends as an unbroken one."""
     bad = {str(batch): "nan" for batch in range(5, 20)}
     ended = run(Options(str(tmp_path), steps=20, every=5, events=bad, max_skips=4))
     saved = tmp_path / "checkpoints" / "am-nonfinite-step=9.ckpt"

@@ -1,4 +1,4 @@
-"""DeepSpeed's first start on a CPU says that it compiles."""
+"""DeepSpeed's first start on a CPU logs that it compiles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rows make up which step."""
+"""The rows of each step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ seeds = st.integers(0, 2**31)
 
 @pytest.fixture(params=["array", "feistel"])
 def method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How the permutation is found: as that of a small data set, or of one too large for an array."""
+    """Select how the permutation is computed: for a small data set, or for one too large for an array."""
     if request.param == "feistel":
         monkeypatch.setattr(permutation, "ROWS_IN_MEMORY", 0)
     return str(request.param)
@@ -56,7 +56,7 @@ def test_the_order_of_a_large_data_set_stays() -> None:
 
 
 def test_a_large_order_is_mixed() -> None:
-    """Samples that follow each other are spread like random numbers, and passes have nothing in common."""
+    """Consecutive samples are spread like random numbers, and passes have nothing in common."""
     rows, count = 650_000_000, 100_000
     first, second = (feistel(np.arange(count), rows, 0, number) for number in range(2))
     shares = np.histogram(first, 50, (0, rows))[0] / count
@@ -79,7 +79,7 @@ def test_passes_and_seeds_have_their_own_order(method: str) -> None:
 def _steps(
     rows: int, batch: int, steps: int, seed: int, world: int, accumulate: int, first: int = 0
 ) -> list[list[int]]:
-    """The rows of every step over all ranks and micro-batches, in the order of the samples."""
+    """Return the rows of every step over all ranks and micro-batches, in the order of the samples."""
     ranks = [
         list(
             StepOrder(

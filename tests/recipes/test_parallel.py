@@ -1,4 +1,4 @@
-"""The recipe's Llama under every strategy trains as in one process: weights, losses, momentum, gradient norms."""
+"""The recipe's Llama trains under every strategy as in one process: weights, losses, momentum, gradient norms."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests import operator_build
 from tests.recipes.parallel_runs import STEPS, fit
 from tests.sharding.pool import Pool, RankError, pools
 
-WAIT = 240  # seconds; a busy machine takes long to import
+WAIT = 240  # seconds; a busy machine imports slowly
 FIT = "tests.recipes.parallel_runs:fit"
 
 
@@ -33,7 +33,7 @@ def alone() -> dict[str, Any]:
 
 
 def check(outs: list[dict[str, Any]], alone: dict[str, Any], *, loss: float = 1e-5, beta: float = 1e-4) -> None:
-    """Every rank saw what one process sees."""
+    """Require that every rank has the values of one process."""
     for out in outs:
         assert out["losses"] == pytest.approx(alone["losses"], rel=loss)
         assert len(out["betas"]) == STEPS
@@ -43,7 +43,7 @@ def check(outs: list[dict[str, Any]], alone: dict[str, Any], *, loss: float = 1e
 
 
 def check_first_weights(out: dict[str, Any], alone: dict[str, Any]) -> None:
-    """Bit for bit, whatever the number of processes."""
+    """Require bitwise equality, whatever the number of processes is."""
     assert out["first"].keys() == alone["first"].keys()
     assert all((out["first"][name] == weight).all() for name, weight in alone["first"].items())
 
@@ -52,7 +52,7 @@ def check_first_weights(out: dict[str, Any], alone: dict[str, Any]) -> None:
 def test_the_run_is_one_in_which_momentum_moves(alone: dict[str, Any]) -> None:
     inside = [0 < beta < 0.889 for step in alone["betas"] for beta in step.values()]
     assert sum(inside) > 10
-    assert max(alone["norms"]) > 0.5  # the clipping clips
+    assert max(alone["norms"]) > 0.5  # the clipping is active
 
 
 @pytest.mark.slow
@@ -63,7 +63,7 @@ def test_a_strategy_trains_as_one_process(
     outs = pool(world).run(FIT, timeout=WAIT, name=name)
     check(outs, alone)
     assert outs[0]["norms"] == pytest.approx(alone["norms"], rel=5e-5)  # of weights that drift apart
-    if name != "fsdp1":  # which shows flat pieces
+    if name != "fsdp1":  # it shows flat shards
         check_first_weights(outs[0], alone)
 
 

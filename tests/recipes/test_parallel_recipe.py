@@ -1,4 +1,4 @@
-"""llama-8b.yaml as a user starts it, its sizes made small: 2 x 2 processes train as one does."""
+"""llama-8b.yaml started as by a user, with smaller sizes: 2 x 2 processes train as one does."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SPREAD = {"trainer.devices": 4, "trainer.strategy.data_parallel_size": 2}  # ten
 
 
 def train(root: Path, corpus: Path, processes: int, settings: dict[str, object]) -> dict[str, dict[int, float]]:
-    """The curves of a run of pretrain.py under torchrun."""
+    """Return the curves of a run of pretrain.py under torchrun."""
     command = [PYTHON, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     command += ["--standalone", str(PRETRAIN), "fit"]
     command += ["--config", str(RECIPES / "configs" / "llama-8b.yaml")]
@@ -69,7 +69,7 @@ def test_the_8b_recipe_over_2_x_2_processes_trains_as_one(tmp_path: Path, corpus
     assert list(alone["train/loss"]) == list(spread["train/loss"]) and len(alone["train/loss"]) == STEPS
     for name in ("train/loss", "am/beta/mean", "am/grad_norm", "val/loss"):
         ours, theirs = list(spread[name].values()), list(alone[name].values())
-        bound = 5e-4 if name == "am/grad_norm" else 1e-4  # steep where the loss is: it sees the weights' last bits
+        bound = 5e-4 if name == "am/grad_norm" else 1e-4  # steep like the loss: it shows the weights' last bits
         assert ours == pytest.approx(theirs, rel=bound), name
     losses = list(alone["train/loss"].values())
     assert losses[-1] < losses[0] - 0.3

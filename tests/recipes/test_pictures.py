@@ -20,7 +20,7 @@ LAYERS = ["tok", "layers.0", "layers.1", "layers.10", "ln_f", "lm_head"]
 
 @pytest.fixture
 def log_dir(tmp_path: Path) -> Path:
-    """Event files of a run with a dip in layer 1 at step 30 to 34, resumed once at 50."""
+    """Return event files of a run with a dip in layer 1 at step 30 to 34, resumed once at 50."""
     rng = np.random.default_rng(0)
     for first, last in ((0, 60), (50, 100)):
         with SummaryWriter(str(tmp_path / "logs"), purge_step=first, filename_suffix=f".{first:03d}") as writer:
@@ -46,7 +46,7 @@ def test_a_resumed_run_has_every_step_once(log_dir: Path) -> None:
 
 
 def test_a_resume_takes_back_all_that_came_after_it(tmp_path: Path) -> None:
-    """Also of a curve that the second life has not reached yet, and though no purge_step says so."""
+    """This includes a curve that the second life has not reached yet, also without purge_step."""
     for number, (first, last) in enumerate([(0, 60), (50, 55)]):
         with SummaryWriter(str(tmp_path), filename_suffix=f".{number}") as writer:
             for step in range(first, last):
@@ -109,7 +109,7 @@ def test_the_picture_shows_the_dip(log_dir: Path, tmp_path: Path) -> None:
 
 
 def _dark(path: Path) -> int:
-    """Pixels of the colours that only a low beta_t has (and the colour bar)."""
+    """Return the pixels of the colours that only a low beta_t has (and the colour bar)."""
     red, green, blue = imread(path)[..., :3].transpose(2, 0, 1)
     return int(((blue > red + 0.05) & (red < 0.3) & (green < 0.15)).sum())
 

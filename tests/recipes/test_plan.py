@@ -1,4 +1,4 @@
-"""`plan`: its numbers by hand, its words, its JSON, and what it refuses."""
+"""`plan`: its numbers checked by hand, its text, its JSON, and what it refuses."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def nothing_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def planned(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
-    """`planned(arguments)`: what --json prints."""
+    """Return `planned(arguments)`: what --json prints."""
 
     def get(*args: str) -> dict[str, Any]:
         assert main(["plan", args[0], "--json", *args[1:]]) == 0
@@ -65,7 +65,7 @@ def test_the_60m_by_hand(planned: Callable[..., dict[str, Any]]) -> None:
     }
     assert plan["memory"]["held"]["weights"] == 4 * 58_176_000
     assert plan["memory"]["held"]["AM-AdamW moments"] == 8 * 58_176_000
-    # A ring sends 7/8 of the float32 gradients twice; beta_t is reduced from four float64 a tensor, the same way.
+    # A ring sends 7/8 of the float32 gradients twice; beta_t is reduced from four float64 per tensor in the same way.
     assert plan["traffic"]["data"] == {"all-reduce of gradients": 4 * 58_176_000 * 2 * 7 // 8}
     assert plan["traffic"]["beta"] == 75 * 4 * 8 * 2 * 7 // 8
     assert plan["checkpoint_bytes"] == 12 * 58_176_000
@@ -123,7 +123,7 @@ for tensor in (1, 2, 8):
 
 @pytest.mark.slow
 def test_the_8b_on_64_gpus_on_the_meta_device() -> None:
-    """Pieces that FSDP2 and tensor parallel really make of it, without their bytes."""
+    """It uses the shards that FSDP2 and tensor parallelism really make of it, without their bytes."""
     done = subprocess.run(
         [PYTHON, "-c", META], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=240
     )

@@ -1,4 +1,4 @@
-"""`plan` within 10 % of what torch's allocator gave out and of what went over the sockets, for real runs."""
+"""`plan` is within 10 % of what torch's allocator held and of the bytes sent over sockets in real runs."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def pool() -> Iterator[Callable[[int], Pool]]:
 def test_plan_is_within_a_tenth(pool: Callable[[int], Pool], case: Case) -> None:
     assert case in CASES
     got = outcome_of(case, pool(case.ranks), timeout=500)  # DeepSpeed's first start compiles
-    # How long a gathered layer lives depends on when gloo's threads come to it: where they are late, a rank holds
-    # one or two more. So the ranks' median is held to a tenth, and no rank may be far from it.
+    # How long a gathered layer lives depends on gloo's threads: if they are late, a rank holds one or two more. So the
+    # ranks' median must be within a tenth, and no rank may be far from it.
     assert got.memory == pytest.approx(median(got.peaks), rel=0.1)
     for peak in got.peaks:
         assert got.memory == pytest.approx(peak, rel=0.25)

@@ -71,7 +71,7 @@ def test_check_reads_everything(tmp_path: Path, corpus_folder: Path, capsys: pyt
 
 @pytest.fixture(scope="module")
 def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four files of 400 documents and 24 000 words each: at least a row of the largest recipe on both sides."""
+    """Return four files of 400 documents and 24 000 words each: at least a row of the largest recipe on both sides."""
     folder = tmp_path_factory.mktemp("parquet")
     for number in range(4):
         texts = [f"{number}{i} " + "the memory of many steps " * 12 for i in range(400)]
@@ -87,7 +87,7 @@ def test_a_recipe_reads_files_and_a_tokenizer_of_this_disk(
     t5_folder: Path,  # noqa: F811
     name: str,
 ) -> None:
-    """In place of the hub's, with everything else of its data section but the share that is held out."""
+    """They replace the hub's; the rest of its data section is unchanged, except the held-out share."""
     changes = {
         "source": "hf:parquet",
         "source_options": {"data_files": str(parquet / "*.parquet"), "split": "train"},
@@ -116,7 +116,7 @@ def test_several_processes_make_the_same(
     t5_folder: Path,  # noqa: F811
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The tokenizer goes to the other processes."""
+    """The tokenizer is sent to the other processes."""
     args = ["--config", "60m", "--data.source", "hf:parquet", "--data.tokenizer", str(t5_folder)]
     args += ["--data.source_options", json.dumps({"data_files": str(parquet / "*.parquet")})]
     for workers in (1, 2):

@@ -1,4 +1,4 @@
-"""A signal to a rank that waits for ranks that never come: it ends at once, where Python runs no handler."""
+"""A signal to a rank that waits for ranks that never come ends it at once, although Python runs no handler there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 def start(program: str, rank: int, port: int, root: Path, source: Path) -> subprocess.Popen[str]:
-    """One of two ranks, as torchrun starts it."""
+    """Start one of two ranks, as torchrun does."""
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
     variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": 1}
     return subprocess.Popen(
@@ -34,7 +34,7 @@ def start(program: str, rank: int, port: int, root: Path, source: Path) -> subpr
 
 
 def wait_for_store(process: subprocess.Popen[str], port: int) -> None:
-    """Until rank 0 waits there for the other."""
+    """Wait until rank 0 waits there for the other."""
     deadline = time.monotonic() + 120
     while True:
         assert process.poll() is None, process.communicate()[1]
@@ -76,7 +76,7 @@ def test_a_rank_whose_store_does_not_answer_ends_at_ctrl_c(tmp_path: Path, corpu
 
 
 def test_a_process_whose_stderr_nobody_reads_ends_at_a_signal() -> None:
-    """Its launcher was killed: the line that says why it ends cannot be written."""
+    """Its launcher was killed, and the line about its end cannot be written."""
     code = "import os, time; from am_lightning.pretrain.runtime.stop_signals import StopSignals\n"
     code += "StopSignals().take(); os.write(1, b'taken'); time.sleep(60)"
     process = subprocess.Popen([PYTHON, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)

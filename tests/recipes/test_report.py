@@ -37,7 +37,7 @@ CHROMIUM = next((path for name in ("chromium", "google-chrome", "chrome") if (pa
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory, corpus_folder: Path) -> tuple[Path, str]:
-    """A run of 20 steps with its two AdamW baselines, and what it printed."""
+    """Return a run of 20 steps with its two AdamW baselines, and its output."""
     root = tmp_path_factory.mktemp("compared") / "tiny"
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -70,7 +70,7 @@ def test_the_comparison_trains_adamw_on_the_same_data(compared: tuple[Path, str]
         group = load(folder / "checkpoints" / "last.ckpt")["optimizer_states"][0]["param_groups"][0]
         assert tuple(group["betas"]) == (beta1, 0.95)
         assert "beta1_max" not in group
-        # The same first batch and the same initial weights: the first loss is the same to the bit.
+        # The first batch and the initial weights are the same, so the first loss is equal to the bit.
         assert curves["train/loss"].values[0] == read_curves(root / "logs")["train/loss"].values[0]
     assert not list(root.glob("compare/*/data"))
 
@@ -120,7 +120,7 @@ def test_the_charts_have_the_logged_points(page: Page, compared: tuple[Path, str
 
 def test_the_heatmap_has_the_layers(page: Page, compared: tuple[Path, str]) -> None:
     [heatmap] = page.data["heatmaps"]
-    # As in TensorBoard's map: what has no weight decay is last.
+    # In TensorBoard's map, too, parameters without weight decay come last.
     assert heatmap["rows"] == ["layers.0", "layers.1", "lm_head", "embed_tokens", "norm"]
     logged = read_curves(compared[0] / "logs")["am/beta/layer/layers.1/min"]
     assert heatmap["edges"] == list(range(21)) and heatmap["width"] == 1
@@ -167,7 +167,7 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path, corpus_folder: Path) -
     assert found.train_loss is not None
     assert found.train_loss.steps.tolist() == list(range(1, 9))
     assert found.momentum["layers.1"].steps.tolist() == list(range(1, 9))
-    assert [step for step, _ in found.validation_points] == [6, 8]  # the first life's validation at 5 is taken back
+    assert [step for step, _ in found.validation_points] == [6, 8]  # the first life's validation at 5 is removed
 
 
 def test_lives_that_began_in_one_second_are_in_order(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_other_programs_tags_and_steps_are_understood(tmp_path: Path) -> None:
 def test_a_run_without_a_loss_has_the_steps_of_its_momentum(
     tmp_path: Path, scalars: dict[str, dict[int, float]], steps: str
 ) -> None:
-    """As of an Accelerate loop that logs nothing itself."""
+    """An Accelerate loop that logs nothing itself gives such a run."""
     write_run(tmp_path / "run", scalars)
     (tmp_path / "run" / "logs" / "hparams.yaml").unlink()
     [run] = find_runs([str(tmp_path / "run")])
@@ -249,7 +249,7 @@ def test_a_run_without_curves_of_layers_shows_its_last_picture(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_the_programs_agree_in_one_report(tmp_path: Path, corpus_folder: Path) -> None:
-    """The same recipe through Lightning, Accelerate and the HF Trainer: the same steps, the same values."""
+    """Lightning, Accelerate and the HF Trainer give the same recipe the same steps and the same values."""
     root = tmp_path / "runs"
     pretrain.main(arguments(root / "pretrain", corpus_folder, 6))
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -283,7 +283,7 @@ def test_a_folder_of_runs_stands_for_all_of_them(tmp_path: Path) -> None:
 
 
 def test_runs_of_one_folder_are_named_alike(tmp_path: Path) -> None:
-    """Those of Lightning: the second one's name alone would be enough, were it not beside the first one."""
+    """For Lightning runs the second one's name alone would be enough without the first one beside it."""
     for place in ("once/logs_of/version_0", "twice/logs_of/version_0", "twice/logs_of/version_1"):
         write_run(tmp_path / place, {"train/loss": {0: 1.0}})
     names = [run.name for run in find_runs([str(tmp_path / "once"), str(tmp_path / "twice")])]
@@ -326,7 +326,7 @@ def test_a_broken_configuration_is_named(tmp_path: Path) -> None:
         find_runs([str(tmp_path / "run")])
 
 
-# ------------------------------------------------------------------ as a browser shows it
+# ------------------------------------------------------------------ in a browser
 _LOOK = """<!DOCTYPE html><body><iframe style="width:390px;height:900px;border:0" src="report.html"></iframe><script>
 const frame = document.querySelector("iframe");
 addEventListener("load", () => {
@@ -369,7 +369,7 @@ function look() {
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 @pytest.mark.slow
 def test_a_browser_draws_it_on_a_phone(compared: tuple[Path, str], tmp_path: Path) -> None:
-    """Beside a run without a cap, whose highest beta_t is above the others' cap."""
+    """A run without a cap is beside it, whose highest beta_t is above the others' cap."""
     older = intervals(tmp_path / "older", cap=None)
     assert main(["report", str(compared[0]), *older, "-o", str(tmp_path / "report.html")]) == 0
     page = Page((tmp_path / "report.html").read_text())
@@ -384,7 +384,7 @@ def test_a_browser_draws_it_on_a_phone(compared: tuple[Path, str], tmp_path: Pat
     seen = json.loads(found[0])
     assert seen["charts"] == len(page.data["charts"]) + 2 and seen["labels"]
     assert all(count > 0 for count in seen["paths"])
-    assert seen["outside"] == 0 and seen["above"] == 0  # no label is cut off, and no band
+    assert seen["outside"] == 0 and seen["above"] == 0  # no label or band is cut off
     assert seen["overflow"] <= 390
     assert seen["column"].startswith("steps 1 to 2\n")  # of the older run's layers, logged every second step
     low, high = (page.data["charts"][2]["series"][0][end] for end in ("values", "upper"))

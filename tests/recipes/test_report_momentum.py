@@ -45,7 +45,7 @@ def test_the_picture_has_the_momentum_from_zero_to_the_cap(tmp_path: Path) -> No
     [by_layer] = [axes for axes in figure.axes if "lowest of a layer group's tensors" in axes.get_title("left")]
     [mesh] = by_layer.collections
     assert isinstance(mesh, QuadMesh)
-    assert np.asarray(mesh.get_coordinates())[0, :, 0].tolist() == [0, 2, 4, 6]  # the first point is of two steps, too
+    assert np.asarray(mesh.get_coordinates())[0, :, 0].tolist() == [0, 2, 4, 6]  # the first point covers two steps, too
     assert mesh.get_clim() == pytest.approx((0, 0.89))
 
 

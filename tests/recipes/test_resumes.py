@@ -1,4 +1,4 @@
-"""pretrain_accelerate.py and pretrain_hf_trainer.py go on from a checkpoint as if they had never stopped."""
+"""pretrain_accelerate.py and pretrain_hf_trainer.py resume from a checkpoint as if they had never stopped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .commands import RECIPES, arguments
 
 pytestmark = pytest.mark.slow
 
-# Program -> how it names the checkpoint of a step.
+# Program -> its name of the checkpoint of a step.
 CHECKPOINTS = {"pretrain_accelerate.py": "step-{:06d}", "pretrain_hf_trainer.py": "checkpoint-{}"}
 
 
@@ -46,7 +46,7 @@ def losses(root: Path) -> dict[int, float]:
 
 @pytest.mark.parametrize("program", CHECKPOINTS)
 def test_a_resumed_run_is_the_unbroken_one(program: str, tmp_path: Path, corpus_folder: Path) -> None:
-    """The same rows, weights, momentum and schedule: the losses of the steps after it are the same to the bit."""
+    """The rows, weights, momentum and schedule are the same: the losses of the later steps are equal to the bit."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     run(program, whole, corpus_folder, 6)
     middle = whole / "checkpoints" / CHECKPOINTS[program].format(3)
@@ -58,7 +58,7 @@ def test_a_resumed_run_is_the_unbroken_one(program: str, tmp_path: Path, corpus_
     _, errors = run(program, resumed, corpus_folder, 6, "--ckpt_path", "last", "--model.hidden_size", "96", status=1)
     assert "error: model.hidden_size is 96, the checkpoint's model has " in errors and "Traceback" not in errors
     newest = resumed / "checkpoints" / CHECKPOINTS[program].format(6)
-    for file in newest.glob("r*_state*"):  # of the random numbers, which both libraries would pass over in silence
+    for file in newest.glob("r*_state*"):  # of the random numbers, whose absence both libraries ignore
         file.write_bytes(file.read_bytes()[:-7])
     _, errors = run(program, resumed, corpus_folder, 7, "--ckpt_path", "last", "--checkpoint.keep", "1", status=1)
     assert f"no checkpoint in {newest.parent} is whole: {newest.name} (" in errors
@@ -71,7 +71,7 @@ def test_a_resumed_run_is_the_unbroken_one(program: str, tmp_path: Path, corpus_
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("program", CHECKPOINTS)
 def test_a_signal_saves_the_step(program: str, number: signal.Signals, tmp_path: Path, corpus_folder: Path) -> None:
-    """Also where it comes twice at once: from the terminal, and from a launcher that passes it on."""
+    """It may come twice at once: from the terminal, and from a launcher that passes it on."""
     process = start(program, tmp_path, corpus_folder, 100_000)
     deadline = time.monotonic() + 200
     while not (tmp_path / "checkpoints" / CHECKPOINTS[program].format(3)).exists():

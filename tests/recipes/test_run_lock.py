@@ -1,4 +1,4 @@
-"""Two runs in one folder: the second is told of the first, and a killed one is in nobody's way."""
+"""Two runs in one folder: the second is told about the first, and a killed one blocks no other."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ time.sleep(600)
 
 @contextmanager
 def holder(folder: Path) -> Iterator[int]:
-    """The process that holds a run, until it is killed."""
+    """Return the process that holds a run, until it is killed."""
     process = subprocess.Popen([PYTHON, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     number = int(process.stdout.readline())
@@ -61,7 +61,7 @@ def test_a_second_process_is_told_of_the_first_until_it_is_killed(tmp_path: Path
         with pytest.raises(RecipeError, match=text):
             run_lock.hold(folder)
     run_lock.hold(folder)
-    run_lock.hold(folder)  # once more changes nothing
+    run_lock.hold(folder)  # a second call changes nothing
     for of in (folder, tmp_path / "other" / "checkpoints", folder):
         run_lock.release(of)
     with holder(folder):
@@ -69,7 +69,7 @@ def test_a_second_process_is_told_of_the_first_until_it_is_killed(tmp_path: Path
 
 
 def test_one_that_ends_soon_is_waited_for(tmp_path: Path) -> None:
-    """As torchrun starts ranks anew while the others are being killed."""
+    """torchrun restarts ranks while the others are being killed."""
     with holder(tmp_path / "checkpoints") as first:
         start = time.monotonic()
         threading.Timer(1.0, os.kill, (first, signal.SIGKILL)).start()

@@ -26,7 +26,7 @@ def files(folder: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, corpus_folder: Path) -> Path:
-    """A run of 12 steps, started in a folder that is not the repository."""
+    """Return a run of 12 steps, started in a folder that is not the repository."""
     root = tmp_path_factory.mktemp("finished") / "run"
     pretrain.main(arguments(root, corpus_folder, 12))
     return root
@@ -53,7 +53,7 @@ def test_all_files_are_in_the_run_folder(tmp_path: Path, corpus_folder: Path) ->
 def test_the_speed_is_that_of_the_training(
     tmp_path: Path, corpus_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Validations, also the one before the first step, do not count."""
+    """Validations do not count, also not the one before the first step."""
     many = ["--trainer.num_sanity_val_steps", "-1", "--data.val_rows", "9999", "--data.val_batch_size", "1"]
     pretrain.main(arguments(tmp_path, corpus_folder, 2, *many))
     line = next(line for line in capfd.readouterr().out.splitlines() if "tokens per second" in line)
@@ -82,7 +82,7 @@ def test_the_curves_are_in_the_event_file(finished: Path) -> None:
 
 
 def with_manifests(steps: Iterable[int]) -> set[str]:
-    """The files of checkpoints after `steps` steps."""
+    """Return the files of checkpoints after `steps` steps."""
     return {f"step-{step:06d}.ckpt{end}" for step in steps for end in ("", ".manifest.json")}
 
 
@@ -119,7 +119,7 @@ def test_a_resume_from_the_middle_gives_the_same_bits(tmp_path: Path, corpus_fol
 
 
 def test_a_resume_takes_back_the_points_after_its_checkpoint(tmp_path: Path, corpus_folder: Path) -> None:
-    """As TensorBoard reads them: it keeps all points of a step that was logged twice."""
+    """TensorBoard would keep all points of a step that was logged twice."""
     pretrain.main(arguments(tmp_path, corpus_folder, 8))
     middle = tmp_path / "checkpoints" / "step-000004.ckpt"
     pretrain.main(arguments(tmp_path, corpus_folder, 8, "--ckpt_path", str(middle)))
@@ -148,8 +148,10 @@ def test_a_finished_run_can_be_made_longer(tmp_path: Path, corpus_folder: Path) 
 def test_accumulation_may_change_on_resume(
     tmp_path: Path, corpus_folder: Path, finished: Path, before: int, after: int
 ) -> None:
-    """The same rows make up the same steps, so the weights agree up to the order of a sum. The odd step matters: the
-    checkpoint's micro-batches are no whole number of the new steps."""
+    """The same rows make up the same steps, so the weights agree up to the order of a sum.
+
+    The odd step matters: the checkpoint's micro-batches are no whole number of the new steps.
+    """
     key = "--trainer.accumulate_grad_batches"
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     pretrain.main(arguments(whole, corpus_folder, 12, key, str(before), "--checkpoint.every_n_train_steps", "5"))
@@ -235,7 +237,7 @@ def test_a_wrong_setting_is_named(
 ) -> None:
     with pytest.raises(SystemExit, match=says) as caught:
         pretrain.main(arguments(tmp_path, corpus_folder, 3, *extra))
-    if says is None:  # the parser's own errors: it says what, in a few lines, and not every setting there is
+    if says is None:  # the parser's own errors are a few lines, without a list of all settings
         errors = capfd.readouterr().err
         assert extra[0].rsplit(".", 1)[1] in errors
         assert len(errors.splitlines()) < 8

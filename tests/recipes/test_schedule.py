@@ -75,7 +75,7 @@ def test_a_wrong_argument_is_named(arguments: dict[str, object], named: str) -> 
 
 
 def test_a_run_before_its_fall_can_be_prolonged() -> None:
-    """ "wsd": a checkpoint's schedule goes on with the length it is given now."""
+    """With "wsd" a checkpoint's schedule continues with its new length."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     short = make_schedule(optimizer, 10, "wsd", final_fraction=0.0)
     for _ in range(8):

@@ -1,4 +1,4 @@
-"""recipes/env.sh and quickstart.sh, without a network: the copy in the test has a build backend of its own."""
+"""recipes/env.sh and quickstart.sh without a network; the test's copy has a build backend of its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.python import COLD
 ROOT = Path(__file__).resolve().parents[2]
 INSTALLATIONS = pytest.mark.nightly("installations")
 
-# As much of PEP 660 as an editable installation needs. It writes down every time it is used.
+# The part of PEP 660 that an editable installation needs. It records every use.
 BACKEND = """
 import pathlib, zipfile
 
@@ -41,7 +41,7 @@ PYPROJECT = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-p
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of what the scripts use, in a folder with a space in its name."""
+    """Return a copy of what the scripts use, in a folder with a space in its name."""
     root = tmp_path / "a checkout"
     for folder in ("am_lightning", "recipes"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -51,7 +51,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def bash(script: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """With no HOME and no index; the interpreter of the tests, which can import torch, makes the environment."""
+    """Run with no HOME and no index; the tests' interpreter, which can import torch, makes the environment."""
     env = {"PATH": os.environ["PATH"], "AM_PYTHON": COLD, "PIP_NO_INDEX": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         ["bash", "-euc", script], cwd=cwd, env={**env, **variables}, capture_output=True, text=True, timeout=240
@@ -114,7 +114,7 @@ def test_an_environment_is_made_once(checkout: Path) -> None:
 
 @pytest.mark.slow
 def test_no_network_is_needed_where_all_is_installed(checkout: Path) -> None:
-    """The real requirements, whose build backend an isolated build would have to download."""
+    """The real requirements include a build backend that an isolated build would have to download."""
     extras = "lightning,recipes" if find_spec("jsonargparse") else ""
     shutil.copy(ROOT / "pyproject.toml", checkout)
     unreachable = {"PIP_NO_INDEX": "1", "PIP_INDEX_URL": f"http://127.0.0.1:{free_port()}/simple", "PIP_RETRIES": "0"}

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """JSON lines of 4.2 MB: five parts of at most 1 MB."""
+    """Return JSON lines of 4.2 MB: five parts of at most 1 MB."""
     return make_source(tmp_path_factory.mktemp("source") / "text.jsonl")
 
 
@@ -49,7 +49,7 @@ def write(source: Path, folder: Path, workers: int = 1) -> None:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Everything that was made; no leftovers may be among it."""
+    """Return everything that was made, without leftovers."""
     return {
         p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"
     }
@@ -69,7 +69,7 @@ def test_the_shards_hold_the_documents_in_order(source: Path, whole: Path) -> No
 
 
 def test_a_part_with_too_many_tokens_makes_several_files(source: Path, tmp_path: Path, whole: Path) -> None:
-    """A text can have more tokens than bytes of its own: no file grows beyond the limit and one document."""
+    """A text can have more tokens than bytes; no file grows beyond the limit and one document."""
     job = prepare.Job(tmp_path, ByteTokenizer(), 5.0, 1 << 18)
     record = write_part(job, work_units(find_source(str(source)), 1)[0])
     assert len(record.train) == 4
@@ -99,9 +99,9 @@ def start_writer(source: Path, folder: Path, workers: int, *kill: str) -> subpro
 @pytest.mark.parametrize(
     ("call", "part", "finished"),
     [
-        ("fsync", "train-00002", 2),  # a shard is half there
+        ("fsync", "train-00002", 2),  # half of a shard is there
         ("replace", "val-00002", 2),  # one side of a part is there
-        ("replace", "00002.json", 2),  # both are there, nothing says so
+        ("replace", "00002.json", 2),  # both are there without a record
         ("replace", "index.json", 5),  # all are there
     ],
 )
@@ -133,7 +133,7 @@ def test_a_killed_worker_is_an_error_and_costs_one_part(source: Path, whole: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("ctrl_c", [False, True])
 def test_no_worker_survives_its_parent(tmp_path: Path, ctrl_c: bool) -> None:
-    """Killed, or by Ctrl-C in a terminal, which reaches the workers, too: they do not go on with what is left."""
+    """The parent is killed, or ends by a terminal's Ctrl-C, which reaches the workers, too: they must not continue."""
     code = (
         "import os; from am_lightning.pretrain.data.processes import run_all; from tests.recipes.writer import sleep;"
         "run_all(sleep, range(6), 2, 'sleeping')"
@@ -235,7 +235,7 @@ def test_a_broken_file_is_named_with_the_cure(copied: Path, name: str, damage: o
 
 @pytest.mark.parametrize("name", ["train-00003-00.bin", "index.json"])
 def test_the_cure_cures(source: Path, whole: Path, copied: Path, name: str) -> None:
-    """And only what was deleted is made."""
+    """Only what was deleted is rebuilt."""
     before = {path: path.stat().st_mtime_ns for path in copied.glob("train-*.bin")}
     (copied / name).unlink()
     write(source, copied)
@@ -260,7 +260,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 3 MB, or a limit on the size of a file where only root may mount."""
+    """Return a file system of 3 MB, or a limit on the size of a file if only root may mount."""
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True)

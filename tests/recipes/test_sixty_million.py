@@ -29,7 +29,7 @@ STEPS = 2
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The recipe's model as it is; short rows, few of them, of local documents."""
+    """Return the recipe's own model with few short rows of local documents."""
     folder = tmp_path_factory.mktemp("local")
     rng = random.Random(0)
     words = ["memory", "momentum", "step", "gradient", "the", "of", "is", "learned"]
@@ -65,7 +65,7 @@ def test_it_validates(settings: list[str], capsys: pytest.CaptureFixture[str]) -
     assert main(["validate", "60m", *settings, "--trainer.devices", "2"]) == 0
     out = capsys.readouterr().out
     assert "58.2M parameters" in out
-    assert "tokens)" in out  # the tokenizer was looked at
+    assert "tokens)" in out  # the tokenizer was checked
 
 
 @pytest.mark.parametrize(
@@ -86,5 +86,5 @@ def test_it_trains(name: str, settings: list[str], tmp_path: Path) -> None:
     curve = curve_of(entry, root)
     assert list(curve) == [1, 2]
     first, second = (curve[step][0] for step in curve)
-    assert first == pytest.approx(10.4, abs=0.3)  # about log(32100): of the untrained model, by every entry
+    assert first == pytest.approx(10.4, abs=0.3)  # about log(32100), of the untrained model, for every program
     assert second < first - 0.2

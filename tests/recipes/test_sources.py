@@ -1,4 +1,4 @@
-"""From what the user names to documents, and every way in which that can fail."""
+"""From the user's sources to documents, and every way in which that can fail."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from tests.examples import examples
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 
-# Not ASCII, a NUL, half a surrogate pair (JSON can hold one), line ends inside a text, nothing at all.
+# Not ASCII, a NUL, half a surrogate pair (JSON can hold one), line ends inside a text, an empty text.
 TEXTS = ["plain", "żółć 日本語 🙂", "a\0b", "half \ud83d of it", "two\nlines\r\n", "", " "]
 KEPT = [b"plain", "żółć 日本語 🙂".encode(), b"ab", b"half ? of it", b"two\nlines\r\n", b" "]
 
 
 def texts(source: Source, chunk_bytes: int = 1 << 20) -> list[bytes]:
-    """Through pickled chunks, as another process gets them."""
+    """Return texts through pickled chunks, as another process gets them."""
     chunks = pickle.loads(pickle.dumps(list(source.chunks(chunk_bytes))))
     return [document.text for chunk in chunks for document in chunk.documents()]
 
@@ -106,7 +106,7 @@ def test_a_line_is_in_one_piece_wherever_files_are_cut(
 
 
 def test_a_line_is_in_one_piece_at_every_size(tmp_path: Path) -> None:
-    """Also where a cut is at the beginning of a line, which few random sizes are."""
+    """Some cuts are at the beginning of a line, which few random sizes are."""
     path = write_jsonl(tmp_path / "x.jsonl", ["0", "11", "2"])
     for size in range(1, 2 * path.stat().st_size):
         assert texts(find_source(str(path)), size) == [b"0", b"11", b"2"]
@@ -240,7 +240,7 @@ def test_what_does_not_exist_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def nobodys_folder() -> Iterator[Path]:
-    """A folder whose user is not root, who could read everything."""
+    """Return a folder whose user is not root, because root could read everything."""
     root = os.geteuid() == 0
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)

@@ -1,4 +1,4 @@
-"""Two processes: whichever rank is signalled, fails or hangs, all do the same; a resumed run is the unbroken one."""
+"""Two processes: if either rank is signalled, fails or hangs, both act alike; a resumed run is the unbroken one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def start(options: list[Options], python: str = PYTHON, **variables: str) -> sub
 
 
 def run_in_turn(options: list[Options]) -> None:
-    """All of them in the same two processes, started as torchrun would."""
+    """Run all of them in the same two processes, started as by torchrun."""
     several = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     several |= {"TORCHELASTIC_RUN_ID": "test", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
     ranks = [start(options, RANK=str(rank), LOCAL_RANK=str(rank), **several) for rank in range(2)]
@@ -51,7 +51,7 @@ def run_in_turn(options: list[Options]) -> None:
 
 
 def state(root: Path, name: str = "last.ckpt") -> dict[str, Any]:
-    """Weights and optimizer of a checkpoint, whole, and its step."""
+    """Return the complete weights and optimizer of a checkpoint, and its step."""
     path = root / "checkpoints" / name
     if path.is_file():
         return {key: load(path)[key] for key in ("state_dict", "optimizer_states", "global_step")}
@@ -97,7 +97,7 @@ def test_stopped_broken_and_resumed_is_bitwise_unbroken(tmp_path: Path, strategy
 
 
 def test_answers_that_come_a_step_later_come_before_an_end_and_a_validation(tmp_path: Path) -> None:
-    """As on several GPUs. Signalled in the step that should_stop ends, and in one just before a validation."""
+    """Several GPUs answer so. The signal comes in the step that should_stop ends, and just before a validation."""
     common: dict[str, Any] = {"strategy": "ddp", "event_rank": 1, "late_answers": True}
     several = {
         "inside": Options(str(tmp_path / "inside"), **common, events={"4": "SIGTERM"}),
@@ -127,7 +127,7 @@ def test_answers_that_come_a_step_later_come_before_an_end_and_a_validation(tmp_
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Room for one checkpoint and a half."""
+    """Return room for one checkpoint and a half."""
     folder = tmp_path / "full" / "checkpoints"
     folder.mkdir(parents=True)
     if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=184k", "tmpfs", folder]).returncode:
@@ -137,7 +137,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_what_one_rank_meets_all_ranks_end_with(tmp_path: Path, small_disk: Path) -> None:
-    """A gradient that is not finite on one rank; a disk that becomes full under one shard."""
+    """One rank has a gradient that is not finite, or a disk that becomes full under its shard."""
     bad, full = tmp_path / "bad", tmp_path / "full"
     bad.mkdir()
     events = {str(batch): "nan" for batch in range(4, 30)}
@@ -161,7 +161,7 @@ def test_what_one_rank_meets_all_ranks_end_with(tmp_path: Path, small_disk: Path
 
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143)])
 def test_under_lightnings_launcher_rank_0_has_the_status(tmp_path: Path, name: str, status: int) -> None:
-    """Lightning kills rank 0 where a process that it started ends with another status than 0."""
+    """Lightning kills rank 0 if a process that it started ends with another status than 0."""
     process = start([Options(str(tmp_path), "ddp", 6, events={"3": name}, event_rank=1)])
     output, _ = process.communicate(timeout=240)
     assert process.returncode == status, output
@@ -170,7 +170,7 @@ def test_under_lightnings_launcher_rank_0_has_the_status(tmp_path: Path, name: s
 
 
 def test_sigusr1_before_training_on_another_rank_than_0_is_obeyed_after_a_step(tmp_path: Path) -> None:
-    """Only rank 0 requeues a SLURM job, and a rank that ended would take the job's step with it."""
+    """Only rank 0 requeues a SLURM job, and a rank that ended would end the job's step with it."""
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/sh\necho "$SLURM_PROCID $@" >> {tmp_path}/called\n')
@@ -187,7 +187,7 @@ def test_sigusr1_before_training_on_another_rank_than_0_is_obeyed_after_a_step(t
 
 
 def living(group: int) -> list[str]:
-    """Processes of a process group that are not zombies."""
+    """Return the processes of a process group that are not zombies."""
     found = []
     for file in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -204,7 +204,7 @@ def test_a_rank_that_hangs_ends_the_job_with_an_error(tmp_path: Path, strategy: 
     tolerance = {"hang_timeout_s": 10.0}
     process = start(
         [Options(str(tmp_path), strategy, events={"3": "hang"}, event_rank=rank, fault_tolerance=tolerance)],
-        COLD,  # its process group is looked at
+        COLD,  # its process group is checked
     )
     output, _ = process.communicate(timeout=300)  # it would sleep for 600 s
     assert process.returncode not in (0, None), output

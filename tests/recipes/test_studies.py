@@ -165,7 +165,7 @@ def test_the_minimum_of_a_logistic_problem(name: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_averaged_forms(method: str) -> None:
-    """Each method against its recursion in numpy, on a quadratic: d' = beta d + (1 - beta) g, d_0 = g_0."""
+    """Each method equals its recursion in numpy, on a quadratic: d' = beta d + (1 - beta) g, d_0 = g_0."""
     curvatures, lr, beta = torch.tensor([1.0, 0.3, 0.05], dtype=torch.float64), 0.9, 0.8
     x = torch.ones(3, dtype=torch.float64, requires_grad=True)
     optimizer = make_optimizer(method, beta, lr, x)
@@ -252,7 +252,7 @@ def test_networks_have_their_papers_sizes(name: str, millions: float) -> None:
 
 @pytest.fixture
 def cifar(tmp_path: Path) -> Path:
-    """Small files in the format of the Python archives of CIFAR-10 and CIFAR-100."""
+    """Write small files in the format of the Python archives of CIFAR-10 and CIFAR-100."""
     rng = np.random.default_rng(0)
 
     def write(name: str, labels: bytes, count: int) -> None:
@@ -288,7 +288,7 @@ def test_cifar_from_its_archive(cifar: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("task", sorted((STUDIES / "vision").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_trial_of_each_task_of_images(task: Path, cifar: Path, tmp_path: Path) -> None:
-    """Each network on its data for a few steps of few images, with both optimizers."""
+    """Each network trains on its data for a few steps of few images, with both optimizers."""
     small = tmp_path / task.name
     small.write_text(re.sub(r"batch_size: \d+", "batch_size: 4", task.read_text()))
     done = _run("vision", "--task", small, "--data-dir", cifar, "--try-steps", "3")
@@ -304,7 +304,7 @@ def test_the_convex_study_in_small(tmp_path: Path) -> None:
 
 
 def _run(study: str, *args: object) -> str:
-    """As docs/evidence.md starts it: from a checkout."""
+    """Run it from a checkout, as docs/evidence.md does."""
     command = [PYTHON, "-m", f"recipes.studies.{study}", *map(str, args)]
     done = subprocess.run(command, cwd=RECIPES.parent, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -313,7 +313,7 @@ def _run(study: str, *args: object) -> str:
 
 @pytest.mark.slow
 def test_the_warmup_page_grows_with_the_stages(tmp_path: Path) -> None:
-    """Made-up results, for the true ones take hours: every table and figure of every stage."""
+    """The results are invented, because real ones take hours: every table and figure of every stage."""
     scale, ledger, seen = Scale(steps=80), Ledger(tmp_path / "warmup.jsonl"), ""
     generator = np.random.default_rng(0)
     names = ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"]
@@ -336,7 +336,7 @@ def test_the_warmup_page_grows_with_the_stages(tmp_path: Path) -> None:
 
 
 def test_the_page_of_images(tmp_path: Path) -> None:
-    """Made-up results: the least error is at the middle learning rate, AM's is one percent point lower."""
+    """The results are invented: the least error is at the middle learning rate, AM's is one percent point lower."""
     sweep = sweep_of(Ledger(tmp_path / "vision.jsonl"), read_task(STUDIES / "vision" / "digits-resnet8.yaml"), "cpu")
     for stage in (sweep.sweep_configs, sweep.finalist_configs):
         for config in list(stage()):
@@ -371,7 +371,7 @@ def test_a_bad_batch_is_the_same_each_time(token: int | None) -> None:
 
 @pytest.mark.slow
 def test_faults_are_trained_and_drawn(tmp_path: Path, corpus_folder: Path) -> None:
-    """With a tiny model: runs that act on a block and on a batch, their sentences and pictures."""
+    """With a tiny model, runs act on a block and on a batch; their sentences and pictures are made."""
     tiny = [f"--{key}={value}" for key, value in TINY.items() if "enable" not in key]
     arguments = ["--out", str(tmp_path), "--steps", "9", "--only", "dead", "bad-batch", *tiny]
     diagnoses.main([*arguments, f"--data.source={corpus_folder}"])

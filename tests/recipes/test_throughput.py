@@ -1,4 +1,4 @@
-"""What a run logs besides its momentum, what stands behind its progress bar, and its other pages in TensorBoard."""
+"""A run's logs besides its momentum, its progress bar, and its other pages in TensorBoard."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_cpu_has_no_known_peak(tmp_path: Path, corpus_folder: Path) -> None:
 
 @pytest.mark.parametrize("extra", [ADAMW, [*ADAMW, "--trainer.gradient_clip_val", "null"], []], ids=lambda e: len(e))
 def test_every_optimizer_has_a_gradient_norm(tmp_path: Path, corpus_folder: Path, watched: Path, extra: Any) -> None:
-    """Before clipping, and where nothing is clipped. The first gradient is the same under all of them."""
+    """It is the norm before clipping, also without clipping. The first gradient is the same under all of them."""
     extra = extra or ["--trainer.gradient_clip_val", "null"]
     found = fit(tmp_path, corpus_folder, 2, *extra)["train/grad_norm"].values
     assert found[0] == pytest.approx(read_curves(watched / "logs")["am/grad_norm"].values[0], rel=1e-5)
@@ -134,14 +134,14 @@ def test_the_hparams_page_has_one_row_for_the_run(watched: Path) -> None:
 def test_the_configuration_is_a_text_card(watched: Path) -> None:
     [event] = events_of(watched).Tensors("config/text_summary")
     lines = event.tensor_proto.string_val[0].decode().splitlines()
-    assert all(line.startswith("    ") for line in lines)  # so Markdown keeps it as it is
+    assert all(line.startswith("    ") for line in lines)  # Markdown keeps it as it is
     card = yaml.safe_load("\n".join(line[4:] for line in lines))
     assert card["model"]["hidden_size"] == 32
     assert card == yaml.safe_load((watched / "logs" / "config.yaml").read_text())
 
 
 def page_of(root: Path) -> tuple[Layout, dict[str, list[str]]]:
-    """What TensorBoard shows, the newest; and the titles."""
+    """Return the newest layout that TensorBoard shows, and the titles."""
     layout = Layout.FromString(events_of(root).Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
     return layout, {category.title: [chart.title for chart in category.chart] for category in layout.category}
 
@@ -152,6 +152,6 @@ def test_the_custom_scalars_page_overlays_what_belongs_together(watched: Path) -
     assert charts["adaptive momentum (am)"][:2] == ["beta_t of all tensors", "beta_t of attn.qkv"]
     [momentum] = [chart for category in layout.category for chart in category.chart if chart.title.endswith("tensors")]
     series = [(one.value, one.lower, one.upper) for one in momentum.margin.series]
-    edges = [(f"am/beta/{edge}",) * 3 for edge in ("floor", "cap")]  # which the axis reaches to
+    edges = [(f"am/beta/{edge}",) * 3 for edge in ("floor", "cap")]  # they extend the axis
     assert series == [("am/beta/mean", "am/beta/min", "am/beta/max"), *edges]
     assert {tag for one in series for tag in one} <= set(events_of(watched).Tags()["scalars"])

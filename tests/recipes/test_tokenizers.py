@@ -41,7 +41,7 @@ def bpe(tmp_path_factory: pytest.TempPathFactory) -> FastTokenizer:
 
 @pytest.fixture(scope="session")
 def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer of T5's kind (unigram, spaces as a letter, </s> ends a text) with a vocabulary for these tests."""
+    """Return a tokenizer of T5's kind (unigram, spaces as a letter, </s> ends a text) with a small vocabulary."""
     folder = tmp_path_factory.mktemp("t5")
     words = " ".join(text.decode() for text in SENTENCES).split()
     letters = sorted({"▁", *"abcdefghijklmnopqrstuvwxyz", *"".join(words)})
@@ -85,7 +85,7 @@ def test_training_gives_the_same_file_in_every_process(tmp_path: Path) -> None:
 
 
 def test_a_text_cannot_end_itself(bpe: FastTokenizer, t5_folder: Path) -> None:
-    """Also not in another process: the setting is no part of what is pickled."""
+    """This holds in another process, too, although the setting is not pickled."""
     for loaded, end in ((bpe, b"<|endoftext|>"), (load_pretrained(str(t5_folder)), b"a</s>b")):
         for tokenizer in (loaded, pickle.loads(pickle.dumps(loaded))):
             tokens = tokenizer.encode([end])[0]
@@ -165,7 +165,7 @@ def test_the_vocabulary_of_a_folder_is_looked_up(t5_folder: Path, corpus_folder:
     assert not list(tmp_path.rglob("*.bin"))
     TextData(str(corpus_folder), vocab_size=size, **options).prepare()
     with pytest.raises(RecipeError, match=rf"model.vocab_size is {size - 1}; allowed: >= {size}"):
-        small.prepare()  # also where the shards are there
+        small.prepare()  # also if the shards exist
     with pytest.raises(RecipeError, match=rf"model.vocab_size is {size - 1}; allowed: >= {size}"):
         small.open()
     with pytest.raises(RecipeError, match=r"is 9; allowed: >= 10: the tokens of data.tokenizer x"):

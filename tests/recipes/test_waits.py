@@ -1,4 +1,4 @@
-"""What callbacks do in every step neither reads a value on the host nor copies one from pageable memory."""
+"""Callbacks read no value on the host and copy none from pageable memory in any step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.sharding.pool import Pool, pools
 from .commands import RECIPES, arguments
 from .waits import Waits
 
-# The bar is also drawn where its batches are as many as the run's steps: two micro-batches a step, so within a log.
+# The bar is also drawn when its batches are as many as the run's steps: two micro-batches a step, so within a log.
 STEPS, EVERY = 16, 4
 
 PROGRAM = """
@@ -40,7 +40,7 @@ print("\\n" + json.dumps([waits.after(step) for step in range(17)]))
 @pytest.mark.slow
 @pytest.mark.parametrize("program", ["pretrain", "pretrain_accelerate", "pretrain_hf_trainer"])
 def test_a_program_waits_where_it_logs_only(program: str, tmp_path: Path, corpus_folder: Path) -> None:
-    """With all callbacks, the progress bar, clipping and accumulation; the first step makes what later ones use."""
+    """All callbacks, the progress bar, clipping and accumulation are on; the first step creates what later ones use."""
     pytest.importorskip("jsonargparse")
     options = ["--trainer.log_every_n_steps", str(EVERY)]
     options += ["--checkpoint.every_n_train_steps", "100", "--trainer.val_check_interval", "1000"]
@@ -105,7 +105,7 @@ def pair() -> Iterator[Pool]:
 
 
 def agree_later(says: list[list[int | None]], now: list[int]) -> list[int]:
-    """On a rank of two: what it hears, as on an accelerator."""
+    """Return what a rank of two hears with delayed answers, as on an accelerator."""
     mine = says[torch.distributed.get_rank()]
     agreement = Agreement(torch.device("cpu"), 2, later=True)
     return [agreement.ask(say, now=question in now) for question, say in enumerate(mine)]
@@ -118,7 +118,7 @@ def test_ranks_hear_one_question_later_or_at_once(pair: Pool) -> None:
 
 
 def test_fault_tolerance_asks_at_its_interval(trainer: Any) -> None:
-    """And at once where the Trainer logs, in the last step, before a validation, and in an epoch's last batch."""
+    """It also asks when the Trainer logs, in the last step, before a validation, and in an epoch's last batch."""
     callback = FaultTolerance(check_every_n_steps=2)
     asked: list[tuple[int, int | None, bool]] = []
     callback._agreement = SimpleNamespace(

@@ -1,4 +1,4 @@
-"""What the programs say where a key is misspelt, a name is not one, or a folder refuses."""
+"""The programs' messages for a misspelt key, an unknown name, or a folder that refuses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .commands import RECIPES, arguments
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Any:
-    """Writes a YAML over laptop's."""
+    """Write a YAML over laptop's."""
     for name in ("base.yaml", "laptop.yaml"):
         (tmp_path / name).write_bytes((recipes_folder() / "configs" / name).read_bytes())
 

@@ -15,7 +15,7 @@ from .commands import arguments, run
 from .row_log import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
-SEQ_LEN = 16  # and the smallest model that pretrain.py makes
+SEQ_LEN = 16  # and the smallest model of pretrain.py
 SMALL = {
     "model.seq_len": SEQ_LEN,
     "model.hidden_size": 8,
@@ -30,7 +30,7 @@ SMALL = {
 
 
 def resume(root: Path, source: Path, steps: int, devices: int, **changes: object) -> tuple[int, str]:
-    """Train up to `steps` on `devices` processes; the exit status and the errors."""
+    """Train up to `steps` on `devices` processes; return the exit status and the errors."""
     extra = {**SMALL, **changes, "trainer.devices": devices}
     log = json.dumps({"class_path": "tests.recipes.row_log.RowLog", "init_args": {"folder": str(root / f"to-{steps}")}})
     args = arguments(root, source, steps, *(text for key, value in extra.items() for text in (f"--{key}", str(value))))
@@ -40,7 +40,7 @@ def resume(root: Path, source: Path, steps: int, devices: int, **changes: object
 
 @pytest.mark.slow
 def test_the_samples_of_every_step_stay_from_1_to_2_to_4_processes(tmp_path: Path, corpus_folder: Path) -> None:
-    """Also as the number of micro-batches changes. The expected rows are those of the order, read without a Trainer."""
+    """The number of micro-batches changes, too. The expected rows are those of the order, read without a Trainer."""
     root = tmp_path / "run"
     seen: dict[int, list[str]] = {}
     for steps, devices, accumulate in ((2, 1, 1), (4, 2, 2), (6, 4, 1)):

@@ -1,4 +1,4 @@
-"""A detector, on a CPU, of what makes the host wait where tensors are on a GPU."""
+"""Detect on a CPU what makes the host wait if tensors are on a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 # A value goes to the host, or the size of the result depends on one. bool() and float() come here.
 READS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique", "unique2", "_unique2")
 READS += ("bincount", "unique_consecutive", "unique_dim")
-MASKED = ("index", "index_put", "index_put_", "_index_put_impl_")  # of booleans: nonzero within
+MASKED = ("index", "index_put", "index_put_", "_index_put_impl_")  # with booleans: nonzero inside
 COPIES = ("cpu", "numpy", "tolist")
 UPLOADS = ("new_tensor", "tensor", "as_tensor")  # pageable memory is read before they return
 MAKERS = ("tensor", "as_tensor", "from_numpy", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint")
@@ -26,10 +26,10 @@ MOVES = "lightning/fabric/utilities/apply_func.py"  # a batch: blocking for the 
 
 
 class Waits:
-    """Notes (steps done, what, where) while it is entered; not within an optimizer's step, which tests/optim look at.
+    """Record (steps done, what, where) while entered, but not within an optimizer's step, which tests/optim check.
 
     Attributes:
-        seen: all of them.
+        seen: all records.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Waits:
         self._stack.close()
 
     def after(self, *steps: int) -> list[str]:
-        """What was noted between the end of one of these steps and the end of the next."""
+        """Return what was recorded between the end of one of these steps and the end of the next."""
         return [f"after step {step}: {what} in {where}" for step, what, where in self.seen if step in steps]
 
     def note(self, what: str) -> None:
@@ -79,7 +79,7 @@ class _Operations(TorchDispatchMode):
 
 
 class _Functions(TorchFunctionMode):
-    """Copies, too, of tensors that would be the host's: a loader's, and those that were made without a device."""
+    """Record copies, too, of tensors that would be on the host: a loader's, and those made without a device."""
 
     def __init__(self, waits: Waits) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class _Functions(TorchFunctionMode):
 
 
 def _caller() -> str:
-    """The innermost frame that is neither the detector's nor torch's own; a loader's frame where it is in one."""
+    """Return the innermost frame outside the detector and torch; a loader's frame if it is in one."""
     frame, first = sys._getframe(1), ""
     while frame is not None:
         name = frame.f_code.co_filename

@@ -10,7 +10,7 @@ _BYTES_ACKED = 120  # offset in struct tcp_info of Linux (include/uapi/linux/tcp
 
 
 def bytes_sent() -> int:
-    """Over all open sockets of this process, acknowledged by the other side."""
+    """Return the bytes over all open sockets of this process, acknowledged by the other side."""
     total = 0
     for name in os.listdir("/proc/self/fd"):
         try:

@@ -1,7 +1,7 @@
 """Write shards in a process that can be killed: python -m tests.recipes.writer SOURCE FOLDER WORKERS [CALL PART]
 
-CALL is a function of `os` that file writing ends with (fsync, replace); the process that is about to call it for a
-file whose path contains PART is killed by SIGKILL: this one, or one of its workers.
+CALL is one of the functions of `os` that end a file's writing (fsync, replace). The process that is about to call it
+for a file whose path contains PART is killed by SIGKILL: this one, or one of its workers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PARTS = 5  # of make_source, with shard_mb 1
 
 
 def make_source(path: Path) -> Path:
-    """JSON lines, 4.2 MB; the same ones every time."""
+    """Write JSON lines of 4.2 MB, the same ones every time."""
     rng = random.Random(0)
     words = ["memory", "momentum", "step", "żółć", "日本", "\n"]
     size = 0
@@ -37,7 +37,7 @@ def make_source(path: Path) -> Path:
 
 
 def sleep(number: int) -> None:
-    """For as long as nobody ends this process, whose number is left as a file."""
+    """Sleep until this process is ended, and leave its id in a file."""
     Path(os.environ["SLEEPERS"], str(os.getpid())).touch()
     time.sleep(600)
 
