@@ -36,8 +36,10 @@ def let_see_gpu(paths: Sequence[str], folder: Path) -> bool:
 def kept(items: list[pytest.Item], gate: str) -> list[pytest.Item]:
     """Return the tests of a gate.
 
-    - fast: those that are marked neither ``slow`` nor ``nightly``. - full: all except ``nightly`` ones. - ci: those of
-    full, and of each kind of nightly test the one marked ``sample``, or else the first. - nightly: all.
+    - fast: those that are marked neither ``slow`` nor ``nightly``.
+    - full: all except ``nightly`` ones.
+    - ci: those of full, and of each kind of nightly test the one marked ``sample``, or else the first.
+    - nightly: all.
     """
     if gate == "nightly":
         return items
