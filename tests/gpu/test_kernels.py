@@ -167,7 +167,7 @@ def test_clipping(kernel: str, in_step: bool, device: torch.device) -> None:
         give(optimizer, step)
         grads = [to_numpy(p.grad) for p in params_of(optimizer)]
         norm = float(sum((g**2).sum() for g in grads)) ** 0.5
-        limit = 0.3 * norm if step != 2 else 1e6  # a scale that never changes would hide a stale one
+        limit = 0.3 * norm if step != 2 else 1e6  # a step is invariant under a constant scale
         found = clip_grad_norm_(optimizer, limit, in_step=in_step)
         assert found.device.type == device.type and float(found) == pytest.approx(norm, rel=1e-6)
         oracle.step([g * min(1.0, limit / (norm + 1e-6)) for g in grads])

@@ -191,7 +191,7 @@ def test_ranks_agree_at_the_first_step(working: StandIn) -> None:
 
 def test_a_rank_that_lacks_the_cpp_loop_stops_all() -> None:
     optimizer: Any = AMAdamW(params(), fused=True)
-    agree(optimizer)  # no vote of a rank whose parameters are on another device is needed
+    agree(optimizer)  # a rank with parameters elsewhere needs no C++ loop
     with pytest.raises(RuntimeError, match=r"on the CPU needs C.*it does not work on 1 of the other ranks"):
         agree(optimizer, 1)
 
