@@ -284,15 +284,15 @@ MUTATIONS = [
     Mutation(
         "the cosine begins at step 0 and not after the warmup",
         _SCHEDULE,
-        'if kind == "wsd" else warmup\n',
-        'if kind == "wsd" else 0\n',
+        'if self.kind == "wsd" else warmup\n',
+        'if self.kind == "wsd" else 0\n',
         (f"{_SCHEDULES}::test_cosine_is_half_way_in_the_middle_and_ends_at_its_end",),
     ),
     Mutation(
         "the final learning rate is not kept to",
         _SCHEDULE,
-        "return final_fraction + (1 - final_fraction) * shape",
-        "return max(final_fraction, shape)",
+        "return self.final_fraction + (1 - self.final_fraction) * shape",
+        "return max(self.final_fraction, shape)",
         (f"{_SCHEDULES}::test_cosine_is_half_way_in_the_middle_and_ends_at_its_end",),
     ),
     Mutation(

@@ -261,7 +261,7 @@ def test_the_model_has_the_published_shape(name: str) -> None:
     shape, parameters = FAMILY[name]
     assert settings.shape == shape
     assert count_parameters(settings.shape) == parameters
-    assert "warmup" not in str(settings._module.schedule) and settings._module.schedule[1] == 0.0
+    assert settings._module.schedule.warmup_fraction == 0.0
 
 
 @every_config

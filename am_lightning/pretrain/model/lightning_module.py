@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, Literal, cast
 
 import lightning as L
@@ -21,7 +22,7 @@ from am_lightning.optim.convert import convert_adamw
 from am_lightning.optim.param_groups import parameter_groups
 from am_lightning.pretrain.model.network import build_llama, checkpoint_activations, token_loss
 from am_lightning.pretrain.model.parallelize import loss_context, shard_llama
-from am_lightning.pretrain.model.schedule import check_schedule, make_schedule
+from am_lightning.pretrain.model.schedule import Schedule
 from am_lightning.pretrain.model.shape import LlamaShape
 from am_lightning.pretrain.runtime.errors import RecipeError, require
 
@@ -78,23 +79,12 @@ class LlamaPretraining(L.LightningModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        self.shape = LlamaShape(
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            num_heads=num_heads,
-            num_layers=num_layers,
-            vocab_size=vocab_size,
-            seq_len=seq_len,
-            num_key_value_heads=num_key_value_heads,
-            rope_theta=rope_theta,
-            tie_word_embeddings=tie_word_embeddings,
-        )
-        require(0 <= weight_decay < math.inf, "model.weight_decay", weight_decay, "0 <= value")
-        check_schedule(schedule, warmup_fraction, decay_fraction, final_lr_fraction)
         self.save_hyperparameters(ignore=["optimizer"])
+        self.shape = LlamaShape.among(self.hparams)
+        require(0 <= weight_decay < math.inf, "model.weight_decay", weight_decay, "0 <= value")
+        self.schedule = Schedule(schedule, warmup_fraction, decay_fraction, final_lr_fraction)
         self.make_optimizer = optimizer
         self.weight_decay = weight_decay
-        self.schedule = (schedule, warmup_fraction, decay_fraction, final_lr_fraction)
         self.model: LlamaForCausalLM | None = None
         self.activation_checkpointing, self.compile_layers = activation_checkpointing, compile
         self.val_loss = MeanMetric()
@@ -107,11 +97,8 @@ class LlamaPretraining(L.LightningModule):
         """
         if self.model is not None:
             return
-        if self.device_mesh is None:
+        with nullcontext() if self.device_mesh is None else torch.device("meta"):
             model = build_llama(self.shape)
-        else:
-            with torch.device("meta"):
-                model = build_llama(self.shape)
         if self.activation_checkpointing:
             checkpoint_activations(model)
         if self.compile_layers:
@@ -147,27 +134,15 @@ class LlamaPretraining(L.LightningModule):
             super().backward(loss, *args, **kwargs)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        loss = self._loss(batch)
-        self.val_loss.update(loss, len(batch))
-        self.log(
-            "val/loss",
-            loss,
-            prog_bar=True,
-            logger=self._log_validation,
-            on_step=False,
-            on_epoch=True,
-            sync_dist=True,
-            batch_size=len(batch),
-        )
+        self.val_loss.update(self._loss(batch), len(batch))
 
     def on_validation_epoch_end(self) -> None:
-        self.log("val/perplexity", self.val_loss.compute().exp(), logger=self._log_validation, sync_dist=True)
+        loss = self.val_loss.compute()  # over all processes
+        # The curves hold the validations during training. The one after it scores other rows, for the summary.
+        in_curves = self.trainer.state.fn == "fit"
+        self.log("val/loss", loss, prog_bar=True, logger=in_curves, sync_dist=True)
+        self.log("val/perplexity", loss.exp(), logger=in_curves, sync_dist=True)
         self.val_loss.reset()
-
-    @property
-    def _log_validation(self) -> bool:
-        """The curve holds validations during training; the one after it scores other rows and goes to the summary."""
-        return self.trainer.state.fn == "fit"
 
     def optimizer_for(self, network: nn.Module, memory: AdaptiveMemory | None = None) -> torch.optim.Optimizer:
         """The optimizer of `network`, converted where `memory` would: norms and embeddings without weight decay.
@@ -183,7 +158,7 @@ class LlamaPretraining(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.optimizer_for(self.network)
-        scheduler = make_schedule(optimizer, self.trainer.max_steps, *self.schedule)
+        scheduler = self.schedule.scheduler(optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _loss(self, batch: Tensor) -> Tensor:

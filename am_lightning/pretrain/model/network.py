@@ -61,17 +61,12 @@ def llama_config(shape: LlamaShape, **options: Any) -> LlamaConfig:
         shape: of the Llama.
         options: more of LlamaConfig's arguments.
     """
-    sizes: dict[str, Any] = {
-        "vocab_size": shape.vocab_size,
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.key_value_heads,
-        "num_hidden_layers": shape.num_layers,
-        "max_position_embeddings": shape.seq_len,
-        "rope_theta": shape.rope_theta,
-        "tie_word_embeddings": shape.tie_word_embeddings,
+    theirs = {
+        "num_heads": "num_attention_heads",
+        "num_layers": "num_hidden_layers",
+        "seq_len": "max_position_embeddings",
     }
+    sizes = {theirs.get(name, name): value for name, value in shape.state_dict().items()}
     return LlamaConfig(**sizes, **options)
 
 

@@ -59,15 +59,12 @@ def shard_llama(model: LlamaForCausalLM, shape: LlamaShape, mesh: DeviceMesh, pr
     """split_llama, then give the model its initial weights, those of build_llama in one process; each rank holds its
     own pieces alone."""
     split_llama(model, shape, mesh, precision)
-    device = torch.device(mesh.device_type)
-    if device.type != "cpu":
-        device = torch.device(device.type, torch.accelerator.current_device_index())
-    model.to_empty(device=device)
+    model.to_empty(device=mesh.device_type)
     for param in model.parameters():
         if param.ndim == 1:
             nn.init.ones_(param)
     draw_matrices(model)
-    with device:  # its buffers are functions of the configuration, which the meta device lost
+    with torch.device(mesh.device_type):  # its buffers are functions of the configuration, which the meta device lost
         model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
 
 
@@ -99,13 +96,9 @@ def split_llama(model: LlamaForCausalLM, shape: LlamaShape, mesh: DeviceMesh, pr
 
 def loss_context(mesh: DeviceMesh | None) -> AbstractContextManager[None]:
     """Around the loss and its backward: logits split over the vocabulary stay split (torch's loss_parallel)."""
-    context: AbstractContextManager[None] = loss_parallel() if tensor_ways(mesh) > 1 else nullcontext()
+    split = mesh is not None and mesh[TENSOR].size() > 1
+    context: AbstractContextManager[None] = loss_parallel() if split else nullcontext()
     return context
-
-
-def tensor_ways(mesh: DeviceMesh | None) -> int:
-    """Ranks that share a layer; 1 without a mesh."""
-    return 1 if mesh is None else mesh[TENSOR].size()
 
 
 def _split_layers(model: LlamaForCausalLM, mesh: DeviceMesh) -> None:

@@ -69,11 +69,6 @@ class LlamaShape:
                 )
 
     @property
-    def head_size(self) -> int:
-        """Dimensions of a head."""
-        return self.hidden_size // self.num_heads
-
-    @property
     def key_value_heads(self) -> int:
         """num_key_value_heads, or num_heads where it is None."""
         return self.num_key_value_heads or self.num_heads
@@ -81,7 +76,7 @@ class LlamaShape:
     @property
     def key_value_size(self) -> int:
         """Width of the keys, and of the values."""
-        return self.key_value_heads * self.head_size
+        return self.key_value_heads * (self.hidden_size // self.num_heads)
 
 
 def count_parameters(shape: LlamaShape) -> int:

@@ -16,7 +16,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from am_lightning.lightning import AdaptiveMemory
 from am_lightning.pretrain.data.text_data import TextData
 from am_lightning.pretrain.model.lightning_module import LlamaPretraining, check_optimizer
-from am_lightning.pretrain.model.schedule import make_schedule
 from am_lightning.pretrain.model.shape import LlamaShape
 from am_lightning.pretrain.runtime.atomic_files import replacing
 from am_lightning.pretrain.runtime.cli import PretrainCLI, precision_of, settle
@@ -84,7 +83,7 @@ class RunConfig:
 
     def make_schedule(self, optimizer: Optimizer) -> LambdaLR:
         """The learning rate's schedule; step it after each optimizer step."""
-        return make_schedule(optimizer, self.steps, *self._module.schedule)
+        return self._module.schedule.scheduler(optimizer, self.steps)
 
     def save(self, path: Path) -> None:
         """Write the resolved configuration, which the same programs take as --config."""

@@ -15,7 +15,7 @@ from am_lightning.optim.param_groups import parameter_groups
 from am_lightning.pretrain.data.text_data import TextData
 from am_lightning.pretrain.model.initial_weights import SCHEME
 from am_lightning.pretrain.model.network import build_llama, token_loss
-from am_lightning.pretrain.model.schedule import learning_rate_factor
+from am_lightning.pretrain.model.schedule import Schedule
 from am_lightning.pretrain.runtime.paths import find_config
 from am_lightning.pretrain.runtime.recipe_text import recipe_text
 from am_lightning.pretrain.runtime.run_config import read_run_config
@@ -155,7 +155,7 @@ class _Run:
 
     def _step(self, step: int, batch: Tensor) -> float:
         if self.method.kind != "schedulefree":
-            factor = learning_rate_factor(step, self.steps, "cosine", self.method.warmup, 0.0, FINAL_LR)
+            factor = Schedule("cosine", self.method.warmup, 0.0, FINAL_LR).factor(step, self.steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * factor
         loss = self._backward(torch.split(batch, self.micro))
