@@ -19,12 +19,13 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import GradientAccumulationPlugin, set_seed, tqdm
 from torch import nn
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from am_lightning import AMSGD, AMAdamW
 from am_lightning.huggingface import attach
-from am_lightning.pretrain.checkpoints.accelerate import AccelerateCheckpoints, Stateful, hold_together
+from am_lightning.pretrain.checkpoints.accelerate import AccelerateCheckpoints, hold_together
 from am_lightning.pretrain.commands.report.summary import next_commands
 from am_lightning.pretrain.data.text_data import TextData
 from am_lightning.pretrain.model.network import build_llama, token_loss

@@ -24,7 +24,8 @@ from transformers.trainer_utils import set_seed
 
 from am_lightning import AMSGD, AMAdamW
 from am_lightning.huggingface import AdaptiveMemoryCallback
-from am_lightning.pretrain.checkpoints.accelerate import chosen, hold_together, prune
+from am_lightning.pretrain.checkpoints.accelerate import chosen, hold_together
+from am_lightning.pretrain.checkpoints.atomic import prune
 from am_lightning.pretrain.checkpoints.manifest import sync_files, write_manifest
 from am_lightning.pretrain.commands.report.summary import next_commands
 from am_lightning.pretrain.model.network import build_llama, token_loss

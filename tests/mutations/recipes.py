@@ -72,8 +72,8 @@ MUTATIONS = [
     Mutation(
         "a checkpoint's checksums are not compared",
         _MANIFEST,
-        "if digest != wanted[name][1]:",
-        "if not digest:",
+        "if digest != wanted[name][1]]",
+        "if not digest]",
         (f"{_CHECKPOINTS}::test_a_folder_is_whole_only_with_all_of_its_files",),
     ),
     Mutation(
@@ -93,8 +93,8 @@ MUTATIONS = [
     Mutation(
         "new bytes lie beside the manifest of the old ones after a kill",
         _ATOMIC,
-        "remove_manifest(path)  # of the file that is replaced now",
-        "pass  # of the file that is replaced now",
+        "manifest_of(path).unlink(missing_ok=True)  # a kill",
+        "pass  # a kill",
         (f"{_CHECKPOINTS}::test_a_new_file_is_never_beside_an_old_manifest",),
     ),
     Mutation(
@@ -106,8 +106,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a folder of shards gets its name before its files are on the disk",
-        _WRITER,
-        "            sync_files(part)\n",
+        _ATOMIC,
+        "    sync_files(part)\n",
         "",
         (f"{_CHECKPOINTS}::test_a_folder_is_on_the_disk_before_it_has_its_name",),
     ),
@@ -128,8 +128,8 @@ MUTATIONS = [
     Mutation(
         "the newest checkpoint is the one whose step is the highest",
         f"{_PACKAGE}/checkpoints/resume.py",
-        "(without if number is None else number, step, last, path)",
-        "(without if number is None else 0, step, last, path)",
+        "(manifest.number if manifest else without, step, last, path)",
+        "(0 if manifest else without, step, last, path)",
         (f"{_CHECKPOINTS}::test_the_oldest_go_with_their_manifests",),
     ),
     Mutation(
@@ -155,28 +155,28 @@ MUTATIONS = [
     ),
     Mutation(
         "one checkpoint more than asked for is kept",
-        _CALLBACK,
-        "[self.keep :]",
-        "[self.keep + 1 :]",
+        _ATOMIC,
+        "newest_first(checkpoints)[keep:]",
+        "newest_first(checkpoints)[keep + 1 :]",
         (f"{_CHECKPOINTS}::test_the_oldest_go_with_their_manifests",),
     ),
     Mutation(
         "a checkpoint may run code when it is loaded",
         _CALLBACK,
-        "path and str(path)), weights_only=True)",
-        "path and str(path)), weights_only=False)",
+        "original(chosen, weights_only=True)",
+        "original(chosen, weights_only=False)",
         (f"{_CHECKPOINTS}::test_a_checkpoint_that_would_run_code_is_refused",),
     ),
     Mutation(
         "what failed in the background is forgotten",
         _WRITER,
-        "        for future in pending:\n            future.result()",
-        "        for future in pending:\n            future.exception()",
+        "            pending.result()",
+        "            pending.exception()",
         (f"{_CHECKPOINTS}::test_what_fails_in_the_background_ends_the_run",),
     ),
     Mutation(
         "a resume with other accumulation begins in the middle of a step",
-        f"{_PACKAGE}/checkpoints/position.py",
+        _CALLBACK,
         "counters[name] += difference",
         "counters[name] += 0 * difference",
         ("tests/recipes/test_runs.py::test_accumulation_may_change_on_resume",),

@@ -21,7 +21,7 @@ from tests.sharding.pool import pools
 @pytest.mark.slow
 def test_a_step_saved_again_replaces_the_first_and_clears_what_a_kill_left(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
-    for name in (".step-000004.part", ".step-000005.replaced"):
+    for name in (".step-000004.part", ".step-000005.old.part"):
         (folder / name).mkdir(parents=True)
         (folder / name / "half").touch()
     with pools() as start:

@@ -77,7 +77,7 @@ def test_a_wrong_argument_is_named(arguments: dict[str, Any], named: str) -> Non
 
 def test_a_wrong_length_is_named() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
-    with pytest.raises(RecipeError, match="trainer.max_steps is -1"):
+    with pytest.raises(RecipeError, match=r"trainer.max_steps is -1"):
         Schedule().scheduler(optimizer, -1)
 
 

@@ -2,12 +2,10 @@
 
 from am_lightning.pretrain.checkpoints.atomic import AtomicCheckpointIO, replace_with_link
 from am_lightning.pretrain.checkpoints.callback import RunCheckpoint
-from am_lightning.pretrain.checkpoints.position import restore_position
 from am_lightning.pretrain.checkpoints.resume import (
     LAST,
     check_readable,
     newest_whole,
-    saved_hyperparameters,
     saved_step,
 )
 
@@ -18,7 +16,5 @@ __all__ = [
     "check_readable",
     "newest_whole",
     "replace_with_link",
-    "restore_position",
-    "saved_hyperparameters",
     "saved_step",
 ]

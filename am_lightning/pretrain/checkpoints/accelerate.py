@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from torch.distributed.checkpoint.stateful import Stateful
 
-from am_lightning.pretrain.checkpoints.manifest import sync_files, write_manifest
+from am_lightning.pretrain.checkpoints.atomic import prune, publish_folder
+from am_lightning.pretrain.checkpoints.ranks import Ranks
 from am_lightning.pretrain.checkpoints.resume import check_readable, newest_first, newest_whole
-from am_lightning.pretrain.runtime.atomic_files import disk_error, sync_folder, write_failure
-from am_lightning.pretrain.runtime.collective_errors import raising_together
 from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.run_lock import hold
 
-_CURE = "Free some space; --ckpt_path last goes on from the checkpoint before."
 _STATES = "states.pt"
-
-
-class Stateful(Protocol):
-    """What has a state of tensors and plain values, as torch.load(weights_only=True) takes them."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Any) -> Any: ...
 
 
 class AccelerateCheckpoints:
@@ -40,8 +28,8 @@ class AccelerateCheckpoints:
         accelerator: with the model and the optimizer.
         folder: where they lie.
         keep: how many to keep, the newest; None keeps all.
-        states: what else is saved, by name. In a file of ours: what is registered with the accelerator is loaded as a
-            pickle, which may run code.
+        states: what else is saved, by name, of tensors and plain values. In a file of ours: what is registered with the
+            accelerator is loaded as a pickle, which may run code.
         model: the model's description, saved with the states and loaded before its weights, so that it can refuse them.
     """
 
@@ -59,46 +47,29 @@ class AccelerateCheckpoints:
     def save(self, step: int) -> Path:
         """Write `step-N` beside its place, then rename it: a kill at any moment leaves no half folder of that name.
 
-        One of that name goes aside before and away after, so that there is none for the time of two renames only.
-
         Raises:
             RecipeError: on all processes, where the disk of one refuses; the checkpoints before are untouched.
         """
         target = self.folder / f"step-{step:06d}"
         part = self.folder / f".{target.name}.part"
-        try:
-            self._write(part, target)
-        except RecipeError:
-            if self.accelerator.is_main_process:
-                shutil.rmtree(part, ignore_errors=True)  # a full disk needs the space
-            raise
-        return target
-
-    def _write(self, part: Path, target: Path) -> None:
-        together = partial(_together, partial(_refusal, target))
-        with together():
-            if self.accelerator.is_main_process:
+        ranks = _ranks(self.accelerator)
+        with ranks.saving(target, part):
+            if ranks.first:
                 for left in self.folder.glob(".step-*"):  # by a killed run
                     shutil.rmtree(left, ignore_errors=True)
                 part.mkdir(parents=True)
-        with together():
+        with ranks.saving(target, part):
             self.accelerator.save_state(str(part))
             states = {name: of.state_dict() for name, of in self.states.items()}  # may be collective
-            if self.accelerator.is_main_process:
+            if ranks.first:
                 if self.model is not None:
                     states["model"] = self.model.state_dict()
                 torch.save(states, part / _STATES)
-        with together():
-            if self.accelerator.is_main_process:
-                sync_files(part)
-                write_manifest(part)
-                replaced = part.with_suffix(".replaced")
-                if target.exists():
-                    target.rename(replaced)
-                part.rename(target)
-                sync_folder(self.folder)
-                shutil.rmtree(replaced, ignore_errors=True)
+        with ranks.saving(target, part):
+            if ranks.first:
+                publish_folder(part, target)
                 prune(self._all(), self.keep)
+        return target
 
     def load(self, ckpt_path: str) -> Path | None:
         """Load "last", the newest that is whole; or a folder. Returns the folder; None where "last" finds none.
@@ -138,40 +109,22 @@ def chosen(accelerator: Accelerator, ckpt_path: str, folder: Path, pattern: str)
     Raises:
         RecipeError: on all processes, where it is missing or broken; names an older one that is whole.
     """
-    found: list[Path | None] = [None]
-    with _together():
-        if accelerator.is_main_process:
-            if ckpt_path == "last":
-                found = [newest_whole(folder, [pattern])]
-            elif not Path(ckpt_path).is_dir():
-                raise RecipeError(
-                    f"--ckpt_path {ckpt_path}: there is no such folder. Those of this run are in {folder}"
-                )
-            else:
-                check_readable(Path(ckpt_path), folder, pattern)
-                found = [Path(ckpt_path)]
-    broadcast_object_list(found)
-    return found[0]
+
+    def choose() -> Path | None:
+        if ckpt_path == "last":
+            return newest_whole(folder, [pattern])
+        if not Path(ckpt_path).is_dir():
+            raise RecipeError(f"--ckpt_path {ckpt_path}: there is no such folder. Those of this run are in {folder}")
+        check_readable(Path(ckpt_path), folder, pattern)
+        return Path(ckpt_path)
+
+    return _ranks(accelerator).decide(choose)
 
 
 def hold_together(accelerator: Accelerator, folder: Path) -> None:
     """Collective. Say that this run writes the checkpoints in `folder`. RecipeError, on all processes: another does."""
-    with _together():
-        if accelerator.is_main_process:
-            hold(folder)
+    _ranks(accelerator).decide(partial(hold, folder))
 
 
-def prune(checkpoints: list[Path], keep: int | None) -> None:
-    """Remove all but the `keep` newest; None keeps all."""
-    for old in newest_first(checkpoints)[keep:] if keep is not None else []:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _together(*refusal_of: Callable[[BaseException], RecipeError | None]) -> AbstractContextManager[None]:
-    """What one process raises, all raise."""
-    return raising_together(lambda words: gather_object([words]), *refusal_of)
-
-
-def _refusal(target: Path, problem: BaseException) -> RecipeError | None:
-    refused = disk_error(problem)
-    return None if refused is None else write_failure(target, refused, _CURE)
+def _ranks(accelerator: Accelerator) -> Ranks:
+    return Ranks(accelerator.num_processes, accelerator.is_main_process)

@@ -1,4 +1,4 @@
-"""AtomicCheckpointIO: a checkpoint in one file is whole or not there; and a link that is replaced in one step."""
+"""AtomicCheckpointIO, and folders and links: whatever has a checkpoint's name is whole; and how old ones go."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import contextlib
 import errno
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch.distributed.tensor import DTensor
 
-from am_lightning.pretrain.checkpoints.manifest import HINT, remove_manifest, write_manifest
-from am_lightning.pretrain.checkpoints.resume import check_readable
+from am_lightning.pretrain.checkpoints.manifest import HINT, manifest_of, sync_files, write_manifest
+from am_lightning.pretrain.checkpoints.resume import check_readable, newest_first
 from am_lightning.pretrain.runtime.atomic_files import disk_error, replacing, sync_folder, write_failure
 
 
@@ -37,7 +40,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with replacing(path, HINT) as file:
             torch.save(checkpoint, file)
             file.flush()
-            remove_manifest(path)  # of the file that is replaced now
+            manifest_of(path).unlink(missing_ok=True)  # a kill must not leave new bytes beside an old manifest
         write_manifest(path)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -46,27 +49,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, *args, **kwargs)
 
     def remove_checkpoint(self, path: Any) -> None:
-        remove_manifest(Path(path))
-        super().remove_checkpoint(path)
+        remove(Path(path))
 
 
 def tensor_bytes(state: Any) -> int:
     """Bytes that this process holds of the tensors in a nested state; storages that are shared count once."""
-    seen: dict[int, int] = {}
-    pending = [state]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, dict):
-            pending.extend(value.values())
-        elif isinstance(value, (list, tuple)):
-            pending.extend(value)
-        elif hasattr(value, "local_shards"):  # ShardedTensor (FSDP1)
-            pending.extend(shard.tensor for shard in value.local_shards())
-        elif hasattr(value, "to_local"):  # DTensor
-            pending.append(value.to_local())
-        elif isinstance(value, torch.Tensor):
-            seen[value.data_ptr() or id(value)] = value.nbytes
-    return sum(seen.values())
+    sizes: dict[int, int] = {}
+
+    def count(tensor: Any) -> None:
+        if hasattr(tensor, "local_shards"):  # ShardedTensor (FSDP1)
+            shards = [shard.tensor for shard in tensor.local_shards()]
+        else:
+            shards = [tensor.to_local() if isinstance(tensor, DTensor) else tensor]
+        sizes.update((shard.data_ptr() or id(shard), shard.nbytes) for shard in shards)
+
+    apply_to_collection(state, torch.Tensor, count)
+    return sum(sizes.values())
 
 
 def require_space(path: Path, needed: int) -> None:
@@ -75,6 +73,38 @@ def require_space(path: Path, needed: int) -> None:
     if shutil.disk_usage(folder).free < needed:
         reason = f"{os.strerror(errno.ENOSPC)}: about {needed / 1e6:.1f} MB are needed"
         raise write_failure(path, OSError(errno.ENOSPC, reason), HINT)
+
+
+def publish_folder(part: Path, path: Path) -> None:
+    """Flush the folder `part` to the disk, write its manifest and rename it to `path`.
+
+    A folder that is there already (the same step, saved again) goes aside before and away after.
+    """
+    sync_files(part)
+    write_manifest(part)
+    old = path.with_name(f".{path.name}.old.part")
+    if path.exists():
+        os.replace(path, old)
+    os.replace(part, path)
+    sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """A checkpoint and its manifest. A folder is renamed first: a kill in between leaves nothing that looks whole."""
+    if path.is_dir() and not path.is_symlink():
+        if not path.name.startswith("."):
+            path = path.rename(path.with_name(f".{path.name}.old.part"))
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        manifest_of(path).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+
+
+def prune(checkpoints: Iterable[Path], keep: int | None) -> None:
+    """Remove all but the `keep` newest; None keeps all."""
+    for old in newest_first(checkpoints)[keep:] if keep is not None else []:
+        remove(old)
 
 
 def replace_with_link(target: Path, link: Path) -> None:
@@ -90,7 +120,10 @@ def replace_with_link(target: Path, link: Path) -> None:
         if target.is_dir():
             os.symlink(target.name, part)
         else:
-            _link_file(target, part)
+            try:
+                os.link(target, part)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(target, part)
         if link.is_dir() and not link.is_symlink():
             shutil.rmtree(link)
         os.replace(part, link)
@@ -100,10 +133,3 @@ def replace_with_link(target: Path, link: Path) -> None:
         with contextlib.suppress(OSError):
             part.unlink()
         raise write_failure(link, disk_error(error) or error, HINT) from error
-
-
-def _link_file(target: Path, part: Path) -> None:
-    try:
-        os.link(target, part)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(target, part)

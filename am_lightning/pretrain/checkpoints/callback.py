@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from pathlib import Path
 from typing import Any
 from weakref import proxy
@@ -13,13 +12,12 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from am_lightning.lightning.patched_methods import PatchedMethods
-from am_lightning.pretrain.checkpoints.atomic import replace_with_link
-from am_lightning.pretrain.checkpoints.manifest import manifest_of, remove_manifest, write_manifest
-from am_lightning.pretrain.checkpoints.position import restore_position
+from am_lightning.pretrain.checkpoints.atomic import prune, remove, replace_with_link
+from am_lightning.pretrain.checkpoints.manifest import manifest_of, write_manifest
+from am_lightning.pretrain.checkpoints.ranks import Ranks
 from am_lightning.pretrain.checkpoints.resume import LAST, STEPS, check_readable, newest_first, newest_whole
-from am_lightning.pretrain.checkpoints.writer import CheckpointWriter, gathered
+from am_lightning.pretrain.checkpoints.writer import CheckpointWriter
 from am_lightning.pretrain.runtime import run_lock
-from am_lightning.pretrain.runtime.collective_errors import raising_together
 from am_lightning.pretrain.runtime.errors import require_counts
 
 
@@ -73,17 +71,14 @@ class RunCheckpoint(ModelCheckpoint):
         connector = trainer._checkpoint_connector
         self._replacements.add(connector, "resume_start", functools.partial(self._resume, trainer))
         if stage == "fit":
-            self._hold(trainer)
             self._writer = CheckpointWriter(trainer, self.asynchronous, self._publish)
-            if trainer.is_global_zero:
-                for leftover in Path(str(self.dirpath)).glob(".*.part"):  # of a killed process
-                    _remove(leftover)
+            self._writer.ranks.decide(self._take_folder)
 
-    def _hold(self, trainer: L.Trainer) -> None:
-        """RecipeError on all ranks: another run writes to this folder."""
-        with raising_together(functools.partial(gathered, trainer)):
-            if trainer.is_global_zero:
-                run_lock.hold(Path(str(self.dirpath)))
+    def _take_folder(self) -> None:
+        """RecipeError: another run writes to this folder."""
+        run_lock.hold(Path(str(self.dirpath)))
+        for leftover in Path(str(self.dirpath)).glob(".*.part"):  # of a killed process
+            remove(leftover)
 
     # ------------------------------------------------------------------ when
     def on_train_batch_end(
@@ -125,9 +120,7 @@ class RunCheckpoint(ModelCheckpoint):
     def _publish(self, path: Path) -> None:
         """On rank 0, perhaps in the background: last.ckpt becomes `path`, and the oldest go."""
         replace_with_link(path, path.with_name(LAST))
-        if self.keep is not None:
-            for old in newest_first(list(path.parent.glob(STEPS)))[self.keep :]:
-                _remove(old)
+        prune(path.parent.glob(STEPS), self.keep)
 
     # ------------------------------------------------------------------ resuming
     def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
@@ -139,17 +132,36 @@ class RunCheckpoint(ModelCheckpoint):
     def _resume(self, trainer: L.Trainer, original: Any, path: Any = None, weights_only: bool | None = None) -> None:
         """Lightning's resume_start, with the checkpoint that rank 0 chose."""
         last, self._last_is_wanted = self._last_is_wanted, False
-        with raising_together(functools.partial(gathered, trainer)):
-            if trainer.is_global_zero and last:
-                path = newest_whole(Path(str(self.dirpath)))
-                if path and trainer.state.fn == "fit":
-                    _adopt(path)
-            elif trainer.is_global_zero and path:
-                check_readable(Path(path), Path(str(self.dirpath)))
-        original(trainer.strategy.broadcast(path and str(path)), weights_only=True)
+
+        def choose() -> str | None:
+            folder = Path(str(self.dirpath))
+            if last:
+                found = newest_whole(folder)
+                if found and found.name != LAST and trainer.state.fn == "fit":
+                    # A kill has cut off its publication, or last.ckpt is broken: the run continues from this one.
+                    if found.is_file() and not manifest_of(found).exists():
+                        write_manifest(found)
+                    replace_with_link(found, found.with_name(LAST))
+                return found and str(found)
+            if path:
+                check_readable(Path(path), folder)
+            return path and str(path)
+
+        chosen = Ranks(trainer.world_size, trainer.is_global_zero).decide(choose)
+        original(chosen, weights_only=True)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        restore_position(checkpoint, trainer)
+        """Make the loop counters fit this Trainer.
+
+        Lightning counts micro-batches and takes the checkpoint's count as it is. Where accumulate_grad_batches has
+        changed, the first step after the resume would get only a part of its micro-batches.
+        """
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
+        for counters in (progress["total"], progress["current"]):
+            difference = batches - counters["ready"]
+            for name in counters:
+                counters[name] += difference
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the folder says it all. So a run can be moved, and resumed with another interval."""
@@ -170,22 +182,3 @@ class RunCheckpoint(ModelCheckpoint):
     def _undo(self) -> None:
         self._writer = None
         self._replacements.undo()
-
-
-def _adopt(path: Path) -> None:
-    """What a kill has cut off when `path` was published, or last.ckpt is broken: the run goes on from `path`."""
-    if path.name != LAST:
-        if path.is_file() and not manifest_of(path).exists():
-            write_manifest(path)
-        replace_with_link(path, path.with_name(LAST))
-
-
-def _remove(path: Path) -> None:
-    """A checkpoint and its manifest. A folder is renamed first: a kill in between leaves nothing that looks whole."""
-    if path.is_dir() and not path.is_symlink():
-        if not path.name.startswith("."):
-            path = path.rename(path.with_name(f".{path.name}.old.part"))
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        remove_manifest(path)
-        path.unlink(missing_ok=True)

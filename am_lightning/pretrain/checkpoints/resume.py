@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from am_lightning.pretrain.checkpoints.manifest import damage, number_of
+from am_lightning.pretrain.checkpoints.manifest import damage, manifest_at
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 LAST = "last.ckpt"
@@ -36,7 +36,7 @@ def newest_whole(
         RecipeError: there are checkpoints, and all are broken.
     """
     broken: dict[Path, str] = {}
-    for path in newest_first([path for pattern in patterns for path in folder.glob(pattern)]):
+    for path in newest_first(path for pattern in patterns for path in folder.glob(pattern)):
         found = damage(path)
         if found is None:
             for other, reason in broken.items():
@@ -49,17 +49,17 @@ def newest_whole(
     return None
 
 
-def newest_first(paths: list[Path]) -> list[Path]:
+def newest_first(paths: Iterable[Path]) -> list[Path]:
     """By the numbers of their manifests, then by step; each file once: last.ckpt stands for the one it links to.
 
     A kill leaves the very newest without a manifest: a single one without, whose step is beyond all others', comes
     first. Others without come last. A broken link counts for nothing.
     """
-    known = [(number_of(path), _step_of(path), path.name == LAST, path) for path in paths if path.exists()]
-    reached = max((step for number, step, *_ in known if number is not None), default=-1)
-    left = {step for number, step, *_ in known if number is None}
+    known = [(manifest_at(path), _step_of(path), path.name == LAST, path) for path in paths if path.exists()]
+    reached = max((step for manifest, step, *_ in known if manifest), default=-1)
+    left = {step for manifest, step, *_ in known if not manifest}
     without = math.inf if len(left) == 1 and max(left) > reached else -1
-    order = [(without if number is None else number, step, last, path) for number, step, last, path in known]
+    order = [(manifest.number if manifest else without, step, last, path) for manifest, step, last, path in known]
     unique: list[Path] = []
     for *_, path in sorted(order, reverse=True):
         if not any(path.samefile(other) for other in unique):
@@ -94,14 +94,6 @@ def saved_step(path: Path) -> int:
         return int(_contents(path)["global_step"])
     except _NOT_OURS as error:
         raise RecipeError(f"{path} is no checkpoint of this program ({error}). {_older(path)}") from error
-
-
-def saved_hyperparameters(path: Path) -> dict[str, Any]:
-    """Arguments of the module in a checkpoint of pretrain.py; empty where they cannot be read without its shards."""
-    try:
-        return dict(_contents(path)["hyper_parameters"])
-    except _NOT_OURS:
-        return {}
 
 
 def _contents(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pickle
 import sys
@@ -10,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file
@@ -168,28 +170,12 @@ def _read_deepspeed(path: Path) -> dict[str, Tensor]:
             text = f"{path} was written by DeepSpeed, which is needed to read it: pip install 'am-lightning[deepspeed]'"
             raise needs_package(text, error, "deepspeed") from cause_of(error, "deepspeed")
     plain = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-    quiet = open(os.devnull, "w")  # noqa: SIM115
     with (
-        quiet,
-        contextlib.redirect_stdout(quiet),
-        contextlib.redirect_stderr(quiet),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
         torch.serialization.safe_globals(plain),
-        _weights_only(),
+        # torch.load runs no code then, although DeepSpeed calls it with weights_only=False.
+        patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"),
     ):
         partitioned = get_fp32_state_dict_from_zero_checkpoint(str(path), folder.name)
     return {name: tensor.detach().clone() for name, tensor in partitioned.items()}  # were views of one
-
-
-@contextlib.contextmanager
-def _weights_only() -> Iterator[None]:
-    """torch.load runs no code, although its caller says weights_only=False."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

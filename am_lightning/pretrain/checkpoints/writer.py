@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -19,10 +18,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch.distributed.checkpoint import staging
 from torch.distributed.checkpoint.api import CheckpointException
 
-from am_lightning.pretrain.checkpoints.atomic import require_space, tensor_bytes
-from am_lightning.pretrain.checkpoints.manifest import HINT, sync_files, write_manifest
-from am_lightning.pretrain.runtime.atomic_files import DISK_FULL, disk_error, sync_folder, write_failure
-from am_lightning.pretrain.runtime.collective_errors import raising_together
+from am_lightning.pretrain.checkpoints.atomic import publish_folder, require_space, tensor_bytes
+from am_lightning.pretrain.checkpoints.ranks import Ranks
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 _METADATA = "meta.pt"  # what Lightning puts beside the shards, and looks for when it loads
@@ -44,16 +41,17 @@ class CheckpointWriter:
     """
 
     def __init__(self, trainer: L.Trainer, asynchronous: bool, published: Callable[[Path], None]) -> None:
-        self.trainer, self.asynchronous, self.published = trainer, asynchronous, published
-        self.folders = writes_folders(trainer)
-        self._pool: ThreadPoolExecutor | None = None
-        self._pending: list[Future[Any]] = []
-        self._group: dist.ProcessGroup | None = None
-        self._stager: Any = None
         if asynchronous and isinstance(trainer.strategy, DeepSpeedStrategy):
             raise RecipeError(
                 "checkpoint.asynchronous is True; allowed: false with DeepSpeedStrategy, whose engine saves"
             )
+        self.trainer, self.asynchronous, self.published = trainer, asynchronous, published
+        self.folders = writes_folders(trainer)
+        self.ranks = Ranks(trainer.world_size, trainer.is_global_zero)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[Any] | None = None
+        self._group: dist.ProcessGroup | None = None
+        self._stager: Any = None
 
     def save(self, path: Path) -> None:
         """Write a checkpoint to `path`, or begin to.
@@ -63,18 +61,20 @@ class CheckpointWriter:
         """
         self.wait()
         checkpoint = self.trainer._checkpoint_connector.dump_checkpoint(False)
-        with self._together(path):
+        part = self._part(path) if self.folders else None
+        with self.ranks.saving(path, part):
             self._make_room(path, checkpoint)
-        with self._together(path):
+        with self.ranks.saving(path, part):
             if not self.asynchronous:
-                self.trainer.strategy.save_checkpoint(checkpoint, str(self._part(path) if self.folders else path))
+                self.trainer.strategy.save_checkpoint(checkpoint, str(part or path))
             elif self.folders:
                 self._begin_folder(checkpoint, path)
-            elif self.trainer.is_global_zero:
-                self._pending = [self._background(self._write_file, _on_host(checkpoint), path)]
+            elif self.ranks.first:
+                write = partial(self.trainer.strategy.checkpoint_io.save_checkpoint, _on_host(checkpoint), path)
+                self._pending = self._pool.submit(self._finish, path, write)
         if not self.asynchronous:
-            with self._together(path):
-                if self.trainer.is_global_zero:
+            with self.ranks.saving(path, part):
+                if self.ranks.first:
                     self._finish(path)
 
     def wait(self) -> None:
@@ -84,7 +84,7 @@ class CheckpointWriter:
             RecipeError: on all ranks, where what was under way has failed.
         """
         if self.asynchronous:
-            with self._together(None):
+            with self.ranks.saving():
                 self._settle()
 
     def close(self) -> None:
@@ -92,11 +92,14 @@ class CheckpointWriter:
         with contextlib.suppress(Exception, CheckpointException):
             self._settle()
 
-    # ------------------------------------------------------------------ steps
+    def _settle(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
     def _make_room(self, path: Path, checkpoint: dict[str, Any]) -> None:
-        needed = tensor_bytes(checkpoint) if self.folders or self.trainer.is_global_zero else 0
-        needed = sum(gathered(self.trainer, needed))
-        if self.trainer.is_global_zero:
+        needed = sum(self.ranks.gather(tensor_bytes(checkpoint) if self.folders or self.ranks.first else 0))
+        if self.ranks.first:
             require_space(path, needed)
             if self.folders:
                 shutil.rmtree(self._part(path), ignore_errors=True)  # of a killed process
@@ -106,70 +109,29 @@ class CheckpointWriter:
         from torch.distributed.checkpoint.state_dict_saver import async_save
 
         part = self._part(path)
-        state = {self._module_key(): checkpoint.pop("state_dict")}
+        module = "model" if isinstance(self.trainer.strategy, FSDPStrategy) else "state_dict"  # Lightning's words
+        state = {module: checkpoint.pop("state_dict")}
         for number, optimizer_state in enumerate(checkpoint.pop("optimizer_states", [])):
             state[f"optimizer_{number}"] = optimizer_state
-        if self.trainer.is_global_zero:
+        if self.ranks.first:
             torch.save(checkpoint, part / _METADATA)
-        if self._group is None and self.trainer.world_size > 1:
+        if self._group is None and self.ranks.count > 1:
             self._group = dist.new_group(backend="gloo")  # its own: the steps' collectives go on meanwhile
         self._stager = self._stager or _stager(self.trainer)  # kept: it writes into the same pinned memory again
         written: Any = async_save(state, checkpoint_id=part, process_group=self._group, async_stager=self._stager)
-        self._pending = [written]
-        if self.trainer.is_global_zero:
-            self._pending.append(self._background(self._finish_after, written, path))
+        # Rank 0's is done when all ranks have written: it writes .metadata after that.
+        self._pending = self._pool.submit(self._finish, path, written.result) if self.ranks.first else written
 
-    def _module_key(self) -> str:
-        return "model" if isinstance(self.trainer.strategy, FSDPStrategy) else "state_dict"  # Lightning's words
-
-    def _write_file(self, checkpoint: dict[str, Any], path: Path) -> None:
-        self.trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)
-        self._finish(path)
-
-    def _finish_after(self, written: Future[Any], path: Path) -> None:
-        written.result()  # rank 0's is done when all ranks have written: it writes .metadata after that
-        self._finish(path)
-
-    def _finish(self, path: Path) -> None:
-        """On rank 0, when all is written."""
+    def _finish(self, path: Path, write: Callable[[], Any] = lambda: None) -> None:
+        """On rank 0, perhaps in the background: what is left to write, and what makes a checkpoint of it."""
+        write()
         if self.folders:
-            part = self._part(path)
-            sync_files(part)
-            write_manifest(part)
-            if path.exists():  # the same step, saved again
-                old = path.with_name(f".{path.name}.old.part")
-                os.replace(path, old)
-                os.replace(part, path)
-                shutil.rmtree(old)
-            else:
-                os.replace(part, path)
-            sync_folder(path.parent)
+            publish_folder(self._part(path), path)
         self.published(path)
 
     @staticmethod
     def _part(path: Path) -> Path:
         return path.with_name(f".{path.name}.part")
-
-    # ------------------------------------------------------------------ background and errors
-    def _background(self, function: Callable[..., None], *args: Any) -> Future[Any]:
-        self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        return self._pool.submit(function, *args)
-
-    def _settle(self) -> None:
-        pending, self._pending = self._pending, []
-        for future in pending:
-            future.result()
-
-    @contextlib.contextmanager
-    def _together(self, path: Path | None) -> Iterator[None]:
-        """Raise on all ranks, and leave no half of a folder behind."""
-        try:
-            with raising_together(partial(gathered, self.trainer), partial(_refusal, path)):
-                yield
-        except RecipeError:
-            if self.trainer.is_global_zero and self.folders and path is not None:
-                shutil.rmtree(self._part(path), ignore_errors=True)
-            raise
 
 
 def writes_folders(trainer: L.Trainer) -> bool:
@@ -182,36 +144,12 @@ def writes_folders(trainer: L.Trainer) -> bool:
     return isinstance(strategy, DeepSpeedStrategy)
 
 
-def _refusal(path: Path | None, problem: BaseException) -> RecipeError | None:
-    """A refusing disk, however deep."""
-    for cause in [problem, *_causes(problem)]:
-        refused = disk_error(cause)
-        if refused is not None and (refused.errno in DISK_FULL or path is not None):
-            return write_failure(path or Path(refused.filename or ".").absolute(), refused, HINT)
-    return None
-
-
-def _causes(problem: BaseException) -> list[BaseException]:
-    """Of a CheckpointException, which has rank -> (exception, traceback)."""
-    return [wrapped[0] for wrapped in problem.failures.values()] if isinstance(problem, CheckpointException) else []
-
-
-def gathered(trainer: L.Trainer, value: Any) -> list[Any]:
-    """One value from every rank."""
-    if trainer.world_size == 1 or not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def _on_host(state: Any) -> Any:
     """A copy in the host's memory; from GPUs into pinned memory, with one wait for each and not for each tensor."""
     devices: set[torch.device] = set()
 
     def copy(tensor: torch.Tensor) -> torch.Tensor:
-        pinned = tensor.device.type == "cuda"
-        if pinned:
+        if pinned := tensor.is_cuda:
             devices.add(tensor.device)
         host = torch.empty_like(tensor, device="cpu", pin_memory=pinned, requires_grad=False)
         return host.copy_(tensor.detach(), non_blocking=pinned)
