@@ -57,7 +57,7 @@ MUTATIONS = [
     Mutation(
         "a signal in a step that should_stop ends is not answered",
         _SIGNALS,
-        "self._agreed = self._ask(asks=True, now=True)",
+        "self._ask(asks=True, now=True)",
         "self._agreed = None",
         (f"{_STOPPED}::test_a_signal_after_the_last_step_is_obeyed",),
     ),
@@ -305,15 +305,15 @@ MUTATIONS = [
     Mutation(
         "ranks agree on a signal at every step, whatever the interval",
         _SIGNALS,
-        "due = step % self.check_every_n_steps == 0",
-        "due = True",
+        "asks=step % self.check_every_n_steps == 0",
+        "asks=True",
         (f"{_STOPPED}::test_a_signal_is_agreed_on_every_few_steps",),
     ),
     Mutation(
         "a signal ends the run in the middle of an accumulated step",
         _SIGNALS,
-        "if trainer.global_step == self._last_step:\n            return\n        self._last_step",
-        "self._last_step",
+        "if step == self._last_step or self._agreed is not None:",
+        "if self._agreed is not None:",
         (f"{_STOPPED}::test_a_stopped_run_goes_on_bitwise[False-8-SIGTERM-143]",),
     ),
     Mutation(

@@ -9,8 +9,6 @@ from am_lightning.loggers.reader import read_report
 from am_lightning.optim.unwrap import am_optimizers
 from am_lightning.pretrain.callbacks.throughput import TrainingMonitor
 
-_SHORT = {"val/loss": "val"}
-
 Metrics = dict[str, int | str | float | dict[str, float]]
 
 
@@ -21,7 +19,7 @@ class _RunMetrics(ProgressBar):
         loss = trainer.callback_metrics.get("train/loss")  # where it stays a tensor until now
         shown: Metrics = {} if loss is None else {"loss": float(loss)}
         for name, value in super().get_metrics(trainer, pl_module).items():
-            shown[_SHORT.get(name, name)] = value
+            shown["val" if name == "val/loss" else name] = value
         shown.pop("v_num", None)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, TrainingMonitor) and (rate := callback.tokens_per_second(trainer)):

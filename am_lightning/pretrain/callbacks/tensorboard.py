@@ -56,8 +56,6 @@ class TensorBoardLayout(Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """After every on_train_start, so TrainingMonitor knows its device; AdaptiveMemory's page comes when it logs."""
-        if not trainer.is_global_zero:
-            return
         pages = {title: dict(charts) for title, charts in _LAYOUT.items()}
         if not any(isinstance(c, TrainingMonitor) and c.peak_flops for c in trainer.callbacks):  # type: ignore[attr-defined]
             del pages["throughput"][_MFU]
@@ -66,9 +64,7 @@ class TensorBoardLayout(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Of `trainer.validate`, which follows a fit; `validate` on the command line has no logger."""
-        if trainer.state.fn != "validate" or not trainer.is_global_zero:
-            return
-        for board in _boards(trainer):
+        for board in _boards(trainer) if trainer.state.fn == "validate" else []:
             for tag, name in zip(FINAL, ("val/loss", "val/perplexity"), strict=True):
                 board.add_scalar(tag, float(trainer.callback_metrics[name]), trainer.global_step)
             board.flush()
@@ -104,4 +100,6 @@ def _name(value: Any) -> str:
 
 
 def _boards(trainer: L.Trainer) -> list[SummaryWriter]:
-    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    """Return the writers of the first rank; the other ranks write nothing."""
+    loggers = trainer.loggers if trainer.is_global_zero else []
+    return [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]

@@ -1,11 +1,11 @@
-"""Callbacks that watch a run: the scalars of the training besides the momentum, and a clock for the summary."""
+"""TrainingMonitor: the scalars of a training except the momentum, and its duration."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections import deque
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -21,28 +21,56 @@ from am_lightning.pretrain.model.shape import LlamaShape, flops_per_token
 from am_lightning.pretrain.runtime.errors import RecipeError, require, require_counts
 
 
-class TrainingClock(Callback):
-    """Seconds and optimizer steps of the training in this process, with and without the validations within it."""
+class TrainingMonitor(Callback):
+    """Logs the training's scalars every `trainer.log_every_n_steps` optimizer steps. Between them the host never waits.
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.validation_seconds = 0.0
-        self.steps = 0
+    `train/loss` (nats per token) and `train/perplexity` are means over the micro-batches of the step and over all
+    processes. `throughput/tokens_per_second` counts all processes and excludes validations. `throughput/tokens` is the
+    number of tokens that were read so far. `throughput/tflops_per_device` counts the model's operations, 6 N + 12 L h s
+    per token, and `throughput/mfu` is its share of the peak of the device, if that is known. `train/grad_norm` is the
+    global gradient norm before clipping. It is left out if the AdaptiveMemory callback logs `am/grad_norm`.
+
+    A loss that is not finite at a logged step ends the run on all ranks, unless an AdaptiveMemory callback counts the
+    steps that its optimizer skips (`max_consecutive_skips`).
+
+    Args:
+        window_size: number of logged points that throughput is averaged over.
+        peak_flops: peak of one device in the precision of the run, in operations per second; default: what Lightning
+            knows about the GPU. A CPU has no default, so there is no MFU.
+
+    Attributes:
+        seconds: duration of the training in this process, with the validations during it.
+
+    Raises:
+        RecipeError: if an argument is out of range; from `fit` on all ranks, if the loss is not finite.
+    """
+
+    def __init__(self, window_size: int = 20, peak_flops: float | None = None) -> None:
+        require_counts("monitor", window_size=window_size)
+        if peak_flops is not None:
+            require(0 < peak_flops < math.inf, "monitor.peak_flops", peak_flops, "> 0, or null")
+        self.window_size, self.peak_flops = window_size, peak_flops
+        self.seconds = self._validation_seconds = 0.0
         self._start = self._validation_start = 0.0
+        self._steps = 0  # of this fit
+        self._loss: Tensor | None = None  # of the micro-batches of this step so far, on this process
+        self._norm: Tensor | None = None
+        self._last_step = 0
+        self._times: deque[tuple[float, int]] = deque()  # (seconds of training, steps) at the last logged points
 
     @property
     def steps_per_second(self) -> float | None:
-        """Without the validations; None where no step was taken."""
-        training = self.seconds - self.validation_seconds
-        return self.steps / training if self.steps and training > 0 else None
-
-    def training_seconds(self) -> float:
-        """Since training began, without the validations."""
-        return time.perf_counter() - self._start - self.validation_seconds
+        """Optimizer steps per second without the validations. None if no step was done."""
+        training = self.seconds - self._validation_seconds
+        return self._steps / training if self._steps and training > 0 else None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.steps = -trainer.global_step
-        self.validation_seconds = 0.0
+        if self.peak_flops is None:
+            self.peak_flops = get_available_flops(trainer.strategy.root_device, _matmul_dtype(str(trainer.precision)))
+        self._loss = self._norm = None
+        self._last_step, self._steps = trainer.global_step, -trainer.global_step
+        self._times = deque([(0.0, trainer.global_step)], maxlen=self.window_size + 1)
+        self._validation_seconds = 0.0
         self._start = time.perf_counter()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -50,56 +78,14 @@ class TrainingClock(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self.validation_seconds += time.perf_counter() - self._validation_start
+            self._validation_seconds += time.perf_counter() - self._validation_start
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.seconds = time.perf_counter() - self._start
-        self.steps += trainer.global_step
-
-
-class TrainingMonitor(TrainingClock):
-    """Logs the training's scalars every `trainer.log_every_n_steps` optimizer steps; in between the host never waits.
-
-    `train/loss` (nats per token) and `train/perplexity` are of the whole step: the mean over its micro-batches and over
-    all processes, which reduce it together. `throughput/tokens_per_second` is of all processes, without validations,
-    and `throughput/tokens` what they have read in all; `throughput/tflops_per_device` counts the model's operations
-    (6 N + 12 L h s for a token) and `throughput/mfu` is its share of the device's peak, where that is known.
-    `train/grad_norm` is the gradient's global norm before clipping; where the AdaptiveMemory callback already logs
-    `am/grad_norm`, it is left to it.
-
-    A loss that is not finite at a logged step ends the run on all ranks, unless there is an AdaptiveMemory callback,
-    which counts the steps that its optimizer drops (`max_consecutive_skips`).
-
-    Args:
-        window_size: logged points that throughput is a mean over.
-        peak_flops: of one device, per second, in the run's precision; None: what Lightning knows of the GPU, and
-            no MFU on a CPU.
-
-    Raises:
-        RecipeError: an argument is out of range; from `fit`, on all ranks: the loss is not finite.
-    """
-
-    def __init__(self, window_size: int = 20, peak_flops: float | None = None) -> None:
-        super().__init__()
-        require_counts("monitor", window_size=window_size)
-        if peak_flops is not None:
-            require(0 < peak_flops < math.inf, "monitor.peak_flops", peak_flops, "> 0, or null")
-        self.window_size, self.peak_flops = window_size, peak_flops
-        self._loss: Tensor | None = None  # of the micro-batches of this step so far, this process
-        self._norm: Tensor | None = None
-        self._last_step = 0
-        self._times: deque[tuple[float, int]] = deque()  # (seconds of training, steps) at the last logged points
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        if self.peak_flops is None:
-            self.peak_flops = get_available_flops(trainer.strategy.root_device, _matmul_dtype(str(trainer.precision)))
-        self._loss = self._norm = None
-        self._last_step = trainer.global_step
-        self._times = deque([(0.0, trainer.global_step)], maxlen=self.window_size + 1)
+        self._steps += trainer.global_step
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """The gradient is whole here, unscaled, and not clipped yet."""
+        """Compute the norm here, where the gradient is complete, unscaled and not clipped yet."""
         self._norm = gradient_norm(trainer, optimizer) if self._is_due(trainer, trainer.global_step + 1) else None
 
     def on_train_batch_end(
@@ -120,11 +106,11 @@ class TrainingMonitor(TrainingClock):
             self._norm = trainer.strategy.deepspeed_engine.get_global_grad_norm()
         if self._norm is not None:
             metrics["train/grad_norm"] = float(self._norm)
-        metrics |= self._throughput(trainer, pl_module)
-        pl_module.log_dict(metrics)  # its train/loss takes the place of the module's, which is of one micro-batch
+        metrics |= self._throughput(trainer, cast(LlamaShape, pl_module.shape))
+        pl_module.log_dict(metrics)  # its train/loss replaces that of the module, which is of one micro-batch
 
     def _refuse_not_finite(self, trainer: L.Trainer, loss: float) -> None:
-        """The same on all ranks, which have the same mean."""
+        """Raise on all ranks, which have the same mean."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if math.isfinite(loss) or any(isinstance(callback, AdaptiveMemory) for callback in callbacks):
             return
@@ -135,44 +121,43 @@ class TrainingMonitor(TrainingClock):
         )
 
     def tokens_per_second(self, trainer: L.Trainer) -> float | None:
-        """Since the last logged points, for the progress bar; None before the first step."""
+        """Return the throughput over the last logged points, for the progress bar. None before the first step."""
         seconds, steps = self._times[0] if self._times else (0.0, 0)
-        elapsed, done = self.training_seconds() - seconds, trainer.global_step - steps
-        return done * tokens_per_step(trainer) / elapsed if done and elapsed > 0 else None
+        elapsed, done = self._training_seconds() - seconds, trainer.global_step - steps
+        return done * _tokens_per_step(trainer) / elapsed if done and elapsed > 0 else None
+
+    def _training_seconds(self) -> float:
+        return time.perf_counter() - self._start - self._validation_seconds
 
     def _is_due(self, trainer: L.Trainer, step: int) -> bool:
-        """The Trainer logs after this step, too."""
+        """Return whether the Trainer logs after this step, too."""
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         return bool(every) and (step % every == 0 or trainer.should_stop)
 
-    def _throughput(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, float]:
+    def _throughput(self, trainer: L.Trainer, shape: LlamaShape) -> dict[str, float]:
         rate = self.tokens_per_second(trainer)
-        self._times.append((self.training_seconds(), trainer.global_step))
-        found = {"throughput/tokens": float(trainer.global_step * tokens_per_step(trainer))}
-        if rate is None:
-            return found
-        found["throughput/tokens_per_second"] = rate
-        shape = pl_module.shape
-        assert isinstance(shape, LlamaShape)
-        flops = rate * flops_per_token(shape) / trainer.world_size
-        found["throughput/tflops_per_device"] = flops / 1e12
-        if self.peak_flops:
-            found["throughput/mfu"] = flops / self.peak_flops
+        self._times.append((self._training_seconds(), trainer.global_step))
+        found = {"throughput/tokens": float(trainer.global_step * _tokens_per_step(trainer))}
+        if rate is not None:
+            flops = rate * flops_per_token(shape) / trainer.world_size
+            found |= {"throughput/tokens_per_second": rate, "throughput/tflops_per_device": flops / 1e12}
+            if self.peak_flops:
+                found["throughput/mfu"] = flops / self.peak_flops
         return found
 
 
-def tokens_per_step(trainer: L.Trainer) -> int:
-    """Of an optimizer step, all processes and micro-batches together."""
+def _tokens_per_step(trainer: L.Trainer) -> int:
+    """Return the tokens of an optimizer step, over all processes and micro-batches."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     return int(data.batch_size * data.seq_len)
 
 
 def perplexity(loss: float) -> float:
-    """exp of a loss in nats; inf where it is too large for a float."""
+    """Return exp of a loss in nats, or inf if it is too large for a float."""
     return math.exp(loss) if loss < 700 else math.inf if loss == loss else math.nan
 
 
 def _matmul_dtype(precision: str) -> torch.dtype:
-    """What matrices are multiplied in under a Lightning precision ("bf16-mixed", "32-true", ...)."""
+    """Return the dtype of matrix products under a Lightning precision ("bf16-mixed", "32-true", ...)."""
     names = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
     return names.get(precision.split("-")[0], torch.float32)

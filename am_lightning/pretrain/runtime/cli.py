@@ -20,7 +20,7 @@ from am_lightning.pretrain.callbacks.deepspeed_loss import LossDividedOnce
 from am_lightning.pretrain.callbacks.fault_tolerance import FaultTolerance
 from am_lightning.pretrain.callbacks.progress import BARS
 from am_lightning.pretrain.callbacks.tensorboard import SaveRunConfig, TensorBoardLayout
-from am_lightning.pretrain.callbacks.throughput import TrainingClock, TrainingMonitor
+from am_lightning.pretrain.callbacks.throughput import TrainingMonitor
 from am_lightning.pretrain.checkpoints import (
     LAST,
     AtomicCheckpointIO,
@@ -84,7 +84,6 @@ class PretrainCLI(LightningCLI):
     """
 
     def __init__(self, args: Any = None) -> None:
-        self.clock = TrainingClock()
         self.result: RunResult | None = None
         self.resume_step = 0
         super().__init__(
@@ -143,7 +142,7 @@ class PretrainCLI(LightningCLI):
         plugins = config.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         kwargs["use_distributed_sampler"] = False  # the data's order knows the ranks
-        callbacks = [*(config.callbacks or []), self.clock, TensorBoardLayout(), LossDividedOnce()]
+        callbacks = [*(config.callbacks or []), TensorBoardLayout(), LossDividedOnce()]
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             # The same bar everywhere: Lightning's default depends on whether rich is installed.
             # Redrawn where the Trainer logs and so waits for the device, too.
@@ -172,7 +171,7 @@ class PretrainCLI(LightningCLI):
         check_optimizer(self.model, memory)
 
     def after_validate(self) -> None:
-        print_validation(RunResult.of(self.trainer, self.datamodule, self.clock))
+        print_validation(RunResult.of(self.trainer, self.datamodule, self.config_init[self.subcommand].monitor))
 
     def after_fit(self) -> None:
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
@@ -180,7 +179,7 @@ class PretrainCLI(LightningCLI):
             # tensor, and that it refuses where an optimizer has weak references to them.
             self.trainer.strategy.model_to_device = _nothing  # type: ignore[method-assign]
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
-        self.result = RunResult.of(self.trainer, self.datamodule, self.clock)
+        self.result = RunResult.of(self.trainer, self.datamodule, self.config_init[self.subcommand].monitor)
         print_summary(self.result)
         if self.config.fit.compare:
             compare(self.result, self.config_dump, lambda config: PretrainCLI({"subcommand": "fit", "fit": config}))

@@ -10,7 +10,7 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
-from am_lightning.pretrain.callbacks.throughput import TrainingClock
+from am_lightning.pretrain.callbacks.throughput import TrainingMonitor
 from am_lightning.pretrain.checkpoints import LAST
 from am_lightning.pretrain.commands.report.events import read_curves
 from am_lightning.pretrain.commands.report.plot import draw
@@ -53,9 +53,9 @@ class RunResult:
         return RunData(name, self.root, {}, read_curves(self.log_dir), self.val_loss)
 
     @classmethod
-    def of(cls, trainer: L.Trainer, data: TextData, clock: TrainingClock) -> RunResult:
+    def of(cls, trainer: L.Trainer, data: TextData, monitor: TrainingMonitor) -> RunResult:
         """Read the figures off a Trainer that has just fitted and validated."""
-        rate = clock.steps_per_second
+        rate = monitor.steps_per_second
         return cls(
             root=Path(trainer.default_root_dir),
             log_dir=Path(trainer.log_dir) if trainer.loggers and trainer.log_dir else None,
@@ -63,7 +63,7 @@ class RunResult:
             val_loss=float(trainer.callback_metrics["val/loss"]),
             perplexity=float(trainer.callback_metrics["val/perplexity"]),
             val_rows=data.scored_rows,
-            seconds=clock.seconds,
+            seconds=monitor.seconds,
             tokens_per_second=None if rate is None else rate * data.batch_size * data.seq_len,
         )
 
