@@ -95,7 +95,7 @@ def test_the_newest_go_by_their_numbers_and_a_damaged_one_is_passed_over(checkpo
         (folder / "step-000008" / name).write_bytes(content)
         with pytest.warns(UserWarning, match=rf"step-000008 is broken \(wrong checksum of .*{name}"):
             assert checkpoints.load("last") == folder / "step-000009"
-        with pytest.raises(RecipeError, match=r"Go on from an older one: --ckpt_path .*step-000009"):
+        with pytest.raises(RecipeError, match=r"Resume from an older one: --ckpt_path .*step-000009"):
             checkpoints.load(str(folder / "step-000008"))
         content[len(content) // 2] ^= 1
         (folder / "step-000008" / name).write_bytes(content)

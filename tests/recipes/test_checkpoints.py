@@ -88,10 +88,10 @@ def test_the_newest_whole_one_is_chosen_and_the_broken_ones_are_named(
     assert newest_whole(tmp_path) == whole
     (told,) = [str(w.message) for w in recwarn]
     assert f"{tmp_path / 'last.ckpt'} is broken" in told
-    assert f"going on from {whole}" in told
+    assert f"resuming from {whole}" in told
     damage(whole)
     damage(tmp_path / "step-000001.ckpt")
-    with pytest.raises(RecipeError, match=r"no checkpoint in .* is whole: .*Start anew") as caught:
+    with pytest.raises(RecipeError, match=r"no checkpoint in .* is whole: .*Start again") as caught:
         newest_whole(tmp_path)
     assert all(name in str(caught.value) for name in ("last.ckpt", "step-000002.ckpt", "step-000001.ckpt"))
 

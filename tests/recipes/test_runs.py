@@ -261,7 +261,7 @@ def test_a_broken_last_checkpoint_falls_back_to_the_one_before(tmp_path: Path, c
     pretrain.main(arguments(tmp_path, corpus_folder, 5))
     last = tmp_path / "checkpoints" / "last.ckpt"
     last.write_bytes(last.read_bytes()[:1000])
-    with pytest.warns(UserWarning, match=r"last.ckpt is broken.*going on from .*step-000004.ckpt"):
+    with pytest.warns(UserWarning, match=r"last.ckpt is broken.*resuming from .*step-000004.ckpt"):
         pretrain.main(arguments(tmp_path, corpus_folder, 5, "--ckpt_path", "last"))
     assert load(last)["global_step"] == 5
 

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill at any moment, and the way back to the newest whole one."""
+"""Write checkpoints that survive a kill at any moment, and resume from the newest whole one."""
 
 from am_lightning.pretrain.checkpoints.atomic import AtomicCheckpointIO, replace_with_link
 from am_lightning.pretrain.checkpoints.callback import RunCheckpoint

@@ -1,4 +1,4 @@
-"""Accelerate's checkpoints of a run: a folder for each, whole or not there; and the choice of one, by all processes."""
+"""Checkpoints of a run with Accelerate: folders that are whole or missing, and the choice of one by all processes."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ _STATES = "states.pt"
 
 
 class AccelerateCheckpoints:
-    """`step-N` folders that accelerator.save_state fills, with a manifest of sizes and SHA-256. Every process calls
-    every method.
+    """Writes and loads `step-N` folders of accelerator.save_state with a manifest. All processes call each method.
 
     Args:
-        accelerator: with the model and the optimizer.
-        folder: where they lie.
-        keep: how many to keep, the newest; None keeps all.
-        states: what else is saved, by name, of tensors and plain values. In a file of ours: what is registered with the
-            accelerator is loaded as a pickle, which may run code.
-        model: the model's description, saved with the states and loaded before its weights, so that it can refuse them.
+        accelerator: the Accelerator that has prepared the model and the optimizer.
+        folder: folder of the checkpoints.
+        keep: number of newest checkpoints to keep; default: all.
+        states: further objects to save by name, whose states are tensors and plain values. They have a file of their
+            own, because Accelerate loads objects that are registered with it as pickles, which may run code.
+        model: description of the model. It is loaded before the weights, so that it can refuse them.
     """
 
     def __init__(
@@ -45,10 +44,10 @@ class AccelerateCheckpoints:
         self.states, self.model = dict(states or {}), model
 
     def save(self, step: int) -> Path:
-        """Write `step-N` beside its place, then rename it: a kill at any moment leaves no half folder of that name.
+        """Write a folder, and rename it to `step-N` when it is whole.
 
         Raises:
-            RecipeError: on all processes, where the disk of one refuses; the checkpoints before are untouched.
+            RecipeError: on all processes, if the disk of one refuses. Older checkpoints are unchanged.
         """
         target = self.folder / f"step-{step:06d}"
         part = self.folder / f".{target.name}.part"
@@ -72,10 +71,10 @@ class AccelerateCheckpoints:
         return target
 
     def load(self, ckpt_path: str) -> Path | None:
-        """Load "last", the newest that is whole; or a folder. Returns the folder; None where "last" finds none.
+        """Load a folder, or the newest whole one for "last". Return the folder, or None if "last" finds no checkpoint.
 
         Raises:
-            RecipeError: there is no such folder, or none is whole.
+            RecipeError: if the folder does not exist, or no checkpoint is whole.
         """
         path = chosen(self.accelerator, ckpt_path, self.folder, "step-*")
         if path is not None:
@@ -90,7 +89,7 @@ class AccelerateCheckpoints:
         return path
 
     def newest(self) -> Path | None:
-        """The checkpoint that was written last."""
+        """Return the checkpoint that was written last."""
         return next(iter(newest_first(self._all())), None)
 
     def _all(self) -> list[Path]:
@@ -98,16 +97,16 @@ class AccelerateCheckpoints:
 
 
 def chosen(accelerator: Accelerator, ckpt_path: str, folder: Path, pattern: str) -> Path | None:
-    """Collective. The folder that ``--ckpt_path`` means; the main process reads it, all get its choice.
+    """Collective. Return the folder that ``--ckpt_path`` names. The main process reads and chooses it.
 
     Args:
-        accelerator: of the processes.
-        ckpt_path: "last", for the newest whole one of `folder` (None if there is none yet); or a folder.
-        folder: the run's checkpoints.
-        pattern: of their names.
+        accelerator: the Accelerator of the processes.
+        ckpt_path: a folder, or "last" for the newest whole one in `folder`, which is None if there is no checkpoint.
+        folder: folder of the checkpoints.
+        pattern: glob pattern of their names.
 
     Raises:
-        RecipeError: on all processes, where it is missing or broken; names an older one that is whole.
+        RecipeError: on all processes, if the folder is missing or damaged.
     """
 
     def choose() -> Path | None:
@@ -122,7 +121,7 @@ def chosen(accelerator: Accelerator, ckpt_path: str, folder: Path, pattern: str)
 
 
 def hold_together(accelerator: Accelerator, folder: Path) -> None:
-    """Collective. Say that this run writes the checkpoints in `folder`. RecipeError, on all processes: another does."""
+    """Collective. Lock `folder` for this run. Raise a RecipeError on all processes if another run writes to it."""
     _ranks(accelerator).decide(partial(hold, folder))
 
 

@@ -1,4 +1,4 @@
-"""AtomicCheckpointIO, and folders and links: whatever has a checkpoint's name is whole; and how old ones go."""
+"""Write checkpoint files, folders and links that are whole or missing after a kill, and remove old ones."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from am_lightning.pretrain.runtime.atomic_files import disk_error, replacing, sy
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """torch.save and torch.load, where a file is whole or not there, and a broken one is named.
+    """Save files that are whole or missing, and refuse to load a damaged one.
 
-    Lightning's own writes to the system's folder of temporary files and moves from there, which is a copy, and not
-    atomic, where that is another disk.
+    Lightning's TorchCheckpointIO writes to the system's temporary folder and moves the file. If that folder is on
+    another disk, the move is a copy and not atomic.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write beside `path`, flush to the disk, rename, then write the manifest.
+        """Write a file beside `path`, flush it to the disk, rename it to `path` and write its manifest.
 
         Raises:
-            RecipeError: the disk refuses, or has not room enough; the file that was at `path` is still there.
+            RecipeError: if the disk refuses or has too little space. An older file at `path` is unchanged.
         """
         if storage_options is not None:
             raise TypeError(f"storage_options is {storage_options!r}; AtomicCheckpointIO takes none")
@@ -44,7 +44,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         write_manifest(path)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Raises: RecipeError: the file is missing or broken; names an older file that is whole, if there is one."""
+        """Load `path`. Raise a RecipeError if it is missing or damaged."""
         check_readable(Path(path))
         return super().load_checkpoint(path, *args, **kwargs)
 
@@ -53,7 +53,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def tensor_bytes(state: Any) -> int:
-    """Bytes that this process holds of the tensors in a nested state; storages that are shared count once."""
+    """Return the bytes of the tensors in a nested state that this process holds. Shared storages count once."""
     sizes: dict[int, int] = {}
 
     def count(tensor: Any) -> None:
@@ -68,7 +68,7 @@ def tensor_bytes(state: Any) -> int:
 
 
 def require_space(path: Path, needed: int) -> None:
-    """Raise a RecipeError where the disk of `path` has fewer than `needed` bytes free, before anything is written."""
+    """Raise a RecipeError if fewer than `needed` bytes are free on the disk of `path`."""
     folder = next(p for p in path.parents if p.exists())
     if shutil.disk_usage(folder).free < needed:
         reason = f"{os.strerror(errno.ENOSPC)}: about {needed / 1e6:.1f} MB are needed"
@@ -78,7 +78,7 @@ def require_space(path: Path, needed: int) -> None:
 def publish_folder(part: Path, path: Path) -> None:
     """Flush the folder `part` to the disk, write its manifest and rename it to `path`.
 
-    A folder that is there already (the same step, saved again) goes aside before and away after.
+    A folder at `path`, of the same step, is renamed before and removed after that.
     """
     sync_files(part)
     write_manifest(part)
@@ -91,7 +91,7 @@ def publish_folder(part: Path, path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A checkpoint and its manifest. A folder is renamed first: a kill in between leaves nothing that looks whole."""
+    """Remove a checkpoint and its manifest. A folder is renamed first, so that no kill leaves a part of it."""
     if path.is_dir() and not path.is_symlink():
         if not path.name.startswith("."):
             path = path.rename(path.with_name(f".{path.name}.old.part"))
@@ -102,17 +102,17 @@ def remove(path: Path) -> None:
 
 
 def prune(checkpoints: Iterable[Path], keep: int | None) -> None:
-    """Remove all but the `keep` newest; None keeps all."""
+    """Remove all checkpoints except the `keep` newest. None keeps all."""
     for old in newest_first(checkpoints)[keep:] if keep is not None else []:
         remove(old)
 
 
 def replace_with_link(target: Path, link: Path) -> None:
-    """Make `link` stand for `target`, in one step: a hard link to a file (a copy where the file system has none), a
-    symbolic link to a folder.
+    """Replace `link` in one step: by a symbolic link if `target` is a folder, else by a hard link, or by a copy if the
+    file system has no hard links.
 
     Raises:
-        RecipeError: the disk refuses; the old `link` is still there.
+        RecipeError: if the disk refuses. The old `link` is unchanged.
     """
     part = link.with_name(f".{link.name}.{os.getpid()}.part")
     try:
@@ -127,7 +127,7 @@ def replace_with_link(target: Path, link: Path) -> None:
         if link.is_dir() and not link.is_symlink():
             shutil.rmtree(link)
         os.replace(part, link)
-        part.unlink(missing_ok=True)  # rename leaves it where both are the same file already
+        part.unlink(missing_ok=True)  # rename leaves it if both are the same file already
         sync_folder(link.parent)
     except OSError as error:
         with contextlib.suppress(OSError):

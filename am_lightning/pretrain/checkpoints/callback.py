@@ -1,4 +1,4 @@
-"""RunCheckpoint: when a run's checkpoints are written, how many are kept, and which one a resumed run goes on from."""
+"""RunCheckpoint: writes the checkpoints of a run, removes old ones and chooses the one that a run resumes from."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ from am_lightning.pretrain.runtime.errors import require_counts
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Checkpoints `step-N.ckpt` of a run and `last.ckpt`, which always is the newest of them.
+    """Writes the checkpoints `step-N.ckpt` of a run, and `last.ckpt`, a link to the newest.
 
-    One is written every `every_n_train_steps` and one after the last step. Each is a file or, where the strategy saves
-    shards, a folder; it appears under its name only when it is whole, with a manifest of sizes and SHA-256. `last.ckpt`
-    is a link (hard to a file, symbolic to a folder), replaced by a rename: whenever the process is killed, it is there
-    and whole.
+    A checkpoint is written every `every_n_train_steps` steps and after the last step. It is a file, or a folder if the
+    strategy saves shards. It gets its name when it is whole, with a manifest of sizes and SHA-256. `last.ckpt` is a
+    hard link to a file or a symbolic link to a folder. It is replaced by a rename, so that it is whole whenever the
+    process is killed.
 
-    ``ckpt_path="last"`` goes on from the newest checkpoint that is whole: rank 0 reads it, and the one before where it
-    is broken, and all ranks load the one it chose. Checkpoints are loaded with ``weights_only=True``.
+    ``ckpt_path="last"`` resumes from the newest whole checkpoint. Rank 0 reads it, passes over damaged ones, and all
+    ranks load its choice. Checkpoints are loaded with ``weights_only=True``.
 
     Args:
-        dirpath: their folder.
+        dirpath: folder of the checkpoints.
         every_n_train_steps: optimizer steps between two checkpoints.
-        keep: how many to keep, the newest; None keeps all.
-        asynchronous: train on while a checkpoint is written; costs its size in CPU memory.
+        keep: number of newest checkpoints to keep; default: all.
+        asynchronous: continue the training while a checkpoint is written (default: False). It takes the size of the
+            checkpoint in CPU memory.
 
     Attributes:
-        save_at_batch_end: another callback sets it, on all ranks, for a checkpoint at the end of this batch.
+        save_at_batch_end: whether to save at the end of this batch. Another callback sets it on all ranks.
     """
 
     def __init__(
@@ -75,12 +76,12 @@ class RunCheckpoint(ModelCheckpoint):
             self._writer.ranks.decide(self._take_folder)
 
     def _take_folder(self) -> None:
-        """RecipeError: another run writes to this folder."""
+        """Lock the folder. Raise a RecipeError if another run writes to it."""
         run_lock.hold(Path(str(self.dirpath)))
-        for leftover in Path(str(self.dirpath)).glob(".*.part"):  # of a killed process
+        for leftover in Path(str(self.dirpath)).glob(".*.part"):  # by a killed process
             remove(leftover)
 
-    # ------------------------------------------------------------------ when
+    # ------------------------------------------------------------------ saving
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -90,17 +91,17 @@ class RunCheckpoint(ModelCheckpoint):
             self.save_unless_saved(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The checkpoint after the very last step, where that is no multiple of the interval."""
+        """Save after the last step, which need not be a multiple of the interval."""
         self.save_unless_saved(trainer)
         self.wait()
 
     def wait(self) -> None:
-        """On all ranks: until the checkpoint that is under way is there, or its error is raised."""
+        """Collective. Wait until the checkpoint in progress is written, or raise its error."""
         if self._writer is not None:
             self._writer.wait()
 
     def save_unless_saved(self, trainer: L.Trainer) -> None:
-        """On all ranks, where a fit has ended or a batch ends."""
+        """Collective. Save at the end of a batch or of a fit, unless this step is saved."""
         if not self._should_skip_saving_checkpoint(trainer) and trainer.global_step > 0:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
@@ -115,22 +116,22 @@ class RunCheckpoint(ModelCheckpoint):
                 logger.after_save_checkpoint(proxy(self))
 
     def _save_last_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, torch.Tensor]) -> None:
-        """Nothing: last.ckpt follows where a checkpoint is whole, see _publish."""
+        """Do nothing, because _publish replaces last.ckpt."""
 
     def _publish(self, path: Path) -> None:
-        """On rank 0, perhaps in the background: last.ckpt becomes `path`, and the oldest go."""
+        """Let last.ckpt link to `path`, and remove old checkpoints; on rank 0, in a thread if asynchronous."""
         replace_with_link(path, path.with_name(LAST))
         prune(path.parent.glob(STEPS), self.keep)
 
     # ------------------------------------------------------------------ resuming
     def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
-        """Lightning asks for it where ckpt_path is "last"; which one it will be is decided when all ranks are there."""
+        """Note that ckpt_path is "last", which Lightning calls this for. _resume chooses, when all ranks are there."""
         self._last_is_wanted = True
         folder = Path(str(self.dirpath or Path(trainer.default_root_dir, "checkpoints")))
         return {str(path) for path in newest_first([*folder.glob(STEPS), *folder.glob(LAST)])[:1]}
 
     def _resume(self, trainer: L.Trainer, original: Any, path: Any = None, weights_only: bool | None = None) -> None:
-        """Lightning's resume_start, with the checkpoint that rank 0 chose."""
+        """Call Lightning's resume_start with the checkpoint that rank 0 has chosen."""
         last, self._last_is_wanted = self._last_is_wanted, False
 
         def choose() -> str | None:
@@ -138,7 +139,7 @@ class RunCheckpoint(ModelCheckpoint):
             if last:
                 found = newest_whole(folder)
                 if found and found.name != LAST and trainer.state.fn == "fit":
-                    # A kill has cut off its publication, or last.ckpt is broken: the run continues from this one.
+                    # A kill came before _publish, or last.ckpt is damaged.
                     if found.is_file() and not manifest_of(found).exists():
                         write_manifest(found)
                     replace_with_link(found, found.with_name(LAST))
@@ -151,10 +152,10 @@ class RunCheckpoint(ModelCheckpoint):
         original(chosen, weights_only=True)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Make the loop counters fit this Trainer.
+        """Adapt the loop counters to this Trainer.
 
-        Lightning counts micro-batches and takes the checkpoint's count as it is. Where accumulate_grad_batches has
-        changed, the first step after the resume would get only a part of its micro-batches.
+        Lightning restores the number of micro-batches. If accumulate_grad_batches has changed, the first step after the
+        resume would get only a part of its micro-batches.
         """
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
@@ -164,7 +165,7 @@ class RunCheckpoint(ModelCheckpoint):
                 counters[name] += difference
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the folder says it all. So a run can be moved, and resumed with another interval."""
+        """Return no state, so that a run can be moved, and resumed with another interval."""
         return {}
 
     # ------------------------------------------------------------------ leaving

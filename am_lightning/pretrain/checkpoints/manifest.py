@@ -1,4 +1,4 @@
-"""Manifests: name, size and SHA-256 of every file of a checkpoint, written after them and numbered in order."""
+"""Write and check manifests: size and SHA-256 of each file of a checkpoint, and a number that counts checkpoints."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from am_lightning.pretrain.runtime.atomic_files import replacing
 
 NAME = "manifest.json"  # inside a folder; FILE.manifest.json beside a file
 _BLOCK = 1 << 20
-_THREADS = 8  # hashing releases the interpreter's lock
+_THREADS = 8  # hashing releases the GIL
 HINT = "Free some space and give the same command with --ckpt_path last: the last good checkpoint is still there."
 
 
 def manifest_of(path: Path) -> Path:
-    """Where the manifest of the checkpoint `path` (a file or a folder) is, or would be."""
+    """Return the path of the manifest of the checkpoint `path`, a file or a folder."""
     return path / NAME if path.is_dir() else path.with_name(f"{path.name}.{NAME}")
 
 
 def write_manifest(path: Path) -> None:
-    """Describe the checkpoint at `path`.
+    """Write the manifest of the checkpoint at `path`.
 
-    Its number is one above the highest in the same folder: which checkpoint is the newest needs no clock, and no times
-    of files, which a copy may lose.
+    Its number is one above the highest in the same folder. The newest checkpoint is found without a clock and without
+    the times of files, which a copy may lose.
 
     Raises:
-        RecipeError: the disk refuses.
+        RecipeError: if the disk refuses.
     """
     beside = [*path.parent.glob(f"*.{NAME}"), *path.parent.glob(f"*/{NAME}")]
     number = 1 + max((found.number for found in map(_read, beside) if found), default=0)
@@ -45,11 +45,10 @@ def write_manifest(path: Path) -> None:
 
 
 def damage(path: Path, *, ours: bool = True) -> str | None:
-    """What is wrong with the checkpoint at `path`, which is there; None where it is whole. Reads all of it.
+    """Read all of the checkpoint at `path`, and return its damage as text, or None if it is whole.
 
-    A file without a manifest (copied by itself, or the process was killed just before) is compared with the checksums
-    inside it (CRC-32, torch.save's format is a zip archive). A folder without one was not finished, if it is `ours`;
-    others' may have none.
+    A file without a manifest (a copy, or a kill just before) is compared with the CRC-32 checksums inside it, because
+    torch.save writes a zip archive. A folder without a manifest was not finished, unless it is not `ours`.
     """
     found = (*_files(path).values(), manifest_of(path.resolve()))
     states = [(str(file), file.stat()) for file in found if file.exists()]
@@ -69,15 +68,14 @@ def _damage(path: Path, ours: bool, states: tuple[Any, ...]) -> str | None:
 
 
 class Manifest(NamedTuple):
-    """What a manifest says: its number (0 in those of an older version, which had none), and size and SHA-256 of every
-    file by its name."""
+    """The number of a checkpoint (0 if an older version wrote it), and size and SHA-256 of each file by its name."""
 
     number: int
     files: dict[str, tuple[int, str]]
 
 
 def manifest_at(path: Path) -> Manifest | None:
-    """The manifest of `path` or, where that is a hard link, of the file it links to. None: none that can be read."""
+    """Return the manifest of `path`, or of a file that it is a hard link to. None if it cannot be read."""
     path = path.resolve()
     names = [path]
     if path.is_file() and not manifest_of(path).exists():
@@ -86,7 +84,7 @@ def manifest_at(path: Path) -> Manifest | None:
 
 
 def _read(manifest: Path) -> Manifest | None:
-    """None: it is not there, or says something else than a manifest."""
+    """Return None if the file is missing or has other content."""
     try:
         content = json.loads(manifest.read_text())
         files = {str(name): (int(of["size"]), str(of["sha256"])) for name, of in content["files"].items()}
@@ -112,7 +110,7 @@ def _differences(path: Path, wanted: dict[str, tuple[int, str]]) -> str | None:
 
 
 def _files(path: Path) -> dict[str, Path]:
-    """The files of a checkpoint by their names in its manifest."""
+    """Return the files of a checkpoint by their names in its manifest."""
     if path.is_file():
         return {path.name: path}
     found = sorted(file for file in path.rglob("*") if file.is_file() and file != path / NAME)
@@ -120,7 +118,7 @@ def _files(path: Path) -> dict[str, Path]:
 
 
 def _digests(files: Iterable[Path]) -> list[str]:
-    """SHA-256 of every file."""
+    """Return the SHA-256 of each file."""
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(_sha256, files))
 
@@ -143,7 +141,7 @@ def _damage_in_zip(path: Path) -> str | None:
 
 
 def sync_files(path: Path) -> None:
-    """Flush every file below the folder `path` to the disk."""
+    """Flush each file in the folder `path` to the disk."""
     for file in _files(path).values():
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())

@@ -1,4 +1,4 @@
-"""Ranks: what all ranks of a run do together when they save checkpoints and choose one."""
+"""Ranks: lets all ranks of a run fail together, and follow the choice of the first."""
 
 from __future__ import annotations
 

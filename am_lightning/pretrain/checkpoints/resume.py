@@ -1,4 +1,4 @@
-"""Which checkpoint to go on from: the newest whole one, and errors that name it."""
+"""Find the newest whole checkpoint, and refuse damaged ones."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from am_lightning.pretrain.runtime.errors import RecipeError
 LAST = "last.ckpt"
 STEPS = "step-*.ckpt"
 _NOT_OURS = (RuntimeError, OSError, EOFError, KeyError, TypeError, pickle.UnpicklingError)
-_METADATA = "meta.pt"  # Lightning's name for what is not sharded, in a folder of shards
+_METADATA = "meta.pt"  # Lightning's file for what is not sharded, in a folder of shards
 
 
 def newest_whole(
-    folder: Path, patterns: Sequence[str] = (STEPS, LAST), hint: str = "Start anew, without --ckpt_path."
+    folder: Path, patterns: Sequence[str] = (STEPS, LAST), hint: str = "Start again without --ckpt_path."
 ) -> Path | None:
-    """The newest whole checkpoint of a run, for ``--ckpt_path last``; None where the run has none yet.
+    """Return the newest whole checkpoint of a run, for ``--ckpt_path last``, or None if the run has no checkpoint.
 
-    `last.ckpt` where it is the newest. Broken ones are passed over with a warning that names them and the one chosen.
+    `last.ckpt` is returned if it is the newest. A warning names damaged checkpoints that are passed over.
 
     Args:
-        folder: the run's checkpoints.
-        patterns: of their names.
-        hint: what to do where all are broken; ends the error's text.
+        folder: folder of the checkpoints.
+        patterns: glob patterns of their names.
+        hint: end of the error's text, which tells the user what to do.
 
     Raises:
-        RecipeError: there are checkpoints, and all are broken.
+        RecipeError: if all checkpoints are damaged.
     """
     broken: dict[Path, str] = {}
     for path in newest_first(path for pattern in patterns for path in folder.glob(pattern)):
         found = damage(path)
         if found is None:
             for other, reason in broken.items():
-                rank_zero_warn(f"the checkpoint {other} is broken ({reason}): going on from {path}, the one before")
+                rank_zero_warn(f"the checkpoint {other} is broken ({reason}): resuming from {path}, the one before")
             return path
         broken[path] = found
     if broken:
@@ -50,10 +50,10 @@ def newest_whole(
 
 
 def newest_first(paths: Iterable[Path]) -> list[Path]:
-    """By the numbers of their manifests, then by step; each file once: last.ckpt stands for the one it links to.
+    """Sort checkpoints by the numbers of their manifests, then by step. Of links to one file, last.ckpt is kept.
 
-    A kill leaves the very newest without a manifest: a single one without, whose step is beyond all others', comes
-    first. Others without come last. A broken link counts for nothing.
+    A kill may leave the newest without a manifest. So a single one without a manifest comes first if its step is beyond
+    all others; otherwise those without a manifest come last. Broken links are left out.
     """
     known = [(manifest_at(path), _step_of(path), path.name == LAST, path) for path in paths if path.exists()]
     reached = max((step for manifest, step, *_ in known if manifest), default=-1)
@@ -68,12 +68,15 @@ def newest_first(paths: Iterable[Path]) -> list[Path]:
 
 
 def check_readable(path: Path, folder: Path | None = None, pattern: str = "*.ckpt") -> None:
-    """Read all of a checkpoint and compare its checksums: torch.load alone does not see a flipped bit.
+    """Read all of a checkpoint and compare its checksums, because torch.load does not notice a flipped bit.
 
-    Where it cannot be read, others are looked for by `pattern` in `folder`, by default its own.
+    Args:
+        path: the checkpoint.
+        folder: folder in which the error looks for another whole one; default: that of `path`.
+        pattern: glob pattern of their names.
 
     Raises:
-        RecipeError: it is missing or broken; names an older one that is whole, if there is one.
+        RecipeError: if `path` is missing or damaged.
     """
     if not path.exists():
         raise RecipeError(f"--ckpt_path {path}: there is no such file. {_older(path, folder, pattern)}")
@@ -83,10 +86,10 @@ def check_readable(path: Path, folder: Path | None = None, pattern: str = "*.ckp
 
 
 def saved_step(path: Path) -> int:
-    """The number of optimizer steps that were done when `path` was written; reads little of the file.
+    """Return the optimizer steps that were done when `path` was written. Reads a small part of the file.
 
     Raises:
-        RecipeError: it is no checkpoint of this program.
+        RecipeError: if `path` is not a checkpoint of this program.
     """
     if path.is_dir() and not (path / _METADATA).exists():  # DeepSpeed's
         return step_in_name(path.resolve())
@@ -97,14 +100,14 @@ def saved_step(path: Path) -> int:
 
 
 def _contents(path: Path) -> dict[str, Any]:
-    """Of a file, without its tensors; of a folder of shards what is in none."""
+    """Load a file without reading its tensors, or what is not sharded in a folder of shards."""
     folder = path.is_dir()
     file = path / _METADATA if folder else path
     return dict(torch.load(file, map_location="cpu", weights_only=True, mmap=not folder))
 
 
 def _step_of(path: Path) -> int:
-    """By its name; last.ckpt's is that of the file it links to, or from inside; -1 where it cannot be read."""
+    """Return the step in the name of the file, or of the file that last.ckpt links to; else that in the file, or -1."""
     if path.name != LAST or path.is_symlink():
         return step_in_name(path.resolve())
     for other in path.parent.glob(STEPS):
@@ -117,16 +120,16 @@ def _step_of(path: Path) -> int:
 
 
 def step_in_name(path: Path) -> int:
-    """12 for step-000012.ckpt and checkpoint-12; 0 for another name."""
+    """Return 12 for step-000012.ckpt and checkpoint-12, and 0 for another name."""
     digits = path.stem.rpartition("-")[2]
     return int(digits) if digits.isdigit() else 0
 
 
 def _older(path: Path, folder: Path | None = None, pattern: str = "*.ckpt") -> str:
-    """What to do instead: the newest whole checkpoint in `folder`, by default the same."""
+    """Return the end of an error, which names the newest whole checkpoint in `folder`."""
     folder = folder or path.parent
     others = [p for p in folder.glob(pattern) if not (path.exists() and p.exists() and p.samefile(path))]
     for other in newest_first(others):
         if damage(other) is None:
-            return f"Go on from an older one: --ckpt_path {other}"
-    return f"There is no other whole checkpoint in {folder}: start anew, without --ckpt_path."
+            return f"Resume from an older one: --ckpt_path {other}"
+    return f"There is no other whole checkpoint in {folder}: start again without --ckpt_path."

@@ -1,4 +1,4 @@
-"""The weights in a checkpoint of any of the programs, whatever engine wrote it; nothing in it is run as code."""
+"""Read the weights in a checkpoint of any training program and engine, without running code that it may contain."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from am_lightning.distributed.names import strip_wrappers
 from am_lightning.optional_imports import cause_of
 from am_lightning.pretrain.runtime.errors import RecipeError, first_line, needs_package
 
-# Where a checkpoint says which model it is: a file in its folder, and a key in the file. In this order Lightning's
-# shards, pretrain_accelerate.py, pretrain_hf_trainer.py, and Lightning's DeepSpeed folders.
+# The files in a folder, and the keys in them, that describe the model: of Lightning's shards, pretrain_accelerate.py,
+# pretrain_hf_trainer.py and Lightning's DeepSpeed folders.
 _DESCRIPTIONS = (
     ("meta.pt", "hyper_parameters"),
     ("states.pt", "model"),
     ("data.pt", "shape"),
     ("checkpoint/*model_states.pt", "hyper_parameters"),
 )
-_SHARDS = (".", "pytorch_model_fsdp_0")  # Lightning's, and Accelerate's beside the optimizer's
+_SHARDS = (".", "pytorch_model_fsdp_0")  # folders of Lightning's and Accelerate's shards
 _EMBEDDING = "model.embed_tokens.weight"  # in every LlamaForCausalLM
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether one of the programs wrote `path`, a file or a folder, as a checkpoint."""
+    """Return whether `path`, a file or a folder, is a checkpoint of one of the training programs."""
     return path.is_file() or any(any(path.glob(pattern)) for pattern, _ in _DESCRIPTIONS)
 
 
 def model_arguments(path: Path) -> dict[str, Any]:
-    """Arguments of the model in the checkpoint at `path`: those of LlamaShape, and with Lightning the module's.
+    """Return the arguments of the model in the checkpoint at `path`, which include those of LlamaShape.
 
     Raises:
-        RecipeError: no checkpoint of these programs.
+        RecipeError: if `path` is not a checkpoint of these programs.
     """
     places = [(path, "hyper_parameters")]
     if path.is_dir():
@@ -57,17 +57,16 @@ def model_arguments(path: Path) -> dict[str, Any]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The weights of a Llama by their names in LlamaForCausalLM, on the CPU, in the dtype in which they were trained.
+    """Return the weights of a Llama by their names in LlamaForCausalLM, on the CPU, in the dtype of the training.
 
-    Those of DeepSpeed's ZeRO are the float32 ones of the optimizer.
+    Weights that DeepSpeed's ZeRO has partitioned are the float32 copies of its optimizer.
 
     Args:
-        path: a file of Lightning's, or a folder of Lightning's strategies that shard, of Accelerate or of the HF
-            Trainer.
+        path: a file or a folder that Lightning, Accelerate or the HF Trainer has written.
 
     Raises:
-        RecipeError: it holds no Llama, or DeepSpeed, which wrote it, is not installed.
-        pickle.UnpicklingError: it holds more than tensors and plain values.
+        RecipeError: if `path` contains no Llama, or if DeepSpeed has written it and is not installed.
+        pickle.UnpicklingError: if `path` contains more than tensors and plain values.
     """
     with _named(path):
         if path.is_file():
@@ -96,7 +95,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _llama_names(names: Iterable[str]) -> dict[str, str]:
-    """Name in a checkpoint -> name in LlamaForCausalLM, of the model's weights alone."""
+    """Map the names of the model's weights in a checkpoint to their names in LlamaForCausalLM."""
     plain = {name: strip_wrappers(name) for name in names}
     prefix = next((name.removesuffix(_EMBEDDING) for name in plain.values() if name.endswith(_EMBEDDING)), None)
     if prefix is None:
@@ -110,7 +109,7 @@ def _of_llama(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 # ---------------------------------------------------------------------- torch.distributed.checkpoint
 _OWN = "torch.distributed.checkpoint.metadata"
-# All that the pickle `.metadata` names, beside dtypes.
+# All that the pickle `.metadata` refers to, except dtypes.
 _DESCRIBING = {
     *((_OWN, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
     *((_OWN, f"{kind}StorageMetadata") for kind in ("Bytes", "Chunk", "Tensor")),
@@ -123,7 +122,7 @@ _DESCRIBING = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes the objects that describe shards, and no others."""
+    """Creates the objects that describe shards, and refuses all others."""
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
@@ -134,7 +133,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Reader(FileSystemReader):
-    """torch's, which would run whatever the pickle in `.metadata` says."""
+    """Reads `.metadata` without running code in it, which torch's reader would do."""
 
     def read_metadata(self, *args: Any, **options: Any) -> Metadata:
         with open(Path(self.path, ".metadata"), "rb") as file:
@@ -149,7 +148,7 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
     names = _llama_names(tensors)
     found = {key: torch.empty(tensors[key].size, dtype=tensors[key].properties.dtype) for key in names}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is a single process
+        warnings.simplefilter("ignore")  # about a single process
         load(found, storage_reader=reader)
     return {name: found[key] for key, name in names.items()}
 
@@ -160,7 +159,7 @@ def _read_deepspeed(path: Path) -> dict[str, Tensor]:
     if not list(folder.glob("*optim_states.pt")):  # stage 0 partitions nothing
         module: dict[str, Tensor] = _load(folder / "mp_rank_00_model_states.pt")["module"]
         return module
-    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs there what it finds
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout on import
         try:
             from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
             from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -178,4 +177,4 @@ def _read_deepspeed(path: Path) -> dict[str, Tensor]:
         patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"),
     ):
         partitioned = get_fp32_state_dict_from_zero_checkpoint(str(path), folder.name)
-    return {name: tensor.detach().clone() for name, tensor in partitioned.items()}  # were views of one
+    return {name: tensor.detach().clone() for name, tensor in partitioned.items()}  # views of one tensor

@@ -1,4 +1,4 @@
-"""CheckpointWriter: one checkpoint of all ranks, a file or a folder, now or in the background, whole or not there."""
+"""CheckpointWriter: writes a checkpoint of all ranks, a file or a folder, at once or in the background."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from am_lightning.pretrain.checkpoints.atomic import publish_folder, require_spa
 from am_lightning.pretrain.checkpoints.ranks import Ranks
 from am_lightning.pretrain.runtime.errors import RecipeError
 
-_METADATA = "meta.pt"  # what Lightning puts beside the shards, and looks for when it loads
+_METADATA = "meta.pt"  # Lightning writes it beside the shards, and needs it to load them
 
 
 class CheckpointWriter:
-    """Writes checkpoints for a Trainer; every rank calls every method.
+    """Writes the checkpoints of a Trainer. All ranks call each method, except ``close``.
 
-    A folder (sharded checkpoints, DeepSpeed) is written as `.NAME.part` beside its place, flushed, given its manifest
-    and renamed. Whatever fails, on whichever rank, is raised on all, and what was there before is untouched.
+    A folder (of shards, or of DeepSpeed) is written as `.NAME.part`, flushed to the disk, given its manifest and
+    renamed. An error of one rank is raised on all, and older checkpoints are unchanged.
 
     Args:
-        trainer: its strategy decides between a file and a folder.
-        asynchronous: return as soon as the state is copied to the CPU's memory; at most one is under way.
-        published: called on rank 0 with every checkpoint that is whole and in its place.
+        trainer: the Trainer, whose strategy writes files or folders.
+        asynchronous: return when the state is copied to CPU memory. One checkpoint is in progress at a time.
+        published: function that is called on rank 0 with the path of each finished checkpoint.
 
     Raises:
-        RecipeError: `asynchronous` with a strategy that cannot.
+        RecipeError: if `asynchronous` is set and the strategy does not support it.
     """
 
     def __init__(self, trainer: L.Trainer, asynchronous: bool, published: Callable[[Path], None]) -> None:
@@ -54,10 +54,10 @@ class CheckpointWriter:
         self._stager: Any = None
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint to `path`, or begin to.
+        """Write a checkpoint to `path`, or start to write it in the background.
 
         Raises:
-            RecipeError: on all ranks, where the disk of one refuses, now or in the one that was under way.
+            RecipeError: on all ranks, if the disk of one refuses this checkpoint or the one in progress.
         """
         self.wait()
         checkpoint = self.trainer._checkpoint_connector.dump_checkpoint(False)
@@ -78,17 +78,17 @@ class CheckpointWriter:
                     self._finish(path)
 
     def wait(self) -> None:
-        """Until nothing is under way any more.
+        """Wait for the checkpoint in progress.
 
         Raises:
-            RecipeError: on all ranks, where what was under way has failed.
+            RecipeError: on all ranks, if it has failed.
         """
         if self.asynchronous:
             with self.ranks.saving():
                 self._settle()
 
     def close(self) -> None:
-        """After an exception, on this rank alone: end what is under way."""
+        """Wait for the checkpoint in progress after an exception on this rank, and ignore its errors."""
         with contextlib.suppress(Exception, CheckpointException):
             self._settle()
 
@@ -102,28 +102,28 @@ class CheckpointWriter:
         if self.ranks.first:
             require_space(path, needed)
             if self.folders:
-                shutil.rmtree(self._part(path), ignore_errors=True)  # of a killed process
+                shutil.rmtree(self._part(path), ignore_errors=True)  # by a killed process
                 self._part(path).mkdir(parents=True)
 
     def _begin_folder(self, checkpoint: dict[str, Any], path: Path) -> None:
         from torch.distributed.checkpoint.state_dict_saver import async_save
 
         part = self._part(path)
-        module = "model" if isinstance(self.trainer.strategy, FSDPStrategy) else "state_dict"  # Lightning's words
+        module = "model" if isinstance(self.trainer.strategy, FSDPStrategy) else "state_dict"  # Lightning's names
         state = {module: checkpoint.pop("state_dict")}
         for number, optimizer_state in enumerate(checkpoint.pop("optimizer_states", [])):
             state[f"optimizer_{number}"] = optimizer_state
         if self.ranks.first:
             torch.save(checkpoint, part / _METADATA)
         if self._group is None and self.ranks.count > 1:
-            self._group = dist.new_group(backend="gloo")  # its own: the steps' collectives go on meanwhile
-        self._stager = self._stager or _stager(self.trainer)  # kept: it writes into the same pinned memory again
+            self._group = dist.new_group(backend="gloo")  # the steps use the others meanwhile
+        self._stager = self._stager or _stager(self.trainer)  # kept, because it reuses its pinned memory
         written: Any = async_save(state, checkpoint_id=part, process_group=self._group, async_stager=self._stager)
-        # Rank 0's is done when all ranks have written: it writes .metadata after that.
+        # On rank 0 it is done when all ranks have written, because rank 0 writes .metadata last.
         self._pending = self._pool.submit(self._finish, path, written.result) if self.ranks.first else written
 
     def _finish(self, path: Path, write: Callable[[], Any] = lambda: None) -> None:
-        """On rank 0, perhaps in the background: what is left to write, and what makes a checkpoint of it."""
+        """Call `write`, then publish the checkpoint; on rank 0, in a thread if asynchronous."""
         write()
         if self.folders:
             publish_folder(self._part(path), path)
@@ -135,7 +135,7 @@ class CheckpointWriter:
 
 
 def writes_folders(trainer: L.Trainer) -> bool:
-    """Whether a checkpoint of this Trainer's strategy is a folder."""
+    """Return whether the Trainer's strategy writes a folder and not a file."""
     strategy = trainer.strategy
     if isinstance(strategy, ModelParallelStrategy):
         return bool(strategy._save_distributed_checkpoint)
@@ -145,7 +145,7 @@ def writes_folders(trainer: L.Trainer) -> bool:
 
 
 def _on_host(state: Any) -> Any:
-    """A copy in the host's memory; from GPUs into pinned memory, with one wait for each and not for each tensor."""
+    """Return a copy in CPU memory. GPUs copy into pinned memory, and the host waits once for each GPU."""
     devices: set[torch.device] = set()
 
     def copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -161,8 +161,8 @@ def _on_host(state: Any) -> Any:
 
 
 def _stager(trainer: L.Trainer) -> Any:
-    """What copies shards to the host; None: async_save's own, which copies tensor by tensor from pageable memory."""
-    if isinstance(trainer.strategy, FSDPStrategy):  # newer ones do not know its ShardedTensor
+    """Return what copies shards to CPU memory. None means async_save's default, which waits for each tensor."""
+    if isinstance(trainer.strategy, FSDPStrategy):  # DefaultStager does not support ShardedTensor
         return staging.BlockingAsyncStager()
     if trainer.strategy.root_device.type != "cuda" or not hasattr(staging, "DefaultStager"):  # from torch 2.9 on
         return None
