@@ -1,1 +1,1 @@
-"""Pretraining: data, model, checkpoints and commands, which the programs in recipes/ are put together from."""
+"""Pretraining: the data, model, checkpoints and commands of the programs in recipes/."""

@@ -1,4 +1,4 @@
-"""Under DeepSpeed with gradient accumulation: divide the loss once."""
+"""Divide the loss once under DeepSpeed with gradient accumulation."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 
 
 class LossDividedOnce(L.Callback):
-    """Tells DeepSpeed's engine not to divide the loss by the micro-batches of a step.
+    """Keeps DeepSpeed (0.19) from dividing the loss by the number of micro-batches, which Lightning (2.6) does already.
 
-    Lightning (2.6) divides it already, and DeepSpeed (0.19) would again. The gradients would be too small by that
-    factor, and clipping and beta_t other ones. Nothing to do under other strategies.
+    Gradients that are divided twice change clipping and beta_t. Other strategies are not affected.
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -203,7 +203,7 @@ class FaultTolerance(L.Callback):
         if isinstance(trainer.checkpoint_callback, RunCheckpoint):
             trainer.checkpoint_callback.wait()
         if trainer.is_global_zero:
-            text = f"stopped by {self._agreed.name} at step {self._last_step}; --ckpt_path last goes on from there"
+            text = f"stopped by {self._agreed.name} at step {self._last_step}; --ckpt_path last resumes from there"
             print(text, file=sys.stderr, flush=True)
             if self._agreed == signal.SIGUSR1 and self._in_batch_job():
                 self._requeue()

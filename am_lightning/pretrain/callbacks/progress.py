@@ -1,4 +1,4 @@
-"""Progress bars with loss, tokens per second and the mean of beta_t; the setting `progress_bar` chooses one."""
+"""Progress bars with the loss, tokens per second and the mean of beta_t. The setting `progress_bar` selects one."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Metrics = dict[str, int | str | float | dict[str, float]]
 
 
 class _RunMetrics(ProgressBar):
-    """What stands behind the bar. It is read from the device when the bar is drawn anew, where the loss is read too."""
+    """Reads the figures behind the bar from the device when the bar is redrawn, as the loss is read then, too."""
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Metrics:
-        loss = trainer.callback_metrics.get("train/loss")  # where it stays a tensor until now
+        loss = trainer.callback_metrics.get("train/loss")  # still a tensor
         shown: Metrics = {} if loss is None else {"loss": float(loss)}
         for name, value in super().get_metrics(trainer, pl_module).items():
             shown["val" if name == "val/loss" else name] = value
@@ -32,16 +32,16 @@ class _RunMetrics(ProgressBar):
 
 
 class RunProgressBar(_RunMetrics, TQDMProgressBar):
-    """Lightning's TQDM bar with the run's figures; redrawn every `refresh_rate` batches."""
+    """Lightning's TQDM bar with the figures of the run, redrawn every `refresh_rate` batches."""
 
 
 class RichRunProgressBar(_RunMetrics, RichProgressBar):
-    """Lightning's rich bar with the run's figures; redrawn every `refresh_rate` batches."""
+    """Lightning's rich bar with the figures of the run, redrawn every `refresh_rate` batches."""
 
     _shown: Metrics | None = None
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Metrics:
-        """Lightning's rich bar asks after every batch, however seldom it is drawn."""
+        """Return the last figures between redraws. Lightning's rich bar calls this after every batch."""
         batches = trainer.fit_loop.batch_idx + 1
         if self._shown is None or batches % self.refresh_rate == 0 or trainer.fit_loop.epoch_loop._is_training_done:
             self._shown = super().get_metrics(trainer, pl_module)

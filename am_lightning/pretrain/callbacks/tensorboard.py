@@ -1,4 +1,4 @@
-"""What stands in TensorBoard besides curves: the configuration as text, a row on the HParams page, Custom Scalars."""
+"""Add the configuration, a row on the HParams page and a Custom Scalars page to the curves in TensorBoard."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from am_lightning.pretrain.callbacks.throughput import TrainingMonitor
 from am_lightning.pretrain.commands.report.runs import parameters
 
 FINAL = ("final/val_loss", "final/val_perplexity")
-# The HParams page's result columns: curves, of which it shows the newest point.
+# Result columns of the HParams page, which shows the newest point of each curve.
 _RESULTS = (*FINAL, "val/loss", "train/loss", "throughput/tokens_per_second")
 _MFU = "model FLOPs utilization"
 _LAYOUT: dict[str, dict[str, list[object]]] = {
@@ -37,7 +37,7 @@ _LAYOUT: dict[str, dict[str, list[object]]] = {
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """LightningCLI's config.yaml beside the event file; the same as a text card and as a row on the HParams page."""
+    """Writes config.yaml beside the event file, and adds it as a text card and as a row on the HParams page."""
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         text = self.parser.dump(self.config, skip_none=False)
@@ -45,7 +45,7 @@ class SaveRunConfig(SaveConfigCallback):
             board.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()))
             settings = main_settings(yaml.safe_load(text), trainer.world_size, str(trainer.precision))
             experiment, start, _ = hparams(settings, dict.fromkeys(_RESULTS, 0.0))  # type: ignore[no-untyped-call]
-            # In the run's own file, and with no result yet: torch's add_hparams would make a second run of it.
+            # torch's add_hparams would write a second run, with results.
             writer = board._get_file_writer()  # type: ignore[no-untyped-call]
             writer.add_summary(experiment)
             writer.add_summary(start)
@@ -55,7 +55,7 @@ class TensorBoardLayout(Callback):
     """Arranges TensorBoard's Custom Scalars page, and logs `final/val_loss` of the validation after the last step."""
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """After every on_train_start, so TrainingMonitor knows its device; AdaptiveMemory's page comes when it logs."""
+        """Add the page after on_train_start of TrainingMonitor, which sets peak_flops."""
         pages = {title: dict(charts) for title, charts in _LAYOUT.items()}
         if not any(isinstance(c, TrainingMonitor) and c.peak_flops for c in trainer.callbacks):  # type: ignore[attr-defined]
             del pages["throughput"][_MFU]
@@ -63,7 +63,7 @@ class TensorBoardLayout(Callback):
             add_custom_scalars(board, pages)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Of `trainer.validate`, which follows a fit; `validate` on the command line has no logger."""
+        """Log the validation after a fit. `validate` on the command line has no logger."""
         for board in _boards(trainer) if trainer.state.fn == "validate" else []:
             for tag, name in zip(FINAL, ("val/loss", "val/perplexity"), strict=True):
                 board.add_scalar(tag, float(trainer.callback_metrics[name]), trainer.global_step)
@@ -71,10 +71,7 @@ class TensorBoardLayout(Callback):
 
 
 def main_settings(config: dict[str, Any], world_size: int, precision: str) -> dict[str, bool | int | float | str]:
-    """The settings that a comparison of runs asks for, from a resolved configuration of `fit`.
-
-    Few and short: the page shows them by name in the order of the alphabet, five at first.
-    """
+    """Return the settings that matter in a comparison of runs, from a resolved configuration of `fit`."""
     model, data, trainer = config["model"], config["data"], config["trainer"]
     optimizer = model["optimizer"]
     arguments = optimizer.get("init_args") or {}

@@ -1,4 +1,4 @@
-"""The initial matrices of a Llama: the same numbers in every program, on every device and at every number of ranks."""
+"""Initialize a Llama with the same numbers in each program, on any device and with any number of ranks."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 
-SCHEME = "by seed, name and block, on the CPU"  # another one gives a seed other weights
-BLOCK = 2**22  # elements with a generator of their own: a rank draws the blocks that it holds rows of
+SCHEME = "by seed, name and block, on the CPU"  # another scheme gives other weights to the same seed
+BLOCK = 2**22  # elements of one generator; a rank draws the blocks that contain its rows
 
 
 @torch.no_grad()
 def draw_matrices(model: LlamaForCausalLM) -> None:
-    """Give the matrices of a Llama their initial values, N(0, initializer_range).
+    """Draw the matrices of a Llama from N(0, initializer_range).
 
-    They depend on torch.initial_seed(), the parameter's name and the place in the matrix alone: drawn in float32 on
-    the CPU, whose generator is the same everywhere (a GPU's numbers depend on its multiprocessors), and copied to
-    where the parameter is. It may be whole, a DTensor, or partitioned by DeepSpeed's stage 3.
+    The values depend only on torch.initial_seed(), the name of the parameter and the position in the matrix. They are
+    drawn in float32 on the CPU, because the numbers of a GPU depend on its multiprocessors. A parameter may be whole, a
+    DTensor, or partitioned by DeepSpeed's stage 3.
     """
     deviation = model.config.initializer_range
     for name, param in model.named_parameters():
@@ -37,7 +37,7 @@ def draw_matrices(model: LlamaForCausalLM) -> None:
 
 
 def _fill(local: Tensor, name: str, deviation: float, shape: torch.Size, rows: range, columns: range) -> None:
-    """Write these rows and columns of the parameter's whole matrix; a block is in memory at a time."""
+    """Write the given rows and columns of the whole matrix, with one block in memory at a time."""
     height = max(1, BLOCK // shape[1])
     for first in range(rows.start // height * height, rows.stop if rows else 0, height):
         block = torch.empty(min(height, shape[0] - first), shape[1], dtype=torch.float32, device="cpu")
@@ -53,13 +53,13 @@ def _generator(name: str, first: int) -> torch.Generator:
 
 
 def _held(param: Tensor) -> tuple[range, range]:
-    """Rows and columns of the whole that this rank has: split by tensor parallel first, by FSDP2 after."""
+    """Return the rows and columns of this rank. Tensor parallelism has split them before FSDP2."""
     held = [range(size) for size in param.shape]
     if isinstance(param, DTensor):
         coordinate = param.device_mesh.get_coordinate()
         assert coordinate is not None
         for dimension in reversed(range(param.device_mesh.ndim)):
-            split: int | None = getattr(param.placements[dimension], "dim", None)  # of Shard, and FSDP2's strided one
+            split: int | None = getattr(param.placements[dimension], "dim", None)  # of Shard and _StridedShard
             if split is not None:
                 size = -(-len(held[split]) // param.device_mesh.size(dimension))  # as torch.chunk divides
                 held[split] = held[split][size * coordinate[dimension] :][:size]

@@ -1,4 +1,4 @@
-"""LlamaPretraining: next-token training of a Llama as a LightningModule; the optimizer is injected."""
+"""LlamaPretraining: a LightningModule that trains a Llama on next tokens with a given optimizer."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ OptimizerCallable = Callable[[Iterable[Any]], torch.optim.Optimizer]
 
 
 class LlamaPretraining(L.LightningModule):
-    """A Llama (transformers' LlamaForCausalLM) trained on rows of token ids, int64 (batch, seq_len).
+    """Trains transformers' LlamaForCausalLM on rows of token ids, int64 (batch, seq_len).
 
-    Logs `train/loss` (of this process's micro-batch), `val/loss` and `val/perplexity` (over all processes); losses are
-    means per token in nats.
+    Logs `train/loss` of the micro-batch of this process, and `val/loss` and `val/perplexity` over all processes. Losses
+    are means per token in nats.
 
     Args:
         hidden_size: width of the residual stream; a multiple of 2 * num_heads.
         intermediate_size: width of the MLP.
         num_heads: attention heads.
         num_layers: decoder layers.
-        vocab_size: tokens.
-        seq_len: longest row, in tokens.
-        optimizer: makes the optimizer from parameter groups.
-        weight_decay: of the matrices; norms and the embedding get none.
-        warmup_fraction: share of the steps over which the learning rate rises; 0 for none.
-        final_lr_fraction: where the schedule ends, as a share of the peak.
-        num_key_value_heads: heads of keys and values, a divisor of num_heads; None: num_heads.
+        vocab_size: number of tokens in the vocabulary.
+        seq_len: length of the longest row in tokens.
+        optimizer: function that returns the optimizer of given parameter groups.
+        weight_decay: weight decay of the matrices. Norms and the embedding have none.
+        warmup_fraction: share of the steps over which the learning rate rises.
+        final_lr_fraction: last learning rate as a share of the peak.
+        num_key_value_heads: heads of keys and values, a divisor of num_heads; default: num_heads.
         rope_theta: base of the rotary embedding.
-        tie_word_embeddings: the head is the embedding.
+        tie_word_embeddings: use the embedding as the head.
         schedule: "cosine", "wsd" (warmup, stable, decay) or "constant".
         decay_fraction: share of the steps over which "wsd" falls at the end.
-        activation_checkpointing: keep a layer's input only and compute the rest again in the backward pass.
-        compile: torch.compile every decoder layer.
+        activation_checkpointing: keep only the input of each layer, and compute the rest again in the backward pass.
+        compile: apply torch.compile to each decoder layer.
 
     Raises:
-        RecipeError: an argument is out of range.
+        RecipeError: if an argument is out of range.
     """
 
     def __init__(
@@ -90,10 +90,9 @@ class LlamaPretraining(L.LightningModule):
         self.val_loss = MeanMetric()
 
     def configure_model(self) -> None:
-        """Build the network. Strategies that shard call this hook where the weights are to live; it may come again.
+        """Build the network, once. Strategies that shard call this hook in the context that places the weights.
 
-        Under ModelParallelStrategy the mesh splits it (parallelize.py); under FSDPStrategy every layer
-        becomes a unit; DeepSpeed, DDP and one device take it whole.
+        ModelParallelStrategy splits it over the mesh (parallelize.py), and FSDPStrategy wraps each layer.
         """
         if self.model is not None:
             return
@@ -107,26 +106,26 @@ class LlamaPretraining(L.LightningModule):
         if self.device_mesh is not None:
             shard_llama(model, self.shape, self.device_mesh, str(self.trainer.precision))
         for index, layer in enumerate(model.model.layers):
-            model.model.layers[index] = wrap(layer)  # by FSDP1, where FSDPStrategy asks for it
+            model.model.layers[index] = wrap(layer)  # by FSDP1, inside FSDPStrategy's context only
         self.model = cast(LlamaForCausalLM, wrap(model))
 
     @property
     def network(self) -> LlamaForCausalLM:
-        """The model, once it is built."""
+        """The model. configure_model() must have run."""
         if self.model is None:
             raise RuntimeError("configure_model() has not run")
         return self.model
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (batch, seq_len, vocab_size) for token ids (batch, seq_len)."""
-        # Positions are given because a layer split over tokens sees a part of the row.
+        """Return logits, (batch, seq_len, vocab_size), of token ids, (batch, seq_len)."""
+        # With sequence parallelism a layer sees a part of the row, and cannot know its positions.
         positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
         logits: Tensor = self.network(input_ids=tokens, position_ids=positions).logits
         return logits
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = self._loss(batch)
-        self.log("train/loss", loss)  # prog_bar=True would take it to the host after every batch
+        self.log("train/loss", loss)  # prog_bar=True would copy it to the host after every batch
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -138,17 +137,17 @@ class LlamaPretraining(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         loss = self.val_loss.compute()  # over all processes
-        # The curves hold the validations during training. The one after it scores other rows, for the summary.
+        # The validation after the training scores other rows, for the summary.
         in_curves = self.trainer.state.fn == "fit"
         self.log("val/loss", loss, prog_bar=True, logger=in_curves, sync_dist=True)
         self.log("val/perplexity", loss.exp(), logger=in_curves, sync_dist=True)
         self.val_loss.reset()
 
     def optimizer_for(self, network: nn.Module, memory: AdaptiveMemory | None = None) -> torch.optim.Optimizer:
-        """The optimizer of `network`, converted where `memory` would: norms and embeddings without weight decay.
+        """Return the optimizer of `network`, converted as the callback `memory` would convert it.
 
         Raises:
-            ValueError, TypeError: an option is out of range, or the optimizer cannot be converted.
+            ValueError, TypeError: if an option is out of range, or the optimizer cannot be converted.
         """
         groups = parameter_groups(network, self.weight_decay, decay_embeddings=False)
         optimizer: Any = self.make_optimizer(groups)
@@ -168,10 +167,10 @@ class LlamaPretraining(L.LightningModule):
 
 
 def check_optimizer(module: LlamaPretraining, memory: AdaptiveMemory | None) -> torch.optim.Optimizer:
-    """The optimizer for weights on the meta device, which take no memory.
+    """Return an optimizer of weights on the meta device, which take no memory.
 
     Raises:
-        RecipeError: an option is out of range, or the optimizer cannot be converted.
+        RecipeError: if an option is out of range, or the optimizer cannot be converted.
     """
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = build_llama(module.shape)

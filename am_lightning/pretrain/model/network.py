@@ -1,4 +1,4 @@
-"""The Llama itself: the module and its loss."""
+"""Build transformers' Llama, and compute its loss."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _UNMASKED = "sdpa_unmasked"
 
 
 def build_llama(shape: LlamaShape) -> LlamaForCausalLM:
-    """transformers' Llama of this shape, on the current default device; its weights are draw_matrices', unless on meta.
+    """Return a Llama on the default device, without a key-value cache, with causal scaled_dot_product_attention.
 
-    Attention is torch's scaled_dot_product_attention, causal; there is no key-value cache.
+    draw_matrices initializes its weights, except on the meta device.
     """
     model = LlamaForCausalLM(llama_config(shape, use_cache=False, attn_implementation=_attention()))
     if not model.lm_head.weight.is_meta:
@@ -30,14 +30,14 @@ def build_llama(shape: LlamaShape) -> LlamaForCausalLM:
 
 
 def trained_llama(config: LlamaConfig, weights: Mapping[str, Tensor]) -> LlamaForCausalLM:
-    """transformers' Llama with these weights, which it shares, on the CPU and in eval mode.
+    """Return a Llama in eval mode, on the CPU, that shares the given weights.
 
     Args:
-        config: from llama_config.
-        weights: by their names in LlamaForCausalLM; a tied head may be left out.
+        config: configuration from llama_config.
+        weights: tensors by their names in LlamaForCausalLM. A tied head may be left out.
 
     Raises:
-        RecipeError: they are those of another shape.
+        RecipeError: if the weights have other names or shapes.
     """
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(config)
@@ -48,19 +48,14 @@ def trained_llama(config: LlamaConfig, weights: Mapping[str, Tensor]) -> LlamaFo
         words = " ".join(str(error).split())
         raise RecipeError(f"the weights do not fit the model that was saved with them: {words}") from error
     model.tie_weights()
-    # Its buffers are functions of the configuration, which the meta device lost.
+    # The buffers follow from the configuration. On the meta device they have no values.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     trained: LlamaForCausalLM = model.eval()
     return trained
 
 
 def llama_config(shape: LlamaShape, **options: Any) -> LlamaConfig:
-    """transformers' configuration of a Llama of this shape.
-
-    Args:
-        shape: of the Llama.
-        options: more of LlamaConfig's arguments.
-    """
+    """Return transformers' configuration of a Llama. `options` are further arguments of LlamaConfig."""
     theirs = {
         "num_heads": "num_attention_heads",
         "num_layers": "num_hidden_layers",
@@ -71,9 +66,9 @@ def llama_config(shape: LlamaShape, **options: Any) -> LlamaConfig:
 
 
 def _attention() -> str:
-    """transformers' sdpa under a name of its own: for a name that has no masks, transformers (from 4.53 on) makes none.
+    """Register transformers' sdpa under another name, for which transformers (from 4.53) creates no masks.
 
-    Under "sdpa" every forward pass looks whether positions start anew within a row, and waits for the device to know.
+    Under "sdpa" each forward pass checks whether positions restart within a row, and waits for the device.
     """
     if importlib.util.find_spec("transformers.masking_utils") is None:
         return "sdpa"
@@ -85,8 +80,8 @@ def _attention() -> str:
 
 
 def checkpoint_activations(model: LlamaForCausalLM) -> None:
-    """Keep only each layer's input for the backward pass, which computes the rest again (Chen et al. 2016)."""
-    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5 on
+    """Keep only the input of each layer, and compute the rest again in the backward pass (Chen et al. 2016)."""
+    if hasattr(model, "activation_checkpointing_enable"):  # the name in transformers 5
         model.activation_checkpointing_enable()
     else:
         old: Any = model
@@ -94,10 +89,10 @@ def checkpoint_activations(model: LlamaForCausalLM) -> None:
 
 
 def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Mean negative log-likelihood of every token but the first, in nats per token, in float32.
+    """Return the mean negative log-likelihood in nats of all tokens except the first, computed in float32.
 
     Args:
-        logits: (rows, seq_len, vocab_size); those at the last position are not used.
-        tokens: int64 (rows, seq_len).
+        logits: (rows, seq_len, vocab_size). Those at the last position are not used.
+        tokens: int64, (rows, seq_len).
     """
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten())

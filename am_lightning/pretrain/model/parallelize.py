@@ -1,4 +1,4 @@
-"""A Llama over a device mesh: tensor and sequence parallel inside a layer, FSDP2 around it, weights made in place."""
+"""Split a Llama over a device mesh: tensor and sequence parallelism inside a layer, FSDP2 around it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from am_lightning.pretrain.model.initial_weights import draw_matrices
 from am_lightning.pretrain.model.shape import LlamaShape
 from am_lightning.pretrain.runtime.errors import RecipeError
 
-DATA, TENSOR = "data_parallel", "tensor_parallel"  # dimensions of the mesh, as ModelParallelStrategy names them
+DATA, TENSOR = "data_parallel", "tensor_parallel"  # ModelParallelStrategy's names of the dimensions of the mesh
 
 _PRECISIONS = {
     "32-true": MixedPrecisionPolicy(),
@@ -34,10 +34,10 @@ _PRECISIONS = {
 
 
 def check_tensor_parallel(shape: LlamaShape, ways: int) -> None:
-    """Raise a RecipeError that names both numbers unless `ways` ranks can share every layer evenly.
+    """Raise a RecipeError unless `ways` ranks can share each layer evenly.
 
-    Heads, key-value heads and the MLP's width are split, and between layers the tokens of a row; the vocabulary is
-    split for the embedding, the head and the loss.
+    Attention is split by heads and key-value heads, the MLP by its width, activations between them by the tokens of a
+    row, and the embedding, the head and the loss by the vocabulary.
     """
     sizes = {
         "model.num_heads": shape.num_heads,
@@ -56,28 +56,28 @@ def check_tensor_parallel(shape: LlamaShape, ways: int) -> None:
 
 
 def shard_llama(model: LlamaForCausalLM, shape: LlamaShape, mesh: DeviceMesh, precision: str) -> None:
-    """split_llama, then give the model its initial weights, those of build_llama in one process; each rank holds its
-    own pieces alone."""
+    """Split a Llama, and initialize the shards of this rank with the weights that build_llama gives in one process."""
     split_llama(model, shape, mesh, precision)
     model.to_empty(device=mesh.device_type)
     for param in model.parameters():
         if param.ndim == 1:
             nn.init.ones_(param)
     draw_matrices(model)
-    with torch.device(mesh.device_type):  # its buffers are functions of the configuration, which the meta device lost
+    with torch.device(mesh.device_type):  # the buffers have no values on the meta device
         model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
 
 
 def split_llama(model: LlamaForCausalLM, shape: LlamaShape, mesh: DeviceMesh, precision: str) -> None:
-    """Split a Llama on the meta device over `mesh`; it stays there.
+    """Split a Llama over `mesh`, and leave it on the meta device.
 
     Args:
-        model: from build_llama, on the meta device.
-        mesh: 2-D, dimensions "data_parallel" (FSDP2) and "tensor_parallel".
-        precision: Lightning's name; with "bf16-mixed" FSDP2 gathers bfloat16 and reduces float32.
+        model: model from build_llama on the meta device.
+        shape: its shape.
+        mesh: mesh with the dimensions "data_parallel" (FSDP2) and "tensor_parallel".
+        precision: Lightning's name of the precision. With "bf16-mixed" FSDP2 gathers bfloat16 and reduces float32.
 
     Raises:
-        RecipeError: `shape` cannot be split so, or `precision` is not one of FSDP2's.
+        RecipeError: if `shape` cannot be split, or `precision` is not supported.
     """
     if precision not in _PRECISIONS:
         raise RecipeError(
@@ -86,7 +86,7 @@ def split_llama(model: LlamaForCausalLM, shape: LlamaShape, mesh: DeviceMesh, pr
     check_tensor_parallel(shape, mesh[TENSOR].size())
     if mesh[TENSOR].size() > 1:
         _split_layers(model, mesh[TENSOR])
-    if shape.tie_word_embeddings:  # splitting made two tensors of it
+    if shape.tie_word_embeddings:  # the split has made two tensors of one
         model.lm_head.weight = model.model.embed_tokens.weight
     policy = _PRECISIONS[precision]
     for layer in model.model.layers:
@@ -95,15 +95,15 @@ def split_llama(model: LlamaForCausalLM, shape: LlamaShape, mesh: DeviceMesh, pr
 
 
 def loss_context(mesh: DeviceMesh | None) -> AbstractContextManager[None]:
-    """Around the loss and its backward: logits split over the vocabulary stay split (torch's loss_parallel)."""
+    """Return a context for the loss and its backward, in which logits stay split over the vocabulary."""
     split = mesh is not None and mesh[TENSOR].size() > 1
     context: AbstractContextManager[None] = loss_parallel() if split else nullcontext()
     return context
 
 
 def _split_layers(model: LlamaForCausalLM, mesh: DeviceMesh) -> None:
-    """Tensor parallel within attention and MLP (Shoeybi et al. 2019), sequence parallel between them (Korthikanti et
-    al. 2022): an all-gather before and a reduce-scatter after each of the two, forward and backward."""
+    """Apply tensor parallelism to attention and MLP (Shoeybi et al. 2019), and sequence parallelism between them
+    (Korthikanti et al. 2022), with an all-gather before and a reduce-scatter after each of the two."""
     tokens_split, whole = Shard(1), Replicate()
     layer_plan: dict[str, ParallelStyle] = {
         "input_layernorm": SequenceParallel(),

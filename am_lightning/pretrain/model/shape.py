@@ -1,4 +1,4 @@
-"""The shape of a Llama, and what follows from it alone (parameters, FLOPs); no torch, whose import takes seconds."""
+"""The shape of a Llama, its parameters and its FLOPs. It does not import torch, which takes seconds."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from am_lightning.pretrain.runtime.errors import RecipeError, require, require_c
 
 @dataclasses.dataclass(frozen=True)
 class LlamaShape:
-    """What a Llama consists of (Touvron et al. 2023; grouped queries, Ainslie et al. 2023).
+    """The sizes of a Llama (Touvron et al. 2023) with grouped queries (Ainslie et al. 2023).
 
     Attributes:
         hidden_size: width of the residual stream; a multiple of 2 * num_heads.
         intermediate_size: width of the MLP.
         num_heads: attention heads.
         num_layers: decoder layers.
-        vocab_size: tokens.
-        seq_len: longest row, in tokens.
-        num_key_value_heads: heads that keys and values have, a divisor of num_heads; None: num_heads.
-        rope_theta: base of the rotary embedding's wavelengths; larger for longer rows.
-        tie_word_embeddings: the head is the embedding.
+        vocab_size: number of tokens in the vocabulary.
+        seq_len: length of the longest row in tokens.
+        num_key_value_heads: heads of keys and values, a divisor of num_heads; default: num_heads.
+        rope_theta: base of the wavelengths of the rotary embedding. Longer rows need a larger one.
+        tie_word_embeddings: whether the embedding is the head, too.
 
     Raises:
-        RecipeError: a value is out of range.
+        RecipeError: if a value is out of range.
     """
 
     hidden_size: int
@@ -52,15 +52,15 @@ class LlamaShape:
 
     @classmethod
     def among(cls, values: Mapping[str, Any]) -> LlamaShape:
-        """The shape that a section `model`, or a model's arguments, have among other keys."""
+        """Return the shape in a section `model` or in the arguments of a model, which have other keys, too."""
         return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
 
     def state_dict(self) -> dict[str, Any]:
-        """As a checkpoint keeps it."""
+        """Return the values by their names, for a checkpoint."""
         return dataclasses.asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing. RecipeError: a checkpoint's model has another shape; says what differs."""
+        """Raise a RecipeError if the model of a checkpoint has another shape."""
         for name, mine in self.state_dict().items():
             if state.get(name, mine) != mine:
                 raise RecipeError(
@@ -70,7 +70,7 @@ class LlamaShape:
 
     @property
     def key_value_heads(self) -> int:
-        """num_key_value_heads, or num_heads where it is None."""
+        """num_key_value_heads, or num_heads if it is None."""
         return self.num_key_value_heads or self.num_heads
 
     @property
@@ -80,7 +80,7 @@ class LlamaShape:
 
 
 def count_parameters(shape: LlamaShape) -> int:
-    """Parameters: V h for the embedding, as many for an untied head, h for the last norm, and for each layer
+    """Return the number of parameters: V h of the embedding and of an untied head, h of the last norm, and per layer
     2 h^2 (queries, output), 2 h k (keys, values of width k), 3 h m (MLP of width m) and 2 h (norms)."""
     h = shape.hidden_size
     layer = 2 * h * h + 2 * h * shape.key_value_size + 3 * h * shape.intermediate_size + 2 * h
@@ -89,16 +89,16 @@ def count_parameters(shape: LlamaShape) -> int:
 
 
 def count_tensors(shape: LlamaShape) -> int:
-    """Parameter tensors: nine a layer, the embedding, the last norm, an untied head."""
+    """Return the number of parameter tensors: nine per layer, the embedding, the last norm and an untied head."""
     return 9 * shape.num_layers + (2 if shape.tie_word_embeddings else 3)
 
 
 def flops_per_token(shape: LlamaShape) -> int:
-    """Floating-point operations of training for a token, forward and backward.
+    """Return the floating-point operations of the forward and backward pass per token.
 
-    6 N + 12 L h s (Chowdhery et al. 2022, PaLM, appendix B): N parameters of matrix products (all but an untied
-    embedding), L layers of width h, rows of s tokens, attention counted without its causal mask. A third of it is the
-    forward pass. Recomputation by activation checkpointing is not counted.
+    They are 6 N + 12 L h s (Chowdhery et al. 2022, PaLM, appendix B), with N parameters of matrix products (all except
+    an untied embedding), L layers of width h and rows of s tokens. A third is the forward pass. The causal mask and the
+    recomputation of activation checkpointing are not counted.
     """
     embedding = 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size
     matmul_parameters = count_parameters(shape) - embedding
