@@ -1,4 +1,4 @@
-"""Accelerate's checkpoint folders."""
+"""Checkpoint folders of Accelerate."""
 
 from __future__ import annotations
 
@@ -87,7 +87,9 @@ def test_the_newest_go_by_their_numbers_and_a_damaged_one_is_passed_over(checkpo
         for file in (path, path / "manifest.json"):
             os.utime(file, (2e9 - number, 2e9 - number))
     folder = checkpoints.folder
-    assert sorted(path.name for path in folder.iterdir()) == ["step-000008", "step-000009"]
+    torch.save({}, folder / "step-000010.ckpt")  # pretrain.py's, which is not loaded and not removed
+    checkpoints.save(8)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000008", "step-000009", "step-000010.ckpt"]
     assert checkpoints.newest() == checkpoints.load("last") == folder / "step-000008"
     for name in ("random_states_0.pkl", "states.pt"):
         content = bytearray((folder / "step-000008" / name).read_bytes())

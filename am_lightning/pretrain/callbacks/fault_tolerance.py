@@ -78,7 +78,7 @@ class FaultTolerance(L.Callback):
         self._agreed: signal.Signals | None = None
         self._agreement: Agreement | None = None
         self._last_step = 0
-        self._trainer: L.Trainer | None = None
+        self._trainer: L.Trainer  # of the fit; set before signals are taken
         self._replacements = PatchedMethods()
 
     @staticmethod
@@ -114,7 +114,7 @@ class FaultTolerance(L.Callback):
             rank_zero_warn("FaultTolerance: fit does not run in the main thread, so that signals cannot be handled")
 
     def _tell(self, number: int) -> None:
-        if self._agreed is None and self._is_first_rank():
+        if self._agreed is None and self._trainer.is_global_zero:
             name = signal.Signals(number).name
             with contextlib.suppress(OSError):  # nobody reads stderr any more; the thread must live on
                 os.write(2, f"{name}: stopping with a checkpoint at the end of this step\n".encode())
@@ -126,15 +126,11 @@ class FaultTolerance(L.Callback):
         the first step.
         """
         if not self._signals.later and number == signal.SIGUSR1 and self._in_batch_job():
-            if not self._is_first_rank():
+            if not self._trainer.is_global_zero:
                 return
             self._requeue()
-        if self._trainer is not None:
-            _kill_ranks_of(self._trainer)
+        _kill_ranks_of(self._trainer)
         end_process(number, why)
-
-    def _is_first_rank(self) -> bool:
-        return self._trainer is None or self._trainer.is_global_zero
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Set the timeout of all process groups. Those of a device mesh do not take it from the strategy."""

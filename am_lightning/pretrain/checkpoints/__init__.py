@@ -6,6 +6,7 @@ from am_lightning.pretrain.checkpoints.resume import (
     LAST,
     check_readable,
     newest_whole,
+    saved_hyperparameters,
     saved_step,
 )
 
@@ -16,5 +17,6 @@ __all__ = [
     "check_readable",
     "newest_whole",
     "replace_with_link",
+    "saved_hyperparameters",
     "saved_step",
 ]

@@ -18,6 +18,7 @@ from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.run_lock import hold
 
 _STATES = "states.pt"
+_FOLDERS = "step-*[0-9]"  # not the step-N.ckpt of pretrain.py
 
 
 class AccelerateCheckpoints:
@@ -67,7 +68,7 @@ class AccelerateCheckpoints:
         with ranks.saving(target, part):
             if ranks.first:
                 publish_folder(part, target)
-                prune(self._all(), self.keep)
+                prune(self.folder.glob(_FOLDERS), self.keep)
         return target
 
     def load(self, ckpt_path: str) -> Path | None:
@@ -76,7 +77,7 @@ class AccelerateCheckpoints:
         Raises:
             RecipeError: if the folder does not exist, or no checkpoint is whole.
         """
-        path = chosen(self.accelerator, ckpt_path, self.folder, "step-*")
+        path = chosen(self.accelerator, ckpt_path, self.folder, _FOLDERS)
         if path is not None:
             if not (path / _STATES).exists():
                 raise RecipeError(f"--ckpt_path {path} is no checkpoint of this program: it has no {_STATES}")
@@ -90,10 +91,7 @@ class AccelerateCheckpoints:
 
     def newest(self) -> Path | None:
         """Return the checkpoint that was written last."""
-        return next(iter(newest_first(self._all())), None)
-
-    def _all(self) -> list[Path]:
-        return [path for path in self.folder.glob("step-*") if path.is_dir()]
+        return next(iter(newest_first(self.folder.glob(_FOLDERS))), None)
 
 
 def chosen(accelerator: Accelerator, ckpt_path: str, folder: Path, pattern: str) -> Path | None:

@@ -99,6 +99,14 @@ def saved_step(path: Path) -> int:
         raise RecipeError(f"{path} is no checkpoint of this program ({error}). {_older(path)}") from error
 
 
+def saved_hyperparameters(path: Path) -> dict[str, Any]:
+    """Return the arguments of the module in a checkpoint of pretrain.py, or {} if DeepSpeed's shards contain them."""
+    try:
+        return dict(_contents(path)["hyper_parameters"])
+    except _NOT_OURS:
+        return {}
+
+
 def _contents(path: Path) -> dict[str, Any]:
     """Load a file without reading its tensors, or what is not sharded in a folder of shards."""
     folder = path.is_dir()

@@ -27,9 +27,9 @@ from am_lightning.pretrain.checkpoints import (
     RunCheckpoint,
     check_readable,
     newest_whole,
+    saved_hyperparameters,
     saved_step,
 )
-from am_lightning.pretrain.checkpoints.weights import model_arguments
 from am_lightning.pretrain.commands.compare import compare
 from am_lightning.pretrain.commands.report.summary import RunResult, print_summary, print_validation
 from am_lightning.pretrain.data.text_data import TextData
@@ -233,7 +233,7 @@ def _resume_step(ckpt_path: str | None, folder: Path, model: Any) -> int:
         hint = f" (runs of before are in {moved[0].parent}: --ckpt_path FILE goes on from one)" if moved else ""
         print(f"no checkpoint in {folder} yet: starting from step 0{hint}")
         return 0
-    LlamaShape.among(model).load_state_dict(model_arguments(path))
+    LlamaShape.among(model).load_state_dict(saved_hyperparameters(path))
     return saved_step(path)
 
 
