@@ -175,7 +175,6 @@ LIGHTNING = [
     Private(_CHECKPOINT, "_save_topk_checkpoint", (_CALLBACK,), "save at the end of a run"),
     Private(_CHECKPOINT, "_monitor_candidates", (_CALLBACK,), "save at the end of a run"),
     Private(_CHECKPOINT, "_save_checkpoint", (_CALLBACK,), "override it: a checkpoint is complete or absent"),
-    Private(_CHECKPOINT, "_save_last_checkpoint", (_CALLBACK,), "override it: last.ckpt follows a complete checkpoint"),
     Private(_CHECKPOINT, "_find_last_checkpoints", (_CALLBACK,),
             "override it: ckpt_path='last' means the newest complete one"),
     Private(_CHECKPOINT, "_last_global_step_saved", (_CALLBACK,), "set it, so that no step is saved twice",

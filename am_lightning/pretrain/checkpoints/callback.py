@@ -8,7 +8,6 @@ from typing import Any
 from weakref import proxy
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from am_lightning.lightning.patched_methods import PatchedMethods
@@ -57,7 +56,6 @@ class RunCheckpoint(ModelCheckpoint):
             auto_insert_metric_name=False,
             every_n_train_steps=every_n_train_steps,
             save_top_k=-1,
-            save_last="link",
             enable_version_counter=False,
         )
         self.keep, self.asynchronous = keep, asynchronous
@@ -114,9 +112,6 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))
-
-    def _save_last_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, torch.Tensor]) -> None:
-        """Do nothing, because _publish replaces last.ckpt."""
 
     def _publish(self, path: Path) -> None:
         """Let last.ckpt link to `path`, and remove old checkpoints; on rank 0, in a thread if asynchronous."""
