@@ -57,15 +57,15 @@ MUTATIONS = [
     Mutation(
         "a signal in a step that should_stop ends is not answered",
         _SIGNALS,
-        "self._ask(asks=True, now=True)",
+        "self._agreed = self._ask(asks=True, now=True)",
         "self._agreed = None",
         (f"{_STOPPED}::test_a_signal_after_the_last_step_is_obeyed",),
     ),
     Mutation(
         "ranks learn of a signal just before a validation after it",
         _SIGNALS,
-        "now=waits_anyway or _validation_is_near(trainer)",
-        "now=waits_anyway",
+        "waits_anyway or _validation_is_near(trainer)",
+        "waits_anyway",
         ("tests/recipes/test_waits.py::test_fault_tolerance_asks_at_its_interval",),
     ),
     # ------------------------------------------------------------------ checkpoints
@@ -305,8 +305,8 @@ MUTATIONS = [
     Mutation(
         "ranks agree on a signal at every step, whatever the interval",
         _SIGNALS,
-        "asks=step % self.check_every_n_steps == 0",
-        "asks=True",
+        "asks, now = step % self.check_every_n_steps == 0,",
+        "asks, now = True,",
         (f"{_STOPPED}::test_a_signal_is_agreed_on_every_few_steps",),
     ),
     Mutation(

@@ -153,16 +153,17 @@ class FaultTolerance(L.Callback):
             return
         self._last_step = step
         waits_anyway = bool(every and step % every == 0) or step == trainer.max_steps or trainer.is_last_batch
-        self._ask(asks=step % self.check_every_n_steps == 0, now=waits_anyway or _validation_is_near(trainer))
+        asks, now = step % self.check_every_n_steps == 0, waits_anyway or _validation_is_near(trainer)
+        self._agreed = self._ask(asks=asks, now=now)
         if self._agreed is not None:
             self._save(trainer, at_end=False)
 
-    def _ask(self, *, asks: bool, now: bool) -> None:
-        """Collective. Read what the ranks agreed on. ``asks``: report the signals of this rank, too."""
+    def _ask(self, *, asks: bool, now: bool) -> signal.Signals | None:
+        """Collective. Return the signal that the ranks agreed on. ``asks``: report those of this rank, too."""
         assert self._agreement is not None
         mine = max((SIGNALS.index(signal.Signals(n)) + 1 for n in self._signals.received), default=0)
         found = self._agreement.ask(mine if asks else None, now=now)
-        self._agreed = SIGNALS[found - 1] if found else None
+        return SIGNALS[found - 1] if found else None
 
     def _save(self, trainer: L.Trainer, *, at_end: bool) -> None:
         callback = trainer.checkpoint_callback
@@ -186,7 +187,7 @@ class FaultTolerance(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Ask about a signal in a last step that was not `max_steps`, or in the validation after it."""
         if self._signals.later and self._agreed is None:
-            self._ask(asks=True, now=True)
+            self._agreed = self._ask(asks=True, now=True)
             if self._agreed is not None:
                 self._save(trainer, at_end=True)
         self._leave(trainer)

@@ -138,7 +138,7 @@ class RunCheckpoint(ModelCheckpoint):
                     if found.is_file() and not manifest_of(found).exists():
                         write_manifest(found)
                     replace_with_link(found, found.with_name(LAST))
-                return found and str(found)
+                return str(found) if found else None
             if path:
                 check_readable(Path(path), folder)
             return path and str(path)
