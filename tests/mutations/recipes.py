@@ -362,8 +362,8 @@ MUTATIONS = [
     Mutation(
         "plan: one moment is counted, not two",
         _MEMORY,
-        'held = {"weights": w * sizes.all, "AM-AdamW moments": 2 * w * sizes.all}',
-        'held = {"weights": w * sizes.all, "AM-AdamW moments": w * sizes.all}',
+        'held = {"weights": w * counts.all, "AM-AdamW moments": 2 * w * counts.all}',
+        'held = {"weights": w * counts.all, "AM-AdamW moments": w * counts.all}',
         (f"{_PLAN}::test_the_60m_by_hand",),
     ),
     Mutation(

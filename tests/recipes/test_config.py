@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 from am_lightning import AdaptiveMemory
-from am_lightning.pretrain.commands.plan.command import add_parser, read_options
-from am_lightning.pretrain.commands.plan.make import make_plan
+from am_lightning.pretrain.commands.plan.command import add_arguments
+from am_lightning.pretrain.commands.plan.plan import make_plan
 from am_lightning.pretrain.commands.plan.table import duration_text
 from am_lightning.pretrain.model.shape import count_parameters
 from am_lightning.pretrain.runtime.errors import RecipeError
@@ -293,5 +293,5 @@ def test_the_header_says_what_plan_says(name: str) -> None:
 
 def plan_arguments(*args: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    add_parser(parser.add_subparsers())
-    return read_options(parser.parse_args(["plan", *args]))
+    add_arguments(parser)
+    return parser.parse_args(args)

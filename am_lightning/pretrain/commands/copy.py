@@ -6,7 +6,6 @@ import argparse
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.paths import find_config, recipe_files, recipes_folder
@@ -16,16 +15,15 @@ from am_lightning.pretrain.runtime.recipe_text import recipe_text
 _STAYS = {"configs", "quickstart.sh", "quickstart.py", "env.sh", "gpu", "studies", "runs", "__pycache__"}
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add `cp`."""
-    parser = subparsers.add_parser("cp", help="copy a recipe and the programs it runs with, to edit them")
-    parser.add_argument("name", metavar="NAME", help="of the recipe; `list` shows them")
-    parser.add_argument("folder", metavar="DIR", type=Path, help="made where it is not there")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `cp`."""
+    parser.add_argument("name", metavar="NAME", help="name of the recipe; `list` shows them")
+    parser.add_argument("folder", metavar="DIR", type=Path, help="folder for the copy; it is made if it does not exist")
     parser.add_argument("--force", action="store_true", help="overwrite files that differ")
-    parser.set_defaults(run=_run)
 
 
-def _run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Copy the recipe and print how to train it; see `copy_recipe` for the errors."""
     copy_recipe(args.name, args.folder, force=args.force)
     print(f"copied {args.name} and its programs. To train:\n")
     print(f"  cd {args.folder}\n  python pretrain.py fit --config {args.name}.yaml")

@@ -9,25 +9,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
 
+from am_lightning.pretrain.commands.arguments import add_run
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add `export`."""
-    parser = subparsers.add_parser(
-        "export",
-        help="write a run's model and tokenizer as a Hugging Face folder",
-        description="Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer load.",
-    )
-    parser.add_argument("name", metavar="RUN", help="folder of a run, for its newest whole checkpoint; or a checkpoint")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `export`."""
+    parser.description = "Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer load."
+    add_run(parser)
     parser.add_argument("folder", metavar="DIR", type=Path, help="to be made; there is none yet, or it is empty")
     parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the weights; auto: as in the checkpoint")
-    parser.add_argument("--tokenizer", help="default: the run's; as data.tokenizer, or a tokenizer.json")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -12,13 +12,12 @@ from am_lightning.pretrain.runtime.settings import read_recipe
 _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add `list`."""
-    parser = subparsers.add_parser("list", help="the recipes: parameters, tokens of training, strategy")
-    parser.set_defaults(run=_run)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add nothing: `list` has no arguments."""
 
 
-def _run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Print the recipes, the smallest first."""
     files = recipe_files()
     recipes = {name: read_recipe(path) for name, path in files.items()}
     shapes = {name: LlamaShape.among(recipe["model"]) for name, recipe in recipes.items()}

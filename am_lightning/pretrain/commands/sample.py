@@ -7,6 +7,7 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
+from am_lightning.pretrain.commands.arguments import add_run
 from am_lightning.pretrain.runtime.errors import require
 
 if TYPE_CHECKING:
@@ -15,14 +16,10 @@ if TYPE_CHECKING:
 _LONGEST = 256  # tokens, where a row has room for more
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add `sample`."""
-    parser = subparsers.add_parser(
-        "sample",
-        help="text that a run's model writes behind a prompt",
-        description="Let the model of a run continue a prompt. The options are those of transformers' generate.",
-    )
-    parser.add_argument("name", metavar="RUN", help="folder of a run, for its newest whole checkpoint; or a checkpoint")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `sample`."""
+    parser.description = "Let the model of a run continue a prompt. The options are those of transformers' generate."
+    add_run(parser)
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument(
         "--max_new_tokens", type=int, help=f"default: as many as a row has room for, at most {_LONGEST}"
@@ -34,8 +31,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--top_p", type=float, default=1.0, help="and among those of this share; default: 1")
     parser.add_argument("--num_samples", type=int, default=1, help="how many texts; default: 1")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers; default: 0")
-    parser.add_argument("--tokenizer", help="default: the run's; as data.tokenizer, or a tokenizer.json")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,7 @@
-"""How fast training was on a GPU: `python -m recipes.gpu.page` writes it beside this module, and `plan` reads it."""
+"""Speed of GPUs: from the makers' data sheets, and as measured in training.
+
+`python -m recipes.gpu.page` writes the measurements beside this module, and `plan` reads them.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,31 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import NamedTuple
 
-from am_lightning.pretrain.commands.plan.gpus import GPUS
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 FILE = Path(__file__).with_name("measured.json")  # absent until something has been measured
+ASSUMED_MFU = 0.4
+
+
+class Gpu(NamedTuple):
+    """Data sheet of a GPU: dense TFLOP/s in bfloat16 and in float32 (without TF32), and GB of memory."""
+
+    bf16_tflops: float
+    fp32_tflops: float
+    memory_gb: float
+
+
+GPUS = {
+    "A100-40": Gpu(312, 19.5, 40),
+    "A100": Gpu(312, 19.5, 80),
+    "H100": Gpu(989, 67, 80),
+    "H200": Gpu(989, 67, 141),
+    "B200": Gpu(2250, 75, 180),
+    "L40S": Gpu(362, 91.6, 48),
+    "MI300X": Gpu(1307, 163, 192),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,13 +42,13 @@ class Measured:
     """Training that was timed.
 
     Attributes:
-        device: name of the GPU, as its driver has it.
-        gpus: how many trained together.
+        device: the GPU's name, as its driver reports it.
+        gpus: number of GPUs that trained together.
         recipe: name of the model's recipe.
         parameters: number of the model's parameters.
-        precision: Lightning's name of it.
-        compiled: whether layers were compiled.
-        tflops: operations of the model on one GPU, in 1e12 per second (6 N + 12 L h s for a token).
+        precision: Lightning's name of the precision.
+        compiled: True if the layers were compiled.
+        tflops: operations of the model on one GPU, in 1e12 per second (6 N + 12 L h s per token).
         kind: "training run" or "training steps"; the latter have no data loader, no validation and no checkpoint.
         date: ISO 8601, without the time of day.
     """
@@ -56,10 +79,10 @@ def write_measured(found: list[Measured], path: Path) -> None:
 
 
 def read_measured(path: Path) -> list[Measured]:
-    """What the file holds; nothing where there is none.
+    """Return the measurements in a file; an empty list if there is no file.
 
     Raises:
-        RecipeError: `write_measured` did not write it.
+        RecipeError: if `write_measured` did not write it.
     """
     try:
         return [Measured(**each) for each in json.loads(path.read_text(encoding="utf-8"))]
@@ -70,18 +93,27 @@ def read_measured(path: Path) -> list[Measured]:
 
 
 def nearest(found: list[Measured], gpu: str, parameters: int, precision: str, *, compiled: bool) -> Measured | None:
-    """The one whose size is nearest, on this GPU in this precision; a training run goes before training steps.
+    """Return the measurement of the nearest size on this GPU in this precision, or None.
+
+    A training run is preferred to training steps.
 
     Args:
+        found: all measurements.
         gpu: a key of `GPUS`.
+        parameters: number of the model's parameters.
+        precision: Lightning's name.
+        compiled: True if the layers are compiled.
     """
     same = [m for m in found if (gpu_of(m.device), m.precision, m.compiled) == (gpu, precision, compiled)]
-    key = {id(m): (abs(math.log(m.parameters / parameters)), m.kind != "training run", -m.gpus) for m in same}
-    return min(same, key=lambda m: key[id(m)], default=None)
+
+    def distance(m: Measured) -> tuple[float, bool, int]:
+        return abs(math.log(m.parameters / parameters)), m.kind != "training run", -m.gpus
+
+    return min(same, key=distance, default=None)
 
 
 def gpu_of(device: str) -> str | None:
-    """The key of `GPUS` that stands for a device's name: "NVIDIA A100-SXM4-40GB" is "A100-40"."""
+    """Return the key of `GPUS` for a device's name: "A100-40" for "NVIDIA A100-SXM4-40GB"."""
     fitting = []
     for gpu in GPUS:
         family, _, gigabytes = gpu.partition("-")

@@ -53,26 +53,18 @@ def memory_of(
         scratch: bytes that the optimizer uses while it steps; None: what foreach uses on a GPU without Triton.
         zero_bucket: DeepSpeed's reduce_bucket_size, in elements.
     """
-    sizes = _Sizes(shape, layout)
-    if scratch is None:
-        whole = layout.kind in ("single", "ddp") or (layout.kind == "zero" and not layout.stage)
-        scratch = 8 * 4 * min(_BUCKET, sizes.all if whole else sizes.all // layout.data)
-    layer = layer_activations(shape, layout)
-    kept = layer_input(shape, layout) if checkpointing else layer
-    activations = shape.num_layers * kept + head_activations(shape, layout)
-    recomputed = layer if checkpointing else 0
-    loss = loss_buffers(shape, layout)
+    counts = _Counts(shape, layout, checkpointing=checkpointing, scratch=scratch)
     if layout.kind == "fsdp":
-        return _sharded(sizes, layout, activations, recomputed, loss, scratch)
+        return _sharded(counts, layout)
     if layout.kind == "zero":
-        return _zero(sizes, layout, activations, recomputed, loss, scratch, zero_bucket)
-    return _replicated(sizes, layout, activations, recomputed, loss, scratch)
+        return _zero(counts, layout, zero_bucket)
+    return _replicated(counts, layout)
 
 
-class _Sizes:
-    """Elements of the weights on one GPU of a tensor parallel group."""
+class _Counts:
+    """Elements of the weights on one GPU of a tensor parallel group, and bytes that every strategy takes alike."""
 
-    def __init__(self, shape: LlamaShape, layout: ParallelPlan) -> None:
+    def __init__(self, shape: LlamaShape, layout: ParallelPlan, *, checkpointing: bool, scratch: int | None) -> None:
         h, t = shape.hidden_size, layout.tensor
         vocabulary = shape.vocab_size * h
         norms = (2 * shape.num_layers + 1) * h  # every GPU of a group has them
@@ -81,6 +73,30 @@ class _Sizes:
         self.outside = (1 if shape.tie_word_embeddings else 2) * vocabulary // t + h  # embedding, head, last norm
         self.layer = (self.all - self.outside) // shape.num_layers
         self.products = self.all - (0 if shape.tie_word_embeddings else vocabulary // t)
+        whole = layout.kind in ("single", "ddp") or (layout.kind == "zero" and not layout.stage)
+        temporaries = 8 * 4 * min(_BUCKET, self.all if whole else self.all // layout.data)
+        self.scratch = temporaries if scratch is None else scratch
+        layer = layer_activations(shape, layout)
+        kept = layer_input(shape, layout) if checkpointing else layer
+        self.activations = shape.num_layers * kept + head_activations(shape, layout)
+        self.recomputed = layer if checkpointing else 0
+        self.loss = loss_buffers(shape, layout)
+
+    def moments(
+        self, copies: tuple[dict[str, int], dict[str, int]], gradients: tuple[int, int, int]
+    ) -> dict[str, dict[str, int]]:
+        """Return moment -> component -> bytes.
+
+        Args:
+            copies: temporary copies of weights at the loss and in the backward pass.
+            gradients: bytes of the gradients at the loss, in the backward pass and in the optimizer.
+        """
+        loss, backward, optimizer = gradients
+        return {
+            "loss": {**copies[0], "activations": self.activations, "loss": self.loss, "gradients": loss},
+            "backward": {**copies[1], "activations": self.activations + self.recomputed, "gradients": backward},
+            "optimizer": {"gradients": optimizer, "optimizer scratch": self.scratch},
+        }
 
 
 def layer_activations(shape: LlamaShape, layout: ParallelPlan) -> int:
@@ -137,75 +153,47 @@ def _autocast(layout: ParallelPlan) -> bool:
     return layout.precision.endswith("mixed") and layout.kind in ("single", "ddp")
 
 
-def _replicated(
-    sizes: _Sizes, layout: ParallelPlan, activations: int, recomputed: int, loss: int, scratch: int
-) -> Memory:
-    """One GPU, and DDP, whose reducer has buckets of the gradients' size beside them."""
+def _replicated(counts: _Counts, layout: ParallelPlan) -> Memory:
+    """One GPU, and DDP, whose reducer also has buckets of the gradients' size."""
     w = layout.weight_bytes
-    held = {"weights": w * sizes.all, "AM-AdamW moments": 2 * w * sizes.all}
+    held = {"weights": w * counts.all, "AM-AdamW moments": 2 * w * counts.all}
     if layout.kind == "ddp":
-        held["gradient buckets"] = w * sizes.all
-    gradients = w * sizes.all
-    casts = {"bfloat16 weights": 2 * sizes.products} if _autocast(layout) else {}
-    return Memory(
-        held,
-        {
-            "loss": {**casts, "activations": activations, "loss": loss, "gradients": gradients},
-            "backward": {
-                **casts,
-                "activations": activations + recomputed,
-                "gradients": gradients if layout.accumulate > 1 else w * sizes.head,
-            },
-            "optimizer": {"gradients": gradients, "optimizer scratch": scratch},
-        },
-    )
+        held["gradient buckets"] = w * counts.all
+    gradients = w * counts.all
+    casts = {"bfloat16 weights": 2 * counts.products} if _autocast(layout) else {}
+    backward = gradients if layout.accumulate > 1 else w * counts.head
+    return Memory(held, counts.moments((casts, casts), (gradients, backward, gradients)))
 
 
-def _sharded(sizes: _Sizes, layout: ParallelPlan, activations: int, recomputed: int, loss: int, scratch: int) -> Memory:
-    """FSDP2: pieces of everything; layers are gathered as they are needed, what is outside of them for the whole step.
+def _sharded(counts: _Counts, layout: ParallelPlan) -> Memory:
+    """FSDP2: shards of everything. Layers are gathered when they are needed, all other weights for the whole step.
 
-    A gathered layer lies beside the next one's buffer; a layer's gradients beside the buffer they are reduced from.
+    A gathered layer exists together with the next one's buffer, and a layer's gradients together with the buffer they
+    are reduced from.
     """
     w, c, n = layout.weight_bytes, layout.compute_bytes, layout.data
     r = 4  # gradients are reduced in float32
-    layers = 2 * c * sizes.layer
-    piece = -(-w * sizes.all // n)
-    held = {"weights": piece, "AM-AdamW moments": 2 * piece}
-    gathered = c * sizes.outside
-    earlier = piece if layout.accumulate > 1 else 0
+    layers = 2 * c * counts.layer
+    shard = -(-w * counts.all // n)
+    outside = c * counts.outside
+    gathered = {"gathered weights": outside + layers}
+    backward = (shard if layout.accumulate > 1 else 0) + c * counts.head + (c + r) * counts.layer
+    moments = counts.moments((gathered, gathered), (shard, backward, shard))
+    optimizer = moments.pop("optimizer")
+    last = {"gathered weights": outside + layers // 2, "gradients": shard + (c + r) * counts.outside}
     return Memory(
-        held,
-        {
-            "loss": {
-                "gathered weights": gathered + layers,
-                "activations": activations,
-                "loss": loss,
-                "gradients": piece,
-            },
-            "backward": {
-                "gathered weights": gathered + layers,
-                "activations": activations + recomputed,
-                "gradients": earlier + c * sizes.head + (c + r) * sizes.layer,
-            },
-            "last reduce": {
-                "gathered weights": gathered + layers // 2,
-                "gradients": piece + (c + r) * sizes.outside,
-            },
-            "optimizer": {"gradients": piece, "optimizer scratch": scratch},
-        },
+        {"weights": shard, "AM-AdamW moments": 2 * shard}, {**moments, "last reduce": last, "optimizer": optimizer}
     )
 
 
-def _zero(
-    sizes: _Sizes, layout: ParallelPlan, activations: int, recomputed: int, loss: int, scratch: int, bucket: int
-) -> Memory:
-    """DeepSpeed: (2 + 2 + 12) bytes a parameter in bfloat16, (4 + 4 + 12) in float32, of which stage 1 splits the last
-    (master weights and moments), stage 2 the gradients too, stage 3 all (Rajbhandari et al. 2020, section 3).
+def _zero(counts: _Counts, layout: ParallelPlan, bucket: int) -> Memory:
+    """DeepSpeed: (2 + 2 + 12) bytes per parameter in bfloat16, (4 + 4 + 12) in float32. Stage 1 splits the last of them
+    (master weights and moments), stage 2 also the gradients, stage 3 all (Rajbhandari et al. 2020, section 3).
 
     The bucket that gradients are reduced from has its full size for a small model, too. Stage 3 keeps it and the
     gradients' buffer all the time.
     """
-    c, n, p, stage = layout.compute_bytes, layout.data, sizes.all, layout.stage
+    c, n, p, stage = layout.compute_bytes, layout.data, counts.all, layout.stage
     gradients = c * p // (n if stage >= 2 else 1)
     held = {
         "weights": c * p // (n if stage == 3 else 1),
@@ -214,18 +202,9 @@ def _zero(
         **({"reduce bucket": c * bucket} if stage == 3 else {}),
     }
     earlier = gradients if layout.accumulate > 1 or stage == 3 else 0
-    buckets = 2 * c * bucket if stage in (1, 2) else 0  # two: overlap_comm
-    layer, around = (c * sizes.layer, c * (sizes.outside + 2 * sizes.layer)) if stage == 3 else (0, 0)
-    return Memory(
-        held,
-        {
-            "loss": {"gathered weights": layer, "activations": activations, "loss": loss, "gradients": earlier},
-            "backward": {
-                "gathered weights": around,
-                "activations": activations + recomputed,
-                "gradients": earlier + c * sizes.head,
-                "reduce buckets": buckets,
-            },
-            "optimizer": {"gradients": gradients, "optimizer scratch": scratch + 4 * p // n},
-        },
-    )
+    layer, around = (c * counts.layer, c * (counts.outside + 2 * counts.layer)) if stage == 3 else (0, 0)
+    copies = {"gathered weights": layer}, {"gathered weights": around}
+    moments = counts.moments(copies, (earlier, earlier + c * counts.head, gradients))
+    moments["backward"]["reduce buckets"] = 2 * c * bucket if stage in (1, 2) else 0  # two: overlap_comm
+    moments["optimizer"]["optimizer scratch"] += 4 * p // n
+    return Memory(held, moments)

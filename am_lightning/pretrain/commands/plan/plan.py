@@ -1,20 +1,43 @@
-"""What a plan says of a run."""
+"""A plan: what a run of a configuration takes on a number of GPUs."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import math
 from typing import Any
 
-from am_lightning.pretrain.commands.plan.layout import ParallelPlan
-from am_lightning.pretrain.commands.plan.measured import Measured
-from am_lightning.pretrain.commands.plan.memory import RESERVE, Memory
-from am_lightning.pretrain.commands.plan.speed import Speed
-from am_lightning.pretrain.commands.plan.traffic import Traffic
+from am_lightning.pretrain.commands.plan import measured
+from am_lightning.pretrain.commands.plan.layout import ParallelPlan, make_layout
+from am_lightning.pretrain.commands.plan.measured import ASSUMED_MFU, GPUS, Measured
+from am_lightning.pretrain.commands.plan.memory import RESERVE, Memory, memory_of
+from am_lightning.pretrain.commands.plan.traffic import Traffic, traffic_of
+from am_lightning.pretrain.model.shape import LlamaShape, count_parameters, count_tensors, flops_per_token
+from am_lightning.pretrain.runtime.errors import RecipeError, require
+from am_lightning.pretrain.runtime.run_config import RunConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Time of a run.
+
+    Attributes:
+        tokens_per_step, tokens_per_second: of all GPUs together.
+        step_seconds: computation of a step at the plan's MFU.
+        communication_seconds: time to send a step's bytes if no computation hides it.
+        days: the whole run, without validations.
+    """
+
+    tokens_per_step: int
+    tokens_per_second: float
+    step_seconds: float
+    communication_seconds: float
+    days: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run takes; bytes, unless a name says otherwise."""
+    """What a run takes. Sizes are in bytes."""
 
     parameters: int
     tensors: int
@@ -39,23 +62,91 @@ class Plan:
     def fits(self) -> bool:
         return self.needed <= self.gpu_memory
 
+    def as_json(self) -> dict[str, Any]:
+        """Return the plan as plain values, with what follows from them."""
+        layout, memory = self.layout, self.memory
+        moments = {name: memory.total(name) for name in memory.moments}
+        return {
+            **dataclasses.asdict(self),
+            "layout": {**dataclasses.asdict(layout), "data": layout.data, "nodes": layout.nodes},
+            "memory": {**dataclasses.asdict(memory), "totals": moments, "peak": moments[memory.peak]},
+            "traffic": {**dataclasses.asdict(self.traffic), "total": self.traffic.total},
+            "reserve": RESERVE,
+            "needed": self.needed,
+            "fits": self.fits,
+        }
 
-def checkpoint_bytes(parameters: int, layout: ParallelPlan) -> int:
-    """Weights and two moments, as they are stored; DeepSpeed adds its 16-bit weights to the float32 ones."""
+
+def make_plan(settings: RunConfig, args: argparse.Namespace) -> Plan:
+    """Plan a configuration with the options of the command line.
+
+    Raises:
+        RecipeError: if numbers do not divide each other or an option is out of range.
+    """
+    for name in ("mfu", "peak_tflops", "memory_gb", "node_bandwidth", "bandwidth"):
+        value = getattr(args, name)
+        highest = 1 if name == "mfu" else math.inf
+        allowed = f"0 < value{' <= 1' if highest == 1 else ''}"
+        require(value is None or 0 < value <= highest, f"--{name.replace('_', '-')}", value, allowed)
+    trainer, model, shape = settings.config["trainer"], settings.config["model"], settings.shape
+    layout = make_layout(
+        shape,
+        trainer["strategy"],
+        batch_size=settings.data.batch_size,
+        accumulate=settings.accumulate,
+        precision=trainer["precision"] or "bf16-mixed",  # what a GPU gets if the configuration names none
+        gpus=args.gpus,
+        gpus_per_node=args.gpus_per_node,
+    )
+    checkpointing = bool(model["activation_checkpointing"])
+    traffic = traffic_of(shape, layout, checkpointing=checkpointing)
+    parameters, peak, gpu_memory = count_parameters(shape), args.peak_tflops, args.memory_gb
+    shown = None
+    if args.mfu is None and peak is None:  # with another peak it is another GPU
+        timed = measured.read_measured(measured.FILE)
+        shown = measured.nearest(timed, args.gpu, parameters, layout.precision, compiled=bool(model["compile"]))
+    if peak is None:
+        known = f"{', '.join(GPUS)}. For another give --peak-tflops and --memory-gb"
+        if args.gpu not in GPUS:
+            raise RecipeError(f"--gpu is {args.gpu!r}; known: {known}")
+        peak = GPUS[args.gpu].fp32_tflops if layout.precision == "32-true" else GPUS[args.gpu].bf16_tflops
+    if gpu_memory is None:
+        if args.gpu not in GPUS:
+            raise RecipeError(f"--gpu is {args.gpu!r}, whose memory is not known: give --memory-gb")
+        gpu_memory = GPUS[args.gpu].memory_gb
+    mfu = args.mfu or (ASSUMED_MFU if shown is None else shown.tflops / peak)
+    return Plan(
+        parameters=parameters,
+        tensors=count_tensors(shape),
+        layout=layout,
+        memory=memory_of(shape, layout, checkpointing=checkpointing),
+        gpu_memory=int(1e9 * gpu_memory),
+        traffic=traffic,
+        speed=_speed(shape, layout, traffic, settings.steps, layout.gpus * peak * 1e12 * mfu, args),
+        mfu=mfu,
+        mfu_is_assumed=args.mfu is None and shown is None,
+        measured=shown,
+        tokenizer=settings.data.tokenizer,
+        steps=settings.steps,
+        checkpoint_bytes=_checkpoint_bytes(parameters, layout),
+    )
+
+
+def _speed(
+    shape: LlamaShape, layout: ParallelPlan, traffic: Traffic, steps: int, flops: float, args: argparse.Namespace
+) -> Speed:
+    """Return the time of a run whose GPUs together reach `flops` operations per second (6 N + 12 L h s per token)."""
+    tokens = layout.data * layout.accumulate * layout.rows * shape.seq_len
+    per_second = flops / flops_per_token(shape)
+    between = args.bandwidth if layout.nodes > 1 else args.node_bandwidth
+    within = args.node_bandwidth if layout.tensor <= layout.gpus_per_node else args.bandwidth
+    sending = sum(traffic.data.values()) / (between * 1e9) + sum(traffic.tensor.values()) / (within * 1e9)
+    step = tokens / per_second
+    return Speed(tokens, per_second, step, sending, steps * step / 86400)
+
+
+def _checkpoint_bytes(parameters: int, layout: ParallelPlan) -> int:
+    """Weights and two moments as they are stored; DeepSpeed adds its 16-bit weights to the float32 ones."""
     if layout.kind == "zero":
         return parameters * (12 + (2 if layout.compute_bytes == 2 else 0))
     return 3 * layout.weight_bytes * parameters
-
-
-def as_json(plan: Plan) -> dict[str, Any]:
-    """The plan as plain values."""
-    moments = {name: plan.memory.total(name) for name in plan.memory.moments}
-    return {
-        **dataclasses.asdict(plan),
-        "layout": {**dataclasses.asdict(plan.layout), "data": plan.layout.data, "nodes": plan.layout.nodes},
-        "memory": {**dataclasses.asdict(plan.memory), "totals": moments, "peak": moments[plan.memory.peak]},
-        "traffic": {**dataclasses.asdict(plan.traffic), "total": plan.traffic.total},
-        "reserve": RESERVE,
-        "needed": plan.needed,
-        "fits": plan.fits,
-    }

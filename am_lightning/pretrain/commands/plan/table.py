@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from am_lightning.pretrain.commands.plan.memory import RESERVE
+from am_lightning.pretrain.commands.plan.layout import ParallelPlan
+from am_lightning.pretrain.commands.plan.memory import RESERVE, Memory
 from am_lightning.pretrain.commands.plan.plan import Plan
 from am_lightning.pretrain.data.tokenizer import GATED_CURE, is_gated
 
@@ -13,21 +14,26 @@ def print_plan(plan: Plan, args: argparse.Namespace) -> None:
     """Print it."""
     layout, speed = plan.layout, plan.speed
     tokens = plan.steps * speed.tokens_per_step
+    count = _scaled(tokens, {"T": 1e12, "B": 1e9, "M": 1e6}) if tokens >= 1e6 else f"{tokens:,}"
     print(f"model       {plan.parameters:,} parameters in {plan.tensors} tensors")
-    print(f"layout      {_layout_text(plan)}")
+    print(f"layout      {_layout_text(layout)}")
     print(
         f"step        {layout.data} x {layout.accumulate} micro-batches of {layout.rows} rows ="
-        f" {speed.tokens_per_step:,} tokens; {plan.steps:,} steps = {_count(tokens)} tokens,"
+        f" {speed.tokens_per_step:,} tokens; {plan.steps:,} steps = {count} tokens,"
         f" {tokens / plan.parameters:.1f} for every parameter"
     )
     print()
-    _print_memory(plan)
+    _print_memory(plan.memory)
     print()
-    _print_traffic(plan)
+    print("sent by a GPU in a step")
+    sent = {**plan.traffic.data, **plan.traffic.tensor, "all beta_t": plan.traffic.beta, "in all": plan.traffic.total}
+    for name, size in sent.items():
+        print(f"  {name:<38}{_bytes(size):>10}")
     print()
+    kind = "an assumed" if plan.mfu_is_assumed else "a measured" if plan.measured else "a given"
     print(
         f"speed       {speed.tokens_per_second:,.0f} tokens/s, {duration_text(speed.step_seconds)} a step,"
-        f" {duration_text(speed.days * 86400)} for the run, at {_mfu_text(plan)}"
+        f" {duration_text(speed.days * 86400)} for the run, at {kind} MFU of {plan.mfu:.3g}"
     )
     if plan.mfu_is_assumed:
         print("            no run of this shape on these GPUs has shown it: measure some steps, and give --mfu")
@@ -45,13 +51,7 @@ def print_plan(plan: Plan, args: argparse.Namespace) -> None:
         print(f"tokenizer   {plan.tokenizer} is gated: {GATED_CURE}")
 
 
-def _mfu_text(plan: Plan) -> str:
-    kind = "an assumed" if plan.mfu_is_assumed else "a measured" if plan.measured else "a given"
-    return f"{kind} MFU of {plan.mfu:.3g}"
-
-
-def _print_memory(plan: Plan) -> None:
-    memory = plan.memory
+def _print_memory(memory: Memory) -> None:
     moments = list(memory.moments)
     print(f"{'memory of a GPU, at the':<26}" + "".join(f"{name:>14}" for name in moments))
     for name, size in memory.held.items():
@@ -64,23 +64,14 @@ def _print_memory(plan: Plan) -> None:
     print(f"  {'in all':<24}" + "".join(f"{_bytes(memory.total(moment)):>14}" for moment in moments))
 
 
-def _print_traffic(plan: Plan) -> None:
-    print("sent by a GPU in a step")
-    rows = {**plan.traffic.data, **plan.traffic.tensor, "all beta_t": plan.traffic.beta}
-    for name, size in rows.items():
-        print(f"  {name:<38}{_bytes(size):>10}")
-    print(f"  {'in all':<38}{_bytes(plan.traffic.total):>10}")
-
-
-def _layout_text(plan: Plan) -> str:
-    layout = plan.layout
+def _layout_text(layout: ParallelPlan) -> str:
+    gpus = f"over {layout.gpus} GPUs"
+    tensor = f"FSDP over {layout.data} x tensor parallel over {layout.tensor} = {layout.gpus} GPUs"
     kind = {
         "single": "one GPU",
-        "ddp": f"DDP over {layout.gpus} GPUs",
-        "fsdp": f"FSDP over {layout.data} x tensor parallel over {layout.tensor} = {layout.gpus} GPUs"
-        if layout.tensor > 1
-        else f"FSDP over {layout.gpus} GPUs",
-        "zero": f"DeepSpeed ZeRO {layout.stage} over {layout.gpus} GPUs",
+        "ddp": f"DDP {gpus}",
+        "fsdp": tensor if layout.tensor > 1 else f"FSDP {gpus}",
+        "zero": f"DeepSpeed ZeRO {layout.stage} {gpus}",
     }[layout.kind]
     nodes = f", {layout.nodes} nodes of {layout.gpus_per_node}" if layout.nodes > 1 else ""
     return f"{kind}{nodes}, {layout.precision}"
@@ -101,23 +92,16 @@ def _verdict(plan: Plan, args: argparse.Namespace) -> str:
     return f"NO: {sums}. Try {', '.join(hints)}"
 
 
-def _bytes(size: float) -> str:
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.3g} {unit}"
-    return f"{size:.0f} B"
-
-
-def _count(number: float) -> str:
-    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
-        if number >= scale:
-            return f"{number / scale:.3g} {unit}"
-    return f"{number:,.0f}"
-
-
 def duration_text(seconds: float) -> str:
-    """Three digits and the unit that suits: "4.26 days"."""
-    for unit, length in (("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3)):
-        if seconds >= length:
-            return f"{seconds / length:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} us"
+    """Return three digits and the unit that suits: "4.26 days"."""
+    return _scaled(seconds, {"days": 86400.0, "h": 3600.0, "min": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6})
+
+
+def _bytes(size: float) -> str:
+    return _scaled(size, {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0})
+
+
+def _scaled(value: float, units: dict[str, float]) -> str:
+    """The value in the first unit, from the largest on, of which it is one or more; else in the last."""
+    unit = next((unit for unit, size in units.items() if value >= size), list(units)[-1])
+    return f"{value / units[unit]:.3g} {unit}"

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from am_lightning.pretrain.runtime.errors import require
 
 
-def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
-    """Add `report` to the subcommands of `am-lightning`."""
-    parser = subparsers.add_parser(
-        "report",
-        help="compare runs in one HTML file and a PNG",
-        description="Write one self-contained HTML file, and a PNG, that compare runs: losses, momentum by layer, "
-        "clamps, gradient norm, throughput, skipped steps, and the settings that differ.",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `report`."""
+    parser.description = (
+        "Write one self-contained HTML file, and a PNG, that compare runs: losses, momentum by layer, clamps, "
+        "gradient norm, throughput, skipped steps, and the settings that differ."
     )
     parser.add_argument(
         "runs",
@@ -24,7 +21,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="folder of a run, or of several; NAME=FOLDER calls it NAME. What --compare trained beside it comes along",
     )
     parser.add_argument("-o", "--output", default=None, help="the HTML file; default: report.html in the first RUN")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
