@@ -17,7 +17,7 @@ from am_lightning.pretrain.runtime.suggestions import meant
 
 _PACKAGE = "am_lightning.pretrain.commands"
 # Command -> its module and what it does. A module has add_arguments(parser) and run(arguments), which returns the exit
-# status; the modules in _OTHER_PARSERS have main(words) instead.
+# status or raises RecipeError; the modules in _OTHER_PARSERS have main(words) instead.
 _COMMANDS = {
     "list": (f"{_PACKAGE}.list", "show the recipes: parameters, tokens of training, strategy"),
     "cp": (f"{_PACKAGE}.copy", "copy a recipe and the programs it runs with, to edit them"),

@@ -55,7 +55,7 @@ def test_every_recipe_validates(name: str, tmp_path: Path, capsys: pytest.Captur
         ("--model.num_key_value_heads 3", r"model.num_key_value_heads is 3"),
         ("--model.optimizer.lr -1", r"model.optimizer: .*lr"),
         ("--model.optimizer torch.optim.SGD", r"model.optimizer: torch.optim.sgd.SGD is not exactly torch.optim.AdamW"),
-        ("--trainer.strategy fsdp3", r"trainer.strategy is 'fsdp3'; allowed: fsdp, or another"),
+        ("--trainer.strategy fsdp3", r"trainer.strategy is 'fsdp3'; allowed: one of .* Did you mean fsdp"),
         ("--data.source nowhere", r"data.source nowhere does not exist"),
         ("--data.tokenizer ./nowhere", r"data.tokenizer is './nowhere': there is no such folder"),
         ("--ckpt_path gone.ckpt", r"ckpt_path is 'gone.ckpt'"),
@@ -97,7 +97,7 @@ def test_cp_copies_what_a_run_needs_and_overwrites_nothing(tmp_path: Path) -> No
     mine = "# mine\n" + (copy / "60m.yaml").read_text()
     (copy / "60m.yaml").write_text(mine)
     (copy / "pretrain.py").unlink()
-    with pytest.raises(SystemExit, match=r"60m.yaml: there already.*--force"):
+    with pytest.raises(SystemExit, match=r"60m.yaml: exists already.*--force"):
         main(["cp", "60m", str(copy)])
     assert (copy / "60m.yaml").read_text() == mine
     assert not (copy / "pretrain.py").exists()
@@ -173,11 +173,16 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
     assert process.wait(timeout=60) == 1
 
 
-def test_fit_takes_a_name(tmp_path: Path, corpus_folder: Path) -> None:
-    """`fit NAME` works as pretrain.py does, and needs no file of that name in the working directory."""
+def test_fit_takes_a_name_and_needs_no_tensorboard(
+    tmp_path: Path, corpus_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`fit NAME` needs no file of that name, and a run without event files ends with a summary without curves."""
     [_, _, _, *settings] = arguments(tmp_path / "run", corpus_folder, 2)
-    assert main(["fit", "laptop", *settings]) == 0
+    logger = ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", str(tmp_path)]
+    assert main(["fit", "laptop", *settings, *logger]) == 0
     assert (tmp_path / "run" / "checkpoints" / "step-000002.ckpt").exists()
+    heads = [line.split("  ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert heads == ["validation loss", "training", "checkpoint", "next"]
 
 
 @pytest.mark.slow

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from am_lightning.pretrain.commands import fit
 from am_lightning.pretrain.runtime.errors import RecipeError, UsageError
@@ -73,6 +75,19 @@ def test_help_and_refusals_import_nothing_of_training(tmp_path: Path) -> None:
         assert loaded == [], given
 
 
+def test_the_short_help_has_the_values_of_base_yaml(capsys: pytest.CaptureFixture[str]) -> None:
+    base = yaml.safe_load((RECIPES / "configs" / "base.yaml").read_text())
+    assert fit.main(["--help"]) == 0
+    _, _, usual = capsys.readouterr().out.partition("Usual settings")
+    found = re.findall(r"^  --([\w.]+) (.*?)  +(\w.*|\W\w.*)$", usual, re.MULTILINE)
+    assert [key for key, _, _ in found] == list(fit._USUAL)
+    for key, value, _ in found:
+        expected = base
+        for part in key.replace("optimizer.", "optimizer.init_args.").split("."):
+            expected = expected[part]
+        assert yaml.safe_load(value) == expected, key
+
+
 def test_the_names_are_those_of_the_parser() -> None:
     """They are read from source files and must not drift from what the parser of `fit` accepts."""
     known = setting_names()
@@ -96,7 +111,7 @@ def test_right_names_pass() -> None:
         ("--gpus 0", "--gpus is 0; allowed"),
         ("--nodes 0", "--nodes is 0; allowed"),
         ("--gpus 2 --master-port 70000", "--master-port is 70000; allowed: 1 to 65535"),
-        ("--gpus 2 --trainer.devices 4", "--trainer.devices is '4'; allowed: nothing beside --gpus"),
+        ("--gpus 2 --trainer.devices 4", "--trainer.devices is '4'; allowed: nothing together with --gpus"),
         ("--master-addr node0", "give --nodes M"),
     ],
 )

@@ -302,7 +302,7 @@ def test_samples_are_the_models_own(run_of: Callable[[str], Path], capsys: pytes
         ("sample {run} --prompt x --seed -1", r"--seed is -1; allowed: 0 <= whole number"),
         ("sample {run} --prompt {long}", r"--prompt is 'x+'; allowed: fewer than 32 tokens"),
         ("export nowhere {new}", r"RUN is 'nowhere': there is no such file or folder"),
-        ("export {run} {run}", r"DIR is '.*run', which is there already; allowed: a new folder, or an empty one"),
+        ("export {run} {run}", r"DIR is '.*run', which exists already; allowed: a new folder, or an empty one"),
         ("export {run}/logs/config.yaml {new}", r"the checkpoint .*config.yaml is broken"),
         ("export {run} {new} --tokenizer ./gone", r"data.tokenizer is './gone'; allowed: a folder that is there"),
         ("export {moved} {new}", r".*run has no logs/config.yaml that names the tokenizer: give it with --tokenizer"),

@@ -34,8 +34,8 @@ def log_dir(tmp_path: Path) -> Path:
     return tmp_path / "logs"
 
 
-def run_of(log_dir: Path, name: str = "", final: float | None = None) -> RunData:
-    return RunData(name, log_dir.parent, {}, read_curves(log_dir), final)
+def run_of(log_dir: Path) -> RunData:
+    return RunData("", log_dir.parent, {}, read_curves(log_dir))
 
 
 def test_a_resumed_run_has_every_step_once(log_dir: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_column_of_the_heatmap_has_the_lowest_of_its_steps() -> None:
 
 
 def test_the_picture_shows_the_dip(log_dir: Path, tmp_path: Path) -> None:
-    draw(tmp_path / "dip.png", [run_of(log_dir, final=1.0)])
+    draw(tmp_path / "dip.png", [run_of(log_dir)])
     flat = tmp_path / "flat" / "logs"
     with SummaryWriter(str(flat)) as writer:
         for step in range(100):

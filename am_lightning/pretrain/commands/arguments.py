@@ -24,8 +24,10 @@ def add_config(parser: argparse.ArgumentParser, options: str = "") -> None:
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Add RUN and --tokenizer, which `open_run` takes."""
-    parser.add_argument("name", metavar="RUN", help="folder of a run, for its newest whole checkpoint; or a checkpoint")
-    parser.add_argument("--tokenizer", help="default: the run's; as data.tokenizer, or a tokenizer.json")
+    parser.add_argument(
+        "name", metavar="RUN", help="folder of a run, whose newest whole checkpoint is used, or a checkpoint"
+    )
+    parser.add_argument("--tokenizer", help="as data.tokenizer, or a tokenizer.json; default: the run's")
 
 
 def read_settings(args: argparse.Namespace) -> RunConfig:

@@ -1,8 +1,7 @@
-"""What can be known to be wrong with a configuration before a machine is paid for."""
+"""Checks of a configuration that need neither weights nor a GPU."""
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -13,7 +12,7 @@ import torch
 from lightning.pytorch.strategies import StrategyRegistry
 
 from am_lightning.pretrain.commands.list import short, strategy_name
-from am_lightning.pretrain.commands.plan.layout import read_engine
+from am_lightning.pretrain.commands.plan.layout import read_engine, strategy_options, tensor_parallel_size
 from am_lightning.pretrain.data.chunks import DATA_EXTRA
 from am_lightning.pretrain.data.sources import HUB
 from am_lightning.pretrain.data.tokenizer import BYTES, GATED_CURE, bpe_size, check_vocabulary, is_gated
@@ -21,13 +20,14 @@ from am_lightning.pretrain.model.parallelize import check_tensor_parallel
 from am_lightning.pretrain.model.shape import count_parameters, count_tensors
 from am_lightning.pretrain.runtime.errors import RecipeError, require
 from am_lightning.pretrain.runtime.run_config import RunConfig
+from am_lightning.pretrain.runtime.suggestions import meant
 
 
 def check(settings: RunConfig) -> Iterator[tuple[str, str]]:
-    """What a run would be, in (what, words), found by doing it without weights.
+    """Yield (heading, description) of what a run would be, from setting it up without weights.
 
     Raises:
-        RecipeError: something does not fit; the text names the key.
+        RecipeError: if a setting does not fit.
     """
     yield "model", _model(settings)
     yield "step", _step(settings)
@@ -38,7 +38,7 @@ def check(settings: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def _model(settings: RunConfig) -> str:
-    """The model and its optimizer, on the meta device."""
+    """Make the model and its optimizer on the meta device."""
     shape, optimizer = settings.shape, settings.check_optimizer()
     settings.make_schedule(optimizer)
     parameters = sum(param.numel() for group in optimizer.param_groups for param in group["params"])
@@ -50,17 +50,12 @@ def _model(settings: RunConfig) -> str:
 
 
 def _step(settings: RunConfig) -> str:
-    """The rows of a step are shared evenly."""
+    """Check that the rows of a step can be shared evenly."""
     trainer, data = settings.config["trainer"], settings.data
     _check_strategy(trainer["strategy"])
-    processes, said = process_count(trainer)
-    tensor = tensor_parallel_size(trainer, processes)
+    processes, note = _process_count(trainer)
+    tensor = _tensor_parallel_size(trainer, processes)
     check_tensor_parallel(settings.shape, tensor)
-    if processes % tensor:
-        raise RecipeError(
-            f"trainer.strategy: tensor_parallel_size {tensor} does not divide trainer.devices x trainer.num_nodes ="
-            f" {processes}"
-        )
     shares = processes // tensor * settings.accumulate
     allowed = (
         f"a multiple of {processes // tensor} (processes with rows of their own) x {settings.accumulate}"
@@ -72,56 +67,48 @@ def _step(settings: RunConfig) -> str:
     return (
         f"{data.batch_size} rows of {settings.shape.seq_len} = {short(tokens)} tokens; {settings.steps} steps ="
         f" {short(tokens * settings.steps)} tokens; strategy {strategy_name(trainer['strategy'])},"
-        f" processes {processes}{said}{layout}, micro-batches {settings.accumulate} of {data.batch_size // shares} rows"
+        f" processes {processes}{note}{layout}, micro-batches {settings.accumulate} of {data.batch_size // shares} rows"
     )
 
 
 def _check_strategy(strategy: Any) -> None:
-    """A name is one of Lightning's; a class was instantiated when the configuration was read."""
+    """Refuse a name that Lightning does not have. A class was instantiated when the configuration was read."""
     known = ["auto", *sorted(StrategyRegistry.available_strategies())]
     if isinstance(strategy, str) and "." not in strategy and not strategy.endswith("Strategy"):
-        near = difflib.get_close_matches(strategy, known, n=1)
-        allowed = f"{near[0]}, or another of" if near else "one of"
-        require(strategy in known, "trainer.strategy", strategy, f"{allowed} Lightning's strategies, or a class")
+        allowed = f"one of Lightning's strategies, or a class{meant(strategy, known)}"
+        require(strategy in known, "trainer.strategy", strategy, allowed)
 
 
-def process_count(trainer: dict[str, Any]) -> tuple[int, str]:
-    """trainer.devices x trainer.num_nodes, and in words where it is this machine that decides.
+def _process_count(trainer: dict[str, Any]) -> tuple[int, str]:
+    """Return trainer.devices x trainer.num_nodes, and a note if this machine decides the number.
 
     Raises:
-        RecipeError: one of them is no number of processes.
+        RecipeError: if one of them is no number of processes.
     """
     devices, nodes = trainer["devices"], trainer["num_nodes"]
     require(isinstance(nodes, int) and nodes >= 1, "trainer.num_nodes", nodes, "a whole number >= 1")
-    if isinstance(devices, list):
-        return len(devices) * nodes, ""
-    if isinstance(devices, str) and devices.isdigit():
-        devices = int(devices)
     if devices in ("auto", "-1", -1):
-        found = torch.cuda.device_count() if trainer["accelerator"] != "cpu" else 0
-        here = max(1, found)
-        return here * nodes, f" (trainer.devices {devices} here)"
+        here = torch.cuda.device_count() if trainer["accelerator"] != "cpu" else 0
+        return max(1, here) * nodes, f" (trainer.devices {devices} here)"
+    count = len(devices) if isinstance(devices, list) else devices
+    if isinstance(count, str) and count.isdigit():
+        count = int(count)
     allowed = 'a whole number >= 1, a list of numbers, "auto" or -1'
-    require(isinstance(devices, int) and devices >= 1, "trainer.devices", devices, allowed)
-    return int(devices) * nodes, ""
+    require(isinstance(count, int) and count >= 1, "trainer.devices", devices, allowed)
+    return int(count) * nodes, ""
 
 
-def tensor_parallel_size(trainer: dict[str, Any], processes: int) -> int:
-    """Ranks that share a layer: ModelParallelStrategy's, 1 for the others.
+def _tensor_parallel_size(trainer: dict[str, Any], processes: int) -> int:
+    """Return the number of ranks that share a layer.
 
     Raises:
-        RecipeError: its two sizes do not make up the processes.
+        RecipeError: if the two sizes of ModelParallelStrategy do not make up the processes.
     """
-    strategy = trainer["strategy"]
-    if strategy_name(strategy) != "ModelParallelStrategy":
-        return 1
-    nodes = trainer["num_nodes"]
-    options = strategy.get("init_args", {}) if isinstance(strategy, dict) else {}
-    data = options.get("data_parallel_size", "auto")
-    tensor = options.get("tensor_parallel_size", "auto")
+    strategy, nodes = trainer["strategy"], trainer["num_nodes"]
+    tensor = tensor_parallel_size(strategy, processes // nodes)
+    data = strategy_options(strategy).get("data_parallel_size", "auto")
     data = nodes if data == "auto" else int(data)
-    tensor = processes // nodes if tensor == "auto" else int(tensor)
-    if data * tensor != processes:
+    if strategy_name(strategy) == "ModelParallelStrategy" and data * tensor != processes:
         raise RecipeError(
             f"trainer.strategy: data_parallel_size {data} x tensor_parallel_size {tensor} is not"
             f" trainer.devices x trainer.num_nodes = {processes}"
@@ -130,10 +117,10 @@ def tensor_parallel_size(trainer: dict[str, Any], processes: int) -> int:
 
 
 def _data(settings: RunConfig) -> str:
-    """The documents are there, and the model has an embedding for every token."""
+    """Check that the documents exist and that the model has an embedding for every token."""
     data = settings.data
     pipeline = data.pipeline()
-    pipeline.fingerprint()  # looks at the documents, where they are on this machine
+    pipeline.fingerprint()  # looks at the documents if they are on this machine
     name = data.tokenizer
     if name == BYTES or bpe_size(name) is not None:
         size = "known by name"
@@ -145,18 +132,14 @@ def _data(settings: RunConfig) -> str:
         raise RecipeError(f"data.tokenizer is {name!r}: there is no such folder")
     else:
         size = "on the Hugging Face hub, not looked at"
-    return f"{data.source}, mode {data.mode}; tokenizer {name} ({size}){_missing_library(data.source)}"
-
-
-def _missing_library(source: str) -> str:
-    """No error: shards that are made already need no library, and another machine may make them."""
-    if not source.startswith(HUB) or find_spec("datasets") is not None:
-        return ""
-    return f"; making its shards needs the datasets library, which is not installed here: {DATA_EXTRA}"
+    missing = ""  # a note, not an error: existing shards need no library, and another machine may make them
+    if data.source.startswith(HUB) and find_spec("datasets") is None:
+        missing = f"; making its shards needs the datasets library, which is not installed here: {DATA_EXTRA}"
+    return f"{data.source}, mode {data.mode}; tokenizer {name} ({size}){missing}"
 
 
 def _folders(settings: RunConfig) -> str:
-    """What is to be written can be, what is to be read is there."""
+    """Check that output folders can be written and input files exist."""
     for key, folder in {"trainer.default_root_dir": settings.root, "checkpoint.dirpath": settings.checkpoints}.items():
         nearest = next(path for path in (folder, *folder.parents) if path.exists())
         usable = nearest.is_dir() and os.access(nearest, os.W_OK)
@@ -165,8 +148,7 @@ def _folders(settings: RunConfig) -> str:
         require(
             Path(str(settings.ckpt_path)).exists(), "ckpt_path", settings.ckpt_path, 'null, "last", or a checkpoint'
         )
-    strategy = settings.config["trainer"]["strategy"]
-    engine = strategy.get("init_args", {}).get("config") if isinstance(strategy, dict) else None
+    engine = strategy_options(settings.config["trainer"]["strategy"]).get("config")
     if isinstance(engine, str):
         read_engine(Path(engine))
     return f"{settings.root}; checkpoints in {settings.checkpoints}"

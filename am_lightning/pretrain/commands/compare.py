@@ -1,46 +1,41 @@
-"""`--compare true`: AdamW from the same seed, on the same data, beside a finished AM run."""
+"""`--compare true`: train AdamW from the same seed on the same data after a finished AM run."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
 from am_lightning.pretrain.commands.report.plot import draw
 from am_lightning.pretrain.commands.report.summary import RunResult
 
-# beta1 of the baselines. Both get the warmup that AdamW is usually given.
+# beta1 of the baselines, which get AdamW's usual warmup.
 BASELINES = (0.9, 0.8)
 WARMUP_FRACTION = 0.05
 
 
-class FinishedRun(Protocol):
-    """What running a configuration gives back (a PretrainCLI)."""
-
-    result: RunResult | None
-
-
-def compare(ours: RunResult, config: dict[str, Any], run: Callable[[dict[str, Any]], FinishedRun]) -> None:
+def compare(ours: RunResult, config: dict[str, Any], run: Callable[[dict[str, Any]], Any]) -> None:
     """Train the baselines below `DIR/compare/`, print the table, draw `DIR/compare.png`.
 
     Args:
-        ours: the run that is there already.
+        ours: the finished run.
         config: its resolved configuration of `fit`.
-        run: trains from a configuration, on every process.
+        run: trains from a configuration, on every process, and returns the PretrainCLI.
     """
-    results = {"AM-AdamW" if _is_am(config) else "this run": ours}
+    classes = [config["model"]["optimizer"], *(config["trainer"].get("callbacks") or [])]
+    is_am = any(each["class_path"].split(".")[-1] in ("AMAdamW", "AdaptiveMemory") for each in classes)
+    results = {"AM-AdamW" if is_am else "this run": ours}
     for beta1 in BASELINES:
-        baseline = run(baseline_config(config, beta1, ours.root / "compare" / f"adamw-{beta1}"))
-        assert baseline.result is not None
+        baseline = run(_baseline_config(config, beta1, ours.root / "compare" / f"adamw-{beta1}"))
         results[f"AdamW {beta1}, {WARMUP_FRACTION:.0%} warmup"] = baseline.result
     _report(ours.root / "compare.png", results)
 
 
-def baseline_config(config: dict[str, Any], beta1: float, root: Path) -> dict[str, Any]:
-    """The same run with torch.optim.AdamW: only optimizer, warmup and folders differ."""
+def _baseline_config(config: dict[str, Any], beta1: float, root: Path) -> dict[str, Any]:
+    """Return the configuration with torch.optim.AdamW. Only optimizer, warmup and folders differ."""
     config = copy.deepcopy(config)
     config.pop("config", None)
     data, trainer = config["data"], config["trainer"]
@@ -59,11 +54,6 @@ def baseline_config(config: dict[str, Any], beta1: float, root: Path) -> dict[st
     config["checkpoint"]["dirpath"] = str(root / "checkpoints")
     config["compare"] = False
     return config
-
-
-def _is_am(config: dict[str, Any]) -> bool:
-    named = [config["model"]["optimizer"], *(config["trainer"].get("callbacks") or [])]
-    return any(entry["class_path"].split(".")[-1] in ("AMAdamW", "AdaptiveMemory") for entry in named)
 
 
 @rank_zero_only

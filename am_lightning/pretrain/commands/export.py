@@ -1,4 +1,4 @@
-"""`export`: a run's model as a Hugging Face folder."""
+"""`export`: write a run's model as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -20,21 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `export`."""
     parser.description = "Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer load."
     add_run(parser)
-    parser.add_argument("folder", metavar="DIR", type=Path, help="to be made; there is none yet, or it is empty")
-    parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the weights; auto: as in the checkpoint")
+    parser.add_argument("folder", metavar="DIR", type=Path, help="folder to write; it must not exist yet, or be empty")
+    parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="dtype of the weights; auto: the checkpoint's")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the folder, whole or not at all, and say what is in it.
-
-    Raises:
-        RecipeError: the folder is not empty or cannot be written, or see open_run.
-    """
+    """Write the folder as a whole or not at all, and print what it holds."""
     folder = args.folder.expanduser().absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise RecipeError(
-            f"DIR is {str(args.folder)!r}, which is there already; allowed: a new folder, or an empty one"
-        )
+        raise RecipeError(f"DIR is {str(args.folder)!r}, which exists already; allowed: a new folder, or an empty one")
     import torch
 
     from am_lightning.pretrain.commands.trained_run import open_run
@@ -47,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         model.save_pretrained(part)
         found.tokenizer.save_pretrained(part)
         for file in part.iterdir():
-            file.chmod((part / "config.json").stat().st_mode)  # safetensors lets nobody else read its files
+            file.chmod((part / "config.json").stat().st_mode)  # safetensors makes files that only their owner can read
     parameters = f"{sum(param.numel() for param in model.parameters()):,}".replace(",", " ")
     print(f"  checkpoint  {found.checkpoint}")
     print(f"  model       {parameters} parameters, {str(model.dtype).removeprefix('torch.')}")
@@ -58,10 +52,10 @@ def run(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _new_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path`, where at most an empty one is, that becomes it when the block ends well.
+    """Yield a folder beside `path`, and rename it to `path` (absent or an empty folder) if the block succeeds.
 
     Raises:
-        RecipeError: the disk refuses; nothing is left.
+        RecipeError: if the disk refuses; nothing is left.
     """
     from am_lightning.pretrain.checkpoints.manifest import sync_files
     from am_lightning.pretrain.runtime.atomic_files import disk_error, sync_folder, write_failure

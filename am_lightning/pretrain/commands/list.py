@@ -1,4 +1,4 @@
-"""`list`: the recipes there are, one line each."""
+"""`list`: all recipes, one line each."""
 
 from __future__ import annotations
 
@@ -18,32 +18,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the recipes, the smallest first."""
-    files = recipe_files()
-    recipes = {name: read_recipe(path) for name, path in files.items()}
-    shapes = {name: LlamaShape.among(recipe["model"]) for name, recipe in recipes.items()}
-    rows = [("NAME", "PARAMETERS", "TOKENS", "ROW", "STEPS", "STRATEGY", "")]
-    for name in sorted(recipes, key=lambda name: count_parameters(shapes[name])):
-        rows.append((name, *_columns(recipes[name], shapes[name]), _headline(files[name].read_text())))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        print("  ".join([*cells, row[-1]]).rstrip())
+    rows = []
+    for name, path in recipe_files().items():
+        recipe = read_recipe(path)
+        shape, trainer = LlamaShape.among(recipe["model"]), recipe["trainer"]
+        parameters, steps = count_parameters(shape), trainer["max_steps"]
+        tokens = short(steps * recipe["data"]["batch_size"] * shape.seq_len)
+        columns = (name, short(parameters), tokens, str(shape.seq_len), str(steps), strategy_name(trainer["strategy"]))
+        rows.append((parameters, columns, _headline(path.read_text())))
+    heads = ("NAME", "PARAMETERS", "TOKENS", "ROW", "STEPS", "STRATEGY")
+    table = [(heads, ""), *((columns, headline) for _, columns, headline in sorted(rows))]
+    widths = [max(map(len, column)) for column in zip(*(columns for columns, _ in table), strict=True)]
+    for columns, headline in table:
+        cells = [cell.ljust(width) for cell, width in zip(columns, widths, strict=True)]
+        print("  ".join([*cells, headline]).rstrip())
     return 0
 
 
-def _columns(recipe: dict[str, Any], shape: LlamaShape) -> tuple[str, str, str, str, str]:
-    steps = recipe["trainer"]["max_steps"]
-    return (
-        short(count_parameters(shape)),
-        short(steps * recipe["data"]["batch_size"] * shape.seq_len),
-        str(shape.seq_len),
-        str(steps),
-        strategy_name(recipe["trainer"]["strategy"]),
-    )
-
-
 def short(number: float, gap: str = "") -> str:
-    """Three digits and a unit, with a gap between: 58234880 -> "58.2M"."""
+    """Return three digits and a unit, with a gap between them: "58.2M" for 58234880."""
     for size, unit in _UNITS:
         if number >= size:
             return f"{number / size:.3g}{gap}{unit}"
@@ -51,11 +44,11 @@ def short(number: float, gap: str = "") -> str:
 
 
 def strategy_name(strategy: Any) -> str:
-    """ "auto", "ddp", or the class's name."""
+    """Return the name of a strategy or of its class, such as "auto", "ddp" or "FSDPStrategy"."""
     return str(strategy["class_path"] if isinstance(strategy, dict) else strategy).rpartition(".")[2]
 
 
 def _headline(text: str) -> str:
-    """The first sentence of the YAML's first comment."""
+    """Return the first sentence of the YAML's first comment."""
     first = text.splitlines()[0].removeprefix("#").strip() if text else ""
     return first.partition(". ")[0].rstrip(".:")

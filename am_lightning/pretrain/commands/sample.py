@@ -1,4 +1,4 @@
-"""`sample`: text that a run's model writes behind a prompt."""
+"""`sample`: let a run's model continue a prompt."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from am_lightning.pretrain.runtime.errors import require
 if TYPE_CHECKING:
     from am_lightning.pretrain.commands.trained_run import TrainedRun
 
-_LONGEST = 256  # tokens, where a row has room for more
+_LONGEST = 256  # tokens, if a row has room for more
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,24 +21,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Let the model of a run continue a prompt. The options are those of transformers' generate."
     add_run(parser)
     parser.add_argument("--prompt", required=True, help="text to continue")
-    parser.add_argument(
-        "--max_new_tokens", type=int, help=f"default: as many as a row has room for, at most {_LONGEST}"
-    )
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token; default: 1")
-    parser.add_argument(
-        "--top_k", type=int, default=50, help="choose among so many of the likeliest; 0: all; default: 50"
-    )
-    parser.add_argument("--top_p", type=float, default=1.0, help="and among those of this share; default: 1")
-    parser.add_argument("--num_samples", type=int, default=1, help="how many texts; default: 1")
-    parser.add_argument("--seed", type=int, default=0, help="of the random numbers; default: 0")
+    new = f"length of the new text; default: what a row of training has room for, at most {_LONGEST}"
+    parser.add_argument("--max_new_tokens", type=int, metavar="N", help=new)
+    temperature = "0 always takes the most likely token; default: %(default)s"
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help=temperature)
+    top_k = "choose among the K most likely tokens, 0: among all; default: %(default)s"
+    parser.add_argument("--top_k", type=int, default=50, metavar="K", help=top_k)
+    top_p = "choose among the most likely tokens that together have probability P; default: %(default)s"
+    parser.add_argument("--top_p", type=float, default=1.0, metavar="P", help=top_p)
+    parser.add_argument("--num_samples", type=int, default=1, metavar="N", help="number of texts; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers; default: %(default)s")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the texts, prompt and all.
-
-    Raises:
-        RecipeError: an option is out of range, or see open_run.
-    """
+    """Print the texts, including the prompt."""
     _check(args)
     from am_lightning.pretrain.commands.trained_run import open_run
 
@@ -47,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     for number, text in enumerate(_texts(found, args)):
         if args.num_samples > 1:
             print(f"--- {number + 1} of {args.num_samples}")
-        # What a terminal would obey, a young model may write; and its encoding may not have all letters.
+        # A young model may write control characters, and the terminal's encoding may lack letters.
         shown = "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
         encoding = sys.stdout.encoding or "utf-8"
         print(shown.encode(encoding, "replace").decode(encoding))
@@ -55,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    require(args.prompt != "", "--prompt", args.prompt, "a text of one letter or more")
+    require(args.prompt != "", "--prompt", args.prompt, "a text that is not empty")
     new = args.max_new_tokens
     require(new is None or new >= 1, "--max_new_tokens", new, "a whole number >= 1")
     require(0 <= args.temperature < math.inf, "--temperature", args.temperature, "0 <= value")
@@ -71,9 +67,8 @@ def _texts(found: TrainedRun, args: argparse.Namespace) -> list[str]:
     prompt = found.tokenizer(args.prompt, return_tensors="pt")
     room = found.shape.seq_len - prompt["input_ids"].shape[1]
     if args.max_new_tokens is None:
-        require(
-            room >= 1, "--prompt", args.prompt, f"fewer than {found.shape.seq_len} tokens, or give --max_new_tokens"
-        )
+        allowed = f"fewer than {found.shape.seq_len} tokens, or give --max_new_tokens"
+        require(room >= 1, "--prompt", args.prompt, allowed)
     elif args.max_new_tokens > room:
         print(f"note: the model was trained on rows of {found.shape.seq_len} tokens", file=sys.stderr)
     options: dict[str, Any] = {"do_sample": args.temperature > 0}

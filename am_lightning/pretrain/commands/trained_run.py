@@ -1,4 +1,4 @@
-"""A run's trained model: its newest whole checkpoint, its shape, its weights and its tokenizer, whoever trained it."""
+"""The trained model of a run of any of the programs: newest whole checkpoint, shape, weights and tokenizer."""
 
 from __future__ import annotations
 
@@ -14,14 +14,7 @@ from am_lightning.pretrain.checkpoints.resume import LAST, STEPS, newest_whole
 from am_lightning.pretrain.checkpoints.weights import is_checkpoint, model_arguments, read_weights
 from am_lightning.pretrain.data.hf_tokenizer import as_pretrained
 from am_lightning.pretrain.data.shards import INDEX, read_index
-from am_lightning.pretrain.data.tokenizer import (
-    BYTES,
-    Tokenizer,
-    bpe_size,
-    check_vocabulary,
-    load_bpe,
-    load_named,
-)
+from am_lightning.pretrain.data.tokenizer import BYTES, Tokenizer, bpe_size, check_vocabulary, load_bpe, load_named
 from am_lightning.pretrain.model.network import llama_config, trained_llama
 from am_lightning.pretrain.model.shape import LlamaShape
 from am_lightning.pretrain.runtime.errors import RecipeError
@@ -33,21 +26,15 @@ _ALLOWED = "the folder of a run (its trainer.default_root_dir), or one of its ch
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """What `open_run` finds.
+    """A trained model."""
 
-    Attributes:
-        checkpoint: the file or folder with the weights.
-        shape: of the Llama.
-        tokenizer: gives the ids that the model was trained on.
-    """
-
-    checkpoint: Path
-    shape: LlamaShape
-    tokenizer: PreTrainedTokenizerFast
+    checkpoint: Path  # the file or folder with the weights
+    shape: LlamaShape  # shape of the Llama
+    tokenizer: PreTrainedTokenizerFast  # the tokenizer that the model was trained with
 
     def model(self) -> LlamaForCausalLM:
-        """transformers' model, in eval mode on the CPU, in the dtype of the checkpoint; it generates up to the end of a
-        text."""
+        """Return transformers' model in eval mode on the CPU, in the dtype of the checkpoint. It generates up to the
+        end of a text."""
         end = self.tokenizer.eos_token_id
         config = llama_config(self.shape, bos_token_id=None, eos_token_id=end)
         model: Any = trained_llama(config, read_weights(self.checkpoint))
@@ -57,14 +44,14 @@ class TrainedRun:
 
 
 def open_run(name: str, tokenizer: str | None = None) -> TrainedRun:
-    """The trained model that `name` stands for; its weights are not read yet.
+    """Find a trained model. Its weights are not read yet.
 
     Args:
-        name: the folder of a run, for its newest whole checkpoint, or a checkpoint.
-        tokenizer: None for the run's; else as `data.tokenizer`, or the tokenizer.json of a bpe-N.
+        name: the folder of a run, whose newest whole checkpoint is taken, or a checkpoint.
+        tokenizer: as `data.tokenizer`, or the tokenizer.json of a bpe-N; None: the run's.
 
     Raises:
-        RecipeError: there is no whole checkpoint, it is of another program, or the tokenizer cannot be found.
+        RecipeError: if there is no whole checkpoint of these programs or no tokenizer.
     """
     logging: Any = transformers.logging
     logging.set_verbosity_error()
@@ -72,21 +59,15 @@ def open_run(name: str, tokenizer: str | None = None) -> TrainedRun:
     path = Path(name).expanduser().resolve()
     if not path.exists():
         raise RecipeError(f"RUN is {name!r}: there is no such file or folder; allowed: {_ALLOWED}")
-    checkpoint = _checked(path) if is_checkpoint(path) else _newest(path)
+    checkpoint = path if is_checkpoint(path) else _newest(path)
+    if checkpoint == path and (problem := damage(path, ours=False)) is not None:
+        hint = "Give its run's folder for the newest whole one"
+        raise RecipeError(f"the checkpoint {path} is broken ({problem}). {hint}")
     shape = LlamaShape.among(model_arguments(checkpoint))
     root = next((folder for folder in (path, *path.parents[:2]) if saved_config(folder)), path)
     found = _named(tokenizer) if tokenizer is not None else _of_run(root)
     check_vocabulary(shape.vocab_size, found.vocab_size, found.name)
     return TrainedRun(checkpoint, shape, as_pretrained(found, shape.seq_len))
-
-
-def _checked(path: Path) -> Path:
-    problem = damage(path, ours=False)
-    if problem is not None:
-        raise RecipeError(
-            f"the checkpoint {path} is broken ({problem}). Give its run's folder for the newest whole one"
-        )
-    return path
 
 
 def _newest(root: Path) -> Path:
@@ -98,8 +79,8 @@ def _newest(root: Path) -> Path:
 
 
 def _of_run(root: Path) -> Tokenizer:
-    """The tokenizer that made the run's tokens, by the index of its shards where that is still there; the documents are
-    not needed."""
+    """Return the tokenizer that made the run's tokens, which the index of its shards identifies if it still exists. The
+    documents are not needed."""
     data = saved_config(root).get("data")
     if not isinstance(data, dict):
         raise RecipeError(f"{root} has no logs/config.yaml that names the tokenizer: give it with --tokenizer")

@@ -14,11 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check the configuration, and print what a run of it would be.
-
-    Raises:
-        RecipeError: if a setting is wrong.
-    """
+    """Check the configuration, and print what a run of it would be."""
     settings = read_settings(args)
     from am_lightning.pretrain.commands.checks import check
 

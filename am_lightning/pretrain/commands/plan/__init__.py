@@ -1,1 +1,1 @@
-"""What a run takes, computed before anyone pays for a node: memory, traffic, time and disk of a configuration."""
+"""Memory, traffic, time and disk of a configuration, computed before anyone pays for GPUs."""

@@ -29,11 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan.
-
-    Raises:
-        RecipeError: if a setting or an option is wrong.
-    """
+    """Print the plan."""
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout when it is imported
         settings = read_settings(args)
     from am_lightning.pretrain.commands.plan.plan import make_plan

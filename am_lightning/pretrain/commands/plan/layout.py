@@ -1,4 +1,4 @@
-"""How a configuration lies over a number of GPUs: who holds what, and how many rows a micro-batch has."""
+"""How a configuration is distributed over GPUs: who holds what, and how many rows a micro-batch has."""
 
 from __future__ import annotations
 
@@ -12,38 +12,27 @@ from am_lightning.pretrain.model.parallelize import check_tensor_parallel
 from am_lightning.pretrain.model.shape import LlamaShape
 from am_lightning.pretrain.runtime.errors import RecipeError, require
 
-# Bytes of a weight as the optimizer sees it, and of a number in a matrix product.
+# Bytes of a weight in the optimizer, and of a number in a matrix product.
 _PRECISIONS = {"32-true": (4, 4), "bf16-mixed": (4, 2), "bf16-true": (2, 2), "16-mixed": (4, 2)}
 _DEEPSPEED_STAGES = {"deepspeed": 2, "deepspeed_stage_1": 1, "deepspeed_stage_2": 2, "deepspeed_stage_3": 3}
 
 
 @dataclasses.dataclass(frozen=True)
 class ParallelPlan:
-    """A run over GPUs.
+    """How a run is distributed."""
 
-    Attributes:
-        kind: "single", "ddp", "fsdp" (FSDP1, FSDP2, tensor parallel) or "zero" (DeepSpeed).
-        stage: of ZeRO; 0 for the other kinds.
-        gpus: all of them.
-        gpus_per_node: on a machine, joined by the fast network.
-        tensor: GPUs that share a layer.
-        accumulate: micro-batches in a step.
-        rows: of a micro-batch, on one GPU or on the `tensor` GPUs that see the same rows.
-        precision: Lightning's name.
-    """
-
-    kind: str
-    stage: int
-    gpus: int
-    gpus_per_node: int
-    tensor: int
-    accumulate: int
-    rows: int
-    precision: str
+    kind: str  # "single", "ddp", "fsdp" (FSDP1, FSDP2, tensor parallel) or "zero" (DeepSpeed)
+    stage: int  # stage of ZeRO; 0 for the other kinds
+    gpus: int  # number of GPUs
+    gpus_per_node: int  # GPUs of a machine, which the fast network connects
+    tensor: int  # GPUs that share a layer
+    accumulate: int  # micro-batches in a step
+    rows: int  # rows of a micro-batch on one GPU, or on the `tensor` GPUs that see the same rows
+    precision: str  # Lightning's name
 
     @property
     def data(self) -> int:
-        """Groups that see other rows."""
+        """Groups of GPUs that see different rows."""
         return self.gpus // self.tensor
 
     @property
@@ -52,12 +41,12 @@ class ParallelPlan:
 
     @property
     def weight_bytes(self) -> int:
-        """Of a stored weight, its gradient and each moment."""
+        """Bytes of a stored weight, its gradient and each moment."""
         return _PRECISIONS[self.precision][0]
 
     @property
     def compute_bytes(self) -> int:
-        """Of a number in a matrix product."""
+        """Bytes of a number in a matrix product."""
         return _PRECISIONS[self.precision][1]
 
 
@@ -71,15 +60,17 @@ def make_layout(
     gpus: int,
     gpus_per_node: int,
 ) -> ParallelPlan:
-    """The layout of a strategy, as a configuration names it, over `gpus`.
+    """Distribute a configuration over `gpus`.
 
     Args:
-        strategy: the Trainer's, a name or {"class_path": ..., "init_args": ...}. Of ModelParallelStrategy's two sizes
-            tensor_parallel_size counts; the other follows from `gpus`.
+        shape: shape of the model.
+        strategy: strategy of the Trainer, a name or {"class_path": ..., "init_args": ...}. Of ModelParallelStrategy's
+            two sizes only tensor_parallel_size is read; the other one follows from `gpus`.
         batch_size: rows of a step over all GPUs.
+        accumulate, precision, gpus, gpus_per_node: as in `ParallelPlan`.
 
     Raises:
-        RecipeError: the numbers do not divide; the text says which would.
+        RecipeError: if the numbers do not divide each other; it names numbers that do.
     """
     require(gpus >= 1, "--gpus", gpus, "a whole number >= 1")
     require(gpus_per_node >= 1, "--gpus-per-node", gpus_per_node, "a whole number >= 1")
@@ -90,7 +81,8 @@ def make_layout(
         lower = gpus // per_node * per_node
         fits = f"whole nodes of {per_node}: {lower} or {lower + per_node}"
         raise RecipeError(f"--gpus is {gpus}; allowed with --gpus-per-node {gpus_per_node}: {fits}")
-    kind, stage, tensor = _kind_of(strategy, gpus, per_node)
+    kind, stage = _kind_of(strategy, gpus)
+    tensor = tensor_parallel_size(strategy, per_node)
     check_tensor_parallel(shape, tensor)
     if gpus % tensor:
         raise RecipeError(f"--gpus is {gpus}; allowed: a multiple of tensor_parallel_size {tensor}")
@@ -107,10 +99,10 @@ def make_layout(
 
 
 def read_engine(path: Path) -> dict[str, Any]:
-    """DeepSpeed's configuration, a JSON file.
+    """Read DeepSpeed's configuration, a JSON file.
 
     Raises:
-        RecipeError: it cannot be read, or is no JSON object.
+        RecipeError: if it cannot be read or is no JSON object.
     """
     try:
         engine = json.loads(path.read_text())
@@ -121,15 +113,24 @@ def read_engine(path: Path) -> dict[str, Any]:
     return engine
 
 
-def _kind_of(strategy: Any, gpus: int, per_node: int) -> tuple[str, int, int]:
-    """Kind, stage of ZeRO, and tensor parallel size."""
-    name = strategy_name(strategy)
-    options: dict[str, Any] = (strategy.get("init_args") or {}) if isinstance(strategy, dict) else {}
-    if name == "ModelParallelStrategy":
-        size = options.get("tensor_parallel_size", "auto")
-        return "fsdp", 0, per_node if size == "auto" else int(size)
-    if name in ("fsdp", "FSDPStrategy"):
-        return "fsdp", 0, 1
+def strategy_options(strategy: Any) -> dict[str, Any]:
+    """Return the arguments that a configuration gives a strategy; {} for a name alone."""
+    return (strategy.get("init_args") or {}) if isinstance(strategy, dict) else {}
+
+
+def tensor_parallel_size(strategy: Any, per_node: int) -> int:
+    """Return how many of the `per_node` GPUs of a node share a layer; 1 for all but ModelParallelStrategy."""
+    if strategy_name(strategy) != "ModelParallelStrategy":
+        return 1
+    size = strategy_options(strategy).get("tensor_parallel_size", "auto")
+    return per_node if size == "auto" else int(size)
+
+
+def _kind_of(strategy: Any, gpus: int) -> tuple[str, int]:
+    """Return the kind and the stage of ZeRO."""
+    name, options = strategy_name(strategy), strategy_options(strategy)
+    if name in ("fsdp", "FSDPStrategy", "ModelParallelStrategy"):
+        return "fsdp", 0
     if name in _DEEPSPEED_STAGES or name == "DeepSpeedStrategy":
         stage = _DEEPSPEED_STAGES.get(name, options.get("stage", 2))
         engine = options.get("config")
@@ -137,8 +138,8 @@ def _kind_of(strategy: Any, gpus: int, per_node: int) -> tuple[str, int, int]:
             engine = read_engine(Path(engine))
         if isinstance(engine, dict):
             stage = engine.get("zero_optimization", {}).get("stage", 0)
-        return "zero", int(stage), 1
+        return "zero", int(stage)
     if name == "auto" or str(name).startswith("ddp") or name == "DDPStrategy":
-        return ("ddp" if gpus > 1 else "single"), 0, 1
+        return ("ddp" if gpus > 1 else "single"), 0
     known = "auto, ddp, fsdp, ModelParallelStrategy, deepspeed_stage_1 to 3, DeepSpeedStrategy"
     raise RecipeError(f"trainer.strategy is {name!r}; plan knows {known}")

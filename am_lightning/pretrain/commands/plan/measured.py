@@ -39,29 +39,17 @@ GPUS = {
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Training that was timed.
+    """Training that was timed."""
 
-    Attributes:
-        device: the GPU's name, as its driver reports it.
-        gpus: number of GPUs that trained together.
-        recipe: name of the model's recipe.
-        parameters: number of the model's parameters.
-        precision: Lightning's name of the precision.
-        compiled: True if the layers were compiled.
-        tflops: operations of the model on one GPU, in 1e12 per second (6 N + 12 L h s per token).
-        kind: "training run" or "training steps"; the latter have no data loader, no validation and no checkpoint.
-        date: ISO 8601, without the time of day.
-    """
-
-    device: str
-    gpus: int
-    recipe: str
-    parameters: int
-    precision: str
-    compiled: bool
-    tflops: float
-    kind: str
-    date: str
+    device: str  # the GPU's name, as its driver reports it
+    gpus: int  # number of GPUs that trained together
+    recipe: str  # name of the model's recipe
+    parameters: int  # number of the model's parameters
+    precision: str  # Lightning's name of the precision
+    compiled: bool  # True if the layers were compiled
+    tflops: float  # operations of the model on one GPU, in 1e12 per second (6 N + 12 L h s per token)
+    kind: str  # "training run" or "training steps"; the latter have no data loader, no validation and no checkpoint
+    date: str  # ISO 8601, without the time of day
 
     @property
     def description(self) -> str:
@@ -71,39 +59,27 @@ class Measured:
 
 
 def write_measured(found: list[Measured], path: Path) -> None:
-    """Write the file that `read_measured` reads; an empty list removes it."""
+    """Write the file that `nearest` reads; an empty list removes it."""
     if found:
         path.write_text(json.dumps([dataclasses.asdict(each) for each in found], indent=1) + "\n", encoding="utf-8")
     else:
         path.unlink(missing_ok=True)
 
 
-def read_measured(path: Path) -> list[Measured]:
-    """Return the measurements in a file; an empty list if there is no file.
-
-    Raises:
-        RecipeError: if `write_measured` did not write it.
-    """
-    try:
-        return [Measured(**each) for each in json.loads(path.read_text(encoding="utf-8"))]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, TypeError) as error:
-        raise RecipeError(f"{path}: not what python -m recipes.gpu.page writes ({error}); remove it") from error
-
-
-def nearest(found: list[Measured], gpu: str, parameters: int, precision: str, *, compiled: bool) -> Measured | None:
-    """Return the measurement of the nearest size on this GPU in this precision, or None.
+def nearest(gpu: str, parameters: int, precision: str, *, compiled: bool) -> Measured | None:
+    """Return the measurement of the nearest size on `gpu`, a key of `GPUS`, in this precision; None if there is none.
 
     A training run is preferred to training steps.
 
-    Args:
-        found: all measurements.
-        gpu: a key of `GPUS`.
-        parameters: number of the model's parameters.
-        precision: Lightning's name.
-        compiled: True if the layers are compiled.
+    Raises:
+        RecipeError: if the file is not of `write_measured`.
     """
+    try:
+        found = [Measured(**each) for each in json.loads(FILE.read_text(encoding="utf-8"))]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise RecipeError(f"{FILE}: not what python -m recipes.gpu.page writes ({error}); remove it") from error
     same = [m for m in found if (gpu_of(m.device), m.precision, m.compiled) == (gpu, precision, compiled)]
 
     def distance(m: Measured) -> tuple[float, bool, int]:

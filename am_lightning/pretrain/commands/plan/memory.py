@@ -1,7 +1,7 @@
 """Memory of one GPU during a step, by component, at the moments when it can be largest.
 
-Counted from what transformers' Llama and torch keep, in bytes; `tests/recipes/test_plan_reality.py` measures it. Not
-counted: the CUDA context, NCCL's buffers and fragmentation, for which `RESERVE` stands.
+It is counted from what transformers' Llama and torch keep; `tests/recipes/test_plan_reality.py` measures it. The CUDA
+context, NCCL's buffers and fragmentation are not counted, but estimated by `RESERVE`.
 """
 
 from __future__ import annotations
@@ -11,23 +11,17 @@ import dataclasses
 from am_lightning.pretrain.commands.plan.layout import ParallelPlan
 from am_lightning.pretrain.model.shape import LlamaShape, count_parameters
 
-GIB = 1 << 30
-RESERVE = 2 * GIB  # context, NCCL and fragmentation: a guess, stated where it is used
-_BUCKET = 4 << 20  # elements that the optimizer's foreach passes take at a time, with up to 8 float32 temporaries
+RESERVE = 2 << 30  # context, NCCL and fragmentation: a guess, which the plan states
+_BUCKET = 4 << 20  # elements in a chunk of the optimizer's foreach passes, which have up to 8 float32 temporaries
 _ZERO_BUCKET = 200_000_000  # elements; Lightning's reduce_bucket_size
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU.
+    """Bytes on one GPU."""
 
-    Attributes:
-        held: what is there all the time: weights, moments, buffers.
-        moments: moment of a step -> component -> bytes, beside what is held.
-    """
-
-    held: dict[str, int]
-    moments: dict[str, dict[str, int]]
+    held: dict[str, int]  # component -> bytes that are held all the time: weights, moments, buffers
+    moments: dict[str, dict[str, int]]  # moment of a step -> component -> further bytes
 
     def total(self, moment: str) -> int:
         return sum(self.held.values()) + sum(self.moments[moment].values())
@@ -46,10 +40,10 @@ def memory_of(
     scratch: int | None = None,
     zero_bucket: int = _ZERO_BUCKET,
 ) -> Memory:
-    """Memory of a step of training.
+    """Return the memory of a step of training.
 
     Args:
-        checkpointing: activation checkpointing is on.
+        checkpointing: True if activation checkpointing is on.
         scratch: bytes that the optimizer uses while it steps; None: what foreach uses on a GPU without Triton.
         zero_bucket: DeepSpeed's reduce_bucket_size, in elements.
     """
@@ -76,11 +70,11 @@ class _Counts:
         whole = layout.kind in ("single", "ddp") or (layout.kind == "zero" and not layout.stage)
         temporaries = 8 * 4 * min(_BUCKET, self.all if whole else self.all // layout.data)
         self.scratch = temporaries if scratch is None else scratch
-        layer = layer_activations(shape, layout)
-        kept = layer_input(shape, layout) if checkpointing else layer
-        self.activations = shape.num_layers * kept + head_activations(shape, layout)
+        tokens = layout.rows * shape.seq_len
+        layer, layer_input, head, loss = (tokens * size for size in _token_bytes(shape, layout))
+        self.activations = shape.num_layers * (layer_input if checkpointing else layer) + head
         self.recomputed = layer if checkpointing else 0
-        self.loss = loss_buffers(shape, layout)
+        self.loss = loss
 
     def moments(
         self, copies: tuple[dict[str, int], dict[str, int]], gradients: tuple[int, int, int]
@@ -99,57 +93,41 @@ class _Counts:
         }
 
 
-def layer_activations(shape: LlamaShape, layout: ParallelPlan) -> int:
-    """Bytes that a decoder layer keeps for its backward pass, on one GPU.
+def _token_bytes(shape: LlamaShape, layout: ParallelPlan) -> tuple[int, int, int, int]:
+    """Return the bytes that one GPU keeps for a token: of a decoder layer, of its input, of the head, and of the loss.
 
-    For a token, in elements (width h, keys k, MLP m), from transformers' LlamaDecoderLayer and fused attention:
+    A layer keeps, in elements (width h, keys k, MLP m), from transformers' LlamaDecoderLayer and fused attention:
     2 norms: input, normalized input, output: 6 h; attention: queries, output 2 h, keys and values 2 k, a float32 for
     each head; MLP: gate, its SiLU, up, their product: 4 m.
     With bfloat16 weights a norm keeps its input in float32. Under autocast (bf16-mixed, DDP) the residual stream is
     float32, and each product keeps a bfloat16 copy of its input.
-    With tensor parallel all is split but the gathered inputs of attention and MLP, 2 h (Korthikanti et al. 2022).
+    With tensor parallel all is split except the gathered inputs of attention and MLP, 2 h (Korthikanti et al. 2022).
+
+    The last norm and the head keep 3 h, of which the gathered input of the head is not split.
+
+    The loss has logits, their log-softmax and its gradient; at its peak three of them exist, in float32. Forward:
+    logits, the copy without the last position, log-softmax; backward: log-softmax, its gradient, and that of the
+    logits. With tensor parallel they are split over the vocabulary, and torch's loss_parallel has a fourth.
     """
-    h, k, m = shape.hidden_size, shape.key_value_size, shape.intermediate_size
+    h, k, m, t = shape.hidden_size, shape.key_value_size, shape.intermediate_size, layout.tensor
     statistics = 4 * shape.num_heads
+    head_split, head_gathered = (8 * h, 4 * h) if layout.compute_bytes == 4 else (6 * h, 2 * h)
     if layout.compute_bytes == 4:
         split, gathered = 4 * (4 * h + 2 * h + 2 * k + 4 * m), 4 * 2 * h
     elif _autocast(layout):
         split, gathered = 16 * h + 4 * h + 4 * k + 8 * m, 10 * h  # gathered: five copies of 2 bytes
     else:
         split, gathered = 12 * h + 4 * h + 4 * k + 8 * m, 4 * h
-    return _tokens(shape, layout) * ((split + statistics) // layout.tensor + gathered)
-
-
-def layer_input(shape: LlamaShape, layout: ParallelPlan) -> int:
-    """Bytes of a layer's input, which is all that activation checkpointing keeps of it."""
-    width = 4 if _autocast(layout) else layout.compute_bytes
-    return _tokens(shape, layout) * shape.hidden_size * width // layout.tensor
-
-
-def head_activations(shape: LlamaShape, layout: ParallelPlan) -> int:
-    """Bytes that the last norm and the head keep: 3 h, of which the gathered input of the head is not split."""
-    h = shape.hidden_size
-    split, gathered = (8 * h, 4 * h) if layout.compute_bytes == 4 else (6 * h, 2 * h)
-    return _tokens(shape, layout) * (split // layout.tensor + gathered)
-
-
-def loss_buffers(shape: LlamaShape, layout: ParallelPlan) -> int:
-    """Bytes of logits, their log-softmax and its gradient, where they are largest: three times float32.
-
-    They are never all there: forward: logits, the copy without the last position, log-softmax; backward: log-softmax,
-    the gradient of it, and of the logits. With tensor parallel they are split over the vocabulary, and torch's
-    loss_parallel has a fourth.
-    """
-    times = 3 if layout.tensor == 1 else 4
-    return _tokens(shape, layout) * shape.vocab_size * 4 * times // layout.tensor
-
-
-def _tokens(shape: LlamaShape, layout: ParallelPlan) -> int:
-    return layout.rows * shape.seq_len
+    return (
+        (split + statistics) // t + gathered,
+        h * (4 if _autocast(layout) else layout.compute_bytes) // t,
+        head_split // t + head_gathered,
+        shape.vocab_size * 4 * (3 if t == 1 else 4) // t,
+    )
 
 
 def _autocast(layout: ParallelPlan) -> bool:
-    """torch.autocast casts: FSDP2 and DeepSpeed give bfloat16 weights, so that there is nothing to cast."""
+    """Return whether torch.autocast casts. Under FSDP2 and DeepSpeed the weights are bfloat16 already."""
     return layout.precision.endswith("mixed") and layout.kind in ("single", "ddp")
 
 

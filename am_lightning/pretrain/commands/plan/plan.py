@@ -7,9 +7,8 @@ import dataclasses
 import math
 from typing import Any
 
-from am_lightning.pretrain.commands.plan import measured
 from am_lightning.pretrain.commands.plan.layout import ParallelPlan, make_layout
-from am_lightning.pretrain.commands.plan.measured import ASSUMED_MFU, GPUS, Measured
+from am_lightning.pretrain.commands.plan.measured import ASSUMED_MFU, GPUS, Measured, nearest
 from am_lightning.pretrain.commands.plan.memory import RESERVE, Memory, memory_of
 from am_lightning.pretrain.commands.plan.traffic import Traffic, traffic_of
 from am_lightning.pretrain.model.shape import LlamaShape, count_parameters, count_tensors, flops_per_token
@@ -19,20 +18,13 @@ from am_lightning.pretrain.runtime.run_config import RunConfig
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """Time of a run.
+    """Time of a run."""
 
-    Attributes:
-        tokens_per_step, tokens_per_second: of all GPUs together.
-        step_seconds: computation of a step at the plan's MFU.
-        communication_seconds: time to send a step's bytes if no computation hides it.
-        days: the whole run, without validations.
-    """
-
-    tokens_per_step: int
-    tokens_per_second: float
-    step_seconds: float
-    communication_seconds: float
-    days: float
+    tokens_per_step: int  # of all GPUs together
+    tokens_per_second: float  # of all GPUs together
+    step_seconds: float  # computation of a step at the plan's MFU
+    communication_seconds: float  # time to send a step's bytes if no computation hides it
+    days: float  # the whole run, without validations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +95,7 @@ def make_plan(settings: RunConfig, args: argparse.Namespace) -> Plan:
     parameters, peak, gpu_memory = count_parameters(shape), args.peak_tflops, args.memory_gb
     shown = None
     if args.mfu is None and peak is None:  # with another peak it is another GPU
-        timed = measured.read_measured(measured.FILE)
-        shown = measured.nearest(timed, args.gpu, parameters, layout.precision, compiled=bool(model["compile"]))
+        shown = nearest(args.gpu, parameters, layout.precision, compiled=bool(model["compile"]))
     if peak is None:
         known = f"{', '.join(GPUS)}. For another give --peak-tflops and --memory-gb"
         if args.gpu not in GPUS:
@@ -114,6 +105,8 @@ def make_plan(settings: RunConfig, args: argparse.Namespace) -> Plan:
         if args.gpu not in GPUS:
             raise RecipeError(f"--gpu is {args.gpu!r}, whose memory is not known: give --memory-gb")
         gpu_memory = GPUS[args.gpu].memory_gb
+    # Weights and two moments as they are stored; DeepSpeed stores its 16-bit weights and float32 ones.
+    zero = 12 + (2 if layout.compute_bytes == 2 else 0)
     mfu = args.mfu or (ASSUMED_MFU if shown is None else shown.tflops / peak)
     return Plan(
         parameters=parameters,
@@ -128,7 +121,7 @@ def make_plan(settings: RunConfig, args: argparse.Namespace) -> Plan:
         measured=shown,
         tokenizer=settings.data.tokenizer,
         steps=settings.steps,
-        checkpoint_bytes=_checkpoint_bytes(parameters, layout),
+        checkpoint_bytes=(zero if layout.kind == "zero" else 3 * layout.weight_bytes) * parameters,
     )
 
 
@@ -143,10 +136,3 @@ def _speed(
     sending = sum(traffic.data.values()) / (between * 1e9) + sum(traffic.tensor.values()) / (within * 1e9)
     step = tokens / per_second
     return Speed(tokens, per_second, step, sending, steps * step / 86400)
-
-
-def _checkpoint_bytes(parameters: int, layout: ParallelPlan) -> int:
-    """Weights and two moments as they are stored; DeepSpeed adds its 16-bit weights to the float32 ones."""
-    if layout.kind == "zero":
-        return parameters * (12 + (2 if layout.compute_bytes == 2 else 0))
-    return 3 * layout.weight_bytes * parameters

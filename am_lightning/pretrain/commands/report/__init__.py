@@ -1,1 +1,1 @@
-"""What a person looks at after a run: figures in words, pictures."""
+"""Figures and pictures of finished and running runs."""

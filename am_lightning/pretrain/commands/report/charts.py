@@ -1,4 +1,4 @@
-"""The report's charts as plain data: which curves stand in which chart, thinned to what a screen can show."""
+"""The report's charts as plain data: the curves of each chart, thinned to what a screen can show."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ _POINTS = 500  # of a curve; more than a screen has columns for one chart
 
 
 def charts(runs: Sequence[RunData]) -> list[dict[str, Any]]:
-    """The charts that have something to show, in the order of the page.
+    """Return the charts that have something to show, in the order of the page.
 
     A series' `style` is "mean" (a running mean), "raw" (as logged, pale), "dots" (validations), "line", or "band"
-    (from `values` up to `upper`).
+    (from `values` to `upper`).
     """
     start = loss_after_start(runs) if len(runs) > 1 else None
+    caps = _caps(runs)
+    beta = "beta_t" + (f", cap {' and '.join(f'{cap:g}' for cap in caps)}" if caps else "")
     ratios = {"top": None if start is None else math.exp(min(start, 700)), "floor": None, "log": True}
     made = [
         _chart("loss", "Loss", "nats per token", _losses(runs, 0), top=start, floor=None),
         _chart("perplexity", "Perplexity", "e to the loss, logarithmic axis", _losses(runs, 1), **ratios),
-        _chart("beta", "Momentum, mean over all tensors", _unit_of_beta(runs), _momentum(runs), reach=_cap(runs)),
+        _chart("beta", "Momentum, mean over all tensors", beta, _momentum(runs), reach=max(caps, default=None)),
         _chart("at_max", "Tensors at the cap", "share of tensors and steps", _each(runs, "at_max", mean=True)),
         _chart("at_zero", "Tensors without momentum", "share with beta_t = 0", _each(runs, "at_zero", mean=True)),
         _chart("grad_norm", "Gradient norm", "before clipping", _each(runs, "grad_norm", mean=True)),
@@ -40,10 +42,9 @@ def charts(runs: Sequence[RunData]) -> list[dict[str, Any]]:
 
 
 def heatmaps(runs: Sequence[RunData]) -> list[dict[str, Any]]:
-    """Momentum of layers x steps for every run that has it; `top` is where the colours end, the same for all."""
+    """Return the momentum of layers x steps of every run that has it. The colours of all end at the same `top`."""
     found = [(number, heatmap(run.momentum)) for number, run in enumerate(runs) if run.momentum]
-    top = max((float(np.nanmax(matrix.values)) for _, matrix in found), default=1.0)
-    top = max(top, _cap(runs) or 0.0)
+    top = max([*(float(np.nanmax(matrix.values)) for _, matrix in found), *_caps(runs)], default=1.0)
     return [
         {
             "run": number,
@@ -60,22 +61,22 @@ def heatmaps(runs: Sequence[RunData]) -> list[dict[str, Any]]:
 
 def _by(run: RunData, width: int) -> str:
     if run.layers_picture is not None:
-        return "mean and lowest of each layer: its own picture, for it has no curves of layers"
+        return "mean and lowest of each layer: its own picture, because it has no curves of layers"
     what = "the lowest beta_t of a layer's tensors" if run.has_lowest else "the mean over a layer's tensors"
     what += "" if run.has_layers else ", by layer group: this run has no curves of layers"
     return what if width == 1 else f"{what}; {width} logged points in a column"
 
 
 def _chart(name: str, title: str, unit: str, series: list[dict[str, Any]], **limits: float | None) -> dict[str, Any]:
-    """Its vertical axis is `log` or not, begins at `floor`, holds at least `reach`, and is cut at `top`."""
+    """Return a chart. Its vertical axis is `log` or not, starts at `floor`, includes `reach`, and is cut at `top`."""
     usual = {"top": None, "floor": 0.0, "log": False, "reach": None}
-    if name != "loss" and any(line["style"] == "mean" for line in series):  # the losses' legend says it
+    if name != "loss" and any(line["style"] == "mean" for line in series):  # the legend of the losses has it
         unit += ", running mean"
     return {"id": name, "title": title, "unit": unit, "series": series, **usual, **limits}
 
 
 def _losses(runs: Sequence[RunData], exponent: int) -> list[dict[str, Any]]:
-    """Training and validation losses, or (`exponent` 1) their exponentials."""
+    """Return training and validation losses, or their exponentials if `exponent` is 1."""
     series = []
     for number, run in enumerate(runs):
         if train := run.train_loss:
@@ -90,27 +91,21 @@ def _losses(runs: Sequence[RunData], exponent: int) -> list[dict[str, Any]]:
 
 
 def _momentum(runs: Sequence[RunData]) -> list[dict[str, Any]]:
-    """The mean, and behind it the band from the lowest to the highest of any tensor in any step."""
+    """Return the mean, and behind it the band from the lowest to the highest of any tensor in any step."""
     series = []
     for number, run in enumerate(runs):
         if run.beta_ends is not None and run.beta_mean is not None:
             low, high = band(*run.beta_ends, _POINTS)
-            own = _series(number, "lowest to highest", "band", low)
-            series.append(own | {"upper": _numbers(high.values, 5)})
+            series.append(_series(number, "lowest to highest", "band", low) | {"upper": _numbers(high.values, 5)})
     return series + _each(runs, "beta_mean", mean=True)
 
 
-def _unit_of_beta(runs: Sequence[RunData]) -> str:
-    caps = sorted({_rounded(run.cap, 4) for run in runs if run.cap is not None})
-    return "beta_t" + (f", cap {' and '.join(f'{cap:g}' for cap in caps)}" if caps else "")
-
-
-def _cap(runs: Sequence[RunData]) -> float | None:
-    return max((_rounded(run.cap, 4) for run in runs if run.cap is not None), default=None)
+def _caps(runs: Sequence[RunData]) -> list[float]:
+    return sorted({_rounded(run.cap, 4) for run in runs if run.cap is not None})
 
 
 def _each(runs: Sequence[RunData], name: str, *, mean: bool = False) -> list[dict[str, Any]]:
-    """One curve of every run that has it; `mean` draws a running mean, and all points behind it if runs are few."""
+    """Return one curve of every run that has it. `mean` adds a running mean, and drops the points of many runs."""
     found = [(number, curve) for number, run in enumerate(runs) if (curve := getattr(run, name))]
     if not mean:
         return [_series(number, "", "line", curve) for number, curve in found]
@@ -120,18 +115,12 @@ def _each(runs: Sequence[RunData], name: str, *, mean: bool = False) -> list[dic
 
 def _series(run: int, label: str, style: str, curve: Curve, exponent: int = 0) -> dict[str, Any]:
     short = extremes(curve, 2 * _POINTS) if style == "raw" else thin(curve, _POINTS)
-    values = np.exp(np.minimum(short.values, 700)) if exponent else short.values
-    return {
-        "run": run,
-        "label": label,
-        "style": style,
-        "steps": short.steps.tolist(),
-        "values": _numbers(values, 5),
-    }
+    values = _numbers(np.exp(np.minimum(short.values, 700)) if exponent else short.values, 5)
+    return {"run": run, "label": label, "style": style, "steps": short.steps.tolist(), "values": values}
 
 
 def _numbers(values: Iterable[float], digits: int) -> list[float | None]:
-    """JSON has no nan and no inf: null, where the line is interrupted."""
+    """Replace nan and inf, which JSON does not have, by null, which interrupts the line."""
     return [_rounded(float(value), digits) if math.isfinite(value) else None for value in values]
 
 

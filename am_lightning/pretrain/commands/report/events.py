@@ -19,27 +19,27 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Curve:
-    """A scalar's history: steps (n,) rising, values (n,)."""
+    """History of a scalar: increasing steps (n,), values (n,)."""
 
     steps: NDArray[np.int64]
     values: Floats
 
     @property
     def last(self) -> float:
-        """The newest value."""
+        """Newest value."""
         return float(self.values[-1])
 
     @property
     def median(self) -> float:
-        """The middle value: what a pause does not move."""
+        """Median, which a pause of the run does not change."""
         return float(np.median(self.values))
 
 
 def read_curves(log_dir: Path) -> dict[str, Curve]:
-    """All scalars in a folder's event files by tag; see ``read_files``.
+    """Return all scalars in a folder's event files by tag; see ``read_files``.
 
     Raises:
-        RecipeError: there is no event file.
+        RecipeError: if there is no event file.
     """
     files = sorted(log_dir.glob(PATTERN))
     if not files:
@@ -48,19 +48,18 @@ def read_curves(log_dir: Path) -> dict[str, Curve]:
 
 
 def read_files(files: Iterable[Path], *, first_step: int = 0) -> dict[str, Curve]:
-    """All scalars of one run by tag.
+    """Return all scalars of one run by tag; a point at n is after n steps.
 
-    A resumed run has a file for each of its lives. A later file takes back what the earlier ones logged at and after
-    its own first step (of its longest curve), so that every step is there once and the later life counts.
+    A resumed run has one file for each start. A later file replaces what the earlier ones logged from its own first
+    step on (of its longest curve), so that every step occurs once.
 
     Args:
-        files: event files; the time of a file's first event orders them. Names hold whole seconds, and the number that
-            ends them counts on from 9 to 10.
-        first_step: what the writer calls its first step. Lightning counts from 0; here a point at n is after n steps.
+        files: event files, in any order.
+        first_step: number that the writer gives its first step; 0 for Lightning.
     """
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every resume
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it reports every resume
     points: dict[str, dict[int, float]] = {}
-    for events in sorted(map(_loaded, files), key=_opened):
+    for events in _loaded(files):
         newer = {tag: {e.step: float(e.value) for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
         if not newer:
             continue
@@ -74,24 +73,26 @@ def read_files(files: Iterable[Path], *, first_step: int = 0) -> dict[str, Curve
 
 
 def last_picture(files: Iterable[Path], tag: str) -> bytes | None:
-    """The newest PNG under ``tag``, or under it with words before it; None where there is none."""
-    for events in sorted(map(_loaded, files), key=_opened, reverse=True):
+    """Return the newest PNG under ``tag``, which may have a prefix; None if there is no such picture."""
+    for events in reversed(_loaded(files)):
         for own in events.Tags()["images"]:
             if own == tag or own.endswith(f"/{tag}"):
                 return bytes(events.Images(own)[-1].encoded_image_string)
     return None
 
 
-def _loaded(file: Path) -> EventAccumulator:
-    events = EventAccumulator(str(file), size_guidance={"scalars": 0, "histograms": 1, "tensors": 1, "images": 1})
-    return events.Reload()
+def _loaded(files: Iterable[Path]) -> list[EventAccumulator]:
+    """Return the files in the order of their first events. A name holds whole seconds, and a number from 9 to 10."""
+    limits = {"scalars": 0, "histograms": 1, "tensors": 1, "images": 1}
+    found = [EventAccumulator(str(file), size_guidance=limits).Reload() for file in files]
 
+    def opened(events: EventAccumulator) -> tuple[float, str]:
+        try:
+            return events.FirstEventTimestamp(), events.path
+        except ValueError:  # nothing has been written yet
+            return 0.0, events.path
 
-def _opened(events: EventAccumulator) -> tuple[float, str]:
-    try:
-        return events.FirstEventTimestamp(), events.path
-    except ValueError:  # nothing has been written yet
-        return 0.0, events.path
+    return sorted(found, key=opened)
 
 
 def _curve(points: dict[int, float], shift: int) -> Curve:

@@ -1,4 +1,4 @@
-"""Pictures with matplotlib: `summary.png` and `compare.png` of a run's folder, and the report's PNG."""
+"""Pictures with matplotlib: `summary.png` and `compare.png` of a run, and the report's PNG."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -18,9 +17,19 @@ from am_lightning.pretrain.commands.report.runs import RunData
 from am_lightning.pretrain.commands.report.series import band, heatmap, smooth
 from am_lightning.pretrain.runtime.atomic_files import replacing
 
-# After Okabe and Ito, darker where they are too pale on white: told apart with any colour vision.
+# Okabe and Ito's colours, which any colour vision can distinguish; those too pale on white are darker.
 COLOURS = ("#0072B2", "#C44E00", "#00805B", "#B0538D", "#8A6500", "#4D4D4D", "#2F93C9", "#7A5CC0")
-COLOUR_MAP = "magma"  # as in the picture that loggers get: 0 is black, the cap cream
+COLOUR_MAP = "magma"  # as in the picture of the loggers: 0 is black, the cap cream
+# Title, attribute of RunData, and whether a running mean is drawn over the points.
+_PANELS = (
+    (r"momentum $\beta_t$ of all tensors, and lowest to highest", "beta_mean", True),
+    ("share of tensors at the cap of beta_t", "at_max", True),
+    ("share of tensors with beta_t = 0", "at_zero", True),
+    ("gradient norm, before clipping", "grad_norm", True),
+    ("tokens per second, all processes", "tokens_per_second", False),
+    ("steps skipped so far", "skipped", False),
+    ("learning rate", "learning_rate", False),
+)
 _DASHES = ("-", "--", ":")
 _DOTS: dict[str, Any] = {"marker": "o", "markersize": 5, "linewidth": 1.6}
 _BAND_POINTS = 500
@@ -29,58 +38,50 @@ _CURE = "Free some space and run `am-lightning report` on the run's folder."
 
 
 def look(number: int) -> tuple[str, str]:
-    """Colour and dashes of the run with this number: the dashes change when the colours are used up."""
+    """Return colour and dashes of the run with this number. The dashes change when all colours are used."""
     return COLOURS[number % len(COLOURS)], _DASHES[number // len(COLOURS) % len(_DASHES)]
 
 
-def draw(path: Path, runs: Sequence[RunData], *, heatmap_of: int | None = 0) -> None:
-    """Draw the runs' losses in one picture, and below it the momentum of run number `heatmap_of` (if it has any).
+def save(figure: Figure, path: Path, dpi: int = 150) -> None:
+    """Write a figure as a PNG.
 
     Raises:
-        RecipeError: the picture cannot be written.
+        RecipeError: if it cannot be written.
     """
-    layers = heatmap_of is not None and bool(runs[heatmap_of].momentum)
-    figure = _figure(9, 7.5 if layers else 4.5)
+    with replacing(path, _CURE) as file:
+        figure.savefig(file, format="png", dpi=dpi)
+
+
+def draw(path: Path, runs: Sequence[RunData]) -> None:
+    """Draw the runs' losses in one picture, and below them the momentum of the first run if it has any.
+
+    Raises:
+        RecipeError: if the picture cannot be written.
+    """
+    layers = bool(runs[0].momentum)
+    figure = Figure((9, 7.5 if layers else 4.5), layout="constrained", facecolor="white")
     rows = figure.subplots(2 if layers else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 2] if layers else [1])
-    draw_losses(rows[0, 0], runs)
-    if layers and heatmap_of is not None:
-        draw_heatmap(figure, rows[1, 0], runs[heatmap_of], named=len(runs) > 1)
+    _draw_losses(rows[0, 0], runs)
+    if layers:
+        _draw_heatmap(figure, rows[1, 0], runs[0], named=len(runs) > 1)
     _step_axis(rows[-1, 0])
-    _save(figure, path)
-
-
-def draw_report(path: Path, runs: Sequence[RunData]) -> None:
-    """Draw what the HTML report shows.
-
-    Raises:
-        RecipeError: the picture cannot be written.
-    """
-    _save(report_figure(runs), path, dpi=110)
+    save(figure, path)
 
 
 def report_figure(runs: Sequence[RunData]) -> Figure:
-    """Losses, momentum by layer of every run that has it, and whatever else was logged."""
-    panels = [
-        (r"momentum $\beta_t$ of all tensors, and lowest to highest", "beta_mean", True),
-        ("share of tensors at the cap of beta_t", "at_max", True),
-        ("share of tensors with beta_t = 0", "at_zero", True),
-        ("gradient norm, before clipping", "grad_norm", True),
-        ("tokens per second, all processes", "tokens_per_second", False),
-        ("steps skipped so far", "skipped", False),
-        ("learning rate", "learning_rate", False),
-    ]
-    panels = [panel for panel in panels if any(getattr(run, panel[1]) for run in runs)]
+    """Return the picture of a report: losses, momentum by layer of every run that has it, and other curves."""
+    panels = [panel for panel in _PANELS if any(getattr(run, panel[1]) for run in runs)]
     with_momentum = [run for run in runs if run.momentum]
     pairs = -(-len(panels) // 2)
     heights = [4.2, *(0.9 + 0.16 * len(run.momentum) for run in with_momentum), *(2.2 for _ in range(pairs))]
-    figure = _figure(11, sum(heights))
+    figure = Figure((11, sum(heights)), layout="constrained", facecolor="white")
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
     losses = figure.add_subplot(grid[0, :])
-    draw_losses(losses, runs)
+    _draw_losses(losses, runs)
     _step_axis(losses)
     for row, run in enumerate(with_momentum, start=1):
         axes = figure.add_subplot(grid[row, :], sharex=losses)
-        draw_heatmap(figure, axes, run, named=len(runs) > 1)
+        _draw_heatmap(figure, axes, run, named=len(runs) > 1)
     for number, (title, name, smoothed) in enumerate(panels):
         axes = figure.add_subplot(grid[1 + len(with_momentum) + number // 2, number % 2], sharex=losses)
         _draw_panel(axes, title, [getattr(run, name) for run in runs], smoothed=smoothed)
@@ -89,8 +90,8 @@ def report_figure(runs: Sequence[RunData]) -> Figure:
     return figure
 
 
-def draw_losses(axes: Axes, runs: Sequence[RunData]) -> None:
-    """Training losses as running means, validation losses with dots."""
+def _draw_losses(axes: Axes, runs: Sequence[RunData]) -> None:
+    """Draw training losses as running means and validation losses with dots."""
     single = len(runs) == 1
     for number, run in enumerate(runs):
         colour, dashes = look(number)
@@ -112,13 +113,13 @@ def draw_losses(axes: Axes, runs: Sequence[RunData]) -> None:
 
 
 def loss_after_start(runs: Sequence[RunData]) -> float | None:
-    """The highest training loss (running mean) after 5 % of a run: what is above hides the difference of the runs."""
+    """Return the highest training loss (running mean) after 5 % of a run. Higher ones hide how the runs differ."""
     means = [smooth(run.train_loss).values for run in runs if run.train_loss]
     return max((float(values[len(values) // 20]) for values in means if len(values)), default=None)
 
 
-def draw_heatmap(figure: Figure, axes: Axes, run: RunData, *, named: bool) -> None:
-    """Momentum of layers x steps."""
+def _draw_heatmap(figure: Figure, axes: Axes, run: RunData, *, named: bool) -> None:
+    """Draw the momentum of layers x steps."""
     found = heatmap(run.momentum)
     places = np.arange(len(found.rows) + 1)
     limits: dict[str, Any] = {"vmin": 0.0, "vmax": run.cap}
@@ -151,7 +152,7 @@ def _draw_panel(axes: Axes, title: str, curves: Sequence[Curve | None], *, smoot
 
 
 def _draw_ends(axes: Axes, runs: Sequence[RunData]) -> None:
-    """From the lowest to the highest beta_t of any tensor in any step; the caps, which the axis reaches."""
+    """Draw the band from the lowest to the highest beta_t of any tensor in any step, and the caps."""
     for number, run in enumerate(runs):
         if run.beta_ends is not None:
             low, high = band(*run.beta_ends, _BAND_POINTS)
@@ -164,32 +165,20 @@ def _draw_ends(axes: Axes, runs: Sequence[RunData]) -> None:
 
 
 def _legend(runs: Sequence[RunData]) -> list[Line2D]:
+    several = len(runs) > 1
     handles = []
     for number, run in enumerate(runs):
-        colour, dashes = look(number if len(runs) > 1 else 1)
-        label = f"{run.name}: validation" if len(runs) > 1 else "validation"
+        colour, dashes = look(number if several else 1)
         if run.final_val_loss is not None:
-            label += f", {run.final_val_loss:.3f} at the end"
+            label = f"{run.name + ': ' if several else ''}validation, {run.final_val_loss:.3f} at the end"
             handles.append(Line2D([], [], color=colour, label=label, ls=dashes, **_DOTS))
         else:
             handles.append(Line2D([], [], color=look(number)[0], label=run.name or "training", ls=dashes))
-    if len(runs) > 1:
-        text = "without dots: training, running mean"
-        handles.append(Line2D([], [], color=_INK, alpha=0.6, label=text, linewidth=1.2))
+    if several:
+        mean = Line2D([], [], color=_INK, alpha=0.6, label="without dots: training, running mean", linewidth=1.2)
     else:
-        handles.append(Line2D([], [], color=COLOURS[0], label="training, running mean", linewidth=1.2))
-    return handles
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Figure, path: Path, dpi: int = 150) -> None:
-    with replacing(path, _CURE) as file:
-        figure.savefig(file, format="png", dpi=dpi)
+        mean = Line2D([], [], color=COLOURS[0], label="training, running mean", linewidth=1.2)
+    return [*handles, mean]
 
 
 def _step_axis(axes: Axes) -> None:
