@@ -169,7 +169,8 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
-    assert "Traceback" not in (words := process.stderr.read()) and "BrokenPipe" not in words
+    errors = process.stderr.read()
+    assert "Traceback" not in errors and "BrokenPipe" not in errors
     assert process.wait(timeout=60) == 1
 
 

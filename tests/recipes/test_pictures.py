@@ -1,4 +1,4 @@
-"""Event files read back, and the pictures drawn from them."""
+"""Event files, and the pictures drawn from them."""
 
 from __future__ import annotations
 

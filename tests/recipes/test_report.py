@@ -268,7 +268,7 @@ def test_the_programs_agree_in_one_report(tmp_path: Path, corpus_folder: Path) -
         curves = [values for (_, style), values in page.series(chart).items() if style in ("mean", "line")]
         assert [steps for steps, _ in curves] == [[1, 2, 3, 4, 5, 6]] * 3, chart
         assert [values for _, values in curves] == [pytest.approx(curves[0][1], rel=1e-3)] * 3, chart
-    assert "None, apart from the folders" in page.text
+    assert "No settings differ except the output folders" in page.text
 
 
 def test_a_folder_of_runs_stands_for_all_of_them(tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_a_folder_of_runs_stands_for_all_of_them(tmp_path: Path) -> None:
 
 
 def test_runs_of_one_folder_are_named_alike(tmp_path: Path) -> None:
-    """For Lightning runs the second one's name alone would be enough without the first one beside it."""
+    """Lightning's `version_1` is a unique name, but it gets the longer form because `version_0` beside it needs it."""
     for place in ("once/logs_of/version_0", "twice/logs_of/version_0", "twice/logs_of/version_1"):
         write_run(tmp_path / place, {"train/loss": {0: 1.0}})
     names = [run.name for run in find_runs([str(tmp_path / "once"), str(tmp_path / "twice")])]

@@ -1,4 +1,4 @@
-"""The momentum in reports: intervals' lowest and highest, runs that logged less, and the picture's axes."""
+"""The momentum in reports: lowest and highest of intervals, runs that logged less, and axes of the picture."""
 
 from __future__ import annotations
 

@@ -58,12 +58,12 @@ def _step(settings: RunConfig) -> str:
     check_tensor_parallel(settings.shape, tensor)
     shares = processes // tensor * settings.accumulate
     allowed = (
-        f"a multiple of {processes // tensor} (processes with rows of their own) x {settings.accumulate}"
+        f"a multiple of {processes // tensor} (processes with different rows) x {settings.accumulate}"
         " (trainer.accumulate_grad_batches)"
     )
     require(data.batch_size % shares == 0, "data.batch_size", data.batch_size, allowed)
     tokens = data.batch_size * settings.shape.seq_len
-    layout = f", {tensor} share a layer" if tensor > 1 else ""
+    layout = f", of which {tensor} share a layer" if tensor > 1 else ""
     return (
         f"{data.batch_size} rows of {settings.shape.seq_len} = {short(tokens)} tokens; {settings.steps} steps ="
         f" {short(tokens * settings.steps)} tokens; strategy {strategy_name(trainer['strategy'])},"
@@ -89,7 +89,7 @@ def _process_count(trainer: dict[str, Any]) -> tuple[int, str]:
     require(isinstance(nodes, int) and nodes >= 1, "trainer.num_nodes", nodes, "a whole number >= 1")
     if devices in ("auto", "-1", -1):
         here = torch.cuda.device_count() if trainer["accelerator"] != "cpu" else 0
-        return max(1, here) * nodes, f" (trainer.devices {devices} here)"
+        return max(1, here) * nodes, f" (trainer.devices {devices} on this machine)"
     count = len(devices) if isinstance(devices, list) else devices
     if isinstance(count, str) and count.isdigit():
         count = int(count)
@@ -123,7 +123,7 @@ def _data(settings: RunConfig) -> str:
     pipeline.fingerprint()  # looks at the documents if they are on this machine
     name = data.tokenizer
     if name == BYTES or bpe_size(name) is not None:
-        size = "known by name"
+        size = "known from its name"
     elif Path(name).expanduser().is_dir():
         tokenizer = pipeline.load_tokenizer()
         check_vocabulary(data.vocab_size, tokenizer.vocab_size, name)
@@ -131,7 +131,7 @@ def _data(settings: RunConfig) -> str:
     elif name.startswith(("/", ".", "~")):
         raise RecipeError(f"data.tokenizer is {name!r}: there is no such folder")
     else:
-        size = "on the Hugging Face hub, not looked at"
+        size = "on the Hugging Face hub, not looked up"
     missing = ""  # a note, not an error: existing shards need no library, and another machine may make them
     if data.source.startswith(HUB) and find_spec("datasets") is None:
         missing = f"; making its shards needs the datasets library, which is not installed here: {DATA_EXTRA}"
@@ -145,9 +145,8 @@ def _folders(settings: RunConfig) -> str:
         usable = nearest.is_dir() and os.access(nearest, os.W_OK)
         require(usable, key, str(folder), f"a folder that can be written ({nearest} cannot)")
     if settings.ckpt_path not in (None, "last", "best"):
-        require(
-            Path(str(settings.ckpt_path)).exists(), "ckpt_path", settings.ckpt_path, 'null, "last", or a checkpoint'
-        )
+        exists = Path(str(settings.ckpt_path)).exists()
+        require(exists, "ckpt_path", settings.ckpt_path, 'null, "last", or a checkpoint')
     engine = strategy_options(settings.config["trainer"]["strategy"]).get("config")
     if isinstance(engine, str):
         read_engine(Path(engine))

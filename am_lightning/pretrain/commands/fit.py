@@ -36,32 +36,32 @@ _USUAL = (
 )
 
 
-def main(words: Sequence[str]) -> int:
+def main(args: Sequence[str]) -> int:
     """Train, and return the exit status. With --gpus or --nodes this process becomes the launcher.
 
     Args:
-        words: the arguments after `fit`.
+        args: the arguments after `fit`.
 
     Raises:
         RecipeError: if there is no such recipe or setting, or the number of processes is impossible.
     """
-    if "-h" in words or "--help" in words:
-        if "all" not in words:
+    if "-h" in args or "--help" in args:
+        if "all" not in args:
             print(_short_help())
             return 0
-        words = [word for word in words if word != "all"]
+        args = [word for word in args if word != "all"]
     else:
-        options, rest = _parser().parse_known_args(list(words))
+        options, rest = _parser().parse_known_args(list(args))
         name, settings = _recipe_of(rest)
         check_names(rest)
         if options.gpus is not None or options.nodes is not None:
-            return _launch(options, name, settings, words)
+            return _launch(options, name, settings, args)
         if options.master_addr is not None or options.master_port is not None:
             raise RecipeError("--master-addr and --master-port are for several machines: give --nodes M")
     import_training()
     from am_lightning.pretrain.runtime.cli import PretrainCLI
 
-    PretrainCLI(["fit", *words])
+    PretrainCLI(["fit", *args])
     return 0
 
 
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _launch(options: argparse.Namespace, name: str, settings: list[str], words: Sequence[str]) -> int:
+def _launch(options: argparse.Namespace, name: str, settings: list[str], args: Sequence[str]) -> int:
     """Become launch/torchrun.sh, which chooses the interfaces, restarts processes, and configures torch and NCCL."""
     import torch
 
@@ -104,7 +104,7 @@ def _launch(options: argparse.Namespace, name: str, settings: list[str], words: 
     address = options.master_addr
     if nodes > 1 and address is None:
         address = os.environ.get("MASTER_ADDR") or socket.gethostname()
-        others = ["am-lightning", "fit", *words, "--master-addr", address]
+        others = ["am-lightning", "fit", *args, "--master-addr", address]
         print(f"On each of the other machines:\n  {shlex.join(others)}", flush=True)
     environment = {
         **os.environ,

@@ -38,7 +38,7 @@ class TrainedRun:
         end = self.tokenizer.eos_token_id
         config = llama_config(self.shape, bos_token_id=None, eos_token_id=end)
         model: Any = trained_llama(config, read_weights(self.checkpoint))
-        model.generation_config.pad_token_id = end  # of the embedding it would be a row without a gradient
+        model.generation_config.pad_token_id = end  # in the model's config it would freeze a row of the embedding
         trained: LlamaForCausalLM = model
         return trained
 

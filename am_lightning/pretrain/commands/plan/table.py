@@ -1,4 +1,4 @@
-"""A plan for people to read."""
+"""The table of a plan."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from am_lightning.pretrain.data.tokenizer import GATED_CURE, is_gated
 
 
 def print_plan(plan: Plan, args: argparse.Namespace) -> None:
-    """Print it."""
+    """Print a plan as text."""
     layout, speed = plan.layout, plan.speed
     tokens = plan.steps * speed.tokens_per_step
     count = _scaled(tokens, {"T": 1e12, "B": 1e9, "M": 1e6}) if tokens >= 1e6 else f"{tokens:,}"
@@ -20,13 +20,13 @@ def print_plan(plan: Plan, args: argparse.Namespace) -> None:
     print(
         f"step        {layout.data} x {layout.accumulate} micro-batches of {layout.rows} rows ="
         f" {speed.tokens_per_step:,} tokens; {plan.steps:,} steps = {count} tokens,"
-        f" {tokens / plan.parameters:.1f} for every parameter"
+        f" {tokens / plan.parameters:.1f} per parameter"
     )
     print()
     _print_memory(plan.memory)
     print()
     print("sent by a GPU in a step")
-    sent = {**plan.traffic.data, **plan.traffic.tensor, "all beta_t": plan.traffic.beta, "in all": plan.traffic.total}
+    sent = {**plan.traffic.data, **plan.traffic.tensor, "all beta_t": plan.traffic.beta, "total": plan.traffic.total}
     for name, size in sent.items():
         print(f"  {name:<38}{_bytes(size):>10}")
     print()
@@ -36,14 +36,14 @@ def print_plan(plan: Plan, args: argparse.Namespace) -> None:
         f" {duration_text(speed.days * 86400)} for the run, at {kind} MFU of {plan.mfu:.3g}"
     )
     if plan.mfu_is_assumed:
-        print("            no run of this shape on these GPUs has shown it: measure some steps, and give --mfu")
+        print("            no run of this shape was measured on these GPUs: measure some steps, and give --mfu")
     elif plan.measured:
         other = (plan.measured.parameters, plan.measured.gpus) != (plan.parameters, layout.gpus)
         hint = "; this is another size or number of GPUs: measure some steps, and give --mfu" if other else ""
         print(f"            measured on {plan.measured.description}{hint}")
     print(
-        f"            sending takes {duration_text(speed.communication_seconds)} of a step where nothing hides it"
-        f" ({args.node_bandwidth:g} GB/s within a node, {args.bandwidth:g} GB/s between)"
+        f"            sending takes {duration_text(speed.communication_seconds)} of a step if no computation hides it"
+        f" ({args.node_bandwidth:g} GB/s within a node, {args.bandwidth:g} GB/s between nodes)"
     )
     print(f"checkpoint  {_bytes(plan.checkpoint_bytes)}: weights and the two moments")
     print(f"fits        {_verdict(plan, args)}")
@@ -53,7 +53,7 @@ def print_plan(plan: Plan, args: argparse.Namespace) -> None:
 
 def _print_memory(memory: Memory) -> None:
     moments = list(memory.moments)
-    print(f"{'memory of a GPU, at the':<26}" + "".join(f"{name:>14}" for name in moments))
+    print(f"{'memory of a GPU, during':<26}" + "".join(f"{name:>14}" for name in moments))
     for name, size in memory.held.items():
         print(f"  {name:<24}" + f"{_bytes(size):>14}" * len(moments))
     names = dict.fromkeys(name for parts in memory.moments.values() for name in parts)
@@ -61,7 +61,7 @@ def _print_memory(memory: Memory) -> None:
         sizes = [memory.moments[moment].get(name, 0) for moment in moments]
         if any(sizes):
             print((f"  {name:<24}" + "".join(f"{_bytes(size) if size else '':>14}" for size in sizes)).rstrip())
-    print(f"  {'in all':<24}" + "".join(f"{_bytes(memory.total(moment)):>14}" for moment in moments))
+    print(f"  {'total':<24}" + "".join(f"{_bytes(memory.total(moment)):>14}" for moment in moments))
 
 
 def _layout_text(layout: ParallelPlan) -> str:
@@ -102,6 +102,6 @@ def _bytes(size: float) -> str:
 
 
 def _scaled(value: float, units: dict[str, float]) -> str:
-    """The value in the first unit, from the largest on, of which it is one or more; else in the last."""
+    """Return the value in the first unit, from the largest on, that it reaches, or else in the last one."""
     unit = next((unit for unit, size in units.items() if value >= size), list(units)[-1])
     return f"{value / units[unit]:.3g} {unit}"

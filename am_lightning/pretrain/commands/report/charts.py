@@ -13,7 +13,7 @@ from am_lightning.pretrain.commands.report.plot import loss_after_start
 from am_lightning.pretrain.commands.report.runs import RunData
 from am_lightning.pretrain.commands.report.series import band, extremes, heatmap, smooth, thin
 
-_POINTS = 500  # of a curve; more than a screen has columns for one chart
+_POINTS = 500  # in a curve, which is more than a chart has columns on a screen
 
 
 def charts(runs: Sequence[RunData]) -> list[dict[str, Any]]:
@@ -36,7 +36,7 @@ def charts(runs: Sequence[RunData]) -> list[dict[str, Any]]:
         _chart("tokens", "Throughput", "tokens per second, all processes", _each(runs, "tokens_per_second")),
         _chart("mfu", "Model FLOPs utilization", "share of the devices' peak", _each(runs, "mfu")),
         _chart("lr", "Learning rate", "first group", _each(runs, "learning_rate")),
-        _chart("skipped", "Skipped steps", "so far; a sum was not finite", _each(runs, "skipped")),
+        _chart("skipped", "Skipped steps", "so far, because a sum was not finite", _each(runs, "skipped")),
     ]
     return [chart for chart in made if chart["series"]]
 

@@ -26,12 +26,12 @@ _CURE = "Free some space, or give another place with --output."
 
 
 def write_page(path: Path, runs: Sequence[RunData], picture: Path) -> None:
-    """Write the report; it needs no other file and no network.
+    """Write the report, which needs no other file and no network.
 
     Args:
         path: the HTML file.
         runs: at least one.
-        picture: a PNG of the same, shown when scripts are switched off.
+        picture: a PNG that is shown if scripts are switched off.
 
     Raises:
         RecipeError: if the file cannot be written.
@@ -61,7 +61,7 @@ def write_page(path: Path, runs: Sequence[RunData], picture: Path) -> None:
 
 
 def facts(run: RunData) -> dict[str, str]:
-    """Return a row of the summary table: heading -> text, ABSENT for what the run does not tell."""
+    """Return a row of the summary table: heading -> text, or ABSENT."""
     planned = run.setting("trainer.max_steps")
     planned = planned if isinstance(planned, int) else 0
     validation = perplexity = ABSENT
@@ -93,4 +93,4 @@ def _optimizer(run: RunData) -> str:
         parts.append(f"{'cap' if name.startswith('AM') else 'beta1'} {betas[0]:g}, beta2 {betas[1]:g}")
     warmup = run.setting("model.warmup_fraction")
     parts.append(f"{warmup:.0%} warmup" if warmup else "no warmup")
-    return f"{name}{' made AMAdamW' if swapped else ''} ({', '.join(parts)})"
+    return f"{name}{', converted to AMAdamW' if swapped else ''} ({', '.join(parts)})"

@@ -3,7 +3,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const tip = document.getElementById("tip");
   const hidden = new Set();
-  const TOP = 8; // above a plot, RIGHT of it, and BELOW it for the steps
+  const TOP = 8; // margins of a plot; the steps are BELOW it
   const RIGHT = 20;
   const BELOW = 26;
   const lastStep = Math.max(1, ...data.charts.flatMap((c) => c.series.flatMap((s) => s.steps.slice(-1))));
@@ -18,7 +18,7 @@
   }
 
   function number(value, large = (v) => Math.round(v).toLocaleString("en")) {
-    if (value == null) return "–"; // or of a curve without points
+    if (value == null) return "–"; // also for a curve without points
     const size = Math.abs(value);
     if (size >= 10000) return large(value);
     return String(size && size < 0.001 ? Number(value.toPrecision(3)).toExponential() : Number(value.toPrecision(4)));
@@ -36,19 +36,19 @@
     return found;
   }
 
-  // Of perplexities, which are at least 1.
+  // Ticks for perplexities, which are at least 1.
   function logTicks(low, high) {
     const powers = Array.from({ length: Math.ceil(Math.log10(high)) }, (_, i) => 10 ** i);
     const found = powers.flatMap((power) => [1, 2, 3, 5, 7].map((m) => m * power)).filter((v) => v >= low && v <= high);
     if (found.length < 3) return ticks(low, high, 4);
-    const first = Number((low * 1.05).toPrecision(2)); // where the curve ends, if the first round number is far above it
+    const first = Number((low * 1.05).toPrecision(2)); // the end of the curve, if the first round number is far above it
     return Math.log(found[0] / first) > 0.1 * Math.log(high / low) ? [first, ...found] : found;
   }
 
-  // Index of the last step that is not after `step`; the first one before all.
+  // Index of the last step that is not after `step`, or 0.
   const at = (steps, step) => Math.max(0, steps.findLastIndex((s) => s <= step));
 
-  // A run that is alone has its validations in a colour of their own.
+  // A single run shows its validations in the second colour.
   const look = (s) => (data.runs.length === 1 && s.style === "dots" ? 1 : s.run);
 
   function showTip(x, y, title, rows) {
@@ -94,8 +94,8 @@
     };
     svg.addEventListener("pointermove", move);
     svg.addEventListener("pointerdown", move);
-    svg.addEventListener("pointerleave", (event) => event.pointerType === "touch" || leave()); // a tap's values stay
-    svg.addEventListener("blur", () => svg.querySelector(".cursor") && leave()); // not what a tap elsewhere has shown
+    svg.addEventListener("pointerleave", (event) => event.pointerType === "touch" || leave()); // the values of a tap stay
+    svg.addEventListener("blur", () => svg.querySelector(".cursor") && leave()); // but keep what a tap elsewhere has shown
     svg.addEventListener("keydown", (event) => {
       const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
       if (!by) return;
@@ -191,7 +191,7 @@
     document.querySelectorAll("#charts .plot").forEach((plot, i) => drawChart(plot, data.charts[i]));
     document.querySelectorAll("#heatmaps .chart").forEach((figure, i) => {
       figure.hidden = hidden.has(data.heatmaps[i].run);
-      const plot = figure.querySelector(".plot"); // none where the run brings its own picture
+      const plot = figure.querySelector(".plot"); // none if the run has its own picture
       if (plot && !figure.hidden) drawHeatmap(plot, data.heatmaps[i]);
     });
   }
@@ -204,7 +204,7 @@
   }));
   let width = window.innerWidth;
   window.addEventListener("resize", () => {
-    if (window.innerWidth === width) return; // a phone's address bar
+    if (window.innerWidth === width) return; // a phone hides its address bar
     width = window.innerWidth;
     redraw();
   });
