@@ -47,6 +47,20 @@ MUTATIONS = [
         ("tests/recipes/test_console.py::test_help_and_refusals_import_nothing_of_training",),
     ),
     Mutation(
+        "the short help of fit shows the defaults of the classes",
+        f"{_PACKAGE}/commands/fit.py",
+        r": +(.*?) +# \(.*?\) (.*)$",
+        r": +.*? +# \(.*?, (.*?)\) (.*)$",
+        ("tests/recipes/test_console.py::test_the_short_help_has_the_values_of_base_yaml",),
+    ),
+    Mutation(
+        "the summary of a run looks for event files of any logger",
+        f"{_PACKAGE}/commands/report/summary.py",
+        "if isinstance(each, TensorBoardLogger)), None)",
+        "if each.log_dir), None)",
+        ("tests/recipes/test_commands.py::test_fit_takes_a_name_and_needs_no_tensorboard",),
+    ),
+    Mutation(
         "the launchers of a copy do not take its recipe",
         "recipes/launch/common.sh",
         '        CONFIG="${copies[0]}"',
