@@ -17,7 +17,8 @@ ensure_venv "dev,recipes,data,studies,docs,accelerate,deepspeed"
 # litdata requires torchvision, which must match the installed build of torch and which token chunks do not need.
 if ! "$PYTHON" -c 'import litdata' >/dev/null 2>&1; then
     install=("$PYTHON" -m pip install --quiet --no-input --disable-pip-version-check)
-    "${install[@]}" boto3 obstore tifffile && "${install[@]}" --no-deps 'litdata>=0.2.76,<0.3' \
+    requirement="$(sed -n 's/^litdata = \["\(.*\)"\]$/\1/p' pyproject.toml)"
+    "${install[@]}" boto3 obstore tifffile && "${install[@]}" --no-deps "$requirement" \
         || echo "litdata cannot be installed: its tests are skipped" >&2
 fi
 
