@@ -284,7 +284,7 @@ MUTATIONS = [
         "the content of token files is not checked",
         _SHARDS,
         "if content and checksum(path) != shard.sha256:",
-        "if content and not _checksum(path):",
+        "if content and not checksum(path):",
         ("tests/recipes/test_shards.py::test_a_broken_file_is_named_with_the_cure",),
     ),
     # ------------------------------------------------------------------ schedule, losses, signals

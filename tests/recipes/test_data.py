@@ -1,4 +1,4 @@
-"""TextData under a plain Trainer."""
+"""Tests of TextData with a plain Trainer."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_folder_of_shards_is_a_source(tmp_path: Path, corpus_folder: Path) -> 
     assert copied.state_dict() == made.state_dict()
     assert not (tmp_path / "unused").exists()
     (moved / "val-00000-00.bin").unlink()
-    with pytest.raises(RecipeError, match=r"val-00000-00.bin is broken: it is gone.*copy it anew"):
+    with pytest.raises(RecipeError, match=r"val-00000-00.bin is broken: it is missing.*copy it again"):
         copied.prepare()
 
 
@@ -150,9 +150,11 @@ except RecipeError as error:
 """
 
 
-@pytest.mark.parametrize("mode", ["shards"])
+@pytest.mark.parametrize("mode", ["shards", "litdata"])
 def test_a_stopped_loader_process_ends_the_run(tmp_path: Path, mode: str) -> None:
     """It ends at the next batch. Its own end waits for its children, and SIGTERM does not end a stopped one."""
+    if mode == "litdata":
+        pytest.importorskip("litdata", reason="litdata is not installed")
     (tmp_path / "text.jsonl").write_text(
         "".join(json.dumps({"text": f"document {i} " * 9}) + "\n" for i in range(20_000))
     )

@@ -304,7 +304,7 @@ def test_samples_are_the_models_own(run_of: Callable[[str], Path], capsys: pytes
         ("export nowhere {new}", r"RUN is 'nowhere': there is no such file or folder"),
         ("export {run} {run}", r"DIR is '.*run', which exists already; allowed: a new folder, or an empty one"),
         ("export {run}/logs/config.yaml {new}", r"the checkpoint .*config.yaml is broken"),
-        ("export {run} {new} --tokenizer ./gone", r"data.tokenizer is './gone'; allowed: a folder that is there"),
+        ("export {run} {new} --tokenizer ./gone", r"data.tokenizer is './gone'; allowed: an existing folder"),
         ("export {moved} {new}", r".*run has no logs/config.yaml that names the tokenizer: give it with --tokenizer"),
         ("export {bpe} {new}", r"the tokenizer bpe-300 of .*bpe is gone, or gives other tokens now: .* --tokenizer"),
         ("sample {bpe} --prompt x", r"the tokenizer bpe-300 of .*bpe is gone"),

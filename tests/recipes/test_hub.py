@@ -75,7 +75,7 @@ for load in (lambda: load_pretrained("some/other"), lambda: load_hub("some/texts
 backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"memory": 0, "</s>": 1}, unk_token="</s>"))
 made = Path("hub/models--some--tokenizer/snapshots/0000000000000000000000000000000000000000")
 transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(made)
-made.joinpath("config.json").write_text('{"model_type": "t5"}')  # transformers asks for it, too
+made.joinpath("config.json").write_text('{"model_type": "t5"}')  # transformers looks for this file, too
 made.parents[1].joinpath("refs").mkdir()
 made.parents[1].joinpath("refs/main").write_text(made.name)
 print("vocabulary", load_pretrained("some/tokenizer").vocab_size)

@@ -169,7 +169,7 @@ def test_a_chunk_that_is_gone_is_named(copied: Path) -> None:
     (copied / "chunk-0-2.bin").unlink()
     with pytest.raises(RecipeError, match=r"cannot read the chunk chunk-0-2.bin of data.source .*copied"):
         list(data.train_loader(steps=10_000))
-    with pytest.raises(RecipeError, match=r"chunk-0-2.bin is broken: it is gone"):
+    with pytest.raises(RecipeError, match=r"chunk-0-2.bin is broken: it is missing"):
         opened(copied)
 
 
@@ -192,7 +192,7 @@ def test_what_does_not_fit_is_refused(made: Path, source: Path, tmp_path: Path) 
         next(iter(opened(made).train_loader(steps=9, first_step=3)))
     with pytest.raises(RecipeError, match=r"shorter than one step of data.batch_size 1000000 rows"):
         opened(made, batch_size=1_000_000).train_loader(steps=1)
-    with pytest.raises(RecipeError, match=r"data.mode is 'stream'; allowed: .*\"litdata\", which took the place"):
+    with pytest.raises(RecipeError, match=r"data.mode is 'stream'; allowed: \"shards\" or \"litdata\""):
         TextData(mode="stream")
     with pytest.raises(RecipeError, match=r"made is a folder of litdata chunks: set data.mode litdata"):
         TextData(str(made)).prepare()

@@ -44,7 +44,7 @@ def test_a_sample_does_not_depend_on_which_are_asked_for_with_it(rows: int, seed
 
 
 def test_the_order_of_a_small_data_set_is_numpys() -> None:
-    """Runs that were made with it must find their rows again."""
+    """Earlier runs must find their rows again."""
     expected = [*np.random.default_rng([5, 0]).permutation(7), *np.random.default_rng([5, 1]).permutation(7)]
     assert sample_rows(np.arange(14), 7, 5).tolist() == expected
 

@@ -1,4 +1,4 @@
-"""The program that makes shards before a run."""
+"""Tests of the program that makes shards before a run."""
 
 from __future__ import annotations
 

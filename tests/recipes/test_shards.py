@@ -1,4 +1,4 @@
-"""From documents to token shards, and every way in which that can fail."""
+"""Tests of writing documents as token shards, with every failure."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from am_lightning.pretrain.data import prepare, shards
-from am_lightning.pretrain.data.prepare import check_shards, is_complete, work_units, write_part, write_shards
+from am_lightning.pretrain.data import shards
+from am_lightning.pretrain.data.prepare import Job, check_shards, is_complete, work_units, write_part, write_shards
 from am_lightning.pretrain.data.processes import run_all
-from am_lightning.pretrain.data.shards import SIDES, Shard, ShardedTokens, open_shards, read_index
+from am_lightning.pretrain.data.shards import SIDES, Shard, ShardedTokens, TokenShards, read_index
 from am_lightning.pretrain.data.sources import find_source
 from am_lightning.pretrain.data.tokenizer import ByteTokenizer
 from am_lightning.pretrain.runtime.errors import RecipeError
@@ -45,7 +45,7 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write(source: Path, folder: Path, workers: int = 1) -> None:
-    write_shards(folder, find_source(str(source)), ByteTokenizer(), val_percent=5.0, shard_mb=1, workers=workers)
+    write_shards(Job(folder, find_source(str(source)), ByteTokenizer(), 5.0, 1 << 20), workers)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -56,7 +56,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_shards_hold_the_documents_in_order(source: Path, whole: Path) -> None:
-    opened = open_shards(whole)
+    opened = TokenShards(whole)
     documents = [d for chunk in find_source(str(source)).chunks(1 << 20) for d in chunk.documents()]
     for tokens, held_out in ((opened.train, False), (opened.val, True)):
         expected = [d.text for d in documents if d.is_validation(5.0) == held_out]
@@ -70,8 +70,8 @@ def test_the_shards_hold_the_documents_in_order(source: Path, whole: Path) -> No
 
 def test_a_part_with_too_many_tokens_makes_several_files(source: Path, tmp_path: Path, whole: Path) -> None:
     """A text can have more tokens than bytes; no file grows beyond the limit and one document."""
-    job = prepare.Job(tmp_path, ByteTokenizer(), 5.0, 1 << 18)
-    record = write_part(job, work_units(find_source(str(source)), 1)[0])
+    job = Job(tmp_path, find_source(str(source)), ByteTokenizer(), 5.0, 1 << 18)
+    record = write_part(job, work_units(job.source, 1 << 20)[0])
     assert len(record.train) == 4
     assert all(shard.tokens < (1 << 18) + 5000 for shard in record.train)
     tokens = ShardedTokens(tmp_path, record.train, "uint8")
@@ -101,7 +101,7 @@ def start_writer(source: Path, folder: Path, workers: int, *kill: str) -> subpro
     [
         ("fsync", "train-00002", 2),  # half of a shard is there
         ("replace", "val-00002", 2),  # one side of a part is there
-        ("replace", "00002.json", 2),  # both are there without a record
+        ("replace", "parts/.00002", 2),  # both are there without an index
         ("replace", "index.json", 5),  # all are there
     ],
 )
@@ -123,7 +123,7 @@ def test_a_killed_worker_is_an_error_and_costs_one_part(source: Path, whole: Pat
     process = start_writer(source, tmp_path, 2, "fsync", "train-00003")
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 1
-    assert b"tokenizing: one of 2 processes was killed (out of memory?). The same command goes on" in errors
+    assert b"tokenizing: one of 2 processes was killed (out of memory?). The same command resumes" in errors
     assert not is_complete(tmp_path)
     write(source, tmp_path)
     assert content(tmp_path) == content(whole)
@@ -186,7 +186,7 @@ def test_an_error_in_one_part_is_the_error(source: Path, tmp_path: Path) -> None
 def test_an_empty_split_is_refused(tmp_path: Path, percent: float, side: str) -> None:
     (tmp_path / "one.txt").write_text("text")
     with pytest.raises(RecipeError, match=rf"no document falls into the {side} split.*val_percent"):
-        write_shards(tmp_path / "out", find_source(str(tmp_path)), ByteTokenizer(), val_percent=percent)
+        write_shards(Job(tmp_path / "out", find_source(str(tmp_path)), ByteTokenizer(), percent))
     assert not (tmp_path / "out").exists()
 
 
@@ -211,14 +211,14 @@ def edit(path: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("name", "damage", "says"),
     [
-        ("train-00003-00.bin", lambda p: os.truncate(p, p.stat().st_size - 1), "bytes and the index says"),
+        ("train-00003-00.bin", lambda p: os.truncate(p, p.stat().st_size - 1), "bytes, its index gives"),
         ("train-00003-00.bin", flip, "checksum"),
         ("val-00001-00.bin", flip, "checksum"),
-        ("val-00001-00.bin", lambda p: p.unlink(), "is gone"),
+        ("val-00001-00.bin", lambda p: p.unlink(), "is missing"),
         ("index.json", lambda p: os.truncate(p, 0), "is broken"),
         ("index.json", lambda p: os.truncate(p, 200), "is broken"),
         ("index.json", lambda p: edit(p, version=99), "version 99, this program reads version 2"),
-        ("index.json", lambda p: edit(p, dtype="float32"), "make no sense"),
+        ("index.json", lambda p: edit(p, dtype="float32"), "are impossible"),
         ("index.json", lambda p: edit(p, surprise=1), "surprise"),
         ("index.json", lambda p: p.write_text(p.read_text().replace('"train-', '"../train-')), "no file in its folder"),
         ("index.json", lambda p: p.write_text(p.read_text().replace('"val-', '"/val-')), "no file in its folder"),
@@ -228,9 +228,10 @@ def edit(path: Path, **changes: object) -> None:
 def test_a_broken_file_is_named_with_the_cure(copied: Path, name: str, damage: object, says: str) -> None:
     damage(copied / name)  # type: ignore[operator]
     with pytest.raises(RecipeError, match=says) as caught:
-        check_shards(copied, content=True)
+        index = read_index(copied)
+        check_shards(copied, index.shards, index.dtype, content=True)
     assert str(copied / name) in str(caught.value)
-    assert f"Delete {name}; the next start makes it anew" in str(caught.value)
+    assert f"Delete {name}; the next start rebuilds it" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["train-00003-00.bin", "index.json"])
@@ -247,15 +248,17 @@ def test_the_cure_cures(source: Path, whole: Path, copied: Path, name: str) -> N
 def test_a_finished_part_that_was_damaged_is_made_again(source: Path, whole: Path, copied: Path) -> None:
     (copied / "index.json").unlink()
     flip(copied / "train-00001-00.bin")
-    edit(copied / "parts" / "00002.json", key="of other documents")
-    (copied / "parts" / "00003.json").write_text("{")
+    (other,) = (copied / "parts").glob("00002-*.json")
+    other = other.rename(other.with_name("00002-of-other-documents.json"))
+    next((copied / "parts").glob("00003-*.json")).write_text("{")
     write(source, copied)
+    other.unlink()
     assert content(copied) == content(whole)
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"there are no token shards in .*gone"):
-        open_shards(tmp_path / "gone")
+        TokenShards(tmp_path / "gone")
 
 
 @pytest.fixture
@@ -281,14 +284,14 @@ def test_a_full_disk_names_the_file_and_keeps_what_is_done(source: Path, whole: 
         write(source, small_disk)
     made = content(small_disk)
     assert made.items() <= content(whole).items()
-    if len(made) > 1:  # there is room again
+    if len(made) > 1:  # there is enough space now
         subprocess.run(["mount", "-o", "remount,size=30m", str(small_disk)], check=True)
         write(source, small_disk)
         assert content(small_disk) == content(whole)
 
 
 def test_the_files_are_mapped_when_needed_and_not_kept_open(whole: Path) -> None:
-    tokens = open_shards(whole).train
+    tokens = TokenShards(whole).train
     open_files = len(os.listdir("/proc/self/fd"))
     assert len(tokens[:]) == len(tokens)
     assert len(os.listdir("/proc/self/fd")) == open_files

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from am_lightning.pretrain.data.chunks import Document
-from am_lightning.pretrain.data.sources import FileSource, Source, find_source, group
+from am_lightning.pretrain.data.prepare import work_units
+from am_lightning.pretrain.data.sources import FileSource, Source, find_source
 from am_lightning.pretrain.runtime.errors import RecipeError
 from tests.examples import examples
 
@@ -142,8 +143,8 @@ def test_the_datasets_library_streams(tmp_path: Path, builder: str) -> None:
 def test_chunks_are_grouped_in_order(tmp_path: Path) -> None:
     for number, size in enumerate([30, 30, 50, 200, 10, 10]):
         (tmp_path / f"{number}.txt").write_text("x" * size)
-    parts = group(find_source(str(tmp_path)).chunks(100), 100)
-    assert [[chunk.size for chunk in part] for part in parts] == [[30, 30], [50], [200], [10, 10]]
+    units = work_units(find_source(str(tmp_path)), 100)
+    assert [[chunk.size for chunk in unit.chunks] for unit in units] == [[30, 30], [50], [200], [10, 10]]
 
 
 def test_a_fingerprint_follows_the_files_and_the_field(tmp_path: Path) -> None:
@@ -232,7 +233,7 @@ def test_what_does_not_exist_is_named(tmp_path: Path) -> None:
             find_source(str(empty))
     with pytest.raises(RecipeError, match=r"hf:json: the datasets library cannot load it .*data.source_options"):
         texts(find_source("hf:json", options={"data_files": str(tmp_path / "none.jsonl")}))
-    with pytest.raises(RecipeError, match=r"data.source_options is .*allowed: null, as data.source stdlib"):
+    with pytest.raises(RecipeError, match=r"data.source_options is .*allowed: null, because data.source stdlib"):
         find_source("stdlib", options={"name": "en"})
     with pytest.raises(RecipeError, match=r"data.source_options is .*no streaming"):
         find_source("hf:json", options={"streaming": False})

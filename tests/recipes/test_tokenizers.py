@@ -1,4 +1,4 @@
-"""From text to tokens and back."""
+"""Tests of tokenizers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from am_lightning.pretrain.data.tokenizer import (
     ByteTokenizer,
     FastTokenizer,
     check_vocabulary,
-    encode_all,
+    encode_document,
     load_bpe,
     load_pretrained,
     local_fingerprint,
@@ -54,20 +54,19 @@ def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(st.lists(st.text(max_size=40)))
 def test_bytes_are_bytes(texts: list[str]) -> None:
     data = [text.encode("utf-8", "replace") for text in texts]
-    encoded = ByteTokenizer().encode(data)
-    assert [bytes(tokens.tolist()) for tokens in encoded] == data
+    assert [bytes(ByteTokenizer().encode(text).tolist()) for text in data] == data
 
 
 @given(st.lists(st.text(max_size=40), max_size=5))
 def test_a_bpe_loses_nothing(bpe: FastTokenizer, texts: list[str]) -> None:
     data = [text.encode("utf-8", "replace") for text in texts]
-    encoded = bpe.encode(data)
+    encoded = [bpe.encode(text) for text in data]
     assert [bpe.backend.decode(tokens.tolist()).encode() for tokens in encoded] == data
     assert all(tokens.max(initial=0) < bpe.vocab_size for tokens in encoded)
 
 
 def test_a_bpe_merges_what_is_frequent(bpe: FastTokenizer) -> None:
-    assert len(bpe.encode([b" memory"])[0]) < 4
+    assert len(bpe.encode(b" memory")) < 4
     assert bpe.vocab_size <= 300
     assert bpe.end_of_text == 0
 
@@ -88,7 +87,7 @@ def test_a_text_cannot_end_itself(bpe: FastTokenizer, t5_folder: Path) -> None:
     """This holds in another process, too, although the setting is not pickled."""
     for loaded, end in ((bpe, b"<|endoftext|>"), (load_pretrained(str(t5_folder)), b"a</s>b")):
         for tokenizer in (loaded, pickle.loads(pickle.dumps(loaded))):
-            tokens = tokenizer.encode([end])[0]
+            tokens = tokenizer.encode(end)
             assert len(tokens) > 1
             assert tokenizer.end_of_text not in tokens
 
@@ -96,17 +95,17 @@ def test_a_text_cannot_end_itself(bpe: FastTokenizer, t5_folder: Path) -> None:
 def test_long_documents_are_encoded_in_pieces(bpe: FastTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LONG_TEXT", 16)
     text = b"a line of memory\nand more\n" * 5 + b"x" * 50
-    assert bpe.backend.decode(bpe.encode([text])[0].tolist()).encode() == text
+    assert bpe.backend.decode(bpe.encode(text).tolist()).encode() == text
 
 
 def test_a_folder_with_a_tokenizer(t5_folder: Path) -> None:
     tokenizer = load_pretrained(str(t5_folder))
     reference = PreTrainedTokenizerFast.from_pretrained(t5_folder)
     text = "the memory of many steps"
-    assert tokenizer.encode([text.encode()])[0].tolist() == reference.encode(text, add_special_tokens=False)
+    assert tokenizer.encode(text.encode()).tolist() == reference.encode(text, add_special_tokens=False)
     assert tokenizer.end_of_text == reference.eos_token_id == 1
-    assert tokenizer.vocab_size == len(reference)  # with the extra ids, which are not in the model's own vocabulary
-    assert len(tokenizer.encode([b"the memory " * 2000])[0]) >= 4000  # model_max_length cuts nothing
+    assert tokenizer.vocab_size == len(reference)  # including the extra ids, which the model does not have
+    assert len(tokenizer.encode(b"the memory " * 2000)) >= 4000  # model_max_length cuts nothing
 
 
 def test_what_a_tokenizer_cuts_or_pads_is_its_models_business(bpe: FastTokenizer, tmp_path: Path) -> None:
@@ -115,15 +114,14 @@ def test_what_a_tokenizer_cuts_or_pads_is_its_models_business(bpe: FastTokenizer
     backend.enable_padding(length=9, pad_id=7)
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>").save_pretrained(tmp_path)
     text = b"momentum is the memory of many steps"
-    assert load_pretrained(str(tmp_path)).encode([text, b"a"])[0].tolist() == bpe.encode([text])[0].tolist()
-    assert load_pretrained(str(tmp_path)).encode([b"a"])[0].tolist() == bpe.encode([b"a"])[0].tolist()
+    assert load_pretrained(str(tmp_path)).encode(text).tolist() == bpe.encode(text).tolist()
+    assert load_pretrained(str(tmp_path)).encode(b"a").tolist() == bpe.encode(b"a").tolist()
 
 
 def test_every_document_ends(bpe: FastTokenizer) -> None:
-    tagged = list(encode_all(bpe, enumerate(SENTENCES)))
-    assert [tag for tag, _ in tagged] == [0, 1, 2, 3]
-    assert all(tokens[-1] == 0 and tokens.dtype == np.uint16 for _, tokens in tagged)
-    assert tagged[3][1].tolist() == [0]
+    encoded = [encode_document(bpe, text) for text in SENTENCES]
+    assert all(tokens[-1] == 0 and tokens.dtype == np.uint16 for tokens in encoded)
+    assert encoded[3].tolist() == [0]
 
 
 def test_the_stored_type_is_the_smallest() -> None:
@@ -187,5 +185,5 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(RecipeError, match=r"data.tokenizer is .*endless'; allowed: one with an eos_token"):
         load_pretrained(str(tmp_path / "endless"))
     (tmp_path / "bpe.json").write_text("{")
-    with pytest.raises(RecipeError, match=r"the tokenizer .*bpe.json is broken or gone"):
+    with pytest.raises(RecipeError, match=r"the tokenizer .*bpe.json is missing or broken"):
         load_bpe("bpe-300", tmp_path / "bpe.json")

@@ -98,7 +98,7 @@ def test_the_cure_is_that_of_the_reason(tmp_path: Path, number: int, cure: str) 
 
 @pytest.mark.parametrize("name", ["./tok", "../tok", "/tok", "~/tok"])
 def test_a_tokenizer_that_is_a_missing_folder(name: str) -> None:
-    with pytest.raises(RecipeError, match=r"data.tokenizer is '.*tok'; allowed: a folder that is there"):
+    with pytest.raises(RecipeError, match=r"data.tokenizer is '.*tok'; allowed: an existing folder"):
         load_pretrained(name)
 
 

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from am_lightning.pretrain.data import prepare
-from am_lightning.pretrain.data.prepare import write_shards
+from am_lightning.pretrain.data.prepare import Job, write_shards
 from am_lightning.pretrain.data.sources import find_source
 from am_lightning.pretrain.data.tokenizer import ByteTokenizer
 from am_lightning.pretrain.runtime.errors import RecipeError
 
-PARTS = 5  # of make_source, with shard_mb 1
+PARTS = 5  # work units of make_source with shard_mb 1
 
 
 def make_source(path: Path) -> Path:
@@ -57,14 +57,12 @@ def die_before(call: str, part: str) -> None:
 def main() -> None:
     source, folder, workers = sys.argv[1:4]
     try:
-        write_shards(
-            Path(folder), find_source(source), ByteTokenizer(), val_percent=5.0, shard_mb=1, workers=int(workers)
-        )
+        write_shards(Job(Path(folder), find_source(source), ByteTokenizer(), 5.0, 1 << 20), int(workers))
     except RecipeError as error:
         sys.exit(str(error))
 
 
-# A worker imports this module again, by another name.
+# A worker imports this module again with another name.
 if len(sys.argv) == 6 and sys.argv[0].endswith("writer.py"):
     die_before(*sys.argv[4:])
 

@@ -1,1 +1,1 @@
-"""From documents to rows of tokens, in an order that a resumed run goes on with."""
+"""Turn documents into rows of tokens, in an order that a resumed run continues exactly."""

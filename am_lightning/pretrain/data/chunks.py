@@ -1,4 +1,4 @@
-"""Pieces of a data set: what can be read on its own, each giving its documents in a fixed order."""
+"""Chunks of a data set. Each can be read independently and yields its documents in a fixed order."""
 
 from __future__ import annotations
 
@@ -10,43 +10,32 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, cast
 
 from am_lightning.optional_imports import cause_of
-from am_lightning.pretrain.data.hub import from_the_cache_alone, no_answer, offline_text
+from am_lightning.pretrain.data.hub import hub_errors
 from am_lightning.pretrain.runtime.errors import RecipeError, first_line, needs_package
 
-_ROWS = 1024  # read at a time
+_ROWS = 1024  # rows read at a time
 DATA_EXTRA = "pip install 'am-lightning[data]', or '.[data]' in a checkout"
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text and what decides its side of the split.
+    """A text and the key that decides its side of the split.
 
     Attributes:
-        text: UTF-8 in general, never with a NUL; a file's bytes as they are.
-        key: the relative path where the document is a file, else the text itself.
+        text: the bytes of a file or the UTF-8 of a record, without NULs.
+        key: the relative path of a file, or the text of a record.
     """
 
     text: bytes
     key: bytes
 
     def is_validation(self, percent: float) -> bool:
-        """Whether the document is held out: a pure function of its key, `percent` % of all keys."""
+        """Return whether the document is held out, which its key decides. `percent` % of all keys are."""
         bucket = int(hashlib.md5(self.key, usedforsecurity=False).hexdigest()[:8], 16)
         return bucket % 10_000 < percent * 100
-
-
-class DataChunk(Protocol):
-    """A picklable description; `size` is the text's in bytes, about, or 0 where nobody knows."""
-
-    @property
-    def size(self) -> int: ...
-
-    def documents(self) -> Iterator[Document]:
-        """Raises: RecipeError: it cannot be read, or is not what its name says."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -59,19 +48,17 @@ class TextFile:
 
     def documents(self) -> Iterator[Document]:
         path = Path(self.root, self.name)
-        try:
+        with reading(path):
             text = path.read_bytes().replace(b"\0", b"")
-        except OSError as error:
-            raise unreadable(path, error) from error
         yield Document(text, self.name.encode("utf-8", "surrogateescape"))
 
 
 @dataclass(frozen=True)
 class JsonLines:
-    """The lines that begin in [start, stop) of a file of JSON objects; all of a compressed one (stop 0).
+    """The lines that begin in [start, stop) of a file of JSON objects, or all lines of a compressed file (stop 0).
 
-    Not by the datasets library, whose reader types every column: it refuses a file where a key appears, or another
-    field's type changes, after its first 10 MB, takes dates for timestamps, and cannot start in the middle of a file.
+    The reader of the datasets library is not used because it types every column: it refuses a file in which a key
+    appears or a field's type changes after the first 10 MB, reads dates as timestamps, and cannot start in the middle.
     """
 
     path: str
@@ -81,15 +68,13 @@ class JsonLines:
     size: int
 
     def documents(self) -> Iterator[Document]:
-        try:
-            with open_json_lines(self.path) as file:
-                yield from self._documents(file)
-        except (OSError, EOFError) as error:
-            raise unreadable(Path(self.path), error) from error
+        compressed = self.path.endswith(".gz")
+        with reading(self.path), gzip.open(self.path) if compressed else open(self.path, "rb") as file:
+            yield from self._documents(cast(BinaryIO, file))
 
     def _documents(self, file: BinaryIO) -> Iterator[Document]:
         position = self.start
-        if self.start:  # a line that began before belongs to the chunk before
+        if self.start:  # a line that begins before this chunk belongs to the previous one
             file.seek(self.start - 1)
             position = self.start - 1 + len(file.readline())
         while not self.stop or position < self.stop:
@@ -105,7 +90,7 @@ class JsonLines:
             record = json.loads(line)
         except ValueError as error:
             raise RecipeError(
-                f"{self.path}: the line at byte {position} is not JSON ({error}). Every line is to be one object."
+                f"{self.path}: the line at byte {position} is not JSON ({error}). Every line must be one object."
             ) from error
         if not isinstance(record, dict) or self.field not in record:
             found = f"has {', '.join(record)}" if isinstance(record, dict) else f"is a {type(record).__name__}"
@@ -124,21 +109,18 @@ class ParquetGroup:
 
     def documents(self) -> Iterator[Document]:
         where = f"row group {self.group} of {self.path}"
-        with parquet_file(self.path) as file:
-            try:
-                for batch in file.iter_batches(_ROWS, row_groups=[self.group], columns=[self.field]):
-                    for text in batch.column(0).to_pylist():
-                        yield from _record(text, where)
-            except OSError as error:  # pyarrow's errors of broken data are OSErrors
-                raise unreadable(Path(self.path), error) from error
+        with parquet_file(self.path) as file, reading(self.path):  # pyarrow raises OSErrors for broken data
+            for batch in file.iter_batches(_ROWS, row_groups=[self.group], columns=[self.field]):
+                for text in batch.column(0).to_pylist():
+                    yield from _record(text, where)
 
 
 @dataclass(frozen=True)
 class HubShard:
-    """One of the files of a data set that the `datasets` library streams."""
+    """One file of a data set that the `datasets` library streams."""
 
     name: str
-    options: str  # JSON, of load_dataset
+    options: str  # arguments of load_dataset, as JSON
     field: str
     index: int
     count: int
@@ -146,12 +128,12 @@ class HubShard:
 
     def documents(self) -> Iterator[Document]:
         where = f"file {self.index} of hf:{self.name}"
-        # iter(), unlike plain iteration, gives everything in a DataLoader's worker, too
+        # Unlike plain iteration, iter() yields all rows in a DataLoader's worker, too.
         batches = load_hub(self.name, self.options).shard(self.count, self.index).iter(_ROWS)
         while True:
             try:
                 batch = next(batches, None)
-            except Exception as error:  # whatever the network, the file system or the format has
+            except Exception as error:  # of the network, the file system or the format
                 raise RecipeError(f"cannot read {where}: {first_line(error)}. Try again.") from error
             if batch is None:
                 return
@@ -161,8 +143,11 @@ class HubShard:
                 yield from _record(text, where)
 
 
+DataChunk = TextFile | JsonLines | ParquetGroup | HubShard
+
+
 def _record(text: object, where: str) -> Iterator[Document]:
-    """The document in a record; none where the text is missing or empty."""
+    """Yield the document of a record, or nothing if the text is missing or empty."""
     if text is None:
         return
     if not isinstance(text, str):
@@ -172,64 +157,53 @@ def _record(text: object, where: str) -> Iterator[Document]:
         yield Document(data, data)
 
 
-def open_json_lines(path: str) -> BinaryIO:
-    """The file, decompressed where its name ends with .gz."""
-    return cast(BinaryIO, gzip.open(path, "rb")) if path.endswith(".gz") else open(path, "rb")
-
-
 def parquet_file(path: str) -> Any:
-    """An open pyarrow.parquet.ParquetFile.
-
-    Raises:
-        RecipeError: pyarrow is not installed, or the file is not readable or not parquet.
-    """
+    """Open a pyarrow.parquet.ParquetFile. Raises: RecipeError: if pyarrow is missing or the file is not readable."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         text = f"{path}: parquet needs pyarrow: {DATA_EXTRA}"
         raise needs_package(text, error, "pyarrow") from cause_of(error, "pyarrow")
-    try:
+    with reading(path, pyarrow.ArrowException):
         return pyarrow.parquet.ParquetFile(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise unreadable(Path(path), error) from error
 
 
 @functools.lru_cache(maxsize=4)
 def load_hub(name: str, options: str) -> Any:
-    """A datasets.IterableDataset: `name` of the hub or of one of the library's own builders (json, parquet, text).
+    """Return the datasets.IterableDataset of a name on the hub or of a builder of the library (json, parquet, text).
 
     Raises:
-        RecipeError: the library is not installed or cannot load it.
+        RecipeError: if the library is not installed or cannot load it.
     """
     try:
         import datasets
     except ImportError as error:
         text = f"data.source hf:{name} needs the datasets library: {DATA_EXTRA}"
         raise needs_package(text, error, "datasets") from cause_of(error, "datasets")
-    offline = no_answer() if _is_on_the_hub(name, options) else None
-    try:
-        with contextlib.nullcontext() if offline is None else from_the_cache_alone(datasets.config):
-            return datasets.load_dataset(name, **{"split": "train", **json.loads(options)}, streaming=True)
-    except Exception as error:  # the library's own, the network's, the builder's
-        if offline is not None:
-            raise RecipeError(offline_text(f"data.source hf:{name}", offline, "local files")) from error
-        raise RecipeError(
-            f"data.source hf:{name}: the datasets library cannot load it ({first_line(error)})."
-            " Check the name, data.source_options and the network, or give local files."
-        ) from error
-
-
-def _is_on_the_hub(name: str, options: str) -> bool:
-    """Not a folder or a script here, and none of the library's own builders of local files."""
-    builder = "/" not in name and "data_files" in json.loads(options)
-    return not Path(name).exists() and (not builder or "hf://" in options)
+    arguments: dict[str, Any] = {"split": "train", **json.loads(options)}
+    local_builder = "/" not in name and "data_files" in arguments and "hf://" not in options
+    with hub_errors(
+        f"data.source hf:{name}",
+        "the datasets library",
+        datasets.config,
+        remote=not Path(name).exists() and not local_builder,
+        hint="Check the name, data.source_options and the network, or give local files.",
+        instead="local files",
+    ):
+        return datasets.load_dataset(name, **arguments, streaming=True)
 
 
 def no_field(field: str, where: str, found: str) -> RecipeError:
     return RecipeError(f"data.text_field {field} is not in {where}, which {found}.")
 
 
-def unreadable(path: Path, error: BaseException) -> RecipeError:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return RecipeError(f"cannot read {path}: {reason}. Make it readable, or take it out of data.source.")
+@contextlib.contextmanager
+def reading(path: str | Path, *errors: type[Exception]) -> Iterator[None]:
+    """Raise a RecipeError that names `path` in place of an OSError, an EOFError or one of `errors`."""
+    caught: tuple[type[Exception], ...] = (OSError, EOFError, *errors)
+    try:
+        yield
+    except caught as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise RecipeError(f"cannot read {path}: {reason}. Make it readable, or take it out of data.source.") from error

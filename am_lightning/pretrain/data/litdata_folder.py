@@ -1,8 +1,8 @@
-"""A folder of token chunks that litdata reads, on a disk or in an object store, and what a run must know of it.
+"""A folder of token chunks that litdata reads, on a disk or in an object store.
 
-    index.json, chunk-0-N.bin   litdata's own; a chunk is 12 bytes and then tokens
-    chunks.json                 the chunks' tokens and SHA-256, which litdata does not keep; written last
-    held_out/                   the held-out tokens, a folder of shards without training tokens
+    index.json, chunk-0-N.bin   litdata's own files; a chunk is a header of 12 bytes and then tokens
+    val-00012-00.bin            held-out tokens, copied from a folder of shards
+    chunks.json                 the `Index` of both, with the SHA-256 that litdata does not keep; written last
 
 The folder is made from a folder of shards. Every file of it can be copied or uploaded as it is.
 """
@@ -19,141 +19,105 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from am_lightning.pretrain.data.pipeline import CHECKED_BYTES, Pipeline
 from am_lightning.pretrain.data.prepare import MEGABYTE, check_shards, is_complete, only_one
-from am_lightning.pretrain.data.processes import cores, run_all
 from am_lightning.pretrain.data.shards import (
-    DISK_CURE,
+    CHUNKS,
+    DISK_HINT,
     INDEX,
+    SIDES,
     Index,
     Shard,
     TokenShards,
     checksum,
-    open_shards,
     read_index,
     shard_damage,
     write_index,
 )
-from am_lightning.pretrain.data.tokenizer import check_vocabulary
 from am_lightning.pretrain.runtime.atomic_files import disk_error, replacing, write_failure
-from am_lightning.pretrain.runtime.errors import RecipeError, first_line
+from am_lightning.pretrain.runtime.errors import RecipeError, first_line, require
 
-CHUNKS = "chunks.json"
-HELD_OUT = "held_out"
-_HEADER = 12  # bytes before the tokens of a chunk of one item: how many items, where it begins, where it ends
-_STORES = {"s3://": "boto3", "gs://": "google.cloud.storage"}  # and the package that reads it
-_HINT = "prepare_data.py --data.mode litdata makes one"
+_HEADER = 12  # bytes before the tokens of a chunk of one item: number of items, begin, end
 
 
 @dataclass(frozen=True)
 class LitdataFolder:
-    """The chunks of `pipeline.source`: made from its documents, or a folder or URL of chunks that are there already."""
+    """The chunks of `pipeline.source`: made from its documents, or an existing folder or URL of chunks."""
 
     pipeline: Pipeline
+    index_name: ClassVar[str] = CHUNKS
 
     @property
     def source(self) -> str:
         """What litdata reads: a path or a URL."""
-        return self.pipeline.source if self.is_remote else str(self.path)
+        return self.pipeline.source if self.is_remote else str(self.folder())
 
     @property
     def is_remote(self) -> bool:
         return "://" in self.pipeline.source
 
-    @property
-    def path(self) -> Path:
-        """Where `chunks.json` and the held-out tokens are; of a URL, their copy."""
+    def folder(self) -> Path:
+        """Return the folder of `chunks.json` and the held-out tokens. A URL has a local copy of these."""
         if self.is_remote:
             key = hashlib.sha256(self.pipeline.source.encode()).hexdigest()
             return self.pipeline.cache / f"remote-{key[:16]}"
-        made = Path(self.pipeline.source).expanduser()
-        return made if self._is_given else self.pipeline.cache / f"{self.pipeline.folder().name}-litdata"
-
-    @property
-    def _is_given(self) -> bool:
-        return (Path(self.pipeline.source).expanduser() / CHUNKS).exists()
+        given = Path(self.pipeline.source).expanduser()
+        exists = (given / CHUNKS).exists()
+        return given if exists else self.pipeline.cache / f"{self.pipeline.folder().name}-litdata"
 
     def prepare(self, *, check_all: bool = False) -> Index:
-        """Make the chunks where they are not there, or fetch what a run needs of a URL, and check what is on this disk.
+        """Make the chunks if they are missing, or fetch what a run needs of a URL, and check the local files.
 
-        Chunks of a URL are checked when they are read.
-
-        Args:
-            check_all: compare all checksums; otherwise those of more than 2 GiB are only looked at.
-
-        Raises:
-            RecipeError: the store or the disk refuses, a file is gone or damaged, or the model's vocabulary is too
-                small.
+        Chunks of a URL are checked when they are read. See `TextData.prepare`.
         """
+        options, folder = self.pipeline, self.folder()
         if self.is_remote:
-            fetch(self.pipeline.source, self.path)
-        elif not self._is_given and not self.is_complete():
-            self.pipeline.prepare()
-            chunk_bytes = self.pipeline.shard_mb * MEGABYTE
-            write_chunks(self.pipeline.folder(), self.path, seq_len=self.pipeline.seq_len, chunk_bytes=chunk_bytes)
-        check_shards(self.path / HELD_OUT, content=True)
-        index = self.read()
-        check_vocabulary(self.pipeline.vocab_size, index.vocab_size, self.pipeline.tokenizer)
+            fetch(options.source, folder)
+        elif folder != Path(options.source).expanduser() and not self.is_complete():
+            options.prepare()
+            chunk_bytes = options.shard_mb * MEGABYTE
+            write_chunks(options.folder(), folder, seq_len=options.seq_len, chunk_bytes=chunk_bytes)
+        index = read_index(folder, CHUNKS)
+        check_shards(folder, index.val, index.dtype, content=True)
         if not self.is_remote:
-            content = check_all or index.bytes <= CHECKED_BYTES
-            workers = min(self.pipeline.workers or cores(), len(index.train)) if index.bytes > 256 * MEGABYTE else 1
-            run_all(partial(_check, self.path, index.dtype, content), index.train, workers, "checking")
+            content, workers = check_all or index.bytes <= CHECKED_BYTES, options.prepare_workers
+            check_shards(folder, index.train, index.dtype, content=content, workers=workers, header=_HEADER)
         return index
 
     def is_complete(self) -> bool:
-        """Whether all files are there; of a URL, those that are kept on this disk."""
-        if not (self.path / CHUNKS).exists() or not is_complete(self.path / HELD_OUT):
-            return False
-        return self.is_remote or all((self.path / chunk.file).exists() for chunk in self.read().train)
-
-    def read(self) -> Index:
-        """What the folder holds; the chunks are its `train` files.
-
-        Raises:
-            RecipeError: it is missing or broken.
-        """
-        return dataclasses.replace(read_index(self.path / HELD_OUT), train=_read_chunks(self.path / CHUNKS))
-
-    def open(self) -> TokenShards:
-        """The index, and the held-out tokens. Raises: RecipeError: as `read`."""
-        return dataclasses.replace(open_shards(self.path / HELD_OUT), index=self.read())
+        """Return whether all files exist. Of a URL, only the files on this disk count."""
+        return is_complete(self.folder(), self.index_name, ("val",) if self.is_remote else SIDES)
 
 
 def write_chunks(shards: Path, folder: Path, *, seq_len: int, chunk_bytes: int) -> None:
-    """Make a folder of chunks from a folder of shards: whole, or not there at all.
+    """Make a folder of chunks from a folder of shards. It appears only when it is complete.
 
     Args:
-        shards: of the tokens.
-        folder: of the chunks; what is there is replaced.
-        seq_len: a chunk's tokens are a multiple of it, so that all rows of this length are in one chunk.
-        chunk_bytes: of a chunk's tokens, about.
+        shards: folder of the shards.
+        folder: folder of the chunks. Its contents are replaced.
+        seq_len: the number of a chunk's tokens is a multiple of it, so that every row of this length is in one chunk.
+        chunk_bytes: approximate size of a chunk's tokens in bytes.
 
     Raises:
-        RecipeError: the disk refuses.
+        RecipeError: if a file cannot be written.
     """
-    require_litdata()
-    tokens = open_shards(shards)
+    tokens = TokenShards(shards)
     size = max(1, chunk_bytes // tokens.train[0:1].itemsize // seq_len) * seq_len
     part = folder.with_name(f".{folder.name}.part")
-    with only_one(part):
-        if (folder / CHUNKS).exists() and all((folder / c.file).exists() for c in _read_chunks(folder / CHUNKS)):
-            return  # another process has made it meanwhile
-        for leftover in part.iterdir():  # of a killed process
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            elif leftover.name != ".lock":
-                leftover.unlink()
+    with only_one(folder.parent):
+        if is_complete(folder, CHUNKS):  # another process made it while this one waited
+            return
         try:
+            shutil.rmtree(part, ignore_errors=True)  # of a killed process
             _write_with_litdata(part, tokens, size)
-            held_out = dataclasses.replace(tokens.index, train=())
-            for shard in held_out.val:
-                (part / HELD_OUT).mkdir(exist_ok=True)
-                shutil.copyfile(shards / shard.file, part / HELD_OUT / shard.file)
-            write_index(part / HELD_OUT, held_out)
-            _write_checksums(part)
+            written = json.loads((part / INDEX).read_bytes())["chunks"]
+            chunks = [Shard(chunk["filename"], chunk["dim"], checksum(part / chunk["filename"])) for chunk in written]
+            for shard in tokens.index.val:
+                shutil.copyfile(shards / shard.file, part / shard.file)
+            write_index(part / CHUNKS, dataclasses.replace(tokens.index, train=tuple(chunks)))
             if folder.exists():
                 shutil.rmtree(folder)
             part.rename(folder)
@@ -161,7 +125,7 @@ def write_chunks(shards: Path, folder: Path, *, seq_len: int, chunk_bytes: int) 
             refused = disk_error(error)
             if refused is None or isinstance(error, RecipeError):
                 raise
-            raise write_failure(folder, refused, DISK_CURE) from error
+            raise write_failure(folder, refused, DISK_HINT) from error
 
 
 def _write_with_litdata(folder: Path, tokens: TokenShards, size: int) -> None:
@@ -169,7 +133,7 @@ def _write_with_litdata(folder: Path, tokens: TokenShards, size: int) -> None:
     from litdata.streaming import Cache
 
     with litdata_ranks(0, 1):
-        # What litdata.optimize's processes write with; here the chunks do not depend on how many processes there are.
+        # The processes of litdata.optimize write with Cache, too, but their number decides what is in a chunk.
         writer = Cache(str(folder), chunk_size=1, item_loader=TokensLoader(size))
         for number, start in enumerate(range(0, len(tokens.train), size)):
             writer[number] = tokens.train[start : start + size]
@@ -177,45 +141,22 @@ def _write_with_litdata(folder: Path, tokens: TokenShards, size: int) -> None:
         writer.merge()
 
 
-def _write_checksums(folder: Path) -> None:
-    written = json.loads((folder / INDEX).read_bytes())["chunks"]
-    chunks = [Shard(chunk["filename"], chunk["dim"], checksum(folder / chunk["filename"])) for chunk in written]
-    with replacing(folder / CHUNKS, DISK_CURE) as file:
-        file.write(json.dumps([dataclasses.asdict(chunk) for chunk in chunks], indent=1).encode())
-
-
-def _read_chunks(path: Path) -> tuple[Shard, ...]:
-    try:
-        return tuple(Shard(**fields) for fields in json.loads(path.read_bytes()))
-    except FileNotFoundError as error:
-        raise RecipeError(f"{path.parent} is no folder of litdata chunks: it has no {CHUNKS}. {_HINT}.") from error
-    except (OSError, ValueError, TypeError) as error:
-        raise RecipeError(f"cannot read {path} ({error}). Copy it anew from where it is whole.") from error
-
-
-def _check(folder: Path, dtype: str, content: bool, chunk: Shard) -> None:
-    path = folder / chunk.file
-    damage = shard_damage(path, chunk, dtype, content=content, header=_HEADER)
-    if damage:
-        raise RecipeError(
-            f"the chunk {path} is broken: {damage}. Copy it anew from where it is whole, or delete it:"
-            " prepare_data.py --data.mode litdata makes the folder anew from the documents."
-        )
-
-
 def fetch(url: str, folder: Path) -> None:
-    """Copy into `folder` what a run needs of `url` from its beginning: the indices and the held-out tokens.
+    """Copy into `folder` what a run needs of `url` before it starts: the index and the held-out tokens.
 
     Raises:
-        RecipeError: the store refuses, there are no chunks, or the package that reads the store is not installed.
+        RecipeError: if litdata cannot read the URL or finds no chunks there.
     """
-    require_store(url)
+    allowed = (
+        "documents as in mode shards, a local folder of chunks, s3://BUCKET/PATH or gs://BUCKET/PATH"
+        " (of hf:// litdata reads parquet alone: hf download it to a folder)"
+    )
+    require(url.startswith(("s3://", "gs://")), "data.source (data.mode litdata)", url, allowed)
     _download(url, folder, CHUNKS)
-    _download(url, folder, f"{HELD_OUT}/{INDEX}")
-    index = read_index(folder / HELD_OUT)
+    index = read_index(folder, CHUNKS)
     for shard in index.val:
-        if shard_damage(folder / HELD_OUT / shard.file, shard, index.dtype, content=True):
-            _download(url, folder, f"{HELD_OUT}/{shard.file}")
+        if shard_damage(folder / shard.file, shard, index.dtype, content=True):
+            _download(url, folder, shard.file)
 
 
 def _download(url: str, folder: Path, name: str) -> None:
@@ -224,50 +165,36 @@ def _download(url: str, folder: Path, name: str) -> None:
     content = io.BytesIO()
     try:
         get_downloader(url, str(folder), []).download_fileobj(f"{url.rstrip('/')}/{name}", content)
-    except Exception as error:  # the network's, the store's
+    except Exception as error:  # of the network, the store or a package that is not installed
         raise RecipeError(
-            f"data.source {url}: cannot read {name} ({first_line(error)}). {_HINT}, to be uploaded whole"
+            f"data.source {url}: cannot read {name} ({first_line(error)}). It is in the folder that"
+            " prepare_data.py --data.mode litdata makes. Upload all of that folder."
         ) from error
-    with replacing(folder / name, DISK_CURE) as file:
+    with replacing(folder / name, DISK_HINT) as file:
         file.write(content.getbuffer())
 
 
 def require_litdata() -> None:
-    """Raises: RecipeError: litdata is not installed."""
+    """Raise a RecipeError if litdata is not installed."""
     if importlib.util.find_spec("litdata") is None:
         raise RecipeError(
             "data.mode litdata needs litdata: pip install 'am-lightning[litdata]', or '.[litdata]' in a checkout"
         )
 
 
-def require_store(url: str) -> None:
-    """Raises: RecipeError: litdata reads no token chunks there, or lacks a package to do so."""
-    package = next((package for scheme, package in _STORES.items() if url.startswith(scheme)), None)
-    if package is None:
-        raise RecipeError(
-            f"data.source is {url!r}; with data.mode litdata allowed: documents as in shards, a local folder of chunks,"
-            " s3://BUCKET/PATH or gs://BUCKET/PATH (of hf:// litdata reads parquet alone: hf download it to a folder)"
-        )
-    try:
-        importlib.import_module(package)
-    except ImportError as error:
-        raise RecipeError(f"data.source {url} needs {package.replace('.', '-')}: pip install it") from error
-
-
 @contextlib.contextmanager
 def litdata_ranks(rank: int, world_size: int) -> Iterator[None]:
-    """What litdata takes for the processes of the run. It would take all, and tensor-parallel ones see the same rows.
+    """Tell litdata, which reads environment variables, which processes share the rows.
 
-    One node, whatever there are: the order of several depends on how many.
+    It would take all processes of the run, but tensor-parallel ones see the same rows. The number of nodes is always 1,
+    because litdata's order depends on it.
     """
     wanted = {"WORLD_SIZE": str(world_size), "GLOBAL_RANK": str(rank), "NNODES": "1"}
-    before = {name: os.environ.get(name) for name in wanted}
+    before = {name: os.environ[name] for name in wanted if name in os.environ}
     os.environ.update(wanted)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in wanted:
+            del os.environ[name]
+        os.environ.update(before)

@@ -1,14 +1,14 @@
-"""Rows of token chunks that litdata streams: its order, and where a resumed run begins in it.
+"""Load rows of token chunks in litdata's order, from the place where a resumed run begins.
 
-litdata shuffles the chunks of every pass and deals them to processes and their loader workers; the rows of a chunk are
-shuffled, too. A pass that was begun keeps the order of its first processes when others resume it.
+litdata shuffles the chunks of every pass and distributes them to the loader workers of all processes. The rows of a
+chunk are shuffled, too. A pass keeps the order of the processes that began it if others resume it.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,53 +17,32 @@ import litdata
 import numpy as np
 import torch
 from litdata.streaming import downloader
-from torch.utils.data import DataLoader
 
-from am_lightning.pretrain.data.litdata_folder import litdata_ranks
-from am_lightning.pretrain.data.shards import checksum
+from am_lightning.pretrain.data.litdata_folder import LitdataFolder, litdata_ranks
+from am_lightning.pretrain.data.order import ResumableLoader, batches_in_time
+from am_lightning.pretrain.data.shards import Index, checksum
 from am_lightning.pretrain.runtime.errors import RecipeError, first_line
 
 
 class Grid(NamedTuple):
-    """Who reads a pass: the processes, the loader workers of each, the rows of a micro-batch of one process."""
+    """The readers of a pass: number of processes, loader workers of each, and rows of a process's micro-batch."""
 
     world_size: int
     workers: int
     rows: int
 
 
-@dataclass(frozen=True)
-class Chunks:
-    """What litdata is told about the data.
+class TokensLoader(litdata.TokensLoader):  # type: ignore[misc,unused-ignore]  # litdata requires this name
+    """litdata's loader of token rows, which also compares the checksum of a chunk when a process first reads it.
 
-    Attributes:
-        source: a folder or a URL.
-        cache: folder of chunks that are downloaded.
-        sha256: of each chunk, by its name.
-        steps: optimizer steps in a pass.
-        seq_len: tokens in a row.
-        seed: of the order.
-    """
-
-    source: str
-    cache: Path
-    sha256: Mapping[str, str]
-    steps: int
-    seq_len: int
-    seed: int
-
-
-class TokensLoader(litdata.TokensLoader):  # type: ignore[misc,unused-ignore]  # litdata looks for this very name
-    """litdata's, which also compares the checksum of a chunk when this process first reads it.
-
-    Gives an error in place of the row: raised here, a DataLoader's worker would wrap it in its traceback.
+    It returns an error in place of a row, because a DataLoader's worker would wrap a raised one in its traceback.
     """
 
     def __init__(self, seq_len: int, sha256: Mapping[str, str], source: str) -> None:
         super().__init__(seq_len)
         self.sha256, self.source = sha256, source
         self.checked: set[str] = set()
-        self.error: RecipeError | None = None  # the first one: each of the rows behind it would wait for its chunk
+        self.error: RecipeError | None = None  # the first one; every later row would wait for its chunk
 
     def load_item_from_chunk(self, index: int, chunk_index: int, chunk_filepath: str, *args: Any, **kwargs: Any) -> Any:
         name = os.path.basename(chunk_filepath)
@@ -72,11 +51,10 @@ class TokensLoader(litdata.TokensLoader):  # type: ignore[misc,unused-ignore]  #
                 row = super().load_item_from_chunk(index, chunk_index, chunk_filepath, *args, **kwargs)
                 if chunk_filepath not in self.checked:
                     self._check(name, chunk_filepath)
-                    self.checked.add(chunk_filepath)
                 return row
             except RecipeError as error:
                 self.error = error
-            except Exception as error:  # the network's, the store's, the disk's
+            except Exception as error:  # of the network, the store or the disk
                 text = f"cannot read the chunk {name} of data.source {self.source} ({first_line(error)})"
                 self.error = RecipeError(text)
         return self.error
@@ -87,37 +65,41 @@ class TokensLoader(litdata.TokensLoader):  # type: ignore[misc,unused-ignore]  #
 
     def _check(self, name: str, path: str) -> None:
         if checksum(Path(path)) == self.sha256[name]:
+            self.checked.add(path)
             return
         if "://" in self.source:
-            os.remove(path)  # the next start downloads it anew
+            os.remove(path)  # the next start downloads it again
         raise RecipeError(
-            f"the chunk {name} of data.source {self.source} is broken: its content does not have the checksum that"
-            " chunks.json says. Copy it anew from where it is whole, and start again."
+            f"the chunk {name} of data.source {self.source} is broken: its content does not have the checksum of"
+            " chunks.json. Copy it again from an intact folder, then restart."
         )
 
 
-class LitdataLoader(DataLoader[Any]):
+class LitdataLoader(ResumableLoader):
     """Batches int64 (rows, seq_len) of one process, in litdata's order.
 
     Args:
-        chunks: the data.
-        passes: [pass, *grid] of those that began the pass of the first step and of those that begin the next; kept up
-            to date. All that a checkpoint must hold beside the number of steps.
-        grid: this run's.
-        rank: of this process.
-        steps: optimizer steps in the whole run; the length is steps * accumulate.
-        accumulate: micro-batches in a step.
-        first_step: called when iteration begins; steps that are done already.
-        num_workers: loader processes.
-        pin_memory: as DataLoader's.
+        folder: the chunks.
+        index: index of the chunks.
+        passes: [pass, *grid] of the pass that holds the first step and of the next one, where the grid is the one that
+            began the pass. The loader updates this list. A checkpoint needs it and the number of steps.
+        grid: grid of this run.
+        seed: seed of the order.
+        rank, steps, accumulate, first_step: as in `order.StepOrder`.
+        num_workers, pin_memory: as in DataLoader.
+
+    Raises:
+        RecipeError: if the text is shorter than one step.
     """
 
     def __init__(
         self,
-        chunks: Chunks,
+        folder: LitdataFolder,
+        index: Index,
         passes: list[list[int]],
         grid: Grid,
         *,
+        seed: int,
         rank: int,
         steps: int,
         accumulate: int,
@@ -125,20 +107,30 @@ class LitdataLoader(DataLoader[Any]):
         num_workers: int,
         pin_memory: bool = False,
     ) -> None:
-        # the length and the batch_size, which Lightning's DeepSpeed asks for; what is read is litdata's
+        # These give the length and the batch size, which Lightning's DeepSpeed asks for. litdata reads the rows.
         super().__init__(range(steps * accumulate * grid.rows), batch_size=grid.rows, collate_fn=_unchanged)  # type: ignore[arg-type]
-        self.chunks, self.passes, self.grid, self.rank = chunks, passes, grid, rank
+        self.folder, self.passes, self.grid, self.seed, self.rank = folder, passes, grid, seed, rank
         self.steps, self.accumulate, self.first_step = steps, accumulate, first_step
         self.inner = {"num_workers": num_workers, "pin_memory": pin_memory}
+        self.sha256 = {chunk.file: chunk.sha256 for chunk in index.train}
+        batch_size, seq_len = grid.rows * accumulate * grid.world_size, folder.pipeline.seq_len
+        self.steps_in_pass = sum(chunk.tokens // seq_len for chunk in index.train) // batch_size
+        if self.steps_in_pass == 0:
+            raise RecipeError(
+                f"the training text is shorter than one step of data.batch_size {batch_size} rows of {seq_len} tokens:"
+                " use more text or smaller steps"
+            )
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         step = self.first_step()
         while step < self.steps:
-            number, done = divmod(step, self.chunks.steps)
-            until = min(step + self.chunks.steps - done, self.steps)
-            began = self._begin(number, done == 0)
+            number, done = divmod(step, self.steps_in_pass)
+            until = min(step + self.steps_in_pass - done, self.steps)
+            batches = iter(self._pass(number, done, self._begin(number, done == 0)))
+            if self.inner["num_workers"]:
+                batches = batches_in_time(batches, self.timeout_s)
             wanted = (until - step) * self.accumulate
-            for batch in islice(self._pass(number, done, began), wanted):
+            for batch in islice(batches, wanted):
                 if isinstance(batch, RecipeError):
                     raise batch
                 wanted -= 1
@@ -148,7 +140,7 @@ class LitdataLoader(DataLoader[Any]):
             step = until
 
     def _begin(self, number: int, fresh: bool) -> Grid:
-        """The grid whose order pass `number` has: this run's, unless another began it."""
+        """Return the grid that decides the order of pass `number`: that of this run, unless another began it."""
         known = [entry for entry in self.passes if entry[0] <= number - fresh][-1:]
         if not fresh and not known:
             raise RecipeError(
@@ -158,45 +150,38 @@ class LitdataLoader(DataLoader[Any]):
         self.passes[:] = [*known, [number + (not fresh), *self.grid]]
         return self.grid if fresh else Grid(*known[0][1:])
 
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: TextData has it. Lightning asks for it to know that a resume in the middle of a pass is exact."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        pass
-
     def _pass(self, number: int, done: int, began: Grid) -> litdata.StreamingDataLoader:
-        """Pass `number` of the data, behind its first `done` steps."""
-        chunks, rows = self.chunks, self.grid.rows
-        os.environ.setdefault("LITDATA_POSIX_MAX_WORKERS", "0")  # it would give processes unlike numbers of workers
-        if os.environ.get("AWS_ALLOW_HTTP") == "true":  # obstore's own variable, which litdata does not pass on
+        """Return the loader of pass `number` after its first `done` steps."""
+        source, options = self.folder.source, self.folder.pipeline
+        os.environ.setdefault("LITDATA_POSIX_MAX_WORKERS", "0")  # it would give processes different numbers of workers
+        if os.environ.get("AWS_ALLOW_HTTP") == "true":  # a variable of obstore that litdata does not pass on
             downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True
         with litdata_ranks(self.rank, self.grid.world_size):
             dataset = litdata.StreamingDataset(
-                chunks.source,
-                cache_dir=str(chunks.cache),
-                item_loader=TokensLoader(chunks.seq_len, chunks.sha256, chunks.source),
+                source,
+                cache_dir=str(options.cache),
+                item_loader=TokensLoader(options.seq_len, self.sha256, source),
                 shuffle=True,
-                seed=chunks.seed % 2**32,
-                item_shuffle_window=0,  # all rows of a chunk
+                seed=self.seed % 2**32,
+                item_shuffle_window=0,  # shuffle all rows of a chunk
             )
-            dataset.set_drop_last(False)  # it would drop more for more workers; `wanted` is the same for all processes
-            if dataset.posix_fast is not None:  # a parallel file system would have another order, not resumed exactly
+            dataset.set_drop_last(False)  # more workers would drop more rows; `wanted` is equal on all processes
+            if dataset.posix_fast is not None:  # a parallel file system would have another order
                 dataset.posix_fast = replace(dataset.posix_fast, kind="posix")
-            loader = litdata.StreamingDataLoader(dataset, batch_size=rows, collate_fn=_stacked, **self.inner)
+            loader = litdata.StreamingDataLoader(dataset, batch_size=self.grid.rows, collate_fn=_stacked, **self.inner)
             loader.current_epoch = number
             if done:
                 loader.load_state_dict(self._state(loader.state_dict(), number, done, began))
         return loader
 
     def _state(self, state: dict[str, Any], number: int, done: int, began: Grid) -> dict[str, Any]:
-        """litdata's `state` of a loader that has given nothing, with the place that the loader is to begin at."""
+        """Return litdata's `state` of an unused loader, changed to begin after the first `done` steps of a pass."""
         rows, workers, world_size = self.grid.rows, self.grid.workers, self.grid.world_size
         batches = done * self.accumulate
         same = began == self.grid
         place: dict[str, int | str] = {
             "current_epoch": number + 1,
-            # of this process, where the grid is the same; otherwise litdata deals the rest of the order out anew
+            # counted on this process if the grid is the same; otherwise litdata distributes the remaining rows again
             "num_samples_yielded": batches * rows if same else 0,
             "sample_in_epoch": batches * rows * world_size,
             "initial_world_size": began.world_size,

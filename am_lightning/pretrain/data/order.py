@@ -1,8 +1,10 @@
-"""Which rows make up which step: a pure function of (seed, sample index), so that resuming needs one integer."""
+"""Choose the rows of each step by a pure function of (seed, sample index), so that a resume needs one integer."""
 
 from __future__ import annotations
 
 import math
+import multiprocessing
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,19 +12,18 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from am_lightning.pretrain.data.loader_processes import batches_in_time
 from am_lightning.pretrain.data.permutation import sample_rows
 from am_lightning.pretrain.data.shards import ShardedTokens
-from am_lightning.pretrain.runtime.errors import RecipeError
+from am_lightning.pretrain.runtime.errors import RESUME, RecipeError
 
 
 class TokenRows(Dataset[torch.Tensor]):
-    """Rows of a 1-D token array: row i is tokens [i * seq_len, (i + 1) * seq_len) as an int64 tensor (seq_len,).
+    """Rows of a 1-D token array. Row i is tokens [i * seq_len, (i + 1) * seq_len) as an int64 tensor (seq_len,).
 
     Args:
         tokens: the tokens.
         seq_len: tokens in a row.
-        rows: how many rows, evenly spaced over the array; all of them where None or fewer.
+        rows: number of rows to take, evenly spaced over the array. Default: all rows.
     """
 
     def __init__(self, tokens: np.ndarray | ShardedTokens, seq_len: int, rows: int | None = None) -> None:
@@ -39,16 +40,12 @@ class TokenRows(Dataset[torch.Tensor]):
 
 
 def share_of(batch_size: int, world_size: int, accumulate: int) -> int:
-    """Rows of one process's micro-batch.
-
-    Raises:
-        RecipeError: `batch_size` is not divisible by world_size * accumulate.
-    """
+    """Return the rows of a process's micro-batch. Raises: RecipeError: if `batch_size` cannot be divided equally."""
     if batch_size % (world_size * accumulate):
         raise RecipeError(
             f"data.batch_size {batch_size} is not divisible by {world_size} (processes) x {accumulate}"
-            f" (trainer.accumulate_grad_batches) = {world_size * accumulate}. It counts the samples of one"
-            " optimizer step over all processes: change it or the other two."
+            f" (trainer.accumulate_grad_batches) = {world_size * accumulate}. It counts the rows of one"
+            " optimizer step over all processes: change it or one of the other two."
         )
     return batch_size // (world_size * accumulate)
 
@@ -57,17 +54,20 @@ class StepOrder(Sampler[list[int]]):
     """Batches of row indices for one rank.
 
     Step s takes the samples [s * batch_size, (s + 1) * batch_size) of the run. They are cut into `accumulate`
-    micro-batches and each of these into `world_size` equal shares, so a change of world size or accumulation keeps the
-    samples of every step.
+    micro-batches and each of these into `world_size` equal shares, so that a change of world size or accumulation
+    keeps the samples of every step.
 
     Args:
-        rows: rows in the data set.
+        rows: number of rows in the data set.
         batch_size: samples per optimizer step, over all ranks and micro-batches.
-        steps: optimizer steps in the whole run; the length is steps * accumulate, whatever was done before.
-        first_step: called when iteration begins; steps that are done already (the one integer a resume needs).
+        steps: optimizer steps in the whole run. The length is steps * accumulate, however many steps are finished.
+        seed: seed of the order.
+        rank, world_size: rank and number of the processes that see different data.
+        accumulate: micro-batches in a step.
+        first_step: function that returns the number of finished steps. It is called when iteration begins.
 
     Raises:
-        RecipeError: `batch_size` is not divisible by world_size * accumulate, or there are no rows.
+        RecipeError: if `batch_size` is not divisible by world_size * accumulate, or there are no rows.
     """
 
     def __init__(
@@ -99,14 +99,56 @@ class StepOrder(Sampler[list[int]]):
             yield sample_rows(np.arange(mine, mine + self.share), self.rows, self.seed).tolist()
 
 
-class ResumableLoader(DataLoader[torch.Tensor]):
-    """A DataLoader over a StepOrder.
+def batches_in_time(batches: Iterator[Any], timeout_s: float) -> Iterator[Any]:
+    """Yield the batches of a DataLoader with loader processes, or raise if one takes too long.
 
-    The position is the Trainer's global step, which its checkpoints hold; so there is nothing to save here. Lightning
-    asks for these two methods to know that a resume in the middle of an epoch is exact.
+    The timeout of DataLoader does not cover a stopped process. A batch comes in shared memory, and the main process
+    requests its file descriptor from the process that made it, without a time limit.
+
+    Args:
+        batches: iterator of the DataLoader.
+        timeout_s: longest time to wait for a batch, in seconds.
+
+    Raises:
+        RecipeError: if no batch came in this time. All loader processes have then been killed.
+    """
+    late = threading.Event()
+
+    def kill() -> None:
+        late.set()
+        for process in multiprocessing.active_children():
+            if process.daemon:
+                process.kill()  # only SIGKILL ends a stopped process; the main thread then gets an error
+
+    try:
+        while True:
+            timer = threading.Timer(min(timeout_s, threading.TIMEOUT_MAX), kill)
+            timer.daemon = True
+            timer.start()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                timer.cancel()
+            yield batch
+    except (RuntimeError, OSError, EOFError) as error:  # of torch, or of the connection to a killed process
+        if not late.is_set():
+            raise
+        raise RecipeError(
+            f"a loader process (data.num_workers) gave no batch for {timeout_s:g} s (data.loader_timeout_s): it hangs,"
+            f" is stopped, or reads slow storage. {RESUME}; raise data.loader_timeout_s if reading takes this long."
+        ) from error
+
+
+class ResumableLoader(DataLoader[torch.Tensor]):
+    """A DataLoader whose position is the Trainer's global step.
+
+    Checkpoints hold this step, so there is nothing to save here. Lightning looks for `state_dict` and
+    `load_state_dict` to know that a resume in the middle of an epoch is exact.
 
     Attributes:
-        timeout_s: seconds that a batch may take a loader process.
+        timeout_s: longest time to wait for a batch of a loader process, in seconds.
     """
 
     timeout_s = math.inf

@@ -1,26 +1,27 @@
-"""Which row of the data a sample is: each pass over the data is its own permutation of all rows.
+"""Find the row of a sample. Each pass over the data has its own permutation of all rows.
 
-A small data set's permutation is kept as an array. A large one's (the 650 million rows of C4 would take 5 GB in every
-process) is computed for the wanted samples alone, by a Feistel network over the next power of four, walked until it
-lands among the rows (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+The permutation of a small data set is kept as an array. That of a large one (the 650 million rows of C4 would take 5 GB
+in every process) is computed for the wanted samples only. A Feistel network over the next power of four is applied
+until its result is a row (cycle walking; Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
 """
 
 from __future__ import annotations
+
+import functools
 
 import numpy as np
 
 ROWS_IN_MEMORY = 1 << 22  # 32 MB
 _ROUNDS = 6
-_last: tuple[tuple[int, int, int], np.ndarray] | None = None
 
 
 def sample_rows(samples: np.ndarray, rows: int, seed: int) -> np.ndarray:
-    """The rows, int64 (n,), that the samples (n,) of a run are: a pure function of its arguments.
+    """Return the rows, int64 (n,), of the samples (n,) of a run. This is a pure function.
 
     Args:
         samples: indices >= 0, counted over the whole run.
-        rows: in the data set, >= 1.
-        seed: of the order, >= 0.
+        rows: number of rows in the data set, >= 1.
+        seed: seed of the order, >= 0.
     """
     passes, places = np.divmod(np.asarray(samples, np.int64), rows)
     found = np.empty_like(places)
@@ -33,16 +34,13 @@ def sample_rows(samples: np.ndarray, rows: int, seed: int) -> np.ndarray:
     return found
 
 
+@functools.lru_cache(maxsize=1)  # one is enough, because samples are asked for in order
 def _permutation(rows: int, seed: int, number: int) -> np.ndarray:
-    global _last  # one is enough: samples are asked for in order
-    key = (rows, seed, number)
-    if _last is None or _last[0] != key:
-        _last = (key, np.random.default_rng([seed, number]).permutation(rows))
-    return _last[1]
+    return np.random.default_rng([seed, number]).permutation(rows)
 
 
 def feistel(places: np.ndarray, rows: int, seed: int, number: int) -> np.ndarray:
-    """Where the permutation of pass `number` sends `places`, int64 (n,) in [0, rows)."""
+    """Return the images of `places`, int64 (n,) in [0, rows), under the permutation of pass `number`."""
     half = np.uint64(max(1, (int(rows - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
     keys = np.random.default_rng([seed, number]).integers(0, 1 << 64, _ROUNDS, dtype=np.uint64, endpoint=False)
@@ -58,7 +56,7 @@ def feistel(places: np.ndarray, rows: int, seed: int, number: int) -> np.ndarray
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finalizer (Steele, Lea and Flood 2014): every input bit moves every output bit."""
+    """Apply the finalizer of SplitMix64 (Steele, Lea and Flood 2014): every input bit changes every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed: np.ndarray = x ^ (x >> np.uint64(31))

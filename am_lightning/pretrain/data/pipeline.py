@@ -1,4 +1,4 @@
-"""One path from what the user named (a source, a tokenizer) to a folder of token shards."""
+"""Turn a source of documents and a tokenizer into a folder of token shards."""
 
 from __future__ import annotations
 
@@ -8,17 +8,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from am_lightning.pretrain.data.prepare import (
-    MEGABYTE,
-    WorkUnit,
-    check_shards,
-    is_complete,
-    work_units,
-    write_shards,
-)
-from am_lightning.pretrain.data.shards import FORMAT_VERSION, INDEX, Index, read_index
+from am_lightning.pretrain.data.prepare import MEGABYTE, Job, check_shards, is_complete, work_units, write_shards
+from am_lightning.pretrain.data.shards import CHUNKS, FORMAT_VERSION, INDEX, Index, read_index
 from am_lightning.pretrain.data.sources import Source, find_source
 from am_lightning.pretrain.data.tokenizer import (
     Tokenizer,
@@ -29,14 +22,19 @@ from am_lightning.pretrain.data.tokenizer import (
     local_fingerprint,
     train_bpe,
 )
+from am_lightning.pretrain.runtime.errors import RecipeError
 
-CHECKED_BYTES = 2 << 30  # of tokens: so much is read whole at every start; more by prepare_data.py --check
-_BPE_TEXT = 32 * MEGABYTE  # that a tokenizer is trained on
+CHECKED_BYTES = 2 << 30  # tokens of at most this size are read at every start; more by prepare_data.py --check
+_BPE_TEXT = 32 * MEGABYTE  # text that a tokenizer is trained on
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What TextData's arguments of the same names say, see there; `cache` is the folder of all that is made."""
+    """Documents and their folder of token shards. The fields are arguments of `TextData`.
+
+    Attributes:
+        cache: folder of everything that is made.
+    """
 
     source: str
     source_options: dict[str, Any] | None
@@ -45,82 +43,74 @@ class Pipeline:
     vocab_size: int
     val_percent: float
     shard_mb: int
-    workers: int | None
+    prepare_workers: int | None
     seq_len: int
     cache: Path
+    index_name: ClassVar[str] = INDEX
 
     def prepare(self, *, check_all: bool = False) -> Index:
-        """Make the shards where they are not there, and check them.
-
-        Args:
-            check_all: compare all checksums, however much there is to read.
-
-        Raises:
-            RecipeError: see `prepare.write_shards`, `prepare.check_shards` and `tokenizer.check_vocabulary`.
-        """
-        folder = self.folder()
-        if not is_complete(folder) and folder != Path(self.source).expanduser():
+        """Make the shards if they are missing, and check them. See `TextData.prepare`."""
+        folder, given = self.folder(), Path(self.source).expanduser()
+        if (given / CHUNKS).exists():
+            raise RecipeError(f"data.source {self.source} is a folder of litdata chunks: set data.mode litdata")
+        if not is_complete(folder) and folder != given:
             tokenizer = self.load_tokenizer(train=True)
             check_vocabulary(self.vocab_size, tokenizer.vocab_size, self.tokenizer)
-            write_shards(
-                folder,
-                self.documents,
-                tokenizer,
-                val_percent=self.val_percent,
-                shard_mb=self.shard_mb,
-                workers=self.workers,
-            )
+            job = Job(folder, self.documents, tokenizer, self.val_percent, self.shard_mb * MEGABYTE)
+            write_shards(job, self.prepare_workers)
         index = read_index(folder)
-        check_vocabulary(self.vocab_size, index.vocab_size, self.tokenizer)
-        return check_shards(folder, content=check_all or index.bytes <= CHECKED_BYTES, workers=self.workers)
+        content = check_all or index.bytes <= CHECKED_BYTES
+        check_shards(folder, index.shards, index.dtype, content=content, workers=self.prepare_workers)
+        return index
+
+    def is_complete(self) -> bool:
+        """Return whether all files exist."""
+        return is_complete(self.folder())
 
     def folder(self) -> Path:
-        """Where the shards are or will be: its name changes with the documents, the tokenizer and the split."""
-        made = Path(self.source).expanduser()
-        if (made / INDEX).exists():
-            return made
+        """Return the folder of the shards. Its name changes with the documents, the tokenizer and the split."""
+        given = Path(self.source).expanduser()
+        if (given / INDEX).exists():
+            return given
         slug = re.sub(r"[^A-Za-z0-9.-]+", "-", self.tokenizer.rstrip("/").split("/")[-1])
-        key = hashlib.sha256(f"{self.fingerprint()} {self.val_percent} {self.shard_mb}".encode()).hexdigest()
-        return self.cache / f"{slug}-{key[:16]}"
+        return self.cache / f"{slug}-{self._key(self.fingerprint())}"
 
     def fingerprint(self) -> str:
-        """Changes with the documents and the tokenizer."""
+        """Return a hash of the documents and the tokenizer."""
         parts = (FORMAT_VERSION, self.documents.fingerprint, local_fingerprint(self.tokenizer))
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     @functools.cached_property
     def documents(self) -> Source:
-        """The data set. Raises: RecipeError: it does not exist or holds no text."""
+        """The data set. Raises: RecipeError: if it does not exist or holds no text."""
         return find_source(self.source, text_field=self.text_field, options=self.source_options)
 
-    @functools.cached_property
-    def parts(self) -> list[WorkUnit]:
-        """The documents as `prepare.work_units` cuts them."""
-        return work_units(self.documents, self.shard_mb)
-
     def load_tokenizer(self, *, train: bool = False) -> Tokenizer:
-        """The tokenizer.
+        """Load the tokenizer.
 
         Args:
-            train: a "bpe-N" that is not there yet is trained.
+            train: train a "bpe-N" that does not exist yet.
 
         Raises:
-            RecipeError: it cannot be loaded.
+            RecipeError: if it cannot be loaded.
         """
         size = bpe_size(self.tokenizer)
         if size is None:
             return load_named(self.tokenizer)
-        key = hashlib.sha256(f"{self.documents.fingerprint} {self.val_percent} {self.shard_mb}".encode())
-        path = self.cache / "tokenizers" / f"{self.tokenizer}-{key.hexdigest()[:16]}.json"
+        path = self.cache / "tokenizers" / f"{self.tokenizer}-{self._key(self.documents.fingerprint)}.json"
         if train and not path.exists():
             train_bpe(size, self._sample(_BPE_TEXT), path)
         return load_bpe(self.tokenizer, path)
 
+    def _key(self, fingerprint: str) -> str:
+        return hashlib.sha256(f"{fingerprint} {self.val_percent} {self.shard_mb}".encode()).hexdigest()[:16]
+
     def _sample(self, wanted: int) -> Iterator[bytes]:
-        """Training documents of about `wanted` bytes in all, from all over the data."""
-        for part in self.parts:
-            left = wanted / len(self.parts)
-            for document in part.documents():
+        """Yield training documents of about `wanted` bytes in all, from all parts of the data."""
+        units = work_units(self.documents, self.shard_mb * MEGABYTE)
+        for unit in units:
+            left = wanted / len(units)
+            for document in unit.documents():
                 if left <= 0:
                     break
                 if not document.is_validation(self.val_percent):

@@ -1,11 +1,10 @@
-"""Documents -> token shards, by several processes, going on where a killed one stopped."""
+"""Write documents as token shards with several processes. A second call resumes where a killed one stopped."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import hashlib
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,25 +17,25 @@ from filelock import FileLock
 from am_lightning.pretrain.data.chunks import DataChunk, Document
 from am_lightning.pretrain.data.processes import cores, run_all
 from am_lightning.pretrain.data.shards import (
-    DISK_CURE,
+    DISK_HINT,
     FORMAT_VERSION,
     INDEX,
     SIDES,
     Index,
     Shard,
-    check_shard,
     read_index,
+    rebuild_hint,
     shard_damage,
     write_index,
 )
-from am_lightning.pretrain.data.sources import Source, group
-from am_lightning.pretrain.data.tokenizer import Tokenizer, encode_all, token_dtype
+from am_lightning.pretrain.data.sources import Source
+from am_lightning.pretrain.data.tokenizer import Tokenizer, encode_document, token_dtype
 from am_lightning.pretrain.runtime.atomic_files import replacing, write_failure
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 MEGABYTE = 1 << 20
 _SIDE_NAMES = {"train": "training", "val": "validation"}
-_CHECK_ALONE = 256 * MEGABYTE  # reading so much takes less time than starting processes
+_CHECK_ALONE = 256 * MEGABYTE  # one process reads this many bytes sooner than several processes start
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,12 @@ class WorkUnit:
     """Documents that one process tokenizes in one go.
 
     Attributes:
-        number: in the order of the data set.
-        chunks: of the data set.
-        key: changes when the chunks do.
+        number: position in the order of the data set.
+        chunks: chunks of the data set.
     """
 
     number: int
     chunks: tuple[DataChunk, ...]
-    key: str
 
     def documents(self) -> Iterator[Document]:
         for chunk in self.chunks:
@@ -59,134 +56,141 @@ class WorkUnit:
 
 
 @dataclass(frozen=True)
-class PartRecord:
-    """What a part gave; kept beside the shards."""
-
-    key: str
-    documents: dict[str, int]
-    train: tuple[Shard, ...]
-    val: tuple[Shard, ...]
-
-
-@dataclass(frozen=True)
 class Job:
-    """What all parts have in common.
+    """Documents to write as token shards.
 
     Attributes:
-        folder: of the shards.
-        tokenizer: of all documents.
-        val_percent: share of the documents held out.
-        shard_bytes: a file of tokens that has so many gets no further document.
+        folder: folder of the shards. It is created if it is missing.
+        source: the documents.
+        tokenizer: tokenizer of all documents.
+        val_percent: share of the documents that is held out, in percent.
+        shard_bytes: bytes of text in a work unit. A file with this many bytes of tokens gets no further document.
     """
 
     folder: Path
+    source: Source
     tokenizer: Tokenizer
     val_percent: float
-    shard_bytes: int
+    shard_bytes: int = 64 * MEGABYTE
 
     @property
     def dtype(self) -> str:
         return token_dtype(self.tokenizer.vocab_size)
 
 
-def work_units(source: Source, shard_mb: int) -> list[WorkUnit]:
-    """The parts of a data set: a function of the data and `shard_mb`, and of nothing else.
+def work_units(source: Source, unit_bytes: int) -> list[WorkUnit]:
+    """Cut a data set into units of about `unit_bytes` of text. Raises: RecipeError: if a file cannot be read."""
+    units: list[list[DataChunk]] = []
+    size = 0
+    for chunk in source.chunks(unit_bytes):
+        if not units or size + chunk.size > unit_bytes:
+            units.append([])
+            size = 0
+        units[-1].append(chunk)
+        size += chunk.size
+    return [WorkUnit(number, tuple(chunks)) for number, chunks in enumerate(units)]
 
-    Raises:
-        RecipeError: a file of it cannot be read.
-    """
-    chunks = group(source.chunks(shard_mb * MEGABYTE), shard_mb * MEGABYTE)
-    return [WorkUnit(i, part, hashlib.sha256(repr(part).encode()).hexdigest()) for i, part in enumerate(chunks)]
 
+def write_shards(job: Job, workers: int | None = None) -> None:
+    """Write the shards of `job`, unless they are complete.
 
-def write_shards(
-    folder: Path,
-    source: Source,
-    tokenizer: Tokenizer,
-    *,
-    val_percent: float,
-    shard_mb: int = 64,
-    workers: int | None = None,
-) -> None:
-    """Make the shards of a data set in `folder`; nothing is done where they are there.
-
-    Parts that an earlier call has finished are kept when their checksums are right. Every file is written whole or not
+    Parts that an earlier call has finished are kept if their checksums are right. Every file is written whole or not
     at all, the index last. The result does not depend on the number of processes.
 
     Args:
-        folder: made where it is missing.
-        source: the documents.
-        tokenizer: of all of them.
-        val_percent: share of the documents held out.
-        shard_mb: megabytes (2 ** 20 bytes) of text in a part, and of tokens in a file.
-        workers: processes; None: one for every core, at most one for every part.
+        job: the documents and the folder.
+        workers: number of processes, at most one per work unit. Default: one per core.
 
     Raises:
-        RecipeError: the disk is full or the folder cannot be written, a document cannot be read, a process was killed,
-            or one side of the split is empty.
+        RecipeError: if the disk is full, the folder cannot be written, a document cannot be read, a process was
+            killed, or one side of the split is empty.
     """
-    if is_complete(folder):
+    if is_complete(job.folder):
         return
-    with only_one(folder) as alone:
-        if is_complete(folder):  # another process has made them meanwhile
+    with only_one(job.folder) as alone:
+        if is_complete(job.folder):  # another process wrote them while this one waited
             return
         if alone:
-            for leftover in folder.rglob(".*.part"):  # of a killed process
+            for leftover in job.folder.rglob(".*.part"):  # of a killed process
                 leftover.unlink(missing_ok=True)
-        job = Job(folder, tokenizer, val_percent, shard_mb * MEGABYTE)
-        parts = work_units(source, shard_mb)
-        records = run_all(partial(write_part, job), parts, min(workers or cores(), len(parts)), "tokenizing")
-        _finish(job, source, records)
+        units = work_units(job.source, job.shard_bytes)
+        _finish(job, run_all(partial(write_part, job), units, min(workers or cores(), len(units)), "tokenizing"))
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether an index is there and every file that it names: damaged ones count, deleted ones are made anew."""
-    if not (folder / INDEX).exists():
+def is_complete(folder: Path, name: str = INDEX, sides: Sequence[str] = SIDES) -> bool:
+    """Return whether the index and all files of `sides` exist, even damaged. Raises: RecipeError: as `read_index`."""
+    if not (folder / name).exists():
         return False
-    return all((folder / shard.file).exists() for shard in read_index(folder).shards)
+    index = read_index(folder, name)
+    return all((folder / shard.file).exists() for side in sides for shard in getattr(index, side))
 
 
-def check_shards(folder: Path, *, content: bool, workers: int | None = None) -> Index:
-    """Compare all files with the index: their sizes, and where `content` their checksums, by several processes.
+def check_shards(
+    folder: Path, shards: Sequence[Shard], dtype: str, *, content: bool, workers: int | None = None, header: int = 0
+) -> None:
+    """Compare files with their index.
+
+    Args:
+        folder: folder of the files.
+        shards: entries of the index.
+        dtype: type of a token.
+        content: compare the checksums, too, which reads all files. Otherwise only the sizes are compared.
+        workers: number of processes that compute checksums. Default: one per core.
+        header: bytes before the tokens of each file.
 
     Raises:
-        RecipeError: names the first broken file and says what to do.
+        RecipeError: if a file is missing, unreadable or damaged.
     """
-    index = read_index(folder)
-    count = min(workers or cores(), len(index.shards)) if content and index.bytes > _CHECK_ALONE else 1
-    run_all(partial(_check, folder, index.dtype, content), index.shards, count, "checking")
+    size = sum(shard.tokens for shard in shards) * np.dtype(dtype).itemsize
+    count = min(workers or cores(), len(shards)) if content and size > _CHECK_ALONE else 1
+    run_all(partial(_check, folder, dtype, content, header), shards, count, "checking")
+
+
+def _check(folder: Path, dtype: str, content: bool, header: int, shard: Shard) -> None:
+    path = folder / shard.file
+    if damage := shard_damage(path, shard, dtype, content=content, header=header):
+        raise RecipeError(f"the token shard {path} is broken: {damage}. {rebuild_hint(path)}")
+
+
+def write_part(job: Job, unit: WorkUnit) -> Index:
+    """Tokenize the documents of a work unit and write its shards, unless they exist and have the right checksums.
+
+    Returns:
+        The index of the files.
+
+    Raises:
+        RecipeError: if a file cannot be written or a document cannot be read.
+    """
+    key = hashlib.sha256(repr(unit.chunks).encode()).hexdigest()
+    path = job.folder / "parts" / f"{unit.number:05d}-{key[:16]}.json"
+    with contextlib.suppress(RecipeError):
+        index = read_index(path.parent, path.name)
+        damages = (shard_damage(job.folder / shard.file, shard, job.dtype, content=True) for shard in index.shards)
+        if not any(damages):
+            return index
+    writers = {side: _SideWriter(job, f"{side}-{unit.number:05d}") for side in SIDES}
+    for document in unit.documents():
+        side = SIDES[document.is_validation(job.val_percent)]
+        writers[side].add(encode_document(job.tokenizer, document.text))
+    for writer in writers.values():
+        writer.flush()
+    index = Index(
+        FORMAT_VERSION,
+        job.dtype,
+        job.tokenizer.vocab_size,
+        job.tokenizer.name,
+        job.tokenizer.fingerprint,
+        job.source.description,
+        job.val_percent,
+        {side: writer.documents for side, writer in writers.items()},
+        *(tuple(writer.shards) for writer in writers.values()),
+    )
+    write_index(path, index)
     return index
 
 
-def _check(folder: Path, dtype: str, content: bool, shard: Shard) -> None:
-    check_shard(folder, shard, dtype, content=content)
-
-
-def write_part(job: Job, part: WorkUnit) -> PartRecord:
-    """Tokenize the documents of a part and write its shards; or only check them, where they are there.
-
-    Raises:
-        RecipeError: the disk refuses, or a document cannot be read.
-    """
-    path = job.folder / "parts" / f"{part.number:05d}.json"
-    record = _read_record(path, job, part)
-    if record is not None:
-        return record
-    writers = {side: _SideWriter(job, f"{side}-{part.number:05d}") for side in SIDES}
-    sided = ((SIDES[document.is_validation(job.val_percent)], document.text) for document in part.documents())
-    for side, tokens in encode_all(job.tokenizer, sided):
-        writers[side].add(tokens)
-    for writer in writers.values():
-        writer.flush()
-    counts = {side: writer.documents for side, writer in writers.items()}
-    record = PartRecord(part.key, counts, *(tuple(writer.shards) for writer in writers.values()))
-    with replacing(path, DISK_CURE) as file:
-        file.write(json.dumps(dataclasses.asdict(record)).encode())
-    return record
-
-
 class _SideWriter:
-    """Collects the documents of one side of a part, and writes a file whenever they are enough."""
+    """Collects the documents of one side of a work unit and writes a file whenever they suffice for one."""
 
     def __init__(self, job: Job, name: str) -> None:
         self.job, self.name = job, name
@@ -208,67 +212,40 @@ class _SideWriter:
         data = np.concatenate(self._arrays).tobytes()
         count = len(data) // np.dtype(self.job.dtype).itemsize
         shard = Shard(f"{self.name}-{len(self.shards):02d}.bin", count, hashlib.sha256(data).hexdigest())
-        with replacing(self.job.folder / shard.file, DISK_CURE) as file:
+        with replacing(self.job.folder / shard.file, DISK_HINT) as file:
             file.write(data)
         self.shards.append(shard)
         self._arrays, self._bytes = [], 0
 
 
-def _read_record(path: Path, job: Job, part: WorkUnit) -> PartRecord | None:
-    try:
-        fields = json.loads(path.read_bytes())
-        sides = {side: tuple(Shard(**shard) for shard in fields[side]) for side in SIDES}
-        record = PartRecord(**{**fields, **sides})
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    shards = record.train + record.val
-    broken = any(shard_damage(job.folder / shard.file, shard, job.dtype, content=True) for shard in shards)
-    return None if broken or record.key != part.key else record
-
-
-def _finish(job: Job, source: Source, records: Sequence[PartRecord]) -> None:
-    """Write the index, which makes the folder whole.
-
-    Raises:
-        RecipeError: there is no document on one side; then the folder goes.
-    """
-    documents = {side: sum(record.documents[side] for record in records) for side in SIDES}
+def _finish(job: Job, parts: Sequence[Index]) -> None:
+    """Write the index, which completes the folder. If one side has no document, delete the folder and raise."""
+    documents = {side: sum(part.documents[side] for part in parts) for side in SIDES}
     for side in SIDES:
         if not documents[side]:
             shutil.rmtree(job.folder, ignore_errors=True)
             raise RecipeError(
-                f"{source.description}: no document falls into the {_SIDE_NAMES[side]} split"
+                f"{job.source.description}: no document falls into the {_SIDE_NAMES[side]} split"
                 f" (data.val_percent is {job.val_percent}; a file's path or else the text"
                 " decides). Use more documents, or change data.val_percent."
             )
-    write_index(job.folder, _index(job, source, records, documents))
-
-
-def _index(job: Job, source: Source, records: Sequence[PartRecord], documents: dict[str, int]) -> Index:
-    return Index(
-        FORMAT_VERSION,
-        job.dtype,
-        job.tokenizer.vocab_size,
-        job.tokenizer.name,
-        job.tokenizer.fingerprint,
-        source.description,
-        job.val_percent,
-        documents,
-        tuple(shard for record in records for shard in record.train),
-        tuple(shard for record in records for shard in record.val),
-    )
+    train, val = (tuple(shard for part in parts for shard in getattr(part, side)) for side in SIDES)
+    write_index(job.folder / INDEX, dataclasses.replace(parts[0], documents=documents, train=train, val=val))
 
 
 @contextlib.contextmanager
 def only_one(folder: Path) -> Iterator[bool]:
-    """Others who make the same shards wait, where the file system has locks; where not (False), they do the same."""
+    """Lock `folder` against other processes that write it, and yield whether the file system has locks.
+
+    Without locks, these processes write the same files at the same time.
+    """
     lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(NotImplementedError):
             lock.acquire()
     except OSError as error:
-        raise write_failure(folder, error, DISK_CURE) from error
+        raise write_failure(folder, error, DISK_HINT) from error
     try:
         yield lock.is_locked
     finally:

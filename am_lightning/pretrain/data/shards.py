@@ -1,12 +1,12 @@
-"""Token shards: files of tokens and nothing else, in one folder, with an index that says what they are.
+"""Token shards: files that hold tokens and nothing else, in one folder with an index.
 
-    index.json               written last: where it is, the folder is whole
-    train-00012-00.bin       the training tokens of part 12 of the documents; -01 where they are too many for one file
-    val-00012-00.bin         the held-out ones
-    parts/00012.json         what part 12 gave: a part that is done is not done again
+    index.json              written last: a folder that has it is complete
+    train-00012-00.bin      training tokens of work unit 12; -01 if there are too many for one file
+    val-00012-00.bin        held-out tokens of work unit 12
+    parts/00012-KEY.json    index of the files of work unit 12; a second call does not write them again
 
-The training tokens are those of all `train` files one after the other, in the order of the index; after every document
-stands an end-of-text token. A row is `seq_len` tokens in a row; neither documents nor shards are aligned to rows.
+The training tokens are those of all `train` files, one after the other, in the order of the index. An end-of-text token
+follows every document. A row is `seq_len` consecutive tokens. Neither documents nor shards are aligned to rows.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ from am_lightning.pretrain.runtime.errors import RecipeError
 
 FORMAT_VERSION = 2
 INDEX = "index.json"
+CHUNKS = "chunks.json"  # index of a folder of litdata chunks, whose own index is called index.json
 SIDES = ("train", "val")
-DISK_CURE = "Free some space, or set data.cache_dir to a folder on another disk. The same command goes on from here."
+DISK_HINT = "Free some space, or set data.cache_dir to a folder on another disk. The same command resumes from here."
 _DTYPES = ("uint8", "uint16", "uint32")
 _CHUNK = 1 << 22  # bytes read at a time for a checksum
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of tokens: its name in the folder, how many it holds, the checksum of its bytes."""
+    """A file of tokens: its name in the folder, its number of tokens and the SHA-256 of its bytes."""
 
     file: str
     tokens: int
@@ -44,16 +45,16 @@ class Shard:
 
 @dataclass(frozen=True)
 class Index:
-    """What a folder of shards holds.
+    """Contents of a folder of shards.
 
     Attributes:
-        version: of this format.
-        dtype: of a token, as numpy spells it.
-        vocab_size: one more than the largest token there can be.
-        tokenizer, tokenizer_sha256: which, as the user gave it, and what it gives.
-        source: the documents, in words.
-        val_percent: share of the documents held out.
-        documents: how many on each side.
+        version: version of this format.
+        dtype: numpy's name of a token's type.
+        vocab_size: one more than the largest possible token.
+        tokenizer, tokenizer_sha256: the tokenizer's name as the user gave it, and its fingerprint.
+        source: description of the documents.
+        val_percent: share of the documents that is held out, in percent.
+        documents: number of documents on each side.
         train, val: the shards, in order.
     """
 
@@ -78,18 +79,18 @@ class Index:
 
     @property
     def sha256(self) -> str:
-        """Of all the tokens, by way of the shards' checksums."""
+        """A hash of all tokens, computed from the checksums of the shards."""
         content = repr([(side, s.tokens, s.sha256) for side in SIDES for s in getattr(self, side)])
         return hashlib.sha256(f"{self.dtype} {content}".encode()).hexdigest()
 
 
 class ShardedTokens:
-    """The tokens of several files as one array, which a slice reads from. Files are mapped when first touched.
+    """The tokens of several files as one array, of which slices can be read. A file is mapped when it is first read.
 
     Args:
-        folder: of the files.
-        shards: in order.
-        dtype: of a token.
+        folder: folder of the files.
+        shards: the files, in order.
+        dtype: type of a token.
     """
 
     def __init__(self, folder: Path, shards: Sequence[Shard], dtype: str) -> None:
@@ -101,10 +102,10 @@ class ShardedTokens:
         return int(self.starts[-1])
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        """The tokens [part.start, part.stop) as an array of the stored type; a view where one file has all of them."""
+        """Return tokens as an array of the stored type: a view if one file has all of them, else a copy."""
         start, stop, step = part.indices(len(self))
         if step != 1:
-            raise ValueError(f"slices of tokens have step 1, not {step}")
+            raise ValueError(f"the step of a slice of tokens is {step}; allowed: 1")
         first = int(np.searchsorted(self.starts, start, side="right")) - 1
         found = []
         while start < stop:
@@ -115,40 +116,43 @@ class ShardedTokens:
         return found[0] if len(found) == 1 else np.concatenate([np.empty(0, self.dtype), *found])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}  # another process maps the files itself
+        return {**self.__dict__, "_maps": {}}  # another process maps the files again
 
     def _map(self, number: int) -> np.ndarray:
         if number not in self._maps:
             size = int(self.starts[number + 1] - self.starts[number]) * np.dtype(self.dtype).itemsize
-            # Unlike numpy's, torch's map keeps no file open: there may be thousands of shards.
+            # Unlike numpy's map, torch's keeps no file open. There may be thousands of shards.
             mapped = torch.from_file(str(self.folder / self.files[number]), shared=False, size=size, dtype=torch.uint8)
             self._maps[number] = mapped.numpy().view(self.dtype)
         return self._maps[number]
 
 
-@dataclass(frozen=True)
 class TokenShards:
-    """An open folder of shards."""
+    """An open folder of shards. Only the index is read.
 
-    folder: Path
-    index: Index
-    train: ShardedTokens
-    val: ShardedTokens
+    Args:
+        folder: the folder.
+        name: file name of its index.
+
+    Raises:
+        RecipeError: as `read_index`.
+    """
+
+    def __init__(self, folder: Path, name: str = INDEX) -> None:
+        self.folder, self.index = folder, read_index(folder, name)
+        self.train = ShardedTokens(folder, self.index.train, self.index.dtype)
+        self.val = ShardedTokens(folder, self.index.val, self.index.dtype)
 
 
-def write_index(folder: Path, index: Index) -> None:
-    """Raises: RecipeError: the disk refuses."""
-    with replacing(folder / INDEX, DISK_CURE) as file:
+def write_index(path: Path, index: Index) -> None:
+    """Write an index. Raises: RecipeError: if the file cannot be written."""
+    with replacing(path, DISK_HINT) as file:
         file.write(json.dumps(dataclasses.asdict(index), indent=1).encode())
 
 
-def read_index(folder: Path) -> Index:
-    """The index of a folder.
-
-    Raises:
-        RecipeError: it is missing, unreadable, damaged or of another format; says what to do.
-    """
-    path = folder / INDEX
+def read_index(folder: Path, name: str = INDEX) -> Index:
+    """Read the index of a folder. Raises: RecipeError: if it is missing, unreadable, damaged or of another format."""
+    path = folder / name
     try:
         fields = json.loads(path.read_bytes())
         version = fields["version"]
@@ -156,58 +160,35 @@ def read_index(folder: Path) -> Index:
             raise ValueError(f"its format is version {version}, this program reads version {FORMAT_VERSION}")
         index = Index(**{**fields, **{side: tuple(Shard(**shard) for shard in fields[side]) for side in SIDES}})
         if index.dtype not in _DTYPES or not all(shard.tokens > 0 for shard in index.shards):
-            raise ValueError("its numbers make no sense")
+            raise ValueError("its numbers are impossible")
         if outside := [shard.file for shard in index.shards if Path(shard.file).name != shard.file or not shard.file]:
             raise ValueError(f"it names {outside[0]!r}, which is no file in its folder")
     except FileNotFoundError as error:
-        raise RecipeError(f"there are no token shards in {folder}. They are made at the start of a run.") from error
+        raise RecipeError(f"there are no token shards in {folder}: {name} is missing. A run makes them.") from error
     except OSError as error:
         raise RecipeError(f"cannot read {path}: {error.strerror}. Make it readable or delete it.") from error
     except (KeyError, TypeError, ValueError) as error:
-        raise RecipeError(f"{path} is broken: {error}. {_cure(path)}") from error
+        raise RecipeError(f"{path} is broken: {error}. {rebuild_hint(path)}") from error
     return index
 
 
-def open_shards(folder: Path) -> TokenShards:
-    """The tokens in `folder`; nothing is read but the index.
-
-    Raises:
-        RecipeError: as `read_index`.
-    """
-    index = read_index(folder)
-    train, val = (ShardedTokens(folder, shards, index.dtype) for shards in (index.train, index.val))
-    return TokenShards(folder, index, train, val)
-
-
-def check_shard(folder: Path, shard: Shard, dtype: str, *, content: bool) -> None:
-    """Compare a file's size with the index, and where `content` also its checksum, which reads all of it.
-
-    Raises:
-        RecipeError: the file is missing, unreadable or damaged; says what to do.
-    """
-    path = folder / shard.file
-    damage = shard_damage(path, shard, dtype, content=content)
-    if damage:
-        raise RecipeError(f"the token shard {path} is broken: {damage}. {_cure(path)}")
-
-
 def shard_damage(path: Path, shard: Shard, dtype: str, *, content: bool, header: int = 0) -> str | None:
-    """What is wrong with a shard's file, which has `header` bytes before the tokens, in words; None: nothing is."""
+    """Return a description of the damage to a shard's file, or None. `header` is the bytes before the tokens."""
     try:
         expected, actual = header + shard.tokens * np.dtype(dtype).itemsize, path.stat().st_size
         if actual != expected:
-            return f"it has {actual} bytes and the index says {expected}"
+            return f"it has {actual} bytes, its index gives {expected}"
         if content and checksum(path) != shard.sha256:
-            return "its content does not have the checksum that the index says"
+            return "its content does not have the checksum of the index"
     except FileNotFoundError:
-        return "it is gone"
+        return "it is missing"
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
     return None
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal. Raises: OSError: it cannot be read."""
+    """Return the SHA-256 of a file in hexadecimal. Raises: OSError: if it cannot be read."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
@@ -215,7 +196,6 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _cure(path: Path) -> str:
-    return (
-        f"Delete {path.name}; the next start makes it anew from data.source (or copy it anew from where it is whole)."
-    )
+def rebuild_hint(path: Path) -> str:
+    """Return what to do about a broken file, for the end of an error."""
+    return f"Delete {path.name}; the next start rebuilds it from data.source (or copy it again from an intact folder)."

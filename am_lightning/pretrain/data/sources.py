@@ -1,4 +1,4 @@
-"""Where documents come from: the Python's own standard library, files of text or of records, the datasets library."""
+"""Sources of documents: the standard library of Python, files of text or of records, and the datasets library."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from am_lightning.pretrain.data.chunks import (
     DataChunk,
@@ -22,49 +22,32 @@ from am_lightning.pretrain.data.chunks import (
     load_hub,
     no_field,
     parquet_file,
-    unreadable,
+    reading,
 )
 from am_lightning.pretrain.runtime.errors import RecipeError, require
 
 HUB = "hf:"
 _RECORDS = (".parquet", ".jsonl", ".jsonl.gz", ".json.gz")
-# Left out of the standard library: its tests, what others installed, what is not source. `config-*` and
-# `_sysconfigdata*` describe the machine that built this Python, so they would differ from one machine to the next.
+# The standard library is read without its tests, installed packages and compiled files. `config-*` and
+# `_sysconfigdata*` describe the machine that built this Python, so they differ between machines.
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
 _SKIPPED_PREFIXES = ("config-", "_sysconfigdata")
-# Source and the documents that are always installed (pydoc's topics are a .py file).
+# Source files and documents that are always installed. The topics of pydoc are a .py file.
 _STDLIB_SUFFIXES = {".py", ".txt", ".rst"}
-_BINARY_PROBE = 8192  # bytes; a file with a NUL among them is not text
+_BINARY_PROBE = 8192  # a file with a NUL in this many first bytes is not text
 _ALLOWED = '"stdlib", a folder, a file, a glob pattern, "hf:NAME", or a folder that prepare_data.py made'
-
-
-class Source(Protocol):
-    """A data set.
-
-    Attributes:
-        description: what it is, for messages.
-        fingerprint: changes when the data set does; says when shards are out of date.
-    """
-
-    @property
-    def description(self) -> str: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def chunks(self, chunk_bytes: int) -> Iterator[DataChunk]:
-        """In a fixed order; files that can be read from the middle are cut into chunks of about `chunk_bytes`."""
-        ...
 
 
 @dataclass(frozen=True)
 class FileSource:
-    """Files below one folder: parquet and JSON lines hold a document in every record, any other file is one.
+    """Files below one folder. A record of parquet or JSON lines is a document, and so is any other file.
 
     Attributes:
         root: the folder.
-        names: the files' paths relative to `root`, with `/`, sorted.
-        text_field: of the records.
+        names: sorted paths of the files relative to `root`, with `/`.
+        text_field: field or column of the text in records.
+        description: name of the data set in messages.
+        fingerprint: a hash that changes with the data set.
     """
 
     root: Path
@@ -74,6 +57,7 @@ class FileSource:
     fingerprint: str
 
     def chunks(self, chunk_bytes: int) -> Iterator[DataChunk]:
+        """Yield the chunks in a fixed order. Uncompressed JSON lines are cut into chunks of about `chunk_bytes`."""
         for name in self.names:
             path = self.root / name
             if name.endswith(".parquet"):
@@ -93,7 +77,7 @@ class FileSource:
 
     def _line_ranges(self, path: Path, chunk_bytes: int) -> Iterator[DataChunk]:
         size = _stat(path).st_size
-        if path.suffix == ".gz":  # can only be read from its beginning
+        if path.suffix == ".gz":  # it can only be read from its beginning
             yield JsonLines(str(path), self.text_field, 0, 0, size)
             return
         for start in range(0, size, chunk_bytes):
@@ -103,10 +87,10 @@ class FileSource:
 
 @dataclass(frozen=True)
 class HubSource:
-    """A data set that the `datasets` library streams; each of its files is a chunk.
+    """A data set that the `datasets` library streams. Each of its files is a chunk.
 
-    The fingerprint is of what the user wrote: a training node without a network must find the shards, too. Pin a
-    `revision` in the options where the data set may change.
+    The fingerprint is a hash of the user's settings, so that a training node without a network finds the shards. Pin a
+    `revision` in the options if the data set may change.
     """
 
     name: str
@@ -127,100 +111,80 @@ class HubSource:
             yield HubShard(self.name, self.options, self.text_field, index, count, chunk_bytes)
 
 
+Source = FileSource | HubSource
+
+
 def find_source(source: str, *, text_field: str = "text", options: dict[str, Any] | None = None) -> Source:
-    """The data set called `source`.
+    """Return the data set with the name `source`.
 
     Args:
         source: "stdlib", a folder, a file, a glob pattern, or "hf:" and a name that datasets.load_dataset takes.
-        text_field: field or column of the text, in records.
-        options: of datasets.load_dataset, for "hf:" alone.
+        text_field: field or column of the text in records.
+        options: arguments of datasets.load_dataset, only for "hf:".
 
     Raises:
-        RecipeError: nothing is there, or it holds no text.
+        RecipeError: if it does not exist or holds no text.
     """
     if source.startswith(HUB):
-        require("streaming" not in (options or {}), "data.source_options", options, "no streaming: it is always on")
+        require("streaming" not in (options or {}), "data.source_options", options, "no streaming, which is always on")
         return HubSource(source.removeprefix(HUB), json.dumps(options or {}, sort_keys=True), text_field)
-    require(not options, "data.source_options", options, f"null, as data.source {source} does not begin with {HUB}")
+    require(not options, "data.source_options", options, f"null, because data.source {source} is not {HUB}NAME")
     if source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        names = _walk(root, _STDLIB_SUFFIXES)
+        names = _walk(root, stdlib=True)
         description = f"the standard library of Python {platform.python_version()}"
-        hint = "This Python comes without its source: set data.source to a folder of text files."
+        hint = "This Python is installed without its source: set data.source to a folder of text files."
     else:
         root, names = _files(source)
         description = f"the text in {source}"
-        hint = "Put text files there (binary and hidden ones are passed over), or set data.source to something else."
+        hint = "Put text files there (binary and hidden ones are skipped), or change data.source."
     if not names:
         raise RecipeError(f"data.source {source}: found no text in {root}. {hint}")
     return FileSource(root, names, text_field, description, _fingerprint(root, names, text_field))
 
 
-def group(chunks: Iterator[DataChunk], part_bytes: int) -> list[tuple[DataChunk, ...]]:
-    """Pieces that follow each other, together about `part_bytes` of text: what one process does in one go."""
-    parts: list[tuple[DataChunk, ...]] = []
-    part: list[DataChunk] = []
-    size = 0
-    for chunk in chunks:
-        if part and size + chunk.size > part_bytes:
-            parts.append(tuple(part))
-            part, size = [], 0
-        part.append(chunk)
-        size += chunk.size
-    return [*parts, tuple(part)] if part else parts
-
-
 def _files(source: str) -> tuple[Path, tuple[str, ...]]:
     path = Path(source).expanduser()
     if path.is_dir():
-        return path, _walk(path, None)
-    if path.exists():
-        return path.parent, (path.name,) if _is_text(path) else ()
-    if glob.has_magic(source):
-        found = [p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file() and _is_text(p)]
-        root = Path(os.path.commonpath([p.parent for p in found])) if found else Path(".")
-        return root, tuple(sorted(p.relative_to(root).as_posix() for p in found))
-    raise RecipeError(f"data.source {source} does not exist. Allowed: {_ALLOWED}.")
+        return path, _walk(path, stdlib=False)
+    if not path.exists() and not glob.has_magic(source):
+        raise RecipeError(f"data.source {source} does not exist. Allowed: {_ALLOWED}.")
+    matches = [path] if path.exists() else map(Path, glob.glob(str(path), recursive=True))
+    found = [match for match in matches if match.is_file() and _is_text(match)]
+    root = Path(os.path.commonpath([match.parent for match in found])) if found else path.parent
+    return root, tuple(sorted(match.relative_to(root).as_posix() for match in found))
 
 
-def _walk(root: Path, suffixes: set[str] | None) -> tuple[str, ...]:
-    def refuse(error: OSError) -> None:  # os.walk would pass over the folder without a word
-        raise unreadable(Path(error.filename), error) from error
+def _walk(root: Path, *, stdlib: bool) -> tuple[str, ...]:
+    def refuse(error: OSError) -> None:  # os.walk would skip the folder silently
+        with reading(error.filename):
+            raise error
 
     names = []
     for folder, subfolders, files in os.walk(root, onerror=refuse):
-        subfolders[:] = [f for f in subfolders if not _is_skipped(f, suffixes is not None)]
-        for file in files:
-            path = Path(folder, file)
-            if _is_skipped(file, suffixes is not None) or not path.is_file():
-                continue
-            if (path.suffix in suffixes) if suffixes is not None else _is_text(path):
+        subfolders[:] = [name for name in subfolders if not _is_skipped(name, stdlib)]
+        for path in (Path(folder, name) for name in files if not _is_skipped(name, stdlib)):
+            if path.is_file() and (path.suffix in _STDLIB_SUFFIXES if stdlib else _is_text(path)):
                 names.append(path.relative_to(root).as_posix())
     return tuple(sorted(names))
 
 
 def _is_skipped(name: str, stdlib: bool) -> bool:
-    if name.startswith("."):
-        return True
-    return stdlib and (name in _SKIPPED_FOLDERS or name.startswith(_SKIPPED_PREFIXES))
+    generated = stdlib and (name in _SKIPPED_FOLDERS or name.startswith(_SKIPPED_PREFIXES))
+    return generated or name.startswith(".")
 
 
 def _is_text(path: Path) -> bool:
     if path.name.endswith(_RECORDS):
         return True
-    try:
-        with open(path, "rb") as file:
-            probe = file.read(_BINARY_PROBE)
-    except OSError as error:
-        raise unreadable(path, error) from error
+    with reading(path), open(path, "rb") as file:
+        probe = file.read(_BINARY_PROBE)
     return bool(probe) and b"\0" not in probe
 
 
 def _stat(path: Path) -> os.stat_result:
-    try:
+    with reading(path):
         return path.stat()
-    except OSError as error:
-        raise unreadable(path, error) from error
 
 
 def _fingerprint(root: Path, names: Sequence[str], text_field: str) -> str:
