@@ -1,9 +1,8 @@
-"""Make the token shards of a recipe before it is trained: python prepare_data.py --config 60m --workers 16
+"""Make the token shards of a recipe before training: python prepare_data.py --config 60m --workers 16
 
---config takes a recipe's name or the path of a YAML, and a later --data.KEY VALUE wins, as in pretrain.py, which then
-finds the shards (or makes them itself, if nobody did). A call that was killed goes on where it stopped; one that finds
-everything done does nothing. --check reads every shard and compares its checksum. What comes out does not depend on the
-number of workers.
+--config takes a recipe's name or the path of a YAML, and a later --data.KEY VALUE wins, as in pretrain.py, which makes
+missing shards itself. A call that was killed resumes where it stopped, and one that finds all shards does nothing.
+--check reads every shard and compares its checksum. The shards do not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -18,25 +17,23 @@ if TYPE_CHECKING:
     from am_lightning.pretrain.data.shards import Index
     from am_lightning.pretrain.data.text_data import TextData
 
-# Keys of a recipe that are the data's, too.
-_LINKED = {"seq_len": "model", "vocab_size": "model"}
-
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line `args` (sys.argv's where None); ends the process with a message where the user can help."""
+    """Run the command line `args` (default: sys.argv's); end the process with a message after a RecipeError."""
     try:
         prepare(sys.argv[1:] if args is None else args)
     except RecipeError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
+        sys.exit("stopped; the same command resumes from here")
 
 
 def prepare(args: list[str]) -> None:
-    """Make or check the shards that the command line names, and print what there is.
+    """Make or check the shards that the command line names, and print a summary.
 
     Raises:
-        RecipeError: see TextData. SystemExit: an unknown key, a wrong type, or --help.
+        RecipeError: see TextData.
+        SystemExit: after an unknown key, a wrong type, or --help.
     """
     from am_lightning.pretrain.data.text_data import TextData
 
@@ -63,15 +60,15 @@ def _parser(data: type) -> Any:
     parser.add_argument(
         "--workers", type=jsonargparse.typing.PositiveInt, default=None, help="processes; default: data.prepare_workers"
     )
-    parser.add_argument("--check", action="store_true", help="also read all of the shards and compare their checksums")
+    parser.add_argument("--check", action="store_true", help="also read all shards and compare their checksums")
     parser.add_argument("--root", type=str, default=".", help="the run's folder; default: the recipe's")
     parser.add_class_arguments(data, "data")
-    parser.print_usage = lambda *_: None  # an error is a line or two; --help shows the keys
+    parser.print_usage = lambda *_: None  # keeps errors short; --help shows the keys
     return parser
 
 
 def _with_sections(args: list[str]) -> list[str]:
-    """The command line with every recipe replaced by what of it concerns the data, as JSON."""
+    """Return the command line with every recipe replaced by its settings of the data, as JSON."""
     result: list[str] = []
     for arg in args:
         if arg.startswith("--config="):
@@ -82,19 +79,16 @@ def _with_sections(args: list[str]) -> list[str]:
 
 
 def _section(config: str) -> str:
-    import yaml
-
     from am_lightning.pretrain.runtime.paths import find_config
-    from am_lightning.pretrain.runtime.recipe_text import recipe_text
+    from am_lightning.pretrain.runtime.settings import read_recipe
 
     path = find_config(config)
-    try:
-        recipe = yaml.safe_load(recipe_text(path))
-        data = dict(recipe.get("data") or {})
-        linked = {key: recipe[section][key] for key, section in _LINKED.items() if key in recipe.get(section, {})}
-        root = (recipe.get("trainer") or {}).get("default_root_dir")
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
-        raise RecipeError(f"--config {path} is not a recipe's YAML: {error}") from error
+    recipe = read_recipe(path)
+    data, model, trainer = (recipe.get(name) or {} for name in ("data", "model", "trainer"))
+    if not all(isinstance(section, dict) for section in (data, model, trainer)):
+        raise RecipeError(f"{path} is not a recipe: data, model and trainer are sections")
+    linked = {key: model[key] for key in ("seq_len", "vocab_size") if key in model}
+    root = trainer.get("default_root_dir")
     return json.dumps({"data": {**linked, **data}, **({"root": root} if root else {})})
 
 

@@ -1,8 +1,8 @@
 """Pretrain a Llama with Lightning: python pretrain.py fit --config laptop [--KEY VALUE ...]
 
---config takes a recipe's name (am-lightning list) or the path of a YAML. Everything that a run writes
-is below --trainer.default_root_dir. With --ckpt_path last the same command goes on from the newest checkpoint there, or
-starts if there is none. --compare true trains AdamW beside it. `validate` scores a checkpoint:
+--config takes a recipe's name (am-lightning list) or the path of a YAML. A run writes everything below
+--trainer.default_root_dir. With --ckpt_path last the same command resumes from the newest checkpoint there, or starts
+from step 0 if there is none. --compare true also trains AdamW. `validate` scores a checkpoint:
 python pretrain.py validate --config laptop --ckpt_path last
 """
 
@@ -12,7 +12,7 @@ from am_lightning.pretrain.runtime.main import command_line
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line `args` (sys.argv's where None)."""
+    """Run the command line `args` (default: sys.argv's)."""
     with command_line():
         from am_lightning.pretrain.runtime.cli import PretrainCLI
 

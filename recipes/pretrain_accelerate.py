@@ -3,8 +3,8 @@
     accelerate launch pretrain_accelerate.py --config laptop [--KEY VALUE ...]
     torchrun --nproc-per-node 2 pretrain_accelerate.py --config laptop --trainer.accelerator cpu
 
-One process, DDP, FSDP2 and DeepSpeed come from the launcher (launch/accelerate/, configs/deepspeed/); sizes, data,
-optimizer, schedule and folders from the recipe. Of its `trainer` section this program uses max_steps,
+The launcher chooses one process, DDP, FSDP2 or DeepSpeed (launch/accelerate/, configs/deepspeed/). The recipe gives the
+sizes, data, optimizer, schedule and folders. Of its `trainer` section this program uses max_steps,
 accumulate_grad_batches, gradient_clip_val, precision, val_check_interval, log_every_n_steps and default_root_dir.
 """
 
@@ -12,70 +12,49 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import GradientAccumulationPlugin, set_seed, tqdm
 from torch import nn
-from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from am_lightning import AMSGD, AMAdamW
 from am_lightning.huggingface import attach
 from am_lightning.pretrain.checkpoints.accelerate import AccelerateCheckpoints, hold_together
-from am_lightning.pretrain.commands.report.summary import next_commands
 from am_lightning.pretrain.data.text_data import TextData
 from am_lightning.pretrain.model.network import build_llama, token_loss
-from am_lightning.pretrain.runtime.collective_errors import Agreement, leave_group
-from am_lightning.pretrain.runtime.errors import RecipeError, require
+from am_lightning.pretrain.runtime.collective_errors import Agreement
+from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.main import command_line
 from am_lightning.pretrain.runtime.operator_build import announce_deepspeed_build
 from am_lightning.pretrain.runtime.run_config import RunConfig, read_run_config
 from am_lightning.pretrain.runtime.stop_signals import StopSignals
 
-PRECISIONS = {"32-true": "no", "bf16-mixed": "bf16", "16-mixed": "fp16"}
-
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line `args` (sys.argv's where None)."""
+    """Run the command line `args`; default: sys.argv's."""
     with command_line():
         train(read_run_config(args))
-
-
-class Progress:
-    """Optimizer steps that are done; saved and loaded with the rest of the state."""
-
-    def __init__(self) -> None:
-        self.step = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.step = state["step"]
 
 
 def train(settings: RunConfig) -> None:
     stop = StopSignals()
     stop.take()
     accelerator = make_accelerator(settings)
-    data = open_data(accelerator, settings)
-    model, optimizer, schedule, states = make_model(accelerator, settings)
-
-    progress = Progress()
-    states |= {"progress": progress, "data": data}
-    checkpoints = AccelerateCheckpoints(accelerator, settings.checkpoints, settings.keep, states, settings.shape)
+    data = open_data(accelerator, settings.data)
+    model, optimizer, schedule, checkpoints = make_model(accelerator, settings)
     if settings.ckpt_path is not None:
         loaded = checkpoints.load(settings.ckpt_path)
-        accelerator.print(f"going on from {loaded}" if loaded else "no checkpoint yet: starting from step 0")
+        accelerator.print(f"resuming from {loaded}" if loaded else "no checkpoint yet: starting from step 0")
 
+    step = schedule.last_epoch  # optimizer steps that are done
     ranks = share_of(accelerator)
-    batches = data.train_loader(steps=settings.steps, accumulate=settings.accumulate, first_step=progress.step, **ranks)
+    batches = data.train_loader(steps=settings.steps, accumulate=settings.accumulate, first_step=step, **ranks)
     agreement = Agreement(accelerator.device, accelerator.num_processes)
-    bar = tqdm(total=settings.steps, initial=progress.step, disable=not settings.progress_bar, unit="step")
+    bar = tqdm(total=settings.steps, initial=step, disable=not settings.progress_bar, unit="step")
     step_loss = torch.zeros((), device=accelerator.device)
     model.train()
     stopped, stop.later = False, True
@@ -94,9 +73,8 @@ def train(settings: RunConfig) -> None:
 
         learning_rate = schedule.get_last_lr()[0]
         schedule.step()
-        progress.step += 1
+        step = schedule.last_epoch
         bar.update()
-        step, last = progress.step, progress.step == settings.steps
         if is_due(step, settings.log_every):
             mean = float(accelerator.reduce(step_loss, reduction="mean"))
             accelerator.log({"train/loss": mean, "lr": learning_rate}, step=step)
@@ -104,64 +82,57 @@ def train(settings: RunConfig) -> None:
         step_loss.zero_()
         if is_due(step, settings.validate_every):
             validate(accelerator, model, data.val_loader(rows=data.val_rows, **ranks), "val/", step)
-        stopped = agreement.ask(1 if stop.received else 0) > 0  # on GPUs the answer is that of the step before
-        if stopped or last or is_due(step, settings.save_every):
+        stopped = agreement.ask(1 if stop.received else 0) > 0  # on GPUs the answer of the step before
+        if stopped or step == settings.steps or is_due(step, settings.save_every):
             checkpoints.save(step)
         if stopped:
             break
 
     bar.close()
     if agreement.ask(1 if stop.received else 0, now=True) or stopped:  # also a signal in the last step
-        leave_group()
-        stop.leave(progress.step)
+        stop.leave(step)
     stop.later = False
     rows = data.val_loader(rows=data.final_val_rows, **ranks)
-    loss = validate(accelerator, model, rows, "final/val_", progress.step)
-    finish(accelerator, settings, loss, checkpoints.newest())
-
-
-def finish(accelerator: Accelerator, settings: RunConfig, loss: torch.Tensor, checkpoint: Path | None) -> None:
-    """Print what there is now, and leave the other processes."""
-    rows = settings.data.scored_rows
-    accelerator.print(
-        f"\n  validation loss  {loss:.4f} nats per token (perplexity {loss.exp():.2f}) on {rows} held-out rows"
-        f'\n  curves           tensorboard --logdir "{settings.root / "logs"}"\n'
-        f"  checkpoint       {checkpoint}\n  next             {next_commands(settings.root)}\n"
-    )
-    leave_group()
+    loss = validate(accelerator, model, rows, "final/val_", step)
+    if accelerator.is_main_process:
+        settings.print_result(loss, checkpoints.newest())
+    accelerator.wait_for_everyone()  # a process that leaves gloo's group early is aborted
     accelerator.end_training()
 
 
-def open_data(accelerator: Accelerator, settings: RunConfig) -> TextData:
-    """Its shards are made by one process of each machine, where they are not there yet."""
+def open_data(accelerator: Accelerator, data: TextData) -> TextData:
+    """Open the data; one process of each machine makes the missing shards first."""
     with accelerator.local_main_process_first():
         if accelerator.is_local_main_process:
-            settings.data.prepare()
-    settings.data.open()
-    return settings.data
+            data.prepare()
+    data.open()
+    return data
 
 
 def share_of(accelerator: Accelerator) -> dict[str, Any]:
-    """Arguments of the loaders: whose rows they are; pinned, a GPU copies them without the host's waiting."""
+    """Return the loaders' arguments for this process's share of the rows; a GPU copies pinned memory asynchronously."""
     pinned = accelerator.device.type == "cuda"
     return {"rank": accelerator.process_index, "world_size": accelerator.num_processes, "pin_memory": pinned}
 
 
 def make_model(
     accelerator: Accelerator, settings: RunConfig
-) -> tuple[nn.Module, Optimizer, LRScheduler, dict[str, Stateful]]:
-    """Prepared, all but the schedule: Accelerate would step it once for each process. And the states that a checkpoint
-    holds beside those of the model and the optimizer."""
+) -> tuple[nn.Module, Optimizer, LRScheduler, AccelerateCheckpoints]:
+    """Return the model, its optimizer and schedule, and their checkpoints.
+
+    The schedule is not prepared, because Accelerate would step it once for each process.
+    """
     set_seed(settings.seed)
     model = build_llama(settings.shape)
     optimizer = settings.make_optimizer(model)
     schedule = settings.make_schedule(optimizer)
+    states: dict[str, Any] = {"schedule": schedule, "data": settings.data}
     adaptive = isinstance(optimizer, AMAdamW | AMSGD)
     model, optimizer = accelerator.prepare(model, optimizer)
-    states: dict[str, Stateful] = {"schedule": schedule}
     if adaptive:
         states["momentum"] = attach(accelerator, optimizer, log_every_n_steps=settings.log_every)
-    return model, optimizer, schedule, states
+    checkpoints = AccelerateCheckpoints(accelerator, settings.checkpoints, settings.keep, states, settings.shape)
+    return model, optimizer, schedule, checkpoints
 
 
 def is_due(step: int, every: int | None) -> bool:
@@ -169,14 +140,13 @@ def is_due(step: int, every: int | None) -> bool:
 
 
 def make_accelerator(settings: RunConfig) -> Accelerator:
-    """With TensorBoard curves in DIR/logs, and under DeepSpeed the recipe's sizes in its configuration."""
-    require(settings.precision in PRECISIONS, "trainer.precision", settings.precision, " or ".join(PRECISIONS))
+    """Return an Accelerator that logs to TensorBoard in DIR/logs, with the recipe's sizes for DeepSpeed."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         announce_deepspeed_build()
     accelerator = Accelerator(
-        # As a plugin: the launcher's ACCELERATE_GRADIENT_ACCUMULATION_STEPS ("auto" with DeepSpeed) is not read then.
+        # A plugin wins over the launcher's ACCELERATE_GRADIENT_ACCUMULATION_STEPS, which is "auto" with DeepSpeed.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.accumulate),
-        mixed_precision=PRECISIONS[settings.precision],
+        mixed_precision=settings.mixed_precision(),
         log_with="tensorboard",
         project_dir=settings.root,
         **processes(settings),
@@ -203,21 +173,20 @@ def make_accelerator(settings: RunConfig) -> Accelerator:
 
 
 def processes(settings: RunConfig) -> dict[str, Any]:
-    """Arguments of Accelerator: how long processes wait for each other; where there is no GPU or none is wanted, they
-    find each other by gloo."""
+    """Return Accelerator's arguments for the device, the backend and the timeout of the process group."""
     on_cpu = settings.accelerator == "cpu" or not torch.accelerator.is_available()
     timeout = None if settings.hang_timeout_s is None else timedelta(seconds=settings.hang_timeout_s)
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # one process has no group, and Accelerate would look for one
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # else Accelerate would look for a group
     group = InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timeout)
     handlers = [group] if several and (on_cpu or timeout is not None) else []
-    # Accelerate forgets DeepSpeed where it is told cpu=True.
+    # Accelerate ignores DeepSpeed if cpu is True.
     cpu = on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
     return {"cpu": cpu, "kwargs_handlers": handlers}
 
 
 @torch.no_grad()
-def validate(accelerator: Accelerator, model: nn.Module, batches: Any, tag: str, step: int) -> torch.Tensor:
-    """Mean loss over the rows of all processes; logged as `tag`loss, with its perplexity."""
+def validate(accelerator: Accelerator, model: nn.Module, batches: Any, tag: str, step: int) -> float:
+    """Return the mean loss over the rows of all processes; log it as `tag`loss, with its perplexity."""
     model.eval()
     total = torch.zeros(2, device=accelerator.device)
     for batch in batches:
@@ -228,7 +197,7 @@ def validate(accelerator: Accelerator, model: nn.Module, batches: Any, tag: str,
     total = accelerator.reduce(total)
     loss = total[0] / total[1]
     accelerator.log({f"{tag}loss": float(loss), f"{tag}perplexity": float(loss.exp())}, step=step)
-    return loss
+    return float(loss)
 
 
 if __name__ == "__main__":

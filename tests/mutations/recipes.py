@@ -35,8 +35,8 @@ MUTATIONS = [
     Mutation(
         "a misspelt setting is left to the parser, after seconds of imports",
         f"{_PACKAGE}/runtime/settings.py",
-        "    return names is None or (rest",
-        "    return names is not None or (rest",
+        "not in known:",
+        "in known:",
         ("tests/recipes/test_console.py::test_help_and_refusals_import_nothing_of_training",),
     ),
     Mutation(
@@ -347,8 +347,8 @@ MUTATIONS = [
     Mutation(
         "a DataLoader's worker requeues the job",
         _STOP_SIGNALS,
-        "elif number == signal.SIGTERM:  # forked",
-        "elif number == signal.SIGUSR1:  # forked",
+        "elif number == signal.SIGTERM:  # in a forked",
+        "elif number == signal.SIGUSR1:  # in a forked",
         (f"{_STOPPED}::test_a_forked_worker_requeues_nothing",),
     ),
     Mutation(

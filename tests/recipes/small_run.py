@@ -25,11 +25,12 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 from am_lightning import AdaptiveMemory
 from am_lightning.lightning.callback import SkippedStepsError
 from am_lightning.pretrain.callbacks import fault_tolerance
-from am_lightning.pretrain.callbacks.fault_tolerance import FaultTolerance, Stopped
+from am_lightning.pretrain.callbacks.fault_tolerance import FaultTolerance
 from am_lightning.pretrain.checkpoints import AtomicCheckpointIO, RunCheckpoint
 from am_lightning.pretrain.data.order import ResumableLoader
 from am_lightning.pretrain.runtime.collective_errors import Agreement
 from am_lightning.pretrain.runtime.errors import RecipeError
+from am_lightning.pretrain.runtime.stop_signals import Stopped
 from tests.lightning.cluster import CPUFSDP
 
 ROWS, WIDTH = 512, 8

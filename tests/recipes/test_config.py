@@ -221,14 +221,14 @@ more: 1
 
 def test_texts_are_merged_with_their_comments() -> None:
     assert merge_texts(BASE, DIFFERENCE) == MERGED
-    with pytest.raises(RecipeError, match="model: give the keys"):
+    with pytest.raises(RecipeError, match="model: give each key"):
         merge_texts(BASE, "# mine\n\nmodel: {width: 8}\n")
 
 
 def test_a_new_size_is_a_short_yaml_and_a_lost_base_is_named(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text("# base: base.yaml\n\nmodel: {num_layers: 3}\ntrainer: {max_steps: 7}\n")
-    with pytest.raises(RecipeError, match=r"mine.yaml says only what differs from .*base.yaml, which is not there"):
+    with pytest.raises(RecipeError, match=r"mine.yaml holds only what differs from .*base.yaml, which does not exist"):
         read_run_config(["--config", str(mine)])
     (tmp_path / "base.yaml").write_text((CONFIGS["60m"].parent / "base.yaml").read_text())
     settings = read_run_config([f"--config={mine}", "--trainer.max_steps", "8"])

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from am_lightning.pretrain.callbacks.fault_tolerance import FaultTolerance, Stopped
+from am_lightning.pretrain.callbacks.fault_tolerance import FaultTolerance
 from am_lightning.pretrain.runtime.errors import RecipeError
-from am_lightning.pretrain.runtime.stop_signals import SIGNALS
+from am_lightning.pretrain.runtime.stop_signals import SIGNALS, Stopped
 from tests.python import COLD, PYTHON
 
 from .commands import differences, load, training_state

@@ -135,7 +135,8 @@ def test_several_processes_make_the_same(
         (["--config", "laptp"], r"error: config is 'laptp'.*Did you mean laptop"),
         (["--data.source", "gone"], r"error: data.source gone does not exist"),
         (["--config", "laptop", "--data.tokenizer", "bpe-4096"], r"error: model.vocab_size is 256; allowed: >= 4096"),
-        (["--config", "CUT"], r"error: --config .*cut.yaml is not a recipe's YAML"),
+        (["--config", "CUT"], r"error: .*cut.yaml is not YAML: while parsing"),
+        (["--config", "FLAT"], r"error: .*flat.yaml is not a recipe: data, model and trainer are sections"),
         (["--data.sorce", "x"], None),
         (["--workers", "x"], None),
         (["--workers", "0"], None),
@@ -144,8 +145,10 @@ def test_several_processes_make_the_same(
 def test_a_wrong_argument_is_named(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], args: list[str], says: str | None
 ) -> None:
-    (tmp_path / "cut.yaml").write_text("data: [")
-    args = [str(tmp_path / "cut.yaml") if arg == "CUT" else arg for arg in args]
+    for name, text in (("CUT", "data: ["), ("FLAT", "data: 3")):
+        path = tmp_path / f"{name.lower()}.yaml"
+        path.write_text(text)
+        args = [str(path) if arg == name else arg for arg in args]
     with pytest.raises(SystemExit, match=says) as caught:
         prepare_data.main([*args, "--root", str(tmp_path)])
     if says is None:

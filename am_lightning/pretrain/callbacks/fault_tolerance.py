@@ -22,13 +22,9 @@ from am_lightning.lightning.patched_methods import PatchedMethods
 from am_lightning.pretrain.checkpoints import LAST, RunCheckpoint
 from am_lightning.pretrain.runtime.collective_errors import Agreement, limit_waits
 from am_lightning.pretrain.runtime.errors import require, require_counts
-from am_lightning.pretrain.runtime.stop_signals import SIGNALS, StopSignals, end_process
+from am_lightning.pretrain.runtime.stop_signals import SIGNALS, Stopped, StopSignals, end_process
 
 _INTERACTIVE = ("bash", "zsh", "interactive")
-
-
-class Stopped(SystemExit):
-    """Training was stopped by a signal, and a checkpoint was written. `code` is the exit status of the process."""
 
 
 class FaultTolerance(L.Callback):

@@ -18,7 +18,7 @@ from am_lightning.pretrain.data.tokenizer import BYTES, Tokenizer, bpe_size, che
 from am_lightning.pretrain.model.network import llama_config, trained_llama
 from am_lightning.pretrain.model.shape import LlamaShape
 from am_lightning.pretrain.runtime.errors import RecipeError
-from am_lightning.pretrain.runtime.saved_config import saved_config
+from am_lightning.pretrain.runtime.settings import saved_config
 
 _NAMES = (STEPS, LAST, "step-*[0-9]", "checkpoint-*[0-9]")  # of Lightning, Accelerate, the HF Trainer
 _ALLOWED = "the folder of a run (its trainer.default_root_dir), or one of its checkpoints"

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and errors for a disk that refuses."""
+"""Files that are written whole or not at all, and the errors of a disk that cannot be written."""
 
 from __future__ import annotations
 
@@ -14,11 +14,8 @@ from typing import BinaryIO
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # full, over the quota, over the process's limit
-_CURES = {
-    **dict.fromkeys(
-        (errno.EACCES, errno.EPERM, errno.EROFS),
-        "Choose a folder that this user may write to",
-    ),
+_HINTS = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Choose a folder that this user may write to"),
     errno.ENAMETOOLONG: "Choose a shorter name",
     **dict.fromkeys((errno.ENOTDIR, errno.EISDIR), "Choose another folder"),
 }
@@ -26,8 +23,10 @@ _RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def disk_error(error: BaseException) -> OSError | None:
-    """The OSError behind `error`. torch.save turns what write() raised into a RuntimeError and keeps it as context;
-    safetensors keeps its number in the text only."""
+    """Return the OSError that caused `error`, or None.
+
+    torch.save raises a RuntimeError with the OSError as its context; safetensors keeps only the number, in its text.
+    """
     seen: BaseException | None = error
     while seen is not None and not isinstance(seen, OSError):
         number = _RUST_OS_ERROR.search(str(seen))
@@ -38,13 +37,16 @@ def disk_error(error: BaseException) -> OSError | None:
 
 
 def write_failure(path: Path, error: OSError, hint: str, option: str = "--trainer.default_root_dir DIR") -> RecipeError:
-    """The RecipeError for a file that could not be written: which one, why, the space left there, the hint.
+    """Return the RecipeError for a file that could not be written: which one, why, the free space, and what to do.
 
-    The hint is for a disk that is full, or for what is not known: where the reason says more, its cure stands instead,
-    with the option that chooses the folder.
+    Args:
+        path: the file.
+        error: what the system raised.
+        hint: what to do if the disk is full or the reason is not known.
+        option: the option that chooses the folder, for all other reasons.
     """
-    if cure := _CURES.get(error.errno or 0):
-        hint = f"{cure} ({option})."
+    if other := _HINTS.get(error.errno or 0):
+        hint = f"{other} ({option})."
     text = f"cannot write {path}: {error.strerror or error}"
     if error.errno in DISK_FULL:
         folder = next(p for p in [path.parent, *path.parent.parents] if p.exists())
@@ -54,18 +56,18 @@ def write_failure(path: Path, error: OSError, hint: str, option: str = "--traine
 
 @contextlib.contextmanager
 def replacing(path: Path, hint: str) -> Iterator[BinaryIO]:
-    """A binary file that becomes `path` when the block ends well.
+    """Open a binary file that becomes `path` when the block ends without an error.
 
     It is written beside `path`, flushed to the disk and renamed, so that a kill, a full disk or a second process that
-    writes the same file leaves either the old file or the new one, never half of one. A leftover of a killed process
-    is called `.NAME.PID.part`.
+    writes the same file leaves either the old file or the new one, never half of one. A killed process leaves a file
+    `.NAME.PID.part`.
 
     Args:
-        path: the file to make or replace; its folder is made.
-        hint: what the user can do when the disk refuses; ends the error's text.
+        path: the file to create or replace; its folder is created.
+        hint: the end of the error's text, which tells what to do if the disk is full.
 
     Raises:
-        RecipeError: the file cannot be written. What was at `path` before is untouched.
+        RecipeError: if the file cannot be written. The old file at `path` is untouched.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -86,7 +88,7 @@ def replacing(path: Path, hint: str) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut, where the system can (Windows cannot open folders)."""
+    """Make a rename in `folder` survive a power cut. Does nothing on Windows, which cannot open folders."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

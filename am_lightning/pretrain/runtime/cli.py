@@ -1,4 +1,4 @@
-"""PretrainCLI: LightningCLI for LlamaPretraining on TextData, with all that a run writes in one folder."""
+"""PretrainCLI: LightningCLI for LlamaPretraining on TextData, whose runs write into one folder."""
 
 from __future__ import annotations
 
@@ -35,34 +35,31 @@ from am_lightning.pretrain.commands.report.summary import RunResult, print_summa
 from am_lightning.pretrain.data.text_data import TextData
 from am_lightning.pretrain.model.lightning_module import LlamaPretraining, check_optimizer
 from am_lightning.pretrain.model.shape import LlamaShape
-from am_lightning.pretrain.runtime.errors import RecipeError, require
+from am_lightning.pretrain.runtime.errors import RecipeError, require, require_counts
 from am_lightning.pretrain.runtime.operator_build import announce_deepspeed_build
 from am_lightning.pretrain.runtime.paths import with_paths
 from am_lightning.pretrain.runtime.run_lock import hold
 from am_lightning.pretrain.runtime.secrets import refuse_secrets
 from am_lightning.pretrain.runtime.suggestions import explain
 
-CHECKPOINTS_PER_RUN = 5  # where the configuration does not say how often
-# What a run leaves in its folder; a new run there moves it away first.
+CHECKPOINTS_PER_RUN = 5  # if the configuration sets no interval
+# A run's files, which a new run in the same folder moves away first.
 _RUN_FILES = ("checkpoints", "logs", "summary.png", "compare", "compare.png", "report.html", "report.png")
 
 
 class PretrainParser(LightningArgumentParser):
-    """A parser whose errors are a line or two, without the usage of every setting there is (--help shows it).
+    """A parser with short errors, without the usage of all settings (--help shows it).
 
-    A recipe's name may stand where a YAML's path is expected: `--config laptop`, or `fit laptop`.
-
-    Attributes:
-        words: the command line that is being read.
+    It takes a recipe's name in place of a YAML's path: `--config laptop`, or `fit laptop`.
     """
 
-    words: ClassVar[Sequence[str]] = ()
+    words: ClassVar[Sequence[str]] = ()  # the command line that is being read
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if Path(sys.argv[0]).name == "__main__.py":
             kwargs.setdefault("prog", "am-lightning")
         super().__init__(*args, **kwargs)
-        self.allow_abbrev = False  # --trainer.max_step is a typing error, not trainer.max_steps
+        self.allow_abbrev = False  # --trainer.max_step is an error, not trainer.max_steps
 
     def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
         PretrainParser.words = with_paths(sys.argv[1:] if args is None else args)
@@ -77,14 +74,10 @@ class PretrainParser(LightningArgumentParser):
 
 
 class PretrainCLI(LightningCLI):
-    """LightningCLI for LlamaPretraining on TextData that keeps a whole run in one folder.
-
-    Attributes:
-        result: of a finished `fit`, for the summary and for comparisons.
-    """
+    """LightningCLI for LlamaPretraining on TextData that keeps a whole run in one folder."""
 
     def __init__(self, args: Any = None) -> None:
-        self.result: RunResult | None = None
+        self.result: RunResult | None = None  # of a finished `fit`
         self.resume_step = 0
         super().__init__(
             LlamaPretraining,
@@ -106,14 +99,13 @@ class PretrainCLI(LightningCLI):
         parser.add_lightning_class_args(FaultTolerance, "fault_tolerance")
         parser.add_lightning_class_args(TrainingMonitor, "monitor")
         parser.add_argument("--threads", type=int | None, default=None, help="CPU threads of torch; null: its default")
-        bars = Literal["tqdm", "rich"]
-        parser.add_argument("--progress_bar", type=bars, default="tqdm", help="which one, with its figures behind it")
-        parser.add_argument("--compare", type=bool, default=False, help="also train AdamW, and draw all in one picture")
+        parser.add_argument("--progress_bar", type=Literal["tqdm", "rich"], default="tqdm", help="the bar's library")
+        parser.add_argument("--compare", type=bool, default=False, help="also train AdamW, and plot all runs together")
         parser.link_arguments("model.seq_len", "data.seq_len")
         parser.link_arguments("model.vocab_size", "data.vocab_size")
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning would let a checkpoint's hyperparameters win over the command line. Here the command line wins."""
+        """Keep the command line's values, which Lightning would replace by the checkpoint's hyperparameters."""
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -128,7 +120,7 @@ class PretrainCLI(LightningCLI):
         config = self.config_init[self.subcommand].trainer
         if config.precision is None:
             kwargs["precision"] = precision_of(config.accelerator)
-        if self.subcommand != "fit":  # a validation leaves the run's files alone
+        if self.subcommand != "fit":  # `validate` writes no files
             kwargs["logger"] = False
             self.save_config_callback = None
         elif config.logger in (None, True):
@@ -137,15 +129,15 @@ class PretrainCLI(LightningCLI):
                 name="logs",
                 version="",
                 default_hp_metric=False,
-                purge_step=self.resume_step,  # a resumed run takes back the points after its checkpoint
+                purge_step=self.resume_step,  # a resumed run removes the points after its checkpoint
             )
         plugins = config.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
-        kwargs["use_distributed_sampler"] = False  # the data's order knows the ranks
+        kwargs["use_distributed_sampler"] = False  # TextData shares the rows out to the ranks
         callbacks = [*(config.callbacks or []), TensorBoardLayout(), LossDividedOnce()]
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-            # The same bar everywhere: Lightning's default depends on whether rich is installed.
-            # Redrawn where the Trainer logs and so waits for the device, too.
+            # Lightning's default bar depends on whether rich is installed.
+            # It is redrawn when the Trainer logs, because only then the host waits for the device.
             every = max(1, config.log_every_n_steps or 1) * config.accumulate_grad_batches
             callbacks.append(BARS[self.config_init[self.subcommand].progress_bar](refresh_rate=every))
         trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
@@ -158,26 +150,22 @@ class PretrainCLI(LightningCLI):
         if self.trainer.is_global_zero:
             hold(Path(self.config.fit.checkpoint.dirpath))
         if self.config.fit.ckpt_path is None:
-            # What may be wrong first: an error is to leave the earlier run where it is.
-            require(self.trainer.max_steps >= 1, "trainer.max_steps", self.trainer.max_steps, "a whole number >= 1")
-            self._check_optimizer()
+            # An error must not move an earlier run away, so everything is checked first.
+            require_counts("trainer", max_steps=self.trainer.max_steps)
+            memory = (c for c in self.trainer.callbacks if isinstance(c, AdaptiveMemory))  # type: ignore[attr-defined]
+            check_optimizer(self.model, next(memory, None))
             self.datamodule.trainer = self.trainer
             rank_zero_only(self.datamodule.prepare_data)()
             _move_earlier_run(Path(self.config.fit.trainer.default_root_dir))
-
-    def _check_optimizer(self) -> None:
-        """RecipeError, as `validate` gives it: an option is out of range, or the callback cannot convert it."""
-        memory = next((c for c in self.trainer.callbacks if isinstance(c, AdaptiveMemory)), None)  # type: ignore[attr-defined]
-        check_optimizer(self.model, memory)
 
     def after_validate(self) -> None:
         print_validation(RunResult.of(self.trainer, self.datamodule, self.config_init[self.subcommand].monitor))
 
     def after_fit(self) -> None:
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            # The shards are where they belong. Lightning would move them there again, for which torch swaps every
-            # tensor, and that it refuses where an optimizer has weak references to them.
-            self.trainer.strategy.model_to_device = _nothing  # type: ignore[method-assign]
+            # The shards are on their devices. Lightning would move them again, for which torch swaps every tensor, and
+            # it refuses to swap a tensor to which an optimizer holds weak references.
+            self.trainer.strategy.model_to_device = lambda: None  # type: ignore[method-assign]
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         self.result = RunResult.of(self.trainer, self.datamodule, self.config_init[self.subcommand].monitor)
         print_summary(self.result)
@@ -185,67 +173,60 @@ class PretrainCLI(LightningCLI):
             compare(self.result, self.config_dump, lambda config: PretrainCLI({"subcommand": "fit", "fit": config}))
 
 
-def _nothing() -> None:
-    pass
-
-
 def settle(config: Any) -> None:
-    """Fill in, in a configuration of `fit`, what follows from other keys: the folders and the intervals.
+    """Fill in the settings of `fit` that follow from others: the folders and the intervals.
 
     Raises:
-        RecipeError: a value is out of range.
+        RecipeError: if a value is out of range.
     """
     refuse_secrets(config.as_dict())
     trainer, checkpoint = config.trainer, config.checkpoint
-    if config.threads is not None:
-        require(config.threads >= 1, "threads", config.threads, "a whole number >= 1, or null")
+    require(config.threads is None or config.threads >= 1, "threads", config.threads, "a whole number >= 1, or null")
     root = Path(trainer.default_root_dir or ".").expanduser().resolve()
     try:
         str(root).encode()
     except UnicodeEncodeError:
-        problem = f"trainer.default_root_dir {root!a}: this locale has no such letters; set LC_ALL=C.UTF-8"
-        raise RecipeError(problem) from None
+        text = f"trainer.default_root_dir {root!a}: this locale has no such letters; set LC_ALL=C.UTF-8"
+        raise RecipeError(text) from None
     trainer.default_root_dir = str(root)
     checkpoint.dirpath = checkpoint.dirpath or str(root / "checkpoints")
     if trainer.max_steps > 0:
         if checkpoint.every_n_train_steps is None:
             checkpoint.every_n_train_steps = max(1, trainer.max_steps // CHECKPOINTS_PER_RUN)
-        # However short the run, its curve has a point.
+        # Also the curve of a short run has a point.
         trainer.log_every_n_steps = min(trainer.log_every_n_steps or 1, trainer.max_steps)
 
 
 def _resume_step(ckpt_path: str | None, folder: Path, model: Any) -> int:
-    """The steps that are done in the checkpoint this run goes on from; 0 where there is none.
+    """Return the number of steps that the checkpoint to resume from has done, or 0 if there is none.
 
-    Rank 0 reads all of it; the others, who get its choice when the run starts, do not know (-1).
+    Only rank 0 reads the checkpoint, and the other ranks get its choice when the run starts: they return -1.
     """
     if ckpt_path is None:
         return 0
     if getattr(rank_zero_only, "rank", 0) != 0:
         return -1
-    if ckpt_path == "last":
-        path = newest_whole(folder)
-    else:
-        path = Path(ckpt_path)
-        check_readable(path, folder)
+    path = newest_whole(folder) if ckpt_path == "last" else Path(ckpt_path)
     if path is None:
         moved = sorted((folder.parent / "earlier").glob("*"))
-        hint = f" (runs of before are in {moved[0].parent}: --ckpt_path FILE goes on from one)" if moved else ""
+        hint = f" (earlier runs are in {moved[0].parent}: --ckpt_path FILE resumes one)" if moved else ""
         print(f"no checkpoint in {folder} yet: starting from step 0{hint}")
         return 0
+    if ckpt_path != "last":
+        check_readable(path, folder)
     LlamaShape.among(model).load_state_dict(saved_hyperparameters(path))
     return saved_step(path)
 
 
 def precision_of(accelerator: str) -> str:
-    """Where the configuration does not say: bf16-mixed on a GPU that has bfloat16, else 32-true."""
+    """Return the default precision: bf16-mixed on a GPU that has bfloat16, else 32-true."""
     cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return "bf16-mixed" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
 
 @rank_zero_only
 def _move_earlier_run(root: Path) -> None:
-    """A new run in a folder that holds one: that one goes to `earlier/N`, so that nothing is mixed up or lost."""
+    """Move the run that is in `root` to `earlier/N`, so that a new run there does not overwrite it."""
     if not ((root / "logs" / "config.yaml").exists() or (root / "checkpoints" / LAST).exists()):
         return
     number = 1 + max((int(p.name) for p in (root / "earlier").glob("*") if p.name.isdigit()), default=0)
@@ -254,4 +235,4 @@ def _move_earlier_run(root: Path) -> None:
     for name in _RUN_FILES:
         if (root / name).exists():
             (root / name).rename(target / name)
-    print(f"{root} held a run already: moved to {target}. To go on with a run: --ckpt_path last")
+    print(f"{root} held a run already: moved to {target}. To resume a run: --ckpt_path last")

@@ -1,4 +1,4 @@
-"""What ranks do together: what one raises, all raise; they agree on a number, and leave when all are done."""
+"""Collective operations of the ranks: an error of one is raised by all, and all agree on a number."""
 
 from __future__ import annotations
 
@@ -18,26 +18,23 @@ def raising_together(
     gather: Callable[[str | None], list[str | None]],
     refusal_of: Callable[[BaseException], RecipeError | None] = lambda problem: None,
 ) -> Iterator[None]:
-    """Collective. An error in the block on one rank ends it on all: the others would wait in the next collective.
+    """Raise an error of the block on all ranks if it occurs on one, which the others would wait for. Collective.
 
     Args:
-        gather: one text, or None, from every rank.
-        refusal_of: an error that is nobody's fault, such as a full disk, in words for the user; None for others. A
-            RecipeError is one as it is.
+        gather: collects one text, or None, from every rank.
+        refusal_of: turns an error that is not a bug, such as a full disk, into a RecipeError; returns None for others.
 
     Raises:
-        RecipeError: where an error was a refusal, or another rank's; else the rank's own error.
+        RecipeError: if the error is a RecipeError or has been turned into one, or if another rank failed.
     """
     problem: BaseException | None = None
+    refused: RecipeError | None = None
     try:
         yield
     except (Exception, CheckpointException) as error:  # the second is a BaseException
-        problem = error
-    refused = problem if isinstance(problem, RecipeError) else None
-    if problem is not None and refused is None:
-        refused = refusal_of(problem)
-    words = None if problem is None else str(refused or f"{type(problem).__name__}: {problem}")
-    found = [text for text in gather(words) if text is not None]
+        problem, refused = error, error if isinstance(error, RecipeError) else refusal_of(error)
+    text = None if problem is None else str(refused or f"{type(problem).__name__}: {problem}")
+    found = [other for other in gather(text) if other is not None]
     if problem is not None and refused is None:
         raise problem
     if found:
@@ -45,69 +42,58 @@ def raising_together(
 
 
 class Agreement:
-    """What ranks say at the ends of steps, the largest of it known to all; the host does not wait for an accelerator.
+    """The largest of the numbers that the ranks give at the ends of steps, without a wait of the host for the device.
 
-    Answers come at once on the CPU and in one process. Elsewhere an answer goes to the host while the next step is
-    computed, and is given to the question after; all ranks get it there.
+    On the CPU, and in one process, the answer comes at once. Elsewhere it is copied to the host while the next step is
+    computed, and all ranks get it when they ask for the next one.
 
     Args:
-        device: of this rank's collectives.
-        ranks: how many there are, of torch's default group.
-        later: answer one question later; None: on anything but a CPU.
+        device: the device of this rank's collectives.
+        ranks: the size of torch's default group.
+        later: whether to answer one call later. Default: on all devices except a CPU.
     """
 
     def __init__(self, device: torch.device, ranks: int, later: bool | None = None) -> None:
         self._device, self._ranks = device, ranks
         self._later = device.type != "cpu" if later is None else later
-        self._answer: torch.Tensor | None = None  # on the host, under way
+        self._answer: torch.Tensor | None = None  # on its way to the host
         self._copied: torch.Event | None = None
 
     def ask(self, mine: int | None, *, now: bool = False) -> int:
-        """Collective: the largest number that a rank has said since the last answer, 0 where there is no answer yet.
+        """Return the largest number that a rank gave since the last answer, or 0 if there is no answer yet. Collective.
 
         Args:
-            mine: what this rank says, >= 0; None, on all ranks: nothing, only the answer to the question before.
-            now: wait for the device, and answer this question, too; the same on all ranks.
+            mine: this rank's number, >= 0; or None, on all ranks, to get only the answer to the call before.
+            now: wait for the device and include the numbers of this call; the same on all ranks.
         """
         if self._ranks == 1:
             return mine or 0
         answer = self._read()
         if mine is not None:
-            self._say(mine)
+            self._send(mine)
             if now or not self._later:
                 answer = max(answer, self._read())
         return answer
 
-    def _say(self, mine: int) -> None:
-        said = torch.full((), mine, dtype=torch.int32, device=self._device)  # filled there: no copy that waits
-        dist.all_reduce(said, op=dist.ReduceOp.MAX)
-        if not self._later:
-            self._answer = said
-            return
-        pinned = torch.empty((), dtype=torch.int32, device="cpu", pin_memory=self._device.type == "cuda")
-        self._answer = pinned.copy_(said, non_blocking=True)
-        self._copied = torch.get_device_module(self._device).Event()
-        self._copied.record()
+    def _send(self, mine: int) -> None:
+        largest = torch.full((), mine, dtype=torch.int32, device=self._device)  # filled there: no copy that waits
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        self._answer = largest
+        if self._later:
+            pinned = torch.empty((), dtype=torch.int32, device="cpu", pin_memory=self._device.type == "cuda")
+            self._answer = pinned.copy_(largest, non_blocking=True)
+            self._copied = torch.get_device_module(self._device).Event()
+            self._copied.record()
 
     def _read(self) -> int:
         answer, self._answer = self._answer, None
-        if answer is None:
-            return 0
-        if self._copied is not None:
+        if answer is not None and self._copied is not None:
             self._copied.synchronize()
-        return int(answer)
+        return 0 if answer is None else int(answer)
 
 
 def limit_waits(seconds: float | None) -> None:
-    """Give every process group that is there, a device mesh's too, this timeout of its collectives; None: as it is."""
+    """Set the timeout of the collectives of every process group, device meshes' included. None changes nothing."""
     if seconds is not None and dist.is_initialized():
         for group in dist.distributed_c10d._world.pg_map:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
-
-
-def leave_group() -> None:
-    """Collective, where the processes of a run still are one group. The barrier lets gloo's threads free their last
-    tensors: where Python ends before, the process is aborted, and torchrun starts all of them again."""
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()

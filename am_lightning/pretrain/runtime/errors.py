@@ -1,18 +1,18 @@
-"""The error whose text is for the person at the keyboard."""
+"""Errors whose text is shown to the user without a traceback."""
 
 from __future__ import annotations
 
 from am_lightning.optional_imports import cause_of
 
-RESUME = "--ckpt_path last goes on from the newest checkpoint"
+RESUME = "--ckpt_path last resumes from the newest checkpoint"
 
 
 class RecipeError(Exception):
-    """Something the user can put right: the text names the file or setting and says what to do. Shown bare."""
+    """An error that the user can mend: the text names the file or the setting and tells what to do."""
 
 
 class UsageError(RecipeError):
-    """There is no setting of that name: the exit status is 2, as argparse's."""
+    """A setting that does not exist. The exit status is 2, like argparse's."""
 
 
 def require(condition: bool, name: str, value: object, allowed: str) -> None:
@@ -28,10 +28,10 @@ def require_counts(section: str, lowest: int = 1, **values: int | None) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Another library's error in a few words: its kind and the first line of its text."""
+    """Return the type of another library's error and the first line of its text."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def needs_package(text: str, error: ImportError, *packages: str) -> RecipeError:
-    """RecipeError of ``text``, and of the import's own reason where ``packages`` are installed and one is broken."""
+    """Return a RecipeError of ``text``, with the import's own reason if one of ``packages`` is installed but broken."""
     return RecipeError(text if cause_of(error, *packages) is None else f"{text} ({first_line(error)})")

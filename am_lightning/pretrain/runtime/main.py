@@ -1,4 +1,4 @@
-"""What every program of the recipes does around its work: no noise, and errors in words with an exit status."""
+"""The frame of every recipe program: it filters warnings and ends with a one-line error and an exit status."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from am_lightning.pretrain.runtime.atomic_files import DISK_FULL, disk_error
 from am_lightning.pretrain.runtime.errors import RESUME, RecipeError, UsageError, first_line
-from am_lightning.pretrain.runtime.stop_signals import early_signals
+from am_lightning.pretrain.runtime.stop_signals import Stopped, early_signals
 
 _NEEDED = ("jsonargparse", "lightning", "matplotlib", "numpy", "tensorboard", "torch", "transformers", "yaml")
 EXTRA = "pip install 'am-lightning[recipes]', or '.[recipes]' in a checkout"
@@ -22,7 +22,7 @@ EXTRA = "pip install 'am-lightning[recipes]', or '.[recipes]' in a checkout"
 
 @contextlib.contextmanager
 def command_line(*, imports: bool = True) -> Iterator[None]:
-    """Run the block as the body of a program: what the user can help ends the process with a message.
+    """Run the block as the body of a program: an error that the user can mend ends the process with a message.
 
     Args:
         imports: import first what training needs; a program that may not need it calls `import_training` itself.
@@ -32,7 +32,7 @@ def command_line(*, imports: bool = True) -> Iterator[None]:
 
 
 def _command_line(*, imports: bool) -> Iterator[None]:
-    for name in ("stdout", "stderr"):  # closed by whoever started it (>&-): there is nobody to tell
+    for name in ("stdout", "stderr"):  # None if the caller has closed it (>&-)
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (to the process's end)
     _quiet()
@@ -40,29 +40,29 @@ def _command_line(*, imports: bool) -> Iterator[None]:
         import_training()
     try:
         yield
-        _leave_group()
-        sys.stdout.flush()  # here, where a closed pipe is still met in words
+        leave_group()
+        sys.stdout.flush()  # here, so that a closed pipe is handled below
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except RecipeError as error:
         sys.exit(f"error: {error}")
     except SystemExit as stopped:
-        if not _is_sigterm(stopped):
-            if type(stopped).__name__ == "Stopped":  # FaultTolerance's, on all ranks
-                _leave_group()
+        if isinstance(stopped, Stopped):  # on all ranks
+            leave_group()
+        if type(stopped).__name__ != "SIGTERMException":  # Lightning's has status 0, as if the run had finished
             raise
         print(f"stopped by SIGTERM; {RESUME}", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM) from stopped
-    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
+    except BrokenPipeError:  # the reader of the pipe, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest is flushed at exit
         raise SystemExit(1) from None
     except ModuleNotFoundError as error:
-        missing = "jsonargparse" if "jsonargparse" in str(error) else error.name  # LightningCLI names it in words alone
+        missing = "jsonargparse" if "jsonargparse" in str(error) else error.name  # LightningCLI: in the text
         if missing not in _NEEDED:
             raise
         sys.exit(f"error: the recipes need {missing}: {EXTRA}")
-    except pickle.UnpicklingError as error:  # torch.load(weights_only=True), whose text advises to switch that off
+    except pickle.UnpicklingError as error:  # the text of torch.load(weights_only=True) advises to switch that off
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error).splitlines()[0])
         sys.exit(f"error: the checkpoint holds more than tensors and plain values: {reason.strip()}")
     except Exception as error:
@@ -72,7 +72,7 @@ def _command_line(*, imports: bool) -> Iterator[None]:
             sys.exit(f"error: {error}")
         if "EADDRINUSE" in str(error):
             sys.exit(f"error: {first_line(error)}. Another run uses this port: give another MASTER_PORT.")
-        # Whatever else was being written (the curves, the configuration) when the disk became full.
+        # The disk became full while another file was written, such as the curves or the configuration.
         refused = disk_error(error)
         if refused is None or refused.errno not in DISK_FULL:
             raise
@@ -81,7 +81,7 @@ def _command_line(*, imports: bool) -> Iterator[None]:
 
 
 def import_training() -> None:
-    """Import what training needs, which takes seconds; ends the process with a message where a package is missing."""
+    """Import what training needs, which takes seconds; end the process with a message if a package is missing."""
     try:
         with _fonts_elsewhere():
             import am_lightning.pretrain.runtime.cli  # noqa: F401
@@ -89,21 +89,21 @@ def import_training() -> None:
         sys.exit(f"error: the recipes need {error.name}: {EXTRA}")
 
 
-def _leave_group() -> None:
-    if "torch" in sys.modules:
-        from am_lightning.pretrain.runtime.collective_errors import leave_group
+def leave_group() -> None:
+    """Leave the process group, if there is one. Collective.
 
-        leave_group()
-
-
-def _is_sigterm(stopped: SystemExit) -> bool:
-    """Lightning's SIGTERMException: a SystemExit with status 0, which a scheduler would take for a finished run."""
-    return type(stopped).__name__ == "SIGTERMException"
+    The barrier lets gloo's threads free their last tensors. A process that ends before that is aborted, and torchrun
+    then starts all processes again.
+    """
+    dist = sys.modules.get("torch.distributed")  # a command that has not imported it has no group
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager
 def _fonts_elsewhere() -> Iterator[None]:
-    """matplotlib, which torchmetrics imports, writes a list of fonts into the home folder: give it one that goes."""
+    """Let matplotlib, which torchmetrics imports, write its list of fonts into a temporary folder, not the home."""
     if "MPLCONFIGDIR" in os.environ:
         yield
         return
@@ -113,13 +113,13 @@ def _fonts_elsewhere() -> Iterator[None]:
 
 
 def _quiet() -> None:
-    """Take away messages that ask for nothing from the user of these programs."""
+    """Filter out messages that the users of these programs need not act on."""
     for text in (
         ".*does not have many workers.*",  # a row is a slice of a memory map
-        ".*Checkpoint directory .* exists and is not empty.*",  # so it is after every resume
-        ".*LightningCLI's args parameter is intended.*",  # the comparison runs are made from within
+        ".*Checkpoint directory .* exists and is not empty.*",  # as after every resume
+        ".*LightningCLI's args parameter is intended.*",  # the runs of --compare are started in this process
         ".*isinstance.treespec, LeafSpec.. is deprecated.*",  # inside Lightning
-        ".*no last checkpoint available.*",  # --ckpt_path last starts where there is none, by design
+        ".*no last checkpoint available.*",  # --ckpt_path last then starts from step 0, by design
     ):
         warnings.filterwarnings("ignore", message=text)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):

@@ -1,4 +1,4 @@
-"""A message before DeepSpeed compiles, which it does in silence for a minute or more."""
+"""A message before DeepSpeed compiles its operator, which takes a minute or more without output."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
 
-_OPERATOR = "ShareMemCommBuilder"  # the only one that a start compiles: torch's optimizers and ours need no cpu_adam
+_OPERATOR = "ShareMemCommBuilder"  # no other is compiled at the start: torch's optimizers and ours need no cpu_adam
 
 
 @rank_zero_only
 def announce_deepspeed_build() -> None:
-    """Say on rank 0 that DeepSpeed is about to compile its communication operator, where it is not compiled yet.
+    """Print on rank 0 that DeepSpeed is about to compile its communication operator, if it is not compiled yet.
 
-    DeepSpeed compiles it on a CPU alone, in ``init_distributed``, into ``TORCH_EXTENSIONS_DIR``. A process that finds
-    another's lock there waits until it is gone, also where the other process was killed.
+    DeepSpeed compiles it only on a CPU, in ``init_distributed``, into ``TORCH_EXTENSIONS_DIR``. A process that finds
+    the lock of another one there waits until it is removed, even if the other process was killed.
     """
     from deepspeed.accelerator import get_accelerator
     from deepspeed.git_version_info import installed_ops
@@ -28,11 +28,11 @@ def announce_deepspeed_build() -> None:
     lock = folder / "lock"
     if lock.exists():
         text = f"DeepSpeed waits for another process that compiles {builder.name}. Remove {lock} if there is none."
-    elif not (folder / f"{builder.name}.so").exists():
+    elif (folder / f"{builder.name}.so").exists():
+        return
+    else:
         text = (
             f"DeepSpeed compiles {builder.name}, its communication operator for CPUs, in {folder}. This happens once "
             f"and takes about a minute. If this start is killed meanwhile, remove {lock}."
         )
-    else:
-        return
     print(text, file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
-"""A recipe's YAML says only what differs from its base; here the two become one text, comments and all.
+"""The whole text of a recipe, whose YAML holds only what differs from its base, with the comments of both.
 
-The programs need no more than `--config BASE --config RECIPE`, which jsonargparse merges (see `paths.with_paths`).
+The programs do not need it: jsonargparse merges `--config BASE --config RECIPE` (see `paths.with_paths`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _WIDTH = 120
 
 
 class _Entry(NamedTuple):
-    """A key: the comment lines above it, its own line, and what is indented below."""
+    """A key with the comment lines above it, its own line, and the keys that are indented below it."""
 
     key: str
     above: list[str]
@@ -30,10 +30,10 @@ class _Entry(NamedTuple):
 
 
 def recipe_text(path: Path) -> str:
-    """The YAML at `path`, whole: over its base where it names one.
+    """Return the text of the YAML at `path`, merged into its base if it names one.
 
     Raises:
-        RecipeError: the base is not there, or a section in braces.
+        RecipeError: if the base does not exist, or a section that the base has is written in braces.
     """
     base = base_of(path)
     text = path.read_text(encoding="utf-8")
@@ -41,21 +41,15 @@ def recipe_text(path: Path) -> str:
 
 
 def merge_texts(base: str, difference: str) -> str:
-    """`base` with the values, and where there are some the comments, of `difference`; the headline is the latter's."""
-    _, base_body = _without_headline(base)
-    headline, body = _without_headline(difference)
-    lines = base_body.splitlines()
+    """Return `base` with the headline, the values and, where it has any, the comments of `difference`."""
+    headline, _, body = difference.partition("\n\n")
+    lines = base.partition("\n\n")[2].splitlines()
     first = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
     while first and lines[first - 1]:
         first -= 1
     entries = _merged(_parse(lines[first:]), _parse(body.splitlines()))
     headline = "".join(f"{line}\n" for line in headline.splitlines() if not BASE.fullmatch(line))
     return headline + "\n" + "\n".join([*lines[:first], *_lines(entries)]) + "\n"
-
-
-def _without_headline(text: str) -> tuple[str, str]:
-    headline, _, body = text.partition("\n\n")
-    return headline, body
 
 
 def _parse(lines: Sequence[str]) -> list[_Entry]:
@@ -91,7 +85,7 @@ def _over(base: _Entry, entry: _Entry) -> _Entry:
         first = entry if entry.has_comment else base
         return _Entry(base.key, base.above, first.line, _merged(base.inside, entry.inside))
     if base.inside and "{" in entry.line.partition("  # ")[0]:
-        raise RecipeError(f"{entry.key}: give the keys that differ from the base lines of their own, not {{...}}")
+        raise RecipeError(f"{entry.key}: give each key that differs from the base a line of its own, without {{...}}")
     if entry.has_comment:
         return entry._replace(above=blank + [line for line in entry.above if line])
     _, mark, comment = base.line.partition("  # ")
@@ -99,7 +93,7 @@ def _over(base: _Entry, entry: _Entry) -> _Entry:
 
 
 def _lines(entries: list[_Entry]) -> Iterator[str]:
-    run: list[str] = []  # lines whose comments stand in one column
+    run: list[str] = []  # lines whose comments are aligned
     for entry in entries:
         longer = [*run, entry.line]
         if entry.inside or entry.above or "  # " not in entry.line or max(map(len, _aligned(longer))) > _WIDTH:

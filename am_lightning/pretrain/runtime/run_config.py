@@ -1,103 +1,116 @@
-"""A recipe's configuration without Lightning's Trainer: what Accelerate, the HF Trainer, validate and plan read."""
+"""A recipe's configuration without Lightning's Trainer, for Accelerate, the HF Trainer, `validate` and `plan`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from am_lightning.lightning import AdaptiveMemory
+from am_lightning.pretrain.commands.report.summary import next_commands
 from am_lightning.pretrain.data.text_data import TextData
 from am_lightning.pretrain.model.lightning_module import LlamaPretraining, check_optimizer
 from am_lightning.pretrain.model.shape import LlamaShape
 from am_lightning.pretrain.runtime.atomic_files import replacing
 from am_lightning.pretrain.runtime.cli import PretrainCLI, precision_of, settle
-from am_lightning.pretrain.runtime.errors import RecipeError, require
+from am_lightning.pretrain.runtime.errors import RecipeError, require, require_counts
 
 
-@dataclass(frozen=True)
 class RunConfig:
-    """What a training program needs to know, from a YAML and a command line.
+    """The settings of a training program, from YAMLs and a command line.
 
-    Attributes:
-        root: the run's folder.
-        seed: of the initial weights.
-        shape: of the Llama.
-        data: the text; its plain methods need no Trainer.
-        steps: optimizer steps of the run.
-        accumulate: micro-batches in a step.
-        clip: largest norm of the gradient, or None.
-        precision: as Lightning spells it: "32-true", "bf16-mixed", "16-mixed", ...
-        validate_every: optimizer steps between two validations; None for none.
-        log_every: optimizer steps between two points of the curves.
-        checkpoints: their folder.
-        save_every: optimizer steps between two checkpoints; None for the last step's only.
-        keep: how many checkpoints to keep; None for all.
-        ckpt_path: None, "last", or a checkpoint.
-        accelerator: "auto", "cpu", "gpu", ...
-        threads: of torch on the CPU; None: torch decides.
-        progress_bar: whether to show one.
-        hang_timeout_s: seconds that a collective may wait for another rank; None: torch's default.
-        config: the resolved configuration, as a run saves it.
+    Args:
+        config: the resolved configuration of `fit`, as a run saves it.
+        made: its model, data and callbacks.
+
+    Raises:
+        RecipeError: if a value is out of range.
     """
 
-    root: Path
-    seed: int
-    shape: LlamaShape
-    data: TextData
-    steps: int
-    accumulate: int
-    clip: float | None
-    precision: str
-    validate_every: int | None
-    log_every: int
-    checkpoints: Path
-    save_every: int | None
-    keep: int | None
-    ckpt_path: str | None
-    accelerator: str
-    threads: int | None
-    progress_bar: bool
-    hang_timeout_s: float | None
-    config: dict[str, Any]
-    _module: LlamaPretraining
-    _memory: AdaptiveMemory | None
+    def __init__(self, config: dict[str, Any], made: Any) -> None:
+        trainer, checkpoint, seed = config["trainer"], config["checkpoint"], config["seed_everything"]
+        require(type(seed) is int, "seed_everything", seed, "a whole number (true and false are for pretrain.py)")
+        require_counts("trainer", **{key: trainer[key] for key in ("max_steps", "accumulate_grad_batches")})
+        algorithm = trainer.get("gradient_clip_algorithm")
+        require(algorithm in (None, "norm"), "trainer.gradient_clip_algorithm", algorithm, "norm, or null")
+        self.config = config
+        self.root = Path(trainer["default_root_dir"])  # the run's folder
+        self.seed: int = seed  # of the initial weights
+        self.shape: LlamaShape = made.model.shape
+        self.data: TextData = made.data  # its plain methods need no Trainer
+        self.data.default_root_dir = str(self.root)
+        self.steps: int = trainer["max_steps"]  # optimizer steps of the run
+        self.accumulate: int = trainer["accumulate_grad_batches"]  # micro-batches in a step
+        self.clip = float(trainer["gradient_clip_val"] or 0) or None  # largest norm of the gradient
+        self.precision: str = trainer["precision"] or precision_of(trainer["accelerator"])  # as Lightning spells it
+        self.validate_every = _validate_every(trainer)  # optimizer steps between two validations; None: no validation
+        self.log_every: int = trainer["log_every_n_steps"]  # optimizer steps between two points of the curves
+        self.checkpoints = Path(checkpoint["dirpath"])  # their folder
+        self.save_every: int | None = checkpoint["every_n_train_steps"]  # None: after the last step only
+        self.keep: int | None = checkpoint["keep"]  # how many checkpoints to keep; None: all
+        self.ckpt_path: str | None = config["ckpt_path"]  # None, "last", or a checkpoint
+        self.accelerator: str = trainer["accelerator"]  # "auto", "cpu", "gpu", ...
+        self.threads: int | None = config["threads"]  # of torch on the CPU; None: torch decides
+        self.progress_bar = trainer["enable_progress_bar"] is not False
+        # Seconds that a collective may wait for another rank; None: torch's default.
+        self.hang_timeout_s: float | None = config["fault_tolerance"]["hang_timeout_s"]
+        self._module: LlamaPretraining = made.model
+        self._memory = next((c for c in made.trainer.callbacks or [] if isinstance(c, AdaptiveMemory)), None)
 
     def make_optimizer(self, model: nn.Module) -> Optimizer:
-        """The optimizer for `model`: named groups, norms and embeddings without weight decay.
+        """Return the optimizer for `model`, with named groups; norms and embeddings get no weight decay.
 
-        An AdamW becomes AMAdamW where the configuration has the AdaptiveMemory callback, as under Lightning.
+        An AdamW becomes AMAdamW if the configuration has the AdaptiveMemory callback, as under Lightning.
         """
         return self._module.optimizer_for(model, self._memory)
 
     def check_optimizer(self) -> Optimizer:
-        """The optimizer for weights that take no memory. RecipeError: it cannot be made or converted."""
+        """Return an optimizer of weights that take no memory. RecipeError: if it cannot be made or converted."""
         return check_optimizer(self._module, self._memory)
 
     def make_schedule(self, optimizer: Optimizer) -> LambdaLR:
-        """The learning rate's schedule; step it after each optimizer step."""
+        """Return the schedule of the learning rate; step it after each optimizer step."""
         return self._module.schedule.scheduler(optimizer, self.steps)
 
+    def mixed_precision(self) -> str:
+        """Return Accelerate's name of the precision: "no", "bf16" or "fp16". RecipeError: if it has none."""
+        names = {"32-true": "no", "bf16-mixed": "bf16", "16-mixed": "fp16"}
+        require(self.precision in names, "trainer.precision", self.precision, " or ".join(names))
+        return names[self.precision]
+
     def save(self, path: Path) -> None:
-        """Write the resolved configuration, which the same programs take as --config."""
+        """Write the resolved configuration, which the programs take as --config."""
         with replacing(path, "Free some space.") as file:
             file.write(yaml.safe_dump(self.config, sort_keys=False).encode())
 
+    def print_result(self, loss: float, checkpoint: Path | None) -> None:
+        """Print the validation loss of the finished run, in nats per token, and where its files are."""
+        perplexity = torch.tensor(loss).exp()  # inf, where math.exp raises an error
+        rows = f"{self.data.scored_rows} held-out rows"
+        print(
+            f"\n  validation loss  {loss:.4f} nats per token (perplexity {perplexity:.2f}) on {rows}\n"
+            f'  curves           tensorboard --logdir "{self.root / "logs"}"\n'
+            f"  checkpoint       {checkpoint}\n"
+            f"  next             {next_commands(self.root)}\n"
+        )
+
 
 def read_run_config(args: Sequence[str] | None = None) -> RunConfig:
-    """Parse the command line of `fit` (sys.argv's where None): the YAMLs and keys that pretrain.py takes.
+    """Parse the command line of `fit`, with the YAMLs and keys that pretrain.py takes; default: sys.argv's.
 
     Raises:
-        RecipeError: a value that does not fit. SystemExit: an unknown key, a wrong type, or --help.
+        RecipeError: if a value is out of range.
+        SystemExit: after an unknown key, a wrong type, or --help.
     """
-    return _Parser(args).settings()
+    parser = _Parser(args)
+    return RunConfig(parser.config_dump, parser.config_init.fit)
 
 
 class _Parser(PretrainCLI):
@@ -112,10 +125,8 @@ class _Parser(PretrainCLI):
 
     def before_instantiate_classes(self) -> None:
         if self.subcommand != "fit":
-            raise RecipeError(f"this program knows fit alone, not {self.subcommand}: use pretrain.py")
-        config = self.config.fit
-        require(config.trainer.max_steps >= 1, "trainer.max_steps", config.trainer.max_steps, "a whole number >= 1")
-        settle(config)
+            raise RecipeError(f"this program has no command {self.subcommand}, only fit: use pretrain.py")
+        settle(self.config.fit)
 
     def instantiate_classes(self) -> None:
         self._dump_config()
@@ -123,56 +134,16 @@ class _Parser(PretrainCLI):
         trainer = config.fit.trainer
         for key in ("strategy", "logger", "plugins", "profiler"):  # objects that only a Trainer can use
             trainer[key] = None
-        # jsonargparse 4.49 has renamed it; the old name warns.
+        # jsonargparse 4.49 renamed it, and the old name gives a warning.
         instantiate = getattr(self.parser, "instantiate", None) or self.parser.instantiate_classes
         self.config_init = instantiate(config)
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
 
-    def settings(self) -> RunConfig:
-        config, made = self.config_dump, self.config_init.fit
-        root = Path(config["trainer"]["default_root_dir"])
-        made.data.default_root_dir = str(root)
-        trainer, checkpoint = config["trainer"], config["checkpoint"]
-        seed = config["seed_everything"]
-        require(type(seed) is int, "seed_everything", seed, "a whole number (true and false are for pretrain.py)")
-        accumulate = trainer["accumulate_grad_batches"]
-        require(accumulate >= 1, "trainer.accumulate_grad_batches", accumulate, "a whole number >= 1")
-        return RunConfig(
-            root=root,
-            seed=seed,
-            shape=made.model.shape,
-            data=made.data,
-            steps=trainer["max_steps"],
-            accumulate=accumulate,
-            clip=_clip(trainer),
-            precision=trainer["precision"] or precision_of(trainer["accelerator"]),
-            validate_every=_validate_every(trainer),
-            log_every=trainer["log_every_n_steps"],
-            checkpoints=Path(checkpoint["dirpath"]),
-            save_every=checkpoint["every_n_train_steps"],
-            keep=checkpoint["keep"],
-            ckpt_path=config["ckpt_path"],
-            accelerator=trainer["accelerator"],
-            threads=config["threads"],
-            progress_bar=trainer["enable_progress_bar"] is not False,
-            hang_timeout_s=config["fault_tolerance"]["hang_timeout_s"],
-            config=config,
-            _module=made.model,
-            _memory=next((c for c in made.trainer.callbacks or [] if isinstance(c, AdaptiveMemory)), None),
-        )
-
-
-def _clip(trainer: dict[str, Any]) -> float | None:
-    algorithm = trainer.get("gradient_clip_algorithm")
-    require(algorithm in (None, "norm"), "trainer.gradient_clip_algorithm", algorithm, "norm, or null")
-    value = trainer["gradient_clip_val"]
-    return float(value) if value else None
-
 
 def _validate_every(trainer: dict[str, Any]) -> int | None:
-    """Optimizer steps: Lightning's val_check_interval counts micro-batches, or is a share of all of them."""
+    """Return the interval in optimizer steps; Lightning's is a number of micro-batches or a share of all of them."""
     interval, accumulate = trainer["val_check_interval"], trainer["accumulate_grad_batches"]
     if trainer.get("limit_val_batches") == 0:
         return None

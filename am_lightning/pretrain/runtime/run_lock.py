@@ -1,4 +1,4 @@
-"""One folder, one run: a lock that a process holds while it writes there, and that its end releases."""
+"""A lock on the folder of a run: one process writes there at a time, and the system releases the lock when it ends."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_PATIENCE_S = 15.0  # a launcher starts ranks anew while those before are being killed
+_PATIENCE_S = 15.0  # a launcher starts ranks again while the old ones are still being killed
 _HELD_BY_ANOTHER = (errno.EACCES, errno.EAGAIN)
-_held: dict[Path, int] = {}  # lock's file -> its descriptor
+_held: dict[Path, int] = {}  # the lock's file -> its descriptor
 
 
 def hold(checkpoints: Path) -> None:
-    """Say that this process writes the run whose checkpoints are in `checkpoints`; once more changes nothing.
+    """Lock the run whose checkpoints are in `checkpoints` for this process; a second call changes nothing.
 
-    For the first rank alone. The lock is the kernel's on a file beside the folder: no killed process leaves it behind,
-    on a shared file system neither. Where a file system has no locks, there is none.
+    Only the first rank calls it. It is the kernel's lock of a file beside the folder, so a killed process does not
+    leave it behind, also on a shared file system. A file system without locks gives none.
 
     Raises:
-        RecipeError: another process writes there, and does not end soon; says which one. Or the folder is read-only.
+        RecipeError: if another process holds the lock and does not end soon, or if the folder is read-only.
     """
     file = _file(checkpoints)
     if fcntl is None or file in _held:
@@ -50,7 +50,7 @@ def hold(checkpoints: Path) -> None:
                 os.close(descriptor)
                 return
         if time.monotonic() > deadline:
-            other = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "a process that is not known"
+            other = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "an unknown process"
             os.close(descriptor)
             raise RecipeError(
                 f"another run writes to {checkpoints.parent}: {other}. Wait for it, stop it, or choose another folder:"
@@ -65,7 +65,7 @@ def hold(checkpoints: Path) -> None:
 
 
 def release(checkpoints: Path) -> None:
-    """The opposite of `hold`; where this process does not hold it, nothing."""
+    """Release the lock if this process holds it."""
     descriptor = _held.pop(_file(checkpoints), None)
     if descriptor is not None:
         with contextlib.suppress(OSError):

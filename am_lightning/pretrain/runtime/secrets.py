@@ -1,4 +1,4 @@
-"""No secret in a configuration: a run writes it to config.yaml, the event file and the report, which people pass on."""
+"""A configuration must hold no secret, because a run writes it to config.yaml, the event file and the report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LOGIN_IN_URL = re.compile(r"[a-z][a-z0-9+.-]*://[^/@\s]+:[^/@\s]+@", re.IGNOREC
 
 
 def refuse_secrets(config: dict[str, Any]) -> None:
-    """Raises: RecipeError: a key that looks like a secret has a text, or an address holds a password; says where."""
+    """Raise a RecipeError that names the key, if a key looks like a secret's or a URL holds a password."""
     for where in _secrets(config, ""):
         raise RecipeError(
             f"{where} looks like a secret, and a run writes its configuration to files that people pass on. Set it in"
@@ -25,7 +25,7 @@ def refuse_secrets(config: dict[str, Any]) -> None:
 
 
 def _secrets(value: Any, where: str) -> Iterator[str]:
-    """Where they are; their values appear nowhere."""
+    """Yield the keys of the secrets, without their values."""
     if isinstance(value, dict):
         for key, inside in value.items():
             yield from _secrets(inside, f"{where}.{key}" if where else str(key))

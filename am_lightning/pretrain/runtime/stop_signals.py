@@ -1,8 +1,9 @@
-"""Signals that ask a program to stop: obeyed at the end of a step while it trains, at once everywhere else.
+"""Signals that ask a program to stop: it stops at the end of a step while it trains, and at once at any other time.
 
-Python runs a signal's handler in the main thread, between two bytecodes: not while that thread waits for other ranks in
-C++, which may take half an hour in a rendezvous. So the handler only notes the signal, for the end of a step; and a
-thread, which the interpreter tells of every signal as it arrives, ends the process where it is to end at once.
+Python runs a signal's handler in the main thread between two bytecodes, so it does not run while that thread waits in
+C++ for other ranks, which may take half an hour in a rendezvous. Therefore the handler only notes the signal for the
+end of a step, and a thread, to which the interpreter writes every signal as it arrives, ends the process if it is to
+end at once.
 """
 
 from __future__ import annotations
@@ -21,38 +22,42 @@ from typing import Any, NoReturn
 
 from am_lightning.pretrain.runtime.errors import RESUME
 
-# Where ranks received different ones the later in this list wins: a requeue is not undone by the SIGTERM that the
-# scheduler sends next.
+# If ranks received different signals, the later one in this list wins: the SIGTERM that a scheduler sends after SIGUSR1
+# must not undo the requeue.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
-# A launcher forwards what the terminal, a process group or srun has delivered already: one signal, received twice.
+# A launcher forwards a signal that the terminal, the process group or srun has delivered already: it arrives twice.
 SAME_SIGNAL_S: dict[int, float] = {signal.SIGINT: 1.0, signal.SIGTERM: 5.0}
 OUTSIDE = "outside training: there was nothing to save"
 AGAIN = f"again, at once; {RESUME}"
 
-_current: StopSignals | None = None  # who is told
-_early: StopSignals | None = None  # of command_line()
-_channel: tuple[int, socket.socket] | None = None  # the process whose thread reads it; where the interpreter writes
+_current: StopSignals | None = None  # receives the signals
+_early: StopSignals | None = None  # the one of early_signals()
+_channel: tuple[int, socket.socket] | None = None  # the process whose thread reads it; the end that is written to
 
 
 def end_process(number: int, why: str = "") -> NoReturn:
     """End the process now, from any thread, with status 128 + the signal's number (the shell's convention)."""
-    with contextlib.suppress(OSError):  # nobody reads stderr any more, such as a launcher that was killed
+    with contextlib.suppress(OSError):  # stderr may be closed, if the launcher was killed
         os.write(2, f"stopped by {' '.join((signal.Signals(number).name, why)).strip()}\n".encode())
     os._exit(128 + number)
 
 
+class Stopped(SystemExit):
+    """A signal has stopped training on all ranks, after a checkpoint; `code` is the process's exit status."""
+
+
 class StopSignals:
-    """SIGINT (Ctrl-C), SIGTERM and (where the system has it) SIGUSR1, from `take` to `give_back`.
+    """Receives SIGINT (Ctrl-C), SIGTERM and, if the system has it, SIGUSR1, from `take` to `give_back`.
 
     Args:
-        end: ends the process, given the signal's number and why, in a few words; where it returns, the signal stays
-            noted. Called in a thread.
-        tell: called in a thread with the number of a signal that came for the first time while it is obeyed later.
+        end: ends the process, given the signal's number and a short reason; if it returns, the signal stays noted.
+            Called in a thread.
+        tell: called in a thread with the number of a signal that arrives for the first time while `later` is True.
 
     Attributes:
-        received: the numbers of those that have come.
-        later: whether a training loop obeys them at the end of a step. There only a second one, which comes later than
-            `SAME_SIGNAL_S`, ends the process at once; where False, the first one does.
+        received: the numbers of the signals that have arrived.
+        later: True while a training loop handles signals at the end of a step: then only a second signal that arrives
+            more than `SAME_SIGNAL_S` after the first ends the process at once. Otherwise the first one does.
     """
 
     def __init__(
@@ -62,11 +67,11 @@ class StopSignals:
         self.later = False
         self._end, self._tell = end, tell
         self._since: dict[int, float] = {}  # signal -> time.monotonic() of its first arrival
-        self._process = 0  # whose signals these are
+        self._process = 0  # the process that receives them
         self._before: tuple[StopSignals | None, dict[int, Any], int] = (None, {}, -1)
 
     def take(self) -> bool:
-        """From now on; also a SIGUSR1 from before. Whether that is possible: only in the main thread."""
+        """Receive the signals from now on, and an earlier SIGUSR1. Return False outside the main thread."""
         global _current
         if threading.current_thread() is not threading.main_thread():
             return False
@@ -84,7 +89,7 @@ class StopSignals:
         return True
 
     def give_back(self) -> None:
-        """The handlers are those of before; nothing has been received."""
+        """Restore the handlers and forget what was received."""
         global _current
         if self._process == os.getpid():
             _current, handlers, descriptor = self._before
@@ -95,20 +100,20 @@ class StopSignals:
         self.forget()
 
     def forget(self) -> None:
-        """Nothing has been received."""
+        """Forget what was received."""
         self.received.clear()
         self._since.clear()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        """The handler: nothing else is safe in it, because this rank may be inside a collective."""
+        """Note a signal. The handler can do nothing else, because this rank may be inside a collective."""
         if os.getpid() == self._process:
             self.received.add(number)
-        elif number == signal.SIGTERM:  # forked from it, a DataLoader's worker: it ends with its rank
+        elif number == signal.SIGTERM:  # in a forked process, such as a DataLoader's worker
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
     def hear(self, number: int) -> None:
-        """What the thread does with a signal as it arrives."""
+        """Handle a signal in the thread, as it arrives."""
         now = time.monotonic()
         first = self._since.setdefault(number, now)
         if not self.later:
@@ -119,16 +124,18 @@ class StopSignals:
             self._tell(number)
 
     def leave(self, step: int) -> NoReturn:
-        """End the process as a signal ends one (SIGTERM where another rank got it), after `step` was saved."""
+        """Raise `Stopped` after `step` was saved, with SIGTERM's status if only another rank received a signal."""
         number = max(self.received, key=SIGNALS.index, default=signal.SIGTERM)
         print(f"stopped by {signal.Signals(number).name} after step {step}, which is saved; {RESUME}", file=sys.stderr)
-        sys.exit(128 + number)
+        raise Stopped(128 + number)
 
 
 @contextlib.contextmanager
 def early_signals() -> Iterator[None]:
-    """In the block a signal ends the process, with a line; SIGUSR1 is kept for whoever takes the signals next, because
-    only a run that has read its configuration knows whether its job is to be requeued."""
+    """End the process with a message if a signal arrives in the block.
+
+    SIGUSR1 is kept for the next `take`, because only a run that has read its configuration knows whether to requeue.
+    """
     global _early
     keeps = getattr(signal, "SIGUSR1", None)
     outer, _early = _early, StopSignals(lambda number, why: None if number == keeps else end_process(number))
@@ -138,14 +145,14 @@ def early_signals() -> Iterator[None]:
         yield
     finally:
         _early = outer
-        if _current is None or not _current.later:  # a process that is leaving takes no second signal for a fresh one
+        if _current is None or not _current.later:  # in a process that is stopping a signal is not a new one
             early.give_back()
 
 
 def _channel_of_this_process() -> int:
     global _channel
     if _channel is None or _channel[0] != os.getpid():
-        ours, theirs = socket.socketpair()  # a pipe cannot be set to non-blocking on every system
+        ours, theirs = socket.socketpair()  # not every system can make a pipe non-blocking
         theirs.setblocking(False)
         _channel = (os.getpid(), theirs)
         threading.Thread(target=_hear_all, args=(ours,), name="stop signals", daemon=True).start()
@@ -160,7 +167,7 @@ def _hear_all(channel: socket.socket) -> None:
 
 
 def _silence_child() -> None:
-    """A forked process has the descriptor, too, and its signals would be taken for its parent's."""
+    """Stop writing the signals of a forked process, which inherits the descriptor, to its parent."""
     if _channel is not None:
         signal.set_wakeup_fd(-1)
 

@@ -1,4 +1,4 @@
-"""A key that no setting has, in words: where it stands, and which one was probably meant."""
+"""Errors about a setting that does not exist: where it stands, and which one was probably meant."""
 
 from __future__ import annotations
 
@@ -11,43 +11,40 @@ from pathlib import Path
 
 _OPTION = re.compile(r"does not accept option '(?P<key>[\w.]+)'|unrecognized arguments: --(?P<word>[\w.]+)")
 _ARGUMENT = re.compile(r'Parser key "(?P<key>[\w.]+)".*Option \'(?P<name>\w+)\' is not accepted', re.DOTALL)
-_CLASS = re.compile(r"class_path='([\w.]+)'")
+_CLASS = re.compile(r"class_path[= ]'([\w.]+)'")
 _SYNONYMS = {"learning_rate": "lr", "beta1": "betas", "beta2": "betas", "wd": "weight_decay", "epsilon": "eps"}
 
 
 def explain(message: str, options: Iterable[str], args: Sequence[str]) -> str:
-    """An error of the parser about a key that it does not know, as a line; any other as it is.
+    """Return the parser's error about a key that it does not know as one line; return any other error unchanged.
 
     Args:
-        message: the parser's.
-        options: all options there are, without dashes.
-        args: the command line, its YAMLs as ``--config=PATH``.
+        message: the parser's error.
+        options: the names of all options, without dashes.
+        args: the command line, with its YAMLs as ``--config=PATH``.
     """
     if found := _OPTION.search(message):
         return unknown_setting(found["key"] or found["word"], options, args)
     if found := _ARGUMENT.search(message):
-        path = _CLASS.search(message)
-        names = _arguments(path[1]) if path else []
-        name = found["name"]
-        near = [_SYNONYMS[name]] if _SYNONYMS.get(name) in names else difflib.get_close_matches(name, names, n=1)
-        of = path[1].rpartition(".")[2] if path else found["key"]
-        return f"{found['key']}.init_args.{name}: {of} has no argument of that name{_meant(near)}{_place(name, args)}"
+        key, name, path = found["key"], found["name"], _CLASS.search(message)
+        owner, names = (path[1].rpartition(".")[2], _arguments(path[1])) if path else (key, [])
+        return f"{key}.init_args.{name}: {owner} has no argument of that name{meant(name, names)}{_place(name, args)}"
     return message
 
 
 def unknown_setting(key: str, options: Iterable[str], args: Sequence[str]) -> str:
-    """The error's text. The arguments are as in `explain`; `args` may have no YAML, then no place is named."""
+    """Return the error's text; the arguments are those of `explain`. No place is named if no YAML has the key."""
     return f"there is no setting {key}{meant(key, options)}{_place(key, args)}"
 
 
-def meant(name: str, names: Iterable[str]) -> str:
-    """A question that ends an error: which of `names` was meant, one of the same last part first; or nothing."""
+def meant(name: str, names: Iterable[str], cutoff: float = 0.75) -> str:
+    """Return the question that ends an error, or "": which of `names` was meant.
+
+    A name with the same last part comes first, then the one that is at least `cutoff` (0 to 1) similar.
+    """
     names, last = list(names), name.rpartition(".")[2]
     same = [other for other in names if other.rpartition(".")[2] == _SYNONYMS.get(last, last)]
-    return _meant(same[:1] or difflib.get_close_matches(name, names, n=1, cutoff=0.75))
-
-
-def _meant(near: Sequence[str]) -> str:
+    near = same or difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
     return f". Did you mean {near[0]}?" if near else ""
 
 
@@ -60,9 +57,10 @@ def _arguments(class_path: str) -> list[str]:
 
 
 def _place(key: str, args: Sequence[str]) -> str:
-    """The file and line of a key in brackets, where a YAML of the command line has it; the last, which wins."""
-    line = re.compile(rf"^\s*(- )?{re.escape(key.rpartition('.')[2])}\s*:")
-    first = re.compile(rf"^\s*(- )?{re.escape(key.partition('.')[0])}\s*:")
+    """Return the file and the line of a key in parentheses, from the last YAML that has it, because that one wins."""
+    line, first = (
+        re.compile(rf"^\s*(- )?{re.escape(part)}\s*:") for part in (key.rpartition(".")[2], key.partition(".")[0])
+    )
     for path in (arg.removeprefix("--config=") for arg in reversed(args) if arg.startswith("--config=")):
         lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
         begin = next((number for number, text in enumerate(lines) if first.match(text)), 0)

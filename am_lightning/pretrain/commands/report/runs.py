@@ -13,7 +13,7 @@ import numpy as np
 from am_lightning.pretrain.commands.report.events import PATTERN, Curve, last_picture, read_files
 from am_lightning.pretrain.model.shape import LlamaShape, count_parameters
 from am_lightning.pretrain.runtime.errors import RecipeError
-from am_lightning.pretrain.runtime.saved_config import saved_config
+from am_lightning.pretrain.runtime.settings import saved_config
 
 _LAYERS, _ALL = "am/beta/layer/", "am/beta/"
 _OF_ALL = {"mean", "min", "max", "cap", "floor", "effective_steps"}  # after _ALL: tags of no layer group
