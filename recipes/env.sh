@@ -1,18 +1,18 @@
-# Shared by recipes/quickstart.sh and tests/run.sh; to be sourced by bash, not run:
+# For recipes/quickstart.sh and tests/run.sh; bash sources it:
 #
 #     source recipes/env.sh
 #     ensure_venv "lightning,recipes"     # a comma-separated list of the package's extras, "" for none
 #     "$PYTHON" ...
 #
-# ensure_venv makes .venv in the repository's root where there is none, installs into it what is missing (the package
-# itself in editable mode, the extras, torch) and sets PYTHON. A torch that the interpreter can import already is used;
-# otherwise TORCH_REQUIREMENT is installed. Where the interpreter has everything that the extras need, .venv shares its
-# packages and gets the checkout's path: nothing is built or installed, and no network is needed.
-# The interpreter is $AM_PYTHON if set, else the first of python3, python, python3.10 ... python3.14 that is 3.10 or newer.
+# ensure_venv creates .venv in the repository's root if it does not exist, installs what is missing (the package itself in
+# editable mode, the extras, torch) and sets PYTHON. It uses a torch that the interpreter can import, and installs
+# TORCH_REQUIREMENT otherwise. If the interpreter has all packages that the extras need, .venv shares them and gets the
+# checkout's path: nothing is built or installed, and no network is needed.
+# The interpreter is $AM_PYTHON if set, else the first of python3, python, python3.14 ... python3.10 that is 3.10 or newer.
 
 AM_ROOT="$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 TORCH_REQUIREMENT="torch==2.13.0"
-# Exits with 0 where torch can be imported and is not older than pyproject.toml allows.
+# Exits with 0 if torch can be imported and is not older than pyproject.toml allows.
 _AM_HAS_TORCH='import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6))'
 
 _am_fail() {
@@ -35,15 +35,15 @@ _am_find_python() {  # prints the path of an interpreter that is new enough
 
 _am_create_venv() {  # $1: interpreter
     if ! "$1" -c 'import venv, ensurepip' >/dev/null 2>&1; then
-        _am_fail "$1 cannot make virtual environments: its modules venv and ensurepip are missing." \
+        _am_fail "$1 cannot create virtual environments: its modules venv and ensurepip are missing." \
             "On Debian and Ubuntu: apt install python3-venv"
         return 1
     fi
-    echo "Making the virtual environment $AM_ROOT/.venv" >&2
-    "$1" -m venv --clear "$AM_ROOT/.venv" || _am_fail "could not make $AM_ROOT/.venv with $1"
+    echo "Creating the virtual environment $AM_ROOT/.venv" >&2
+    "$1" -m venv --clear "$AM_ROOT/.venv" || _am_fail "could not create $AM_ROOT/.venv with $1"
 }
 
-_am_share_torch() {  # $1: interpreter. Where it can import torch, .venv sees its packages too (after its own).
+_am_share_torch() {  # $1: interpreter; if it can import torch, .venv also finds its packages (after its own)
     "$1" -c "$_AM_HAS_TORCH" >/dev/null 2>&1 || return 0
     "$1" - "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')" <<'PY'
 import os, sys
@@ -53,7 +53,7 @@ with open(os.path.join(sys.argv[1], "shared_with_base.pth"), "w") as file:
 PY
 }
 
-_am_has_requirements() {  # $1: extras. Whether all they need is there: what they ask for, and what that asks for.
+_am_has_requirements() {  # $1: extras; succeeds if all their requirements, and the requirements of those, are installed
     "$PYTHON" -c "$_AM_HAS_TORCH" >/dev/null 2>&1 && "$PYTHON" - "$AM_ROOT/pyproject.toml" "$1" 2>/dev/null <<'PY'
 import sys
 from importlib import metadata
@@ -71,14 +71,14 @@ waiting, seen = [f"{project['name']}[{sys.argv[2]}]"], set()
 while waiting:
     text = waiting.pop()
     requirement = Requirement(text)
-    if text in seen or requirement.name == "torch":  # torch has been imported: it may have come without its parts' names
+    if text in seen or requirement.name == "torch":  # torch can be imported, perhaps without the metadata of its parts
         continue
     seen.add(text)
     if requirement.name == project["name"]:
         extras = project.get("optional-dependencies", {})
         needs = sum((extras[extra] for extra in requirement.extras), project.get("dependencies", []))
     else:
-        found = metadata.distribution(requirement.name)  # raises where it is missing, and that is the answer
+        found = metadata.distribution(requirement.name)  # raises an error if it is missing
         if not requirement.specifier.contains(found.version, prereleases=True):
             sys.exit(1)
         needs = found.requires or []
@@ -104,7 +104,7 @@ _am_pip() {
 _am_install() {  # $1: extras, $2: stamp file, $3: stamp
     local torch=()
     if _am_has_requirements "$1"; then
-        echo "All that am_lightning${1:+[$1]} needs is installed: $AM_ROOT/.venv shares it" >&2
+        echo "All packages that am_lightning${1:+[$1]} needs are installed: $AM_ROOT/.venv shares them" >&2
         _am_put_on_path || return 1
         printf '%s\n' "$3" >>"$2"
         return
@@ -125,12 +125,12 @@ _am_ensure_venv_locked() {
     local base stamps stamp
     PYTHON="$AM_ROOT/.venv/bin/python"
     stamps="$AM_ROOT/.venv/am_lightning-installed"
-    # What an installation depends on: the folder (it is editable), the requirements, the extras asked for.
+    # An installation depends on the folder (it is editable), the requirements and the extras.
     stamp="$AM_ROOT $(cksum <"$AM_ROOT/pyproject.toml") [$1]"
     if [ -f "$stamps" ] && "$PYTHON" -c '' >/dev/null 2>&1 && grep -qxF -- "$stamp" "$stamps"; then
         return 0
     fi
-    if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then  # none yet, half made, or its base interpreter is gone
+    if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then  # missing, incomplete, or without its base interpreter
         base="$(_am_find_python)" || return 1
         _am_create_venv "$base" || return 1
         _am_share_torch "$base" || return 1
@@ -140,7 +140,7 @@ _am_ensure_venv_locked() {
 
 ensure_venv() {
     local status=0
-    # One installation at a time: the lock is on a file that is there anyway and ends with the descriptor.
+    # One installation at a time. The lock on pyproject.toml ends with the descriptor.
     exec 9<"$AM_ROOT/pyproject.toml" || return 1
     if command -v flock >/dev/null 2>&1; then flock 9; fi
     _am_ensure_venv_locked "${1:-}" || status=$?

@@ -1,4 +1,4 @@
-"""What quickstart.sh runs: pretrain.py's fit, and then `sample`, which shows text that the trained model writes."""
+"""The program of quickstart.sh: pretrain.py's `fit`, then `sample`, which prints text that the trained model writes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ PROMPT = "def "
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line `args` of pretrain.py (sys.argv's where None)."""
+    """Run the command line `args` of pretrain.py (default: sys.argv's)."""
     with command_line():
         from am_lightning.pretrain.runtime.cli import PretrainCLI
 
@@ -16,7 +16,7 @@ def main(args: list[str] | None = None) -> None:
     if trained.result is not None and trained.trainer.is_global_zero:
         from am_lightning.recipes.__main__ import main as command
 
-        print(f"  What the model writes behind {PROMPT!r}:\n", flush=True)
+        print(f"  The model's text after {PROMPT!r}:\n", flush=True)
         command(["sample", str(trained.result.root), "--prompt", PROMPT])
 
 

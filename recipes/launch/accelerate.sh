@@ -2,7 +2,7 @@
 # Train with Accelerate's launcher: start this on every machine of the run.
 #
 #     ACCELERATE_CONFIG=recipes/launch/accelerate/fsdp2.yaml recipes/launch/accelerate.sh [--KEY VALUE ...]
-#     NODES=2 MASTER_ADDR=node0 NODE_RANK=0 recipes/launch/accelerate.sh [...]    # and NODE_RANK=1 on the other machine
+#     NODES=2 MASTER_ADDR=node0 NODE_RANK=0 recipes/launch/accelerate.sh [...]    # NODE_RANK=1 on the other machine
 #
 # Sizes: cluster.env; they win over those in accelerate/*.yaml. The program is pretrain_accelerate.py unless PROGRAM is set.
 set -euo pipefail

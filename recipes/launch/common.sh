@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the launchers, not run: reads cluster.env, fills in what it leaves empty, exports what every process needs.
+# The launchers source this file. It reads cluster.env, sets what that leaves empty, and exports what every process needs.
 
 LAUNCH="$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 RECIPES="$(dirname -- "$LAUNCH")"
@@ -20,7 +20,7 @@ existing() {  # $1: name of a variable that holds a path; makes it absolute, as 
     printf -v "$1" '%s' "$(cd -P -- "$(dirname -- "${!1}")" && pwd)/$(basename -- "${!1}")"
 }
 
-# Kubeflow Trainer says the sizes in torchrun's variables, SkyPilot in its own; both win over cluster.env.
+# Kubeflow Trainer gives the sizes in torchrun's variables, SkyPilot in its own; both win over cluster.env.
 if [ -n "${PET_NNODES:-}" ]; then
     NODES="$PET_NNODES" NODE_RANK="${PET_NODE_RANK:-}" MASTER_ADDR="${PET_MASTER_ADDR:-}" MASTER_PORT="${PET_MASTER_PORT:-}"
     if [[ "${PET_NPROC_PER_NODE:-}" =~ ^[0-9]+$ ]]; then GPUS_PER_NODE="$PET_NPROC_PER_NODE"; fi
@@ -34,7 +34,7 @@ set -a
 source "$LAUNCH/cluster.env"
 set +a
 
-for name in MASTER_ADDR MASTER_PORT NODE_RANK; do  # programs read these, and an empty one is no value to them
+for name in MASTER_ADDR MASTER_PORT NODE_RANK; do  # programs read these and do not accept an empty value
     if [ -z "${!name}" ]; then export -n "${name?}"; fi
 done
 
@@ -50,21 +50,21 @@ case "$RDZV" in c10d | static) ;; *) fail "RDZV is '$RDZV'; allowed: c10d, stati
 [ -n "$PROGRAM" ] || PROGRAM="$RECIPES/pretrain.py"
 if [ -z "$CONFIG" ]; then
     CONFIG=laptop
-    if [ ! -f "$RECIPES/configs/laptop.yaml" ]; then  # a copy made by `cp`: the recipe that it is a copy of
+    if [ ! -f "$RECIPES/configs/laptop.yaml" ]; then  # in a copy made by `cp`: its recipe
         copies=("$RECIPES"/*.yaml)
         [ -f "${copies[0]}" ] || fail "CONFIG is not set, and $RECIPES holds no YAML"
         [ "${#copies[@]}" -eq 1 ] || fail "CONFIG is not set, and $RECIPES holds several: $(basename -a -- "${copies[@]}" | paste -sd ' ')"
         CONFIG="${copies[0]}"
     fi
 fi
-for known in "$RECIPES/configs/$CONFIG.yaml" "$RECIPES/$CONFIG.yaml"; do  # the second: in a copy made by `cp`
+for known in "$RECIPES/configs/$CONFIG.yaml" "$RECIPES/$CONFIG.yaml"; do  # the second is in a copy made by `cp`
     if [ -f "$known" ]; then CONFIG="$known" && break; fi
 done
 if [ -z "$PYTHON" ]; then
     PYTHON="$RECIPES/../.venv/bin/python"
     [ -x "$PYTHON" ] || PYTHON="$(command -v python3 || command -v python)" || fail "no python3; set PYTHON to its path"
 fi
-if "$PYTHON" -c 'import am_lightning.pretrain, yaml' 2>/dev/null; then  # the machine that a job is sent from may lack them
+if "$PYTHON" -c 'import am_lightning.pretrain, yaml' 2>/dev/null; then  # the machine that submits a job may lack them
     "$PYTHON" -m am_lightning.pretrain.runtime.settings --config "$CONFIG" "$@" || exit 2  # a misspelt setting or recipe
 fi
 existing PROGRAM
@@ -74,12 +74,12 @@ case "$RUN_DIR" in /*) ;; *) RUN_DIR="$PWD/$RUN_DIR" ;; esac
 export PROGRAM CONFIG RUN_DIR PYTHON
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # more than one only helps where cores outnumber processes
-# torchrun (torch 2.13) cannot take in a new machine for a lost one while its workers share the agents' store.
+# torchrun (torch 2.13) cannot replace a lost machine while its workers share the agents' store.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
-# NCCL's flight recorder: when a collective hangs, every rank writes what it waited for; torchfrtrace reads the files.
+# NCCL's flight recorder: if a collective hangs, every rank writes what it waited for; torchfrtrace reads the files.
 export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
 if "$PYTHON" -c 'from importlib.metadata import version as v
-raise SystemExit(list(map(int, v("torch").split(".")[:2])) >= [2, 9])' 2>/dev/null; then  # they know the old names alone
+raise SystemExit(list(map(int, v("torch").split(".")[:2])) >= [2, 9])' 2>/dev/null; then  # these versions know only the old names
     export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}"
     export TORCH_NCCL_DEBUG_INFO_TEMP_FILE="${TORCH_NCCL_DEBUG_INFO_TEMP_FILE:-$RUN_DIR/flight_recorder/rank_}"
 else

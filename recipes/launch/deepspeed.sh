@@ -2,11 +2,11 @@
 # Train with DeepSpeed's launcher.
 #
 #     recipes/launch/deepspeed.sh [--KEY VALUE ...]                                # one machine
-#     NODES=2 recipes/launch/deepspeed.sh [...]                                    # on the first: reaches the others by ssh
-#     NODES=2 MASTER_ADDR=node0 NODE_RANK=0 recipes/launch/deepspeed.sh [...]      # without ssh: on each, with its number
+#     NODES=2 recipes/launch/deepspeed.sh [...]                                    # on the first machine; it reaches the others by ssh
+#     NODES=2 MASTER_ADDR=node0 NODE_RANK=0 recipes/launch/deepspeed.sh [...]      # without ssh: on each machine, with its number
 #
-# Sizes: cluster.env; the machines' names and GPUs: HOSTFILE, by default the file hostfile beside this one. By ssh the others
-# get no more of your environment than ~/.deepspeed_env names, so set PYTHON's folder and the variables there.
+# Sizes: cluster.env; the machines' names and GPUs: HOSTFILE, by default the file hostfile beside this one. Over ssh the other
+# machines get only the variables that ~/.deepspeed_env names, so set PYTHON's folder and the variables there.
 set -euo pipefail
 # shellcheck source=recipes/launch/common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"

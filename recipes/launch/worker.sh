@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# One process of a run. Every launcher starts this as often as there are GPUs; it becomes the program.
+# One process of a run. Every launcher starts this once per GPU, and it becomes the program.
 #
-# Launchers name things differently; what the program and torch.distributed read is set here. `--ckpt_path last` goes on
-# from the newest checkpoint, or starts where there is none: so after any failure the same command is the right one.
+# It sets the variables that the program and torch.distributed read from those of the launcher. `--ckpt_path last` resumes
+# from the newest checkpoint or starts from step 0, so the same command is right after any failure.
 set -euo pipefail
 
-if [ -n "${GROUP_WORLD_SIZE:-}" ]; then  # torchrun, accelerate; after a lost machine with MIN_NODES there may be fewer
+if [ -n "${GROUP_WORLD_SIZE:-}" ]; then  # torchrun, accelerate; with MIN_NODES there may be fewer after a machine was lost
     nodes="$GROUP_WORLD_SIZE" processes="$LOCAL_WORLD_SIZE"
-elif [ -n "${CROSS_SIZE:-}" ]; then  # deepspeed: Lightning asks for NODE_RANK
+elif [ -n "${CROSS_SIZE:-}" ]; then  # deepspeed; Lightning needs NODE_RANK
     nodes="$CROSS_SIZE" processes="$LOCAL_SIZE"
     export NODE_RANK="$CROSS_RANK"
-elif [ -n "${SLURM_PROCID:-}" ]; then  # srun: Lightning reads SLURM's variables, the other programs these
+elif [ -n "${SLURM_PROCID:-}" ]; then  # srun; Lightning reads SLURM's variables, the other programs these
     nodes="$SLURM_NNODES" processes="$SLURM_NTASKS_PER_NODE"
     export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SLURM_NTASKS"
 else

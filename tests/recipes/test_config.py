@@ -272,7 +272,7 @@ def test_the_header_says_what_plan_says(name: str) -> None:
         assert "0.86 M parameters" in header
         return
     found = re.search(
-        r"(\d+) steps are (.*?) tokens, (.*?) for every parameter.*; (\S+ \S+) on (\d+) H100"
+        r"(\d+) steps are (.*?) tokens, (.*?) per parameter.*; (\S+ \S+) on (\d+) H100"
         r" at an assumed MFU of (\S+)\.",
         header,
     )

@@ -86,7 +86,7 @@ def test_the_quickstart_trains_and_installs_once(checkout: Path, tmp_path: Path)
         result = bash(f"'{checkout}/recipes/quickstart.sh' {options} --trainer.max_steps {steps}", tmp_path)
         assert result.returncode == 0, result.stderr
         assert "validation loss" in result.stdout
-        assert "writes behind 'def ':\n\ndef " in result.stdout
+        assert "text after 'def ':\n\ndef " in result.stdout
     assert (checkout / "runs" / "laptop" / "checkpoints" / "step-000003.ckpt").exists()
     assert installations(checkout) == 1
 

@@ -47,4 +47,4 @@ def test_a_failed_step_is_started_again_and_given_up(cluster: Slurm, tmp_path: P
     job = cluster.submit([str(LAUNCH / "slurm.sh")], root, **others)
     assert cluster.wait(job, 60) == "FAILED"
     assert "restart 1 of 1" in log(root)
-    assert "error: given up after 1 restarts" in log(root)
+    assert "error: stopped after 1 restarts" in log(root)
