@@ -6,9 +6,12 @@ import errno
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pretrain_accelerate
+import pretrain_hf_trainer
 import pytest
 
 from am_lightning.pretrain.data.tokenizer import load_pretrained
@@ -17,7 +20,7 @@ from am_lightning.pretrain.runtime.atomic_files import write_failure
 from am_lightning.pretrain.runtime.cli import PretrainCLI
 from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.paths import recipes_folder
-from am_lightning.pretrain.runtime.run_config import read_run_config
+from am_lightning.pretrain.runtime.run_config import RunConfig, read_run_config
 from tests.python import PYTHON
 
 from .commands import RECIPES, arguments
@@ -52,6 +55,11 @@ def copy(tmp_path: Path) -> Any:
             "model.optimizer.init_args.weight_decai: AMAdamW has no argument of that name. Did you mean weight_decay?",
             5,
         ),
+        (
+            "trainer:\n  callbacks:\n  - class_path: am_lightning.AdaptiveMemory\n    init_args:\n      lambdd: 3\n",
+            "trainer.callbacks.init_args.lambdd: AdaptiveMemory has no argument of that name. Did you mean lambd?",
+            6,
+        ),
     ],
 )
 def test_a_misspelt_key_of_a_yaml(
@@ -79,6 +87,15 @@ def test_a_misspelt_key_of_the_command_line(
     with pytest.raises(SystemExit):
         PretrainCLI()
     assert capsys.readouterr().err.splitlines()[-1] == f"error: there is no setting {said}"
+
+
+@pytest.mark.parametrize(
+    "refuses", [pretrain_accelerate.make_accelerator, pretrain_hf_trainer.training_arguments], ids=["accelerate", "hf"]
+)
+def test_a_precision_that_a_program_does_not_have(refuses: Callable[[RunConfig], object]) -> None:
+    settings = read_run_config(["--config", "laptop", "--trainer.precision", "bf16-true"])
+    with pytest.raises(RecipeError, match=r"trainer.precision is 'bf16-true'; allowed: 32-true or bf16-mixed or 16-m"):
+        refuses(settings)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ RESUME = "--ckpt_path last resumes from the newest checkpoint"
 
 
 class RecipeError(Exception):
-    """An error that the user can mend: the text names the file or the setting and tells what to do."""
+    """An error that the user can mend: its text names the file or the setting and tells what to do."""
 
 
 class UsageError(RecipeError):

@@ -40,7 +40,7 @@ def find_config(name_or_path: str) -> Path:
     A file wins over a recipe of its name, and so does NAME.yaml in the working directory, an edited copy (`cp`).
 
     Raises:
-        RecipeError: if there is neither a file nor a recipe of that name; the text names the recipes.
+        RecipeError: if there is neither a file nor a recipe of that name; the error lists the recipes.
     """
     path = Path(name_or_path).expanduser()
     if path.is_file():
