@@ -97,9 +97,9 @@ def _checked(parser: argparse.ArgumentParser, arguments: list[str] | None) -> ar
     return options
 
 
-def main() -> None:
-    """Measure and print."""
-    options = parse()
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and print; the arguments default to the command line's."""
+    options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.reduce:

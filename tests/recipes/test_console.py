@@ -88,6 +88,14 @@ def test_the_short_help_has_the_values_of_base_yaml(capsys: pytest.CaptureFixtur
         assert yaml.safe_load(value) == expected, key
 
 
+def test_bench_takes_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    """It has a parser of its own and imports torch, so it is not among the words above."""
+    small = ["--model", "tensors:2x10", "--repeats", "1", "--tokens", "0", "--only", "foreach", "--json"]
+    assert main(["bench", *small]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["tensors"], report["elements"]) == (2, 20)
+
+
 def test_the_names_are_those_of_the_parser() -> None:
     """They are read from source files and must not drift from what the parser of `fit` accepts."""
     config = read_run_config(["--config", str(RECIPES / "configs" / "laptop.yaml")]).config
