@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.package.tree import extras
 from tests.python import PYTHON
 
 from .programs import ROOT, START
@@ -89,3 +90,17 @@ def test_every_picture_of_the_pages_is_in_the_tree_and_every_picture_in_the_tree
     links = {link.partition("#")[0] for page in pages for link in local_links(page)}
     used = {Path(link).name for link in links if link.endswith(".png")}
     assert used == {path.name for path in (ROOT / "docs").rglob("*.png")}
+
+
+def test_readme_and_the_page_start_name_every_extra_of_a_user() -> None:
+    wanted = extras() - {"docs", "dev"}
+    listed = re.search(r"^Extras: (.+?)\.$", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert listed is not None
+    assert set(re.findall("`([a-z-]+)`", listed[1])) == wanted
+    start = (ROOT / "docs" / "start.md").read_text()
+    named = re.findall(r'"\.\[([a-z-]+)\]"', start) + re.findall(r"^\| `([a-z-]+)` \|", start, re.M)
+    assert set(named) == wanted
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 700
