@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the pictures of docs/report.md and docs/index.md anew: trains the laptop recipe and its two baselines, writes the
+# Makes the pictures of docs/report.md and docs/index.md: trains the laptop recipe and its two baselines, writes the
 # report, and photographs it and TensorBoard with Debian's chromium. About six minutes on two idle cores.
 #
 #     docs/images/report.sh [DIR]      DIR: where the runs are or will be; default: runs/pictures

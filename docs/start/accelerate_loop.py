@@ -36,7 +36,7 @@ if __name__ == "__main__":
     model, optimizer, batches = accelerator.prepare(
         model, am_adamw(model, lr=3e-3, weight_decay=0.1), DataLoader(rows_of_bytes(), 32, shuffle=True)
     )
-    reader = attach(accelerator, optimizer, log_every_n_steps=1)  # names, the ranks' sums, curves to the trackers
+    reader = attach(accelerator, optimizer, log_every_n_steps=1)  # names parameters, sums over ranks, logs the curves
 
     for step, rows in zip(range(1, 101), batches, strict=False):
         loss = model(rows)
@@ -47,6 +47,6 @@ if __name__ == "__main__":
         accelerator.log({"train/loss": loss.item()}, step=step)
         if step % 20 == 0:
             accelerator.print(f"step {step}: loss {loss.item():.3f}")
-    accelerator.print(reader.finish())  # the last picture, and the run in one sentence
+    accelerator.print(reader.finish())  # draws the last picture, returns the run in one line
     accelerator.print("tensorboard --logdir accelerate_logs")
     accelerator.end_training()

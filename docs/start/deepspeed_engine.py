@@ -37,10 +37,10 @@ if __name__ == "__main__":
         "tensorboard": {"enabled": True, "output_path": "deepspeed_logs", "job_name": "am"},
     }
     optimizer = am_adamw(model, lr=3e-3, weight_decay=0.1)
-    engine, _, loader, _ = deepspeed.initialize(  # every rank gets rows of its own
+    engine, _, loader, _ = deepspeed.initialize(  # every rank gets its own rows
         model=model, optimizer=optimizer, training_data=list(rows_of_bytes()), config=config
     )
-    optimizer = attach(engine)  # the model's names, and what scope="global" needs
+    optimizer = attach(engine)  # names parameters; scope="global" needs it
 
     for _, rows in zip(range(100), loader, strict=False):
         loss = engine(rows.to(engine.device))

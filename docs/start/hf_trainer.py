@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer: two arguments."""
+"""The Hugging Face Trainer with two more arguments."""
 
 import pydoc_data.topics
 

@@ -1,4 +1,4 @@
-"""Next-byte prediction on Python's own help texts: a LightningModule with torch.optim.AdamW, and one callback."""
+"""A LightningModule with torch.optim.AdamW and one callback, which predicts the next byte of Python's help texts."""
 
 import pydoc_data.topics
 

@@ -30,6 +30,7 @@ def rows_of_bytes() -> torch.Tensor:
 if __name__ == "__main__":
     torch.manual_seed(0)
     model = NextByte()
+    # betas: the cap of beta_t, and beta2.
     optimizer = AMAdamW(model.named_parameters(), lr=3e-3, betas=(0.89, 0.999), weight_decay=0.1)
     writer = SummaryWriter("plain_logs")
     handle = attach(optimizer, writer, every=1)  # a longer run: 50, the default
@@ -42,5 +43,5 @@ if __name__ == "__main__":
         writer.add_scalar("train/loss", loss.item(), step)
         if step % 20 == 0:
             print(f"step {step}: loss {loss.item():.3f}")
-    print(handle.finish())  # the last picture, and the run in one sentence
+    print(handle.finish())  # draws the last picture, returns the run in one line
     print("tensorboard --logdir plain_logs")
