@@ -1,4 +1,4 @@
-"""A LightningModule with torch.optim.AdamW and one callback, which predicts the next byte of Python's help texts."""
+"""A LightningModule with torch.optim.AdamW, and one callback."""
 
 import pydoc_data.topics
 

@@ -73,6 +73,12 @@ def test_every_formula_is_rendered(site: Path) -> None:
     assert [formula for formula in formulas if "\\" in formula or "$" in formula] == []
 
 
+@pytest.mark.slow
+def test_a_number_and_its_interval_stay_on_one_line(site: Path) -> None:
+    page = (site / "evidence" / "index.html").read_text()
+    assert "0.056&nbsp;±&nbsp;0.046" in page and " ± " not in page
+
+
 def local_links(page: Path) -> Iterator[str]:
     for link in _LINK.findall(page.read_text()):
         if not re.match(r"[a-z]+:", link):
