@@ -278,21 +278,31 @@ def test_a_device_without_kernels_is_named() -> None:
     AMAdamW([torch.nn.Parameter(torch.empty(3, device="meta"))], fused=True)  # it is moved to a device before it steps
 
 
+def test_a_library_that_is_there_is_not_announced(capfd: pytest.CaptureFixture[str]) -> None:
+    description = compiler.load_library().description
+    capfd.readouterr()
+    assert compiler.load_library.__wrapped__().description == description
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.slow
-def test_a_damaged_library_is_built_anew(tmp_path: Path) -> None:
+def test_a_damaged_library_is_built_again_and_rank_0_announces_builds(tmp_path: Path) -> None:
     program = "from am_lightning.optim.kernels.cpu.build import load_library as load; print(load().description)"
     env = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
 
-    def build_it() -> str:
-        done = subprocess.run([COLD, "-c", program], env=env, cwd=ROOT, capture_output=True, text=True)
+    def build_it(rank: int) -> str:
+        ranked = env | {"RANK": str(rank)}
+        done = subprocess.run([COLD, "-c", program], env=ranked, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+        announced = [line for line in done.stderr.splitlines() if line.startswith("am_lightning compiles")]
+        assert len(announced) == (rank == 0) and all(f"in {tmp_path}/am_lightning. " in line for line in announced)
         return done.stdout
 
-    first = build_it()
+    first = build_it(0)
     (library,) = (tmp_path / "am_lightning").glob("*.so")
     whole = library.read_bytes()
     library.write_bytes(whole[:100])
-    assert build_it() == first
+    assert build_it(1) == first
     assert len(library.read_bytes()) == len(whole)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from am_lightning.distributed.shard import my_rank
 from am_lightning.optim.kernels.cpu.compiler import (
     NO_COMPILER,
     compile_library,
@@ -81,6 +82,7 @@ def load_library() -> Library:
         if library is None:  # missing or damaged
             # Loading from ``path`` would return a library that this process has loaded from there before.
             fresh = path.with_name(f"{path.stem}_{os.getpid()}.so")
+            _announce_build(command[0], path.parent)
             try:
                 compile_library(command, fresh)
                 library = Library(fresh, version)
@@ -90,6 +92,17 @@ def load_library() -> Library:
     except (OSError, AttributeError) as error:
         raise RuntimeError(f"the C++ loop cannot be built or loaded: {error}") from error
     return library
+
+
+def _announce_build(compiler: str, folder: Path) -> None:
+    """Print on rank 0 that this step waits for the compiler, which otherwise prints nothing for several seconds."""
+    if my_rank() == 0 and os.environ.get("RANK", "0") == "0":  # RANK: launched, but without a process group
+        print(
+            f"am_lightning compiles its optimizer kernel for CPUs with {compiler} in {folder}. This happens once and "
+            "takes several seconds.",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def why_not(kind: object = None) -> str:
