@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from am_lightning.bench.models import Shape
+from am_lightning.bench.table import READ
 from am_lightning.optim import AMAdamW
 from am_lightning.optim.kernels.registry import CPP, fused_kernel
 
@@ -153,7 +154,6 @@ def make_contenders(
     return result, missing
 
 
-READ = "(first pass: reads alone)"
 ADAMW: dict[str, dict[str, Any]] = {
     "default": {},
     "single": {"foreach": False, "fused": False},

@@ -7,8 +7,10 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Shape = tuple[int, ...]
 ROW = 2048  # tokens of a row, at most
@@ -91,6 +93,8 @@ def forward_and_backward_seconds(model: str, tokens: int, dtype: torch.dtype, de
     Raises:
         ImportError: transformers is missing.
     """
+    import torch
+
     from am_lightning.pretrain.model.network import build_llama, token_loss
     from am_lightning.pretrain.model.shape import LlamaShape
 
@@ -118,4 +122,6 @@ def forward_and_backward_seconds(model: str, tokens: int, dtype: torch.dtype, de
 def wait_for(device: torch.device) -> None:
     """Until all that was launched there is done."""
     if device.type != "cpu":
+        import torch
+
         torch.accelerator.synchronize()

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from am_lightning.bench.contenders import Contender
+    from am_lightning.bench.contenders import Contender
 
 LR = 1e-6
 # The learning rate of both is lr times a distance that they estimate; it begins at LR and is kept there.
@@ -52,6 +53,8 @@ class Peer:
         Raises:
             ImportError: its package is not installed.
         """
+        from am_lightning.bench.contenders import Contender  # imports torch, which the names of PEERS do not need
+
         kind = getattr(import_module(self.path[0]), self.path[1])
         size, elements = params[0].element_size(), sum(p.numel() for p in params)
         words = self.words + (self.more_below_float32 if size < 4 else 0)

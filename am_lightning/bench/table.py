@@ -5,14 +5,16 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from am_lightning.bench.contenders import READ
-from am_lightning.bench.measure import Measured
+    from am_lightning.bench.measure import Measured
 
 Row = dict[str, float | str | None]
 BASE = "AdamW fused"
+READ = "(first pass: reads alone)"
 MARKS = {BASE: "base", READ: "reads"}
 
 
@@ -83,6 +85,8 @@ def text_of(rows: Sequence[Row]) -> str:
 
 def device_words(device: torch.device) -> str:
     """The hardware, and how many threads on a CPU."""
+    import torch
+
     if device.type == "cpu":
         threads = torch.get_num_threads()
         return f"{processor()}, {threads} thread{'s' * (threads > 1)}"

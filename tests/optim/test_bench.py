@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from am_lightning.bench import models
-from am_lightning.bench.__main__ import parse, run
+from am_lightning.bench.__main__ import parse
+from am_lightning.bench.comparison import run
 from am_lightning.bench.contenders import (
-    READ,
     Contender,
     bytes_of_adamw,
     bytes_of_amadamw,
@@ -22,7 +22,7 @@ from am_lightning.bench.contenders import (
 )
 from am_lightning.bench.host import calls_of
 from am_lightning.bench.measure import Measured, measure
-from am_lightning.bench.table import COLUMNS, rows_of, text_of
+from am_lightning.bench.table import COLUMNS, READ, rows_of, text_of
 from tests.python import COLD
 
 CPU = torch.device("cpu")
@@ -190,6 +190,16 @@ def test_wrong_arguments(arguments: list[str], words: str, capsys: pytest.Captur
     with pytest.raises(SystemExit) as caught:
         parse(arguments)
     assert caught.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["bench", "bench.page", "recipes bench"])
+def test_the_help_does_not_import_torch(module: str) -> None:
+    name, *more = module.split()
+    command = [COLD, "-X", "importtime", "-m", f"am_lightning.{name}", *more, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "usage: " in done.stdout
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "am_lightning" in imported and not imported & {"torch", "numpy", "lightning"}
 
 
 @pytest.mark.parametrize(("name", "tensors", "elements"), [("tensors:3x50", 3, 50), ("tensors:10000x100", 10_000, 100)])

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from am_lightning.bench import page
-from am_lightning.bench.__main__ import parse, run
+from am_lightning.bench.__main__ import parse
+from am_lightning.bench.comparison import run
 from am_lightning.bench.page import BEGIN, END, NOTHING, main, read_runs, results, written
 from tests.package.tree import ROOT
 

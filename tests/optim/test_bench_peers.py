@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from am_lightning.bench.__main__ import main, parse, run
+from am_lightning.bench.__main__ import main, parse
+from am_lightning.bench.comparison import run
 from am_lightning.bench.contenders import make_contenders, make_parameters
 from am_lightning.bench.measure import measure
 from am_lightning.bench.peers import LR, PEERS, Peer, make_peers
