@@ -1,4 +1,4 @@
-"""Runs the parts of the check one after the other, each in a process of its own: see check.sh."""
+"""Run the parts of the check one after the other, each in a process of its own (see check.sh)."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from typing import Any
 import part as parts_of
 import right
 import worth
-from part import OUT_OF_TIME, ROOT, Answer, Context, Part, answer, path_of, read_json, write_json
+from part import OUT_OF_TIME, ROOT, Answer, Context, Part, answer, keep, read_answers
 
-# Shapes and dtypes whose steps are timed, and training steps: what is worth more comes before the first long runs.
+# Timed steps of optimizers on shapes and dtypes, and training steps, with their order among all parts.
 FAST = {
     **dict.fromkeys(("llama60m-float32", "llama1b-float32", "many-tiny-float32", "llama1b-bfloat16"), 20),
     **dict.fromkeys(("train-130m", "train-1b"), 30),
     **dict.fromkeys(("llama350m-float32", "llama60m-bfloat16", "ten-thousand-float32", "llama350m-bfloat16"), 50),
     **dict.fromkeys(("many-tiny-bfloat16", "ten-thousand-bfloat16", "train-130m-compiled", "train-1b-compiled"), 55),
 }
-# What a rehearsal does without, because it is the code of others at other sizes.
+# Parts that a rehearsal omits, because they run the same code at other sizes.
 AS_OTHERS = (
     *("llama1b-bfloat16", "llama350m-float32", "llama350m-bfloat16", "many-tiny-bfloat16", "ten-thousand-bfloat16"),
     *("train-1b", "train-1b-compiled"),
 )
-GRACE = 8.0  # seconds that a part has less than the process that runs it, so that it can write what it has
+GRACE = 8.0  # seconds that a part has less than its process, so that it can write its answer
 CACHES = (
     *("TRITON_CACHE_DIR", "TRITON_HOME", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "CUDA_CACHE_PATH"),
     *("MPLCONFIGDIR", "HF_HOME", "XDG_CACHE_HOME", "HYPOTHESIS_STORAGE_DIRECTORY"),
 )
-LEAST = 0.4  # share of its seconds that a part is begun with
+LEAST = 0.4  # share of a part's seconds that must be left when it begins
 
 
 def main() -> int:
-    """The exit status: 0 where nothing failed."""
+    """Run the check, and return the exit status: 0 if nothing failed."""
     options = _options()
     out = options.out = options.out.resolve()
     if options.run:
@@ -53,22 +53,22 @@ def main() -> int:
         return 0
     deadline = time.monotonic() + 60 * options.minutes
     command = "recipes/gpu/check.sh " + " ".join(sys.argv[1:])
-    (out / "parts").mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     with open(out / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            sys.exit(f"error: another check.sh is at work in {out}")
+            sys.exit(f"error: another check.sh is running in {out}")
         for build in [*out.glob("work/env/torch_extensions/*/lock"), *out.glob("work/caches/*/*/lock")]:
-            build.unlink()  # of a build that was cut off, for which every later one would wait
-        known = _restore(out, options)
+            build.unlink()  # of an interrupted build, for which all later builds would wait
+        known = _known(out, tiny=options.tiny)
         options.python = interpreter(options.wheels, out)
         env = environment(out, options)
         names = [p.name for p in all_parts(options.tiny)]
+        keep(out, planned=names, rehearsal=options.tiny)
         for each in chosen(options, known):
             ended = run_part(each, options, deadline, env, command)
-            _keep(out, names, options.tiny)
-            if each.name == "facts" and ended and ended.get("result") == {}:  # there is no such device
+            if each.name == "facts" and ended and ended.get("result") == {}:  # the device is missing
                 break
     return _summary(out, names)
 
@@ -81,7 +81,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", metavar="PART")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="toy sizes: a rehearsal")
-    for name in ("--run", "--command"):  # how it starts itself
+    for name in ("--run", "--command"):  # of the processes of the parts
         parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
@@ -94,7 +94,7 @@ def _options() -> argparse.Namespace:
 
 
 def all_parts(tiny: bool) -> list[Part]:
-    """In the order of their worth."""
+    """Return all parts in their order."""
     wanted = {name: value for name, value in FAST.items() if not (tiny and name in AS_OTHERS)}
     fast = [Part(f"fast/{name}", "fast", value, 180 if "train" in name else 120) for name, value in wanted.items()]
     found = [Part("facts", "facts", 0, 150), *right.parts(tiny), *fast, *worth.parts(tiny)]
@@ -102,45 +102,34 @@ def all_parts(tiny: bool) -> list[Part]:
 
 
 def chosen(options: argparse.Namespace, known: dict[str, Answer]) -> list[Part]:
-    """What is to be run: what --only names; else what is missing, and then what failed or lacked something."""
+    """Return the parts of --only, or else first those without an answer and then those that are not done."""
     found = all_parts(options.tiny)
     if options.only:
         wanted = [p for p in found if p.name == options.only or p.name.startswith(f"{options.only}/")]
         if not wanted:
-            sys.exit(f"error: --only {options.only} is no part. Parts: {', '.join(p.name for p in found)}")
+            sys.exit(f"error: --only {options.only} is not a part. Parts: {', '.join(p.name for p in found)}")
         return wanted
     status = {p.name: known.get(p.name, {}).get("status") for p in found}
     return sorted((p for p in found if status[p.name] != "done"), key=lambda p: status[p.name] is not None)
 
 
-def _restore(out: Path, options: argparse.Namespace) -> dict[str, Answer]:
-    """The answers that are there; those that only results.json has become files again."""
-    results = read_json(out / "results.json") or {}
-    for name, content in results.get("parts", {}).items():
-        if not path_of(out, name).exists():
-            write_json(path_of(out, name), content)
-    known = _answers(out)
-    if any(content.get("rehearsal", options.tiny) != options.tiny for content in known.values()):
-        held, asked = ("measurements", "a rehearsal") if options.tiny else ("a rehearsal", "measurements")
+def _known(out: Path, *, tiny: bool) -> dict[str, Answer]:
+    """Return the answers of earlier calls."""
+    try:
+        known = read_answers(out)
+    except ValueError as error:
+        sys.exit(f"error: {out / 'results.json'} is damaged ({error}): remove it, or give another --out")
+    if any(content.get("rehearsal", tiny) != tiny for content in known.values()):
+        held, asked = ("measurements", "a rehearsal") if tiny else ("a rehearsal", "measurements")
         sys.exit(f"error: {out} holds {held}, and this call makes {asked}: give another --out")
     return known
 
 
-def _answers(out: Path) -> dict[str, Answer]:
-    found = (read_json(path) for path in sorted((out / "parts").glob("*.json")))
-    return {content["part"]: content for content in found if content}
-
-
-def _keep(out: Path, names: list[str], rehearsal: bool) -> None:
-    """One file that says all: a folder with it alone can be gone on with."""
-    write_json(out / "results.json", {"planned": names, "rehearsal": rehearsal, "parts": _answers(out)})
-
-
 def interpreter(wheels: Path | None, out: Path) -> Path:
-    """One that sees what this one does, and also what is in ``wheels`` and not on this machine.
+    """Return an interpreter that sees this one's packages, and those of ``wheels`` that are missing here.
 
-    A virtual environment and not PYTHONPATH alone: programs that tests start have a PYTHONPATH of their own. Nothing is
-    asked of an index, and this interpreter's own folders are only read.
+    It is a virtual environment, because programs that tests start have a PYTHONPATH of their own. No index is asked,
+    and the folders of this interpreter are only read.
     """
     files = sorted(wheels.glob("*.whl")) if wheels else []
     if wheels and not files:
@@ -160,7 +149,7 @@ def interpreter(wheels: Path | None, out: Path) -> Path:
 
 
 def _is_there(wheel: Path, folders: list[str] | None = None) -> bool:
-    """Some version of it, on this machine, or this very one in ``folders``."""
+    """Return whether any version of a wheel's package is on this machine, or this version in ``folders``."""
     name, version = wheel.name.split("-")[:2]
     found = metadata.distributions(name=name, **({"path": folders} if folders else {}))
     return any(folders is None or each.version == version for each in found)
@@ -172,7 +161,7 @@ def _install(wheels: list[str], target: Path) -> None:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-input", "--no-index", "--no-deps"]
     pip += ["--disable-pip-version-check", "--no-cache-dir", "--upgrade", "--target", str(target), *wheels]
     done = subprocess.run(pip, capture_output=True, text=True)
-    if "No module named pip" in done.stderr:  # these wheels are archives of modules and programs and nothing else
+    if "No module named pip" in done.stderr:  # these wheels have modules and programs only
         for path in wheels:
             zipfile.ZipFile(path).extractall(target)
         for program in target.glob("*.data/scripts/*"):
@@ -184,13 +173,13 @@ def _install(wheels: list[str], target: Path) -> None:
 
 
 def environment(out: Path, options: argparse.Namespace) -> dict[str, str]:
-    """Of the parts: every cache below ``out``, no network, and a home that can be written."""
+    """Return the environment of the parts: all caches below ``out``, no network, and a writable home."""
     caches, home = out / "work" / "caches", out / "work" / "home"
     home.mkdir(parents=True, exist_ok=True)
     folders = {
         **{name: caches / name.lower() for name in CACHES},
         "HOME": home,
-        "PYTHONUSERBASE": Path(site.getuserbase()),  # what the user has installed is found all the same
+        "PYTHONUSERBASE": Path(site.getuserbase()),  # so that the user's packages are found
     }
     for path in folders.values():
         with contextlib.suppress(OSError):
@@ -211,7 +200,7 @@ def environment(out: Path, options: argparse.Namespace) -> dict[str, str]:
 def run_part(
     each: Part, options: argparse.Namespace, deadline: float, env: dict[str, str], command: str
 ) -> Answer | None:
-    """Its answer; None where the time is over, before or while it ran: then the next call runs it."""
+    """Run a part and return its answer, or None if the time was over. Then the next call runs it."""
     left = deadline - time.monotonic()
     if left < LEAST * each.seconds:
         print(f"{each.name:32} not begun: {max(0.0, left):.0f} s are left, it may take {each.seconds:.0f}", flush=True)
@@ -231,36 +220,35 @@ def run_part(
         why = f"took more than its {each.seconds:.0f} s" if status is None else f"ended with status {status}"
         tail = log.read_text(errors="replace")[-4000:]
         more: dict[str, Any] = {"rehearsal": options.tiny, "command": command, "log": tail}
-        write_json(path_of(options.out, each.name), answer(each.name, "failed", why, **more))
-    found = read_json(path_of(options.out, each.name))
-    assert found is not None
+        keep(options.out, answer(each.name, "failed", why, **more))
+    found = read_answers(options.out)[each.name]
     text = found["status"] + (f": {found['why'].splitlines()[0]}" if found["why"] else "")
     print(f"{time.monotonic() - start:6.1f} s  {text}", flush=True)
     return found
 
 
 def _status(words: list[str], env: dict[str, str], log: Any, seconds: float) -> int | None:
-    """Of a process and all that it starts, which end with it; None where it took longer."""
+    """Return the exit status of a process, or None if it took longer. All that it has started ends with it."""
     process = subprocess.Popen(words, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
         status = process.wait(seconds)
         return None if status == OUT_OF_TIME else status
     except subprocess.TimeoutExpired:
         return None
-    finally:  # also where this process is told to stop
+    finally:  # also if this process is told to stop
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
 def _summary(out: Path, names: list[str]) -> int:
-    known = _answers(out)
+    known = read_answers(out)
     by_status: dict[str, list[str]] = {}
     for name in names:
         by_status.setdefault(known.get(name, {}).get("status", "missing"), []).append(name)
     for status, members in by_status.items():
         print(f"{len(members)} {status}" + ("" if status == "done" else f": {', '.join(members)}"))
-    print(f"{out / 'results.json'}; the same command goes on with what is missing, and then with what is not done")
+    print(f"{out / 'results.json'}; the same command runs first what is missing, and then what is not done")
     return 1 if by_status.get("failed") else 0
 
 
@@ -273,4 +261,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
+        sys.exit("stopped; the same command continues from here")

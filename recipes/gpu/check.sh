@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can answer, in one command: what runs, whether it is right, how fast it is, what it is worth.
+# Runs everything that only a GPU can answer: what works, whether it is right, how fast it is, and what it is worth.
 #
-#   recipes/gpu/check.sh                       25 minutes of it, into runs/gpu
-#   recipes/gpu/check.sh --minutes 9           the same command again goes on with what is missing
-#   recipes/gpu/check.sh --wheels runs/wheels  with what recipes/gpu/wheels.sh collected before
-#   recipes/gpu/check.sh --only right          one part, or the parts of a kind: facts, right, fast, worth; again if need be
+#   recipes/gpu/check.sh                       25 minutes, into runs/gpu
+#   recipes/gpu/check.sh --minutes 9           the same command again runs what is missing
+#   recipes/gpu/check.sh --wheels runs/wheels  with the wheels of recipes/gpu/wheels.sh
+#   recipes/gpu/check.sh --only right          one part, or a kind of parts (facts, right, fast, worth), even if done
 #   recipes/gpu/check.sh --device cpu --tiny --out runs/rehearsal   a rehearsal at toy sizes
 #   python -m recipes.gpu.page runs/gpu                  makes docs/gpu.md
 #
 # It uses the machine's own Python ($AM_PYTHON, else the first of python3, python that can import torch) and installs nothing
 # into it: wheels go into a folder below --out, and so do all caches. No network and no writable home are needed.
-# Every part writes a JSON file as soon as it is done. --out is all that has to be kept; of it, results.json says enough.
+# Every part writes its answer into results.json in --out as soon as it is done. That file is enough to continue elsewhere.
 set -euo pipefail
 here="$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 

@@ -6,7 +6,7 @@ import gc
 from typing import Any
 
 import torch
-from part import Context, FailedError, path_of, read_json
+from part import Context, FailedError, read_answers
 
 from am_lightning.bench.contenders import Contender, make_contenders, make_parameters
 from am_lightning.bench.host import calls_of
@@ -70,7 +70,7 @@ def _train(what: str, context: Context) -> dict[str, Any]:
     recipe, most = TRAIN[key]
     device, shape, first = torch.device(context.device), _shape(recipe, context.tiny), 1
     if compiled:  # the same batch as uncompiled, so that only that differs
-        plain = read_json(path_of(context.out, f"fast/train-{key}")) or {}
+        plain = read_answers(context.out).get(f"fast/train-{key}", {})
         first = most = int((plain.get("result") or {}).get("batch rows", 1 if context.tiny else most // 8))
     training = Training(shape, device, compiled=bool(compiled) and not context.tiny)
     try:

@@ -1,10 +1,8 @@
-"""``python -m recipes.gpu.page OUT``: docs/gpu.md, and the speed that ``plan`` reads, from what
-``recipes/gpu/check.sh`` wrote into OUT."""
+"""``python -m recipes.gpu.page OUT`` makes docs/gpu.md, and the speed that ``plan`` reads, from results of check.sh."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import sys
@@ -13,11 +11,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from am_lightning.pretrain.commands.plan.measured import FILE, Measured, write_measured
+from am_lightning.pretrain.commands.report.events import Curve
+from am_lightning.pretrain.commands.report.series import smooth
 from am_lightning.pretrain.model.shape import count_parameters, flops_per_token
 from am_lightning.pretrain.runtime.paths import recipe_files
 from am_lightning.pretrain.runtime.run_config import read_run_config
-from recipes.studies.tables import markdown
+from recipes.gpu.part import read_json
+from recipes.studies.page import markdown
 
 Answer = dict[str, Any]
 Answers = dict[str, Answer]
@@ -26,30 +29,33 @@ NOT_MEASURED = "Not measured on a GPU."
 DEFAULT = Path("docs/gpu.md")
 REHEARSAL = """\
 !!! warning "A rehearsal"
-    Toy sizes on a CPU: the numbers on this page say nothing, and it is no part of the docs."""
+    Toy sizes on a CPU: the numbers on this page mean nothing, and it is not a part of the docs."""
 HEAD = """\
 # Measured on a GPU
 
-`recipes/gpu/check.sh` runs what only a GPU can answer, and `python -m recipes.gpu.page OUT` writes this page
-from its answers; nothing here is written by hand. [How to run it](gpu_check.md);
+`recipes/gpu/check.sh` runs everything that only a GPU can answer, and `python -m recipes.gpu.page OUT` writes this page
+from its answers. Nothing here is written by hand. [How to run it](gpu_check.md);
 [what is counted and checked without a GPU](performance_gpu.md)."""
-BASE = "AdamW 0.9 warmup"  # what the other runs are compared with
+BASE = "AdamW 0.9 warmup"  # the run that the others are compared with
+DRAWN = ("AM 0.89", "AM 0.89 warmup")  # runs whose beta_t is shown
 SKIPPED_SHOWN, FAILED_LINES = 12, 12
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write the page; the process ends with a message where there is nothing to read, or a rehearsal is to be docs."""
+    """Write the page. The process ends with an error if OUT cannot be read, or if a rehearsal would become docs."""
     parser = argparse.ArgumentParser(prog="python -m recipes.gpu.page", description=__doc__)
-    parser.add_argument(
-        "out", type=Path, metavar="OUT", help="folder that check.sh wrote; an empty one: nothing measured"
-    )
-    parser.add_argument("--to", type=Path, default=DEFAULT, help="the page; pictures are written beside it")
-    speed = f"where plan's speed is written; none unless the page is {DEFAULT}: then the package's"
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder of check.sh; an empty folder: nothing measured")
+    parser.add_argument("--to", type=Path, default=DEFAULT, help="file of the page; pictures are written beside it")
+    speed = f"file of plan's speed; by default that of the package if the page is {DEFAULT}, and else none"
     parser.add_argument("--measured", type=Path, help=speed)
     options = parser.parse_args(arguments)
     if not options.out.is_dir():
         parser.error(f"{options.out} is not a folder")
-    answers, planned = read_answers(options.out)
+    try:
+        results = read_json(options.out / "results.json")
+        answers, planned = dict(results.get("parts", {})), list(results.get("planned", results.get("parts", {})))
+    except (ValueError, AttributeError) as error:
+        sys.exit(f"error: {options.out} holds a results.json that check.sh did not write: {error}")
     rehearsal = any(each.get("rehearsal") for each in answers.values())
     if rehearsal and (options.to.resolve().parts[-2:] == DEFAULT.parts or options.measured):
         what = "plan's speed. Leave out --measured" if options.measured else f"{DEFAULT}. Give another --to"
@@ -64,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measured(answers: Answers) -> list[Measured]:
-    """How fast models were trained with AM-AdamW: the default's training steps, and a recipe's runs in their median."""
+    """Return the speed of training with AM-AdamW: of the default's training steps, and the median of recipes' runs."""
     found = []
     for name, each in answers.items():
         if name.startswith("fast/train-") and each["status"] == "done":
@@ -81,36 +87,15 @@ def measured(answers: Answers) -> list[Measured]:
 
 
 def _measured(recipe: str, each: Answer, tokens_per_second: float, kind: str, compiled: bool = False) -> Measured:
-    """On one GPU, which all parts of the check train on, in the recipes' bf16-mixed."""
+    """Return a speed on one GPU, on which all parts train, in the recipes' bf16-mixed."""
     shape = read_run_config(["--config", str(recipe_files()[recipe])]).shape
     tflops = tokens_per_second * flops_per_token(shape) / 1e12
     parameters, date = count_parameters(shape), each["date"][:10]
     return Measured(each["device"], 1, recipe, parameters, "bf16-mixed", compiled, tflops, kind, date)
 
 
-def read_answers(out: Path) -> tuple[Answers, list[str]]:
-    """The answers by part, and the parts that were to be run.
-
-    Args:
-        out: results.json is read and, where they are there, the parts' own files, which are newer.
-
-    Raises:
-        SystemExit: a file is no JSON.
-    """
-    try:
-        whole = out / "results.json"
-        results = json.loads(whole.read_text(encoding="utf-8")) if whole.exists() else {}
-        found: Answers = dict(results.get("parts", {}))
-        for path in sorted((out / "parts").glob("*.json")):
-            content = json.loads(path.read_text(encoding="utf-8"))
-            found[content["part"]] = content
-    except (ValueError, KeyError, AttributeError) as error:
-        sys.exit(f"error: {out} holds a file that check.sh did not write: {error}")
-    return found, list(results.get("planned", found))
-
-
 def page(answers: Answers, planned: list[str], to: Path, *, rehearsal: bool = False) -> str:
-    """The Markdown, with pictures written beside ``to``."""
+    """Return the Markdown, and write its pictures beside ``to``."""
     sections = [HEAD, *([REHEARSAL] if rehearsal else []), _made(answers)]
     sections += ["## First steps", _first_steps(answers.get("facts"))]
     sections += ["## Tests", *_tests(_of_kind(answers, "right/"))]
@@ -133,10 +118,10 @@ def _recipes(answers: Answers) -> list[str]:
 
 
 def _made(answers: Answers) -> str:
-    """Devices, dates, versions, commands."""
+    """Return devices, dates, versions and commands."""
     run = [each for each in answers.values() if "device" in each]
     if not run:
-        return f"**{NOT_MEASURED}** Every part below waits for its first run."
+        return f"**{NOT_MEASURED}** No part below has been run yet."
     facts = (answers.get("facts", {}).get("result") or {}) if answers else {}
     device = {key: value for key, value in (facts.get("device") or {}).items() if key != "name" and value}
     system = facts.get("system") or {}
@@ -152,7 +137,7 @@ def _made(answers: Answers) -> str:
 
 
 def _command(text: str) -> str:
-    """Without where things were."""
+    """Return the command without folders."""
     return re.sub(r" --(?:out|wheels)[ =]\S+", "", text)
 
 
@@ -199,7 +184,7 @@ def _tests(files: Answers) -> list[str]:
 
 
 def _each(answers: Answers, table: Callable[[Answer], str]) -> list[str]:
-    """A heading and a table of every part; or why there is none."""
+    """Return a heading for every part, with its table or the reason why it has none."""
     if not answers:
         return [NOT_MEASURED]
     sections = []
@@ -210,34 +195,48 @@ def _each(answers: Answers, table: Callable[[Answer], str]) -> list[str]:
 
 def _step_table(each: Answer) -> str:
     result = each["result"]
-    with_decay, without = result["0.1"], result["0.0"]
-    bare = {row["optimizer"]: row for row in without["rows"]}
+    with_decay = result["0.1"]
+    bare = {row["optimizer"]: row for row in result["0.0"]["rows"]}
     columns = {"ms": ".3f", "x fused": ".2f", "limit": ".2f", "GB/s": ".0f", "extra MiB": ".1f"}
-    counts = {"launches": "d", "waits": "d", "operations": "d"}
-    rows = []
-    for row in with_decay["rows"]:
-        other = bare.get(row["optimizer"], {})
-        cells = [_number(row.get(key), form) for key, form in (columns | counts).items()]
-        rows.append(
-            [_cell(row["optimizer"]), *cells, _number(other.get("ms"), ".3f"), _number(other.get("x fused"), ".2f")]
-        )
-    header = ["optimizer", *columns, *counts, "ms, no decay", "x fused, no decay"]
+    columns |= {"launches": "d", "waits": "d", "operations": "d"}
+    columns |= {f"{key}, no decay": columns[key] for key in ("ms", "x fused")}
+    rows = [
+        row | {f"{key}, no decay": value for key, value in bare.get(row["optimizer"], {}).items()}
+        for row in with_decay["rows"]
+    ]
     words = f"{result['elements']:,} elements in {result['tensors']:,} tensors, {result['dtype']}. {each['device']}."
-    return f"{words}{_left_out(with_decay)}\n\n{markdown(header, rows)}"
+    return f"{words}{_left_out(with_decay)}\n\n{_table(rows, columns)}"
 
 
 def _training_table(each: Answer) -> str:
     result = each["result"]
+    columns = {
+        "ms a step": ".1f",
+        "its share, with clipping": ".1%",
+        "tokens/s": ",.0f",
+        "TFLOP/s": ".1f",
+        "MFU": ".1%",
+    }
+    columns |= {"peak GiB": ".1f", "kernels": ""}
     rows = []
     for row in result["rows"]:
-        peak = row["peak bytes"]
-        numbers = [(row["s"] * 1e3, ".1f"), (row["share"], ".1%"), (row["tokens/s"], ",.0f"), (row["TFLOP/s"], ".1f")]
-        numbers += [(row["MFU"], ".1%"), (None if peak is None else peak / 2**30, ".1f")]
-        rows.append([row["optimizer"], *(_number(value, form) for value, form in numbers), _cell(row["kernels"])])
+        peak = None if row["peak bytes"] is None else row["peak bytes"] / 2**30
+        rows.append(row | {"ms a step": row["s"] * 1e3, "its share, with clipping": row["share"], "peak GiB": peak})
     words = f"{result['batch rows']} rows of {result['seq_len']} tokens, recipe {result['recipe']}"
     words += f"; forward and backward alone {result['forward and backward'] * 1e3:.1f} ms. {each['device']}."
-    header = ["optimizer", "ms a step", "its share, with clipping", "tokens/s", "TFLOP/s", "MFU", "peak GiB", "kernels"]
-    return f"{words}{_left_out(result)}\n\n{markdown(header, rows)}"
+    return f"{words}{_left_out(result)}\n\n{_table(rows, columns)}"
+
+
+def _table(rows: Iterable[Answer], columns: dict[str, str], first: str = "optimizer") -> str:
+    """Return a table of the columns in their formats, "-" for what is missing."""
+    cells = [
+        [
+            "-" if row.get(key) is None else _cell(format(row[key], form))
+            for key, form in ({first: ""} | columns).items()
+        ]
+        for row in rows
+    ]
+    return markdown([first, *columns], cells)
 
 
 def _left_out(result: Answer) -> str:
@@ -245,7 +244,7 @@ def _left_out(result: Answer) -> str:
 
 
 def _runs(answers: Answers, recipe: str, to: Path) -> list[str]:
-    """Losses at the end of training, beside AdamW 0.9 with warmup at the same learning rate and seed; pictures."""
+    """Return final losses beside those of AdamW with warmup at the same learning rate and seed, and pictures."""
     done = {name: each["result"] for name, each in answers.items() if each["status"] == "done"}
     others = [f"{name.split('/')[-1]}: {_why(each)}" for name, each in answers.items() if name not in done]
     heading = [f"### {recipe}"] if recipe else []
@@ -256,19 +255,59 @@ def _runs(answers: Answers, recipe: str, to: Path) -> list[str]:
     for result in sorted(done.values(), key=lambda result: (_pair(result["run"]), result["final loss"])):
         run, loss = result["run"], result["final loss"]
         beside = None if run["name"] == BASE else base.get(_pair(run))
-        numbers = [(None if beside is None else loss - beside, "+.4f"), (result["spikes"], "d")]
-        numbers += [(result.get("beta_t mean"), ".3f"), (result["tokens/s"], ",.0f"), (result["MFU"], ".1%")]
-        cells = [run["name"], f"{run['lr']:g}", str(run["seed"]), f"{loss:.4f}"]
-        rows.append([*cells, *(_number(value, form) for value, form in numbers)])
-    header = ["run", "lr", "seed", "final validation loss", f"minus {BASE}", "spikes", "beta_t", "tokens/s", "MFU"]
-    from recipes.gpu.figures import draw_betas, draw_losses  # matplotlib, where there is something to draw
-
-    pictures = [f"![Training losses, {recipe}]({draw_losses(to, recipe, done)})"]
-    pictures += [f"![beta_t of {name}, layers over steps]({file})" for name, file in draw_betas(to, recipe, done)]
+        minus = None if beside is None else loss - beside
+        more = {"run": run["name"], "final validation loss": loss, f"minus {BASE}": minus}
+        rows.append(result | run | more | {"beta_t": result.get("beta_t mean")})
+    columns = {"lr": "g", "seed": "d", "final validation loss": ".4f", f"minus {BASE}": "+.4f", "spikes": "d"}
+    columns |= {"beta_t": ".3f", "tokens/s": ",.0f", "MFU": ".1%"}
+    pictures = [f"![Training losses, {recipe}]({_draw_losses(to, recipe, done)})"]
+    pictures += [f"![beta_t of {name}, layers over steps]({file})" for name, file in _draw_betas(to, recipe, done)]
     first = next(iter(done.values()))
     text = f"{first['text']['files']:,} Python sources, {first['text']['bytes'] / 1e6:.1f} MB"
     words = f"{text}; {len(first['losses'])} steps. beta_t: the median over steps of its mean over tensors."
-    return [*heading, words, markdown(header, rows), *pictures, *others]
+    return [*heading, words, _table(rows, columns, "run"), *pictures, *others]
+
+
+def _draw_losses(to: Path, recipe: str, results: Answers) -> str:
+    """Draw running means of the training losses beside the page, and return the picture's file name."""
+    from recipes.studies.figures import COLOURS, new_figure, save, style  # matplotlib, if there is something to draw
+
+    figure, ((panel,),) = new_figure(1, 1, width=8.0, height=4.4)
+    names = sorted({result["run"]["name"] for result in results.values()})
+    lowest = min(result["run"]["lr"] for result in results.values())
+    starts = []
+    for result in results.values():
+        run = result["run"]
+        losses = np.array(result["losses"], float)
+        mean = smooth(Curve(np.arange(1, len(losses) + 1), losses))
+        starts.append(mean.values[len(mean.values) // 20])
+        colour = COLOURS[names.index(run["name"]) % len(COLOURS)]
+        label = f"{run['name']}, lr {run['lr']:g}" + (f", seed {run['seed']}" if run["seed"] else "")
+        dashes = "-" if run["kind"] == "am" else "--"
+        width = 1.6 if run["lr"] == lowest else 0.8
+        panel.plot(mean.steps, mean.values, color=colour, linestyle=dashes, linewidth=width, label=label)
+    panel.set_ylim(top=max(starts))
+    style(panel, xlabel="step", ylabel="training loss, nats per token, running mean")
+    path = to.with_name(f"{to.stem}-losses-{recipe}.png")
+    save(figure, path, legend_of=panel)
+    return path.name
+
+
+def _draw_betas(to: Path, recipe: str, results: Answers) -> list[tuple[str, str]]:
+    """Draw beta_t of the first run of each of DRAWN, and return the runs' names and the pictures' file names."""
+    from recipes.studies.figures import draw_heatmap
+
+    drawn: dict[str, str] = {}
+    for result in results.values():
+        run, betas = result["run"], result.get("beta_t")
+        if betas is None or run["name"] not in DRAWN or run["name"] in drawn:
+            continue
+        values = np.array(betas["values"], float)
+        path = to.with_name(f"{to.stem}-beta-{recipe}-{len(drawn)}.png")
+        title = f"beta_t of {run['name']}, lr {run['lr']:g}, {recipe}"
+        draw_heatmap(path, betas["rows"], np.array(betas["edges"]), values, title, lowest=0.0)
+        drawn[run["name"]] = path.name
+    return list(drawn.items())
 
 
 def _pair(run: dict[str, Any]) -> tuple[float, int]:
@@ -290,17 +329,13 @@ def _why(each: Answer) -> str:
     return f"{each['status'].capitalize()}: {_cell(each['why'])}"
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
 def _without_folders(text: str) -> str:
-    """Absolute paths by their last name: they belong to the machine."""
+    """Replace absolute paths, which belong to the machine, by their last name."""
     return re.sub(r"(?<![\w./:~-])(?:/[\w.+-]+)+/(?=[\w.+-])", ".../", text)
 
 
 def _cell(text: object) -> str:
-    """On one line, and without what ends a cell; a long one is cut."""
+    """Return the text of a cell, on one line, escaped, and cut if it is long."""
     line = _without_folders(" ".join(str(text).split())).replace("|", "\\|")
     return line if len(line) <= 300 else line[:297] + "..."
 

@@ -1,4 +1,4 @@
-"""A part of the check: what it is given, and its answer, one JSON file that is written whole or not at all."""
+"""A part of the check, and its answer in results.json, which is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ PACKAGES = (
     *("torch", "triton", "lightning", "pytorch-lightning", "accelerate", "transformers", "tokenizers", "deepspeed"),
     *("torchmetrics", "tensorboard", "jsonargparse", "schedulefree", "expecttest", "numpy", "pytest"),
 )
-OUT_OF_TIME = 75  # exit status of a part that wrote no answer because its time was over; sysexits.h: try again
+OUT_OF_TIME = 75  # exit status of a part that ran out of time before its answer; sysexits.h: try again
 Answer = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Part:
-    """
+    """A part of the check.
+
     Attributes:
-        name: "facts", "right/test_fused", ...; its JSON is called after it.
-        module: beside this file, with a function ``run(name, context) -> result``.
-        worth: parts with lower numbers come first.
-        seconds: that it may take.
+        name: "facts", "right/test_fused", ...
+        module: module beside this file with a function ``run(name, context) -> result``.
+        worth: order of the parts, the lowest number first.
+        seconds: longest time that it may take.
     """
 
     name: str
@@ -45,12 +46,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Context:
-    """
+    """The setting in which a part runs.
+
     Attributes:
         out: folder of all answers.
         device: "cuda" or "cpu".
-        tiny: toy sizes: a rehearsal, whose numbers say nothing.
-        ends: when the part must have ended, on time.monotonic()'s clock.
+        tiny: whether this is a rehearsal at toy sizes, whose numbers mean nothing.
+        ends: time at which the part must have ended, on the clock of time.monotonic().
     """
 
     out: Path
@@ -60,71 +62,76 @@ class Context:
 
     @property
     def work(self) -> Path:
-        """Folder of what can be made again: packages, caches, tokens, runs."""
+        """Folder of packages, caches, tokens and runs, which can be rebuilt."""
         return self.out / "work"
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Seconds until the part must have ended."""
         return self.ends - time.monotonic()
 
 
-class NotMeasuredError(Exception):
-    """Something is missing that nobody can mend here; the text says what."""
-
-
 class FailedError(Exception):
-    """Something is wrong; the text says what. ``result`` is what was found all the same."""
+    """Something is wrong. The text names it, and ``result`` is what was found nevertheless."""
+
+    status = "failed"
 
     def __init__(self, text: str, result: Answer | None = None) -> None:
         super().__init__(text)
         self.result = result
 
 
+class NotMeasuredError(FailedError):
+    """Something is missing on this machine. The text names it."""
+
+    status = "not measured"
+
+
 class OutOfTimeError(Exception):
-    """The part's time is over, and it has no answer yet."""
+    """The part ran out of time before its answer."""
 
 
-def path_of(out: Path, name: str) -> Path:
-    """The JSON of a part."""
-    return out / "parts" / f"{name.replace('/', '.')}.json"
+def read_json(path: Path) -> Answer:
+    """Return the content of a JSON file, or nothing if it is missing."""
+    content: Answer = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return content
 
 
 def write_json(path: Path, content: Answer) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a JSON file completely or not at all."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(part, path)
 
 
-def read_json(path: Path) -> Answer | None:
-    """None where there is no whole JSON."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+def read_answers(out: Path) -> dict[str, Answer]:
+    """Return the answer of each part that has one."""
+    return dict(read_json(out / "results.json").get("parts", {}))
+
+
+def keep(out: Path, *contents: Answer, **more: Any) -> None:
+    """Add answers and other keys to results.json."""
+    path = out / "results.json"
+    parts = read_answers(out) | {content["part"]: content for content in contents}
+    write_json(path, read_json(path) | more | {"parts": parts})
 
 
 def answer(name: str, status: str, why: str = "", **more: Any) -> Answer:
-    """What every answer says. ``status``: "done", "failed" or "not measured"; ``why``: in words, unless done."""
+    """Return an answer. ``status`` is "done", "failed" or "not measured", and ``why`` is its reason unless done."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {"part": name, "status": status, "why": why, "date": now, "code": code(), **more}
 
 
 def run(part: Part, context: Context, command: str) -> None:
-    """Run a part in this process and write its answer, whatever happens."""
+    """Run a part in this process and write its answer, also after an error."""
     start = time.perf_counter()
     try:
         found = importlib.import_module(part.module).run(part.name, context)
         content = answer(part.name, "done", result=found)
     except OutOfTimeError:
         sys.exit(OUT_OF_TIME)
-    except NotMeasuredError as error:
-        content = answer(part.name, "not measured", str(error))
     except FailedError as error:
-        content = answer(part.name, "failed", str(error), result=error.result)
+        content = answer(part.name, error.status, str(error), result=error.result)
     except Exception as error:
         lines = traceback.format_exc()
         print(lines, file=sys.stderr)
@@ -136,11 +143,11 @@ def run(part: Part, context: Context, command: str) -> None:
         "versions": versions(),
         "command": command,
     }
-    write_json(path_of(context.out, part.name), content)
+    keep(context.out, content)
 
 
 def die_with(parent: int) -> None:
-    """End this process and those that it started when its parent is killed, so that the GPU is free then."""
+    """End this process and those that it started when its parent is killed, to free the GPU."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -151,18 +158,13 @@ def die_with(parent: int) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of what is installed here."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    """Return the versions of Python and of the installed PACKAGES."""
+    installed = {found.name.lower(): found.version for found in metadata.distributions()}
+    return {"python": platform.python_version()} | {name: installed[name] for name in PACKAGES if name in installed}
 
 
 def code() -> str:
-    """A few letters that change when the code does."""
+    """Return a hash of the code."""
     digest = hashlib.sha256()
     for folder in ("am_lightning", "recipes", "tests/gpu"):
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -171,12 +173,12 @@ def code() -> str:
 
 
 def device_name(device: str) -> str:
-    """The hardware's."""
+    """Return the name of the hardware."""
     try:
         import torch
 
         if device == "cuda":
             return torch.cuda.get_device_name()
-    except Exception as error:  # whatever it is, the part's own answer tells of it
+    except Exception as error:  # the part's own answer reports it
         return f"{device} ({type(error).__name__})"
     return f"CPU, {torch.get_num_threads()} threads"

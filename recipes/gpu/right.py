@@ -15,27 +15,27 @@ from part import ROOT, Context, FailedError, NotMeasuredError, OutOfTimeError, P
 
 HERE = str(Path(__file__).parent)
 TESTS = ROOT / "tests" / "gpu"
-FIRST = ("test_kernels", "test_precision", "test_waits", "test_capture", "test_strategies")  # the others after them
+FIRST = ("test_kernels", "test_precision", "test_waits", "test_capture", "test_strategies")  # the other tests follow
 FEW = 3
-ALONE = 8  # failed tests that are run again alone: an error on a GPU spoils what comes after it in the process
-TEXT = 3000  # letters of a failure that are kept
-WHOLE = (0, 1, 5)  # pytest's exit status: all passed, some failed, there are none
+ALONE = 8  # failed tests that are run again alone, because an error on a GPU breaks later tests of the process
+TEXT = 3000  # kept characters of a failure
+WHOLE = (0, 1, 5)  # pytest's exit status: all passed, some failed, no tests
 STOPPING = 12.0  # seconds that pytest has for its report when it is stopped
 
 
 def parts(tiny: bool) -> list[Part]:
     names = {path.stem for path in TESTS.glob("test_*.py")} or {"tests"}
-    ordered = sorted(names, key=lambda name: (name not in FIRST, FIRST.index(name) if name in FIRST else 0, name))
+    ordered = [*(name for name in FIRST if name in names), *sorted(names - {*FIRST})]
     return [Part(f"right/{name}", "right", 10, 180 if tiny else 270) for name in ordered]
 
 
 def run(name: str, context: Context) -> dict[str, Any]:
-    """What pytest said of one file.
+    """Return the results of the tests of one file.
 
     Raises:
-        FailedError: a test failed, or there was no time for all.
-        OutOfTimeError: there was none for any.
-        NotMeasuredError: there are no tests here, or no pytest.
+        FailedError: if a test failed, or the time ran out before the last.
+        OutOfTimeError: if the time ran out before the first.
+        NotMeasuredError: if there are no tests here, or no pytest.
     """
     file = TESTS / f"{name.removeprefix('right/')}.py"
     if not file.exists():
@@ -59,7 +59,8 @@ def run(name: str, context: Context) -> dict[str, Any]:
             test["alone"] = "failed" if test["name"] in [t["name"] for t in found["failed"]] else "passed"
     counts = {key: len(result[key]) for key in ("passed", "failed", "skipped")}
     if result["failed"]:
-        raise FailedError(f"{counts['failed']} of {sum(counts.values())} tests failed: {_names(result)}", result)
+        names = ", ".join(test["name"] for test in result["failed"][:5])
+        raise FailedError(f"{counts['failed']} of {sum(counts.values())} tests failed: {names}", result)
     if not whole:
         raise FailedError(f"pytest did not come to its end: {counts['passed']} tests passed so far", result)
     if not counts["passed"]:
@@ -69,16 +70,12 @@ def run(name: str, context: Context) -> dict[str, Any]:
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
-    """A rehearsal runs a few tests of a file; the gates of tests/run.sh rehearse them all."""
+    """Keep a few tests of a file, as a plugin of a rehearsal. The gates of tests/run.sh rehearse all of them."""
     items[:] = items[:: max(1, len(items) // FEW)][:FEW]
 
 
-def _names(result: dict[str, Any]) -> str:
-    return ", ".join(test["name"] for test in result["failed"][:5])
-
-
 def _pytest(what: list[str], report: Path, seconds: float) -> tuple[bool, str]:
-    """Whether it came to its end, and its output; what has no time left is asked to stop, and still reports."""
+    """Return whether pytest came to its end, and its output. At the end of its time it is asked to stop and report."""
     report.parent.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
     words = [
@@ -111,8 +108,10 @@ def _pytest(what: list[str], report: Path, seconds: float) -> tuple[bool, str]:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """Tests by outcome: names of those that passed, name and reason of skipped, name and text of failed ones; and what
-    tests have measured on the way (``record_property``)."""
+    """Return the names of tests that passed, name and reason of skipped and name and text of failed tests.
+
+    ``measured`` has what tests have recorded (``record_property``).
+    """
     result: dict[str, Any] = {"passed": [], "failed": [], "skipped": [], "measured": {}, "seconds": 0.0}
     for case in ElementTree.parse(path).iter("testcase"):
         if not (name := case.get("name")):  # the test in which pytest was stopped

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Collects, on a machine with a network, what a GPU machine without one lacks: wheels for Python 3.12 on x86-64 Linux.
+# Downloads the wheels that a GPU machine without a network lacks: for Python 3.12 on x86-64 Linux.
 #
-#   recipes/gpu/wheels.sh [DIR]          default: runs/wheels; then, there: recipes/gpu/check.sh --wheels DIR
+#   recipes/gpu/wheels.sh [DIR]          default: runs/wheels; then, on the GPU machine: recipes/gpu/check.sh --wheels DIR
 #
-# torch, lightning, transformers and what they bring along are expected there and are not collected. DeepSpeed is built
-# from source without its operators, so nothing is compiled. Some 7 MiB; more than 60 are an error.
+# torch, lightning, transformers and their requirements are expected on that machine and are not downloaded. DeepSpeed is built
+# from source without its operators, so nothing is compiled. About 7 MiB; more than 60 are an error.
 # The interpreter that downloads is $AM_PYTHON, else python3; it needs pip, and may be of another version.
 set -euo pipefail
 
@@ -29,10 +29,10 @@ download() {
 
 mkdir -p "$dir"
 rm -f "$dir"/*.whl
-# LightningCLI's; a contender and torch's tables of optimizers; DeepSpeed's.
+# Requirements of LightningCLI, of the bench and of torch's lists of optimizers, and of DeepSpeed.
 download --no-deps "jsonargparse>=4.39" typeshed-client importlib-resources docstring-parser \
     schedulefree expecttest hjson ninja py-cpuinfo msgpack einops psutil
-download pydantic # DeepSpeed's too; with its needs, because it works with one release of pydantic-core only
+download pydantic # of DeepSpeed; with its requirements, because it works with one release of pydantic-core only
 DS_BUILD_OPS=0 "${pip[@]}" wheel --no-deps --no-binary deepspeed --wheel-dir "$dir" "deepspeed>=0.19.8,<0.20"
 
 bytes="$(cat "$dir"/*.whl | wc -c)"

@@ -1,9 +1,11 @@
-"""Part d: a recipe at the paper's shape on the Python sources of this machine, 1000 steps by several optimizers."""
+"""Part d: 1000 steps of recipes at the paper's shape by several optimizers, on the Python sources of this machine."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -22,11 +24,11 @@ NEEDS = {
     "tokenizers": "pip install tokenizers",
     "tensorboard": "pip install tensorboard",
 }
-TEXT_BYTES, TINY_TEXT_BYTES = 200_000_000, 400_000
-LARGEST, SMALLEST = 1_000_000, 200  # bytes of a source file that is text to train on
+TEXT_BYTES, TINY_TEXT_BYTES, TINY_SOURCES = 200_000_000, 400_000, 200
+LARGEST, SMALLEST = 1_000_000, 200  # bytes of a source file that is used
 RATES = (1e-3, 3e-3)
 WARMUP = 0.1
-STOPPING = 5.0  # seconds for the end of a run
+STOPPING = 5.0  # seconds between the end of a run and the end of its part
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Run:
 
 
 def _runs() -> list[Run]:
-    """Pairs follow each other, so that a cut-off leaves something to compare."""
+    """Return the runs of a recipe. Pairs follow each other, so that a cut-off leaves something to compare."""
     runs = []
     for name, options, beta1 in (("AM 0.89", {}, 0.9), ("AM 0.89 warmup", {"warmup": WARMUP}, 0.95)):
         for lr in RATES:
@@ -57,7 +59,7 @@ def _runs() -> list[Run]:
 
 
 def _table(tiny: bool) -> dict[str, tuple[str, Run]]:
-    """Part -> recipe and run, in order; a rehearsal has a few of them."""
+    """Return recipe and run of each part, in order. A rehearsal has a few of them."""
     found = {}
     for recipe in ("60m", "130m"):
         runs = _runs()
@@ -70,7 +72,7 @@ def _table(tiny: bool) -> dict[str, tuple[str, Run]]:
 
 
 def parts(tiny: bool) -> list[Part]:
-    """The first pair of 60m comes before the less important timings."""
+    """Return the parts. The first pair of 60m comes before the less important timings."""
     names = list(_table(tiny))
     worth = [40 if i < 2 else 60 if "/60m/" in name else 70 for i, name in enumerate(names)]
     seconds = [420 if "/60m/" in name else 720 for name in names]
@@ -78,12 +80,12 @@ def parts(tiny: bool) -> list[Part]:
 
 
 def run(name: str, context: Context) -> dict[str, Any]:
-    """Train, and read what the run has logged.
+    """Train, and return the results that the run has logged.
 
     Raises:
-        NotMeasuredError: something that the recipes need is not installed.
-        FailedError: the run ended with an error.
-        OutOfTimeError: it did not end; the next call goes on from its newest checkpoint.
+        NotMeasuredError: if something that the recipes need is not installed.
+        FailedError: if the run ended with an error.
+        OutOfTimeError: if it did not end. The next call resumes from its newest checkpoint.
     """
     for module, hint in NEEDS.items():
         if importlib.util.find_spec(module) is None:
@@ -97,7 +99,7 @@ def run(name: str, context: Context) -> dict[str, Any]:
     log = root / "log.txt"
     root.mkdir(parents=True, exist_ok=True)
     with open(log, "wb") as file:
-        try:  # a run that an earlier call cut off goes on from its newest checkpoint
+        try:  # a run that an earlier call cut off resumes from its newest checkpoint
             done = subprocess.run(words, cwd=ROOT, stdout=file, stderr=file, timeout=context.left - STOPPING)
         except subprocess.TimeoutExpired:
             raise OutOfTimeError from None
@@ -114,7 +116,7 @@ def run(name: str, context: Context) -> dict[str, Any]:
 
 
 def settings(recipe: str, which: Run, context: Context, root: Path, text: Path) -> dict[str, Any]:
-    """What differs from the recipe, as keys of its command line."""
+    """Return the settings that differ from the recipe."""
     betas = [which.beta1, 0.95]
     rows, micro = (8, 4) if context.tiny else (512, 128)
     steps = 6 if context.tiny else 1000
@@ -130,7 +132,7 @@ def settings(recipe: str, which: Run, context: Context, root: Path, text: Path) 
         "data.source_options": "null",
         "data.tokenizer": "bpe-512" if context.tiny else "bpe-32000",
         "data.cache_dir": context.work / "tokens",
-        "data.shard_mb": 1 if context.tiny else 16,  # a piece for every core
+        "data.shard_mb": 1 if context.tiny else 16,  # at least one shard for every core
         "data.seed": which.seed,
         "data.val_percent": 20 if context.tiny else 2,
         "data.batch_size": rows,
@@ -163,7 +165,7 @@ def settings(recipe: str, which: Run, context: Context, root: Path, text: Path) 
 
 
 def read_run(root: Path) -> dict[str, Any]:
-    """Losses and beta_t of a finished run, from its event files."""
+    """Return losses and beta_t of a finished run, from its event files."""
     from am_lightning.pretrain.commands.report.runs import find_runs
     from am_lightning.pretrain.commands.report.series import heatmap
     from am_lightning.pretrain.loss_spikes import count_spikes
@@ -190,32 +192,25 @@ def read_run(root: Path) -> dict[str, Any]:
 
 
 def corpus(context: Context) -> dict[str, Any]:
-    """Python sources of the standard library and of what is installed, as JSON lines; made once.
+    """Write Python sources of the standard library and of installed packages as JSON lines, once.
 
-    The same files give the same text: they are put in the order of their content's hash, which also finds doubles.
+    The same files give the same text, because they have the order of their hashes, by which duplicates are left out.
     """
     folder = context.work / "text"
     known = read_json(folder.with_suffix(".json"))
-    if known is not None:
+    if known:
         return known
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = TINY_TEXT_BYTES if context.tiny else TEXT_BYTES
     found: dict[bytes, Path] = {}
-    sizes = 0
-    for path in _sources():
-        if context.tiny and sizes > 3 * wanted:
-            break
-        try:
+    for path in itertools.islice(_sources(), TINY_SOURCES if context.tiny else None):
+        with contextlib.suppress(OSError):
             content = path.read_bytes()
-        except OSError:
-            continue
-        if SMALLEST <= len(content) <= (20_000 if context.tiny else LARGEST):
-            found[hashlib.sha256(content).digest()] = path
-            sizes += len(content)
+            if SMALLEST <= len(content) <= LARGEST:
+                found[hashlib.sha256(content).digest()] = path
     size = count = 0
     with open(folder / "sources.jsonl", "w", encoding="utf-8") as file:
         for _, path in sorted(found.items()):
-            if size >= wanted:
+            if size >= (TINY_TEXT_BYTES if context.tiny else TEXT_BYTES):
                 break
             content = path.read_bytes()
             file.write(json.dumps({"text": content.decode("utf-8", "replace")}) + "\n")

@@ -1,6 +1,7 @@
-"""What faults look like in the heat map of beta_t: ``python -m recipes.studies.diagnoses [--out DIR] [--steps N]``.
+"""Faults in the heat map of beta_t: ``python -m recipes.studies.diagnoses [--out DIR] [--steps N]``.
 
-The laptop recipe, once as it is and once with each fault, from the same seed. About eight minutes on two idle cores.
+Trains the laptop recipe once as it is and once with each fault, from the same seed. Takes about eight minutes on two
+idle cores.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import io
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import torch
@@ -20,14 +22,14 @@ from PIL import Image
 from am_lightning.pretrain.commands.report.events import PATTERN, last_picture, read_curves
 
 ROOT = Path(__file__).resolve().parents[2]
-_SHADES = 128  # of the pictures in the docs
+_COLOURS = 128  # of the pictures in the docs, so that their files are small
 
 
 class _Fault(L.Callback):
-    """Acts before a step.
+    """Acts on a block and a batch before a step.
 
     Args:
-        step: the first that it changes, from 0.
+        step: first step that it changes, from 0.
         layer: block of the model.
     """
 
@@ -46,7 +48,7 @@ class _Fault(L.Callback):
 
 
 class Exploding(_Fault):
-    """The block's output projections become 30 times as large."""
+    """Multiplies the block's output projections by 30."""
 
     def act(self, block: torch.nn.Module, batch: torch.Tensor) -> None:
         for name, param in block.named_parameters():
@@ -55,12 +57,12 @@ class Exploding(_Fault):
 
 
 class Dead(_Fault):
-    """The block's attention and MLP are switched off: their outputs, and so their gradients, are zero.
+    """Multiplies the outputs of the block's attention and MLP, and thereby their gradients, by a factor.
 
     Args:
-        step: the first that it changes, from 0.
+        step: first step that it changes, from 0.
         layer: block of the model.
-        left: the share of the outputs that is left, 0 to 1; also of the gradients.
+        left: factor, 0 to 1. 0 switches the block off.
     """
 
     def __init__(self, step: int, layer: int = 1, left: float = 0.0) -> None:
@@ -73,11 +75,11 @@ class Dead(_Fault):
 
 
 class BadBatch(_Fault):
-    """One batch is not text.
+    """Replaces a batch.
 
     Args:
-        step: of the batch, from 0.
-        token: that alone is in it; None: random tokens.
+        step: step of the batch, from 0.
+        token: token that fills the batch. None: random tokens.
     """
 
     def __init__(self, step: int, token: int | None = None) -> None:
@@ -89,47 +91,34 @@ class BadBatch(_Fault):
         batch.copy_(noise if self.token is None else torch.full_like(noise, self.token))
 
 
-class Run(NamedTuple):
-    """One run.
-
-    Attributes:
-        name: of the picture.
-        title: in the table.
-        arguments: of ``pretrain.py fit``; ``{third}`` is a third of the steps.
-    """
-
-    name: str
-    title: str
-    arguments: tuple[str, ...]
-
-
 def _acting(kind: str, **arguments: float) -> tuple[str, ...]:
     added = f"--trainer.callbacks+=recipes.studies.diagnoses.{kind}", "--trainer.callbacks.step={third}"
     return (*added, *(f"--trainer.callbacks.{name}={value}" for name, value in arguments.items()))
 
 
 _TOO_HIGH, _WARMUP = "--model.optimizer.lr=0.03", "--model.warmup_fraction=0.33"
-RUNS = (
-    Run("healthy", "the recipe as it is", ()),
-    Run("warmup", "warmup over the first third", (_WARMUP,)),
-    Run("learning-rate", "30 times the learning rate", (_TOO_HIGH,)),
-    Run("warmup-too-high", "30 times the learning rate, warmup over the first third", (_TOO_HIGH, _WARMUP)),
-    Run("exploding", "block 1 explodes after a third", _acting("Exploding")),
-    Run("dead", "block 1 dies after a third", _acting("Dead")),
-    Run("faint", "block 1 fades to 1e-4 after a third", _acting("Dead", left=1e-4)),
-    Run("bad-batch", "one batch after a third is one byte repeated", _acting("BadBatch", token=ord("#"))),
-    Run("noise-batch", "one batch after a third is random bytes", _acting("BadBatch")),
-)
+# Name of the picture -> title in the table, and arguments of ``pretrain.py fit``; {third} is a third of the steps.
+RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "healthy": ("the recipe as it is", ()),
+    "warmup": ("warmup over the first third", (_WARMUP,)),
+    "learning-rate": ("30 times the learning rate", (_TOO_HIGH,)),
+    "warmup-too-high": ("30 times the learning rate, warmup over the first third", (_TOO_HIGH, _WARMUP)),
+    "exploding": ("block 1 explodes after a third", _acting("Exploding")),
+    "dead": ("block 1 dies after a third", _acting("Dead")),
+    "faint": ("block 1 fades to 1e-4 after a third", _acting("Dead", left=1e-4)),
+    "bad-batch": ("one batch after a third is one byte repeated", _acting("BadBatch", token=ord("#"))),
+    "noise-batch": ("one batch after a third is random bytes", _acting("BadBatch")),
+}
 
 
-def train(run: Run, folder: Path, steps: int, extra: list[str]) -> str:
-    """Train, and return the line that the run ends with.
+def train(arguments: Sequence[str], folder: Path, steps: int, extra: list[str]) -> str:
+    """Train, and return the summary of beta_t at the end of the run.
 
     Raises:
-        RuntimeError: the run failed.
+        RuntimeError: if the run failed.
     """
     program, config = ROOT / "recipes" / "pretrain.py", ROOT / "recipes" / "configs" / "laptop.yaml"
-    given = [argument.format(third=steps // 3) for argument in run.arguments]
+    given = [argument.format(third=steps // 3) for argument in arguments]
     options = [f"--trainer.max_steps={steps}", f"--trainer.default_root_dir={folder}", "--data.source=stdlib"]
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
     command = [sys.executable, str(program), "fit", "--config", str(config), *options, *quiet, *given, *extra]
@@ -140,30 +129,24 @@ def train(run: Run, folder: Path, steps: int, extra: list[str]) -> str:
     return found[1]
 
 
-def save_picture(folder: Path, path: Path) -> None:
-    """The run's last heat map, in so few colours that the file is small."""
-    picture = last_picture(sorted(folder.rglob(PATTERN)), "am/beta/layers")
-    assert picture is not None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.open(io.BytesIO(picture)).convert("RGB").quantize(_SHADES).save(path, optimize=True)
-
-
 def main(args: list[str] | None = None) -> None:
-    """Run all, write ``NAME.png`` and ``diagnoses.md`` into ``--out``."""
+    """Run all, and write ``NAME.png`` and ``diagnoses.md`` into ``--out``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/diagnoses"), help="folder of pictures and table")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of a run (%(default)s)")
-    parser.add_argument("--only", nargs="*", choices=[run.name for run in RUNS], help="these runs alone")
+    parser.add_argument("--only", nargs="*", choices=RUNS, help="only these runs")
     options, extra = parser.parse_known_args(args)
     rows = ["| run | validation loss | beta_t |", "|---|---|---|"]
-    for run in RUNS:
-        if options.only and run.name not in options.only:
-            continue
-        folder = (options.out / "runs" / run.name).resolve()
-        line = train(run, folder, options.steps, extra)
-        save_picture(folder, options.out / f"{run.name}.png")
+    for name in options.only or RUNS:
+        title, arguments = RUNS[name]
+        folder = (options.out / "runs" / name).resolve()
+        line = train(arguments, folder, options.steps, extra)
+        picture = last_picture(sorted(folder.rglob(PATTERN)), "am/beta/layers")
+        assert picture is not None
+        image = Image.open(io.BytesIO(picture)).convert("RGB").quantize(_COLOURS)
+        image.save(options.out / f"{name}.png", optimize=True)
         loss = read_curves(folder / "logs")["final/val_loss"].last
-        rows.append(f"| {run.title} | {loss:.3f} | {line} |")
+        rows.append(f"| {title} | {loss:.3f} | {line} |")
         print(rows[-1], flush=True)
     (options.out / "diagnoses.md").write_text("\n".join([*rows, ""]))
 

@@ -1,4 +1,4 @@
-"""A study's runs: each is a configuration and what came of it, a line of JSON; an interrupted study goes on."""
+"""A ledger of a study's runs, a line of JSON for each, with which an interrupted study continues."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import multiprocessing
 import platform
 from collections.abc import Callable, Iterable, Mapping
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,12 @@ class Ledger:
     """Finished runs in a file of JSON lines ``{"config": ..., "result": ..., "made": ...}``.
 
     Args:
-        path: of the file; it is made when the first run ends.
-        setup: what all of its runs have in common and no configuration says, such as a hash of the data. It is kept in
-            a file beside, and another setup does not go on with these runs.
+        path: path of the file. It is created when the first run ends.
+        setup: what all of its runs have in common and no configuration has, such as a hash of the data. It is kept in
+            a file beside, and these runs are not continued with another setup.
 
     Raises:
-        RecipeError: the file's runs were made with another setup, or a line is no run.
+        RecipeError: if the file's runs were made with another setup, or a line is no run.
     """
 
     def __init__(self, path: Path, setup: Mapping[str, str] | None = None) -> None:
@@ -65,7 +66,7 @@ class Ledger:
             raise RecipeError(f"{self.path} has runs of another setup ({'; '.join(other)}). Give another --out.")
 
     def made(self) -> str:
-        """On what the runs were made, and when, in words."""
+        """Return where and when the runs were made, for a page."""
         known = sorted(self._made) or [_made({})]
         return "; ".join(
             f"{device}, torch {torch_version}, Python {python}, {day}" for day, device, torch_version, python in known
@@ -75,11 +76,11 @@ class Ledger:
         return _key(config) in self._results
 
     def __getitem__(self, config: Config) -> Result:
-        """The result of a configuration. KeyError: it has not been run."""
+        """Return the result of a configuration, or raise KeyError if it has not been run."""
         return self._results[_key(config)]
 
     def add(self, config: Config, result: Result) -> None:
-        """Keep a finished run, on the disk at once."""
+        """Keep a finished run, and write it to the disk at once."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self._setup and not self._results:
             self.path.with_suffix(".setup.json").write_text(json.dumps(self._setup, indent=1))
@@ -90,46 +91,38 @@ class Ledger:
         self._results[_key(config)] = result
 
     def run(self, configs: Iterable[Config], run: Callable[[Config], Result], *, workers: int = 1) -> None:
-        """Run those of ``configs`` that are missing, in ``workers`` processes of one thread each.
+        """Run the ``configs`` that are missing, in ``workers`` processes.
 
-        One thread makes the result independent of the number of workers.
+        Each process has one thread, so that a result does not depend on the number of workers.
 
         Args:
-            configs: plain values only, as JSON holds them.
-            run: from a configuration to its result, of plain values; a function of a module.
+            configs: configurations of plain values, as JSON holds them.
+            run: picklable function from a configuration to its result of plain values.
             workers: processes at a time.
 
         Raises:
-            RecipeError: ``workers`` is below 1.
+            RecipeError: if ``workers`` is below 1.
         """
         require(workers >= 1, "--workers", workers, "a whole number >= 1")
         missing = list({_key(c): c for c in configs if c not in self}.values())
         if not missing:
             return
         context = multiprocessing.get_context("spawn")
-        with context.Pool(min(workers, len(missing)), _one_thread) as pool:
-            jobs = pool.imap_unordered(_Job(run), missing)
+        with context.Pool(min(workers, len(missing)), torch.set_num_threads, (1,)) as pool:
+            jobs = pool.imap_unordered(partial(_finished, run), missing)
             for config, result in tqdm(jobs, total=len(missing), desc="runs", unit="run"):
                 self.add(config, result)
 
 
-class _Job:
-    def __init__(self, run: Callable[[Config], Result]) -> None:
-        self.run = run
-
-    def __call__(self, config: Config) -> tuple[Config, Result]:
-        return config, self.run(config)
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+def _finished(run: Callable[[Config], Result], config: Config) -> tuple[Config, Result]:
+    return config, run(config)
 
 
 def _made(config: Config) -> tuple[str, ...]:
-    """Day, device, versions."""
+    """Return day, device and versions."""
     device = str(config.get("device", "cpu"))
-    words = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{processor()}, one thread a run"
-    return date.today().isoformat(), words, torch.__version__.partition("+")[0], platform.python_version()
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{processor()}, one thread a run"
+    return date.today().isoformat(), name, torch.__version__.partition("+")[0], platform.python_version()
 
 
 def _key(config: Config) -> str:

@@ -1,7 +1,7 @@
 """Draw the two-plane model: python -m recipes.studies.two_planes PICTURE.png
 
-A quadratic loss on a line, the gradient plane and the memory plane after a step that went well and one that went
-too far, the proximal model, and the momentum that it gives, computed by AMSGD itself.
+The picture has a quadratic loss on a line, the gradient plane and the memory plane after a good step and after a step
+that went too far, the proximal model, and the momentum that it gives, computed by AMSGD itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def loss(x: float) -> float:
 
 
 def momentum(before: float, now: float) -> tuple[float, float]:
-    """beta_t at `now`, reached from `before` in one step of length LR, and the memory d there."""
+    """Return beta_t at `now`, reached from `before` in one step of length LR, and the memory d there."""
     x = torch.nn.Parameter(torch.tensor([before], dtype=torch.float64))
     optimizer = AMSGD([x], LR, beta_max=0.9, lambd=0.0, loss_gap="exact")
     memory = (before - now) / LR  # the direction whose step leads there

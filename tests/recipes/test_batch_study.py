@@ -13,14 +13,13 @@ from PIL import Image
 pytest.importorskip("scipy.stats")
 
 from am_lightning.pretrain.runtime.errors import RecipeError
-from recipes.studies.intervals import interval
 from recipes.studies.ledger import Config, Ledger, Result
 from recipes.studies.pretraining.batch_page import write
-from recipes.studies.pretraining.batches import ALL, FEW, FRESH_SEEDS, STAGES, Families, finalists, kinds_of, missing
+from recipes.studies.pretraining.batches import ALL, FEW, STAGES, Families, finalists, kinds_of, missing
 from recipes.studies.pretraining.methods import Method
-from recipes.studies.pretraining.noise import noise_scale, noisy_backward
-from recipes.studies.pretraining.run import Pretraining, run_config
-from recipes.studies.pretraining.tuning import LIMITS, SEED, Tuning, rate_at
+from recipes.studies.pretraining.run import Scale, noise_scale, noisy_backward, pretrain
+from recipes.studies.pretraining.tuning import COARSE, RATES, Tuning
+from recipes.studies.sweep import interval
 
 KINDS = kinds_of(300, 64, [8, 32, 64, 128])
 CELLS = list(dict.fromkeys(cell for cells in KINDS.values() for cell in cells))
@@ -68,17 +67,17 @@ def test_cells_see_as_many_steps_or_as_many_rows() -> None:
 def test_every_best_rate_lies_inside_its_grid(tuned: Tuning) -> None:
     for method in (method for family in tuned.families.values() for method in family):
         tried = list(tuned.tried(method))
-        assert len(tried) >= 4 and tried[0] < tuned.best(method) < tried[-1], method
-        assert all(config["seed"] == SEED for config in (tuned.config(method, step) for step in tried))
+        assert len(tried) >= 4 and tried[0] < tuned.best_rate(method) < tried[-1], method
 
 
 def test_what_is_close_to_its_familys_best_is_tuned_finer(tuned: Tuning) -> None:
     for family in tuned.families.values():
-        best = min(tuned.value(method, tuned.best(method, fine=False)) for method in family)
-        fine = {method for method in family if any(step % 2 for step in tuned.tried(method))}
-        close = {m for m in family if tuned.value(m, tuned.best(m, fine=False)) <= best + 0.05}
+        best = min(tuned.best_loss(method, fine=False) for method in family)
+        fine = {method for method in family if tuned.tried(method).keys() - {*COARSE}}
+        close = {method for method in family if tuned.best_loss(method, fine=False) <= best + 0.05}
         assert fine == close
-    assert any(tuned.best(method) % 2 for method in tuned.families["AM-AdamW"])  # and is chosen if it is better
+    chosen = [tuned.best_rate(method) for method in tuned.families["AM-AdamW"]]
+    assert not {*COARSE}.issuperset(chosen), "a finer rate is chosen if it is better"
 
 
 def test_adamw_gets_at_least_as_many_runs_as_am(tuned: Tuning) -> None:
@@ -93,18 +92,17 @@ def test_the_grid_ends_at_its_limits(tmp_path: Path) -> None:
     while configs := list(tuning.missing()):
         for config in configs:
             tuning.ledger.add(config, {"val_loss": -config["lr"], "losses": []})
-    assert tuning.best(method) == LIMITS[1] and rate_at(LIMITS[1]) == 0.064
+    assert tuning.best_rate(method) == RATES[-1] == 0.064
 
 
 def test_finalists_are_the_best_of_the_tuning_on_fresh_seeds(tuned: Tuning) -> None:
     methods = finalists(tuned)
     assert len(set(methods)) == len(methods)
     for family in tuned.families.values():
-        values = {method: tuned.value(method, tuned.best(method)) for method in family}
-        assert min(values, key=lambda method: values[method]) in methods
+        assert min(family, key=tuned.best_loss) in methods
     runs = list(missing("compare", tuned))
-    assert {config["seed"] for config in runs} == set(FRESH_SEEDS) and SEED not in FRESH_SEEDS
-    assert len(runs) == len(FRESH_SEEDS) * len(methods)
+    assert {config["seed"] for config in runs} == {1, 2, 3, 4, 5} and tuned.sweep_seed == 0
+    assert len(runs) == 5 * len(methods)
 
 
 def test_a_later_stage_needs_the_tuning(tmp_path: Path) -> None:
@@ -114,7 +112,7 @@ def test_a_later_stage_needs_the_tuning(tmp_path: Path) -> None:
 
 def test_the_largest_usable_rate_lies_between_the_rates_tried(tuned: Tuning) -> None:
     method = Method("adamw", 0.8)
-    best = tuned.value(method, tuned.best(method))
+    best = tuned.best_loss(method)
     usable = tuned.largest_usable(method, best + 0.03)
     exact = 2 ** (math.log2(2e-3) + math.sqrt(0.03 / 0.05))
     assert usable == pytest.approx(exact, rel=0.05)
@@ -144,10 +142,9 @@ def test_the_noise_scale_of_planted_noise() -> None:
 
 @pytest.mark.slow
 def test_a_traced_run_has_the_noise_and_the_same_losses(tmp_path: Path) -> None:
-    runs, method = Pretraining(str(tmp_path)), Method("am", 0.89, 0.05)
-    config = run_config(method, 1e-3, 0, steps=3, batch_size=8)
-    plain = runs(config)
-    traced = runs(config | {"micro_batch_size": 2, "traces": True})
+    config = Scale(steps=3, batch_size=8).config(Method("am", 0.89, 0.05), 1e-3, 0)
+    plain = pretrain(str(tmp_path), config)
+    traced = pretrain(str(tmp_path), config | {"micro_batch_size": 2, "traces": True})
     np.testing.assert_allclose(traced["losses"], plain["losses"], atol=2e-4)
     assert traced["val_loss"] == pytest.approx(plain["val_loss"], abs=1e-4)
     assert len(traced["noise"]) == len(traced["betas"]) == 3 and "noise" not in plain

@@ -85,14 +85,14 @@ def test_it_needs_no_network_no_cache_and_no_home(tmp_path: Path) -> None:
     found = subprocess.run([python, "-c", code], capture_output=True, text=True)
     assert found.stdout.startswith(str(out)), found.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"out", "wheels"}
-    assert json.loads((out / "parts" / "facts.json").read_text()) == facts
 
 
 @pytest.mark.slow
 def test_a_cut_off_loses_one_part_and_the_next_call_goes_on(tmp_path: Path, modules: dict[str, ModuleType]) -> None:
     out, last = tmp_path / "out", "fast/many-tiny-float32"
     known = {part.name: answer(part.name) for part in modules["check"].all_parts(True) if part.name != last}
-    modules["part"].write_json(out / "results.json", {"parts": known})  # all that another machine has left
+    out.mkdir()
+    modules["part"].keep(out, *known.values())  # all that another machine has left
     env = os.environ | {"AM_PYTHON": COLD, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command(out), env=env, stdout=subprocess.PIPE, text=True)
     log = out / "work" / "logs" / "fast.many-tiny-float32.log"
@@ -106,7 +106,7 @@ def test_a_cut_off_loses_one_part_and_the_next_call_goes_on(tmp_path: Path, modu
     while any(Path(f"/proc/{pid}").exists() for pid in started):
         assert time.monotonic() < deadline, "the part outlives the call that started it"
         time.sleep(0.1)
-    assert not (out / "parts" / "fast.many-tiny-float32.json").exists()
+    assert last not in answers(out)
     again = run(out)
     assert again.returncode == 0, again.stdout + again.stderr
     ran = [line for line in again.stdout.splitlines() if line.split()[0] in {*known, last}]
@@ -157,7 +157,7 @@ def test_an_interpreter_without_torch_is_not_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--only", "nonsense"], "--only nonsense is no part. Parts: facts, right/"),
+        (["--only", "nonsense"], "--only nonsense is not a part. Parts: facts, right/"),
         (["--wheels", "."], "holds no wheel: recipes/gpu/wheels.sh"),
         (["--minutes", "0"], "--minutes must be > 0"),
     ],
@@ -168,10 +168,14 @@ def test_wrong_arguments(more: list[str], words: str, tmp_path: Path) -> None:
 
 
 def test_a_rehearsal_and_measurements_are_not_mixed(tmp_path: Path, modules: dict[str, ModuleType]) -> None:
-    modules["part"].write_json(tmp_path / "parts" / "facts.json", answer("facts", rehearsal=False))
+    modules["part"].keep(tmp_path, answer("facts", rehearsal=False))
     said = refused("--device", "cpu", "--tiny", "--out", str(tmp_path))
     assert "holds measurements, and this call makes a rehearsal" in said
     assert "it needs --tiny" in refused("--device", "cpu")
+    (tmp_path / "results.json").write_text('{"parts": {')
+    said = refused("--device", "cpu", "--tiny", "--out", str(tmp_path))
+    assert "results.json is damaged" in said and "remove it, or give another --out" in said
+    assert (tmp_path / "results.json").read_text() == '{"parts": {'
 
 
 def test_a_part_without_an_answer_failed(tmp_path: Path, modules: dict[str, ModuleType]) -> None:
@@ -195,7 +199,7 @@ def test_a_part_without_an_answer_failed(tmp_path: Path, modules: dict[str, Modu
     assert not log.exists()
     found = check.run_part(short, options, time.monotonic() + 60, {"PATH": "/nowhere"}, "x")
     assert (found["status"] == "failed" and "took more than its 1 s" in found["why"]) or "status" in found["why"]
-    assert part.read_json(part.path_of(tmp_path, "short")) == found
+    assert answers(tmp_path) == {"short": found}
 
 
 TESTS = """

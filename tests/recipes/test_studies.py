@@ -25,23 +25,20 @@ from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.recipe_text import recipe_text
 from recipes.studies import diagnoses
 from recipes.studies.convex.methods import METHODS, descend, make_optimizer
-from recipes.studies.convex.problems import LOGISTIC, logistic
-from recipes.studies.intervals import paired
+from recipes.studies.convex.protocol import LOGISTIC, logistic
 from recipes.studies.ledger import Config, Ledger, Result
-from recipes.studies.page import command_of
+from recipes.studies.page import command_of, markdown
 from recipes.studies.pretraining.methods import Method, fix_momentum
 from recipes.studies.pretraining.methods import make_optimizer as make_adamw
 from recipes.studies.pretraining.report import report
 from recipes.studies.pretraining.results import mean_curve
-from recipes.studies.pretraining.run import Pretraining, run_config
-from recipes.studies.pretraining.stages import STAGES, Scale, configs
-from recipes.studies.sweep import Sweep
-from recipes.studies.tables import markdown
+from recipes.studies.pretraining.run import Scale, pretrain
+from recipes.studies.pretraining.stages import STAGES, Study
+from recipes.studies.sweep import Sweep, paired
 from recipes.studies.vision.images import load_images
 from recipes.studies.vision.networks import NETWORKS
+from recipes.studies.vision.stages import read_task, sweep_of
 from recipes.studies.vision.stages import report as vision_report
-from recipes.studies.vision.stages import sweep_of
-from recipes.studies.vision.task import read_task
 from tests.python import PYTHON
 
 from .commands import RECIPES, TINY
@@ -219,10 +216,9 @@ def tiny_recipe(tmp_path: Path, corpus_folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_pretraining_run(tiny_recipe: Path, tmp_path: Path) -> None:
-    runs = Pretraining(str(tmp_path / "data"))
-
-    def result(method: Method, seed: int = 0) -> Result:
-        return runs(run_config(method, 1e-2, seed, recipe=str(tiny_recipe), steps=12, traces=method.kind == "am"))
+    def result(method: Method, seed: int = 0, **more: int) -> Result:
+        config = Scale(str(tiny_recipe), 12).config(method, 1e-2, seed, traces=method.kind == "am" and not more)
+        return pretrain(str(tmp_path / "data"), config | more)
 
     am, adamw, again = result(Method("am", 0.89)), result(Method("adamw", 0.89)), result(Method("am", 0.89))
     assert am == again
@@ -233,7 +229,7 @@ def test_a_pretraining_run(tiny_recipe: Path, tmp_path: Path) -> None:
     assert (betas[1:] < 0.88).any()
     for method in (Method("radam"), Method("schedulefree"), Method("schedulefree", warmup=0.2)):
         assert result(method)["val_loss"] < 6
-    in_parts = runs(run_config(Method("am", 0.89), 1e-2, 0, recipe=str(tiny_recipe), steps=12, micro_batch_size=3))
+    in_parts = result(Method("am", 0.89), micro_batch_size=3)
     np.testing.assert_allclose(in_parts["losses"], am["losses"], atol=2e-3)
     late = result(Method("am", 0.89, am_until=0.5))
     assert late["losses"][:7] == am["losses"][:7]
@@ -314,18 +310,18 @@ def _run(study: str, *args: object) -> str:
 @pytest.mark.slow
 def test_the_warmup_page_grows_with_the_stages(tmp_path: Path) -> None:
     """The results are invented, because real ones take hours: every table and figure of every stage."""
-    scale, ledger, seen = Scale(steps=80), Ledger(tmp_path / "warmup.jsonl"), ""
+    study, seen = Study(Ledger(tmp_path / "warmup.jsonl"), Scale(steps=80)), ""
     generator = np.random.default_rng(0)
     names = ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"]
     for stage in STAGES:
-        for config in list(configs(stage, scale, ledger)):
+        for config in list(study.configs(stage)):
             noise = generator.normal(size=config["steps"]) / 100
             result: Result = {"val_loss": config["lr"] + noise[0], "losses": (2 + noise).tolist()}
             if config["traces"]:
                 result |= {"names": names, "betas": generator.uniform(0.5, 0.89, (config["steps"], 3)).tolist()}
-            if config not in ledger:
-                ledger.add(config, result)
-        page = report(ledger, scale, tmp_path, "python -m recipes.studies.pretraining --steps 80")
+            if config not in study.ledger:
+                study.ledger.add(config, result)
+        page = report(study, tmp_path, "python -m recipes.studies.pretraining --steps 80")
         assert len(page) > len(seen) and page.startswith("# Warmup")
         seen = page
     assert seen == (tmp_path / "warmup.md").read_text()
@@ -333,6 +329,23 @@ def test_the_warmup_page_grows_with_the_stages(tmp_path: Path) -> None:
     pictures = set(re.findall(r"\]\((.*?)\)", seen))
     assert pictures == {path.name for path in tmp_path.glob("*.png")} and len(pictures) == 3
     assert "`python -m recipes.studies.pretraining --steps 80`: " in seen and f"torch {torch.__version__[:4]}" in seen
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("epochs:", "epoch:", "unexpected keyword argument 'epoch'"),
+        ("batch_size: 64", "batch_size: 0", "batch_size is 0; allowed: a whole number >= 1"),
+        ("network: resnet8", "network: vgg", "network is 'vgg'; allowed: resnet8 or resnet18"),
+    ],
+)
+def test_a_wrong_task_of_images(old: str, new: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "task.yaml"
+    path.write_text((STUDIES / "vision" / "digits-resnet8.yaml").read_text().replace(old, new))
+    with pytest.raises(RecipeError, match=words):
+        read_task(path)
+    with pytest.raises(RecipeError, match=r"--task .*absent\.yaml: .*No such file"):
+        read_task(tmp_path / "absent.yaml")
 
 
 def test_the_page_of_images(tmp_path: Path) -> None:

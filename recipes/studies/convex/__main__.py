@@ -2,34 +2,30 @@
 
 AM-MGD (lambda 0; exact and first-order loss gap) against gradient descent, heavy ball and Nesterov at a grid of step
 sizes, on data sets that scikit-learn ships. Everything is deterministic: float64, x_0 = 0, no sampling, so there are no
-seeds and no intervals. Writes convex.jsonl, convex.md and convex-*.png into DIR; a second call draws them again.
+seeds and no intervals. Writes convex.jsonl, convex.md and convex-*.png into DIR. A second call draws them again.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from am_lightning.pretrain.runtime.errors import RecipeError
-from recipes.studies.convex.protocol import study
+from am_lightning.pretrain.runtime.errors import require
+from recipes.studies.convex.protocol import configs, run
 from recipes.studies.convex.results import report
-from recipes.studies.page import command_of
+from recipes.studies.ledger import Ledger
+from recipes.studies.page import run_study, study_parser
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/studies/convex"), help="folder of results")
-    parser.add_argument("--steps", type=int, default=500, help="gradient steps of a run")
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
-    options = parser.parse_args()
-    try:
-        ledger = study(options.out / "convex.jsonl", steps=options.steps, workers=options.workers)
-        command = command_of("convex", parser, options)
-        print(report(ledger, options.out, steps=options.steps, command=command))
-    except RecipeError as error:
-        sys.exit(f"error: {error}")
+def study(options: argparse.Namespace, command: str) -> str:
+    """Make the missing runs and write the page."""
+    require(options.steps >= 1, "--steps", options.steps, "a whole number >= 1")
+    ledger = Ledger(options.out / "convex.jsonl")
+    ledger.run(configs(options.steps), run, workers=options.workers)
+    return report(ledger, options.out, steps=options.steps, command=command)
 
 
 if __name__ == "__main__":
-    main()
+    parser = study_parser(__doc__, Path("runs/studies/convex"))
+    parser.add_argument("--steps", type=int, default=500, help="gradient steps of a run")
+    run_study("convex", parser, study)

@@ -1,28 +1,27 @@
-"""Pictures of the batch study: what AM gains over the batch, sensitivity to the learning rate, and beta_t over time."""
+"""Figures of the batch study: AM's gain over the batch, sensitivity to the learning rate, and beta_t over time."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 
-from recipes.studies.figures import COLOURS, new_figure, save, style
-from recipes.studies.pretraining.batch_tables import gain, name_of
+from recipes.studies.figures import COLOURS, new_figure, plot_rates, save, style
+from recipes.studies.pretraining.batch_tables import gain
 from recipes.studies.pretraining.batches import CUSTOMARY, DEFAULT, best_of, trace_config
 from recipes.studies.pretraining.methods import Method
-from recipes.studies.pretraining.momentum import at_cap
-from recipes.studies.pretraining.tuning import Tuning, rate_at
+from recipes.studies.pretraining.results import at_cap
+from recipes.studies.pretraining.tuning import COARSE, Tuning
 
-_WINDOW = 0.05  # share of a run that the curves of beta_t are smoothed over
-_HEADROOM = 0.7  # nats per token above a panel's least loss where it ends
+_WINDOW = 0.05  # share of a run over which the curves of beta_t are smoothed
+_HEADROOM = 0.7  # nats per token between a panel's lowest loss and its upper end
 
 
 def draw_gains(path: Path, kinds: Mapping[str, Sequence[Tuning]]) -> None:
-    """AM minus AdamW over the batch, one panel for each kind of cell; with and without warmup, intervals of 95 %."""
+    """Draw AM minus AdamW over the batch, a panel for each kind of cell, with intervals of 95 %."""
     figure, axes = new_figure(1, len(kinds), width=5.0, height=4.0)
     for panel, (title, tunings) in zip(axes[0], kinds.items(), strict=True):
         batches = [tuning.scale.batch_size for tuning in tunings]
@@ -45,24 +44,21 @@ def draw_gains(path: Path, kinds: Mapping[str, Sequence[Tuning]]) -> None:
 
 
 def draw_sensitivity(path: Path, tunings: Sequence[Tuning]) -> None:
-    """Validation loss of seed 0 over the learning rate, a panel for each cell."""
+    """Draw the validation loss of seed 0 over the learning rate, a panel for each cell."""
     columns = min(3, len(tunings))
     figure, axes = new_figure(math.ceil(len(tunings) / columns), columns, width=4.5, height=3.6)
     panels = [panel for row in axes for panel in row]
     for panel, tuning in zip(panels, tunings, strict=False):
-        _plot_rates(panel, tuning, _compared(tuning))
-        style(panel, title=name_of(tuning.scale), xlabel="learning rate", ylabel="validation loss")
+        _plot_cell(panel, tuning, _compared(tuning))
     for panel in panels[len(tunings) :]:
         panel.set_visible(False)
     save(figure, path, legend_of=panels[0])
 
 
 def draw_one_cell(path: Path, tuning: Tuning) -> None:
-    """The same of one cell, with the methods by name and narrow enough for a phone."""
-    figure, axes = new_figure(1, 1, width=3.7, height=3.2)
-    panel = axes[0][0]
-    _plot_rates(panel, tuning, {str(method): method for method in _compared(tuning).values()})
-    style(panel, title=name_of(tuning.scale), xlabel="learning rate", ylabel="validation loss")
+    """Draw one cell of `draw_sensitivity`, with the names of the methods and narrow enough for a phone."""
+    figure, ((panel,),) = new_figure(1, 1, width=3.7, height=3.2)
+    _plot_cell(panel, tuning, {str(method): method for method in _compared(tuning).values()})
     save(figure, path, legend_of=panel)
 
 
@@ -76,33 +72,28 @@ def _compared(tuning: Tuning) -> dict[str, Method]:
     }
 
 
-def _plot_rates(panel: Axes, tuning: Tuning, lines: Mapping[str, Method]) -> None:
-    """One line for each method; AM bold, the methods that nobody tuned dashed."""
-    lowest = math.inf
+def _plot_cell(panel: Axes, tuning: Tuning, lines: Mapping[str, Method]) -> None:
+    """Plot a line for each method: AM in bold, the methods that nobody tuned dashed."""
+    looks = []
     for number, (label, method) in enumerate(lines.items()):
-        tried = tuning.tried(method)
-        ours = method.kind == "am"
-        look: dict[str, Any] = {"marker": "o" if ours else ".", "linewidth": 2.2 if ours else 1.1}
-        look |= {"linestyle": "--" if method in (CUSTOMARY, DEFAULT) else "-"}
-        panel.plot([rate_at(s) for s in tried], list(tried.values()), label=label, color=COLOURS[number + 2], **look)
-        lowest = min(lowest, *tried.values())
+        look = {"marker": "o", "linewidth": 2.2} if method.kind == "am" else {"marker": ".", "linewidth": 1.1}
+        dashes = "--" if method in (CUSTOMARY, DEFAULT) else "-"
+        looks.append((label, method, look | {"linestyle": dashes, "color": COLOURS[number + 2]}))
+    plot_rates(panel, tuning, looks, COARSE)
+    lowest = min(map(tuning.best_loss, lines.values()))
     panel.set_ylim(lowest - 0.05, lowest + _HEADROOM)
-    ticks = sorted({rate_at(step) for method in lines.values() for step in tuning.tried(method) if step % 2 == 0})
-    panel.set_xscale("log", base=2)
-    panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    style(panel, title=str(tuning.scale), xlabel="learning rate", ylabel=tuning.unit)
 
 
 def draw_momentum(path: Path, tunings: Sequence[Tuning]) -> None:
-    """Mean beta_t of all tensors, and the share of them at the cap, over the run; a line for each cell of one kind."""
+    """Draw the mean beta_t of all tensors and the share of them at the cap over the run, a line for each cell."""
     figure, axes = new_figure(1, 2, width=5.0, height=3.6)
     for number, tuning in enumerate(tunings):
         config = trace_config(tuning)
         betas = np.array(tuning.ledger[config]["betas"])[1:]
         window = max(1, round(_WINDOW * tuning.scale.steps))
-        for panel, values in zip(
-            axes[0], (betas.mean(axis=1), at_cap(betas, config["method"]["beta1"]).mean(axis=1)), strict=True
-        ):
-            smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+        for panel, values in zip(axes[0], (betas, at_cap(betas, config["method"]["beta1"])), strict=True):
+            smooth = np.convolve(values.mean(axis=1), np.ones(window) / window, mode="valid")
             steps = np.arange(len(smooth)) + 1 + window
             panel.plot(steps, smooth, color=COLOURS[number + 2], label=f"{tuning.scale.batch_size} rows")
     style(axes[0][0], title="mean beta_t", xlabel="step")

@@ -4,7 +4,7 @@ Every cell (rows of a step x steps) goes through the same two stages:
 
 1. ``tune``: every variant of every family over its learning rates, seed 0 (`Tuning`). Of ``few`` methods AdamW has six
    variants (three momentums x two warmups) and AM four (two caps x two warmups), of ``all`` twelve (four x three) and
-   nine (three x three): AdamW gets at least as many runs. ``all`` goes on from what ``few`` have run.
+   nine (three x three), so AdamW gets at least as many runs. ``all`` continues from the runs of ``few``.
 2. ``compare``: the best variant of each family, and the named ones, at their best learning rates on five seeds that the
    tuning has not seen. A seed gives all methods the same initial weights and the same batches.
 
@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from recipes.studies.ledger import Config
 from recipes.studies.pretraining.methods import Method
-from recipes.studies.pretraining.stages import Scale
+from recipes.studies.pretraining.run import Scale
 from recipes.studies.pretraining.tuning import Tuning
 
 Families = Mapping[str, Sequence[Method]]
@@ -38,13 +38,13 @@ ALL: Families = {
 METHODS = {"few": FEW, "all": ALL}
 CUSTOMARY = Method("adamw", 0.9, 0.05)
 DEFAULT = Method("am", 0.89)  # of the callback
-FRESH_SEEDS = (1, 2, 3, 4, 5)
-TRACE_CAP, TRACE_SEED, PARTS = 0.89, 1, 8  # a step's rows are split into so many parts, whose gradients are compared
+TRACE_CAP, TRACE_SEED = 0.89, 1
+PARTS = 8  # micro-batches of a traced step, whose gradients are compared
 STAGES = ("tune", "compare", "trace")
 
 
 def kinds_of(steps: int, rows: int, batches: Sequence[int]) -> dict[str, list[Scale]]:
-    """The cells of each kind, by batch: as many steps, and as many tokens as `rows` rows see in `steps` steps."""
+    """Return the cells of each kind, by batch: equal steps, and as many tokens as `steps` steps of `rows` rows have."""
     return {
         f"{steps} steps": [Scale(steps=steps, batch_size=batch) for batch in sorted(batches)],
         f"{steps * rows} rows in all": [
@@ -54,36 +54,32 @@ def kinds_of(steps: int, rows: int, batches: Sequence[int]) -> dict[str, list[Sc
 
 
 def finalists(tuning: Tuning) -> list[Method]:
-    """The best of each family, and of AM and AdamW without warmup; the customary AdamW, AM's default. None twice."""
+    """Return the best of each family, AM and AdamW also without warmup, the customary AdamW and AM's default."""
     best = [tuning.best_of(family) for family in tuning.families.values()]
     bare = [best_of(tuning, name, warmup=False) for name in ("AdamW", "AM-AdamW")]
     return list(dict.fromkeys([*best, *bare, CUSTOMARY, DEFAULT]))
 
 
 def best_of(tuning: Tuning, family: str, *, warmup: bool = True) -> Method:
-    """The best variant of a family; without `warmup`, of those that have none."""
+    """Return the best variant of a family; without `warmup`, of the variants that have none."""
     return tuning.best_of([method for method in tuning.families[family] if warmup or not method.warmup])
 
 
 def missing(stage: str, tuning: Tuning) -> Iterator[Config]:
-    """The runs that a stage of a cell still needs, a round of them: call it until it yields none.
+    """Yield a round of the runs that a stage of a cell still needs. Call it until it yields none.
 
     Raises:
-        RecipeError: a stage before it is not complete.
+        RecipeError: if a stage before it is not complete.
     """
     if stage == "tune":
         yield from tuning.missing()
-        return
-    if stage == "compare":
-        methods = finalists(tuning)
-        every = [tuning.config(method, tuning.best(method), seed) for seed in FRESH_SEEDS for method in methods]
     else:
-        every = [trace_config(tuning)]
-    yield from (config for config in every if config not in tuning.ledger)
+        runs = tuning.finalist_configs(finalists(tuning)) if stage == "compare" else [trace_config(tuning)]
+        yield from (config for config in runs if config not in tuning.ledger)
 
 
 def trace_config(tuning: Tuning) -> Config:
-    """AM at its default cap with its best warmup and learning rate, with all that is measured beside it."""
+    """Return the run of AM at its default cap, best warmup and learning rate, with beta_t and the noise recorded."""
     method = tuning.best_of([m for m in tuning.families["AM-AdamW"] if m.beta1 == TRACE_CAP])
     cell = replace(tuning.scale, micro_batch_size=tuning.scale.batch_size // PARTS)
-    return replace(tuning, scale=cell).config(method, tuning.best(method), TRACE_SEED) | {"traces": True}
+    return cell.config(method, tuning.best_rate(method), TRACE_SEED, traces=True)

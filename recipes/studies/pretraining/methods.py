@@ -1,9 +1,9 @@
-"""The optimizers that are compared, and how much of each is tuned."""
+"""Optimizers that are compared."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ import torch
 from am_lightning.optim import AMAdamW
 from am_lightning.optional_imports import cause_of
 from am_lightning.pretrain.runtime.errors import RecipeError
-from recipes.studies.ledger import Config
 
 BETA2, EPS = 0.95, 1e-8
 KINDS = ("adamw", "radam", "schedulefree", "am")
@@ -19,14 +18,14 @@ KINDS = ("adamw", "radam", "schedulefree", "am")
 
 @dataclass(frozen=True)
 class Method:
-    """An optimizer with all its settings but the learning rate.
+    """An optimizer with all its settings except the learning rate.
 
     Attributes:
         kind: one of KINDS.
-        beta1: fixed momentum, or AM's cap.
+        beta1: fixed momentum, or the cap of AM.
         warmup: share of the steps over which the learning rate rises.
-        scope, lambd: of AM.
-        am_until: share of the steps after which AM's momentum is fixed at its cap and lambda is 0 (AdamW); 1 for never.
+        scope, lambd: options of AM.
+        am_until: share of the steps after which AM's momentum is fixed at its cap and lambda is 0 (AdamW). 1: never.
     """
 
     kind: str
@@ -50,17 +49,14 @@ class Method:
         extra += f", first {self.am_until:.0%} only" if self.am_until < 1 else ""
         return f"AM-AdamW {self.beta1:g}{extra}{warmup if self.warmup else ''}"
 
-    def config(self) -> Config:
-        """As the ledger keeps it."""
-        return asdict(self)
-
 
 def make_optimizer(method: Method, groups: Iterable[dict[str, Any]], lr: float, steps: int) -> torch.optim.Optimizer:
-    """The optimizer of param groups that say their own weight decay.
+    """Return the optimizer of param groups, which have their own weight decay.
 
     Raises:
-        ImportError: schedule-free is asked for and not installed; says what to install.
+        ImportError: if schedule-free is asked for and not installed.
     """
+    betas = (method.beta1, BETA2)
     if method.kind == "schedulefree":
         try:
             from schedulefree import AdamWScheduleFree
@@ -68,13 +64,11 @@ def make_optimizer(method: Method, groups: Iterable[dict[str, Any]], lr: float, 
             raise ImportError(
                 "schedule-free needs its package: pip install 'am-lightning[studies]', or '.[studies]' in a checkout"
             ) from cause_of(error, "schedulefree")
-        warmup = round(steps * method.warmup)
         unnamed = [{key: value for key, value in group.items() if key != "param_names"} for group in groups]
         optimizer: torch.optim.Optimizer = AdamWScheduleFree(
-            unnamed, lr, (method.beta1, BETA2), EPS, warmup_steps=warmup
+            unnamed, lr, betas, EPS, warmup_steps=round(steps * method.warmup)
         )
         return optimizer
-    betas = (method.beta1, BETA2)
     if method.kind == "am":
         return AMAdamW(groups, lr, betas, EPS, lambd=method.lambd, scope=method.scope)
     if method.kind == "radam":
@@ -83,7 +77,7 @@ def make_optimizer(method: Method, groups: Iterable[dict[str, Any]], lr: float, 
 
 
 def fix_momentum(optimizer: AMAdamW) -> torch.optim.AdamW:
-    """AdamW that goes on from AM's state, with AM's cap as beta1; schedulers must be made anew."""
+    """Return AdamW that continues from AM's state, with AM's cap as beta1. Schedulers must be rebuilt."""
     groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in optimizer.param_groups]
     fixed = torch.optim.AdamW(groups, eps=EPS, foreach=True)
     fixed.load_state_dict(optimizer.state_dict())

@@ -1,12 +1,14 @@
-"""One pretraining run of a study: a recipe's model, data and schedule, with the optimizer of a Method."""
+"""A pretraining run of a study: a recipe's model, data and schedule, with the optimizer of a Method."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,43 +23,63 @@ from am_lightning.pretrain.runtime.recipe_text import recipe_text
 from am_lightning.pretrain.runtime.run_config import read_run_config
 from recipes.studies.ledger import Config, Result
 from recipes.studies.pretraining.methods import Method, fix_momentum, make_optimizer
-from recipes.studies.pretraining.noise import noisy_backward
 
 WEIGHT_DECAY, CLIP, FINAL_LR = 0.1, 1.0, 0.1
 
 
-def run_config(
-    method: Method,
-    lr: float,
-    seed: int,
-    *,
-    recipe: str = "laptop",
-    steps: int = 400,
-    batch_size: int = 8,
-    device: str = "cpu",
-    micro_batch_size: int | None = None,
-    traces: bool = False,
-) -> Config:
-    """A run as the ledger keeps it. `seed` is that of the initial weights and of the order of the data.
+@dataclass(frozen=True)
+class Scale:
+    """The scale of a run.
 
-    `micro_batch_size`: rows that go through the device at once; None: the whole batch.
+    Attributes:
+        recipe: name of a recipe, or its YAML.
+        steps: optimizer steps.
+        batch_size: rows of a step.
+        device: device that trains.
+        micro_batch_size: rows that go through the device at once. None: the whole batch.
     """
-    micro = {} if micro_batch_size is None else {"micro_batch_size": micro_batch_size}
-    return micro | {
-        "method": method.config(),
-        "lr": lr,
-        "seed": seed,
-        "recipe": recipe,
-        "steps": steps,
-        "batch_size": batch_size,
-        "device": device,
-        "traces": traces,
-    }
+
+    recipe: str = "laptop"
+    steps: int = 400
+    batch_size: int = 8
+    device: str = "cpu"
+    micro_batch_size: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.batch_size} rows x {self.steps} steps"
+
+    def config(
+        self, method: Method, lr: float, seed: int, *, batch: int = 1, long: int = 1, traces: bool = False
+    ) -> Config:
+        """Return the configuration of a run, as the ledger keeps it.
+
+        Args:
+            method: optimizer of the run.
+            lr: peak learning rate.
+            seed: seed of the initial weights and of the order of the data.
+            batch: factor of the batch.
+            long: factor of the steps.
+            traces: whether beta_t of every step and tensor is recorded, and the noise of the gradient if the batch is
+                split into micro-batches.
+        """
+        micro = {} if self.micro_batch_size is None else {"micro_batch_size": self.micro_batch_size}
+        return micro | {
+            "method": asdict(method),
+            "lr": lr,
+            "seed": seed,
+            "recipe": self.recipe,
+            "steps": self.steps * long,
+            "batch_size": self.batch_size * batch,
+            "device": self.device,
+            "traces": traces,
+        }
 
 
 def setup_of(recipe: str) -> dict[str, str]:
-    """What runs depend on beside their configuration: the recipe's text, how a seed becomes weights, and Python, whose
-    library may be the data."""
+    """Return what runs depend on beside their configuration.
+
+    These are the recipe's text, the scheme of the initial weights, and Python, whose library may be the data.
+    """
     text = recipe_text(find_config(recipe))
     return {
         "recipe": hashlib.sha256(text.encode()).hexdigest()[:12],
@@ -66,49 +88,42 @@ def setup_of(recipe: str) -> dict[str, str]:
     }
 
 
-class Pretraining:
-    """Runs the configurations of `run_config`.
+def pretrain(cache_dir: str, config: Config) -> Result:
+    """Train from scratch and score.
 
     Args:
-        cache_dir: folder of the tokens, shared by all runs.
+        cache_dir: folder of the tokens. All runs share it.
+        config: configuration of a `Scale`.
+
+    Returns:
+        ``val_loss`` after the last step, in nats per token, or None if the run diverged; ``losses`` of the training
+        batches; for AM ``at_cap``, the share of (step, tensor) pairs at the cap. With ``traces``, for AM also the
+        ``names`` of the tensors and their ``betas`` (steps, tensors), and with micro-batches ``noise``: for each step
+        the numbers that `noise_scale` takes, before clipping.
     """
-
-    def __init__(self, cache_dir: str) -> None:
-        self.cache_dir = cache_dir
-
-    def __call__(self, config: Config) -> Result:
-        """Train from scratch and score.
-
-        Returns:
-            ``val_loss`` after the last step, in nats per token, None where the run diverged; ``losses`` of the training
-            batches; for AM ``at_cap``, the share of (step, tensor) pairs there. With ``traces``, for AM also the
-            ``names`` of the tensors and their ``betas`` (steps, tensors), and where the batch goes through the device
-            in parts ``noise``: for each step the numbers that `noise_scale` takes, before clipping.
-        """
-        seed = str(config["seed"])
-        options = {
-            "config": str(find_config(config["recipe"])),
-            "data.cache_dir": self.cache_dir,
-            "data.batch_size": str(config["batch_size"]),
-            "data.seed": seed,
-            "seed_everything": seed,
-            "trainer.max_steps": str(config["steps"]),
-        }
-        settings = read_run_config([part for key, value in options.items() for part in (f"--{key}", value)])
-        settings.data.prepare()
-        settings.data.open()
-        torch.manual_seed(config["seed"])
-        mixed = config["device"] != "cpu" and settings.precision == "bf16-mixed"
-        run = _Run(Method(**config["method"]), config, build_llama(settings.shape).to(config["device"]), mixed)
-        run.train(settings.data)
-        loss = run.validate(settings.data) if len(run.losses) == config["steps"] else math.inf
-        result: Result = {"val_loss": _finite(loss), "losses": [_finite(round(value, 4)) for value in run.losses]}
-        return result | run.momentum() | ({"noise": run.noise} if run.noise else {})
+    seed = str(config["seed"])
+    options = {
+        "config": str(find_config(config["recipe"])),
+        "data.cache_dir": cache_dir,
+        "data.batch_size": str(config["batch_size"]),
+        "data.seed": seed,
+        "seed_everything": seed,
+        "trainer.max_steps": str(config["steps"]),
+    }
+    settings = read_run_config([part for key, value in options.items() for part in (f"--{key}", value)])
+    settings.data.prepare()
+    settings.data.open()
+    torch.manual_seed(config["seed"])
+    mixed = config["device"] != "cpu" and settings.precision == "bf16-mixed"
+    run = _Run(Method(**config["method"]), config, build_llama(settings.shape).to(config["device"]), mixed)
+    run.train(settings.data)
+    loss = run.validate(settings.data) if len(run.losses) == config["steps"] else math.inf
+    result: Result = {"val_loss": _finite(loss), "losses": [_finite(round(value, 4)) for value in run.losses]}
+    return result | run.momentum() | ({"noise": run.noise} if run.noise else {})
 
 
 class _Run:
     def __init__(self, method: Method, config: Config, model: nn.Module, mixed: bool) -> None:
-        """``mixed``: forward in bfloat16."""
         self.method, self.model, self.mixed = method, model, mixed
         self.lr, self.steps, self.traces = config["lr"], config["steps"], config["traces"]
         self.device = torch.device(config["device"])
@@ -121,7 +136,7 @@ class _Run:
         self.noise: list[tuple[float, float]] = []
 
     def train(self, data: TextData) -> None:
-        """All steps, or up to the first loss that is not finite."""
+        """Take all steps, or stop at the first loss that is not finite."""
         self._mode("train")
         for step, batch in enumerate(data.train_loader(steps=self.steps)):
             if self.method.am_until < 1 and step == round(self.steps * self.method.am_until):
@@ -134,7 +149,7 @@ class _Run:
 
     @torch.no_grad()
     def validate(self, data: TextData) -> float:
-        """Nats per token on the recipe's final validation rows."""
+        """Return the loss in nats per token on the recipe's final validation rows."""
         self._mode("eval")
         total, rows = 0.0, 0
         for batch in data.val_loader(rows=data.final_val_rows):
@@ -144,7 +159,7 @@ class _Run:
         return total / rows
 
     def momentum(self) -> Result:
-        """What AM's beta_t did; nothing for the others."""
+        """Return the results about AM's beta_t, or nothing for other methods."""
         if not self.betas:
             return {}
         history = torch.stack(self.betas)
@@ -188,7 +203,7 @@ class _Run:
             return token_loss(self.model(input_ids=rows).logits, rows)
 
     def _mode(self, name: str) -> None:
-        """Of the model, and of schedule-free, which evaluates at another point than it steps from."""
+        """Set the mode of the model, and of schedule-free, which evaluates at another point than it steps from."""
         getattr(self.model, name)()
         if self.method.kind == "schedulefree":
             getattr(self.optimizer, name)()
@@ -196,3 +211,53 @@ class _Run:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def noisy_backward(
+    parameters: Sequence[Tensor], parts: Sequence[Tensor], loss_of: Callable[[Tensor], Tensor]
+) -> tuple[float, float, float]:
+    """Compute the gradient of a batch from its micro-batches, and the norms of their gradients.
+
+    Args:
+        parameters: parameters whose ``.grad`` becomes the mean gradient of the batch.
+        parts: micro-batches of equal size.
+        loss_of: function that returns the mean loss of a micro-batch.
+
+    Returns:
+        The batch's loss, the mean over parts of |gradient|^2, and |mean gradient|^2.
+    """
+    total = [torch.zeros_like(parameter) for parameter in parameters]
+    loss = norms = 0.0
+    for part in parts:
+        value = loss_of(part)
+        gradients = torch.autograd.grad(value, parameters)
+        for mean, gradient in zip(total, gradients, strict=True):
+            mean.add_(gradient, alpha=1 / len(parts))
+        norms += _squared_norm(gradients) / len(parts)
+        loss += float(value.detach()) / len(parts)
+    for parameter, gradient in zip(parameters, total, strict=True):
+        parameter.grad = gradient
+    return loss, norms, _squared_norm(total)
+
+
+def noise_scale(part_norms: np.ndarray, batch_norms: np.ndarray, part_rows: int, batch_rows: int) -> float:
+    """Return the rows at which a gradient's noise equals the gradient: tr(covariance of a row) / |true gradient|^2.
+
+    This is B_simple of McCandlish et al. 2018 (An empirical model of large-batch training, appendix A.1). Both of its
+    unbiased estimators are averaged over steps before they are divided.
+
+    Args:
+        part_norms, batch_norms: (steps,) results of `noisy_backward` in each step.
+        part_rows, batch_rows: rows of a micro-batch and of the batch.
+
+    Returns:
+        The scale in rows, infinite if no gradient is seen above the noise.
+    """
+    small, large = float(np.mean(part_norms)), float(np.mean(batch_norms))
+    true = (batch_rows * large - part_rows * small) / (batch_rows - part_rows)
+    noise = (small - large) / (1 / part_rows - 1 / batch_rows)
+    return noise / true if true > 0 else float("inf")
+
+
+def _squared_norm(tensors: Sequence[Tensor]) -> float:
+    return float(sum(tensor.double().square().sum() for tensor in tensors))

@@ -12,12 +12,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from am_lightning.pretrain.runtime.errors import RecipeError
 from recipes.studies.ledger import Config, Ledger
 from recipes.studies.pretraining.methods import Method
-from recipes.studies.pretraining.run import run_config
+from recipes.studies.pretraining.run import Scale
 from recipes.studies.sweep import Sweep
 
 WARMUP = 0.05
@@ -28,75 +27,46 @@ AM, AM_LOW = Method("am", 0.89), Method("am", 0.8)
 AM_GLOBAL = Method("am", 0.89, scope="global")
 AM_WARM = (Method("am", 0.89, WARMUP), Method("am", 0.8, WARMUP))
 METHODS = (*ADAMW, *OTHERS, AM, AM_LOW, AM_GLOBAL, *AM_WARM)
-# Where runs are long: the customary AdamW, the best of the first look, AM, and AM at its best.
+# Methods of long runs: the customary AdamW, the best of the first look, AM, and AM at its best.
 FEW = (Method("adamw", 0.9, WARMUP), Method("adamw", 0.8, WARMUP), Method("adamw", 0.8), AM, AM_LOW, AM_WARM[1])
 ABLATIONS = (AM, Method("am", 0.89, lambd=0.0), Method("am", 0.89, am_until=0.1), AM_LOW, AM_GLOBAL)
 STAGES = ("sweep", "finalists", "batch", "long", "beta")
-
-
-@dataclass(frozen=True)
-class Scale:
-    """What a study is run at: a recipe, its steps and batch, a device, and how many rows go through it at once."""
-
-    recipe: str = "laptop"
-    steps: int = 400
-    batch_size: int = 8
-    device: str = "cpu"
-    micro_batch_size: int | None = None
-
-    def config(
-        self, method: Method, lr: float, seed: int, *, batch: int = 1, long: int = 1, traces: bool = False
-    ) -> Config:
-        """A run; `batch` and `long` multiply batch and steps."""
-        return run_config(
-            method,
-            lr,
-            seed,
-            recipe=self.recipe,
-            steps=self.steps * long,
-            batch_size=self.batch_size * batch,
-            device=self.device,
-            micro_batch_size=self.micro_batch_size,
-            traces=traces,
-        )
-
-
 BATCH_FACTOR, BATCH_RATES, BATCH_SEEDS = 4, (1e-3, 2e-3), (0, 1)
 LONG_FACTOR, LONG_SEEDS = 3, (1, 2, 3)
 
 
-def sweep_of(ledger: Ledger, scale: Scale) -> Sweep[Method]:
-    """The first two stages."""
-    return Sweep(
-        ledger,
-        METHODS,
-        rates=lambda method: LEARNING_RATES,
-        config=scale.config,
-        score="val_loss",
-        unit="validation loss",
-    )
+class Study(Sweep[Method]):
+    """The runs of the warmup study.
 
-
-def configs(stage: str, scale: Scale, ledger: Ledger) -> Iterator[Config]:
-    """The runs of a stage. The stages after the sweep read the best learning rates off the ledger.
-
-    Raises:
-        RecipeError: the stage is unknown, or needs the sweep first.
+    Args:
+        ledger: ledger of the finished runs.
+        scale: steps and batch of the first two stages.
     """
-    sweep = sweep_of(ledger, scale)
-    if stage == "sweep":
-        yield from sweep.sweep_configs()
-    elif stage == "finalists":
-        yield from sweep.finalist_configs()
-    elif stage == "batch":
-        for seed in BATCH_SEEDS:
-            yield from (scale.config(m, lr, seed, batch=BATCH_FACTOR) for lr in BATCH_RATES for m in FEW)
-    elif stage == "long":
-        rates = {method: sweep.best_rate(method) for method in FEW}
-        yield from (scale.config(m, rates[m], seed, long=LONG_FACTOR) for seed in LONG_SEEDS for m in FEW)
-    elif stage == "beta":
-        rate = sweep.best_rate(AM)
-        yield from (scale.config(m, rate, seed, traces=True) for seed in sweep.fresh_seeds for m in ABLATIONS)
-        yield from (scale.config(AM, rate, seed, batch=BATCH_FACTOR, traces=True) for seed in BATCH_SEEDS)
-    else:
-        raise RecipeError(f"--stages: {stage!r}; allowed: {', '.join(STAGES)}")
+
+    def __init__(self, ledger: Ledger, scale: Scale) -> None:
+        super().__init__(ledger, METHODS, lambda method: LEARNING_RATES, scale.config, "val_loss", "validation loss")
+        self.scale = scale
+
+    def configs(self, stage: str) -> Iterator[Config]:
+        """Yield the runs of a stage. The stages after the sweep read the best learning rates from the ledger.
+
+        Raises:
+            RecipeError: if the stage is unknown, or needs the sweep first.
+        """
+        config = self.scale.config
+        if stage == "sweep":
+            yield from self.sweep_configs()
+        elif stage == "finalists":
+            yield from self.finalist_configs()
+        elif stage == "batch":
+            for seed in BATCH_SEEDS:
+                yield from (config(m, lr, seed, batch=BATCH_FACTOR) for lr in BATCH_RATES for m in FEW)
+        elif stage == "long":
+            rates = {method: self.best_rate(method) for method in FEW}
+            yield from (config(m, rates[m], seed, long=LONG_FACTOR) for seed in LONG_SEEDS for m in FEW)
+        elif stage == "beta":
+            rate = self.best_rate(AM)
+            yield from (config(m, rate, seed, traces=True) for seed in self.fresh_seeds for m in ABLATIONS)
+            yield from (config(AM, rate, seed, batch=BATCH_FACTOR, traces=True) for seed in BATCH_SEEDS)
+        else:
+            raise RecipeError(f"--stages: {stage!r}; allowed: {', '.join(STAGES)}")

@@ -1,4 +1,4 @@
-"""Image sets in memory: scikit-learn's digits, and CIFAR-10 / CIFAR-100 from their published Python archives."""
+"""Image data sets in memory: scikit-learn's digits, and CIFAR-10 / CIFAR-100 from their published Python archives."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 DATA = ("digits", "cifar10", "cifar100")
-_TEST_SHARE = 0.3  # of digits, which has no split of its own
+_TEST_SHARE = 0.3  # of digits, which has no split
 _CIFAR = {  # folder of the unpacked archive, its training and test files, the key of the labels
     "cifar10": ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"], b"labels"),
     "cifar100": ("cifar-100-python", ["train"], ["test"], b"fine_labels"),
@@ -25,13 +25,13 @@ _CIFAR = {  # folder of the unpacked archive, its training and test files, the k
 
 @dataclass(frozen=True)
 class Images:
-    """A split image set.
+    """A split image data set.
 
     Attributes:
         train, test: float32 (images, channels, height, width), standardised by the training images' channels.
         train_labels, test_labels: int64 (images,).
-        classes: how many.
-        padding: of the random crops in training; 0 for no augmentation.
+        classes: number of classes.
+        padding: padding of the random crops in training. 0: no augmentation.
     """
 
     train: Tensor
@@ -41,12 +41,8 @@ class Images:
     classes: int
     padding: int
 
-    @property
-    def channels(self) -> int:
-        return self.train.shape[1]
-
     def batches(self, batch_size: int, epoch: int, seed: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """Shuffled batches of one epoch, the last one dropped where it is short; a function of (seed, epoch)."""
+        """Yield shuffled full batches of one epoch, a function of seed and epoch."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.train), generator=generator)
         for rows in order[: len(order) // batch_size * batch_size].view(-1, batch_size):
@@ -56,33 +52,30 @@ class Images:
             yield images.to(device), self.train_labels[rows].to(device)
 
 
-def load_images(name: str, folder: Path | None, *, seed: int = 0) -> Images:
-    """An image set by name.
+def load_images(name: str, folder: Path | None) -> Images:
+    """Return an image data set.
 
     Args:
         name: one of DATA.
-        folder: for CIFAR: the folder that the archive was unpacked in.
-        seed: of the split of digits.
+        folder: folder in which the archive of CIFAR was unpacked.
 
     Raises:
-        RecipeError: the name is unknown, or the files are not there.
+        RecipeError: if a file is missing.
     """
     if name == "digits":
-        return _digits(seed)
-    if name not in _CIFAR:
-        raise RecipeError(f"data is {name!r}; allowed: {', '.join(DATA)}")
+        return _digits()
     if folder is None:
         raise RecipeError(f"data {name} needs --data-dir: the folder that {_CIFAR[name][0]} was unpacked in")
     return _cifar(name, folder)
 
 
-def _digits(seed: int) -> Images:
+def _digits() -> Images:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     bunch: Any = load_digits()
     images = bunch.images.astype(np.float32)[:, None]
-    parts = train_test_split(images, bunch.target, test_size=_TEST_SHARE, random_state=seed, stratify=bunch.target)
+    parts = train_test_split(images, bunch.target, test_size=_TEST_SHARE, random_state=0, stratify=bunch.target)
     train, test, train_labels, test_labels = (torch.from_numpy(part) for part in parts)
     return _standardised(train, train_labels.long(), test, test_labels.long(), padding=0)
 
@@ -95,7 +88,7 @@ def _cifar(name: str, root: Path) -> Images:
 
 
 def _read(path: Path, key: bytes) -> tuple[Tensor, Tensor]:
-    """One file of the archive: uint8 rows of 3 x 32 x 32, and labels."""
+    """Return the images of a file of the archive, uint8 (images, 3, 32, 32), and their labels."""
     if not path.is_file():
         raise RecipeError(f"{path} is not there: unpack the Python version of the data set below --data-dir")
     with open(path, "rb") as file:
@@ -111,7 +104,7 @@ def _standardised(train: Tensor, train_labels: Tensor, test: Tensor, test_labels
 
 
 def _augment(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
-    """Random crops of the padded images, and mirror images of half of them."""
+    """Return random crops of the padded images, half of them mirrored."""
     size = images.shape[-1]
     padded = F.pad(images, [padding] * 4)
     rows, columns = torch.randint(2 * padding + 1, (2, len(images)), generator=generator)
