@@ -1,4 +1,4 @@
-"""Step time of AMAdamW beside torch.optim.AdamW, all ways to step in turn in one process."""
+"""Step times of AMAdamW and torch.optim.AdamW, each in all its forms, in one process."""
 
 from __future__ import annotations
 
@@ -15,51 +15,62 @@ TOKENS = {"cpu": 512, "accelerator": 16384}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line, checked."""
+    """Return the checked command line."""
     parser = argparse.ArgumentParser(prog="python -m am_lightning.bench", description=__doc__)
     parser.add_argument(
         "--model",
         default="llama60m",
-        help=f"whose parameters are stepped: {', '.join(sorted(MODELS))}; or tensors:NxM, N tensors of M elements",
+        help=f"model of the parameters: {', '.join(sorted(MODELS))}; or tensors:NxM, N tensors of M elements",
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
     parser.add_argument("--repeats", type=int, default=10, help="timed rounds, at least 1")
-    parser.add_argument("--weight-decay", type=float, default=0.1, help="0 saves a word of memory traffic")
+    parser.add_argument(
+        "--weight-decay", type=float, default=0.1, help="weight decay; 0 saves one read of the parameters"
+    )
     parser.add_argument("--scope", choices=["tensor", "group", "global"], default="tensor")
     parser.add_argument(
-        "--only", nargs="+", metavar="TEXT", default=[], help="optimizers whose name has one of these, and AdamW fused"
+        "--only",
+        nargs="+",
+        metavar="TEXT",
+        default=[],
+        help="only optimizers whose name contains one of these, and AdamW fused",
     )
-    parser.add_argument("--without", nargs="+", metavar="TEXT", default=[], help="leave these out, but AdamW fused")
+    parser.add_argument("--without", nargs="+", metavar="TEXT", default=[], help="leave these out, except AdamW fused")
     parser.add_argument(
-        "--peers", "--others", action="store_true", help=f"also what others have: {', '.join(p.name for p in PEERS)}"
+        "--peers",
+        "--others",
+        action="store_true",
+        help=f"also optimizers of other packages: {', '.join(p.name for p in PEERS)}",
     )
-    parser.add_argument("--deepspeed", action="store_true", help=f"also {OFFLOAD.name}, on a CPU; builds it, in 40 s")
+    parser.add_argument("--deepspeed", action="store_true", help=f"also {OFFLOAD.name}, on a CPU; its build takes 40 s")
     parser.add_argument(
         "--tokens",
         type=int,
-        help="of the training step whose share is printed, forward and backward included; 0: none. Default: 512 on a "
-        "CPU, 16384 elsewhere",
+        help="tokens of the training step (forward, backward and optimizer) of which the share is printed; 0: none. "
+        "Default: 512 on a CPU, 16384 elsewhere",
     )
     parser.add_argument(
         "--cpu-time",
         action="store_true",
-        help="count CPU seconds of all threads: for ratios on a machine that is busy with other work (set "
+        help="count CPU seconds of all threads, for ratios on a machine that is busy with other work (set "
         "OMP_WAIT_POLICY=passive, so that waiting threads do not count)",
     )
-    parser.add_argument("--cold", action="store_true", help="build all kernels anew, in an empty cache")
+    parser.add_argument("--cold", action="store_true", help="build all kernels again, in an empty cache")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
-        "--reduce", action="store_true", help="instead: bytes and latency of the reduction of a step, under torchrun"
+        "--reduce",
+        action="store_true",
+        help="instead measure bytes and latency of the reduction of a step, under torchrun",
     )
     return _checked(parser, arguments)
 
 
 def _checked(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
-    words = sys.argv[1:] if arguments is None else arguments
-    options.command = shlex.join(["python", "-m", "am_lightning.bench", *(w for w in words if w != "--json")])
+    given = sys.argv[1:] if arguments is None else arguments
+    options.command = shlex.join(["python", "-m", "am_lightning.bench", *(word for word in given if word != "--json")])
     try:
         shapes_of(options.model)
     except ValueError as error:
@@ -78,7 +89,7 @@ def _checked(parser: argparse.ArgumentParser, arguments: list[str] | None) -> ar
     if options.deepspeed and options.device.type != "cpu":
         parser.error(f"--deepspeed steps parameters on a CPU, not on {options.device}: leave it out")
     if options.cpu_time and options.device.type != "cpu":
-        parser.error(f"--cpu-time says nothing of a step on {options.device}: leave it out")
+        parser.error(f"--cpu-time does not measure a step on {options.device}: leave it out")
     if options.tokens is None:
         options.tokens = TOKENS["cpu" if options.device.type == "cpu" else "accelerator"]
     if options.tokens < 0 or (options.tokens and options.tokens % row_of(options.tokens)):
@@ -87,7 +98,7 @@ def _checked(parser: argparse.ArgumentParser, arguments: list[str] | None) -> ar
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure and print; the arguments default to the command line's."""
+    """Measure and print a comparison; `arguments` defaults to the command line."""
     options = parse(arguments)
     import torch
 

@@ -1,4 +1,4 @@
-"""A comparison of optimizers in one process, from the checked command line of the bench."""
+"""The comparison of optimizers in one process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CACHES = ("TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """What ``--json`` prints."""
+    """Return what ``--json`` prints, for the checked command line."""
     device, dtype = options.device, getattr(torch, options.dtype)
     params = make_parameters(shapes_of(options.model), dtype, device)
     wanted, missing = _contenders(params, options)
@@ -50,10 +50,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def _contenders(
     params: list[torch.nn.Parameter], options: argparse.Namespace
 ) -> tuple[list[Contender], dict[str, str]]:
-    """Those that ``--only`` and ``--without`` leave, and why others are missing.
+    """Return the optimizers that ``--only`` and ``--without`` leave, and why others are missing.
 
     Raises:
-        SystemExit: one of their words is in no name.
+        SystemExit: if no name contains one of their words.
     """
     found, missing = make_contenders(params, decay=options.weight_decay, scope=options.scope, device=options.device)
     wanted_peers = [*(PEERS if options.peers else ()), *([OFFLOAD] if options.deepspeed else ())]
@@ -75,7 +75,7 @@ def _training_seconds(options: argparse.Namespace, dtype: torch.dtype) -> float 
         return forward_and_backward_seconds(options.model, options.tokens, dtype, options.device)
     except ImportError as error:
         print(
-            f"no training step, for {error}: pip install 'am-lightning[recipes]', or '.[recipes]' in a checkout",
+            f"no training step, because {error}: pip install 'am-lightning[recipes]', or '.[recipes]' in a checkout",
             file=sys.stderr,
         )
         return None
@@ -83,7 +83,7 @@ def _training_seconds(options: argparse.Namespace, dtype: torch.dtype) -> float 
 
 @contextmanager
 def kernel_caches(*, empty: bool) -> Iterator[None]:
-    """Where kernels are built: where they always are, or in an empty folder."""
+    """Build kernels in an empty folder, if ``empty``, instead of the usual caches."""
     if not empty:
         yield
         return
@@ -95,7 +95,7 @@ def kernel_caches(*, empty: bool) -> Iterator[None]:
 
 @contextmanager
 def frozen_garbage() -> Iterator[None]:
-    """What is imported by now is not looked through again at the cost of whoever makes many objects."""
+    """Exclude what is imported from garbage collection, whose time would count for optimizers that create objects."""
     import_all()
     gc.collect()
     gc.freeze()

@@ -1,4 +1,4 @@
-"""The optimizers to compare, on the same parameters, gradients and moments."""
+"""The optimizers that are compared, on the same parameters, gradients and moments."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(eq=False)
 class Contender:
-    """One way to step.
+    """An optimizer in one of its forms.
 
     Attributes:
-        name: as in the table.
-        same: the AdamW of the same kind, by name.
-        optimizer: made with it.
-        bytes_moved: of one step, as the word model counts them; None where that is not known.
-        made: seconds of making the optimizer; None where they were not taken.
-        shares: its moments mean what AdamW's do, so that one pair serves all.
-        overwrites: a step leaves other gradients behind.
+        name: name in the table.
+        same: name of the AdamW of the same form.
+        optimizer: the optimizer.
+        bytes_moved: bytes of one step by the word model, or None if they are unknown.
+        made: seconds of creating the optimizer, or None if they were not measured.
+        shares: whether its moments are those of AdamW, so that all optimizers can use one pair.
+        overwrites: whether a step changes the gradients.
     """
 
     name: str
@@ -45,17 +45,17 @@ class Contender:
     def timed(
         cls, name: str, same: str, make: Callable[[], torch.optim.Optimizer], bytes_moved: int | None
     ) -> Contender:
-        """One whose optimizer ``make`` makes now."""
+        """Create the optimizer with ``make``, and measure the time."""
         start = time.perf_counter()
         optimizer = make()
         return cls(name, same, optimizer, bytes_moved, time.perf_counter() - start)
 
     def step(self) -> None:
-        """One optimizer step."""
+        """Take an optimizer step."""
         self.optimizer.step()
 
     def share_moments(self, moments: dict[Tensor, dict[str, Tensor]]) -> None:
-        """Take the moments that others have already, where they are of its dtype; give its own where none have."""
+        """Use the moments of other contenders if they have the same dtype, and else give its own to the next ones."""
         if not self.shares:
             return
         for param, state in self.optimizer.state.items():
@@ -65,7 +65,7 @@ class Contender:
                     state[key] = known[key]
 
     def kernels(self) -> str:
-        """What a step ran, in words."""
+        """Return a description of the kernels of a step."""
         if isinstance(self.optimizer, ReadOnce):
             return "torch.dot"
         if not isinstance(self.optimizer, AMAdamW):
@@ -75,7 +75,7 @@ class Contender:
 
 
 class ReadOnce(torch.optim.Optimizer):
-    """Changes nothing: reads what a first pass must read, by dot products. What that takes, no kernel can save."""
+    """Reads what a first pass must read, by dot products, and changes nothing. No kernel can take less time."""
 
     def __init__(self, params: list[torch.nn.Parameter], *, decays: bool) -> None:
         super().__init__(params, {})
@@ -83,7 +83,7 @@ class ReadOnce(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """d . v, and g . p with weight decay, else g . g."""
+        """Compute d . v, and g . p with weight decay or g . g without."""
         for group in self.param_groups:
             for param in group["params"]:
                 state, grad = self.state[param], param.grad.view(-1)
@@ -95,7 +95,7 @@ class ReadOnce(torch.optim.Optimizer):
 
 
 def make_parameters(shapes: list[Shape], dtype: torch.dtype, device: torch.device) -> list[torch.nn.Parameter]:
-    """Normal weights, each with a gradient that stays."""
+    """Return normal weights with gradients."""
     generator = torch.Generator(device).manual_seed(0)
     params = []
     for shape in shapes:
@@ -107,30 +107,30 @@ def make_parameters(shapes: list[Shape], dtype: torch.dtype, device: torch.devic
 
 
 def import_all() -> None:
-    """What torch imports when the first optimizer of a process is made: a second that is none of that one's."""
+    """Import what torch imports with the first optimizer of a process, which must not count for that optimizer."""
     torch.optim.SGD([torch.nn.Parameter(torch.zeros(1, device="cpu"))])
 
 
 def bytes_of_adamw(elements: int, size: int) -> int:
-    """Read p g m v, write p m v."""
+    """Return the bytes of AdamW, which reads p g m v and writes p m v."""
     return 7 * size * elements
 
 
 def bytes_of_amadamw(elements: int, size: int, *, decays: bool, direction: int) -> int:
-    """Pass 1 reads g d v, and p with weight decay; pass 2 reads p g d v and writes p d v."""
+    """Return the bytes of AMAdamW. Pass 1 reads g d v, and p with weight decay; pass 2 reads p g d v, writes p d v."""
     words = 2 + 3 + 2 + decays  # of g, v and p
     return (words * size + 3 * direction) * elements
 
 
 def bytes_of_first_pass(elements: int, size: int, *, decays: bool) -> int:
-    """g d v, and p with weight decay."""
+    """Return the bytes of a first pass, which reads g d v, and p with weight decay."""
     return (3 + decays) * size * elements
 
 
 def make_contenders(
     params: list[torch.nn.Parameter], *, decay: float, scope: str, device: torch.device
 ) -> tuple[list[Contender], dict[str, str]]:
-    """All that run on the device, and why others do not: name -> reason."""
+    """Return all that run on the device, and the reason for each name that does not."""
     elements, size = sum(p.numel() for p in params), params[0].element_size()
     options: dict[str, Any] = {"lr": 1e-6, "weight_decay": decay}
     import_all()
@@ -163,7 +163,7 @@ ADAMW: dict[str, dict[str, Any]] = {
 
 
 def _kinds(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Kind of AMAdamW -> the kind of AdamW it is compared with, its options."""
+    """Return the options of each form of AMAdamW, and the form of AdamW that it is compared with."""
     kinds: dict[str, tuple[str, dict[str, Any]]] = {"single_tensor": ("single", {"foreach": False})}
     kinds["default"] = ("default", {})
     if device.type == "cpu":

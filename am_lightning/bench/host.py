@@ -1,4 +1,4 @@
-"""What a step asks of the host: operators that it calls, kernels that it launches, times that it waits."""
+"""Counts of the host's work in a step: operators that it calls, kernels that it launches, and waits."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-# Operators that make a view, or memory that nothing is written to.
+# Operators that return a view, or memory that nothing is written to.
 _VIEWS = {
     "alias", "as_strided", "detach", "diagonal", "empty", "empty_like", "empty_strided", "expand", "lift_fresh",
     "narrow", "new_empty", "new_empty_strided", "permute", "reshape", "select", "slice", "split", "split_with_sizes",
     "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "view_as",
 }  # fmt: skip
-_WAIT = "called a synchronizing CUDA operation"  # torch's words
+_WAIT = "called a synchronizing CUDA operation"  # the text of torch's warning
 
 
 def calls_of(step: Callable[[], object], device: torch.device) -> dict[str, int | None]:
-    """Counts of one call of ``step``, which has been called before.
+    """Return counts of one call of ``step``, which must have been called before.
 
     Returns:
-        ``operations``: torch's operators that are called from outside of others, without views. On CUDA ``launches``:
-        kernels that ran on the device, ``copies``: copies and fills there, and ``waits``: what torch's synchronization
-        debugging warned of; elsewhere None.
+        ``operations``: operators of torch that no other operator has called, without views. On CUDA also
+        ``launches``: kernels that ran on the device, ``copies``: copies and fills there, and ``waits``: warnings of
+        torch's synchronization debugging. These are None on other devices.
     """
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -42,7 +42,7 @@ def calls_of(step: Callable[[], object], device: torch.device) -> dict[str, int 
 
 
 def outer_operators(events: Iterable[Any]) -> list[str]:
-    """Names of torch's operators among a profiler's events that no other operator has called."""
+    """Return the names of torch's operators among a profiler's events that no other operator has called."""
     return [e.name.removeprefix("aten::") for e in events if e.name.startswith("aten::") and not _is_inner(e)]
 
 

@@ -1,4 +1,4 @@
-"""Seconds and memory of steps: all contenders in turn in one process, so that a busy machine is as busy for each."""
+"""Seconds and memory of steps. All contenders step in turn, so that other load of the machine affects each equally."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ WARM_UP = 2  # untimed rounds after the first step
 
 @dataclass(eq=False)
 class Measured:
-    """What was seen of one contender.
+    """The measurements of one contender.
 
     Attributes:
-        first: seconds of its first step, which builds what it needs and makes its state.
-        extra_bytes: most that one step takes beyond what is there before it; None where that cannot be known.
-        seconds: of each timed step, one a round.
+        contender: contender that was measured.
+        first: seconds of its first step, which builds kernels and creates the state.
+        extra_bytes: peak memory of one step beyond what is allocated before it, or None if it is unknown.
+        seconds: seconds of the timed step of each round.
     """
 
     contender: Contender
@@ -35,21 +36,24 @@ class Measured:
 
     @property
     def median(self) -> float:
-        """Seconds of a step."""
+        """Median seconds of a step."""
         return statistics.median(self.seconds)
 
     def ratio_to(self, other: Measured) -> float:
-        """Median over the rounds of this one's time by the other's in the same round."""
+        """Return the median over the rounds of this time divided by the other one in the same round."""
         return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
 
 
 def measure(
     contenders: Sequence[Contender], repeats: int, device: torch.device, *, cpu_time: bool = False
 ) -> tuple[list[Measured], dict[str, str]]:
-    """Everything of each contender, and why some could not step: name -> reason.
+    """Return the measurements of each contender, and the reason for each name that could not step.
 
     Args:
-        cpu_time: count the seconds that this process computes, in all its threads, and not those that it waits.
+        contenders: optimizers on the same parameters.
+        repeats: timed rounds.
+        device: device of the parameters.
+        cpu_time: whether to count the CPU seconds of all threads of this process instead of the elapsed time.
     """
     clock = time.process_time if cpu_time else time.perf_counter
     moments: dict[Tensor, dict[str, Tensor]] = {}
@@ -60,7 +64,7 @@ def measure(
             seen.append(Measured(contender, _seconds(contender, device, time.perf_counter, kept)))
         except RuntimeError as error:
             missing[contender.name] = str(error)
-            contender.optimizer.state.clear()  # of a step that ran out of memory midway
+            contender.optimizer.state.clear()  # of a step that ran out of memory
             _restore(contender, kept)
             continue
         contender.share_moments(moments)  # memory for one optimizer, not for ten
@@ -86,7 +90,7 @@ def _seconds(contender: Contender, device: torch.device, clock: Callable[[], flo
 
 
 def _gradients(contenders: Sequence[Contender]) -> Pairs:
-    """With copies, for those that overwrite them: all are to step on the same ones in every round."""
+    """Return the gradients that a contender overwrites, with copies, so that all steps have the same gradients."""
     groups = (group for each in contenders if each.overwrites for group in each.optimizer.param_groups)
     params = dict.fromkeys(param for group in groups for param in group["params"])
     return [(param.grad, param.grad.clone()) for param in params]
@@ -107,9 +111,9 @@ def _extra_bytes(contender: Contender, device: torch.device) -> int | None:
     if device.type != "cpu":
         return None
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier steps gave back must not hide what this one takes
+        ctypes.CDLL(None).malloc_trim(0)  # memory that earlier steps have freed must not hide what this one takes
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the high-water mark starts anew
+            file.write("5")  # resets the high-water mark
         before = _status("VmRSS")
         contender.step()
         return max(0, _status("VmHWM") - before)

@@ -1,4 +1,4 @@
-"""The models whose parameters are stepped: their shapes, and the network itself for the time of a training step."""
+"""The models whose parameters are stepped: their shapes, and the network for the time of a training step."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     import torch
 
 Shape = tuple[int, ...]
-ROW = 2048  # tokens of a row, at most
+ROW = 2048  # largest number of tokens of a row
 
 
 @dataclass(frozen=True)
 class Llama:
-    """What the shapes of a Llama's parameters follow from; the names are those of its configuration."""
+    """The sizes of a Llama that determine the shapes of its parameters, named as in its configuration."""
 
     hidden_size: int
     intermediate_size: int
@@ -29,7 +29,7 @@ class Llama:
     tie_word_embeddings: bool
 
     def shapes(self) -> list[Shape]:
-        """Of every parameter, in the order of the modules."""
+        """Return the shape of every parameter, in the order of the modules."""
         h, m = self.hidden_size, self.intermediate_size
         kv = h // self.num_heads * self.num_key_value_heads
         layer: list[Shape] = [(h, h), (kv, h), (kv, h), (h, h), (m, h), (m, h), (h, m), (h,), (h,)]
@@ -45,12 +45,12 @@ LLAMAS = {
 
 
 def many_tiny() -> list[Shape]:
-    """400 vectors: call overhead, not bytes."""
+    """Return 400 vectors, whose step time is the overhead of calls."""
     return [((64, 256, 512, 768)[i % 4],) for i in range(400)]
 
 
 def ten_thousand() -> list[Shape]:
-    """10,000 small tensors, as of adapters or experts: what grows with their number."""
+    """Return 10,000 small tensors, as of adapters or experts, whose step time grows with their number."""
     return [((64, 32), (256,))[i % 2] for i in range(10_000)]
 
 
@@ -63,10 +63,10 @@ MOST_TENSORS = 1_000_000
 
 
 def shapes_of(name: str) -> list[Shape]:
-    """Of the model of that name, or of ``tensors:NxM``: N tensors of M elements.
+    """Return the shapes of a model, or of ``tensors:NxM``: N tensors of M elements.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: if there is no such model.
     """
     if name in MODELS:
         return MODELS[name]()
@@ -81,17 +81,17 @@ def shapes_of(name: str) -> list[Shape]:
 
 
 def row_of(tokens: int) -> int:
-    """Tokens of one row; ``tokens`` is a multiple of it."""
+    """Return the tokens of one row, of which ``tokens`` is a multiple."""
     return min(tokens, ROW)
 
 
 def forward_and_backward_seconds(model: str, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Of a training step on ``tokens`` tokens: rows of ``row_of`` one after the other, as when accumulating.
+    """Return the seconds of a training step without optimizer, whose rows of ``row_of(tokens)`` tokens run in turn.
 
     On accelerators a float32 model runs under autocast to bfloat16.
 
     Raises:
-        ImportError: transformers is missing.
+        ImportError: if transformers is missing.
     """
     import torch
 
@@ -120,7 +120,7 @@ def forward_and_backward_seconds(model: str, tokens: int, dtype: torch.dtype, de
 
 
 def wait_for(device: torch.device) -> None:
-    """Until all that was launched there is done."""
+    """Wait until the device has finished all work."""
     if device.type != "cpu":
         import torch
 

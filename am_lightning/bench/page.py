@@ -2,8 +2,8 @@
 
     python -m am_lightning.bench.page RUN.json ... --to docs/performance.md
 
-A run is what ``python -m am_lightning.bench --json`` printed. Runs of one configuration become one table: medians over
-the runs, and the lowest and highest ratio.
+A run is the output of ``python -m am_lightning.bench --json``. Runs of one configuration become one table with medians
+over the runs and the lowest and highest ratio.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ BEGIN = "<!-- results: python -m am_lightning.bench.page writes from here -->"
 END = "<!-- to here -->"
 NOTHING = "Not measured by these commands yet."
 RATIOS = ("x fused", "x same")
-# Runs that are alike in all of these are one configuration.
+# Runs with equal values of all these keys have the same configuration.
 KEYS = ("model", "device", "threads", "dtype", "weight_decay", "scope", "cpu_time", "hardware", "torch")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the page; the process ends with a message where a run or the page is not what it should be."""
+    """Write the page. The process ends with an error if a run or the page is invalid."""
     parser = argparse.ArgumentParser(prog="python -m am_lightning.bench.page", description=__doc__.partition("\n")[0])
-    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN.json", help="none: nothing measured")
-    parser.add_argument("--to", type=Path, required=True, help="the page; what is between its markers is replaced")
+    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN.json", help="saved runs; none: nothing measured")
+    parser.add_argument("--to", type=Path, required=True, help="the page; the text between its markers is replaced")
     options = parser.parse_args(arguments)
     try:
         text = written(options.to.read_text(encoding="utf-8"), read_runs(options.runs))
@@ -42,10 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def read_runs(paths: Iterable[Path]) -> list[Run]:
-    """What the bench printed.
+    """Return the runs that the bench has printed.
 
     Raises:
-        ValueError: a file holds something else.
+        ValueError: if a file is no such run.
     """
     runs = []
     for path in paths:
@@ -54,7 +54,7 @@ def read_runs(paths: Iterable[Path]) -> list[Run]:
             missing = {*KEYS, "rows", "date", "command", "repeats", "left out"} - run.keys()
             missing |= {key for row in run["rows"] for key in {"optimizer", "mark", *COLUMNS} - row.keys()}
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{path} is not what python -m am_lightning.bench --json printed: {error!r}") from error
+            raise ValueError(f"{path} is not the output of python -m am_lightning.bench --json: {error!r}") from error
         if missing or not run["rows"]:
             raise ValueError(f"{path} is a run without {', '.join(sorted(missing)) or 'rows'}")
         runs.append(run)
@@ -62,10 +62,10 @@ def read_runs(paths: Iterable[Path]) -> list[Run]:
 
 
 def written(page: str, runs: Sequence[Run]) -> str:
-    """The page with the runs between its markers.
+    """Return the page with the runs between its markers.
 
     Raises:
-        ValueError: it does not have each marker once, in their order.
+        ValueError: if it does not have each marker once, in their order.
     """
     before, begun, rest = page.partition(BEGIN)
     _, ended, after = rest.partition(END)
@@ -75,7 +75,7 @@ def written(page: str, runs: Sequence[Run]) -> str:
 
 
 def results(runs: Sequence[Run]) -> str:
-    """A section for each configuration; the order of the runs does not matter."""
+    """Return a section for each configuration. The order of the runs does not matter."""
     groups: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         groups.setdefault(tuple(run[key] for key in KEYS), []).append(run)
@@ -118,7 +118,7 @@ def _table(runs: Sequence[Run]) -> str:
 
 
 def _middle(rows: Sequence[Row]) -> Row:
-    """Medians of what is known."""
+    """Return the medians of the known values."""
     middle = dict(rows[0])
     for key in COLUMNS:
         values = [float(row[key]) for row in rows if row[key] is not None]  # type: ignore[arg-type]
@@ -127,7 +127,7 @@ def _middle(rows: Sequence[Row]) -> Row:
 
 
 def _spread(key: str, rows: Sequence[Row]) -> str:
-    """Of a ratio over several runs, where they differ in what is shown."""
+    """Return the range of a ratio over several runs if their texts differ."""
     texts = [COLUMNS[key].format(value) for value in sorted(float(row[key] or 0) for row in rows)]
     return f" ({texts[0]} to {texts[-1]})" if key in RATIOS and texts[0] != texts[-1] else ""
 

@@ -1,4 +1,4 @@
-"""The optimizers of others: what users have today, each as its package makes it, with AdamW's options."""
+"""Optimizers of other packages, with their own defaults and AdamW's options."""
 
 from __future__ import annotations
 
@@ -15,25 +15,24 @@ if TYPE_CHECKING:
     from am_lightning.bench.contenders import Contender
 
 LR = 1e-6
-# The learning rate of both is lr times a distance that they estimate; it begins at LR and is kept there.
+# Their learning rate is lr times a distance that they estimate, which begins at LR and is kept there.
 _ADAPTIVE: dict[str, Any] = {"lr": 1.0, "d0": LR, "decouple": True, "use_bias_correction": True}
 
 
 @dataclass(frozen=True)
 class Peer:
-    """An optimizer that is not this package's.
+    """An optimizer of another package.
 
     Attributes:
-        name: as in the table.
-        package: as PyPI has it.
+        name: name in the table.
+        package: name of the package on PyPI.
         path: module and class.
-        same: the AdamW that it is compared with.
-        words: read and written for an element in a step, were each read and written once in as few passes as the
-            method allows.
-        more_below_float32: such words in half precision.
-        options: beside ``weight_decay``.
-        shares, overwrites: as of a Contender.
-        extra: of ours that installs the package.
+        same: name of the AdamW that it is compared with.
+        words: words that a step reads and writes for each element, in as few passes as the method allows.
+        more_below_float32: further words in half precision.
+        options: options except ``weight_decay``.
+        shares, overwrites: attributes of its Contender.
+        extra: extra of am-lightning that installs the package.
     """
 
     name: str
@@ -48,21 +47,21 @@ class Peer:
     extra: str = "studies"
 
     def make(self, params: list[torch.nn.Parameter], decay: float) -> Contender:
-        """The optimizer, ready to train.
+        """Return the optimizer, ready to train.
 
         Raises:
-            ImportError: its package is not installed.
+            ImportError: if its package is not installed.
         """
         from am_lightning.bench.contenders import Contender  # imports torch, which the names of PEERS do not need
 
         kind = getattr(import_module(self.path[0]), self.path[1])
         size, elements = params[0].element_size(), sum(p.numel() for p in params)
         words = self.words + (self.more_below_float32 if size < 4 else 0)
-        with redirect_stdout(io.StringIO()):  # some say there what they were asked for
+        with redirect_stdout(io.StringIO()):  # some print their options
             contender = Contender.timed(
                 self.name, self.same, lambda: kind(params, weight_decay=decay, **self.options), words * size * elements
             )
-        if hasattr(contender.optimizer, "train"):  # schedule-free refuses to step elsewhere
+        if hasattr(contender.optimizer, "train"):  # schedule-free steps in this mode only
             contender.optimizer.train()
         contender.shares, contender.overwrites = self.shares, self.overwrites
         return contender
@@ -116,7 +115,7 @@ PEERS = (
 )
 
 
-# What DeepSpeed's ZeRO-Offload asks for; built at its first use, in some 40 s: measured only where it is named.
+# The optimizer of DeepSpeed's ZeRO-Offload, measured on request only, because its first use builds it in about 40 s.
 OFFLOAD = Peer(
     name="DeepSpeedCPUAdam",
     package="deepspeed",
@@ -130,12 +129,12 @@ OFFLOAD = Peer(
 def make_peers(
     params: list[torch.nn.Parameter], *, decay: float, peers: Sequence[Peer] = PEERS
 ) -> tuple[list[Contender], dict[str, str]]:
-    """All that are installed, and why others are missing: name -> reason."""
+    """Return all that are installed, and the reason for each name that is missing."""
     result, missing = [], {}
     for peer in peers:
         try:
             result.append(peer.make(params, decay))
-        except Exception as error:  # one is built when it is made, and raises whatever goes wrong there
+        except Exception as error:  # of any kind: one is compiled when it is created
             missing[peer.name] = (
                 f"needs {peer.package} ({error}): pip install 'am-lightning[{peer.extra}]', or '.[{peer.extra}]' in a "
                 "checkout"

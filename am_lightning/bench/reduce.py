@@ -1,6 +1,6 @@
-"""What the reduction of a step costs: measured under torchrun, and predicted for clusters this machine is not.
+"""Cost of the reduction of a step: measured under torchrun, and predicted for larger clusters.
 
-``torchrun --nproc-per-node 4 -m am_lightning.bench --reduce`` prints both; without torchrun only the prediction.
+``torchrun --nproc-per-node 4 -m am_lightning.bench --reduce`` prints both, and without torchrun the prediction.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from am_lightning.distributed.layout import BYTES, message_bytes
 # Tensors of Llama-style models: 9 a layer, embedding, head and last norm.
 MODELS = {"60M": 8, "1B": 16, "8B": 32, "70B": 80, "405B": 126}
 
-# NCCL's own model of its Tree algorithm with the LL protocol, which it picks for messages this small
+# NCCL's own model of its Tree algorithm with the LL protocol, which it uses for messages of this size
 # (NVIDIA/nccl, src/graph/tuning.cc: baseLat, hwLat, treeCorrectionFactor, ncclTopoTuneModel); microseconds.
 BASE_LATENCY = 4.4
 NVLINK_LATENCY = 0.52
@@ -30,12 +30,12 @@ GPUS_PER_NODE = 8
 
 
 def tensors_of(layers: int) -> int:
-    """Parameter tensors of a Llama with so many layers."""
+    """Return the number of parameter tensors of a Llama."""
     return 9 * layers + 3
 
 
 def predicted_microseconds(ranks: int, size: int) -> float:
-    """Latency-bandwidth model of one all-reduce of ``size`` bytes, nodes of 8 GPUs: a tree over nodes, chains within.
+    """Return the time of one all-reduce of ``size`` bytes by a latency-bandwidth model: a tree over nodes of 8 GPUs.
 
     t = base + 2 ((g - 1) a_nvlink + log2(nodes) a_network) + size / bandwidth, where g is the GPUs of a node.
     """
@@ -48,7 +48,7 @@ def predicted_microseconds(ranks: int, size: int) -> float:
 
 
 def measured_microseconds(size: int, repeats: int, device: torch.device) -> tuple[float, float]:
-    """Median and 90th percentile over ``repeats`` of the slowest rank's time for one all-reduce of ``size`` bytes."""
+    """Return median and 90th percentile of the slowest rank's time for one all-reduce of ``size`` bytes."""
     vector = torch.zeros(size // BYTES, dtype=torch.float64, device=device)
     times = torch.empty(repeats + 3, device="cpu")
     for repeat in range(repeats + 3):
@@ -65,7 +65,7 @@ def measured_microseconds(size: int, repeats: int, device: torch.device) -> tupl
 
 
 def run(device: torch.device, repeats: int) -> None:
-    """Print bytes and latency a step for each model, here (under torchrun) and as predicted."""
+    """Print bytes and latency of a step for each model, measured (under torchrun) and predicted."""
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if launched:
         if device.type != "cpu":

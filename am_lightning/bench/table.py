@@ -1,4 +1,4 @@
-"""What was measured as rows of numbers, and as text."""
+"""Measurements as rows of numbers, and as text."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ MARKS = {BASE: "base", READ: "reads"}
 
 
 def rows_of(measured: Sequence[Measured], training_seconds: float | None) -> list[Row]:
-    """One for each optimizer, the fastest first; "mark" is set in what the others are held against.
+    """Return a row for each optimizer, the fastest first. "mark" is set in the rows that the others are compared with.
 
     Args:
-        training_seconds: of forward and backward of a training step, where that is known.
+        measured: measured optimizers.
+        training_seconds: seconds of forward and backward of a training step, or None if they are unknown.
     """
     by_name = {each.contender.name: each for each in measured}
     fused = by_name.get(BASE)
@@ -55,25 +56,25 @@ COLUMNS |= {"extra MiB": "{:.1f}", "make s": "{:.3f}", "first s": "{:.3f}", "sha
 
 LEGEND = """\
 ms         median of a step, the fastest first
-x fused    times AdamW fused; x same: times AdamW's own default, single, foreach or fused. Both are medians over rounds
-           in which all optimizers step in turn
-(first     dot products over what a first pass reads: 1 + its "x fused" is what this machine's memory allows a step that
- pass...)  reads everything twice
-limit      the ratio of the bytes that must be moved: x fused of a kernel that only memory holds up
-GB/s       these bytes by the time
-extra MiB  most that a step takes beyond parameters, gradients and state
-make s     making the optimizer
-first s    the first step, which builds kernels and makes the state
-share      of a training step, forward and backward included"""
+x fused    time divided by that of AdamW fused; x same: by that of the same form of AdamW (default, single, foreach or
+           fused). Both are medians over rounds in which all optimizers step in turn
+(first     dot products over the tensors that a first pass reads: 1 + its "x fused" is the least that this machine's
+ pass...)  memory allows a step that reads everything twice
+limit      ratio of the bytes that must be moved: x fused of a kernel that only memory limits
+GB/s       these bytes divided by the time
+extra MiB  peak memory of a step beyond parameters, gradients and state
+make s     seconds to create the optimizer
+first s    seconds of the first step, which builds kernels and creates the state
+share      share of a training step, forward and backward included"""
 
 
 def cells_of(row: Row) -> list[str]:
-    """One for each of COLUMNS; "-" where nothing is known."""
+    """Return a cell for each of COLUMNS, "-" if a value is unknown."""
     return ["-" if row[name] is None else form.format(row[name]) for name, form in COLUMNS.items()]
 
 
 def text_of(rows: Sequence[Row]) -> str:
-    """The table, a line for each optimizer; ">" before what the others are held against."""
+    """Return the table, a line for each optimizer, with ">" before those that the others are compared with."""
     lines = [["", *COLUMNS]]
     lines += [[f"{'>' if row['mark'] else ' '} {row['optimizer']}", *cells_of(row)] for row in rows]
     first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
@@ -84,7 +85,7 @@ def text_of(rows: Sequence[Row]) -> str:
 
 
 def device_words(device: torch.device) -> str:
-    """The hardware, and how many threads on a CPU."""
+    """Return the name of the hardware, and the number of threads on a CPU."""
     import torch
 
     if device.type == "cpu":
@@ -94,7 +95,7 @@ def device_words(device: torch.device) -> str:
 
 
 def processor() -> str:
-    """The CPU's name, as Linux has it; platform.processor() is empty on many machines."""
+    """Return the name of the CPU from Linux, because platform.processor() is empty on many machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

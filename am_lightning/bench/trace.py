@@ -1,7 +1,7 @@
-"""What one ordinary step enters: ``python -m am_lightning.bench.trace [--optimizer NAME] [--lines]``.
+"""Functions that an ordinary step enters: ``python -m am_lightning.bench.trace [--optimizer NAME] [--lines]``.
 
-Five steps are made, the sixth is traced. Functions are those of this package (``--optimizer AdamW``: of torch.optim),
-each counted once; "changes" is how often the step goes from one file to another. Comprehensions are no functions.
+The sixth step is traced. Functions of this package (``--optimizer AdamW``: of torch.optim) are counted once each,
+without comprehensions. "changes" is how often the step passes from one file to another.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _OPTIMIZERS: dict[str, Any] = {
 
 
 class Call(NamedTuple):
-    """A function that was entered: how deep in the step, its file relative to the package, and its name."""
+    """A call of a function: its depth in the step, its file relative to the package, and its name."""
 
     depth: int
     file: str
@@ -35,7 +35,7 @@ class Call(NamedTuple):
 
 
 def trace(run: Callable[[], Any], folder: Path) -> list[Call]:
-    """Calls of functions in ``folder``, in the order in which they are entered."""
+    """Return the calls of functions in ``folder``, in their order."""
     calls: list[Call] = []
     depth = 0
 
@@ -45,7 +45,7 @@ def trace(run: Callable[[], Any], folder: Path) -> list[Call]:
         if event not in ("call", "return") or folder not in path.parents or code.co_name.startswith("<"):
             return
         if event == "call":
-            name = getattr(code, "co_qualname", code.co_name)  # Python 3.10 has the plain one only
+            name = getattr(code, "co_qualname", code.co_name)  # Python 3.10 has only co_name
             calls.append(Call(depth, str(path.relative_to(folder)), name))
         depth += 1 if event == "call" else -1
 
@@ -58,7 +58,7 @@ def trace(run: Callable[[], Any], folder: Path) -> list[Call]:
 
 
 def an_ordinary_step(name: str) -> tuple[Callable[[], Any], Path]:
-    """A step of the optimizer called ``name`` on a small model after some others, and the folder of its code."""
+    """Return a step of an optimizer on a small model after five others, and the folder of its code."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 4))
     optimizer = _OPTIMIZERS[name](model.named_parameters(), lr=1e-3)
@@ -77,7 +77,7 @@ def an_ordinary_step(name: str) -> tuple[Callable[[], Any], Path]:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Print the functions of a step, and how many there are."""
+    """Print the functions of a step and their number."""
     parser = argparse.ArgumentParser(prog="python -m am_lightning.bench.trace", description=__doc__)
     parser.add_argument("--optimizer", choices=[*_OPTIMIZERS], default="AMAdamW")
     parser.add_argument("--lines", action="store_true", help="print each call, indented by its depth")

@@ -1,4 +1,4 @@
-"""A whole training step of a Llama: the optimizer's share of it, tokens per second, and MFU."""
+"""The training step of a Llama: the optimizer's share of it, tokens per second, and MFU."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from am_lightning.optim.param_groups import parameter_groups
 from am_lightning.pretrain.model.network import build_llama, token_loss
 from am_lightning.pretrain.model.shape import LlamaShape, flops_per_token
 
-CLIP, WEIGHT_DECAY = 1.0, 0.1  # the recipes'
-STEPS = 5  # in a row without a wait: the host may run ahead, as in training
+CLIP, WEIGHT_DECAY = 1.0, 0.1  # as in the recipes
+STEPS = 5  # consecutive steps without a wait, so that the host may run ahead, as in training
 ROOM = 0.92  # share of the device's memory that the largest batch may take
 OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {
     "AdamW fused": (torch.optim.AdamW, {"fused": True}),
@@ -31,11 +31,12 @@ OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]
 
 @dataclass(eq=False)
 class Training:
-    """A Llama on a device, float32 weights, forward in bfloat16 on a GPU, clipped gradients.
+    """A Llama with float32 weights, a forward pass in bfloat16 on a GPU, and clipped gradients.
 
     Args:
-        shape: of the Llama; batches are (rows, shape.seq_len).
-        compiled: torch.compile every layer.
+        shape: shape of the Llama. Batches are (rows, shape.seq_len).
+        device: device that trains.
+        compiled: whether torch.compile compiles every layer.
     """
 
     shape: LlamaShape
@@ -52,14 +53,14 @@ class Training:
         self._moments: dict[Tensor, dict[str, Tensor]] = {}
 
     def forward_and_backward(self, tokens: Tensor) -> None:
-        """Gradients of the mean loss of int64 (rows, seq_len)."""
+        """Compute the gradients of the mean loss of int64 (rows, seq_len)."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu"):
             loss = token_loss(self.model(input_ids=tokens, position_ids=positions).logits, tokens)
         torch.autograd.backward(loss)
 
     def step(self, contender: Contender, tokens: Tensor) -> None:
-        """One training step."""
+        """Take a training step."""
         self.forward_and_backward(tokens)
         if isinstance(contender.optimizer, AMAdamW):
             clip_grad_norm_(contender.optimizer, CLIP)
@@ -69,16 +70,16 @@ class Training:
         self.model.zero_grad(set_to_none=True)
 
     def tokens(self, rows: int) -> Tensor:
-        """Random ones, (rows, seq_len)."""
+        """Return random tokens (rows, seq_len)."""
         generator = torch.Generator(self.device).manual_seed(0)
         size = (rows, self.shape.seq_len)
         return torch.randint(0, self.shape.vocab_size, size, generator=generator, device=self.device)
 
     def rows_that_fit(self, most: int, first: int = 1) -> int:
-        """``first``, doubled while it is at most ``most`` and a step has memory for it; every optimizer steps once.
+        """Return ``first``, doubled up to ``most`` while a step has enough memory. Every optimizer steps once.
 
         Raises:
-            torch.OutOfMemoryError: there is no memory for ``first``.
+            torch.OutOfMemoryError: if there is not enough memory for ``first``.
         """
         for contender in list(self.contenders):
             try:
@@ -96,7 +97,7 @@ class Training:
         return rows
 
     def measure(self, rows: int, rounds: int) -> dict[str, Any]:
-        """Medians over rounds in which all optimizers train ``STEPS`` steps in turn.
+        """Return medians over rounds in which all optimizers train ``STEPS`` steps in turn.
 
         Returns:
             ``forward and backward``: seconds without an optimizer; ``rows``: for each optimizer seconds of a step, its
@@ -163,7 +164,7 @@ class Training:
         return True
 
     def _timed(self, step: Callable[[], None]) -> tuple[float, int | None]:
-        """Seconds of a step, and the peak memory."""
+        """Return the seconds of a step, and the peak memory."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         wait_for(self.device)

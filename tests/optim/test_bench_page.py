@@ -89,8 +89,8 @@ def test_what_the_bench_prints_becomes_a_page(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("", "is not what python -m am_lightning.bench --json printed"),
-        ("[]", "is not what python -m am_lightning.bench --json printed"),
+        ("", "is not the output of python -m am_lightning.bench --json"),
+        ("[]", "is not the output of python -m am_lightning.bench --json"),
         (json.dumps(report([])), "is a run without rows"),
         (
             json.dumps(report([{"optimizer": "old", "ms": 1.0}])),
