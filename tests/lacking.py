@@ -22,7 +22,7 @@ LACKS = {
     "(tagged with cpu:0)": "this Trainer loads to 'cpu:0' on several CPU processes, which this torch refuses",
     "When using FSDP2, a model and optimizer must be passed together": "this Trainer does not know FSDP2",
     "T5Tokenizer requires the SentencePiece library": "T5Tokenizer of this transformers needs sentencepiece",
-    "this Trainer knows no optimizer factories": "this Trainer knows no optimizer factories",
+    "this Trainer does not support optimizer factories": "this Trainer knows no optimizer factories",
 }
 # Packages that a stack may lack. Any other missing package is a failure, for example a wrong name in an import.
 PACKAGES = {

@@ -1,1 +1,1 @@
-"""Small registrations for training programs of others, one module for each; each needs its program installed."""
+"""Registrations for other training programs, one module for each, which needs the program installed."""

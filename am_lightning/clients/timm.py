@@ -1,4 +1,4 @@
-"""timm: importing this registers the optimizers ``amadamw`` and ``amsgd``; as a program it starts timm's ``train.py``.
+"""timm: the import registers the optimizers ``amadamw`` and ``amsgd``. As a program it starts timm's ``train.py``.
 
 torchrun --nproc_per_node=4 -m am_lightning.clients.timm train.py --opt amadamw --opt-betas 0.89 0.999 ...
 """
@@ -27,12 +27,12 @@ from am_lightning.optim import AMSGD, AMAdamW
 
 
 def amadamw(params: Any, **options: Any) -> AMAdamW:
-    """AMAdamW; under DDP, which timm starts before it makes its optimizer, with ``replica_group``."""
+    """Return AMAdamW, with ``replica_group`` under DDP, which timm starts before it creates its optimizer."""
     return AMAdamW(params, **_replicas(), **options)
 
 
 def amsgd(params: Any, momentum: float = 0.9, **options: Any) -> AMSGD:
-    """AMSGD with timm's ``--momentum`` as its cap."""
+    """Return AMSGD with timm's ``--momentum`` as its cap."""
     return AMSGD(params, beta_max=momentum, **_replicas(), **options)
 
 
@@ -48,7 +48,7 @@ for _info in (
 
 
 def main() -> None:
-    """Run the script that is the first argument, with the rest as its own."""
+    """Run the script that is the first argument with the other arguments."""
     if len(sys.argv) < 2:
         sys.exit("usage: python -m am_lightning.clients.timm train.py [its arguments]")
     del sys.argv[0]

@@ -3,7 +3,7 @@
     def llama3_8b():
         return adaptive_memory(config_registry.llama3_8b())
 
-torchtitan takes the module that holds such a function by ``--module``, from wherever Python finds it.
+The ``--module`` option of torchtitan takes the module of such a function, which Python must be able to import.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Scope = Literal["tensor", "group", "global"]
 
 
 class AMOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
-    """torchtitan's container, whose AdamW (and Adam without coupled decay) are converted once they are made."""
+    """torchtitan's container, whose AdamW (and Adam without coupled decay) are converted after their creation."""
 
     @dataclasses.dataclass(kw_only=True, slots=True)
     class Config(OptimizersContainer.Config):  # type: ignore[misc]
@@ -46,8 +46,8 @@ class AMOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
     def __init__(self, config: Config, *, model_parts: list[Any]) -> None:
         if config.implementation == "fused_opt_states_bf16":
             raise ValueError(
-                "optimizer.implementation='fused_opt_states_bf16' makes AdamW's state in its own way: AMAdamW takes "
-                "'fused', 'foreach' or 'for-loop'"
+                "optimizer.implementation='fused_opt_states_bf16' creates AdamW's state itself: AMAdamW needs 'fused', "
+                "'foreach' or 'for-loop'"
             )
         super().__init__(config, model_parts=model_parts)
         adams = [optimizer for optimizer in self.optimizers if is_adam(optimizer)]
@@ -60,7 +60,7 @@ class AMOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
 
 
 class MomentumMetrics(MetricsProcessor):  # type: ignore[misc]
-    """torchtitan's metrics with the momentum's: ``am/beta/...``, ``am/clamp/...``, ``am/skipped_steps``."""
+    """torchtitan's metrics and ``am/beta/...``, ``am/clamp/...`` and ``am/skipped_steps``."""
 
     @dataclasses.dataclass(kw_only=True, slots=True)
     class Config(MetricsProcessor.Config):  # type: ignore[misc]
@@ -70,7 +70,7 @@ class MomentumMetrics(MetricsProcessor):  # type: ignore[misc]
         super().log(*args, extra_metrics=(extra_metrics or {}) | self._momentum(), **kwargs)
 
     def _momentum(self) -> dict[str, float]:
-        if not hasattr(self, "_readers"):  # the optimizers come after __init__
+        if not hasattr(self, "_readers"):  # the optimizers are set after __init__
             am_optimizers = [optimizer for optimizer in self.optimizers or () if isinstance(optimizer, AMAdamW)]
             self._readers = [StatsReader(one, prefix_of(index)) for index, one in enumerate(am_optimizers)]
         scalars: dict[str, float] = {}
@@ -83,15 +83,15 @@ class MomentumMetrics(MetricsProcessor):  # type: ignore[misc]
 
 
 def adaptive_memory(config: Any, *, lambd: float = 0.1, beta1_max: float | None = None, scope: Scope = "tensor") -> Any:
-    """Change a ``torchtitan.trainer.Trainer.Config`` so that its AdamW is AMAdamW; the same object is returned.
+    """Change a ``torchtitan.trainer.Trainer.Config`` so that its AdamW becomes AMAdamW, and return it.
 
     Args:
-        config: what a function of a ``config_registry`` returns. Its groups, learning rates, decay and
-            implementation are carried over.
-        lambd, beta1_max, scope: as in ``AdaptiveMemory``; ``--optimizer.lambd`` and so on change them later.
+        config: result of a function of a ``config_registry``. Its groups, learning rates, decay and implementation are
+            kept.
+        lambd, beta1_max, scope: options of ``AdaptiveMemory``. ``--optimizer.lambd`` and so on change them later.
 
     Raises:
-        TypeError: another class than torchtitan's own has charge of the optimizers or of the metrics.
+        TypeError: if the class of the optimizers or of the metrics is not torchtitan's own.
     """
     for field, known in (("optimizer", OptimizersContainer), ("metrics", MetricsProcessor)):
         if type(getattr(config, field)) is not known.Config:

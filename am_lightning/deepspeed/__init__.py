@@ -1,4 +1,4 @@
-"""DeepSpeed: ``attach(engine)`` tells the optimizer what only the engine knows."""
+"""DeepSpeed: ``attach(engine)`` gives the optimizer the information that only the engine has."""
 
 from am_lightning.deepspeed.engine import after_each_step, attach
 

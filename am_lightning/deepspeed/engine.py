@@ -1,7 +1,7 @@
-"""DeepSpeed: what only the engine knows. ``attach(engine)`` after ``deepspeed.initialize``.
+"""DeepSpeed: the information that only the engine has. ``attach(engine)`` after ``deepspeed.initialize``.
 
-ZeRO calls the optimizer's ``step()`` once for every parameter group or sub-group. ``scope="tensor"`` needs no more than
-that; a scope that spans several calls needs all sums before the first of them, which the pre-pass here takes.
+ZeRO calls the optimizer's ``step()`` once for every parameter group or sub-group, which is enough for
+``scope="tensor"``. A scope that spans several calls needs all sums before the first call. The pre-pass computes them.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ except ImportError as error:
         "am_lightning.deepspeed needs DeepSpeed: pip install 'am-lightning[deepspeed]', or '.[deepspeed]' in a checkout"
     ) from cause_of(error, "deepspeed")
 
-_CHECKED_STEPS = 2  # training steps whose predicted gradients are compared with what the engine then hands over
+_CHECKED_STEPS = 2  # training steps in which the predicted gradients are compared with those of the engine
 
 
 def attach(engine: Any) -> AdaptiveMemoryOptimizer:
-    """Tell the adaptive memory optimizer inside ``engine`` its parameters' names and all groups' sums.
+    """Give the adaptive memory optimizer inside ``engine`` its parameters' names and the sums of all groups.
 
-    Needed for ``scope="global"`` (and ``"group"`` where ZeRO-3 splits a group); otherwise it only gives names. Call it
-    on every rank, after ``deepspeed.initialize`` and before the first step. The ``AdaptiveMemory`` callback and
+    ``scope="global"`` needs it, and ``"group"`` if ZeRO-3 splits a group. Otherwise it only gives names. Call it on
+    every rank, after ``deepspeed.initialize`` and before the first step. The ``AdaptiveMemory`` callback and
     ``am_lightning.huggingface.attach`` do so.
 
     Args:
-        engine: what ``deepspeed.initialize`` returns first.
+        engine: first result of ``deepspeed.initialize``.
 
     Returns:
         The optimizer that was given to ``deepspeed.initialize``.
 
     Raises:
-        TypeError: ``engine`` is no DeepSpeedEngine, or has no AMAdamW or AMSGD inside.
-        ValueError: a feature of the engine that is not supported; the text has a hint.
+        TypeError: if ``engine`` is not a DeepSpeedEngine, or has no AMAdamW or AMSGD inside.
+        ValueError: if the engine uses a feature that is not supported.
     """
     if not isinstance(engine, DeepSpeedEngine):
         raise TypeError(
-            f"Invalid engine: {type(engine).__name__} (engine must be what deepspeed.initialize returns first)"
+            f"Invalid engine: {type(engine).__name__} (engine must be the first result of deepspeed.initialize)"
         )
     if isinstance(engine, PipelineEngine):
         raise ValueError(
@@ -72,10 +72,10 @@ def attach(engine: Any) -> AdaptiveMemoryOptimizer:
 
 
 def find_optimizer(engine: Any) -> AdaptiveMemoryOptimizer:
-    """The optimizer inside the engine's own.
+    """Return the adaptive memory optimizer inside the engine's optimizer.
 
     Raises:
-        TypeError: there is none of ours.
+        TypeError: if there is none.
     """
     inner = unwrap_optimizer(engine.optimizer)
     if not isinstance(inner, AdaptiveMemoryOptimizer):
@@ -87,9 +87,9 @@ def find_optimizer(engine: Any) -> AdaptiveMemoryOptimizer:
 
 
 def after_each_step(engine: Any, call: Callable[[], None]) -> None:
-    """Call ``call`` after every training step of ``engine`` in which the optimizer was stepped, however often.
+    """Call ``call`` once after every training step of ``engine`` in which the optimizer was stepped.
 
-    A step that DeepSpeed drops for an overflow does not step the optimizer.
+    A step that DeepSpeed drops because of an overflow does not step the optimizer.
     """
     optimizer, owner = find_optimizer(engine), engine.optimizer
     if owner is optimizer:
@@ -116,11 +116,11 @@ def after_each_step(engine: Any, call: Callable[[], None]) -> None:
 
 
 class PrePass:
-    """In the first ``step()`` call of a training step: the sums of all partitions, one all-reduce, one decision.
+    """Computes the sums of all partitions, one all-reduce and one decision in the first ``step()`` of a training step.
 
-    Gradients of partitions whose turn has not come are read where the engine keeps them, unscaled and clipped as it
-    will do; ``unscale_and_clip_grads`` is wrapped to learn the gradient norm. What is read of DeepSpeed stands in
-    ``tests/package/private_deepspeed.py``.
+    Gradients of later partitions are read where the engine keeps them, and unscaled and clipped as the engine does
+    later. ``unscale_and_clip_grads`` is wrapped to read the gradient norm. ``tests/package/private_deepspeed.py`` lists
+    the private names of DeepSpeed that are read.
     """
 
     def __init__(self, optimizer: AdaptiveMemoryOptimizer, owner: Any) -> None:
@@ -144,11 +144,11 @@ class PrePass:
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
-        """All parameter groups, in the engine's order; the dicts are others after a checkpoint was loaded."""
+        """All parameter groups, in the engine's order. Loading a checkpoint replaces the dicts."""
         return self._optimizer.given_groups()
 
     def __call__(self, layout: ShardLayout) -> Decision:
-        """The decision for the tensors of ``layout``, which is that of one call of ``step()``."""
+        """Return the decision for the tensors of ``layout``, which is the layout of one call of ``step()``."""
         flat = layout.logical_params[0].param
         turn = next(k for k, other in enumerate(self._flats) if other is flat)
         if turn == 0:
@@ -160,7 +160,7 @@ class PrePass:
         return Decision(beta[members], omega[members], active[members], skipped, bad[members])
 
     def _take_all(self) -> None:
-        """Pass 1 over every partition, one after the other: no more than one pending gradient is in memory."""
+        """Run pass 1 over the partitions in turn, so that at most one pending gradient is in memory."""
         self._steps += 1
         found, sizes = [], [0] * len(self._groups)
         self._layouts, self._slices, self._predicted, start = [], [], [], 0
@@ -188,7 +188,7 @@ class PrePass:
             self._optimizer.current_layout()
 
     def _over_ranks(self, vector: Tensor) -> Tensor:
-        """Partitions are disjoint, so every rank's numbers count."""
+        """Sum a vector over the ranks. Partitions are disjoint, so the numbers of all ranks count."""
         for reduction in self._layouts[0].reductions:
             for group in reduction.groups:
                 vector = all_reduce(vector, group)
@@ -196,7 +196,7 @@ class PrePass:
 
     @contextmanager
     def _as_call(self, k: int) -> Iterator[None]:
-        """The optimizer as the engine will call it for partition ``k``, with the gradient that it will have."""
+        """Set the optimizer as the engine will call it for partition ``k``, with the gradient of that call."""
         optimizer, flat, group = self._optimizer, self._flats[k], self._groups[self._group_of[k]]
         groups, gradient = optimizer.param_groups, flat.grad
         params = [entry["params"] for entry in self._groups]
@@ -216,7 +216,7 @@ class PrePass:
             flat.grad = gradient
 
     def _pending(self, k: int) -> Tensor:
-        """The gradient that partition ``k`` will be stepped with."""
+        """Return the gradient with which the engine will step partition ``k``."""
         owner, flat = self._owner, self._flats[k]
         offloaded = owner.offload_optimizer if self._stage_3 else owner.cpu_offload
         if offloaded:
@@ -230,14 +230,14 @@ class PrePass:
         return pending
 
     def _scale(self) -> Any:
-        """By what the engine divides: its loss scale, and its clipping."""
+        """Return the divisor of the engine's gradients: its loss scale and its clipping."""
         scale = self._owner.loss_scale
         if self._owner.clip_grad > 0:
             scale = torch.clamp(((self._norm / scale) + 1e-6) / self._owner.clip_grad, min=1.0) * scale
         return scale
 
     def _check(self, turn: int) -> None:
-        """In the first steps, on all ranks alike: the engine hands over the gradients that were predicted."""
+        """Check in the first steps, on all ranks, that the gradients of the engine are the predicted ones."""
         if self._steps > _CHECKED_STEPS:
             return
         handed = self._flats[turn].grad.sum()
@@ -245,7 +245,7 @@ class PrePass:
         if bool(self._over_ranks(off) > 0):
             name = self._layouts[turn].logical_params[0].name
             raise RuntimeError(
-                f"the gradient of {name!r} is not the one that DeepSpeed {deepspeed.__version__} was expected to step "
-                f"with, so scope={self._optimizer.scope!r} would be wrong: use scope='tensor', or a DeepSpeed version "
-                "that am-lightning[deepspeed] names"
+                f"the gradient of {name!r} differs from the prediction for DeepSpeed {deepspeed.__version__}, so "
+                f"scope={self._optimizer.scope!r} would be wrong: use scope='tensor', or a DeepSpeed version that "
+                "am-lightning[deepspeed] names"
             )

@@ -13,7 +13,7 @@ __all__ = ["AMAdamWFactory", "AdaptiveMemoryCallback", "attach"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("AdaptiveMemoryCallback", "AMAdamWFactory"):  # import transformers: on first use only
+    if name in ("AdaptiveMemoryCallback", "AMAdamWFactory"):  # imports transformers, on first use only
         from am_lightning.huggingface import trainer
 
         return getattr(trainer, name)

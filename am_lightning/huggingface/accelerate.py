@@ -1,4 +1,4 @@
-"""Accelerate: ``attach`` tells the optimizer where its parameters are and logs its momentum."""
+"""Accelerate: ``attach`` binds the optimizer to the layout of its parameters and logs its momentum."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ except ImportError as error:
 
 
 def attach(accelerator: Accelerator, optimizer: Any, *, log_every_n_steps: int | None = 50) -> StatsReader:
-    """Tell ``optimizer`` where its parameters are, and log its momentum to the accelerator's trackers.
+    """Bind ``optimizer`` to the layout of its parameters, and log its momentum to the accelerator's trackers.
 
-    Call it on every process, after ``accelerator.prepare(...)`` and before the first step. Parameters get the names of
-    the prepared model (names given by the user stay), FSDP1's process groups become known, and under DDP
-    ``replica_group`` is set where it is None. Calling it again for the same optimizer changes the interval only.
+    Call it on every process, after ``accelerator.prepare(...)`` and before the first step. It gives the parameters the
+    names of the prepared model (names given by the user stay) and FSDP1's process groups, and sets ``replica_group``
+    under DDP if it is None. A second call for the same optimizer changes the interval only.
 
     Args:
-        accelerator: that prepared the model and the optimizer.
-        optimizer: AMAdamW or AMSGD, or what ``prepare`` made of it.
-        log_every_n_steps: every so many optimizer steps the main process logs ``am/beta/mean|min|max``,
-            ``am/beta/<layer group>``, ``am/clamp/at_max|at_zero``, ``am/skipped_steps`` and, where
-            ``clip_grad_norm_`` ran, ``am/grad_norm`` at the number of optimizer steps; the histogram ``am/beta`` to
-            TensorBoard, the picture ``am/beta/layers`` (less and less often) to trackers that take one. It warns of
-            dropped steps. Tags of a second optimizer start with ``am-1``. None: it does not.
+        accelerator: accelerator that prepared the model and the optimizer.
+        optimizer: AMAdamW or AMSGD, or the result of ``prepare``.
+        log_every_n_steps: interval in optimizer steps at which the main process logs ``am/beta/mean|min|max``,
+            ``am/beta/<layer group>``, ``am/clamp/at_max|at_zero``, ``am/skipped_steps`` and, after
+            ``clip_grad_norm_``, ``am/grad_norm``. TensorBoard also gets the histogram ``am/beta``, and trackers of
+            pictures get ``am/beta/layers``, at growing intervals. Dropped steps raise a warning. Tags of a second
+            optimizer start with ``am-1``. None: nothing is logged.
 
     Returns:
-        The reader. For logging of one's own: ``reader.read()``, then ``reader.scalars()``, of the steps since it was
-        read before. ``print(reader.finish())``, before ``accelerator.end_training()``, draws the last picture and has
-        the run in one sentence. With ``accelerator.register_for_checkpointing(reader)`` the curves have no gap after
-        a resume.
+        The reader. To log elsewhere, call ``reader.read()`` and then ``reader.scalars()``, which cover the steps since
+        the previous read. ``print(reader.finish())``, before ``accelerator.end_training()``, draws the last picture and
+        prints a summary of the run. After ``accelerator.register_for_checkpointing(reader)`` the curves have no gap
+        when a run resumes.
 
     Raises:
-        TypeError: not an Accelerator, or not an adaptive memory optimizer.
-        ValueError: ``log_every_n_steps`` is below 1, no prepared model has the optimizer's parameters, or a feature of
-            DeepSpeed that is not supported.
-        RuntimeError: the optimizer is not prepared.
+        TypeError: if ``accelerator`` is not an Accelerator, or ``optimizer`` not an adaptive memory optimizer.
+        ValueError: if ``log_every_n_steps`` is below 1, no prepared model has the optimizer's parameters, or DeepSpeed
+            uses a feature that is not supported.
+        RuntimeError: if the optimizer is not prepared.
     """
     if not isinstance(accelerator, Accelerator):
         raise TypeError(f"Invalid accelerator: {type(accelerator).__name__} (must be an accelerate.Accelerator)")
@@ -75,12 +75,12 @@ def attach(accelerator: Accelerator, optimizer: Any, *, log_every_n_steps: int |
 
 
 def engine_of(optimizer: AdaptiveMemoryOptimizer, models: Sequence[Any]) -> Any:
-    """The DeepSpeedEngine among ``models`` that steps ``optimizer``, or None."""
+    """Return the DeepSpeedEngine among ``models`` that steps ``optimizer``, or None."""
     return next((model for model in models if unwrap_optimizer(getattr(model, "optimizer", None)) is optimizer), None)
 
 
 def _step_hook(optimizer: AdaptiveMemoryOptimizer, accelerator: Accelerator) -> StepHook | None:
-    """Under DeepSpeed the engine's: it calls ``step()`` several times in a training step."""
+    """Return the hook of DeepSpeed's engine, which calls ``step()`` several times in a training step, or None."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return None
     from am_lightning.deepspeed.engine import after_each_step
@@ -91,10 +91,10 @@ def _step_hook(optimizer: AdaptiveMemoryOptimizer, accelerator: Accelerator) -> 
 def bind_models(
     optimizer: AdaptiveMemoryOptimizer, models: Sequence[nn.Module], distributed_type: DistributedType, processes: int
 ) -> None:
-    """``bind_distributed`` to those of ``models`` that hold the parameters; under DeepSpeed the engine is attached.
+    """Call ``bind_distributed`` with the models that hold the parameters, or attach DeepSpeed's engine.
 
     Raises:
-        ValueError: none of them does, or no DeepSpeed engine steps it.
+        ValueError: if no model holds them, or no DeepSpeed engine steps the optimizer.
     """
     if distributed_type == DistributedType.DEEPSPEED:
         from am_lightning.deepspeed import attach as attach_engine
@@ -102,8 +102,8 @@ def bind_models(
         engine = engine_of(optimizer, models)
         if engine is None:
             raise ValueError(
-                f"no DeepSpeed engine steps this {type(optimizer).__name__}: an engine goes on with the optimizer that "
-                "it was built around, and one that is given later never steps. Prepare the model and the optimizer "
+                f"no DeepSpeed engine steps this {type(optimizer).__name__}: an engine keeps the optimizer that "
+                "it was built with, and one that is given later never steps. Prepare the model and the optimizer "
                 "together, in one call"
             )
         attach_engine(engine)
@@ -125,7 +125,7 @@ def bind_models(
 
 
 class _TrackerLogger(StepLogger):
-    """To the accelerator's trackers."""
+    """Logs to the accelerator's trackers."""
 
     accelerator: Accelerator
 

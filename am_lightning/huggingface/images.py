@@ -1,4 +1,4 @@
-"""A picture into the reporting callbacks of transformers and the trackers of Accelerate that take one."""
+"""Pictures for the reporting callbacks of transformers and the trackers of Accelerate that support them."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from am_lightning.loggers.images import package_of, send_image, tolerant
 if TYPE_CHECKING:
     from am_lightning.loggers.images import Image
 
-# Where transformers' callbacks keep the run, or its module; None: not yet begun, or the attribute of another version.
+# Attributes in which transformers' callbacks keep the run or its module. None: not begun, or another version.
 _RUNS = ("tb_writer", "_wandb", "_ml_flow", "_experiment", "_clearml_task", "_trackio", "_swanlab", "_run")
 
 
 @tolerant
 def report_image(callback: Any, tag: str, image: Image, step: int) -> bool:
-    """Write a picture to a reporting callback of the Trainer's; call it on the main process only.
+    """Write a picture to a reporting callback of the Trainer. Call it on the main process only.
 
     Args:
-        callback: for TensorBoard, W&B, MLflow, Comet, ClearML, Trackio, SwanLab or Neptune, after its
+        callback: callback of TensorBoard, W&B, MLflow, Comet, ClearML, Trackio, SwanLab or Neptune, after its
             ``on_train_begin`` and before its ``on_train_end``.
-        tag: the Trainer's begin with ``train/``.
+        tag: tag of the picture. The Trainer's tags begin with ``train/``.
         image: uint8 ``[H, W, 3]``.
         step: ``state.global_step``.
 
     Returns:
-        False: the callback takes no pictures or has no run, or it failed, of which the first time is warned.
+        False if the callback does not support pictures, has no run, or failed. The first failure raises a warning.
     """
-    if not getattr(callback, "_initialized", True):  # its module would make a run of its own, or raise
+    if not getattr(callback, "_initialized", True):  # its module would start another run, or raise
         return False
     runs = (getattr(callback, name, None) for name in _RUNS)
     run: Any = next((run for run in runs if run is not None), None)
@@ -38,15 +38,15 @@ def report_image(callback: Any, tag: str, image: Image, step: int) -> bool:
 
 @tolerant
 def track_image(tracker: Any, tag: str, image: Image, step: int) -> bool:
-    """Write a picture to one of ``accelerator.trackers``; call it on the main process only.
+    """Write a picture to one of ``accelerator.trackers``. Call it on the main process only.
 
     Args:
-        tracker: for TensorBoard, W&B, MLflow, Comet, ClearML, Trackio or SwanLab.
-        tag: ``am/beta/layers``.
+        tracker: tracker of TensorBoard, W&B, MLflow, Comet, ClearML, Trackio or SwanLab.
+        tag: tag of the picture, ``am/beta/layers``.
         image: uint8 ``[H, W, 3]``.
-        step: what the scalars beside it are logged at; W&B drops one that is below the last.
+        step: step at which the scalars are logged. W&B drops a step that is below the last one.
 
     Returns:
-        False: the tracker takes no pictures, or it failed, of which the first time is warned.
+        False if the tracker does not support pictures or failed. The first failure raises a warning.
     """
     return send_image(getattr(tracker, "tracker", None), tag, image, step)

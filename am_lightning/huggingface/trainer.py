@@ -1,4 +1,4 @@
-"""transformers' Trainer: the callback that logs the momentum, and AM-AdamW in the Trainer's factory form."""
+"""transformers' Trainer: the callback that logs the momentum, and the factory of AM-AdamW."""
 
 from __future__ import annotations
 
@@ -34,29 +34,29 @@ except ImportError as error:
         "pip install 'am-lightning[transformers]', or '.[transformers]' in a checkout"
     ) from cause_of(error, "accelerate", "tqdm", "transformers")
 
-_BEFORE = "train/"  # what the Trainer's reporting callbacks put before the tags
+_BEFORE = "train/"  # prefix of all tags of the Trainer's reporting callbacks
 _USE = "pass Trainer(optimizer_cls_and_kwargs=(AMAdamW, {'lr': ...})), or optimizers=(AMAdamW(...), None)"
 
 
 class AdaptiveMemoryCallback(TrainerCallback, ExportableState):
-    """``Trainer(callbacks=[AdaptiveMemoryCallback()])``: the momentum goes where the Trainer's loss goes.
+    """Logs the momentum with the Trainer's loss: ``Trainer(callbacks=[AdaptiveMemoryCallback()])``.
 
-    Each time the Trainer logs the training loss, ``am/beta/mean|min|max``, ``am/beta/<layer group>``,
-    ``am/clamp/at_max|at_zero`` and ``am/skipped_steps`` are added to what it logs, so to ``state.log_history`` and to
-    every reporting callback (whose tags begin with ``train/``, as all of the Trainer's). Under DDP the optimizer's
-    ``replica_group`` is set, for FSDP1 its process groups. The callback moves itself ahead of the reporting ones.
+    Each time the Trainer logs the training loss, the callback adds ``am/beta/mean|min|max``,
+    ``am/beta/<layer group>``, ``am/clamp/at_max|at_zero`` and ``am/skipped_steps``, so that they reach
+    ``state.log_history`` and every reporting callback, whose tags begin with ``train/``. It sets the optimizer's
+    ``replica_group`` under DDP and its process groups under FSDP1. The callback moves itself before the reporting
+    callbacks.
 
     Raises:
-        TypeError: when training begins, or when the Trainer was given another in mid-run, its optimizer is not AMAdamW
-            or AMSGD; the text has the hint.
-        ValueError: then, a feature of DeepSpeed that is not supported.
+        TypeError: if the optimizer is not AMAdamW or AMSGD when training begins or after the Trainer was given another.
+        ValueError: if DeepSpeed uses a feature that is not supported.
     """
 
     def __init__(self) -> None:
         self._reader: StatsReader | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Go ahead of the reporting callbacks."""
+        """Move before the reporting callbacks."""
         self._go_first()
 
     def on_train_begin(
@@ -68,7 +68,7 @@ class AdaptiveMemoryCallback(TrainerCallback, ExportableState):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """The optimizer is prepared, and a checkpoint is loaded."""
+        """Bind the optimizer, which is prepared, and restore the interval of a loaded checkpoint."""
         if not self._go_first() and state.is_world_process_zero:
             warnings.warn(
                 "AdaptiveMemoryCallback cannot find the Trainer's CallbackHandler, so reporting callbacks may come "
@@ -81,18 +81,18 @@ class AdaptiveMemoryCallback(TrainerCallback, ExportableState):
         unused = list(_unused(args, am_optimizer))
         if unused and state.is_world_process_zero:
             warnings.warn(
-                f"{'; '.join(unused)}. A ready optimizer gets none of them, an optimizer class weight_decay and what "
-                "is in optimizer_cls_and_kwargs: put 'lr' and others there, or use AMAdamWFactory, which takes them "
-                "from the arguments",
+                f"{'; '.join(unused)}. A ready optimizer gets none of them, an optimizer class only weight_decay and "
+                "optimizer_cls_and_kwargs: put 'lr' and others there, or use AMAdamWFactory, which takes them from the "
+                "arguments",
                 stacklevel=2,
             )
         if self._reader is None or self._reader.optimizer is not am_optimizer:
             self._reader = StatsReader(am_optimizer)
-        self._reader.history = RunHistory()  # a second train() is a run of its own
+        self._reader.history = RunHistory()  # a second train() is a new run
         logged = [record["am/skipped_steps"] for record in state.log_history if "am/skipped_steps" in record]
         before = int(logged[-1]) if logged else 0
         self._reader.skipped_before += before - self._reader.skipped_in_all()
-        # The Trainer saves what is in this dict already, and a checkpoint of before may have been without
+        # The Trainer saves the keys that are in this dict already, and an older checkpoint may lack this one.
         saved = cast(dict[str, Any], state.stateful_callbacks).setdefault(type(self).__name__, {})
         if state.global_step and isinstance(saved, dict) and "reader" in saved:
             self._reader.load_state_dict(saved["reader"])
@@ -106,10 +106,10 @@ class AdaptiveMemoryCallback(TrainerCallback, ExportableState):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Before the step of an optimizer that took another's place; DeepSpeed's engine makes it in the backward."""
+        """Bind an optimizer that has replaced another, before its step, which DeepSpeed takes in the backward pass."""
         self._follow(model)
 
-    on_pre_optimizer_step = on_step_begin  # also of one that was given while the step ran
+    on_pre_optimizer_step = on_step_begin  # also for an optimizer that was given during the step
 
     def on_log(
         self,
@@ -119,7 +119,7 @@ class AdaptiveMemoryCallback(TrainerCallback, ExportableState):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the momentum to the training loss: to what reporting callbacks get next, and to what is kept already."""
+        """Add the momentum to the logs of the training loss, for the reporting callbacks and in the log history."""
         if self._reader is None or logs is None or "loss" not in logs:
             return
         self._follow(kwargs.get("model"))
@@ -143,20 +143,22 @@ class AdaptiveMemoryCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The last picture, and the run in one sentence."""
+        """Draw the last picture, and print a summary of the run."""
         if self._reader is None or not state.is_world_process_zero:
             return
         self._draw(self._reader, state.global_step)
         if sentence := self._reader.sentence(state.global_step):
-            tqdm.write(f"AdaptiveMemory, {sentence}")  # as the Trainer shows its logs: whatever the level, past its bar
+            tqdm.write(
+                f"AdaptiveMemory, {sentence}"
+            )  # at any log level and beside the progress bar, like the Trainer's logs
 
     def _draw(self, reader: StatsReader, step: int) -> None:
-        """To the reporting callbacks that take pictures."""
+        """Draw to the reporting callbacks that support pictures."""
         sinks = [partial(report_image, other) for other in _callbacks()]
         reader.draw([lambda tag, *more, sink=sink: sink(f"{_BEFORE}{tag}", *more) for sink in sinks], step)
 
     def state(self) -> dict[str, Any]:
-        """What the Trainer writes into a checkpoint's ``trainer_state.json``: the interval so far."""
+        """Return the interval so far, which the Trainer writes into ``trainer_state.json`` of a checkpoint."""
         exported: dict[str, Any] = {"args": {}, "attributes": {}}
         if self._reader is not None:
             saved = self._reader.state_dict()
@@ -165,7 +167,7 @@ class AdaptiveMemoryCallback(TrainerCallback, ExportableState):
         return exported
 
     def _follow(self, model: nn.Module | None) -> None:
-        """Read the optimizer that the Trainer has now; in mid-run it may have been given another."""
+        """Read the Trainer's current optimizer, which may have been replaced during the run."""
         trainer = caller(Trainer)
         if self._reader is None or trainer is None:
             return
@@ -177,9 +179,9 @@ class AdaptiveMemoryCallback(TrainerCallback, ExportableState):
             self._reader.load_state_dict(before)
 
     def _go_first(self) -> bool:
-        """Move to the head of the Trainer's callbacks; False where they cannot be found.
+        """Move to the head of the Trainer's callbacks. Returns False if they cannot be found.
 
-        The handler is iterating over the list: those that were before have been called, those after will be.
+        The handler is iterating over the list. Callbacks before this one have been called, and later ones will be.
         """
         callbacks = _callbacks()
         if self not in callbacks:
@@ -190,13 +192,13 @@ class AdaptiveMemoryCallback(TrainerCallback, ExportableState):
 
 
 def _callbacks() -> list[TrainerCallback]:
-    """The Trainer's own list of its callbacks, which it is calling; empty where it cannot be found."""
+    """Return the Trainer's own list of its callbacks, or an empty list if it cannot be found."""
     handler = caller(CallbackHandler)
     return [] if handler is None else handler.callbacks
 
 
 def _bind(optimizer: AdaptiveMemoryOptimizer, model: nn.Module | None, trainer: Trainer | None) -> None:
-    """Tell ``optimizer`` where its parameters are; DeepSpeed's engine is what the Trainer wraps the model in."""
+    """Bind ``optimizer`` to the layout of its parameters. The Trainer wraps the model in DeepSpeed's engine."""
     assert model is not None
     accelerate = AcceleratorState()
     models = [model] if trainer is None else [model, trainer.model_wrapped]
@@ -204,7 +206,7 @@ def _bind(optimizer: AdaptiveMemoryOptimizer, model: nn.Module | None, trainer: 
 
 
 def _unused(args: TrainingArguments, optimizer: AdaptiveMemoryOptimizer) -> Iterator[str]:
-    """What was set in vain: not the default of the arguments' own class (SFTConfig has others), nor what is used."""
+    """Yield the arguments that are neither a default of their class, of which SFTConfig has others, nor used."""
     groups = optimizer.param_groups
     used = {"learning_rate": ("lr", [group.get("initial_lr", group["lr"]) for group in groups])}
     used["weight_decay"] = ("weight_decay", [group["weight_decay"] for group in groups])
@@ -224,28 +226,28 @@ def _unused(args: TrainingArguments, optimizer: AdaptiveMemoryOptimizer) -> Iter
 
 
 class AMAdamWFactory:
-    """``Trainer(optimizer_cls_and_kwargs=(AMAdamWFactory, {...}))``: ``am_adamw`` for the Trainer's model.
+    """Builds ``am_adamw`` of the Trainer's model: ``Trainer(optimizer_cls_and_kwargs=(AMAdamWFactory, {...}))``.
 
-    Keywords are those of ``am_adamw``. Where they are not given, ``lr``, ``weight_decay``, ``betas`` and ``eps``
-    are the TrainingArguments' ``learning_rate``, ``weight_decay``, ``adam_beta1`` b (the cap is b - (1 - b) lambd,
+    Keywords are those of ``am_adamw``. The defaults of ``lr``, ``weight_decay``, ``betas`` and ``eps`` are the
+    TrainingArguments' ``learning_rate``, ``weight_decay``, ``adam_beta1`` b (the cap is b - (1 - b) lambd,
     0.9 -> 0.89), ``adam_beta2`` and ``adam_epsilon``. Needs transformers 5.2.
 
     Raises:
-        TypeError: the Trainer is older, and takes it for an optimizer class.
+        TypeError: if the Trainer is older, and calls it like an optimizer class.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         if arguments or options:
             raise TypeError(
-                "AMAdamWFactory was called like an optimizer class: this Trainer knows no optimizer factories, which "
-                "came with transformers 5.2. Use optimizer_cls_and_kwargs=(AMAdamW, {'lr': ...}) with it"
+                "AMAdamWFactory was called like an optimizer class: this Trainer does not support optimizer factories, "
+                "which need transformers 5.2. Use optimizer_cls_and_kwargs=(AMAdamW, {'lr': ...}) with it"
             )
 
     def __call__(self, model: nn.Module, **options: Any) -> AMAdamW:
-        """Build the optimizer; the Trainer calls it.
+        """Build the optimizer. The Trainer calls it.
 
         Raises:
-            ValueError, TypeError: as ``am_adamw``; and where no Trainer calls it and ``lr`` is not given.
+            ValueError, TypeError: as ``am_adamw``, and if ``lr`` is missing in a call without a Trainer.
         """
         trainer = caller(Trainer)
         if trainer is not None:
@@ -259,5 +261,5 @@ class AMAdamWFactory:
             }
             options = {**own, **options}
         elif "lr" not in options:
-            raise TypeError("AMAdamWFactory is called by no Trainer, whose learning_rate it could take: give it lr")
+            raise TypeError("AMAdamWFactory needs lr if no Trainer with a learning_rate calls it: give it lr")
         return am_adamw(model, **options)

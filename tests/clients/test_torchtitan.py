@@ -39,5 +39,5 @@ def test_what_cannot_be_converted_is_named() -> None:
     with pytest.raises(TypeError, match=r"config.optimizer is a AMOptimizersContainer.Config, not OptimizersContainer"):
         adaptive_memory(config)
     config.optimizer.implementation = "fused_opt_states_bf16"
-    with pytest.raises(ValueError, match="'fused_opt_states_bf16' makes AdamW's state in its own way"):
+    with pytest.raises(ValueError, match="'fused_opt_states_bf16' creates AdamW's state itself"):
         AMOptimizersContainer(config.optimizer, model_parts=[])

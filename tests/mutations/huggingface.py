@@ -22,8 +22,8 @@ MUTATIONS = [
     Mutation(
         "HF Trainer: an optimizer given in mid-run is met at the next log only",
         _TRAINER,
-        'engine makes it in the backward."""\n        self._follow(model)',
-        'engine makes it in the backward."""',
+        'which DeepSpeed takes in the backward pass."""\n        self._follow(model)',
+        'which DeepSpeed takes in the backward pass."""',
         (f"{_RUNS}::test_an_optimizer_given_in_mid_run_is_met_before_its_first_step",),
     ),
     Mutation(
