@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from am_lightning.bench.models import Shape
-from am_lightning.bench.table import READ
+from am_lightning.bench.models import READ, Shape
 from am_lightning.optim import AMAdamW
 from am_lightning.optim.kernels.registry import CPP, fused_kernel
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 Shape = tuple[int, ...]
+READ = "(first pass: reads alone)"  # name of the contender that only reads
 ROW = 2048  # largest number of tokens of a row
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from am_lightning.bench.models import READ
+
 if TYPE_CHECKING:
     import torch
 
@@ -14,7 +16,6 @@ if TYPE_CHECKING:
 
 Row = dict[str, float | str | None]
 BASE = "AdamW fused"
-READ = "(first pass: reads alone)"
 MARKS = {BASE: "base", READ: "reads"}
 
 

@@ -11,9 +11,9 @@ from part import Context, FailedError, read_answers
 from am_lightning.bench.contenders import Contender, make_contenders, make_parameters
 from am_lightning.bench.host import calls_of
 from am_lightning.bench.measure import measure
-from am_lightning.bench.models import MODELS, Llama
+from am_lightning.bench.models import MODELS, READ, Llama
 from am_lightning.bench.peers import make_peers
-from am_lightning.bench.table import READ, rows_of
+from am_lightning.bench.table import rows_of
 from am_lightning.bench.training import Training
 from am_lightning.pretrain.model.shape import LlamaShape
 from am_lightning.pretrain.runtime.paths import recipe_files

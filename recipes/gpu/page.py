@@ -53,7 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"{options.out} is not a folder")
     try:
         results = read_json(options.out / "results.json")
-        answers, planned = dict(results.get("parts", {})), list(results.get("planned", results.get("parts", {})))
+        answers: Answers = dict(results.get("parts", {}))
+        planned = list(results.get("planned", answers))
     except (ValueError, AttributeError) as error:
         sys.exit(f"error: {options.out} holds a results.json that check.sh did not write: {error}")
     rehearsal = any(each.get("rehearsal") for each in answers.values())

@@ -22,7 +22,8 @@ from am_lightning.bench.contenders import (
 )
 from am_lightning.bench.host import calls_of
 from am_lightning.bench.measure import Measured, measure
-from am_lightning.bench.table import COLUMNS, READ, rows_of, text_of
+from am_lightning.bench.models import READ
+from am_lightning.bench.table import COLUMNS, rows_of, text_of
 from tests.python import COLD
 
 CPU = torch.device("cpu")

@@ -88,7 +88,7 @@ def momentum_table(tunings: Sequence[Tuning]) -> str:
         result, size = tuning.ledger[config], tuning.scale.batch_size
         norms, border = np.array(result["noise"]), max(1, round(EARLY * tuning.scale.steps))
         cells = early_and_late(np.array(result["betas"])[1:], config["method"]["beta1"], border)
-        scales = [noise_scale(*part.T, size // PARTS, size) for part in (norms[:border], norms[border:])]
+        scales = [noise_scale(part[:, 0], part[:, 1], size // PARTS, size) for part in (norms[:border], norms[border:])]
         rows.append([str(tuning.scale), *cells, *(f"{scale:.0f}" for scale in scales)])
     columns = ("at cap", "mean beta_t", "noise scale (rows)")
     return markdown(
