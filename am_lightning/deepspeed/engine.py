@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ except ImportError as error:
         "am_lightning.deepspeed needs DeepSpeed: pip install 'am-lightning[deepspeed]', or '.[deepspeed]' in a checkout"
     ) from cause_of(error, "deepspeed")
 
+_COUNTED: WeakSet[Any] = WeakSet()  # DeepSpeed's optimizers whose dropped steps are counted
 _CHECKED_STEPS = 2  # training steps in which the predicted gradients are compared with those of the engine
 
 
@@ -68,6 +70,9 @@ def attach(engine: Any) -> AdaptiveMemoryOptimizer:
     in_parts = hasattr(owner, "fp32_partitioned_groups_flat") or hasattr(owner, "single_partition_of_fp32_groups")
     if optimizer.pre_pass is None and optimizer.scope != "tensor" and in_parts and hasattr(owner, "averaged_gradients"):
         optimizer.pre_pass = PrePass(optimizer, owner)
+    if owner is not optimizer and owner not in _COUNTED:
+        _COUNTED.add(owner)
+        _after_step_of(owner, lambda: optimizer.count_dropped_step() if _dropped(engine) else None)
     return optimizer
 
 
@@ -87,9 +92,9 @@ def find_optimizer(engine: Any) -> AdaptiveMemoryOptimizer:
 
 
 def after_each_step(engine: Any, call: Callable[[], None]) -> None:
-    """Call ``call`` once after every training step of ``engine`` in which the optimizer was stepped.
+    """Call ``call`` after every training step of ``engine``, even if it stepped the optimizer several times.
 
-    A step that DeepSpeed drops because of an overflow does not step the optimizer.
+    A step that DeepSpeed drops because the scaled loss overflowed in float16 does not count.
     """
     optimizer, owner = find_optimizer(engine), engine.optimizer
     if owner is optimizer:
@@ -101,18 +106,35 @@ def after_each_step(engine: Any, call: Callable[[], None]) -> None:
         nonlocal stepped
         stepped = True
 
+    def finish() -> None:
+        nonlocal stepped
+        if stepped or _dropped(engine):
+            call()
+        stepped = False
+
     optimizer.register_step_post_hook(note)
+    _after_step_of(owner, finish)
+
+
+def _after_step_of(owner: Any, call: Callable[[], None]) -> None:
+    """Call ``call`` after each ``step()`` of DeepSpeed's optimizer."""
     original = owner.step
 
     def step(*args: Any, **kwargs: Any) -> Any:
-        nonlocal stepped
-        stepped = False
         result = original(*args, **kwargs)
-        if stepped:
-            call()
+        call()
         return result
 
     owner.step = step
+
+
+def _dropped(engine: Any) -> bool:
+    """Return whether the engine dropped the step because of a gradient that is not finite; the same on all ranks.
+
+    With a dynamic loss scale such steps are part of the search for the scale.
+    """
+    searches = engine.fp16_enabled() and engine.dynamic_loss_scale()
+    return bool(getattr(engine.optimizer, "overflow", False)) and not searches
 
 
 class PrePass:

@@ -121,7 +121,8 @@ class StatsReader:
 
     def _take_report(self, report: torch.Tensor, names: list[str]) -> None:
         self.betas, self.numbers = _split(report)
-        self.first_bad = names[int(self.numbers.first_bad)] if names else ""
+        row = int(self.numbers.first_bad)
+        self.first_bad = "unknown, the engine dropped it" if row < 0 else names[row] if names else ""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the interval and the history, so that a resumed run's curves miss no step. It takes no collective."""

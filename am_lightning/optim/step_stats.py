@@ -100,6 +100,14 @@ class StepStats:
         self.skipped.copy_(now)
         tally.add(decision.beta, cap, decision.active)
 
+    def observe_dropped(self) -> None:
+        """Count a training step that an engine dropped before it called the optimizer. The first bad row is -1."""
+        total, run, bad_row, _ = self._counts.unbind()
+        total.add_(1)
+        run.add_(1)
+        bad_row.fill_(-1)
+        self.skipped.fill_(True)
+
     def buffers(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the counts, ``[4]``, and the 0-dim ``skipped``, for a kernel that updates them as ``observe`` does."""
         if self.skipped.device != device:

@@ -56,8 +56,9 @@ def _huge_gradient(
 ) -> dict[str, Any]:
     config = config_of(stage, dtype, clip=0.0, **options.pop("zero", {}))
     engine, optimizer = engine_of_adamw(stage, config) if adamw else start(stage, scope, config, **options)
-    if scope != "tensor":
+    if not adamw:
         attach(engine)
+        attach(engine)  # again, which must not count twice
     bad = False
 
     def spoil(gradient: Tensor) -> Tensor | None:

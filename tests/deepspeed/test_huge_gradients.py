@@ -33,9 +33,9 @@ def run(pool, **case: Any) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_all_ranks_drop_the_step(pool, case: str) -> None:
-    """DeepSpeed's engine itself drops steps whose norm overflows in its dtype."""
+    """DeepSpeed's engine itself drops steps whose norm overflows in its dtype; they are counted, too."""
     for rank in run(pool, **CASES[case]):
-        assert sum(rank["dropped"].values()) == len(BAD)
+        assert rank["dropped"]["ours"] == len(BAD)
         assert rank["finite"]
         assert rank["loss"][1] < 0.6 * rank["loss"][0]
         for step, kept in enumerate(rank["kept"]):

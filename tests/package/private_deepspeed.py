@@ -19,6 +19,7 @@ _BOTH_STAGES = {
     "loss_scale": (_ENGINE, "divide these gradients as the engine will"),
     "clip_grad": (_ENGINE, "clip these gradients as the engine will"),
     "unscale_and_clip_grads": (_ENGINE, "learn the gradient norm that the engine clips by"),
+    "overflow": (_ENGINE, "count the steps that the engine drops"),
     "elastic_checkpoint": (_ZERO, "refuse checkpoints that could not be resumed"),
     "zenflow": (_ZERO, "refuse ZenFlow, under which the sums would be wrong"),
     "torch_autocast_gradscaler": (_ZERO, "refuse torch_autocast in float16"),
