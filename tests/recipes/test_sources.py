@@ -6,8 +6,6 @@ import gzip
 import json
 import os
 import pickle
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -237,19 +235,6 @@ def test_what_does_not_exist_is_named(tmp_path: Path) -> None:
         find_source("stdlib", options={"name": "en"})
     with pytest.raises(RecipeError, match=r"data.source_options is .*no streaming"):
         find_source("hf:json", options={"streaming": False})
-
-
-@pytest.fixture
-def nobodys_folder() -> Iterator[Path]:
-    """Return a folder whose user is not root, because root could read everything."""
-    root = os.geteuid() == 0
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o777)
-        if root:
-            os.seteuid(65534)
-        yield Path(folder)
-        if root:
-            os.seteuid(0)
 
 
 @pytest.mark.parametrize("name", ["secret.txt", "secret"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import pickle
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -34,7 +36,10 @@ def newest_whole(
 
     Raises:
         RecipeError: if all checkpoints are damaged.
+        PermissionError: if this user may not read the folder.
     """
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.scandir(folder).close()  # glob finds nothing where it may not read, and the run would start again
     broken: dict[Path, str] = {}
     for path in newest_first(path for pattern in patterns for path in folder.glob(pattern)):
         found = damage(path)

@@ -14,8 +14,9 @@ from typing import BinaryIO
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # full, over the quota, over the process's limit
+NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
 _HINTS = {
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Choose a folder that this user may write to"),
+    **dict.fromkeys(NO_ACCESS, "Choose a folder that this user may write to"),
     errno.ENAMETOOLONG: "Choose a shorter name",
     **dict.fromkeys((errno.ENOTDIR, errno.EISDIR), "Choose another folder"),
 }

@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 
-from am_lightning.pretrain.runtime.atomic_files import DISK_FULL, disk_error
+from am_lightning.pretrain.runtime.atomic_files import DISK_FULL, NO_ACCESS, disk_error
 from am_lightning.pretrain.runtime.errors import RESUME, RecipeError, UsageError, first_line
 from am_lightning.pretrain.runtime.stop_signals import Stopped, early_signals
 
@@ -72,6 +72,9 @@ def _command_line(*, imports: bool) -> Iterator[None]:
             sys.exit(f"error: {error}")
         if "EADDRINUSE" in str(error):
             sys.exit(f"error: {first_line(error)}. Another run uses this port: give another MASTER_PORT.")
+        if isinstance(error, OSError) and error.errno in NO_ACCESS and error.filename:
+            path = os.fsdecode(error.filename)
+            sys.exit(f"error: no access to {path}: {error.strerror}. Change its mode or choose another path.")
         # The disk became full while another file was written, such as the curves or the configuration.
         refused = disk_error(error)
         if refused is None or refused.errno not in DISK_FULL:
