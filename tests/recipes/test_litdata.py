@@ -12,6 +12,7 @@ import random
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,22 @@ def test_a_chunk_that_is_gone_is_named(copied: Path) -> None:
         opened(copied)
 
 
+@pytest.mark.parametrize("name", ["../../outside.bin", "/tmp/outside.bin", "chunk-9-9.bin"])
+def test_an_index_that_names_other_files_is_refused(copied: Path, name: str) -> None:
+    """litdata would read them; of an object store it would write what it names."""
+    path = copied / "index.json"
+    index = json.loads(path.read_text())
+    index["chunks"][2]["filename"] = name
+    path.write_text(json.dumps(index))
+    with pytest.raises(RecipeError, match=r"index.json and chunks.json do not name the same chunks: '.*' is in one of"):
+        opened(copied)
+    chunks = json.loads((copied / "chunks.json").read_text())
+    chunks[2]["file"] = name
+    (copied / "chunks.json").write_text(json.dumps(chunks))
+    with pytest.raises(RecipeError, match=rf"'{name}', which is no file in its folder|{name} is broken: it is gone"):
+        opened(copied)
+
+
 def test_what_does_not_fit_is_refused(made: Path, source: Path, tmp_path: Path) -> None:
     state = steps_of(opened(made), 0, 3)[1]
     for options, message in [
@@ -220,6 +237,13 @@ def test_prepare_data_makes_the_folder_from_documents(
 class _Store(http.server.SimpleHTTPRequestHandler):
     """The part of S3 that is read: GET and HEAD of /BUCKET/KEY."""
 
+    index_delay_s = 0.0
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/bucket/copied/index.json"):
+            time.sleep(self.index_delay_s)
+        super().do_GET()
+
     def end_headers(self) -> None:
         self.send_header("ETag", '"0"')
         super().end_headers()
@@ -257,6 +281,33 @@ def test_an_object_store_gives_the_rows_of_a_folder(made: Path, store: str, tmp_
     resumed = opened(store, **cache)
     resumed.load_state_dict(state)
     assert steps_of(resumed, 7, 12)[0] == expected[7:]
+
+
+READER = """
+import itertools, sys
+from am_lightning.pretrain.data.text_data import TextData
+options = {"seq_len": 16, "batch_size": 8, "val_rows": 4, "final_val_rows": 8}
+data = TextData(sys.argv[1], mode="litdata", cache_dir=sys.argv[2], **options)
+data.open()
+loader = data.train_loader(steps=10_000, rank=int(sys.argv[3]), world_size=2)
+assert len(list(itertools.islice(loader, 3))) == 3
+"""
+
+
+@pytest.mark.slow
+def test_processes_of_one_machine_open_a_slow_store_together(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """litdata waits 1 s for an index that another process downloads, and then says that there is none."""
+    cache = str(tmp_path / "cache")
+    opened(store, cache_dir=cache)
+    monkeypatch.setattr(_Store, "index_delay_s", 4.0)
+    readers = [
+        subprocess.Popen([PYTHON, "-c", READER, store, cache, str(rank)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    said = [reader.communicate(timeout=300)[1] for reader in readers]
+    assert [reader.returncode for reader in readers] == [0, 0], said
 
 
 SMALL = {

@@ -299,6 +299,19 @@ def test_a_name_is_text_and_not_markup(tmp_path: Path) -> None:
     assert Page(text).data["runs"] == [name]
 
 
+def test_settings_and_tags_are_text_and_not_markup(tmp_path: Path) -> None:
+    for number in range(2):
+        run = tmp_path / f"run{number}"
+        write_run(run, {"train/loss": {0: 1.0}, "am/beta/layer/<b>../../x</b>": {0: 0.5}})
+        config = {"<b>key": f"<b onload=x>{number}", "trainer": {"default_root_dir": f"../../../<b>{number}"}}
+        (run / "logs" / "config.yaml").write_text(json.dumps(config))
+    assert main(["report", str(tmp_path / "run0"), str(tmp_path / "run1")]) == 0
+    text = (tmp_path / "run0" / "report.html").read_text()
+    assert "&lt;b onload=x&gt;1" in text
+    assert "<b>" not in text and "<b onload" not in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run0", "run1"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -251,6 +251,8 @@ def test_a_finished_part_that_was_damaged_is_made_again(source: Path, whole: Pat
     (other,) = (copied / "parts").glob("00002-*.json")
     other = other.rename(other.with_name("00002-of-other-documents.json"))
     next((copied / "parts").glob("00003-*.json")).write_text("{")
+    (outside,) = (copied / "parts").glob("00000-*.json")
+    outside.write_text(outside.read_text().replace('"train-', f'"../{copied.name}/train-'))
     write(source, copied)
     other.unlink()
     assert content(copied) == content(whole)

@@ -81,6 +81,7 @@ class LitdataFolder:
             chunk_bytes = options.shard_mb * MEGABYTE
             write_chunks(options.folder(), folder, seq_len=options.seq_len, chunk_bytes=chunk_bytes)
         index = read_index(folder, CHUNKS)
+        _check_names(folder, {chunk.file for chunk in index.train})
         check_shards(folder, index.val, index.dtype, content=True)
         if not self.is_remote:
             content, workers = check_all or index.bytes <= CHECKED_BYTES, options.prepare_workers
@@ -141,8 +142,19 @@ def _write_with_litdata(folder: Path, tokens: TokenShards, size: int) -> None:
         writer.merge()
 
 
+def _check_names(folder: Path, chunks: set[str]) -> None:
+    """Require that litdata's own index, whose files litdata reads and downloads, names exactly `chunks`."""
+    path, hint = folder / INDEX, "Copy it again from an undamaged folder."
+    try:
+        named = {chunk["filename"] for chunk in json.loads(path.read_bytes())["chunks"]}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RecipeError(f"cannot read {path} ({first_line(error)}). {hint}") from error
+    if other := sorted(named ^ chunks):
+        raise RecipeError(f"{path} and {CHUNKS} do not name the same chunks: only one of them names {other[0]!r}. {hint}")
+
+
 def fetch(url: str, folder: Path) -> None:
-    """Copy into `folder` what a run needs of `url` before it starts: the index and the held-out tokens.
+    """Copy into `folder` what a run needs of `url` before it starts: the indices and the held-out tokens.
 
     Raises:
         RecipeError: if litdata cannot read the URL or finds no chunks there.
@@ -152,6 +164,7 @@ def fetch(url: str, folder: Path) -> None:
         " (of hf:// litdata reads parquet alone: hf download it to a folder)"
     )
     require(url.startswith(("s3://", "gs://")), "data.source (data.mode litdata)", url, allowed)
+    _download(url, folder, INDEX)
     _download(url, folder, CHUNKS)
     index = read_index(folder, CHUNKS)
     for shard in index.val:

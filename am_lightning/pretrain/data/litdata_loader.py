@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -20,6 +21,7 @@ from litdata.streaming import downloader
 
 from am_lightning.pretrain.data.litdata_folder import LitdataFolder, litdata_ranks
 from am_lightning.pretrain.data.order import ResumableLoader, batches_in_time
+from am_lightning.pretrain.data.prepare import only_one
 from am_lightning.pretrain.data.shards import Index, checksum
 from am_lightning.pretrain.runtime.errors import RecipeError, first_line
 
@@ -156,15 +158,18 @@ class LitdataLoader(ResumableLoader):
         os.environ.setdefault("LITDATA_POSIX_MAX_WORKERS", "0")  # it would give processes different numbers of workers
         if os.environ.get("AWS_ALLOW_HTTP") == "true":  # a variable of obstore that litdata does not pass on
             downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True
+        # One process after the other: litdata gives up if another process downloads the index for more than 1 s.
+        in_turn = only_one(options.cache) if self.folder.is_remote else nullcontext()
         with litdata_ranks(self.rank, self.grid.world_size):
-            dataset = litdata.StreamingDataset(
-                source,
-                cache_dir=str(options.cache),
-                item_loader=TokensLoader(options.seq_len, self.sha256, source),
-                shuffle=True,
-                seed=self.seed % 2**32,
-                item_shuffle_window=0,  # shuffle all rows of a chunk
-            )
+            with in_turn:
+                dataset = litdata.StreamingDataset(
+                    source,
+                    cache_dir=str(options.cache),
+                    item_loader=TokensLoader(options.seq_len, self.sha256, source),
+                    shuffle=True,
+                    seed=self.seed % 2**32,
+                    item_shuffle_window=0,  # shuffle all rows of a chunk
+                )
             dataset.set_drop_last(False)  # more workers would drop more rows; `wanted` is equal on all processes
             if dataset.posix_fast is not None:  # a parallel file system would have another order
                 dataset.posix_fast = replace(dataset.posix_fast, kind="posix")

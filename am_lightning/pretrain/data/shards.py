@@ -36,11 +36,19 @@ _CHUNK = 1 << 22  # bytes read at a time for a checksum
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of tokens: its name in the folder, its number of tokens and the SHA-256 of its bytes."""
+    """A file of tokens: its name in the folder, its number of tokens and the SHA-256 of its bytes.
+
+    Raises:
+        ValueError: if the name is a path that may leave the folder.
+    """
 
     file: str
     tokens: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        if Path(self.file).name != self.file or not self.file:
+            raise ValueError(f"it names {self.file!r}, which is no file in its folder")
 
 
 @dataclass(frozen=True)
@@ -161,8 +169,6 @@ def read_index(folder: Path, name: str = INDEX) -> Index:
         index = Index(**{**fields, **{side: tuple(Shard(**shard) for shard in fields[side]) for side in SIDES}})
         if index.dtype not in _DTYPES or not all(shard.tokens > 0 for shard in index.shards):
             raise ValueError("its numbers are impossible")
-        if outside := [shard.file for shard in index.shards if Path(shard.file).name != shard.file or not shard.file]:
-            raise ValueError(f"it names {outside[0]!r}, which is no file in its folder")
     except FileNotFoundError as error:
         raise RecipeError(f"there are no token shards in {folder}: {name} is missing. A run makes them.") from error
     except OSError as error:
