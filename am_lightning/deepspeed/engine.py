@@ -72,7 +72,7 @@ def attach(engine: Any) -> AdaptiveMemoryOptimizer:
         optimizer.pre_pass = PrePass(optimizer, owner)
     if owner is not optimizer and owner not in _COUNTED:
         _COUNTED.add(owner)
-        _after_step_of(owner, lambda: optimizer.count_dropped_step() if _dropped(engine) else None)
+        _after_step_of(owner, lambda: optimizer._stats.observe_dropped() if _dropped(engine) else None)
     return optimizer
 
 

@@ -205,10 +205,6 @@ class AdaptiveMemoryOptimizer(Optimizer):
         """Whether the last step was skipped because a sum was not finite: a 0-dim bool on the device of the sums."""
         return self._stats.skipped.clone()
 
-    def count_dropped_step(self) -> None:
-        """Count a step that an engine dropped before it called ``step()``. Call it on every rank."""
-        self._stats.observe_dropped()
-
     def momentum(self) -> dict[str, Tensor]:
         """Return each parameter's beta_t of the last step in which it took part (nan before its first), by name.
 
