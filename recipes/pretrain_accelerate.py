@@ -79,6 +79,7 @@ def train(settings: RunConfig) -> None:
             mean = float(accelerator.reduce(step_loss, reduction="mean"))
             accelerator.log({"train/loss": mean, "lr": learning_rate}, step=step)
             bar.set_postfix_str(f"loss {mean:.3f}")
+            settings.check_step(optimizer, step, mean)
         step_loss.zero_()
         if is_due(step, settings.validate_every):
             validate(accelerator, model, data.val_loader(rows=data.val_rows, **ranks), "val/", step)
@@ -87,7 +88,6 @@ def train(settings: RunConfig) -> None:
             checkpoints.save(step)
         if stopped:
             break
-
     bar.close()
     if agreement.ask(1 if stop.received else 0, now=True) or stopped:  # also a signal in the last step
         stop.leave(step)

@@ -85,6 +85,11 @@ class RecipeTrainer(Trainer):
         loss = token_loss(outputs.logits, inputs["input_ids"])
         return (loss, outputs) if return_outputs else loss
 
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        super().log(logs, *args, **options)
+        if "loss" in logs:
+            self.settings.check_step(self.optimizer, self.state.global_step, logs["loss"])
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             self.optimizer = self.settings.make_optimizer(self.model if model is None else model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from am_lightning.lightning import AdaptiveMemory
+from am_lightning.loggers.reader import read_report
+from am_lightning.optim.base import AdaptiveMemoryOptimizer
+from am_lightning.optim.unwrap import unwrap_optimizer
 from am_lightning.pretrain.commands.report.summary import next_commands
 from am_lightning.pretrain.data.text_data import TextData
 from am_lightning.pretrain.model.lightning_module import LlamaPretraining, check_optimizer
@@ -21,6 +25,9 @@ from am_lightning.pretrain.model.shape import LlamaShape
 from am_lightning.pretrain.runtime.atomic_files import replacing
 from am_lightning.pretrain.runtime.cli import PretrainCLI, precision_of, settle
 from am_lightning.pretrain.runtime.errors import RecipeError, require, require_counts
+
+_RESUME_BEFORE = "Resume from a checkpoint before"
+_CALM = "and lower the learning rate or set trainer.gradient_clip_val."
 
 
 class RunConfig:
@@ -84,6 +91,30 @@ class RunConfig:
         names = {"32-true": "no", "bf16-mixed": "bf16", "16-mixed": "fp16"}
         require(self.precision in names, "trainer.precision", self.precision, " or ".join(names))
         return names[self.precision]
+
+    def check_step(self, optimizer: Optimizer, step: int, loss: float) -> None:
+        """Stop a run that no longer trains. Call it on every rank at the steps that are logged.
+
+        Args:
+            optimizer: the run's optimizer, or what wraps it.
+            step: number of optimizer steps that are done.
+            loss: mean over all ranks, in nats.
+
+        Raises:
+            RecipeError: on all ranks alike, if the optimizer has dropped ``max_consecutive_skips`` steps in a row, or
+                if the loss is not finite and the optimizer drops no steps.
+        """
+        inner = unwrap_optimizer(optimizer)
+        if isinstance(inner, AdaptiveMemoryOptimizer):
+            limit = (self._memory or AdaptiveMemory()).max_consecutive_skips
+            dropped = int(read_report(inner)[1].skipped_in_a_row)
+            if dropped >= limit:
+                raise RecipeError(
+                    f"{dropped} steps in a row were dropped because a sum over gradients was not finite;"
+                    f" max_consecutive_skips is {limit}. {_RESUME_BEFORE} step {step - dropped + 1}, {_CALM}"
+                )
+        elif not math.isfinite(loss):
+            raise RecipeError(f"train/loss is {loss:g} at step {step}. {_RESUME_BEFORE} it, {_CALM}")
 
     def save(self, path: Path) -> None:
         """Write the resolved configuration, which the programs take as --config."""
