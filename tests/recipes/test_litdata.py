@@ -283,6 +283,25 @@ def test_an_object_store_gives_the_rows_of_a_folder(made: Path, store: str, tmp_
     assert steps_of(resumed, 7, 12)[0] == expected[7:]
 
 
+@pytest.mark.nightly("damaged stores")
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+def test_damage_in_an_object_store_ends_with_its_name(
+    store: str, tmp_path: Path, damage: str, workers: int, copied: Path
+) -> None:
+    """Damage is found when a chunk is read: nothing waits for a chunk that does not come."""
+    path = copied.parent / "store" / "bucket" / "copied" / "chunk-0-3.bin"
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(content if damage == "flipped" else content[:1300])
+    data = opened(store, cache_dir=str(tmp_path / "cache"), num_workers=workers)
+    with pytest.raises(RecipeError, match=r"chunk-0-3.bin|cannot read the chunk"):
+        list(data.train_loader(steps=10_000))
+
+
 READER = """
 import itertools, sys
 from am_lightning.pretrain.data.text_data import TextData
