@@ -150,7 +150,9 @@ def _check_names(folder: Path, chunks: set[str]) -> None:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RecipeError(f"cannot read {path} ({first_line(error)}). {hint}") from error
     if other := sorted(named ^ chunks):
-        raise RecipeError(f"{path} and {CHUNKS} do not name the same chunks: only one of them names {other[0]!r}. {hint}")
+        raise RecipeError(
+            f"{path} and {CHUNKS} do not name the same chunks: only one of them names {other[0]!r}. {hint}"
+        )
 
 
 def fetch(url: str, folder: Path) -> None:
