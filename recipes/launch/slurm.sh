@@ -9,7 +9,8 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 command -v sbatch >/dev/null || fail "there is no sbatch on this machine"
+case "$RUN_DIR" in *\\* | *$'\n'*) fail "RUN_DIR is '$RUN_DIR'; allowed under SLURM: a path without a backslash or a newline" ;; esac
 read -ra options <<<"$SBATCH_ARGS"
 export LAUNCH
-exec sbatch --nodes="$NODES" --ntasks-per-node="$GPUS_PER_NODE" --chdir="$PWD" --output="$RUN_DIR/slurm-%j.log" \
+exec sbatch --nodes="$NODES" --ntasks-per-node="$GPUS_PER_NODE" --chdir="$PWD" --output="${RUN_DIR//%/%%}/slurm-%j.log" \
     --export=ALL ${options[@]+"${options[@]}"} "$LAUNCH/slurm.sbatch" "$@"

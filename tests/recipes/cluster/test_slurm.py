@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from .conftest import EVERY, STEPS
-from .runs import LAUNCH, changed, newest_step, wait_until
+from .namespaces import _command_line
+from .runs import LAUNCH, PROGRAM, changed, newest_step, wait_until
 from .slurm import Slurm
+from .test_launchers import HOSTILE, PROBE, arguments, said
 
 pytestmark = pytest.mark.nightly("SLURM")
 
@@ -48,3 +53,44 @@ def test_a_failed_step_is_started_again_and_given_up(cluster: Slurm, tmp_path: P
     assert cluster.wait(job, 60) == "FAILED"
     assert "restart 1 of 1" in log(root)
     assert "error: stopped after 1 restarts" in log(root)
+
+
+def test_a_killed_rank_is_started_again_in_the_job(
+    cluster: Slurm, tmp_path: Path, run_options: list[str], unbroken: Path
+) -> None:
+    root = tmp_path / "run"
+    job = submit(cluster, root, run_options)
+    wait_until(lambda: newest_step(root) >= 2 * EVERY, "no checkpoint")
+    os.kill(ranks_in(root)[-1], signal.SIGKILL)
+    assert cluster.wait(job, 300) == "COMPLETED", log(root)
+    assert cluster.job(job)["Restarts"] == "0"
+    assert "a process failed: restart 1 of 3" in log(root)
+    assert newest_step(root) == STEPS
+    assert changed(root, unbroken) == []
+
+
+def ranks_in(root: Path) -> list[int]:
+    mark, found = f"RUN_DIR={root}".encode(), []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark in (entry / "environ").read_bytes().split(b"\0") and os.fsencode(PROGRAM) in _command_line(
+                int(entry.name)
+            ):
+                found.append(int(entry.name))
+    return found
+
+
+def test_no_value_is_executed_or_split(cluster: Slurm, tmp_path: Path) -> None:
+    """Nor taken for one of the patterns that sbatch replaces in the name of the log."""
+    probe = tmp_path / "probe.py"
+    probe.write_text(PROBE)
+    root = tmp_path / f"-{HOSTILE}".replace("\\", "").replace("\n", "")  # sbatch's --output takes neither
+    words = ["--data.source", HOSTILE, "", "-", f"--data.text_field={HOSTILE}"]
+    others = {"PROGRAM": str(probe), "MAX_RESTARTS": "0", "SBATCH_ARGS": ""}
+    job = cluster.submit([str(LAUNCH / "slurm.sh"), *words], root, **others)
+    assert cluster.wait(job, 120) == "COMPLETED", (log(root), list(tmp_path.iterdir()))
+    assert said(root)[0]["argv"] == arguments(root, 2, 1, *words)
+    assert len(list(root.glob("slurm-*.log"))) == 1
+    assert not [path for folder in (tmp_path, root, Path.cwd()) for path in folder.glob("X*")]
+    with pytest.raises(RuntimeError, match=r"RUN_DIR is .*; allowed under SLURM: a path without a backslash"):
+        cluster.submit([str(LAUNCH / "slurm.sh")], tmp_path / "a\\b", **others)
