@@ -168,7 +168,7 @@ MUTATIONS = [
         ("tests/loggers/test_attach.py::test_rank_0_writes",),
     ),
     Mutation(
-        "a removed log goes on writing",
+        "a removed log still writes",
         "am_lightning/loggers/step_logger.py",
         "self._hooks.pop().remove()",
         "self._hooks.pop()",

@@ -243,7 +243,7 @@ MUTATIONS = [
         ("tests/optim/test_buckets.py::test_sums_over_very_many_blocks_are_those_of_plain_formulas",),
     ),
     Mutation(
-        "foreach: the noise of rounding begins anew in every part",
+        "foreach: the noise of rounding begins again in every part",
         _FOREACH,
         "bucket.starts + bucket.first)",
         "bucket.starts)",

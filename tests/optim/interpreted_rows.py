@@ -164,7 +164,7 @@ def whole_steps(scope: str, nonfinite: str, tensor_lr: bool) -> None:
 
 
 def the_same_bits_with_and_without_missing_states() -> None:
-    """A rank may lack the state of a tensor of which it holds nothing; the beta_t of the others must not change."""
+    """A rank may lack the state of a tensor of which it holds nothing; beta_t of all other tensors must not change."""
     runs = []
     for spare in (False, True):
         groups = interpreted_steps.two_groups()

@@ -123,7 +123,7 @@ def resident():
 def steps(first, last):
     for step in range(first, last):
         for i, param in enumerate(params):
-            param.grad = None if i == step % 7 else torch.full_like(param, 0.1)  # the kernels are planned anew
+            param.grad = None if i == step % 7 else torch.full_like(param, 0.1)  # a new plan for the kernels
         optimizer.param_groups[0]["lr"] = 1e-3 / (1 + step)
         optimizer.step()
 

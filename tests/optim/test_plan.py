@@ -109,12 +109,12 @@ def test_five_steps_take_one_plan(made: list[int], kernel: str) -> None:
 @pytest.mark.parametrize("kernel", list(OPTIONS))
 def test_what_changes_is_followed(made: list[int], kernel: str, change: str) -> None:
     """Compare with single_tensor, which builds a plan for each step."""
-    edit, anew = CHANGES[change]
+    edit, replanned = CHANGES[change]
     ours, plain = make(**OPTIONS[kernel]), make(foreach=False)
     go(ours, range(3))
     edit(ours)
     go(ours, range(3, 6))
-    assert len(made) == 1 + anew
+    assert len(made) == 1 + replanned
     for step in range(6):
         if step == 3:
             edit(plain)

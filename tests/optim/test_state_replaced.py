@@ -79,8 +79,8 @@ START = [torch.linspace(-1, 1, 12).reshape(3, 4), torch.linspace(0.5, 2, 5)]
 @pytest.mark.parametrize("reset", [new_dict, through_setstate, emptied])
 def test_after_a_reset_it_is_a_new_optimizer(kind: str, reset: Callable[[Optimizer], None]) -> None:
     seen, optimizer = run(MADE[kind], 6, reset, START)
-    anew, fresh = run(MADE[kind], 3, None, seen[2])
-    assert equal(anew, seen[3:])
+    again, fresh = run(MADE[kind], 3, None, seen[2])
+    assert equal(again, seen[3:])
     for ours, theirs in zip(optimizer.state.values(), fresh.state.values(), strict=True):
         assert float(ours.get("step", 3)) == float(theirs.get("step", 3)) == 3
     if kind != "AdamW":
@@ -102,11 +102,11 @@ def test_one_parameter_starts_anew_and_the_other_goes_on(kind: str) -> None:
         assert [float(s["step"]) for s in optimizer.state.values()] == [6, 3]
         return
     unbroken, _ = run(MADE[kind], 6, None, START)
-    anew, _ = run(MADE[kind], 3, None, seen[2])
+    again, _ = run(MADE[kind], 3, None, seen[2])
     assert torch.equal(seen[-1][0], unbroken[-1][0])
     # It alone has another sequence of gradients: its steps are those of a new optimizer.
     assert [float(s["step"]) for s in optimizer.state.values()] == [6, 3]
-    assert torch.equal(seen[-1][1], anew[-1][1])
+    assert torch.equal(seen[-1][1], again[-1][1])
 
 
 @pytest.mark.parametrize("in_place", [True, False])

@@ -181,7 +181,9 @@ def test_an_index_that_names_other_files_is_refused(copied: Path, name: str) -> 
     index = json.loads(path.read_text())
     index["chunks"][2]["filename"] = name
     path.write_text(json.dumps(index))
-    with pytest.raises(RecipeError, match=r"index.json and chunks.json do not name the same chunks: only one of them names '.*'"):
+    with pytest.raises(
+        RecipeError, match=r"index.json and chunks.json do not name the same chunks: only one of them names '.*'"
+    ):
         opened(copied)
     chunks = json.loads((copied / "chunks.json").read_text())
     chunks[2]["file"] = name

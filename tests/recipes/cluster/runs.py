@@ -87,7 +87,7 @@ class Agents:
         """Restart what fails until the run has made its steps.
 
         Raises:
-            TimeoutError: if it does not get there; the text has the last output.
+            TimeoutError: if it does not get there; the error has the last output.
         """
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
