@@ -11,7 +11,7 @@ import pytest
 
 from am_lightning.pretrain.checkpoints import newest_whole
 from am_lightning.pretrain.runtime.main import command_line
-from tests.python import PYTHON
+from tests.python import COLD  # a fork server would keep the rights that setpriv takes away
 
 from .commands import RECIPES, arguments
 
@@ -35,7 +35,7 @@ def test_programs_name_the_folder(program: str, mode: int, tmp_path: Path, corpu
     root = tmp_path / "run"
     root.mkdir()
     root.chmod(mode)
-    command = [PYTHON, str(RECIPES / program), *arguments(root, corpus_folder, 4, "--ckpt_path", "last")]
+    command = [COLD, str(RECIPES / program), *arguments(root, corpus_folder, 4, "--ckpt_path", "last")]
     if os.geteuid() == 0:  # who may read and write everything
         setpriv = shutil.which("setpriv") or pytest.skip("root needs setpriv to give up its rights")
         command = [setpriv, "--bounding-set=-all", "--inh-caps=-all", *command]
