@@ -4,14 +4,14 @@ from __future__ import annotations
 
 
 def cause_of(error: ImportError, *packages: str) -> ImportError | None:
-    """What to raise the error "this needs a package" from.
+    """Return the cause of the error that a package is missing, for ``raise ... from``.
 
     Args:
         error: what the import raised.
         packages: names of the top-level packages that were imported.
 
     Returns:
-        None where one of ``packages`` is not installed: the new error says everything. ``error`` where they are
-        installed and one of them fails to import: only its own text says why.
+        None if one of ``packages`` is not installed, because the new error is complete. ``error`` if all are installed
+        and one of them fails to import, because only its text has the reason.
     """
     return None if isinstance(error, ModuleNotFoundError) and error.name in packages else error

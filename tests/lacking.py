@@ -1,4 +1,4 @@
-"""What a release in the supported range cannot do with any optimizer, known by the error that it raises.
+"""Features that a supported release lacks with any optimizer, recognised by the error that it raises.
 
 A conftest that has :func:`pytest_runtest_makereport` turns a failure by such an error into a skip with the reason. A
 release that can do it raises no such error, so nothing is skipped there.

@@ -71,7 +71,7 @@ def inside_state_creation(param_groups: Sequence[dict[str, Any]] = ()) -> bool:
         warnings.warn(
             f"torch {torch.__version__} has no torch.distributed.checkpoint.state_dict._init_optim_state any more, by "
             "which am_lightning knows a step that only makes a state: the first checkpoint of a run may count as one "
-            "step more, and one under FSDP1 may wait for ever. Use a newer am-lightning, or an older torch",
+            "step more, and one under FSDP1 may wait forever. Use a newer am-lightning, or an older torch",
             stacklevel=3,
         )
         return False

@@ -55,7 +55,7 @@ def check_stages(description: str, group: object, device: torch.device) -> None:
     found = _gathered(torch.tensor([_number(description)], device=device), group)
     if bool((found != found[0]).any()):
         raise ValueError(
-            f"the pipeline's stages do not fit together: rank {my_rank()} has {description}, others have not. "
+            f"the pipeline's stages do not fit together: rank {my_rank()} has {description}, another rank does not. "
             "Build every stage's optimizer with the same scope and number of parameter groups, empty where a stage has "
             "nothing"
         )

@@ -206,7 +206,7 @@ def _bind(optimizer: AdaptiveMemoryOptimizer, model: nn.Module | None, trainer: 
 
 
 def _unused(args: TrainingArguments, optimizer: AdaptiveMemoryOptimizer) -> Iterator[str]:
-    """Yield the arguments that are neither a default of their class, of which SFTConfig has others, nor used."""
+    """Yield the arguments that are not used, unless they have the default of their class (SFTConfig has its own)."""
     groups = optimizer.param_groups
     used = {"learning_rate": ("lr", [group.get("initial_lr", group["lr"]) for group in groups])}
     used["weight_decay"] = ("weight_decay", [group["weight_decay"] for group in groups])

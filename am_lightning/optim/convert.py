@@ -108,7 +108,7 @@ def _refuse(optimizer: Any) -> None:
             raise ValueError(f"{kind} with {key}=True cannot be converted: {hint}")
     if has_coupled_decay(optimizer.param_groups, decoupled=type(optimizer) is torch.optim.AdamW):
         raise ValueError(
-            "Adam adds weight decay to the gradient, which adaptive memory has no form of: return torch.optim.AdamW, "
+            "Adam adds weight decay to the gradient, which adaptive memory does not support: return torch.optim.AdamW, "
             "whose weight decay is decoupled, or Adam with weight_decay=0"
         )
     if any(optimizer.state.values()):

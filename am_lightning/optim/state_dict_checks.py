@@ -131,7 +131,7 @@ def _check_group(saved: dict[str, Any], group: dict[str, Any], expected: Expecte
     for key in ("amsgrad", "capturable", "fused"):  # torch.optim reads these of the checkpoint while it loads
         check_flag(key, saved.get(key), optional=True)
     if saved.get("amsgrad"):
-        raise ValueError(f"{_SUBJECT} is of AdamW with amsgrad=True, which {who} has no form of: start again")
+        raise ValueError(f"{_SUBJECT} is of AdamW with amsgrad=True, which {who} does not support: start again")
     if "decoupled_weight_decay" not in group and has_coupled_decay([saved]):  # AMSGD has both
         raise ValueError(
             f"{_SUBJECT} is of Adam with weight_decay that is coupled, and {who}'s is decoupled: start again, or "

@@ -27,7 +27,7 @@ TINY = {"hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "num_key_va
 
 
 def run(name: str, context: Context) -> dict[str, Any]:
-    """Of a part "fast/MODEL-DTYPE" or "fast/train-RECIPE[-compiled]"."""
+    """Return the results of the part "fast/MODEL-DTYPE" or "fast/train-RECIPE[-compiled]"."""
     what = name.removeprefix("fast/")
     if what.startswith("train-"):
         return _train(what.removeprefix("train-"), context)
@@ -90,7 +90,7 @@ def _shape(recipe: str, tiny: bool) -> LlamaShape:
 
 
 def _peak_flops(device: torch.device) -> int | None:
-    """Per second in bfloat16, as Lightning knows the device; None where it does not."""
+    """Return the peak in bfloat16, FLOP/s, or None if Lightning does not know the device."""
     from lightning.fabric.utilities.throughput import get_available_flops
 
     return get_available_flops(device, torch.bfloat16)

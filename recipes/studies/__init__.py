@@ -1,1 +1,1 @@
-"""What the studies in recipes/studies share: a ledger of finished runs, intervals, tables and figures."""
+"""Shared parts of the studies in recipes/studies: a ledger of finished runs, intervals, tables and figures."""

@@ -30,7 +30,7 @@ class Ledger:
             a file beside, and these runs are not continued with another setup.
 
     Raises:
-        RecipeError: if the file's runs were made with another setup, or a line is no run.
+        RecipeError: if the file's runs were made with another setup, or a line is not a run.
     """
 
     def __init__(self, path: Path, setup: Mapping[str, str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What cannot be summed or saved correctly is refused on every rank before a weight moves; a naive sum is detected."""
+"""Setups that cannot be summed or saved are refused on every rank before a weight moves; a naive sum is detected."""
 
 from __future__ import annotations
 

@@ -32,6 +32,9 @@ def pictures(notebook: Any) -> int:
 
 def test_the_saved_notebook_has_its_losses_and_curves() -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
+    (install,) = (cell.source for cell in notebook.cells if SKIP in cell.metadata.get("tags", []))
+    (folder,) = re.findall(r'^%pip install --quiet "(\S+)\[lightning\]" matplotlib$', install)
+    assert (NOTEBOOK.parent / folder / "pyproject.toml").is_file()
     nbformat.validate(notebook)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code" and SKIP not in cell.metadata.get("tags", [])]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "cells were run out of order"

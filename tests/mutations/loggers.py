@@ -52,7 +52,7 @@ MUTATIONS = [
         (f"{_TESTS}::test_tensors_that_are_named_or_moved_between_readings_lose_nothing[cast]",),
     ),
     Mutation(
-        "tallies of earlier names are kept for ever",
+        "tallies of earlier names are kept forever",
         _TALLY,
         "if id(tally) in in_use}",
         "if id(tally) in in_use or True}",

@@ -1,4 +1,4 @@
-"""What a user installs: the wheel and the source archive, built from this tree."""
+"""The files that a user installs: the wheel and the source archive, built from this tree."""
 
 from __future__ import annotations
 

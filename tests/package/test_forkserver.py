@@ -59,7 +59,7 @@ def test_every_end_is_that_of_a_started_one(code: str) -> None:
     forked, started = run(PYTHON, "-c", code), run(COLD, "-c", code)
     assert forked.returncode == started.returncode
     assert forked.stdout == started.stdout
-    shown = f"    {code}\n"  # by Python 3.13, of a program that is no file, where it started itself
+    shown = f"    {code}\n"  # Python 3.13 shows it for a program that is not a file and started itself
     assert forked.stderr.replace(shown, "") == started.stderr.replace(shown, "")
 
 

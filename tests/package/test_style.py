@@ -22,7 +22,10 @@ PATTERNS = {
     "of the others": r"\bof the others\b",
     "for, as a reason": r", for (it|they|there|schedulers|nobody|somebody|each|everything) \w+",
     "the text says": r"\bthe text (says|names|has|holds)\b",
-    "What ..., as a first line": r'"""What (is|are|was|[a-z]+s) ',
+    "What ..., as a first line": r'"""What (is|are|was|to|[a-z]+s) ',
+    "for ever": r"\bfor ever\b",
+    "Of ..., as a first line": r'"""(Of|Nor) ',
+    "is no ...": r"(?<!there )\bis no (file|checkpoint|pattern|command|folder|program)\b",
 }
 
 

@@ -248,7 +248,7 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
 
 def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.ckpt")
-    with pytest.raises(RecipeError, match=r"other.ckpt is no checkpoint of this program"):
+    with pytest.raises(RecipeError, match=r"other.ckpt is not a checkpoint of this program"):
         saved_step(tmp_path / "other.ckpt")
 
 

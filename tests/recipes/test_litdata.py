@@ -176,7 +176,7 @@ def test_a_chunk_that_is_gone_is_named(copied: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../../outside.bin", "/tmp/outside.bin", "chunk-9-9.bin"])
 def test_an_index_that_names_other_files_is_refused(copied: Path, name: str) -> None:
-    """litdata would read them; of an object store it would write what it names."""
+    """litdata would read these files, and download them from an object store to the named paths."""
     path = copied / "index.json"
     index = json.loads(path.read_text())
     index["chunks"][2]["filename"] = name
@@ -188,7 +188,7 @@ def test_an_index_that_names_other_files_is_refused(copied: Path, name: str) -> 
     chunks = json.loads((copied / "chunks.json").read_text())
     chunks[2]["file"] = name
     (copied / "chunks.json").write_text(json.dumps(chunks))
-    with pytest.raises(RecipeError, match=rf"'{name}', which is no file in its folder|{name} is broken: it is gone"):
+    with pytest.raises(RecipeError, match=rf"'{name}', which is not a file in its folder|{name} is broken: it is gone"):
         opened(copied)
 
 

@@ -105,7 +105,7 @@ def pair() -> Iterator[Pool]:
 
 
 def agree_later(says: list[list[int | None]], now: list[int]) -> list[int]:
-    """Return what a rank of two hears with delayed answers, as on an accelerator."""
+    """Return the answers that one of two ranks gets if they are delayed, as on an accelerator."""
     mine = says[torch.distributed.get_rank()]
     agreement = Agreement(torch.device("cpu"), 2, later=True)
     return [agreement.ask(say, now=question in now) for question, say in enumerate(mine)]

@@ -59,7 +59,10 @@ def test_before_amsgd(pool: Callable[[int], Pool], layout: str) -> None:
 def test_fsdp1_without_its_model_is_refused(pool: Callable[[int], Pool], layout: str) -> None:
     """A beta is a ratio, in which copies cancel; a norm is not."""
     for rank in pool(4).run("tests.sharding.clipping:refused", layout=layout, cure=True):
-        assert "process groups are not known" in rank["text"] and "call optimizer.bind_model(model)" in rank["text"]
+        assert (
+            "does not know FSDP1's process groups" in rank["text"]
+            and "call optimizer.bind_model(model)" in rank["text"]
+        )
         assert not rank["unlike"] and abs(rank["norm"] - 1) <= 1e-12
 
 

@@ -85,7 +85,7 @@ def test_stages_with_other_numbers_of_groups(pool: Callable[[int], Pool]) -> Non
     arguments = {"layout": "fsdp", "pipeline": "stages", "what": "uneven"}
     for rank in pool(4).run(f"{WORKER}attempt", timeout=60, scope="group", **arguments):
         assert rank["text"] is not None and "stages do not fit together" in rank["text"]
-        assert "parameter groups, others have not. Build every stage's optimizer with the same" in rank["text"]
+        assert "parameter groups, another rank does not. Build every stage's optimizer with the same" in rank["text"]
         assert not rank["moved"] and not rank["states"]
     for rank in pool(4).run(f"{WORKER}attempt", timeout=60, scope="global", **arguments):
         assert rank["text"] is None and rank["moved"]

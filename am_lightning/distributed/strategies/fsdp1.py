@@ -51,7 +51,7 @@ class FSDP1Strategy(Strategy):
     def check_exact(cls, params: Sequence[LogicalParam]) -> None:
         if any(logical.shard.numel is None for logical in params):
             raise ValueError(
-                "FSDP1's process groups are not known to the optimizer, so copies of a shard cannot be told from "
+                "the optimizer does not know FSDP1's process groups, so it cannot distinguish copies of a shard from "
                 f"shards: {BIND_THE_MODEL}"
             )
 
@@ -171,8 +171,8 @@ def _ndims_of_views(root: nn.Module) -> dict[int, int]:
     unknown = [name for key, name in managed.items() if key not in result]
     if unknown:
         raise ValueError(
-            f"FSDP1 shows parameter {strip_wrappers(unknown[0])!r} without its shape, so whether it gets weight decay "
-            "cannot be told: give the FSDP module itself, not one inside it (Lightning: self or self.trainer.model), "
+            f"FSDP1 does not give the shape of parameter {strip_wrappers(unknown[0])!r}, which decides whether it gets "
+            "weight decay: give the FSDP module itself, not one inside it (Lightning: self or self.trainer.model), "
             "built with use_orig_params=True"
         )
     return result

@@ -110,7 +110,7 @@ class TrainingMonitor(Callback):
         pl_module.log_dict(metrics)  # its train/loss replaces that of the module, which is of one micro-batch
 
     def _refuse_not_finite(self, trainer: L.Trainer, loss: float) -> None:
-        """Raise on all ranks, which have the same mean."""
+        """Raise an error if the loss is not finite. All ranks raise it, because they have the same mean."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if math.isfinite(loss) or any(isinstance(callback, AdaptiveMemory) for callback in callbacks):
             return

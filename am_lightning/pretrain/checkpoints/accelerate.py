@@ -80,7 +80,7 @@ class AccelerateCheckpoints:
         path = chosen(self.accelerator, ckpt_path, self.folder, _FOLDERS)
         if path is not None:
             if not (path / _STATES).exists():
-                raise RecipeError(f"--ckpt_path {path} is no checkpoint of this program: it has no {_STATES}")
+                raise RecipeError(f"--ckpt_path {path} is not a checkpoint of this program: it has no {_STATES}")
             found = torch.load(path / _STATES, map_location="cpu", weights_only=True)
             if self.model is not None:
                 self.model.load_state_dict(found["model"])

@@ -120,7 +120,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     # ------------------------------------------------------------------ resuming
     def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
-        """Note that ckpt_path is "last", which Lightning calls this for. _resume chooses, when all ranks are there."""
+        """Note that ckpt_path is "last", in which case Lightning calls this. _resume chooses later, on all ranks."""
         self._last_is_wanted = True
         folder = Path(str(self.dirpath or Path(trainer.default_root_dir, "checkpoints")))
         return {str(path) for path in newest_first([*folder.glob(STEPS), *folder.glob(LAST)])[:1]}

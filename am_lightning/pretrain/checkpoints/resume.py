@@ -101,7 +101,7 @@ def saved_step(path: Path) -> int:
     try:
         return int(_contents(path)["global_step"])
     except _NOT_OURS as error:
-        raise RecipeError(f"{path} is no checkpoint of this program ({error}). {_older(path)}") from error
+        raise RecipeError(f"{path} is not a checkpoint of this program ({error}). {_older(path)}") from error
 
 
 def saved_hyperparameters(path: Path) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def model_arguments(path: Path) -> dict[str, Any]:
     for file, key in places:
         with _named(path):
             return dict(_load(file)[key])
-    raise RecipeError(f"{path} is no checkpoint of these programs: nothing in it describes a model")
+    raise RecipeError(f"{path} is not a checkpoint of these programs: nothing in it describes a model")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -91,7 +91,7 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, OSError, EOFError, KeyError, TypeError, ValueError) as error:
-        raise RecipeError(f"{path} is no checkpoint of these programs ({first_line(error)})") from error
+        raise RecipeError(f"{path} is not a checkpoint of these programs ({first_line(error)})") from error
 
 
 def _llama_names(names: Iterable[str]) -> dict[str, str]:

@@ -89,7 +89,7 @@ class LitdataFolder:
         return index
 
     def is_complete(self) -> bool:
-        """Return whether all files exist. Of a URL, only the files on this disk count."""
+        """Return whether all files exist. For a URL, only the local files count."""
         return is_complete(self.folder(), self.index_name, ("val",) if self.is_remote else SIDES)
 
 

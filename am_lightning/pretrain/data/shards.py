@@ -48,7 +48,7 @@ class Shard:
 
     def __post_init__(self) -> None:
         if Path(self.file).name != self.file or not self.file:
-            raise ValueError(f"it names {self.file!r}, which is no file in its folder")
+            raise ValueError(f"it names {self.file!r}, which is not a file in its folder")
 
 
 @dataclass(frozen=True)

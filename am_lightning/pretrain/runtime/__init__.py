@@ -1,1 +1,1 @@
-"""What every program of the recipes needs: command line, run configuration, signals, errors."""
+"""Shared parts of the recipes' programs: command line, run configuration, signals, errors."""

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
 
-_OPERATOR = "ShareMemCommBuilder"  # no other is compiled at the start: torch's optimizers and ours need no cpu_adam
+_OPERATOR = (
+    "ShareMemCommBuilder"  # the only operator compiled at the start: neither torch's optimizers nor ours need cpu_adam
+)
 
 
 @rank_zero_only

@@ -1,4 +1,4 @@
-"""Faults of one rank under torchrun: killed, stopped for ever, slow; a DataLoader's worker killed or stopped.
+"""Faults of one rank under torchrun: killed, stopped, slow; a DataLoader's worker killed or stopped.
 
     python -m tests.recipes.cluster.faults [KIND ...]
 

@@ -29,7 +29,7 @@ GRADIENT = "model.norm.weight"  # in the parameter group without weight decay, w
 
 @dataclass(frozen=True)
 class Event:
-    """What happens.
+    """A fault of one rank.
 
     Args:
         program: a file of recipes/.
@@ -57,7 +57,7 @@ class Training:
 
         self.event, self.network, self.batch = event, network, -1
         self.build, self.loss = network.build_llama, network.token_loss
-        self.model: Any = None
+        self.models: list[Any] = []  # a program also builds one on the meta device, to check the optimizer
         network.build_llama, network.token_loss = self.build_llama, self.token_loss
 
     @property
@@ -65,10 +65,11 @@ class Training:
         return self.batch in self.event.batches and int(os.environ.get("RANK", "0")) == self.event.rank
 
     def build_llama(self, shape: Any) -> Any:
-        self.model = self.build(shape)
+        model = self.build(shape)
+        self.models.append(model)
         if self.event.kind == "gradient":
-            self.model.get_parameter(GRADIENT).register_hook(lambda grad: grad * float("nan") if self.due else grad)
-        return self.model
+            model.get_parameter(GRADIENT).register_hook(lambda grad: grad * float("nan") if self.due else grad)
+        return model
 
     def token_loss(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         loss = self.loss(logits, tokens)
@@ -95,7 +96,8 @@ class Training:
 
     def write(self, loss: float) -> None:
         digest = hashlib.sha256()
-        for param in self.model.parameters():
+        trained = next(model for model in self.models if not next(model.parameters()).is_meta)
+        for param in trained.parameters():
             kept = getattr(param, "ds_tensor", param).detach()  # under ZeRO 3 each rank keeps a part
             digest.update(kept.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         line = {"batch": self.batch, "loss": loss, "weights": digest.hexdigest()[:16]}

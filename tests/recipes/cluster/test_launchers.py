@@ -117,7 +117,7 @@ def test_two_nodes_find_each_other_by_number(
 
 @pytest.mark.nightly("network namespaces")
 def test_an_elastic_run_is_told_how_many_nodes_came(probe: Path, tmp_path: Path, nodes: tuple[Node, Node]) -> None:
-    """Two may come, one is enough, and one comes."""
+    """One of at most two nodes is enough, and only one starts."""
     others = {"MASTER_ADDR": nodes[0].address, "RDZV_CONF": "last_call_timeout=1", "PROGRAM": str(probe)}
     env = variables(tmp_path, MIN_NODES="1", **others)
     assert nodes[0].start([str(LAUNCH / "torchrun.sh")], env, tmp_path / "log").wait(120) == 0

@@ -81,7 +81,7 @@ def ranks_in(root: Path) -> list[int]:
 
 
 def test_no_value_is_executed_or_split(cluster: Slurm, tmp_path: Path) -> None:
-    """Nor taken for one of the patterns that sbatch replaces in the name of the log."""
+    """No value is taken for a pattern that sbatch replaces in the name of the log, either."""
     probe = tmp_path / "probe.py"
     probe.write_text(PROBE)
     root = tmp_path / f"-{HOSTILE}".replace("\\", "").replace("\n", "")  # sbatch's --output takes neither

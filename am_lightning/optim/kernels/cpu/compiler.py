@@ -47,7 +47,7 @@ def find_compiler() -> list[str] | None:
     try:
         candidates = [shlex.split(os.environ["CXX"])] if os.environ.get("CXX") else [["c++"], ["g++"], ["clang++"]]
     except ValueError as error:
-        raise ValueError(f"Invalid CXX: {os.environ['CXX']!r} is no command line: {error}") from error
+        raise ValueError(f"Invalid CXX: {os.environ['CXX']!r} is not a command line: {error}") from error
     return next((command for command in candidates if command and shutil.which(command[0])), None)
 
 

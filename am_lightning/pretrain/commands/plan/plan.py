@@ -29,7 +29,7 @@ class Speed:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run takes. Sizes are in bytes."""
+    """The resources that a run needs. Sizes are in bytes."""
 
     parameters: int
     tensors: int
@@ -47,7 +47,7 @@ class Plan:
 
     @property
     def needed(self) -> int:
-        """The peak and the reserve."""
+        """Memory that a GPU needs: the peak and the reserve."""
         return self.memory.total(self.memory.peak) + RESERVE
 
     @property

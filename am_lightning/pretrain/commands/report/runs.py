@@ -87,7 +87,7 @@ class RunData:
 
     @property
     def has_layers(self) -> bool:
-        """True if `momentum` is of layers, False if it is of layer groups."""
+        """True if `momentum` has a curve for each layer, False if it has one for each layer group."""
         return bool(self._below(_LAYERS))
 
     @property
@@ -240,7 +240,7 @@ def _labels(folders: dict[Path, str | None]) -> dict[Path, str]:
 
 
 def _lowest(mean: Curve, low: Curve | None) -> Curve:
-    """Return the lowest, and the mean before it began, for a run that logged only means at first."""
+    """Return the curve of the lowest beta_t, continued to the left by the mean if a run logged only means at first."""
     if low is None:
         return mean
     before = mean.steps < low.steps[0]
