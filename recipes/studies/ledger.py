@@ -50,7 +50,7 @@ class Ledger:
             if "made" in entry:
                 self._made.add(tuple(entry["made"]))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise RecipeError(f"{self.path}:{number} is no finished run ({error}). Delete the line.") from error
+            raise RecipeError(f"{self.path}:{number} is not a finished run ({error}). Delete the line.") from error
 
     def _check_setup(self) -> None:
         beside = self.path.with_suffix(".setup.json")
@@ -64,6 +64,16 @@ class Ledger:
         ]
         if other:
             raise RecipeError(f"{self.path} has runs of another setup ({'; '.join(other)}). Give another --out.")
+
+    def _check_versions(self) -> None:
+        """Raise a RecipeError if runs were made with another torch or Python, whose library is the text of the data."""
+        here = _made({})[2:]
+        if self._setup and (other := sorted({made[2:] for made in self._made} - {here})):
+            names = " and ".join(" with Python ".join(versions) for versions in other)
+            raise RecipeError(
+                f"{self.path} has runs of torch {names}, and this is torch {' with Python '.join(here)}. Runs can only"
+                " be compared within one pair of versions: use the earlier one, or give another --out."
+            )
 
     def made(self) -> str:
         """Return where and when the runs were made, for a page."""
@@ -101,12 +111,13 @@ class Ledger:
             workers: processes at a time.
 
         Raises:
-            RecipeError: if ``workers`` is below 1.
+            RecipeError: if ``workers`` is below 1, or the earlier runs were made with other versions.
         """
         require(workers >= 1, "--workers", workers, "a whole number >= 1")
         missing = list({_key(c): c for c in configs if c not in self}.values())
         if not missing:
             return
+        self._check_versions()
         context = multiprocessing.get_context("spawn")
         with context.Pool(min(workers, len(missing)), torch.set_num_threads, (1,)) as pool:
             jobs = pool.imap_unordered(partial(_finished, run), missing)

@@ -94,7 +94,7 @@ def test_a_diverged_run_is_said(tmp_path: Path) -> None:
 def test_a_ledger_names_its_broken_line(tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
     path.write_text('{"config": {"x": 2}, "result": {}}\n{"config": {"x"')
-    with pytest.raises(RecipeError, match=r"runs.jsonl:2 is no finished run .* Delete the line"):
+    with pytest.raises(RecipeError, match=r"runs.jsonl:2 is not a finished run .* Delete the line"):
         Ledger(path)
 
 

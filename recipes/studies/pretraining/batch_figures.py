@@ -20,13 +20,16 @@ _WINDOW = 0.05  # share of a run over which the curves of beta_t are smoothed
 _HEADROOM = 0.7  # nats per token between a panel's lowest loss and its upper end
 
 
-def draw_gains(path: Path, kinds: Mapping[str, Sequence[Tuning]]) -> None:
-    """Draw AM minus AdamW over the batch, a panel for each kind of cell, with intervals of 95 %."""
+def draw_gains(path: Path, kinds: Mapping[str, Sequence[Tuning]], comparisons: int) -> None:
+    """Draw AM minus AdamW over the batch, a panel for each kind of cell, with 95 % intervals.
+
+    As many as `comparisons` intervals hold all at once.
+    """
     figure, axes = new_figure(1, len(kinds), width=5.0, height=4.0)
     for panel, (title, tunings) in zip(axes[0], kinds.items(), strict=True):
         batches = [tuning.scale.batch_size for tuning in tunings]
         for number, (warmup, label) in enumerate(((True, "any warmup"), (False, "no warmup"))):
-            found = [gain(tuning, warmup=warmup, comparisons=len(tunings)) for tuning in tunings]
+            found = [gain(tuning, warmup=warmup, comparisons=comparisons) for tuning in tunings]
             panel.errorbar(
                 [batch * (1 + 0.04 * number) for batch in batches],
                 [interval.mean for interval in found],

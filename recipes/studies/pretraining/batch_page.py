@@ -25,7 +25,8 @@ _PROTOCOL = (
     f" two apart until the best lies inside, and, where it is within {CLOSE:g} of its family's best, a factor of sqrt 2"
     " around it. Then the finalists are compared on seeds 1 to 5, in pairs with the same initial weights and batches."
     " Losses are nats per token on held-out rows after the last step. Intervals are Student's, 95 %; those of the"
-    " summary, and those called corrected, hold all at once (Bonferroni)."
+    " summary, for all cells that are planned, and those called corrected hold all at once (Bonferroni). Few methods"
+    " are without beta1 and cap 0.95, without a warmup of 15 % and without RAdam 0.8."
 )
 
 Kinds = Mapping[str, Sequence[Scale]]
@@ -42,22 +43,24 @@ def write(ledger: Ledger, kinds: Kinds, folder: Path, command: str) -> str:
     """
     cells = list(dict.fromkeys(cell for kind in kinds.values() for cell in kind))
     tuned, compared, traced = (_complete(ledger, cells, STAGES[: number + 1]) for number in range(len(STAGES)))
+    comparisons = 2 * len(cells)  # with any warmup and without one, also in the cells that are not complete
     folder.mkdir(parents=True, exist_ok=True)
     parts = [_scope(cells, compared)]
     if compared:
-        parts.append(f"## Summary\n\nMean (sd) of five seeds; w: warmup.\n\n{summary_table(list(compared.values()))}")
-        draw_gains(folder / "batch-gains.png", _by_kind(kinds, compared))
+        table = summary_table(list(compared.values()), comparisons)
+        parts.append(f"## Summary\n\nMean (sd) of five seeds; w: warmup.\n\n{table}")
+        draw_gains(folder / "batch-gains.png", _by_kind(kinds, compared), comparisons)
         parts.append("![AM minus AdamW over the batch](batch-gains.png)")
     if tuned:
         tunings = list(tuned.values())
         draw_sensitivity(folder / "batch-learning-rates.png", tunings)
         draw_one_cell(folder / "batch-smallest.png", tunings[0])  # for docs/evidence.md
         parts.append("![Validation loss over the learning rate, a panel for each cell](batch-learning-rates.png)")
-        parts.append(f"## The largest learning rate within {ROOM:g} of the cell's least loss\n\n{rates_table(tunings)}")
+        parts.append(f"## The largest learning rate within {ROOM:g} of the lowest loss\n\n{rates_table(tunings)}")
     if traced:
         draw_momentum(folder / "batch-momentum.png", next(iter(_by_kind(kinds, traced).values())))
         table = momentum_table(list(traced.values()))
-        parts.append(f"## beta_t and the gradient's noise, AM at cap 0.89\n\n{table}")
+        parts.append(f"## beta_t and the gradient's noise\n\nAM at cap 0.89 with its best warmup, seed 1.\n\n{table}")
         parts.append("![beta_t over the steps, a line for each batch](batch-momentum.png)")
     parts += [f"## Finalists: {tuning.scale}\n\n{finalists_table(tuning)}" for tuning in compared.values()]
     parts += [f"## Tuning: {tuning.scale}\n\n{tuning.sweep_table()}" for tuning in tuned.values()]

@@ -17,10 +17,12 @@ from recipes.studies.sweep import Interval, mean_and_sd, paired
 ROOM = 0.1  # nats per token that a usable learning rate may end above the lowest loss of a cell
 
 
-def summary_table(tunings: Sequence[Tuning]) -> str:
+def summary_table(tunings: Sequence[Tuning], comparisons: int) -> str:
     """Return for every cell the best AdamW, the best AM and AM minus AdamW on the fresh seeds, then without warmup.
 
-    The intervals of each column hold all at once.
+    Args:
+        tunings: the cells that are complete.
+        comparisons: number of intervals that hold all at once, those of cells that are not complete included.
     """
     rows = []
     for tuning in tunings:
@@ -28,7 +30,7 @@ def summary_table(tunings: Sequence[Tuning]) -> str:
         for warmup in (True, False):
             pair = _rivals(tuning, warmup=warmup)
             cells += [f"{_short(method)} {mean_and_sd(tuning.fresh(method).values())}" for method in pair]
-            cells.append(str(gain(tuning, warmup=warmup, comparisons=len(tunings))))
+            cells.append(str(gain(tuning, warmup=warmup, comparisons=comparisons)))
         rows.append(cells)
     names = ["best AdamW", "best AM-AdamW", "AM minus AdamW"]
     return markdown(["cell", *names, *(f"{name}, no warmup" for name in names)], rows)
@@ -45,24 +47,30 @@ def _rivals(tuning: Tuning, *, warmup: bool) -> list[Method]:
 
 
 def finalists_table(tuning: Tuning) -> str:
-    """Return every finalist on the fresh seeds, and the best AM minus it with 95 % intervals, alone and corrected."""
+    """Return every finalist on the fresh seeds, and the best AM and AM's default minus it, with 95 % intervals.
+
+    The intervals are given alone, and so that those of a column hold all at once.
+    """
     methods = finalists(tuning)
-    ours = best_of(tuning, "AM-AdamW")
+    ours = list(dict.fromkeys([best_of(tuning, "AM-AdamW"), DEFAULT]))
     losses = {method: tuning.fresh(method) for method in methods}
     rows = []
     for method in sorted(methods, key=lambda method: float(np.mean(list(losses[method].values())))):
-        alone, together = (paired(losses[ours], losses[method], comparisons=m) for m in (1, len(methods) - 1))
-        cells = ["", ""] if method == ours else [str(alone), f"± {together.half_width:.3f}"]
+        cells = []
+        for am in ours:
+            alone, together = (paired(losses[am], losses[method], comparisons=m) for m in (1, len(methods) - 1))
+            cells += ["", ""] if method == am else [str(alone), f"± {together.half_width:.3f}"]
         rows.append([str(method), f"{tuning.best_rate(method):g}", mean_and_sd(losses[method].values()), *cells])
     seeds = len(tuning.fresh_seeds)
-    header = ["method", "lr", f"{tuning.unit}, mean (sd) of {seeds} seeds", f"{ours} minus it", "corrected"]
-    return markdown(header, rows)
+    header = ["method", "lr", f"{tuning.unit}, mean (sd) of {seeds} seeds"]
+    return markdown([*header, *(title for am in ours for title in (f"{am} minus it", "corrected"))], rows)
 
 
 def rates_table(tunings: Sequence[Tuning]) -> str:
-    """Return the largest learning rate that ends within ROOM of the cell's lowest loss, interpolated between the rates.
+    """Return the largest learning rate that ends within ROOM of the lowest loss, interpolated between the rates.
 
-    The columns are the best variant of each family and the named methods.
+    Each cell has two rows: the lowest loss is that of the cell, or that of the method itself. The columns are the best
+    variant of each family and the named methods.
     """
     names: Mapping[str, Method | str] = {
         str(CUSTOMARY): CUSTOMARY,
@@ -75,9 +83,11 @@ def rates_table(tunings: Sequence[Tuning]) -> str:
     rows = []
     for tuning in tunings:
         lowest = min(map(tuning.best_loss, tuning.methods))
-        found = (method if isinstance(method, Method) else best_of(tuning, method) for method in names.values())
-        rows.append([str(tuning.scale), *(_usable(tuning, method, lowest + ROOM) for method in found)])
-    return markdown(["cell", *names], rows)
+        found = [method if isinstance(method, Method) else best_of(tuning, method) for method in names.values()]
+        rows.append([f"{tuning.scale}, of the cell", *(_usable(tuning, each, lowest + ROOM) for each in found)])
+        own = (_usable(tuning, each, tuning.best_loss(each) + ROOM) for each in found)
+        rows.append([f"{tuning.scale}, of the method", *own])
+    return markdown(["cell, and whose lowest loss", *names], rows)
 
 
 def momentum_table(tunings: Sequence[Tuning]) -> str:
