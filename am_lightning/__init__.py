@@ -26,8 +26,11 @@ _HOMES = {
 }
 
 
+_PACKAGES = ("deepspeed", "distributed", "huggingface", "lightning", "loggers", "optim")
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("distributed", "optim"):
+    if name in _PACKAGES:
         return importlib.import_module(f"am_lightning.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

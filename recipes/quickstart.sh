@@ -4,7 +4,7 @@
 #
 #     recipes/quickstart.sh [--KEY VALUE ...]
 #
-#     recipes/quickstart.sh                             # 800 steps: about two minutes after the installation
+#     recipes/quickstart.sh                             # 800 steps: under three minutes after the installation
 #     recipes/quickstart.sh --ckpt_path last            # resume after an interruption, to the same bits
 #     recipes/quickstart.sh --compare true              # also AdamW at beta1 0.9 and 0.8, and a plot of all runs
 #     recipes/quickstart.sh --trainer.max_steps 20      # any key of recipes/configs/base.yaml, which explains each

@@ -174,3 +174,11 @@ def test_public_names() -> None:
         assert name in dir(am_lightning)
     with pytest.raises(AttributeError, match="no_such_name"):
         am_lightning.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["deepspeed", "huggingface", "lightning", "loggers", "optim", "distributed"])
+def test_a_package_needs_no_import_of_its_own(name: str) -> None:
+    """Pages and README write am_lightning.deepspeed.attach(...)."""
+    code = f"import am_lightning; print(am_lightning.{name}.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == [f"am_lightning.{name}"], done.stderr  # DeepSpeed prints before
