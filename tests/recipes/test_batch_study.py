@@ -160,7 +160,7 @@ def test_the_page_has_the_cells_that_are_complete(tmp_path: Path) -> None:
     assert "With few methods: 32 rows x 300 steps. With all methods: 8 rows x 300 steps. Not complete: 64 rows" in text
     assert text.count("## Finalists: ") == 2 and text.count("## Tuning: ") == 3
     summary = text.split("## Summary")[1].split("![")[0]
-    first, second = (line for line in summary.splitlines() if "+0.003 ± 0.002" in line)  # invented: AM's seeds increase
+    first, second = (line for line in summary.splitlines() if "+0.003 ± 0.004" in line)  # invented: AM's seeds increase
     assert "0.8 w15%" in first and "0.8 w5%" in second and "w15%" not in second
     for name in ("batch-gains.png", "batch-learning-rates.png", "batch-smallest.png", "batch-momentum.png"):
         assert Image.open(tmp_path / name).width > 400

@@ -99,9 +99,7 @@ def decide_kernel(
         bad_row = tl.minimum(bad_row, tl.where(bad, o, rows))
         weight += den
     skip = tl.zeros_like(failed) + tl.sum(failed, 0) > (0 if SKIP else rows)
-    still = (
-        tl.zeros_like(weight) + tl.sum(weight, 0) == 0
-    )  # no gradients and eta = 0: a step that only loads a checkpoint
+    still = tl.zeros_like(weight) + tl.sum(weight, 0) == 0  # no gradients and eta = 0: a step that loads a checkpoint
     for s in range(scopes):
         begin, end = tl.load(bounds + s), tl.load(bounds + s + 1)
         nums, dens = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
