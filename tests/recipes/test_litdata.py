@@ -186,9 +186,10 @@ def test_an_index_that_names_other_files_is_refused(copied: Path, name: str) -> 
     ):
         opened(copied)
     chunks = json.loads((copied / "chunks.json").read_text())
-    chunks[2]["file"] = name
+    chunks["train"][2]["file"] = name
     (copied / "chunks.json").write_text(json.dumps(chunks))
-    with pytest.raises(RecipeError, match=rf"'{name}', which is not a file in its folder|{name} is broken: it is gone"):
+    wanted = rf"'{name}', which is not a file in its folder|{name} is broken: it is missing"
+    with pytest.raises(RecipeError, match=wanted):
         opened(copied)
 
 
