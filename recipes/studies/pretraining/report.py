@@ -66,7 +66,7 @@ _TABLES: dict[str, list[tuple[str, Callable[[Study], str]]]] = {
     "finalists": [
         ("Fresh seeds, each method at its best learning rate", Study.finalists_table),
         (
-            "Paired differences, 95 % intervals; negative: AM is better",
+            "Paired differences with 95-percent intervals; negative: AM is better",
             lambda study: study.differences_table((AM, AM_LOW, *AM_WARM)),
         ),
         ("Spikes of the training loss", results.spikes_table),
