@@ -220,7 +220,11 @@ def edit(path: Path, **changes: object) -> None:
         ("index.json", lambda p: edit(p, version=99), "version 99, this program reads version 2"),
         ("index.json", lambda p: edit(p, dtype="float32"), "are impossible"),
         ("index.json", lambda p: edit(p, surprise=1), "surprise"),
-        ("index.json", lambda p: p.write_text(p.read_text().replace('"train-', '"../train-')), "not a file in its folder"),
+        (
+            "index.json",
+            lambda p: p.write_text(p.read_text().replace('"train-', '"../train-')),
+            "not a file in its folder",
+        ),
         ("index.json", lambda p: p.write_text(p.read_text().replace('"val-', '"/val-')), "not a file in its folder"),
         ("index.json", lambda p: p.write_text("[]"), "is broken"),
     ],
