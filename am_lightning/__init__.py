@@ -24,8 +24,6 @@ _HOMES = {
     "am_sgd": "am_lightning.optim.param_groups",
     "clip_grad_norm_": "am_lightning.optim",
 }
-
-
 _PACKAGES = ("deepspeed", "distributed", "huggingface", "lightning", "loggers", "optim")
 
 

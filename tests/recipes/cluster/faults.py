@@ -24,8 +24,7 @@ from tests.recipes.commands import RECIPES
 
 from .endings import PROGRAMS
 from .fault_injection import corpus
-from .namespaces import _command_line
-from .runs import LAUNCH, options, variables, wait_until
+from .runs import LAUNCH, options, processes_of, variables, wait_until
 
 KINDS = ("killed", "stopped", "slow", "worker killed", "worker stopped")
 FOREVER = 100_000  # steps
@@ -59,15 +58,7 @@ class Launcher:
         return [pid for pid in self._pids() if _parent(pid) in self._pids()]
 
     def _pids(self) -> list[int]:
-        mark = f"RUN_DIR={self.root}".encode()
-        found = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if os.fsencode(self.program) in _command_line(int(entry.name)) and mark in (
-                    entry / "environ"
-                ).read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
-        return found
+        return processes_of(self.root, self.program)
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):

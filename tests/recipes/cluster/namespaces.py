@@ -59,7 +59,7 @@ class Node:
 
     def workers(self, program: Path) -> list[int]:
         """Return the processes here that run `program`: ranks, not launchers."""
-        return [pid for pid in self.pids() if os.fsencode(program) in _command_line(pid)]
+        return [pid for pid in self.pids() if os.fsencode(program) in command_line(pid)]
 
     def lose(self) -> None:
         """SIGKILL everything that runs here, as a power cut would."""
@@ -73,7 +73,7 @@ class Node:
             time.sleep(0.05)
 
 
-def _command_line(pid: int) -> list[bytes]:
+def command_line(pid: int) -> list[bytes]:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except (FileNotFoundError, ProcessLookupError):  # it has just ended

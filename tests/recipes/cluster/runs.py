@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from tests.recipes.commands import RECIPES, TINY, differences, training_state
 
-from .namespaces import Node
+from .namespaces import Node, command_line
 
 LAUNCH = RECIPES / "launch"
 PROGRAM = RECIPES / "pretrain.py"
@@ -38,6 +39,17 @@ def newest_step(root: Path) -> int:
     """Return the newest step of the checkpoints in a run's folder, or 0 without one."""
     names = [path.stem.removeprefix("step-") for path in (root / "checkpoints").glob("step-*.ckpt")]
     return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def processes_of(root: Path, program: Path) -> list[int]:
+    """Return the processes that run `program` with RUN_DIR `root`: ranks and what they forked, not launchers."""
+    mark, found = f"RUN_DIR={root}".encode(), []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            pid = int(entry.name)
+            if os.fsencode(program) in command_line(pid) and mark in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(pid)
+    return found
 
 
 def wait_until(ready: Callable[[], bool], what: str, timeout: float = 180) -> None:

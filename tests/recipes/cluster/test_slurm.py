@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 from pathlib import Path
@@ -10,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import EVERY, STEPS
-from .namespaces import _command_line
-from .runs import LAUNCH, PROGRAM, changed, newest_step, wait_until
+from .runs import LAUNCH, PROGRAM, changed, newest_step, processes_of, wait_until
 from .slurm import Slurm
 from .test_launchers import HOSTILE, PROBE, arguments, said
 
@@ -24,6 +22,13 @@ def submit(cluster: Slurm, root: Path, args: list[str]) -> str:
     return cluster.submit([str(LAUNCH / "slurm.sh"), *args], root, **others)
 
 
+def submitted_with_checkpoints(cluster: Slurm, root: Path, args: list[str]) -> str:
+    """Submit a run, wait until it has written two checkpoints, and return its job."""
+    job = submit(cluster, root, args)
+    wait_until(lambda: newest_step(root) >= 2 * EVERY, "no checkpoint")
+    return job
+
+
 def log(root: Path) -> str:
     return "\n".join(path.read_text() for path in root.glob("slurm-*.log"))
 
@@ -32,8 +37,7 @@ def test_a_signalled_job_is_requeued_and_ends_with_the_same_bits(
     cluster: Slurm, tmp_path: Path, run_options: list[str], unbroken: Path
 ) -> None:
     root = tmp_path / "run"
-    job = submit(cluster, root, run_options)
-    wait_until(lambda: newest_step(root) >= 2 * EVERY, "no checkpoint")
+    job = submitted_with_checkpoints(cluster, root, run_options)
     cluster.call("scancel", "--signal=USR1", job)
     assert cluster.wait(job, 240) == "COMPLETED", log(root)
     assert cluster.job(job)["Restarts"] == "1"
@@ -59,25 +63,13 @@ def test_a_killed_rank_is_started_again_in_the_job(
     cluster: Slurm, tmp_path: Path, run_options: list[str], unbroken: Path
 ) -> None:
     root = tmp_path / "run"
-    job = submit(cluster, root, run_options)
-    wait_until(lambda: newest_step(root) >= 2 * EVERY, "no checkpoint")
-    os.kill(ranks_in(root)[-1], signal.SIGKILL)
+    job = submitted_with_checkpoints(cluster, root, run_options)
+    os.kill(processes_of(root, PROGRAM)[-1], signal.SIGKILL)
     assert cluster.wait(job, 300) == "COMPLETED", log(root)
     assert cluster.job(job)["Restarts"] == "0"
     assert "a process failed: restart 1 of 3" in log(root)
     assert newest_step(root) == STEPS
     assert changed(root, unbroken) == []
-
-
-def ranks_in(root: Path) -> list[int]:
-    mark, found = f"RUN_DIR={root}".encode(), []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if mark in (entry / "environ").read_bytes().split(b"\0") and os.fsencode(PROGRAM) in _command_line(
-                int(entry.name)
-            ):
-                found.append(int(entry.name))
-    return found
 
 
 def test_no_value_is_executed_or_split(cluster: Slurm, tmp_path: Path) -> None:
