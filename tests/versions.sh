@@ -11,8 +11,8 @@
 # newest      Python 3.13, the newest versions of today
 #
 # The environments are in .versions/, 5 to 8 GB each, and are rebuilt after a change of this file or pyproject.toml, that
-# of `newest` also once a day. pytest's output is in .versions/ROW.log. The last line of each row can be pasted into the
-# page's table. The exit status is 0 if every test passed or was skipped and every run trained.
+# of `newest` also once a day. pytest's output is in .versions/ROW.log. A row that ran without pytest arguments replaces
+# its line in the page's table. The exit status is 0 if every test passed or was skipped and every run trained.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tests/environments.sh
@@ -106,8 +106,12 @@ print(" | ".join(found))
 PY
 }
 
-run_row() { # $1: row, then pytest's arguments; returns 1 where something failed
-    local row="$1" python="$FOLDER/$1/bin/python" log="$FOLDER/$1.log" trained failed
+update_page() { # $1: row, $2: its cells; only the table of versions has numbers in the two cells after the name
+    sed -i -E "s#^(\| $1(:[^|]*)? \|) [0-9.]+ \| [0-9.]+ \|.*#\1 $2 |#" docs/support.md
+}
+
+run_row() { # $1: row, then pytest's arguments; returns 1 if something failed
+    local row="$1" python="$FOLDER/$1/bin/python" log="$FOLDER/$1.log" trained failed cells
     shift
     "$python" -m pytest -n auto --dist loadfile --gate fast -q -rsfE --tb=short -p no:cacheprovider "$@" >"$log" 2>&1 || true
     trained="$(laptop_run "$row")"
@@ -116,7 +120,10 @@ run_row() { # $1: row, then pytest's arguments; returns 1 where something failed
     grep -E "^(FAILED|ERROR|SKIPPED)" "$log" | cut -c1-200 || true
     tail -n 1 "$log"
     echo "$row: $trained"
-    echo "$row | $(versions "$python") | $(count passed "$log") | $(count skipped "$log") | $failed | ${trained%%[: ]*}"
+    cells="$(versions "$python") | $(count passed "$log") | $(count skipped "$log") | $failed"
+    cells+=" | ${trained%%[: ]*} | $(date +%F)"
+    echo "$row | $cells"
+    if [ $# = 0 ]; then update_page "$row" "$cells"; fi
     [ "$failed" = 0 ] && [ "$(count passed "$log")" != 0 ] && [ "${trained#trained}" != "$trained" ]
 }
 
