@@ -15,18 +15,20 @@ from recipes.studies.pretraining.batch_tables import (
     rates_table,
     summary_table,
 )
-from recipes.studies.pretraining.batches import METHODS, STAGES, missing
+from recipes.studies.pretraining.batches import METHODS, NEAR, STAGES, missing
 from recipes.studies.pretraining.run import Scale
 from recipes.studies.pretraining.tuning import CLOSE, Tuning
 
 _PROTOCOL = (
     "The laptop recipe's Llama (0.86 M parameters, bytes, rows of 128), cosine to a tenth, weight decay 0.1, clipping"
     " at 1, beta2 0.95. In every cell each variant of each family is tuned on seed 0, over learning rates a factor of"
-    f" two apart until the best lies inside, and, where it is within {CLOSE:g} of its family's best, a factor of sqrt 2"
-    " around it. Then the finalists are compared on seeds 1 to 5, in pairs with the same initial weights and batches."
+    f" two apart until the best lies inside, and, where it is within {CLOSE:g} of the best of its family, or without"
+    " warmup of the best without warmup, a factor of sqrt 2 around it. Then the best of each family, all that are"
+    f" within {NEAR:g} of it, and the named methods are compared on seeds 1 to 5, in pairs with the same initial"
+    " weights and batches."
     " Losses are nats per token on held-out rows after the last step. Intervals are Student's, 95 %; those of the"
     " summary, for all cells that are planned, and those called corrected hold all at once (Bonferroni). Few methods"
-    " are without beta1 and cap 0.95, without a warmup of 15 % and without RAdam 0.8."
+    " are without beta1 0.65 and 0.95, cap 0.95, a warmup of 15 % and RAdam 0.8."
 )
 
 Kinds = Mapping[str, Sequence[Scale]]

@@ -15,7 +15,9 @@ from recipes.studies.sweep import Sweep
 RATES = tuple(float(f"{1e-3 * 2 ** (step / 2):.3g}") for step in range(-6, 13))  # 1.25e-4 to 6.4e-2
 COARSE = RATES[::2]
 START = COARSE[2:6]  # 5e-4, 1e-3, 2e-3, 4e-3
-CLOSE = 0.05  # nats per token: a variant that is so near to the best of its family is tuned in factors of sqrt(2)
+# Nats per token: a variant that is so near to the best of its family, or of those without warmup if it has none, is
+# tuned in factors of sqrt(2).
+CLOSE = 0.05
 
 
 class Tuning(Sweep[Method]):
@@ -38,10 +40,12 @@ class Tuning(Sweep[Method]):
         A round is a function of the runs that are in the ledger, so an interrupted study makes the same choices.
         """
         for family in self.families.values():
-            coarse = [(method, lr) for method in family for lr in self._coarse(method)]
-            if not coarse:
-                coarse = [(method, lr) for method in self._close(family) for lr in self._fine(method)]
-            yield from (self.config(method, lr, self.sweep_seed) for method, lr in coarse)
+            rates = [(method, lr) for method in family for lr in self._coarse(method)]
+            if not rates:
+                bare = [method for method in family if not method.warmup]
+                close = dict.fromkeys([*self.near_best(family, CLOSE), *self.near_best(bare, CLOSE)])
+                rates = [(method, lr) for method in close for lr in self._fine(method)]
+            yield from (self.config(method, lr, self.sweep_seed) for method, lr in rates)
 
     def best_rate(self, method: Method, *, fine: bool = True) -> float:
         """Return the learning rate with the lowest loss; without ``fine``, of those that are factors of two apart.
@@ -61,6 +65,11 @@ class Tuning(Sweep[Method]):
     def best_of(self, methods: Sequence[Method]) -> Method:
         """Return the variant with the lowest loss at its best learning rate."""
         return min(methods, key=self.best_loss)
+
+    def near_best(self, methods: Sequence[Method], margin: float, *, fine: bool = False) -> list[Method]:
+        """Return the variants whose loss at their best learning rate is within `margin` of the lowest."""
+        losses = {method: self.best_loss(method, fine=fine) for method in methods}
+        return [method for method, loss in losses.items() if loss <= min(losses.values()) + margin]
 
     def largest_usable(self, method: Method, loss: float) -> float:
         """Return the largest learning rate that ends at ``loss`` or lower, interpolated between those that were tried.
@@ -85,10 +94,6 @@ class Tuning(Sweep[Method]):
         if COARSE[place] == tried[0]:
             return COARSE[:place][-1:]
         return COARSE[place + 1 :][:1] if COARSE[place] == tried[-1] else ()
-
-    def _close(self, family: Sequence[Method]) -> list[Method]:
-        losses = {method: self.best_loss(method, fine=False) for method in family}
-        return [method for method, loss in losses.items() if loss <= min(losses.values()) + CLOSE]
 
     def _fine(self, method: Method) -> list[float]:
         place, tried = RATES.index(self.best_rate(method, fine=False)), self.tried(method)
