@@ -28,7 +28,7 @@ def log_dir(tmp_path: Path) -> Path:
                 writer.add_scalar("train/loss", 5 * 0.98**step + rng.random() * 0.1 + first, step)
                 for layer in LAYERS:
                     dips = layer == "layers.1" and 30 <= step < 35
-                    writer.add_scalar(f"am/beta/layer/{layer}", 0.1 if dips else 0.8, step)
+                    writer.add_scalar(f"am/beta/layer/{layer}/min", 0.1 if dips else 0.8, step)
                 if step % 20 == 19:
                     writer.add_scalar("val/loss", 5 * 0.98**step, step)
     return tmp_path / "logs"
@@ -103,7 +103,7 @@ def test_the_picture_shows_the_dip(log_dir: Path, tmp_path: Path) -> None:
     with SummaryWriter(str(flat)) as writer:
         for step in range(100):
             writer.add_scalar("train/loss", 1.0, step)
-            writer.add_scalar("am/beta/layer/layers.1", 0.8, step)
+            writer.add_scalar("am/beta/layer/layers.1/min", 0.8, step)
     draw(tmp_path / "flat.png", [run_of(flat)])
     assert _dark(tmp_path / "dip.png") > _dark(tmp_path / "flat.png") + 500
 

@@ -193,7 +193,7 @@ def test_a_run_that_is_still_going(tmp_path: Path) -> None:
 
 def test_other_programs_tags_and_steps_are_understood(tmp_path: Path) -> None:
     """The HF Trainer's callback writes `train/` before every tag, and counts the steps that are done."""
-    tags = {"train/loss": 2.0, "train/grad_norm": 0.5, "train/am/beta/mean": 0.7, "train/am/beta/mlp": 0.6}
+    tags = {"train/loss": 2.0, "train/grad_norm": 0.5, "train/am/beta/mean": 0.7, "train/am/beta/mlp/min": 0.6}
     tags |= {"eval/loss": 2.5, "train/am/clamp/at_max": 0.9, "train/learning_rate": 1e-3, "train/am/skipped_steps": 2.0}
     folder = tmp_path / "hf" / "runs" / "Nov26_host"
     with SummaryWriter(str(folder)) as writer:
@@ -208,7 +208,7 @@ def test_other_programs_tags_and_steps_are_understood(tmp_path: Path) -> None:
     assert list(run.momentum) == ["mlp"]
     assert main(["report", str(tmp_path / "hf")]) == 0
     [heatmap] = Page((tmp_path / "hf" / "report.html").read_text()).data["heatmaps"]
-    assert heatmap["by"].startswith("the mean over a layer's tensors, by layer group")
+    assert heatmap["by"].startswith("the lowest beta_t of a layer's tensors, by layer group")
 
 
 @pytest.mark.parametrize(
@@ -243,8 +243,9 @@ def test_a_run_without_curves_of_layers_shows_its_last_picture(tmp_path: Path) -
     shown = Image.open(io.BytesIO(base64.b64decode(picture)))
     assert shown.size == (6, 4) and shown.getpixel((0, 0)) == (60, 60, 60)
     assert alt.startswith("Momentum of 0.89: layers from top to bottom")
-    first, second = page.data["heatmaps"]
-    assert "its own picture" in first["by"] and "by layer group" in second["by"]
+    captions = re.findall(r"<h3>(.*?)</h3><span>(.*?)</span>", page.text)
+    first, second = (dict(captions)[run] for run in page.data["runs"])
+    assert "its own picture" in first and "by layer group" in second
 
 
 @pytest.mark.slow
@@ -302,7 +303,7 @@ def test_a_name_is_text_and_not_markup(tmp_path: Path) -> None:
 def test_settings_and_tags_are_text_and_not_markup(tmp_path: Path) -> None:
     for number in range(2):
         run = tmp_path / f"run{number}"
-        write_run(run, {"train/loss": {0: 1.0}, "am/beta/layer/<b>../../x</b>": {0: 0.5}})
+        write_run(run, {"train/loss": {0: 1.0}, "am/beta/layer/<b>../../x</b>/min": {0: 0.5}})
         config = {"<b>key": f"<b onload=x>{number}", "trainer": {"default_root_dir": f"../../../<b>{number}"}}
         (run / "logs" / "config.yaml").write_text(json.dumps(config))
     assert main(["report", str(tmp_path / "run0"), str(tmp_path / "run1")]) == 0

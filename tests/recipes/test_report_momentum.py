@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from matplotlib.collections import QuadMesh
 
-from am_lightning.pretrain.commands.report.plot import report_figure
+from am_lightning.pretrain.commands.report.charts import charts
+from am_lightning.pretrain.commands.report.plot import COLOURS, report_figure
 from am_lightning.pretrain.commands.report.runs import RunData, find_runs
 
 from .pages import intervals, write_run
@@ -20,29 +21,36 @@ def run_of_layer(folder: Path, points: dict[str, dict[int, float]]) -> RunData:
     return run
 
 
-def test_a_run_of_before_the_lowest_was_logged_has_its_means(tmp_path: Path) -> None:
-    run = run_of_layer(
-        tmp_path, {"layer/layers.0": {0: 0.7, 1: 0.6}, "mean": {0: 0.7, 1: 0.6}, "min": {0: 0.5, 1: 0.4}}
-    )
-    assert run.momentum["layers.0"].values.tolist() == pytest.approx([0.7, 0.6])
-    assert not run.has_lowest and run.beta_ends is None and run.cap is None
-
-
-def test_a_run_that_logged_only_means_when_it_began_keeps_them(tmp_path: Path) -> None:
-    means = dict.fromkeys(range(6), 0.7)
-    run = run_of_layer(tmp_path, {"layer/layers.0": means, "layer/layers.0/min": {4: 0.2, 5: 0.3}})
+def test_the_momentum_of_a_layer_is_its_lowest(tmp_path: Path) -> None:
+    means, lowest = {0: 0.7, 1: 0.6}, {0: 0.5, 1: 0.4}
+    tags = {"layer/layers.0": means, "layer/layers.0/min": lowest, "mlp": means, "mlp/min": {0: 0.2, 1: 0.3}}
+    run = run_of_layer(tmp_path, {**tags, "mean": means, "min": lowest})
     assert list(run.momentum) == ["layers.0"]
-    assert run.momentum["layers.0"].steps.tolist() == [1, 2, 3, 4, 5, 6]
-    assert run.momentum["layers.0"].values.tolist() == pytest.approx([0.7] * 4 + [0.2, 0.3])
+    assert run.momentum["layers.0"].values.tolist() == pytest.approx([0.5, 0.4])
+    assert run.beta_ends is None and run.cap is None
+
+
+def test_the_picture_has_the_charts_of_the_page(tmp_path: Path) -> None:
+    for number in range(2):
+        scalars = {"train/loss": {0: 3.0, 1: 2.0 + number}, "val/loss": {1: 2.5}, "throughput/mfu": {0: 0.4, 1: 0.4}}
+        write_run(tmp_path / str(number), scalars)
+    runs = find_runs([str(tmp_path)])
+    losses, *others = report_figure(runs).axes
+    titles = [f"{chart['title']}, {chart['unit']}" for chart in charts(runs) if chart["id"] != "loss"]
+    assert [axes.get_title("left") for axes in others] == titles and len(titles) == 2
+    perplexity, mfu = others
+    assert perplexity.get_yscale() == "log" and mfu.get_ylim()[0] == 0
+    assert losses.get_ylim()[1] == pytest.approx(3.0)  # the highest running mean after 5 % of a run
+    assert [line.get_color() for line in mfu.lines] == list(COLOURS[:2])
 
 
 def test_the_picture_has_the_momentum_from_zero_to_the_cap(tmp_path: Path) -> None:
     figure = report_figure(find_runs(intervals(tmp_path, cap=0.89)))
-    [axes] = [axes for axes in figure.axes if axes.get_title("left").startswith("momentum") and axes.lines]
+    [axes] = [axes for axes in figure.axes if axes.get_title("left").startswith("Momentum, mean")]
     assert axes.get_ylim() == pytest.approx((0, 0.89), rel=0.05)
     [band] = axes.collections
     assert list(band.get_paths()[0].get_extents().extents) == pytest.approx([2, 0.2, 6, 0.85], abs=1e-6)
-    [by_layer] = [axes for axes in figure.axes if "lowest of a layer group's tensors" in axes.get_title("left")]
+    [by_layer] = [axes for axes in figure.axes if "tensors, by layer group" in axes.get_title("left")]
     [mesh] = by_layer.collections
     assert isinstance(mesh, QuadMesh)
     assert np.asarray(mesh.get_coordinates())[0, :, 0].tolist() == [0, 2, 4, 6]  # the first point covers two steps, too

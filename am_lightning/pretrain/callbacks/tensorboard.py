@@ -14,7 +14,8 @@ from torch.utils.tensorboard.summary import hparams
 
 from am_lightning.loggers.custom_scalars import add_custom_scalars
 from am_lightning.pretrain.callbacks.throughput import TrainingMonitor
-from am_lightning.pretrain.commands.report.runs import parameters
+from am_lightning.pretrain.commands.list import strategy_name
+from am_lightning.pretrain.model.shape import LlamaShape, count_parameters
 
 FINAL = ("final/val_loss", "final/val_perplexity")
 # Result columns of the HParams page, which shows the newest point of each curve.
@@ -81,19 +82,15 @@ def main_settings(config: dict[str, Any], world_size: int, precision: str) -> di
         **{key: arguments.get(key) for key in ("lr", "lambd", "scope")},
         **dict(zip(("beta1", "beta2"), betas, strict=True)),
         **{key: model.get(key) for key in ("weight_decay", "schedule", "warmup_fraction", "seq_len")},
-        "parameters": parameters(model),
+        "parameters": count_parameters(LlamaShape.among(model)),
         **{key: data.get(key) for key in ("source", "batch_size")},
         "max_steps": trainer.get("max_steps"),
-        "strategy": _name(trainer.get("strategy")),
+        "strategy": strategy_name(trainer.get("strategy")),
         "precision": precision,
         "processes": world_size,
         "seed": config.get("seed_everything"),
     }
     return {key: value for key, value in found.items() if isinstance(value, bool | int | float | str)}
-
-
-def _name(value: Any) -> str:
-    return str(value["class_path"]).rpartition(".")[2] if isinstance(value, dict) else str(value)
 
 
 def _boards(trainer: L.Trainer) -> list[SummaryWriter]:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from am_lightning.pretrain.commands.report.events import Curve
-from am_lightning.pretrain.commands.report.plot import loss_after_start
 from am_lightning.pretrain.commands.report.runs import RunData
 from am_lightning.pretrain.commands.report.series import band, extremes, heatmap, smooth, thin
 
@@ -22,12 +21,11 @@ def charts(runs: Sequence[RunData]) -> list[dict[str, Any]]:
     A series' `style` is "mean" (a running mean), "raw" (as logged, pale), "dots" (validations), "line", or "band"
     (from `values` to `upper`).
     """
-    start = loss_after_start(runs) if len(runs) > 1 else None
-    caps = _caps(runs)
+    losses, caps = loss_chart(runs), _caps(runs)
     beta = "beta_t" + (f", cap {' and '.join(f'{cap:g}' for cap in caps)}" if caps else "")
-    ratios = {"top": None if start is None else math.exp(min(start, 700)), "floor": None, "log": True}
+    ratios = {"top": None if losses["top"] is None else math.exp(min(losses["top"], 700)), "floor": None, "log": True}
     made = [
-        _chart("loss", "Loss", "nats per token", _losses(runs, 0), top=start, floor=None),
+        losses,
         _chart("perplexity", "Perplexity", "e to the loss, logarithmic axis", _losses(runs, 1), **ratios),
         _chart("beta", "Momentum, mean over all tensors", beta, _momentum(runs), reach=max(caps, default=None)),
         _chart("at_max", "Tensors at the cap", "share of tensors and steps", _each(runs, "at_max", mean=True)),
@@ -39,6 +37,16 @@ def charts(runs: Sequence[RunData]) -> list[dict[str, Any]]:
         _chart("skipped", "Skipped steps", "so far, because a sum was not finite", _each(runs, "skipped")),
     ]
     return [chart for chart in made if chart["series"]]
+
+
+def loss_chart(runs: Sequence[RunData]) -> dict[str, Any]:
+    """Return the chart of the losses.
+
+    With several runs it ends at the highest running mean after 5 % of a run. Higher ones hide how the runs differ.
+    """
+    means = [smooth(run.train_loss).values for run in runs if run.train_loss and len(runs) > 1]
+    top = max((float(values[len(values) // 20]) for values in means if len(values)), default=None)
+    return _chart("loss", "Loss", "nats per token", _losses(runs, 0), top=top, floor=None)
 
 
 def heatmaps(runs: Sequence[RunData]) -> list[dict[str, Any]]:
@@ -60,9 +68,7 @@ def heatmaps(runs: Sequence[RunData]) -> list[dict[str, Any]]:
 
 
 def _by(run: RunData, width: int) -> str:
-    if run.layers_picture is not None:
-        return "mean and lowest of each layer: its own picture, because it has no curves of layers"
-    what = "the lowest beta_t of a layer's tensors" if run.has_lowest else "the mean over a layer's tensors"
+    what = "the lowest beta_t of a layer's tensors"
     what += "" if run.has_layers else ", by layer group: this run has no curves of layers"
     return what if width == 1 else f"{what}; {width} logged points in a column"
 

@@ -8,15 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from am_lightning.pretrain.commands.report.events import PATTERN, Curve, last_picture, read_files
 from am_lightning.pretrain.model.shape import LlamaShape, count_parameters
 from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.settings import saved_config
 
 _LAYERS, _ALL = "am/beta/layer/", "am/beta/"
-_OF_ALL = {"mean", "min", "max", "cap", "floor", "effective_steps"}  # after _ALL: tags of no layer group
 # Below a run's folder: other runs (of --compare, and those that a newer one moved away), never its own events.
 _NOT_ITS_OWN = ("compare", "earlier", "data", "checkpoints")
 # Where the programs put their event files: pretrain.py, Accelerate's and the HF Trainer's trackers.
@@ -90,11 +87,6 @@ class RunData:
         """True if `momentum` has a curve for each layer, False if it has one for each layer group."""
         return bool(self._below(_LAYERS))
 
-    @property
-    def has_lowest(self) -> bool:
-        """True if `momentum` is the lowest of all steps and tensors, False if it is the mean of the logged steps."""
-        return any(name.endswith("/min") for name in self._below(_ALL))
-
     @cached_property
     def layers_picture(self) -> bytes | None:
         """A PNG of the layers' momentum over the steps, if the run logged one and no curves of layers."""
@@ -102,14 +94,10 @@ class RunData:
 
     @cached_property
     def momentum(self) -> dict[str, Curve]:
-        """beta_t by layer, or by layer group if no layers were logged, in the order of the tags, which is the
-        optimizer's; {} without adaptive memory.
-
-        It is the lowest of the steps since the last point if the run logged that, else the mean.
-        """
+        """The lowest beta_t of the tensors and the steps since the last point, by layer, or by layer group if no layers
+        were logged, in the order of the tags, which is the optimizer's; {} without adaptive memory."""
         layers = self._below(_LAYERS) or self._below(_ALL)
-        names = [name for name in layers if name not in _OF_ALL and not name.endswith(("/min", "/max"))]
-        return {name: _lowest(layers[name], layers.get(f"{name}/min")) for name in names}
+        return {name.removesuffix("/min"): curve for name, curve in layers.items() if name.endswith("/min")}
 
     def _below(self, start: str) -> dict[str, Curve]:
         """The curves whose tag has `start` in it, by what follows."""
@@ -130,7 +118,8 @@ class RunData:
     def parameters(self) -> int | None:
         """Parameters of the configured Llama; None if none is configured."""
         model = self.setting("model")
-        return parameters(model) if isinstance(model, dict) and model.keys() >= _SHAPE else None
+        known = isinstance(model, dict) and model.keys() >= _SHAPE
+        return count_parameters(LlamaShape.among(model)) if known else None
 
     @property
     def final_val_loss(self) -> float | None:
@@ -153,11 +142,6 @@ class RunData:
         for word in path.split("."):
             value = value.get(word) if isinstance(value, dict) else None
         return value
-
-
-def parameters(model: dict[str, Any]) -> int:
-    """Return the number of parameters of the Llama in a configuration's `model` section."""
-    return count_parameters(LlamaShape.among(model))
 
 
 def find_runs(names: list[str]) -> list[RunData]:
@@ -237,12 +221,3 @@ def _labels(folders: dict[Path, str | None]) -> dict[Path, str]:
             if folder.parent in places and not given:
                 labels[folder] = "/".join(folder.parts[-words:])
     return labels
-
-
-def _lowest(mean: Curve, low: Curve | None) -> Curve:
-    """Return the curve of the lowest beta_t, continued to the left by the mean if a run logged only means at first."""
-    if low is None:
-        return mean
-    before = mean.steps < low.steps[0]
-    steps = np.concatenate([mean.steps[before], low.steps])
-    return Curve(steps, np.concatenate([mean.values[before], low.values]))
