@@ -10,7 +10,7 @@ from matplotlib.image import imread
 from torch.utils.tensorboard import SummaryWriter
 
 from am_lightning.pretrain.commands.report.events import Curve, read_curves
-from am_lightning.pretrain.commands.report.plot import draw, look
+from am_lightning.pretrain.commands.report.plot import look, report_figure, save
 from am_lightning.pretrain.commands.report.runs import RunData
 from am_lightning.pretrain.commands.report.series import extremes, heatmap, smooth, thin
 from am_lightning.pretrain.runtime.errors import RecipeError
@@ -98,13 +98,13 @@ def test_a_column_of_the_heatmap_has_the_lowest_of_its_steps() -> None:
 
 
 def test_the_picture_shows_the_dip(log_dir: Path, tmp_path: Path) -> None:
-    draw(tmp_path / "dip.png", [run_of(log_dir)])
+    save(report_figure([run_of(log_dir)], curves=False), tmp_path / "dip.png")
     flat = tmp_path / "flat" / "logs"
     with SummaryWriter(str(flat)) as writer:
         for step in range(100):
             writer.add_scalar("train/loss", 1.0, step)
             writer.add_scalar("am/beta/layer/layers.1/min", 0.8, step)
-    draw(tmp_path / "flat.png", [run_of(flat)])
+    save(report_figure([run_of(flat)], curves=False), tmp_path / "flat.png")
     assert _dark(tmp_path / "dip.png") > _dark(tmp_path / "flat.png") + 500
 
 
@@ -117,7 +117,7 @@ def _dark(path: Path) -> int:
 def test_a_run_without_momentum_has_losses_alone(tmp_path: Path) -> None:
     with SummaryWriter(str(tmp_path / "logs")) as writer:
         writer.add_scalar("train/loss", 1.0, 0)
-    draw(tmp_path / "one.png", [run_of(tmp_path / "logs")])
+    save(report_figure([run_of(tmp_path / "logs")], curves=False), tmp_path / "one.png")
     height, width, _ = imread(tmp_path / "one.png").shape
     assert height < width * 0.6
 

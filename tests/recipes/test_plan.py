@@ -200,8 +200,11 @@ def test_keys_of_the_configuration_can_be_changed(planned: Callable[..., dict[st
         (("llama-8b", "--gpus", "1"), "--gpus is 1; allowed: a multiple of tensor_parallel_size 2"),
         (("60m", "--gpus", "8", "--mfu", "1.5"), r"--mfu is 1.5; allowed: 0 < value <= 1"),
         (("60m", "--gpus", "8", "--bandwidth", "0"), r"--bandwidth is 0.0; allowed: 0 < value"),
-        (("60m", "--gpus", "8", "--gpu", "K80"), "--gpu is 'K80'; known: A100-40, A100, H100.*--peak-tflops"),
-        (("60m", "--gpus", "8", "--gpu", "K80", "--peak-tflops", "8"), "--gpu is 'K80', whose memory is not known"),
+        (("60m", "--gpus", "8", "--gpu", "K80"), "--gpu is 'K80'; allowed: one of A100-40, A100, H100.*--peak-tflops"),
+        (
+            ("60m", "--gpus", "8", "--gpu", "K80", "--peak-tflops", "8"),
+            "--gpu is 'K80'; allowed: .* together with --peak-tflops and --memory-gb",
+        ),
         (("60m", "--gpus", "8", "--trainer.precision", "64-true"), "trainer.precision is '64-true'"),
         (("no such", "--gpus", "8"), "no such"),
     ],

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from am_lightning.pretrain.commands.report.plot import draw
+from am_lightning.pretrain.commands.report.plot import report_figure, save
 from am_lightning.pretrain.commands.report.summary import RunResult
 
 # beta1 of the baselines, which get AdamW's usual warmup.
@@ -64,5 +64,5 @@ def _report(path: Path, results: dict[str, RunResult]) -> None:
         print(f"  {name:<{width}}  {result.val_loss:>15.4f}  {result.perplexity:>10.2f}")
     drawn = [run for name, result in results.items() if (run := result.drawn_as(name))]
     if drawn:
-        draw(path, drawn)
+        save(report_figure(drawn, curves=False), path)
         print(f"\n  picture           {path}\n", flush=True)

@@ -37,10 +37,8 @@ def run(args: argparse.Namespace) -> int:
 
 def short(number: float, gap: str = "") -> str:
     """Return three digits and a unit, with a gap between them: "58.2M" for 58234880."""
-    for size, unit in _UNITS:
-        if number >= size:
-            return f"{number / size:.3g}{gap}{unit}"
-    return f"{number:g}"
+    found = (f"{number / size:.3g}{gap}{unit}" for size, unit in _UNITS if number >= size)
+    return next(found, f"{number:g}")
 
 
 def strategy_name(strategy: Any) -> str:

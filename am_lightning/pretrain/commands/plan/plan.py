@@ -8,11 +8,11 @@ import math
 from typing import Any
 
 from am_lightning.pretrain.commands.plan.layout import ParallelPlan, make_layout
-from am_lightning.pretrain.commands.plan.measured import ASSUMED_MFU, GPUS, Measured, nearest
+from am_lightning.pretrain.commands.plan.measured import ASSUMED_MFU, GPUS, Gpu, Measured, nearest
 from am_lightning.pretrain.commands.plan.memory import RESERVE, Memory, memory_of
 from am_lightning.pretrain.commands.plan.traffic import Traffic, traffic_of
 from am_lightning.pretrain.model.shape import LlamaShape, count_parameters, count_tensors, flops_per_token
-from am_lightning.pretrain.runtime.errors import RecipeError, require
+from am_lightning.pretrain.runtime.errors import require
 from am_lightning.pretrain.runtime.run_config import RunConfig
 
 
@@ -92,19 +92,13 @@ def make_plan(settings: RunConfig, args: argparse.Namespace) -> Plan:
     )
     checkpointing = bool(model["activation_checkpointing"])
     traffic = traffic_of(shape, layout, checkpointing=checkpointing)
-    parameters, peak, gpu_memory = count_parameters(shape), args.peak_tflops, args.memory_gb
-    shown = None
-    if args.mfu is None and peak is None:  # with another peak it is another GPU
+    sheet = GPUS.get(args.gpu, Gpu(args.peak_tflops, args.peak_tflops, args.memory_gb))
+    known = f"one of {', '.join(GPUS)}; another one together with --peak-tflops and --memory-gb"
+    require(None not in sheet, "--gpu", args.gpu, known)
+    peak = args.peak_tflops or (sheet.fp32_tflops if layout.precision == "32-true" else sheet.bf16_tflops)
+    parameters, shown = count_parameters(shape), None
+    if args.mfu is None and args.peak_tflops is None:  # with another peak it is another GPU
         shown = nearest(args.gpu, parameters, layout.precision, compiled=bool(model["compile"]))
-    if peak is None:
-        known = f"{', '.join(GPUS)}. For another give --peak-tflops and --memory-gb"
-        if args.gpu not in GPUS:
-            raise RecipeError(f"--gpu is {args.gpu!r}; known: {known}")
-        peak = GPUS[args.gpu].fp32_tflops if layout.precision == "32-true" else GPUS[args.gpu].bf16_tflops
-    if gpu_memory is None:
-        if args.gpu not in GPUS:
-            raise RecipeError(f"--gpu is {args.gpu!r}, whose memory is not known: give --memory-gb")
-        gpu_memory = GPUS[args.gpu].memory_gb
     # Weights and two moments as they are stored; DeepSpeed stores its 16-bit weights and float32 ones.
     zero = 12 + (2 if layout.compute_bytes == 2 else 0)
     mfu = args.mfu or (ASSUMED_MFU if shown is None else shown.tflops / peak)
@@ -113,7 +107,7 @@ def make_plan(settings: RunConfig, args: argparse.Namespace) -> Plan:
         tensors=count_tensors(shape),
         layout=layout,
         memory=memory_of(shape, layout, checkpointing=checkpointing),
-        gpu_memory=int(1e9 * gpu_memory),
+        gpu_memory=int(1e9 * (args.memory_gb or sheet.memory_gb)),
         traffic=traffic,
         speed=_speed(shape, layout, traffic, settings.steps, layout.gpus * peak * 1e12 * mfu, args),
         mfu=mfu,

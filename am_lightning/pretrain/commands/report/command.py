@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     output = output.expanduser().resolve()
     picture = output.with_suffix(".png")
     runs = find_runs(args.runs)
-    save(report_figure(runs), picture, dpi=110)
+    save(report_figure(runs), picture)
     write_page(output, runs, picture)
     for found in runs:
         print(f"  run      {found.name} ({found.folder})")

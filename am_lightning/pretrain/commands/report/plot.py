@@ -37,41 +37,24 @@ def look(number: int) -> tuple[str, str]:
     return COLOURS[number % len(COLOURS)], _DASHES[number // len(COLOURS) % len(_DASHES)]
 
 
-def save(figure: Figure, path: Path, dpi: int = 150) -> None:
+def save(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG.
 
     Raises:
         RecipeError: if it cannot be written.
     """
     with replacing(path, _CURE) as file:
-        figure.savefig(file, format="png", dpi=dpi)
+        figure.savefig(file, format="png", dpi=110)
 
 
-def draw(path: Path, runs: Sequence[RunData]) -> None:
-    """Draw the runs' losses in one picture, and below them the momentum of the first run if it has any.
-
-    Raises:
-        RecipeError: if the picture cannot be written.
-    """
-    layers = heatmaps(runs[:1])
-    figure = Figure((9, 7.5 if layers else 4.5), layout="constrained", facecolor="white")
-    rows = figure.subplots(2 if layers else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 2] if layers else [1])
-    _draw_losses(rows[0, 0], runs)
-    for found in layers:
-        _draw_heatmap(figure, rows[1, 0], found, runs)
-    _step_axis(rows[-1, 0])
-    save(figure, path)
-
-
-def report_figure(runs: Sequence[RunData]) -> Figure:
-    """Return the picture of a report, with the charts of the page."""
-    layers, panels = heatmaps(runs), [chart for chart in charts(runs) if chart["id"] != "loss"]
+def report_figure(runs: Sequence[RunData], *, curves: bool = True) -> Figure:
+    """Return the picture of a report: losses, momentum by layer of every run that has it, and the other `curves`."""
+    layers, panels = heatmaps(runs), [chart for chart in charts(runs) if chart["id"] != "loss" and curves]
     heights = [4.2, *(0.9 + 0.16 * len(found["rows"]) for found in layers), *(2.2 for _ in panels[::2])]
     figure = Figure((11, sum(heights)), layout="constrained", facecolor="white")
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
     losses = figure.add_subplot(grid[0, :])
     _draw_losses(losses, runs)
-    _step_axis(losses)
     for row, found in enumerate(layers, start=1):
         _draw_heatmap(figure, figure.add_subplot(grid[row, :], sharex=losses), found, runs)
     for number, chart in enumerate(panels):
@@ -84,7 +67,9 @@ def report_figure(runs: Sequence[RunData]) -> Figure:
 def _draw_losses(axes: Axes, runs: Sequence[RunData]) -> None:
     _draw_chart(axes, loss_chart(runs), single=len(runs) == 1)
     axes.set_ylabel("loss (nats per token)")
+    axes.set_xlabel("optimizer step")
     axes.set_xlim(0, max([2, *(run.steps for run in runs)]))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(handles=_legend(runs), frameon=False, fontsize=9)
 
 
@@ -143,11 +128,6 @@ def _legend(runs: Sequence[RunData]) -> list[Line2D]:
     else:
         mean = Line2D([], [], color=COLOURS[0], label="training, running mean", linewidth=1.2)
     return [*handles, mean]
-
-
-def _step_axis(axes: Axes) -> None:
-    axes.set_xlabel("optimizer step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _style(axes: Axes) -> None:

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from am_lightning.pretrain.callbacks.throughput import TrainingMonitor
 from am_lightning.pretrain.checkpoints import LAST
 from am_lightning.pretrain.commands.report.events import read_curves
-from am_lightning.pretrain.commands.report.plot import draw
+from am_lightning.pretrain.commands.report.plot import report_figure, save
 from am_lightning.pretrain.commands.report.runs import RunData
 from am_lightning.pretrain.data.text_data import TextData
 
@@ -73,7 +73,7 @@ def print_summary(result: RunResult) -> None:
     lines = {"training": training}
     if drawn := result.drawn_as(""):
         picture = result.root / "summary.png"
-        draw(picture, [drawn])
+        save(report_figure([drawn], curves=False), picture)
         lines |= {"curves": f'{_tensorboard()} --logdir "{result.log_dir}"', "picture": str(picture)}
     lines |= {"checkpoint": str(result.root / "checkpoints" / LAST), "next": next_commands(result.root)}
     print("\n" + result.validation() + "".join(f"  {name:<16} {text}\n" for name, text in lines.items()), flush=True)
