@@ -57,7 +57,7 @@ def test_every_recipe_validates(name: str, tmp_path: Path, capsys: pytest.Captur
         ("--model.optimizer torch.optim.SGD", r"model.optimizer: torch.optim.sgd.SGD is not exactly torch.optim.AdamW"),
         ("--trainer.strategy fsdp3", r"trainer.strategy is 'fsdp3'; allowed: one of .* Did you mean fsdp"),
         ("--data.source nowhere", r"data.source nowhere does not exist"),
-        ("--data.tokenizer ./nowhere", r"data.tokenizer is './nowhere': there is no such folder"),
+        ("--data.tokenizer ./nowhere", r"data.tokenizer is './nowhere'; allowed: an existing folder"),
         ("--ckpt_path gone.ckpt", r"ckpt_path is 'gone.ckpt'"),
         ("--trainer.val_check_interval 5 --trainer.accumulate_grad_batches 2", r"trainer.val_check_interval is 5"),
         ("--trainer.default_root_dir /proc/version/run", r"trainer.default_root_dir is .*can be written"),

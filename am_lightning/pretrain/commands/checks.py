@@ -124,12 +124,10 @@ def _data(settings: RunConfig) -> str:
     name = data.tokenizer
     if name == BYTES or bpe_size(name) is not None:
         size = "known from its name"
-    elif Path(name).expanduser().is_dir():
+    elif name.startswith(("/", "./", "../", "~")) or Path(name).is_dir():
         tokenizer = pipeline.load_tokenizer()
         check_vocabulary(data.vocab_size, tokenizer.vocab_size, name)
         size = f"{tokenizer.vocab_size} tokens"
-    elif name.startswith(("/", ".", "~")):
-        raise RecipeError(f"data.tokenizer is {name!r}: there is no such folder")
     else:
         size = "on the Hugging Face hub, not looked up"
     missing = ""  # a note, not an error: existing shards need no library, and another machine may make them

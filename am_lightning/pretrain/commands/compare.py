@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from am_lightning.pretrain.callbacks.throughput import perplexity
 from am_lightning.pretrain.commands.report.plot import report_figure, save
 from am_lightning.pretrain.commands.report.summary import RunResult
 
@@ -61,7 +62,7 @@ def _report(path: Path, results: dict[str, RunResult]) -> None:
     width = max(map(len, results))
     print(f"  {'':<{width}}  validation loss  perplexity")
     for name, result in results.items():
-        print(f"  {name:<{width}}  {result.val_loss:>15.4f}  {result.perplexity:>10.2f}")
+        print(f"  {name:<{width}}  {result.val_loss:>15.4f}  {perplexity(result.val_loss):>10.2f}")
     drawn = [run for name, result in results.items() if (run := result.drawn_as(name))]
     if drawn:
         save(report_figure(drawn, curves=False), path)

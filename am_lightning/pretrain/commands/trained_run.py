@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -15,7 +16,7 @@ from am_lightning.pretrain.checkpoints.weights import is_checkpoint, model_argum
 from am_lightning.pretrain.data.hf_tokenizer import as_pretrained
 from am_lightning.pretrain.data.shards import INDEX, read_index
 from am_lightning.pretrain.data.tokenizer import BYTES, Tokenizer, bpe_size, check_vocabulary, load_bpe, load_named
-from am_lightning.pretrain.model.network import llama_config, trained_llama
+from am_lightning.pretrain.model.network import llama_config
 from am_lightning.pretrain.model.shape import LlamaShape
 from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.settings import saved_config
@@ -34,12 +35,27 @@ class TrainedRun:
 
     def model(self) -> LlamaForCausalLM:
         """Return transformers' model in eval mode on the CPU, in the dtype of the checkpoint. It generates up to the
-        end of a text."""
-        end = self.tokenizer.eos_token_id
+        end of a text.
+
+        Raises:
+            RecipeError: if the checkpoint's weights have other names or shapes.
+        """
+        end, weights = self.tokenizer.eos_token_id, read_weights(self.checkpoint)
         config = llama_config(self.shape, bos_token_id=None, eos_token_id=end)
-        model: Any = trained_llama(config, read_weights(self.checkpoint))
+        with torch.device("meta"):
+            model: Any = LlamaForCausalLM(config)
+        if self.shape.tie_word_embeddings:  # a checkpoint may leave out the head
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        try:
+            model.load_state_dict(weights, assign=True)
+        except RuntimeError as error:
+            words = " ".join(str(error).split())
+            raise RecipeError(f"the weights do not fit the model that was saved with them: {words}") from error
+        model.tie_weights()
+        # The buffers follow from the configuration. On the meta device they have no values.
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
         model.generation_config.pad_token_id = end  # in the model's config it would freeze a row of the embedding
-        trained: LlamaForCausalLM = model
+        trained: LlamaForCausalLM = model.eval()
         return trained
 
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from am_lightning.pretrain.model.initial_weights import draw_matrices
 from am_lightning.pretrain.model.shape import LlamaShape
-from am_lightning.pretrain.runtime.errors import RecipeError
 
 _UNMASKED = "sdpa_unmasked"
 
@@ -27,31 +24,6 @@ def build_llama(shape: LlamaShape) -> LlamaForCausalLM:
     if not model.lm_head.weight.is_meta:
         draw_matrices(model)
     return model
-
-
-def trained_llama(config: LlamaConfig, weights: Mapping[str, Tensor]) -> LlamaForCausalLM:
-    """Return a Llama in eval mode, on the CPU, that shares the given weights.
-
-    Args:
-        config: configuration from llama_config.
-        weights: tensors by their names in LlamaForCausalLM. A tied head may be left out.
-
-    Raises:
-        RecipeError: if the weights have other names or shapes.
-    """
-    with torch.device("meta"):
-        model: Any = LlamaForCausalLM(config)
-    tied = {"lm_head.weight": weights["model.embed_tokens.weight"]} if config.tie_word_embeddings else {}
-    try:
-        model.load_state_dict({**weights, **tied}, assign=True)
-    except RuntimeError as error:
-        words = " ".join(str(error).split())
-        raise RecipeError(f"the weights do not fit the model that was saved with them: {words}") from error
-    model.tie_weights()
-    # The buffers follow from the configuration. On the meta device they have no values.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
-    trained: LlamaForCausalLM = model.eval()
-    return trained
 
 
 def llama_config(shape: LlamaShape, **options: Any) -> LlamaConfig:

@@ -159,7 +159,7 @@ class PretrainCLI(LightningCLI):
             _move_earlier_run(Path(self.config.fit.trainer.default_root_dir))
 
     def after_validate(self) -> None:
-        print_validation(RunResult.of(self.trainer, self.datamodule, self.config_init[self.subcommand].monitor))
+        print_validation(float(self.trainer.callback_metrics["val/loss"]), self.datamodule.scored_rows)
 
     def after_fit(self) -> None:
         if isinstance(self.trainer.strategy, ModelParallelStrategy):

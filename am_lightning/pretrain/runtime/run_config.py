@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import nn
 from torch.optim import Optimizer
@@ -18,7 +17,7 @@ from am_lightning.lightning import AdaptiveMemory
 from am_lightning.loggers.reader import read_report
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.unwrap import unwrap_optimizer
-from am_lightning.pretrain.commands.report.summary import next_commands
+from am_lightning.pretrain.commands.report.summary import next_commands, print_validation
 from am_lightning.pretrain.data.text_data import TextData
 from am_lightning.pretrain.model.lightning_module import LlamaPretraining, check_optimizer
 from am_lightning.pretrain.model.shape import LlamaShape
@@ -123,14 +122,9 @@ class RunConfig:
 
     def print_result(self, loss: float, checkpoint: Path | None) -> None:
         """Print the validation loss of the finished run, in nats per token, and where its files are."""
-        perplexity = torch.tensor(loss).exp()  # inf, where math.exp raises an error
-        rows = f"{self.data.scored_rows} held-out rows"
-        print(
-            f"\n  validation loss  {loss:.4f} nats per token (perplexity {perplexity:.2f}) on {rows}\n"
-            f'  curves           tensorboard --logdir "{self.root / "logs"}"\n'
-            f"  checkpoint       {checkpoint}\n"
-            f"  next             {next_commands(self.root)}\n"
-        )
+        curves = f'tensorboard --logdir "{self.root / "logs"}"'
+        lines = {"curves": curves, "checkpoint": str(checkpoint), "next": next_commands(self.root)}
+        print_validation(loss, self.data.scored_rows, **lines)
 
 
 def read_run_config(args: Sequence[str] | None = None) -> RunConfig:

@@ -11,7 +11,7 @@ import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from am_lightning.pretrain.callbacks.throughput import TrainingMonitor
+from am_lightning.pretrain.callbacks.throughput import TrainingMonitor, perplexity
 from am_lightning.pretrain.checkpoints import LAST
 from am_lightning.pretrain.commands.report.events import read_curves
 from am_lightning.pretrain.commands.report.plot import report_figure, save
@@ -26,16 +26,10 @@ class RunResult:
     root: Path  # the run's folder
     log_dir: Path | None  # folder of the event files; None without a TensorBoardLogger
     steps: int  # optimizer steps done in total
-    val_loss: float  # nats per token after the last step; `perplexity` is its exponential
-    perplexity: float
+    val_loss: float  # nats per token after the last step
     val_rows: int  # rows of the validation
     seconds: float  # time of training in this process, validations included
     tokens_per_second: float | None  # rate of training alone, all processes together; None if no step was taken
-
-    def validation(self) -> str:
-        """Return the line of the validation."""
-        loss = f"{self.val_loss:.4f} nats per token (perplexity {self.perplexity:.2f})"
-        return f"  {'validation loss':<16} {loss} on {self.val_rows} held-out rows\n"
 
     def drawn_as(self, name: str) -> RunData | None:
         """Return what a picture shows of the run; None without event files."""
@@ -50,7 +44,6 @@ class RunResult:
             log_dir=next((Path(each.log_dir) for each in trainer.loggers if isinstance(each, TensorBoardLogger)), None),
             steps=trainer.global_step,
             val_loss=float(trainer.callback_metrics["val/loss"]),
-            perplexity=float(trainer.callback_metrics["val/perplexity"]),
             val_rows=data.scored_rows,
             seconds=monitor.seconds,
             tokens_per_second=None if rate is None else rate * data.batch_size * data.seq_len,
@@ -58,9 +51,11 @@ class RunResult:
 
 
 @rank_zero_only
-def print_validation(result: RunResult) -> None:
-    """Print the figures of `validate`."""
-    print(f"\n{result.validation()}", flush=True)
+def print_validation(loss: float, rows: int, **lines: str) -> None:
+    """Print a loss in nats per token, the number of rows that it is the mean over, and further `lines` by heading."""
+    text = f"{loss:.4f} nats per token (perplexity {perplexity(loss):.2f}) on {rows} held-out rows"
+    shown = {"validation loss": text, **lines}
+    print("\n" + "".join(f"  {name:<16} {line}\n" for name, line in shown.items()), flush=True)
 
 
 @rank_zero_only
@@ -76,7 +71,7 @@ def print_summary(result: RunResult) -> None:
         save(report_figure([drawn], curves=False), picture)
         lines |= {"curves": f'{_tensorboard()} --logdir "{result.log_dir}"', "picture": str(picture)}
     lines |= {"checkpoint": str(result.root / "checkpoints" / LAST), "next": next_commands(result.root)}
-    print("\n" + result.validation() + "".join(f"  {name:<16} {text}\n" for name, text in lines.items()), flush=True)
+    print_validation(result.val_loss, result.val_rows, **lines)
 
 
 def next_commands(root: Path) -> str:
