@@ -50,11 +50,19 @@ def _model(settings: RunConfig) -> str:
 
 
 def _step(settings: RunConfig) -> str:
-    """Check that the rows of a step can be shared evenly."""
+    """Check that the ranks make up the sizes of the strategy, and that the rows of a step can be shared evenly."""
     trainer, data = settings.config["trainer"], settings.data
     _check_strategy(trainer["strategy"])
     processes, note = _process_count(trainer)
-    tensor = _tensor_parallel_size(trainer, processes)
+    strategy, nodes = trainer["strategy"], trainer["num_nodes"]
+    tensor = tensor_parallel_size(strategy, processes // nodes)
+    groups = strategy_options(strategy).get("data_parallel_size", "auto")
+    groups = nodes if groups == "auto" else int(groups)
+    if strategy_name(strategy) == "ModelParallelStrategy" and groups * tensor != processes:
+        raise RecipeError(
+            f"trainer.strategy: data_parallel_size {groups} x tensor_parallel_size {tensor} is not"
+            f" trainer.devices x trainer.num_nodes = {processes}"
+        )
     check_tensor_parallel(settings.shape, tensor)
     shares = processes // tensor * settings.accumulate
     allowed = (
@@ -66,7 +74,7 @@ def _step(settings: RunConfig) -> str:
     layout = f", of which {tensor} share a layer" if tensor > 1 else ""
     return (
         f"{data.batch_size} rows of {settings.shape.seq_len} = {short(tokens)} tokens; {settings.steps} steps ="
-        f" {short(tokens * settings.steps)} tokens; strategy {strategy_name(trainer['strategy'])},"
+        f" {short(tokens * settings.steps)} tokens; strategy {strategy_name(strategy)},"
         f" processes {processes}{note}{layout}, micro-batches {settings.accumulate} of {data.batch_size // shares} rows"
     )
 
@@ -96,24 +104,6 @@ def _process_count(trainer: dict[str, Any]) -> tuple[int, str]:
     allowed = 'a whole number >= 1, a list of numbers, "auto" or -1'
     require(isinstance(count, int) and count >= 1, "trainer.devices", devices, allowed)
     return int(count) * nodes, ""
-
-
-def _tensor_parallel_size(trainer: dict[str, Any], processes: int) -> int:
-    """Return the number of ranks that share a layer.
-
-    Raises:
-        RecipeError: if the two sizes of ModelParallelStrategy do not make up the processes.
-    """
-    strategy, nodes = trainer["strategy"], trainer["num_nodes"]
-    tensor = tensor_parallel_size(strategy, processes // nodes)
-    data = strategy_options(strategy).get("data_parallel_size", "auto")
-    data = nodes if data == "auto" else int(data)
-    if strategy_name(strategy) == "ModelParallelStrategy" and data * tensor != processes:
-        raise RecipeError(
-            f"trainer.strategy: data_parallel_size {data} x tensor_parallel_size {tensor} is not"
-            f" trainer.devices x trainer.num_nodes = {processes}"
-        )
-    return tensor
 
 
 def _data(settings: RunConfig) -> str:

@@ -68,6 +68,4 @@ def _programs(folder: Path) -> Iterator[tuple[Path, Path]]:
 
 def _differs(path: Path, content: bytes) -> bool:
     """Return whether something else is at `path`. A link always counts: a write would go to what it points to."""
-    if path.is_symlink():
-        return True
-    return path.exists() and not (path.is_file() and path.read_bytes() == content)
+    return path.is_symlink() or (path.exists() and not (path.is_file() and path.read_bytes() == content))

@@ -9,7 +9,7 @@ from am_lightning.pretrain.model.shape import LlamaShape, count_parameters
 from am_lightning.pretrain.runtime.paths import recipe_files
 from am_lightning.pretrain.runtime.settings import read_recipe
 
-_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+_UNITS = {"T": 1e12, "B": 1e9, "M": 1e6, "k": 1e3, "": 1.0}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +37,13 @@ def run(args: argparse.Namespace) -> int:
 
 def short(number: float, gap: str = "") -> str:
     """Return three digits and a unit, with a gap between them: "58.2M" for 58234880."""
-    found = (f"{number / size:.3g}{gap}{unit}" for size, unit in _UNITS if number >= size)
-    return next(found, f"{number:g}")
+    return scaled(number, _UNITS, gap)
+
+
+def scaled(value: float, units: dict[str, float], gap: str = " ") -> str:
+    """Return three digits and the first unit, from the largest on, that the value reaches, or else the last one."""
+    unit = next((unit for unit, size in units.items() if value >= size), list(units)[-1])
+    return f"{value / units[unit]:.3g}{gap}{unit}".rstrip()
 
 
 def strategy_name(strategy: Any) -> str:

@@ -58,15 +58,11 @@ class Plan:
         """Return the plan as plain values, with what follows from them."""
         layout, memory = self.layout, self.memory
         moments = {name: memory.total(name) for name in memory.moments}
-        return {
-            **dataclasses.asdict(self),
-            "layout": {**dataclasses.asdict(layout), "data": layout.data, "nodes": layout.nodes},
-            "memory": {**dataclasses.asdict(memory), "totals": moments, "peak": moments[memory.peak]},
-            "traffic": {**dataclasses.asdict(self.traffic), "total": self.traffic.total},
-            "reserve": RESERVE,
-            "needed": self.needed,
-            "fits": self.fits,
-        }
+        found = dataclasses.asdict(self)
+        found["layout"] |= {"data": layout.data, "nodes": layout.nodes}
+        found["memory"] |= {"totals": moments, "peak": moments[memory.peak]}
+        found["traffic"]["total"] = self.traffic.total
+        return {**found, "reserve": RESERVE, "needed": self.needed, "fits": self.fits}
 
 
 def make_plan(settings: RunConfig, args: argparse.Namespace) -> Plan:

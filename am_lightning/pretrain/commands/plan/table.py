@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from am_lightning.pretrain.commands.list import scaled, short
 from am_lightning.pretrain.commands.plan.layout import ParallelPlan
 from am_lightning.pretrain.commands.plan.memory import RESERVE, Memory
 from am_lightning.pretrain.commands.plan.plan import Plan
@@ -14,7 +15,7 @@ def print_plan(plan: Plan, args: argparse.Namespace) -> None:
     """Print a plan as text."""
     layout, speed = plan.layout, plan.speed
     tokens = plan.steps * speed.tokens_per_step
-    count = _scaled(tokens, {"T": 1e12, "B": 1e9, "M": 1e6}) if tokens >= 1e6 else f"{tokens:,}"
+    count = short(tokens, " ") if tokens >= 1e6 else f"{tokens:,}"
     print(f"model       {plan.parameters:,} parameters in {plan.tensors} tensors")
     print(f"layout      {_layout_text(layout)}")
     print(
@@ -94,14 +95,8 @@ def _verdict(plan: Plan, args: argparse.Namespace) -> str:
 
 def duration_text(seconds: float) -> str:
     """Return three digits and the unit that suits: "4.26 days"."""
-    return _scaled(seconds, {"days": 86400.0, "h": 3600.0, "min": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6})
+    return scaled(seconds, {"days": 86400.0, "h": 3600.0, "min": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6})
 
 
 def _bytes(size: float) -> str:
-    return _scaled(size, {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0})
-
-
-def _scaled(value: float, units: dict[str, float]) -> str:
-    """Return the value in the first unit, from the largest on, that it reaches, or else in the last one."""
-    unit = next((unit for unit, size in units.items() if value >= size), list(units)[-1])
-    return f"{value / units[unit]:.3g} {unit}"
+    return scaled(size, {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0})

@@ -123,11 +123,10 @@ def _legend(runs: Sequence[RunData]) -> list[Line2D]:
             handles.append(Line2D([], [], color=colour, label=label, ls=dashes, **_DOTS))
         else:
             handles.append(Line2D([], [], color=look(number)[0], label=run.name or "training", ls=dashes))
-    if several:
-        mean = Line2D([], [], color=_INK, alpha=0.6, label="without dots: training, running mean", linewidth=1.2)
-    else:
-        mean = Line2D([], [], color=COLOURS[0], label="training, running mean", linewidth=1.2)
-    return [*handles, mean]
+    colour, label = (
+        (_INK, "without dots: training, running mean") if several else (COLOURS[0], "training, running mean")
+    )
+    return [*handles, Line2D([], [], color=colour, label=label, alpha=0.6 if several else 1, linewidth=1.2)]
 
 
 def _style(axes: Axes) -> None:
