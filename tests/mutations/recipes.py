@@ -269,8 +269,8 @@ MUTATIONS = [
     Mutation(
         "a line that begins where a file is cut is lost",
         _CHUNKS,
-        "file.seek(self.start - 1)\n            position = self.start - 1 + len",
-        "file.seek(self.start)\n            position = self.start + len",
+        "file.seek(self.start - 1)\n                position = self.start - 1 + len",
+        "file.seek(self.start)\n                position = self.start + len",
         ("tests/recipes/test_sources.py::test_a_line_is_in_one_piece_at_every_size",),
     ),
     Mutation(

@@ -21,8 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from am_lightning.distributed.names import strip_wrappers
-from am_lightning.optional_imports import cause_of
-from am_lightning.pretrain.runtime.errors import RecipeError, first_line, needs_package
+from am_lightning.pretrain.runtime.errors import RecipeError, first_line, needs
 
 # The files in a folder, and the keys in them, that describe the model: of Lightning's shards, pretrain_accelerate.py,
 # pretrain_hf_trainer.py and Lightning's DeepSpeed folders.
@@ -159,15 +158,12 @@ def _read_deepspeed(path: Path) -> dict[str, Tensor]:
     if not list(folder.glob("*optim_states.pt")):  # stage 0 partitions nothing
         module: dict[str, Tensor] = _load(folder / "mp_rank_00_model_states.pt")["module"]
         return module
-    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout on import
-        try:
-            from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-            from deepspeed.runtime.zero.config import ZeroStageEnum
-            from deepspeed.utils.tensor_fragment import fragment_address
-            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-        except ImportError as error:
-            text = f"{path} was written by DeepSpeed, which is needed to read it: pip install 'am-lightning[deepspeed]'"
-            raise needs_package(text, error, "deepspeed") from cause_of(error, "deepspeed")
+    text = f"{path} was written by DeepSpeed, which is needed to read it: pip install 'am-lightning[deepspeed]'"
+    with contextlib.redirect_stdout(sys.stderr), needs("deepspeed", text):  # DeepSpeed logs to stdout on import
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     plain = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
     with (
         contextlib.redirect_stdout(io.StringIO()),

@@ -10,11 +10,10 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
-from am_lightning.optional_imports import cause_of
 from am_lightning.pretrain.data.hub import hub_errors
-from am_lightning.pretrain.runtime.errors import RecipeError, first_line, needs_package
+from am_lightning.pretrain.runtime.errors import RecipeError, first_line, needs
 
 _ROWS = 1024  # rows read at a time
 DATA_EXTRA = "pip install 'am-lightning[data]', or '.[data]' in a checkout"
@@ -68,22 +67,16 @@ class JsonLines:
     size: int
 
     def documents(self) -> Iterator[Document]:
-        compressed = self.path.endswith(".gz")
-        with reading(self.path), gzip.open(self.path) if compressed else open(self.path, "rb") as file:
-            yield from self._documents(cast(BinaryIO, file))
-
-    def _documents(self, file: BinaryIO) -> Iterator[Document]:
-        position = self.start
-        if self.start:  # a line that begins before this chunk belongs to the previous one
-            file.seek(self.start - 1)
-            position = self.start - 1 + len(file.readline())
-        while not self.stop or position < self.stop:
-            line = file.readline()
-            if not line:
-                return
-            if line.strip():
-                yield from _record(self._parse(line, position), f"the line at byte {position} of {self.path}")
-            position += len(line)
+        opener: Any = gzip.open if self.path.endswith(".gz") else open
+        with reading(self.path), opener(self.path, "rb") as file:
+            position = self.start
+            if self.start:  # a line that begins before this chunk belongs to the previous one
+                file.seek(self.start - 1)
+                position = self.start - 1 + len(file.readline())
+            while (not self.stop or position < self.stop) and (line := file.readline()):
+                if line.strip():
+                    yield from _record(self._parse(line, position), f"the line at byte {position} of {self.path}")
+                position += len(line)
 
     def _parse(self, line: bytes, position: int) -> object:
         try:
@@ -124,23 +117,21 @@ class HubShard:
     field: str
     index: int
     count: int
-    size: int = 0
+    size: int
 
     def documents(self) -> Iterator[Document]:
         where = f"file {self.index} of hf:{self.name}"
-        # Unlike plain iteration, iter() yields all rows in a DataLoader's worker, too.
-        batches = load_hub(self.name, self.options).shard(self.count, self.index).iter(_ROWS)
-        while True:
-            try:
-                batch = next(batches, None)
-            except Exception as error:  # of the network, the file system or the format
-                raise RecipeError(f"cannot read {where}: {first_line(error)}. Try again.") from error
-            if batch is None:
-                return
-            if self.field not in batch:
-                raise no_field(self.field, where, f"has {', '.join(batch)}")
-            for text in batch[self.field]:
-                yield from _record(text, where)
+        try:
+            # Unlike plain iteration, iter() yields all rows in a DataLoader's worker, too.
+            for batch in load_hub(self.name, self.options).shard(self.count, self.index).iter(_ROWS):
+                if self.field not in batch:
+                    raise no_field(self.field, where, f"has {', '.join(batch)}")
+                for text in batch[self.field]:
+                    yield from _record(text, where)
+        except RecipeError:
+            raise
+        except Exception as error:  # of the network, the file system or the format
+            raise RecipeError(f"cannot read {where}: {first_line(error)}. Try again.") from error
 
 
 DataChunk = TextFile | JsonLines | ParquetGroup | HubShard
@@ -159,12 +150,9 @@ def _record(text: object, where: str) -> Iterator[Document]:
 
 def parquet_file(path: str) -> Any:
     """Open a pyarrow.parquet.ParquetFile. Raises: RecipeError: if pyarrow is missing or the file is not readable."""
-    try:
+    with needs("pyarrow", f"{path}: parquet needs pyarrow: {DATA_EXTRA}"):
         import pyarrow
         import pyarrow.parquet
-    except ImportError as error:
-        text = f"{path}: parquet needs pyarrow: {DATA_EXTRA}"
-        raise needs_package(text, error, "pyarrow") from cause_of(error, "pyarrow")
     with reading(path, pyarrow.ArrowException):
         return pyarrow.parquet.ParquetFile(path)
 
@@ -176,11 +164,8 @@ def load_hub(name: str, options: str) -> Any:
     Raises:
         RecipeError: if the library is not installed or cannot load it.
     """
-    try:
+    with needs("datasets", f"data.source hf:{name} needs the datasets library: {DATA_EXTRA}"):
         import datasets
-    except ImportError as error:
-        text = f"data.source hf:{name} needs the datasets library: {DATA_EXTRA}"
-        raise needs_package(text, error, "datasets") from cause_of(error, "datasets")
     arguments: dict[str, Any] = {"split": "train", **json.loads(options)}
     local_builder = "/" not in name and "data_files" in arguments and "hf://" not in options
     with hub_errors(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from am_lightning.optional_imports import cause_of
 
 RESUME = "--ckpt_path last resumes from the newest checkpoint"
@@ -32,6 +35,11 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
-def needs_package(text: str, error: ImportError, *packages: str) -> RecipeError:
-    """Return a RecipeError of ``text``, with the import's own reason if one of ``packages`` is installed but broken."""
-    return RecipeError(text if cause_of(error, *packages) is None else f"{text} ({first_line(error)})")
+@contextmanager
+def needs(package: str, text: str) -> Iterator[None]:
+    """Raise a RecipeError of ``text`` if an import in the block fails, with its reason if the package is there."""
+    try:
+        yield
+    except ImportError as error:
+        cause = cause_of(error, package)
+        raise RecipeError(text if cause is None else f"{text} ({first_line(error)})") from cause
