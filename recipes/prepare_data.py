@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from am_lightning.pretrain.runtime.errors import RecipeError
@@ -36,8 +37,10 @@ def prepare(args: list[str]) -> None:
         SystemExit: after an unknown key, a wrong type, or --help.
     """
     from am_lightning.pretrain.data.text_data import TextData
+    from am_lightning.pretrain.runtime.paths import with_paths
 
-    options = _parser(TextData).parse_args(_with_sections(args))
+    words = [_section(word) if word.startswith("--config=") else word for word in with_paths(args)]
+    options = _parser(TextData).parse_args(words)
     data = TextData(**options.data.as_dict())
     data.default_root_dir = options.root
     data.prepare_workers = options.workers or data.prepare_workers
@@ -67,29 +70,18 @@ def _parser(data: type) -> Any:
     return parser
 
 
-def _with_sections(args: list[str]) -> list[str]:
-    """Return the command line with every recipe replaced by its settings of the data, as JSON."""
-    result: list[str] = []
-    for arg in args:
-        if arg.startswith("--config="):
-            result.append("--config=" + _section(arg.partition("=")[2]))
-        else:
-            result.append(_section(arg) if result and result[-1] == "--config" else arg)
-    return result
-
-
-def _section(config: str) -> str:
-    from am_lightning.pretrain.runtime.paths import find_config
+def _section(option: str) -> str:
+    """Return the option --config=PATH with the recipe replaced by its settings of the data, as JSON."""
     from am_lightning.pretrain.runtime.settings import read_recipe
 
-    path = find_config(config)
+    path = Path(option.removeprefix("--config="))
     recipe = read_recipe(path)
     data, model, trainer = (recipe.get(name) or {} for name in ("data", "model", "trainer"))
     if not all(isinstance(section, dict) for section in (data, model, trainer)):
         raise RecipeError(f"{path} is not a recipe: data, model and trainer are sections")
     linked = {key: model[key] for key in ("seq_len", "vocab_size") if key in model}
     root = trainer.get("default_root_dir")
-    return json.dumps({"data": {**linked, **data}, **({"root": root} if root else {})})
+    return "--config=" + json.dumps({"data": {**linked, **data}, **({"root": root} if root else {})})
 
 
 def _summary(data: TextData, index: Index) -> list[tuple[str, str]]:

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint import save
 
 from am_lightning.pretrain.commands.trained_run import open_run
 from am_lightning.pretrain.data.hf_tokenizer import as_pretrained
-from am_lightning.pretrain.data.tokenizer import ByteTokenizer, load_pretrained, train_bpe
+from am_lightning.pretrain.data.tokenizer import ByteTokenizer, load_named, train_bpe
 from am_lightning.pretrain.model.lightning_module import LlamaPretraining
 from am_lightning.pretrain.model.network import build_llama
 from am_lightning.pretrain.model.shape import LlamaShape
@@ -385,6 +385,6 @@ def test_a_prompt_is_not_ended(tmp_path: Path) -> None:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     assert backend.encode("a b").ids == [0, 1, 2]
-    tokenizer = as_pretrained(load_pretrained(str(tmp_path)), 32)
+    tokenizer = as_pretrained(load_named(str(tmp_path)), 32)
     assert tokenizer("a b")["input_ids"] == [0, 1] and tokenizer.eos_token_id == 2
     assert tokenizer.model_max_length == 32

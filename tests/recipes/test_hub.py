@@ -59,7 +59,7 @@ ALL = """
 import contextlib, io, tokenizers, transformers
 from pathlib import Path
 from am_lightning.pretrain.data.chunks import load_hub
-from am_lightning.pretrain.data.tokenizer import load_pretrained
+from am_lightning.pretrain.data.tokenizer import load_named
 from am_lightning.recipes.__main__ import main
 
 for command in (["validate", "60m", "--trainer.default_root_dir", "run"], ["plan", "60m", "--gpus", "8"]):
@@ -67,7 +67,7 @@ for command in (["validate", "60m", "--trainer.default_root_dir", "run"], ["plan
         assert main(command) == 0
 print("asked nobody", flush=True)
 input()
-for load in (lambda: load_pretrained("some/other"), lambda: load_hub("some/texts", "{}")):
+for load in (lambda: load_named("some/other"), lambda: load_hub("some/texts", "{}")):
     try:
         load()
     except Exception as error:
@@ -78,7 +78,7 @@ transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
 made.joinpath("config.json").write_text('{"model_type": "t5"}')  # transformers looks for this file, too
 made.parents[1].joinpath("refs").mkdir()
 made.parents[1].joinpath("refs/main").write_text(made.name)
-print("vocabulary", load_pretrained("some/tokenizer").vocab_size)
+print("vocabulary", load_named("some/tokenizer").vocab_size)
 """
 
 

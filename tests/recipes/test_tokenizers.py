@@ -21,7 +21,7 @@ from am_lightning.pretrain.data.tokenizer import (
     check_vocabulary,
     encode_document,
     load_bpe,
-    load_pretrained,
+    load_named,
     local_fingerprint,
     token_dtype,
     train_bpe,
@@ -85,7 +85,7 @@ def test_training_gives_the_same_file_in_every_process(tmp_path: Path) -> None:
 
 def test_a_text_cannot_end_itself(bpe: FastTokenizer, t5_folder: Path) -> None:
     """This holds in another process, too, although the setting is not pickled."""
-    for loaded, end in ((bpe, b"<|endoftext|>"), (load_pretrained(str(t5_folder)), b"a</s>b")):
+    for loaded, end in ((bpe, b"<|endoftext|>"), (load_named(str(t5_folder)), b"a</s>b")):
         for tokenizer in (loaded, pickle.loads(pickle.dumps(loaded))):
             tokens = tokenizer.encode(end)
             assert len(tokens) > 1
@@ -99,7 +99,7 @@ def test_long_documents_are_encoded_in_pieces(bpe: FastTokenizer, monkeypatch: p
 
 
 def test_a_folder_with_a_tokenizer(t5_folder: Path) -> None:
-    tokenizer = load_pretrained(str(t5_folder))
+    tokenizer = load_named(str(t5_folder))
     reference = PreTrainedTokenizerFast.from_pretrained(t5_folder)
     text = "the memory of many steps"
     assert tokenizer.encode(text.encode()).tolist() == reference.encode(text, add_special_tokens=False)
@@ -114,8 +114,8 @@ def test_what_a_tokenizer_cuts_or_pads_is_its_models_business(bpe: FastTokenizer
     backend.enable_padding(length=9, pad_id=7)
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>").save_pretrained(tmp_path)
     text = b"momentum is the memory of many steps"
-    assert load_pretrained(str(tmp_path)).encode(text).tolist() == bpe.encode(text).tolist()
-    assert load_pretrained(str(tmp_path)).encode(b"a").tolist() == bpe.encode(b"a").tolist()
+    assert load_named(str(tmp_path)).encode(text).tolist() == bpe.encode(text).tolist()
+    assert load_named(str(tmp_path)).encode(b"a").tolist() == bpe.encode(b"a").tolist()
 
 
 def test_every_document_ends(bpe: FastTokenizer) -> None:
@@ -155,7 +155,7 @@ def test_a_wrong_vocabulary_is_named_at_once(options: dict[str, object], says: s
 
 
 def test_the_vocabulary_of_a_folder_is_looked_up(t5_folder: Path, corpus_folder: Path, tmp_path: Path) -> None:
-    size = load_pretrained(str(t5_folder)).vocab_size
+    size = load_named(str(t5_folder)).vocab_size
     options = {"tokenizer": str(t5_folder), "cache_dir": str(tmp_path)}
     small = TextData(str(corpus_folder), vocab_size=size - 1, **options)
     with pytest.raises(RecipeError, match=rf"model.vocab_size is {size - 1}; allowed: >= {size}: .*{t5_folder}"):
@@ -176,14 +176,14 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path, monkeypatch: pytest.Monk
         RecipeError,
         match=r"data.tokenizer no/such is not, or not whole, in this machine's cache, and HF_HUB_OFFLINE is set.*bpe-N",
     ):
-        load_pretrained("no/such")
+        load_named("no/such")
     (tmp_path / "empty").mkdir()
     with pytest.raises(RecipeError, match=r"empty: transformers cannot load it"):
-        load_pretrained(str(tmp_path / "empty"))
+        load_named(str(tmp_path / "empty"))
     endless = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(tokenizers.models.BPE()))
     endless.save_pretrained(tmp_path / "endless")
     with pytest.raises(RecipeError, match=r"data.tokenizer is .*endless'; allowed: one with an eos_token"):
-        load_pretrained(str(tmp_path / "endless"))
+        load_named(str(tmp_path / "endless"))
     (tmp_path / "bpe.json").write_text("{")
     with pytest.raises(RecipeError, match=r"the tokenizer .*bpe.json is missing or broken"):
         load_bpe("bpe-300", tmp_path / "bpe.json")

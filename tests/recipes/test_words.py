@@ -14,7 +14,7 @@ import pretrain_accelerate
 import pretrain_hf_trainer
 import pytest
 
-from am_lightning.pretrain.data.tokenizer import load_pretrained
+from am_lightning.pretrain.data.tokenizer import load_named
 from am_lightning.pretrain.runtime import main
 from am_lightning.pretrain.runtime.atomic_files import write_failure
 from am_lightning.pretrain.runtime.cli import PretrainCLI
@@ -116,7 +116,7 @@ def test_the_cure_is_that_of_the_reason(tmp_path: Path, number: int, cure: str) 
 @pytest.mark.parametrize("name", ["./tok", "../tok", "/tok", "~/tok"])
 def test_a_tokenizer_that_is_a_missing_folder(name: str) -> None:
     with pytest.raises(RecipeError, match=r"data.tokenizer is '.*tok'; allowed: an existing folder"):
-        load_pretrained(name)
+        load_named(name)
 
 
 def test_a_port_in_use() -> None:

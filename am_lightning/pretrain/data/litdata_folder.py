@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -105,6 +104,9 @@ def write_chunks(shards: Path, folder: Path, *, seq_len: int, chunk_bytes: int) 
     Raises:
         RecipeError: if a file cannot be written.
     """
+    from litdata import TokensLoader
+    from litdata.streaming import Cache
+
     tokens = TokenShards(shards)
     size = max(1, chunk_bytes // tokens.train[0:1].itemsize // seq_len) * seq_len
     part = folder.with_name(f".{folder.name}.part")
@@ -113,7 +115,13 @@ def write_chunks(shards: Path, folder: Path, *, seq_len: int, chunk_bytes: int) 
             return
         try:
             shutil.rmtree(part, ignore_errors=True)  # of a killed process
-            _write_with_litdata(part, tokens, size)
+            with litdata_ranks(0, 1):
+                # The processes of litdata.optimize write with Cache, too, but their number decides what is in a chunk.
+                writer = Cache(str(part), chunk_size=1, item_loader=TokensLoader(size))
+                for number, start in enumerate(range(0, len(tokens.train), size)):
+                    writer[number] = tokens.train[start : start + size]
+                writer.done()
+                writer.merge()
             written = json.loads((part / INDEX).read_bytes())["chunks"]
             chunks = [Shard(chunk["filename"], chunk["dim"], checksum(part / chunk["filename"])) for chunk in written]
             for shard in tokens.index.val:
@@ -127,19 +135,6 @@ def write_chunks(shards: Path, folder: Path, *, seq_len: int, chunk_bytes: int) 
             if refused is None or isinstance(error, RecipeError):
                 raise
             raise write_failure(folder, refused, DISK_HINT) from error
-
-
-def _write_with_litdata(folder: Path, tokens: TokenShards, size: int) -> None:
-    from litdata import TokensLoader
-    from litdata.streaming import Cache
-
-    with litdata_ranks(0, 1):
-        # The processes of litdata.optimize write with Cache, too, but their number decides what is in a chunk.
-        writer = Cache(str(folder), chunk_size=1, item_loader=TokensLoader(size))
-        for number, start in enumerate(range(0, len(tokens.train), size)):
-            writer[number] = tokens.train[start : start + size]
-        writer.done()
-        writer.merge()
 
 
 def _check_names(folder: Path, chunks: set[str]) -> None:
@@ -187,14 +182,6 @@ def _download(url: str, folder: Path, name: str) -> None:
         ) from error
     with replacing(folder / name, DISK_HINT) as file:
         file.write(content.getbuffer())
-
-
-def require_litdata() -> None:
-    """Raise a RecipeError if litdata is not installed."""
-    if importlib.util.find_spec("litdata") is None:
-        raise RecipeError(
-            "data.mode litdata needs litdata: pip install 'am-lightning[litdata]', or '.[litdata]' in a checkout"
-        )
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import numpy as np
 from filelock import FileLock
 
 from am_lightning.pretrain.data.chunks import DataChunk, Document
-from am_lightning.pretrain.data.processes import cores, run_all
+from am_lightning.pretrain.data.processes import run_all
 from am_lightning.pretrain.data.shards import (
     DISK_HINT,
     FORMAT_VERSION,
@@ -29,7 +29,7 @@ from am_lightning.pretrain.data.shards import (
     write_index,
 )
 from am_lightning.pretrain.data.sources import Source
-from am_lightning.pretrain.data.tokenizer import Tokenizer, encode_document, token_dtype
+from am_lightning.pretrain.data.tokenizer import Tokenizer, encode_document
 from am_lightning.pretrain.runtime.atomic_files import replacing, write_failure
 from am_lightning.pretrain.runtime.errors import RecipeError
 
@@ -73,10 +73,6 @@ class Job:
     val_percent: float
     shard_bytes: int = 64 * MEGABYTE
 
-    @property
-    def dtype(self) -> str:
-        return token_dtype(self.tokenizer.vocab_size)
-
 
 def work_units(source: Source, unit_bytes: int) -> list[WorkUnit]:
     """Cut a data set into units of about `unit_bytes` of text. Raises: RecipeError: if a file cannot be read."""
@@ -105,16 +101,14 @@ def write_shards(job: Job, workers: int | None = None) -> None:
         RecipeError: if the disk is full, the folder cannot be written, a document cannot be read, a process was
             killed, or one side of the split is empty.
     """
-    if is_complete(job.folder):
-        return
     with only_one(job.folder) as alone:
-        if is_complete(job.folder):  # another process wrote them while this one waited
+        if is_complete(job.folder):  # perhaps another process wrote them while this one waited
             return
         if alone:
             for leftover in job.folder.rglob(".*.part"):  # of a killed process
                 leftover.unlink(missing_ok=True)
         units = work_units(job.source, job.shard_bytes)
-        _finish(job, run_all(partial(write_part, job), units, min(workers or cores(), len(units)), "tokenizing"))
+        _finish(job, run_all(partial(write_part, job), units, workers, "tokenizing"))
 
 
 def is_complete(folder: Path, name: str = INDEX, sides: Sequence[str] = SIDES) -> bool:
@@ -142,8 +136,8 @@ def check_shards(
         RecipeError: if a file is missing, unreadable or damaged.
     """
     size = sum(shard.tokens for shard in shards) * np.dtype(dtype).itemsize
-    count = min(workers or cores(), len(shards)) if content and size > _CHECK_ALONE else 1
-    run_all(partial(_check, folder, dtype, content, header), shards, count, "checking")
+    alone = not content or size <= _CHECK_ALONE
+    run_all(partial(_check, folder, dtype, content, header), shards, 1 if alone else workers, "checking")
 
 
 def _check(folder: Path, dtype: str, content: bool, header: int, shard: Shard) -> None:
@@ -162,24 +156,24 @@ def write_part(job: Job, unit: WorkUnit) -> Index:
         RecipeError: if a file cannot be written or a document cannot be read.
     """
     key = hashlib.sha256(repr(unit.chunks).encode()).hexdigest()
-    path = job.folder / "parts" / f"{unit.number:05d}-{key[:16]}.json"
+    path, tokenizer = job.folder / "parts" / f"{unit.number:05d}-{key[:16]}.json", job.tokenizer
     with contextlib.suppress(RecipeError):
         index = read_index(path.parent, path.name)
-        damages = (shard_damage(job.folder / shard.file, shard, job.dtype, content=True) for shard in index.shards)
+        damages = (shard_damage(job.folder / one.file, one, tokenizer.dtype, content=True) for one in index.shards)
         if not any(damages):
             return index
     writers = {side: _SideWriter(job, f"{side}-{unit.number:05d}") for side in SIDES}
     for document in unit.documents():
         side = SIDES[document.is_validation(job.val_percent)]
-        writers[side].add(encode_document(job.tokenizer, document.text))
+        writers[side].add(encode_document(tokenizer, document.text))
     for writer in writers.values():
         writer.flush()
     index = Index(
         FORMAT_VERSION,
-        job.dtype,
-        job.tokenizer.vocab_size,
-        job.tokenizer.name,
-        job.tokenizer.fingerprint,
+        tokenizer.dtype,
+        tokenizer.vocab_size,
+        tokenizer.name,
+        tokenizer.fingerprint,
         job.source.description,
         job.val_percent,
         {side: writer.documents for side, writer in writers.items()},
@@ -209,9 +203,9 @@ class _SideWriter:
     def flush(self) -> None:
         if not self._arrays:
             return
-        data = np.concatenate(self._arrays).tobytes()
-        count = len(data) // np.dtype(self.job.dtype).itemsize
-        shard = Shard(f"{self.name}-{len(self.shards):02d}.bin", count, hashlib.sha256(data).hexdigest())
+        tokens = np.concatenate(self._arrays)
+        data = tokens.tobytes()
+        shard = Shard(f"{self.name}-{len(self.shards):02d}.bin", len(tokens), hashlib.sha256(data).hexdigest())
         with replacing(self.job.folder / shard.file, DISK_HINT) as file:
             file.write(data)
         self.shards.append(shard)

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from typing import Any, TypeVar
@@ -22,34 +22,29 @@ Result = TypeVar("Result")
 _function: Callable[[Any], Any] | None = None  # of a worker; it is sent once because it may hold a tokenizer
 
 
-def cores() -> int:
-    """Return the number of cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def run_all(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int, title: str) -> list[Result]:
+def run_all(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int | None, title: str) -> list[Result]:
     """Return the results of a function, in the order of the tasks.
 
     Args:
         function: picklable function of a task.
         tasks: picklable tasks.
-        workers: number of processes. With 1, this process does all tasks.
+        workers: number of processes, at most one per task; None: one per core that this process may use. With 1, this
+            process does all tasks.
         title: title of the progress bar, which a terminal shows if there is more than one task.
 
     Raises:
         RecipeError: if a worker was killed. Errors of `function` are raised as they are.
     """
     shown: dict[str, Any] = {"desc": title, "unit": "part", "disable": None if len(tasks) > 1 else True}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(workers or cores, len(tasks))
     if workers <= 1:
         return [function(task) for task in tqdm(tasks, **shown)]
     # spawn: this process may have threads (of a trainer or a tokenizer), which a fork would stop half-way
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, _start, (function,))
     try:
-        futures = [pool.submit(_work, task) for task in tasks]
-        for future in tqdm(as_completed(futures), total=len(tasks), **shown):
-            future.result()
-        return [future.result() for future in futures]
+        return list(tqdm(pool.map(_work, tasks), total=len(tasks), **shown))
     except BrokenProcessPool as error:
         raise RecipeError(
             f"{title}: one of {workers} processes was killed (out of memory?). The same command resumes with what"

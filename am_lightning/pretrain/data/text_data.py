@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from am_lightning.pretrain.data.litdata_folder import LitdataFolder, require_litdata
+from am_lightning.pretrain.data.litdata_folder import LitdataFolder
 from am_lightning.pretrain.data.order import ResumableLoader, StepOrder, TokenRows, share_of
 from am_lightning.pretrain.data.pipeline import Pipeline
 from am_lightning.pretrain.data.shards import Index, TokenShards
@@ -90,8 +91,10 @@ class TextData(L.LightningDataModule):
         require_counts("data", 0, num_workers=num_workers, seed=seed)
         require(loader_timeout_s > 0, "data.loader_timeout_s", loader_timeout_s, "> 0")
         require(mode in ("shards", "litdata"), "data.mode", mode, '"shards" or "litdata"')
-        if mode == "litdata":
-            require_litdata()
+        if mode == "litdata" and find_spec("litdata") is None:
+            raise RecipeError(
+                "data.mode litdata needs litdata: pip install 'am-lightning[litdata]', or '.[litdata]' in a checkout"
+            )
         check_vocabulary(vocab_size, smallest_vocabulary(tokenizer), tokenizer)
         require(0 < val_percent < 100, "data.val_percent", val_percent, "0 < value < 100")
         self.source, self.source_options, self.text_field = source, source_options, text_field

@@ -43,6 +43,7 @@ class ByteTokenizer:
     name = BYTES
     vocab_size = BYTE_VOCAB_SIZE
     end_of_text = 0
+    dtype = "uint8"
     fingerprint = BYTES
 
     def encode(self, text: bytes) -> np.ndarray:
@@ -62,6 +63,7 @@ class FastTokenizer:
 
     Attributes:
         vocab_size: one more than the largest token.
+        dtype: numpy's name of the type of the tokens.
         fingerprint: a hash that changes with the tokens that `encode` returns.
     """
 
@@ -72,6 +74,7 @@ class FastTokenizer:
         backend.no_padding()
         self.name, self.backend, self.end_of_text = name, backend, end_of_text
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.dtype = token_dtype(self.vocab_size)
         self.fingerprint = hashlib.sha256(backend.to_str().encode()).hexdigest()
 
     def encode(self, text: bytes) -> np.ndarray:
@@ -79,8 +82,7 @@ class FastTokenizer:
         self.backend.encode_special_tokens = True  # encode them as text; pickling loses this setting
         pieces = list(_pieces(text.decode("utf-8", "replace")))
         encoded = self.backend.encode_batch_fast(pieces, add_special_tokens=False)
-        dtype = token_dtype(self.vocab_size)
-        tokens = np.concatenate([np.asarray(piece.ids, dtype) for piece in encoded])
+        tokens = np.concatenate([np.asarray(piece.ids, self.dtype) for piece in encoded])
         return np.delete(tokens, tokens == self.end_of_text)
 
 
@@ -99,8 +101,7 @@ Tokenizer = ByteTokenizer | FastTokenizer
 
 def encode_document(tokenizer: Tokenizer, text: bytes) -> np.ndarray:
     """Return the tokens of a document and its end-of-text token, 1-D, in the stored type."""
-    dtype = token_dtype(tokenizer.vocab_size)
-    return np.concatenate([tokenizer.encode(text).astype(dtype, copy=False), np.array([tokenizer.end_of_text], dtype)])
+    return np.concatenate([tokenizer.encode(text), np.array([tokenizer.end_of_text], tokenizer.dtype)])
 
 
 def bpe_size(name: str) -> int | None:
@@ -141,16 +142,13 @@ def is_gated(name: str) -> bool:
 
 
 def load_named(name: str) -> Tokenizer:
-    """Load the tokenizer of any name except bpe-N. Raises: RecipeError: see `load_pretrained`."""
-    return ByteTokenizer() if name == BYTES else load_pretrained(name)
-
-
-def load_pretrained(name: str) -> FastTokenizer:
-    """Load the tokenizer of a local folder or of the hub with transformers.AutoTokenizer.
+    """Load the tokenizer of any name except bpe-N; that of a folder or of the hub with transformers.AutoTokenizer.
 
     Raises:
         RecipeError: if it cannot be loaded, is not a fast tokenizer or has no end-of-text token.
     """
+    if name == BYTES:
+        return ByteTokenizer()
     if name.startswith(("/", "./", "../", "~")):
         require(Path(name).expanduser().is_dir(), "data.tokenizer", name, "an existing folder, or a name")
     from transformers import AutoTokenizer
