@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import zipfile
@@ -12,10 +11,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from am_lightning.pretrain.runtime.atomic_files import replacing
+from am_lightning.pretrain.runtime.atomic_files import checksum, replacing
 
 NAME = "manifest.json"  # inside a folder; FILE.manifest.json beside a file
-_BLOCK = 1 << 20
 _THREADS = 8  # hashing releases the GIL
 HINT = "Free some space and give the same command with --ckpt_path last: the last good checkpoint is still there."
 
@@ -120,15 +118,7 @@ def _files(path: Path) -> dict[str, Path]:
 def _digests(files: Iterable[Path]) -> list[str]:
     """Return the SHA-256 of each file."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(_sha256, files))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return list(pool.map(checksum, files))
 
 
 def _damage_in_zip(path: Path) -> str | None:

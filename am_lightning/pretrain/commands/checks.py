@@ -109,7 +109,7 @@ def _process_count(trainer: dict[str, Any]) -> tuple[int, str]:
 def _data(settings: RunConfig) -> str:
     """Check that the documents exist and that the model has an embedding for every token."""
     data = settings.data
-    pipeline = data.pipeline()
+    pipeline = data.pipeline
     pipeline.fingerprint()  # looks at the documents if they are on this machine
     name = data.tokenizer
     if name == BYTES or bpe_size(name) is not None:

@@ -31,12 +31,11 @@ from am_lightning.pretrain.data.shards import (
     Index,
     Shard,
     TokenShards,
-    checksum,
     read_index,
     shard_damage,
     write_index,
 )
-from am_lightning.pretrain.runtime.atomic_files import disk_error, replacing, write_failure
+from am_lightning.pretrain.runtime.atomic_files import checksum, disk_error, replacing, write_failure
 from am_lightning.pretrain.runtime.errors import RecipeError, first_line, require
 
 _HEADER = 12  # bytes before the tokens of a chunk of one item: number of items, begin, end

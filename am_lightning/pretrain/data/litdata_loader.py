@@ -22,7 +22,8 @@ from litdata.streaming import downloader
 from am_lightning.pretrain.data.litdata_folder import LitdataFolder, litdata_ranks
 from am_lightning.pretrain.data.order import ResumableLoader, batches_in_time
 from am_lightning.pretrain.data.prepare import only_one
-from am_lightning.pretrain.data.shards import Index, checksum
+from am_lightning.pretrain.data.shards import Index
+from am_lightning.pretrain.runtime.atomic_files import checksum
 from am_lightning.pretrain.runtime.errors import RecipeError, first_line
 
 

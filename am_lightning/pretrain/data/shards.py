@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from am_lightning.pretrain.runtime.atomic_files import replacing
+from am_lightning.pretrain.runtime.atomic_files import checksum, replacing
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 FORMAT_VERSION = 2
@@ -31,7 +31,6 @@ CHUNKS = "chunks.json"  # index of a folder of litdata chunks, whose own index i
 SIDES = ("train", "val")
 DISK_HINT = "Free some space, or set data.cache_dir to a folder on another disk. The same command resumes from here."
 _DTYPES = ("uint8", "uint16", "uint32")
-_CHUNK = 1 << 22  # bytes read at a time for a checksum
 
 
 @dataclass(frozen=True)
@@ -191,15 +190,6 @@ def shard_damage(path: Path, shard: Shard, dtype: str, *, content: bool, header:
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
     return None
-
-
-def checksum(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal. Raises: OSError: if it cannot be read."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def rebuild_hint(path: Path) -> str:

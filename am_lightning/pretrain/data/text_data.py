@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import fields
 from importlib.util import find_spec
@@ -105,7 +106,6 @@ class TextData(L.LightningDataModule):
         self.seed, self.num_workers, self.loader_timeout_s = seed, num_workers, loader_timeout_s
         self.scored_rows = 0
         self.default_root_dir = "."
-        self._pipeline: Pipeline | None = None
         self._shards: TokenShards | None = None
         self._passes: list[list[int]] = []
 
@@ -161,7 +161,7 @@ class TextData(L.LightningDataModule):
             from am_lightning.pretrain.data.litdata_loader import Grid, LitdataLoader
 
             grid = Grid(world_size, max(1, self.num_workers), share)
-            folder = LitdataFolder(self.pipeline())
+            folder = LitdataFolder(self.pipeline)
             loader = LitdataLoader(folder, opened.index, self._passes, grid, **place, **workers)
         else:
             rows = TokenRows(opened.train, self.seq_len)
@@ -204,17 +204,16 @@ class TextData(L.LightningDataModule):
         """Return whether all files exist. `prepare` also checks them."""
         return self._storage().is_complete()
 
+    @functools.cached_property
     def pipeline(self) -> Pipeline:
-        """Return the documents and their shards, as the arguments describe them."""
-        if self._pipeline is None:
-            root = self.trainer.default_root_dir if self.trainer else self.default_root_dir
-            cache = Path(self.cache_dir) if self.cache_dir else Path(root, "data")
-            options = {field.name: getattr(self, field.name) for field in fields(Pipeline) if field.name != "cache"}
-            self._pipeline = Pipeline(**options, cache=cache)
-        return self._pipeline
+        """The documents and their shards, as the arguments describe them."""
+        root = self.trainer.default_root_dir if self.trainer else self.default_root_dir
+        cache = Path(self.cache_dir) if self.cache_dir else Path(root, "data")
+        options = {field.name: getattr(self, field.name) for field in fields(Pipeline) if field.name != "cache"}
+        return Pipeline(**options, cache=cache)
 
     def _storage(self) -> Pipeline | LitdataFolder:
-        return LitdataFolder(self.pipeline()) if self.mode == "litdata" else self.pipeline()
+        return LitdataFolder(self.pipeline) if self.mode == "litdata" else self.pipeline
 
     def prepare_data(self) -> None:
         self.prepare()

@@ -1,9 +1,10 @@
-"""Files that are written whole or not at all, and the errors of a disk that cannot be written."""
+"""Files that are written whole or not at all, their checksums, and the errors of a disk that cannot be written."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ _HINTS = {
     errno.ENAMETOOLONG: "Choose a shorter name",
     **dict.fromkeys((errno.ENOTDIR, errno.EISDIR), "Choose another folder"),
 }
+_BLOCK = 1 << 20  # bytes read at a time for a checksum
 _RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
@@ -86,6 +88,15 @@ def replacing(path: Path, hint: str) -> Iterator[BinaryIO]:
         if refused is not None and not isinstance(error, RecipeError):
             raise write_failure(path, refused, hint) from error
         raise
+
+
+def checksum(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal. Raises: OSError: if it cannot be read."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sync_folder(folder: Path) -> None:
