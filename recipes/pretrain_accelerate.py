@@ -26,7 +26,7 @@ from am_lightning.huggingface import attach
 from am_lightning.pretrain.checkpoints.accelerate import AccelerateCheckpoints, hold_together
 from am_lightning.pretrain.data.text_data import TextData
 from am_lightning.pretrain.model.network import build_llama, token_loss
-from am_lightning.pretrain.runtime.collective_errors import Agreement
+from am_lightning.pretrain.runtime.collectives import Agreement
 from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.main import command_line
 from am_lightning.pretrain.runtime.operator_build import announce_deepspeed_build

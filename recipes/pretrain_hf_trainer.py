@@ -30,7 +30,7 @@ from am_lightning.pretrain.checkpoints.atomic import prune
 from am_lightning.pretrain.checkpoints.manifest import sync_files, write_manifest
 from am_lightning.pretrain.model.network import build_llama, token_loss
 from am_lightning.pretrain.runtime.atomic_files import replacing
-from am_lightning.pretrain.runtime.collective_errors import Agreement, limit_waits
+from am_lightning.pretrain.runtime.collectives import Agreement, limit_waits
 from am_lightning.pretrain.runtime.main import command_line
 from am_lightning.pretrain.runtime.run_config import RunConfig, read_run_config
 from am_lightning.pretrain.runtime.stop_signals import StopSignals

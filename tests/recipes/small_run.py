@@ -28,7 +28,7 @@ from am_lightning.pretrain.callbacks import fault_tolerance
 from am_lightning.pretrain.callbacks.fault_tolerance import FaultTolerance
 from am_lightning.pretrain.checkpoints import AtomicCheckpointIO, RunCheckpoint
 from am_lightning.pretrain.data.order import ResumableLoader
-from am_lightning.pretrain.runtime.collective_errors import Agreement
+from am_lightning.pretrain.runtime.collectives import Agreement
 from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.stop_signals import Stopped
 from tests.lightning.cluster import CPUFSDP

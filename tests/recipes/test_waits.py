@@ -15,7 +15,7 @@ import torch
 
 from am_lightning import AMAdamW
 from am_lightning.pretrain.callbacks.fault_tolerance import FaultTolerance
-from am_lightning.pretrain.runtime.collective_errors import Agreement
+from am_lightning.pretrain.runtime.collectives import Agreement
 from tests.python import PYTHON
 from tests.sharding.pool import Pool, pools
 

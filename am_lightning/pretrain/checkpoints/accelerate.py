@@ -53,19 +53,19 @@ class AccelerateCheckpoints:
         target = self.folder / f"step-{step:06d}"
         part = self.folder / f".{target.name}.part"
         ranks = _ranks(self.accelerator)
-        with ranks.saving(target, part):
+        with ranks.together(target, part):
             if ranks.first:
                 for left in self.folder.glob(".step-*"):  # by a killed run
                     shutil.rmtree(left, ignore_errors=True)
                 part.mkdir(parents=True)
-        with ranks.saving(target, part):
+        with ranks.together(target, part):
             self.accelerator.save_state(str(part))
             states = {name: of.state_dict() for name, of in self.states.items()}  # may be collective
             if ranks.first:
                 if self.model is not None:
                     states["model"] = self.model.state_dict()
                 torch.save(states, part / _STATES)
-        with ranks.saving(target, part):
+        with ranks.together(target, part):
             if ranks.first:
                 publish_folder(part, target)
                 prune(self.folder.glob(_FOLDERS), self.keep)

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +14,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from am_lightning.pretrain.checkpoints.manifest import HINT
 from am_lightning.pretrain.runtime.atomic_files import DISK_FULL, disk_error, write_failure
-from am_lightning.pretrain.runtime.collective_errors import raising_together
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 _T = TypeVar("_T")
@@ -44,30 +42,37 @@ class Ranks:
     def decide(self, function: Callable[[], _T]) -> _T:
         """Call `function` on the first rank, and return its result on all. If it raises an error, all ranks do."""
         found: Any = None
-        with raising_together(self.gather):
+        with self.together():
             if self.first:
                 found = function()
         result: _T = self.gather(found)[0]
         return result
 
     @contextmanager
-    def saving(self, path: Path | None = None, part: Path | None = None) -> Iterator[None]:
-        """Raise an error of one rank in the block on all ranks.
+    def together(self, path: Path | None = None, part: Path | None = None) -> Iterator[None]:
+        """Raise an error of the block on all ranks if it occurs on one, which the others would wait for.
 
         Args:
-            path: the checkpoint that is written, which the error names; default: the file of the error.
-            part: an unfinished folder, which is removed after an error.
+            path: the checkpoint that is written, which the error of a disk names; default: the file of the error.
+            part: an unfinished folder, which is removed after such an error.
 
         Raises:
-            RecipeError: if the disk of one rank refuses, or if another rank failed.
+            RecipeError: if the block raises one, if the disk of one rank refuses, or if another rank failed.
         """
+        problem: BaseException | None = None
+        refused: RecipeError | None = None
         try:
-            with raising_together(self.gather, partial(_refusal, path)):
-                yield
-        except RecipeError:
+            yield
+        except (Exception, CheckpointException) as error:  # the second is a BaseException
+            problem, refused = error, error if isinstance(error, RecipeError) else _refusal(path, error)
+        text = None if problem is None else str(refused or f"{type(problem).__name__}: {problem}")
+        found = [other for other in self.gather(text) if other is not None]
+        if problem is not None and refused is None:
+            raise problem
+        if found:
             if self.first and part is not None:
                 shutil.rmtree(part, ignore_errors=True)  # a full disk needs the space
-            raise
+            raise RecipeError(found[0]) from problem
 
 
 def _refusal(path: Path | None, problem: BaseException) -> RecipeError | None:

@@ -62,9 +62,9 @@ class CheckpointWriter:
         self.wait()
         checkpoint = self.trainer._checkpoint_connector.dump_checkpoint(False)
         part = self._part(path) if self.folders else None
-        with self.ranks.saving(path, part):
+        with self.ranks.together(path, part):
             self._make_room(path, checkpoint)
-        with self.ranks.saving(path, part):
+        with self.ranks.together(path, part):
             if not self.asynchronous:
                 self.trainer.strategy.save_checkpoint(checkpoint, str(part or path))
             elif self.folders:
@@ -73,7 +73,7 @@ class CheckpointWriter:
                 write = partial(self.trainer.strategy.checkpoint_io.save_checkpoint, _on_host(checkpoint), path)
                 self._pending = self._pool.submit(self._finish, path, write)
         if not self.asynchronous:
-            with self.ranks.saving(path, part):
+            with self.ranks.together(path, part):
                 if self.ranks.first:
                     self._finish(path)
 
@@ -84,7 +84,7 @@ class CheckpointWriter:
             RecipeError: on all ranks, if it has failed.
         """
         if self.asynchronous:
-            with self.ranks.saving():
+            with self.ranks.together():
                 self._settle()
 
     def close(self) -> None:

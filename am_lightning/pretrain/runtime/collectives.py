@@ -1,44 +1,11 @@
-"""Collective operations of the ranks: an error of one is raised by all, and all agree on a number."""
+"""Collective operations of the ranks: they agree on a number, and wait for each other for a limited time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
-
-from am_lightning.pretrain.runtime.errors import RecipeError
-
-
-@contextmanager
-def raising_together(
-    gather: Callable[[str | None], list[str | None]],
-    refusal_of: Callable[[BaseException], RecipeError | None] = lambda problem: None,
-) -> Iterator[None]:
-    """Raise an error of the block on all ranks if it occurs on one, which the others would wait for. Collective.
-
-    Args:
-        gather: collects one text, or None, from every rank.
-        refusal_of: turns an error that is not a bug, such as a full disk, into a RecipeError; returns None for others.
-
-    Raises:
-        RecipeError: if the error is a RecipeError or has been turned into one, or if another rank failed.
-    """
-    problem: BaseException | None = None
-    refused: RecipeError | None = None
-    try:
-        yield
-    except (Exception, CheckpointException) as error:  # the second is a BaseException
-        problem, refused = error, error if isinstance(error, RecipeError) else refusal_of(error)
-    text = None if problem is None else str(refused or f"{type(problem).__name__}: {problem}")
-    found = [other for other in gather(text) if other is not None]
-    if problem is not None and refused is None:
-        raise problem
-    if found:
-        raise RecipeError(found[0]) from problem
 
 
 class Agreement:
