@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,22 @@ def test_a_resume_is_exact_for_any_processes_workers_and_micro_batches(made: Pat
     resumed = opened(made)
     resumed.load_state_dict(state)
     assert list(map(sorted, steps_of(resumed, per_pass + 4, per_pass + 9)[0])) == list(map(sorted, second[4:]))
+
+
+def test_memory_of_a_resume_on_other_processes_is_announced(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from am_lightning.pretrain.data import litdata_loader
+
+    _, state = steps_of(opened(made), 0, 3, world_size=2)
+    for world_size, limit in ((1, 10**9), (2, 0), (1, 0)):
+        monkeypatch.setattr(litdata_loader, "MANY_ROWS", limit)
+        resumed = opened(made)
+        resumed.load_state_dict(state)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            steps_of(resumed, 3, 5, world_size)
+        told = [str(each.message) for each in caught if "keeps a list" in str(each.message)]
+        assert len(told) == ((world_size, limit) == (1, 0))
+    assert f"its {len(all_rows(made)):,} rows" in told[0] and "begun by 2 x 1 loader processes" in told[0]
 
 
 def test_a_parallel_file_system_has_the_same_order(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ chunk are shuffled, too. A pass keeps the order of the processes that began it i
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -25,6 +26,9 @@ from am_lightning.pretrain.data.prepare import only_one
 from am_lightning.pretrain.data.shards import Index
 from am_lightning.pretrain.runtime.atomic_files import checksum
 from am_lightning.pretrain.runtime.errors import RecipeError, first_line
+
+MANY_ROWS = 5_000_000  # of a pass
+_ROW_BYTES = 150  # of litdata's list of a pass that other processes resume; measured for litdata 0.2.76
 
 
 class Grid(NamedTuple):
@@ -117,7 +121,8 @@ class LitdataLoader(ResumableLoader):
         self.inner = {"num_workers": num_workers, "pin_memory": pin_memory}
         self.sha256 = {chunk.file: chunk.sha256 for chunk in index.train}
         batch_size, seq_len = grid.rows * accumulate * grid.world_size, folder.pipeline.seq_len
-        self.steps_in_pass = sum(chunk.tokens // seq_len for chunk in index.train) // batch_size
+        self.rows_in_pass = sum(chunk.tokens // seq_len for chunk in index.train)
+        self.steps_in_pass = self.rows_in_pass // batch_size
         if self.steps_in_pass == 0:
             raise RecipeError(
                 f"the training text is shorter than one step of data.batch_size {batch_size} rows of {seq_len} tokens:"
@@ -197,6 +202,14 @@ class LitdataLoader(ResumableLoader):
         if not same:
             place |= {"world_size": began.world_size, "num_workers": began.workers, "batch_size": began.rows}
             place["resume_mode"] = "elastic"
+            if self.rank == 0 and self.rows_in_pass > MANY_ROWS:
+                warnings.warn(
+                    f"data.mode litdata: until this pass ends, every loader process keeps a list of its"
+                    f" {self.rows_in_pass:,} rows (about {self.rows_in_pass * _ROW_BYTES / 1e9:.1f} GB), because the"
+                    f" pass was begun by {began.world_size} x {began.workers} loader processes with micro-batches of"
+                    f" {began.rows} rows. As many as these need no list",
+                    stacklevel=2,
+                )
         return {
             "dataset": state["dataset"] | place,
             "current_epoch": number + 1,
