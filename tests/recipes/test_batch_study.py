@@ -103,7 +103,8 @@ def test_finalists_are_the_best_of_the_tuning_on_fresh_seeds(tuned: Tuning) -> N
         best = min(map(tuned.best_loss, family))
         assert {method for method in family if tuned.best_loss(method) <= best + 0.02} <= {*methods}
         if name in ("AdamW", "AM-AdamW"):
-            assert min((method for method in family if not method.warmup), key=tuned.best_loss) in methods
+            bare = {method: tuned.best_loss(method) for method in family if not method.warmup}
+            assert {method for method, loss in bare.items() if loss <= min(bare.values()) + 0.02} <= {*methods}
     runs = list(missing("compare", tuned))
     assert {config["seed"] for config in runs} == {1, 2, 3, 4, 5} and tuned.sweep_seed == 0
     assert len(runs) == 5 * len(methods)

@@ -56,9 +56,10 @@ def kinds_of(steps: int, rows: int, batches: Sequence[int]) -> dict[str, list[Sc
 
 def finalists(tuning: Tuning) -> list[Method]:
     """Return the best of each family and those near it, AM and AdamW also without warmup, and the named methods."""
-    best = [method for family in tuning.families.values() for method in tuning.near_best(family, NEAR, fine=True)]
-    bare = [best_of(tuning, name, warmup=False) for name in ("AdamW", "AM-AdamW")]
-    return list(dict.fromkeys([*best, *bare, CUSTOMARY, DEFAULT]))
+    rivals = [tuning.families[name] for name in ("AdamW", "AM-AdamW")]
+    groups = [*tuning.families.values(), *([method for method in rival if not method.warmup] for rival in rivals)]
+    best = [method for group in groups for method in tuning.near_best(group, NEAR, fine=True)]
+    return list(dict.fromkeys([*best, CUSTOMARY, DEFAULT]))
 
 
 def best_of(tuning: Tuning, family: str, *, warmup: bool = True) -> Method:
