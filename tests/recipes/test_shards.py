@@ -85,9 +85,12 @@ def test_the_number_of_processes_changes_nothing(source: Path, whole: Path, tmp_
 
 
 def test_what_is_there_is_not_made_again(source: Path, whole: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != ".lock"}
+    def times() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != ".lock"}
+
+    before = times()
     write(source, whole)
-    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert times() == before
 
 
 def start_writer(source: Path, folder: Path, workers: int, *kill: str) -> subprocess.Popen[bytes]:
