@@ -49,7 +49,7 @@ def save(figure: Figure, path: Path) -> None:
 
 def report_figure(runs: Sequence[RunData], *, curves: bool = True) -> Figure:
     """Return the picture of a report: losses, momentum by layer of every run that has it, and the other `curves`."""
-    layers, panels = heatmaps(runs), [chart for chart in charts(runs) if chart["id"] != "loss" and curves]
+    layers, panels = heatmaps(runs), [chart for chart in charts(runs) if chart["id"] != "loss"] if curves else []
     heights = [4.2, *(0.9 + 0.16 * len(found["rows"]) for found in layers), *(2.2 for _ in panels[::2])]
     figure = Figure((11, sum(heights)), layout="constrained", facecolor="white")
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
