@@ -19,7 +19,7 @@ from dataclasses import replace
 from recipes.studies.ledger import Config
 from recipes.studies.pretraining.methods import Method
 from recipes.studies.pretraining.run import Scale
-from recipes.studies.pretraining.tuning import Tuning
+from recipes.studies.pretraining.tuning import Tuning, without_warmup
 
 Families = Mapping[str, Sequence[Method]]
 FEW: Families = {
@@ -57,14 +57,15 @@ def kinds_of(steps: int, rows: int, batches: Sequence[int]) -> dict[str, list[Sc
 def finalists(tuning: Tuning) -> list[Method]:
     """Return the best of each family and those near it, AM and AdamW also without warmup, and the named methods."""
     rivals = [tuning.families[name] for name in ("AdamW", "AM-AdamW")]
-    groups = [*tuning.families.values(), *([method for method in rival if not method.warmup] for rival in rivals)]
-    best = [method for group in groups for method in tuning.near_best(group, NEAR, fine=True)]
+    groups = [*tuning.families.values(), *map(without_warmup, rivals)]
+    best = [method for group in groups for method in tuning.near_best(group, NEAR)]
     return list(dict.fromkeys([*best, CUSTOMARY, DEFAULT]))
 
 
 def best_of(tuning: Tuning, family: str, *, warmup: bool = True) -> Method:
     """Return the best variant of a family; without `warmup`, of the variants that have none."""
-    return tuning.best_of([method for method in tuning.families[family] if warmup or not method.warmup])
+    methods = tuning.families[family]
+    return tuning.best_of(methods if warmup else without_warmup(methods))
 
 
 def missing(stage: str, tuning: Tuning) -> Iterator[Config]:

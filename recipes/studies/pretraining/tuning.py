@@ -20,6 +20,11 @@ START = COARSE[2:6]  # 5e-4, 1e-3, 2e-3, 4e-3
 CLOSE = 0.05
 
 
+def without_warmup(methods: Sequence[Method]) -> list[Method]:
+    """Return the methods that have no warmup."""
+    return [method for method in methods if not method.warmup]
+
+
 class Tuning(Sweep[Method]):
     """The learning rates that were tried at one scale, and the next ones.
 
@@ -42,8 +47,8 @@ class Tuning(Sweep[Method]):
         for family in self.families.values():
             rates = [(method, lr) for method in family for lr in self._coarse(method)]
             if not rates:
-                bare = [method for method in family if not method.warmup]
-                close = dict.fromkeys([*self.near_best(family, CLOSE), *self.near_best(bare, CLOSE)])
+                groups = (family, without_warmup(family))
+                close = dict.fromkeys(near for group in groups for near in self.near_best(group, CLOSE, fine=False))
                 rates = [(method, lr) for method in close for lr in self._fine(method)]
             yield from (self.config(method, lr, self.sweep_seed) for method, lr in rates)
 
@@ -66,7 +71,7 @@ class Tuning(Sweep[Method]):
         """Return the variant with the lowest loss at its best learning rate."""
         return min(methods, key=self.best_loss)
 
-    def near_best(self, methods: Sequence[Method], margin: float, *, fine: bool = False) -> list[Method]:
+    def near_best(self, methods: Sequence[Method], margin: float, *, fine: bool = True) -> list[Method]:
         """Return the variants whose loss at their best learning rate is within `margin` of the lowest."""
         losses = {method: self.best_loss(method, fine=fine) for method in methods}
         return [method for method, loss in losses.items() if loss <= min(losses.values()) + margin]
