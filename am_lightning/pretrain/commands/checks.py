@@ -15,7 +15,7 @@ from am_lightning.pretrain.commands.list import short, strategy_name
 from am_lightning.pretrain.commands.plan.layout import read_engine, strategy_options, tensor_parallel_size
 from am_lightning.pretrain.data.chunks import DATA_EXTRA
 from am_lightning.pretrain.data.sources import HUB
-from am_lightning.pretrain.data.tokenizer import BYTES, GATED_CURE, bpe_size, check_vocabulary, is_gated
+from am_lightning.pretrain.data.tokenizer import BYTES, GATED_CURE, bpe_size, check_vocabulary, is_gated, is_path
 from am_lightning.pretrain.model.parallelize import check_tensor_parallel
 from am_lightning.pretrain.model.shape import count_parameters, count_tensors
 from am_lightning.pretrain.runtime.errors import RecipeError, require
@@ -114,7 +114,7 @@ def _data(settings: RunConfig) -> str:
     name = data.tokenizer
     if name == BYTES or bpe_size(name) is not None:
         size = "known from its name"
-    elif name.startswith(("/", "./", "../", "~")) or Path(name).is_dir():
+    elif is_path(name) or Path(name).is_dir():
         tokenizer = pipeline.load_tokenizer()
         check_vocabulary(data.vocab_size, tokenizer.vocab_size, name)
         size = f"{tokenizer.vocab_size} tokens"

@@ -141,6 +141,11 @@ def is_gated(name: str) -> bool:
     return name.startswith(_GATED)
 
 
+def is_path(name: str) -> bool:
+    """Return whether a tokenizer's name can only be a path. Another name may be a folder, too, or one of the hub's."""
+    return name.startswith(("/", "./", "../", "~"))
+
+
 def load_named(name: str) -> Tokenizer:
     """Load the tokenizer of any name except bpe-N; that of a folder or of the hub with transformers.AutoTokenizer.
 
@@ -149,7 +154,7 @@ def load_named(name: str) -> Tokenizer:
     """
     if name == BYTES:
         return ByteTokenizer()
-    if name.startswith(("/", "./", "../", "~")):
+    if is_path(name):
         require(Path(name).expanduser().is_dir(), "data.tokenizer", name, "an existing folder, or a name")
     from transformers import AutoTokenizer
 
