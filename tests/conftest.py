@@ -8,6 +8,7 @@ import sys
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests import operator_build
 from tests.forkserver import COLD_VARIABLE, VARIABLE, ForkServer
 from tests.gates import GATES, kept, let_see_gpu
 
@@ -36,6 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return  # a worker of xdist has the variables of the session that started it
     if let_see_gpu(config.args, config.invocation_params.dir):
         return  # a process that has looked for a GPU cannot be forked into one that uses it
+    os.environ |= operator_build.variables()
     if config.option.collectonly or VARIABLE in os.environ:
         return
     server = config.stash[SERVER] = ForkServer()

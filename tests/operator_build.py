@@ -1,7 +1,7 @@
 """The folder in which DeepSpeed's CPU operator is built, once for all tests.
 
-Every program that starts DeepSpeed has these variables: a ninja of another version would build it again, and a build
-that is killed leaves a lock on which every later start waits without a message.
+All tests and their programs have these variables: a ninja of another version would build it again, and a build that
+is killed leaves a lock on which every later start waits without a message.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from tests.docs.programs import betas, run_program
-from tests.operator_build import variables
 
 pytestmark = pytest.mark.slow
 
@@ -15,7 +14,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.slow
 def test_the_program_trains_on_two_ranks(tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = run_program(tmp_path, [*launcher, "deepspeed_engine.py"], **variables())
+    done = run_program(tmp_path, [*launcher, "deepspeed_engine.py"])
     losses = [float(line.split("loss ")[1].split(",")[0]) for line in done.stdout.splitlines() if "beta_t" in line]
     assert len(losses) == 10
     assert losses[-1] < losses[0] - 1

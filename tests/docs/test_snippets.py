@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.operator_build import variables
 from tests.ports import free_port
 
 from .programs import ROOT, run_python
@@ -123,5 +122,5 @@ def test_a_block_runs(page: str, number: int, tmp_path: Path) -> None:
         block = block.replace(there, here)
     (tmp_path / "block.py").write_text(f"{BEFORE[page][number]}\n{block}")
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "OMP_NUM_THREADS": "1"}
-    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | variables()
+    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     run_python(tmp_path, ["block.py"], **alone)

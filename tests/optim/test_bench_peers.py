@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -20,7 +19,6 @@ from am_lightning.bench.contenders import make_contenders, make_parameters
 from am_lightning.bench.measure import measure
 from am_lightning.bench.peers import LR, PEERS, Peer, make_peers
 from am_lightning.bench.table import rows_of
-from tests import operator_build
 from tests.python import COLD
 
 CPU, ROOT = torch.device("cpu"), Path(__file__).resolve().parents[2]
@@ -125,8 +123,7 @@ def test_deepspeeds_own_beside_ours() -> None:
     """DeepSpeed is loaded in a separate process, because the optimizer then searches for engines."""
     pytest.importorskip("deepspeed")
     command = [COLD, "-m", "am_lightning.bench", *SMALL, "--deepspeed", "--json", "--only", "DeepSpeed", "AMAdamW def"]
-    env = os.environ | operator_build.variables()
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout[done.stdout.index("{") :])  # DeepSpeed prints while it builds
     rows = {row["optimizer"]: row for row in report["rows"]}

@@ -7,7 +7,6 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests import operator_build
 from tests.huggingface.events import scalars_in
 from tests.ports import free_port
 from tests.python import PYTHON
@@ -93,7 +92,6 @@ def _environment(entry: EntryPoint) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
         "TOKENIZERS_PARALLELISM": "false",
-        **operator_build.variables(),
         **entry.variables,
     }
 

@@ -11,7 +11,6 @@ import pytest
 from am_lightning.pretrain.model.parallelize import check_tensor_parallel
 from am_lightning.pretrain.model.shape import LlamaShape
 from am_lightning.pretrain.runtime.errors import RecipeError
-from tests import operator_build
 from tests.recipes.parallel_runs import STEPS, fit
 from tests.sharding.pool import Pool, RankError, pools
 
@@ -21,9 +20,7 @@ FIT = "tests.recipes.parallel_runs:fit"
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Callable[[int], Pool]]:
-    with pytest.MonkeyPatch.context() as patch, pools() as start:
-        for name, value in operator_build.variables().items():
-            patch.setenv(name, value)
+    with pools() as start:
         yield start
 
 

@@ -8,7 +8,6 @@ from statistics import median
 
 import pytest
 
-from tests import operator_build
 from tests.recipes.plan_cases import CASES, Case, outcome_of
 from tests.sharding.pool import Pool, pools
 
@@ -27,9 +26,7 @@ TESTED = (
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Callable[[int], Pool]]:
-    with pytest.MonkeyPatch.context() as patch, pools() as start:
-        for name, value in operator_build.variables().items():
-            patch.setenv(name, value)
+    with pools() as start:
         yield start
 
 

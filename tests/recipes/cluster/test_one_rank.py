@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests import operator_build
 from tests.recipes.commands import RECIPES, differences, load
 from tests.recipes.test_entry_points import needs_compiler
 
@@ -91,7 +90,7 @@ def deepspeed(root: Path, corpus: Path, engine: str, kind: str, batches: tuple[i
     """(exit status, what was printed, the lines of every rank)."""
     program, stage = ENGINES[engine]
     event = Event(program, str(root.with_name("rows")), kind=kind, batches=batches)
-    others = {**operator_build.variables(), "MAX_RESTARTS": "0"}
+    others = {"MAX_RESTARTS": "0"}
     if program == "pretrain.py":
         strategy = {"": "tests.deepspeed.entry_points.OnCPU", ".config": str(ZERO / f"zero{stage}.json")}
         extra = [text for key, value in strategy.items() for text in (f"--trainer.strategy{key}", value)]
