@@ -7,7 +7,7 @@ import json
 import shlex
 import sys
 
-from am_lightning.bench.models import MODELS, row_of, shapes_of
+from am_lightning.bench.models import LLAMAS, MODELS, row_of, shapes_of
 from am_lightning.bench.peers import OFFLOAD, PEERS
 from am_lightning.bench.table import LEGEND, text_of
 
@@ -52,6 +52,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "Default: 512 on a CPU, 16384 elsewhere",
     )
     parser.add_argument(
+        "--in-training",
+        action="store_true",
+        help="run a forward and a backward pass of a row of --tokens before each timed step, as training does: caches "
+        "and freed memory are then those of a training step",
+    )
+    parser.add_argument(
         "--cpu-time",
         action="store_true",
         help="count CPU seconds of all threads, for ratios on a machine that is busy with other work (set "
@@ -94,6 +100,8 @@ def _checked(parser: argparse.ArgumentParser, arguments: list[str] | None) -> ar
         options.tokens = TOKENS["cpu" if options.device.type == "cpu" else "accelerator"]
     if options.tokens < 0 or (options.tokens and options.tokens % row_of(options.tokens)):
         parser.error(f"--tokens must be 0, at most {row_of(options.tokens)}, or a multiple of it, not {options.tokens}")
+    if options.in_training and not (options.tokens and options.model in LLAMAS):
+        parser.error(f"--in-training needs --tokens > 0 and one of the models {', '.join(LLAMAS)}")
     return options
 
 

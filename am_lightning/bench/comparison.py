@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 
 from am_lightning.bench.contenders import Contender, import_all, make_contenders, make_parameters
 from am_lightning.bench.measure import measure
-from am_lightning.bench.models import LLAMAS, forward_and_backward_seconds, shapes_of
+from am_lightning.bench.models import LLAMAS, make_passes, row_of, seconds_of, shapes_of
 from am_lightning.bench.peers import OFFLOAD, PEERS, make_peers
 from am_lightning.bench.table import BASE, device_words, rows_of
 
@@ -28,8 +28,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     device, dtype = options.device, getattr(torch, options.dtype)
     params = make_parameters(shapes_of(options.model), dtype, device)
     wanted, missing = _contenders(params, options)
-    training = None if options.model not in LLAMAS or not options.tokens else _training_seconds(options, dtype)
-    measured, failed = measure(wanted, options.repeats, device, cpu_time=options.cpu_time)
+    passes = None if options.model not in LLAMAS or not options.tokens else _passes(options, dtype)
+    training = passes and seconds_of(passes) * (options.tokens // row_of(options.tokens))
+    if options.in_training and passes is None:
+        sys.exit("error: --in-training needs the training step")
+    if not options.in_training:
+        passes = None
+    measured, failed = measure(wanted, options.repeats, device, cpu_time=options.cpu_time, passes=passes)
     for name, reason in (missing | failed).items():
         print(f"{name} is left out: {reason}", file=sys.stderr)
     return {
@@ -70,9 +75,9 @@ def _contenders(
     return wanted, {name: why for name, why in missing.items() if name not in out}
 
 
-def _training_seconds(options: argparse.Namespace, dtype: torch.dtype) -> float | None:
+def _passes(options: argparse.Namespace, dtype: torch.dtype) -> Callable[[], None] | None:
     try:
-        return forward_and_backward_seconds(options.model, options.tokens, dtype, options.device)
+        return make_passes(options.model, options.tokens, dtype, options.device)
     except ImportError as error:
         print(
             f"no training step, because {error}: pip install 'am-lightning[recipes]', or '.[recipes]' in a checkout",

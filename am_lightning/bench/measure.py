@@ -45,7 +45,12 @@ class Measured:
 
 
 def measure(
-    contenders: Sequence[Contender], repeats: int, device: torch.device, *, cpu_time: bool = False
+    contenders: Sequence[Contender],
+    repeats: int,
+    device: torch.device,
+    *,
+    cpu_time: bool = False,
+    passes: Callable[[], None] | None = None,
 ) -> tuple[list[Measured], dict[str, str]]:
     """Return the measurements of each contender, and the reason for each name that could not step.
 
@@ -54,6 +59,7 @@ def measure(
         repeats: timed rounds.
         device: device of the parameters.
         cpu_time: whether to count the CPU seconds of all threads of this process instead of the elapsed time.
+        passes: forward and backward pass that runs before each timed step, or None.
     """
     clock = time.process_time if cpu_time else time.perf_counter
     moments: dict[Tensor, dict[str, Tensor]] = {}
@@ -76,6 +82,8 @@ def measure(
         _restore(each.contender, kept)
     for _ in range(repeats):
         for each in seen:
+            if passes is not None:
+                passes()
             each.seconds.append(_seconds(each.contender, device, clock, kept))
     return seen, missing
 

@@ -86,10 +86,11 @@ def row_of(tokens: int) -> int:
     return min(tokens, ROW)
 
 
-def forward_and_backward_seconds(model: str, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Return the seconds of a training step without optimizer, whose rows of ``row_of(tokens)`` tokens run in turn.
+def make_passes(model: str, tokens: int, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
+    """Return a function that runs the passes of a training step, for one row of ``row_of(tokens)`` tokens.
 
-    On accelerators a float32 model runs under autocast to bfloat16.
+    It discards the last gradients and runs forward and backward. On accelerators a float32 model runs under autocast
+    to bfloat16.
 
     Raises:
         ImportError: if transformers is missing.
@@ -106,18 +107,24 @@ def forward_and_backward_seconds(model: str, tokens: int, dtype: torch.dtype, de
         ids = torch.randint(0, llama.vocab_size, (1, row), device=device)
     mixed = device.type != "cpu" and dtype == torch.float32
 
-    def once() -> None:
+    def passes() -> None:
+        network.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
             loss = token_loss(network(ids).logits, ids)
         torch.autograd.backward(loss)
+        wait_for(device)
 
+    return passes
+
+
+def seconds_of(passes: Callable[[], None]) -> float:
+    """Return the seconds of the passes, without the first time."""
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        once()
-        wait_for(device)
+        passes()
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:]) * (tokens // row)
+    return statistics.median(seconds[1:])
 
 
 def wait_for(device: torch.device) -> None:

@@ -169,6 +169,10 @@ def test_shapes_are_those_of_the_network_and_its_step_is_timed(monkeypatch: pyte
     for row in report["rows"]:
         assert row["share"] == pytest.approx(row["ms"] / (row["ms"] + 1e3 * report["training seconds"]))
     assert "%" in text_of(report["rows"])
+    backward, ran = torch.autograd.backward, []
+    monkeypatch.setattr("torch.autograd.backward", lambda loss: ran.append(backward(loss)))
+    report = run(parse(["--repeats", "2", "--tokens", "16", "--only", "foreach", "--in-training"]))
+    assert len(ran) == 3 + 2 * len(report["rows"]), "three are timed, and one precedes each timed step"
 
 
 @pytest.mark.parametrize(
@@ -179,6 +183,8 @@ def test_shapes_are_those_of_the_network_and_its_step_is_timed(monkeypatch: pyte
         (["--weight-decay", "-1"], "--weight-decay must be >= 0"),
         (["--device", "nonsense"], "--device nonsense cannot be used"),
         (["--tokens", "3000"], "or a multiple of it, not 3000"),
+        (["--in-training", "--tokens", "0"], "--in-training needs --tokens > 0 and one of the models llama60m, "),
+        (["--in-training", "--model", "many-tiny"], "--in-training needs --tokens > 0"),
         (["--model", "gpt"], "--model must be one of llama1b, "),
         (["--model", "tensors:0x5"], "tensors:NxM, N tensors (at most 1,000,000) of M elements, not 'tensors:0x5'"),
         (["--model", "tensors:5x0"], "not 'tensors:5x0'"),
