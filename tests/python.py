@@ -7,5 +7,5 @@ import sys
 
 from tests.forkserver import COLD_VARIABLE, VARIABLE
 
-COLD = os.environ.get(COLD_VARIABLE, sys.executable)  # starts as for any user: all imports, a process of its own
-PYTHON = os.environ.get(VARIABLE, COLD)  # in a test session the fork server's (tests/forkserver)
+COLD = os.environ.get(COLD_VARIABLE, sys.executable)  # a fresh process that imports everything itself
+PYTHON = os.environ.get(VARIABLE, COLD)  # in a test session, the fork server's client (tests/forkserver)

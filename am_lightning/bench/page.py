@@ -45,7 +45,7 @@ def read_runs(paths: Iterable[Path]) -> list[Run]:
     """Return the runs that the bench has printed.
 
     Raises:
-        ValueError: if a file is no such run.
+        ValueError: if a file is not such a run.
     """
     runs = []
     for path in paths:

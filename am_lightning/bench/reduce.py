@@ -23,9 +23,9 @@ MODELS = {"60M": 8, "1B": 16, "8B": 32, "70B": 80, "405B": 126}
 BASE_LATENCY = 4.4
 NVLINK_LATENCY = 0.52
 NETWORK_LATENCY = 5.0
-NVLINK_LATENCY_AMONG_NODES = 1.8  # factor, with the LL protocol
+NVLINK_LATENCY_AMONG_NODES = 1.8  # NVLINK_LATENCY grows by this factor
 BUS_BANDWIDTH = 80.0  # GB/s, the cap for trees over more than two nodes
-LL_SHARE, ALGORITHM_SHARE, CORRECTION = 1 / 3.8, 0.5, 0.7  # of the bus bandwidth; the last for 16 to 64 KiB
+LL_SHARE, ALGORITHM_SHARE, CORRECTION = 1 / 3.8, 0.5, 0.7  # factors of BUS_BANDWIDTH; the last for 16 to 64 KiB
 GPUS_PER_NODE = 8
 
 

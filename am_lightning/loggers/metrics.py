@@ -72,7 +72,7 @@ def _last_words(path: str) -> str:
 
 
 def in_a_sentence(layer: str) -> str:
-    """Return ``layers.3`` unchanged, and the ``2`` of an ``nn.Sequential`` as ``layer 2``, so that it is no value."""
+    """Return ``layers.3`` unchanged, and ``2`` of an ``nn.Sequential`` as ``layer 2``, to tell it from a value."""
     return f"layer {layer}" if layer.isdigit() else layer
 
 

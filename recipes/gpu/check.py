@@ -200,7 +200,7 @@ def environment(out: Path, options: argparse.Namespace) -> dict[str, str]:
 def run_part(
     each: Part, options: argparse.Namespace, deadline: float, env: dict[str, str], command: str
 ) -> Answer | None:
-    """Run a part and return its answer, or None if the time was over. Then the next call runs it."""
+    """Run a part and return its answer, or None if there was no time for it. The next call then runs it."""
     left = deadline - time.monotonic()
     if left < LEAST * each.seconds:
         print(f"{each.name:32} not begun: {max(0.0, left):.0f} s are left, it may take {each.seconds:.0f}", flush=True)

@@ -40,7 +40,7 @@ def run(name: str, context: Context) -> dict[str, Any]:
     found = {}
     for decay in DECAYS:
         found[str(decay)] = _steps(params, decay, device, context)
-        gc.collect()  # the states of one round before those of the next
+        gc.collect()  # free the states of this round before the next one
     return {"model": model, "dtype": dtype, "tensors": len(params), "elements": sum(p.numel() for p in params)} | found
 
 

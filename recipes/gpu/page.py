@@ -138,7 +138,7 @@ def _made(answers: Answers) -> str:
 
 
 def _command(text: str) -> str:
-    """Return the command without folders."""
+    """Return the command without its options that name folders."""
     return re.sub(r" --(?:out|wheels)[ =]\S+", "", text)
 
 

@@ -92,7 +92,7 @@ class OutOfTimeError(Exception):
 
 
 def read_json(path: Path) -> Answer:
-    """Return the content of a JSON file, or nothing if it is missing."""
+    """Return the content of a JSON file, or {} if it is missing."""
     content: Answer = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return content
 

@@ -11,7 +11,7 @@ STOP, END = 7, 10  # a checkpoint is saved after STOP steps; the run continues t
 
 
 def gradient(name: str, shape: torch.Size, step: int) -> Tensor:
-    """Return a parameter's gradient: it swings as in a run that overshoots; multiples of 1/64, exact in bfloat16."""
+    """Return a gradient that swings as in a run that overshoots, in multiples of 1/64, which are exact in bfloat16."""
     seed = sum(map(ord, name))
     index = torch.arange(math.prod(shape), dtype=torch.float64, device="cpu")
     phase, speed = 0.75 * index + 0.37 * seed, 2.0 + 0.9 * torch.sin(1.3 * index + seed)

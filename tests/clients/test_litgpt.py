@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pretrain(folder: Path, program: list[str], steps: int, *options: str) -> str:
-    """Run it and return its output."""
+    """Run the program and return its output."""
     sizes = {f"model_config.{key}": value for key, value in MODEL.items()}
     train = {f"train.{key}": value for key, value in TRAIN.items()} | {"train.max_tokens": 16 * steps}
     data = {"data": "TextFiles", "data.train_data_path": "text", "data.num_workers": 0, "tokenizer_dir": "tokenizer"}

@@ -98,7 +98,7 @@ def test_cap_of_a_group(value: Any) -> None:
 
 @each_optimizer
 def test_keys_that_a_user_adds_to_a_group_stay(info: OptimizerInfo) -> None:
-    """torch.optim keeps them, too: schedulers and frameworks store values there."""
+    """torch.optim also keeps unknown keys, because schedulers and frameworks store values there."""
     problem = LeastSquares()
     optimizer = info.optim_cls([{"params": problem.params, "note": "mine", "initial_lr": 0.1}])
     optimizer.step(problem.loss)

@@ -103,7 +103,7 @@ def test_non_empty_state(info: OptimizerInfo, kwargs: dict[str, Any]) -> None:
 
 @each_case
 def test_can_load_older_state_dict(info: OptimizerInfo, kwargs: dict[str, Any]) -> None:
-    """A saved group may lack any one key, or all keys unknown to torch.optim: this optimizer's values stay."""
+    """A saved group may lack any key, or all that torch.optim does not know. The optimizer keeps its values."""
     problem, optimizer = _trained(info, **kwargs)
     saved = optimizer.state_dict()
     keys = [key for key in saved["param_groups"][0] if key != "params"]

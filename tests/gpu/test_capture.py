@@ -141,7 +141,7 @@ def test_a_whole_training_step(kernel: str) -> None:
             advance(step, replay)
         runs.append((optimizer, [to_numpy(p) for p in net.parameters()]))
     for a, b in zip(*(weights for _, weights in runs), strict=True):
-        assert_close(a, b, 1e-4, "weights")  # a graph has other addresses, and so another order of sums
+        assert_close(a, b, 1e-4, "weights")  # addresses differ in a graph, and with them the order of sums
     assert {float(state["step"]) for state in runs[0][0].state.values()} == {9.0}
 
 

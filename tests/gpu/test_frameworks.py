@@ -154,7 +154,7 @@ def test_the_hf_trainer(form: str, fresh_state: None, tmp_path: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     there = run(tmp_path / "cpu", form, batch=4, use_cpu=True)
     assert len(here["seen"]) == len(there["seen"]) == 8
-    for ours, theirs in zip(here["seen"][:4], there["seen"][:4], strict=True):  # later, roundings have grown
+    for ours, theirs in zip(here["seen"][:4], there["seen"][:4], strict=True):  # rounding errors grow later
         assert ours == pytest.approx(theirs, abs=0.01)
 
 

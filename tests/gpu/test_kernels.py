@@ -115,13 +115,13 @@ def test_a_direction_in_bfloat16(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", ["triton", "foreach"])
 def test_many_chunks(kernel: str) -> None:
-    """One program, or one level of a tree, cannot add them all at once."""
+    """The tensor has more chunks than one program, or one level of a tree, can add."""
     beside_oracle("adamw", kernel, DTYPES["float32"], "tensor", steps=6, shapes=[(2_200_003,), (65_537,), (77,)])
 
 
 @each_kernel
 def test_other_strides(kernel: str, device: torch.device) -> None:
-    """Use channels_last weights with gradients in another order, and a transposed one."""
+    """Use channels_last weights whose gradients have other strides, and a transposed weight."""
     torch.manual_seed(0)
     weights = torch.randn(8, 6, 3, 3).to(device).to(memory_format=torch.channels_last)
     params = [("conv", torch.nn.Parameter(weights)), ("turned", torch.nn.Parameter(torch.randn(70, 30).to(device).t()))]

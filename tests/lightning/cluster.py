@@ -188,7 +188,7 @@ class Sharded(pl.LightningModule):
 
 
 def optimizer_and_schedule(kind: str, rate: float, net: torch.nn.Module, model: torch.nn.Module) -> Any:
-    """Build both. ``model`` is what the strategy made of ``net``: it has FSDP1's flat parameters."""
+    """Build them. ``model`` is ``net`` as the strategy wrapped it, with flat parameters under FSDP1."""
     if kind == "factory":
         optimizer: Any = am_adamw(net, lr=rate, weight_decay=0.1, betas=(0.89, 0.95))
     elif kind in ("flat", "amsgrad"):

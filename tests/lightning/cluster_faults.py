@@ -88,7 +88,7 @@ class Late(Sharded):
 
 
 def second_optimizer_is_late(placed: str, folder: str) -> list[dict[str, bool]]:
-    """Log layouts on rank zero, which must not build one alone: it would wait for the other ranks forever."""
+    """Log layouts on rank zero, which must not build one alone, because it would wait for the other ranks forever."""
     world = dist.get_world_size()
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
     module = Late(placed, torch.float64, scope="tensor", way="manual", optimizer="", clip=None, pieces=1, bad=())

@@ -179,7 +179,7 @@ class Custom(torch.optim.AdamW):
 
 
 class FusedAdam(torch.optim.SGD):
-    """An Adam that is no torch.optim.Adam, as in apex."""
+    """An Adam that is not a torch.optim.Adam, such as apex's."""
 
     __module__ = "some_library.optimizers"
 

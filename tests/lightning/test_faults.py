@@ -28,7 +28,7 @@ def test_too_many_skips_end_the_run_on_every_rank_with_one_checkpoint(pool: Rank
 
 @pytest.mark.parametrize("placed", ["ddp", "fsdp2"])
 def test_steps_before_on_fit_start_know_the_layout_too(pool: Ranks, placed: str) -> None:
-    """A LearningRateFinder makes them. (Under FSDP1 Lightning cannot restore a save made before the first step.)"""
+    """A LearningRateFinder makes them. (Under FSDP1 Lightning cannot restore a save from before the first step.)"""
     for rank in pool(2).run(f"{HERE}after_a_learning_rate_finder", placed=placed):
         assert rank["known"] and rank["names"]
         assert rank["raw"] <= 1e-12 and rank["weights"] <= 1e-12 and rank["share"] > 0.2

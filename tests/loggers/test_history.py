@@ -48,7 +48,7 @@ def pictures(steps: int, every: int, total: int | None, *, life: int | None = No
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("steps", [10, 100, 1_000, 10_000, 100_000, 1_000_000])
 def test_a_run_has_some_pictures_and_never_more_than_forty(steps: int, known: bool) -> None:
-    """This holds for any length, also if the last step is not known in advance."""
+    """The limit holds for any length, also if the last step is not known in advance."""
     every = max(1, steps // 1000)
     drawn = pictures(steps, every, steps if known else None)
     assert drawn[0] == every and len(drawn) + 1 <= 40
@@ -101,7 +101,7 @@ def test_the_sentence_names_the_deepest_layers_and_when() -> None:
 
 
 def test_a_layer_that_is_a_number_is_told_from_a_value() -> None:
-    """The layer is of an ``nn.Sequential``."""
+    """Layers of an ``nn.Sequential`` have numbers as names."""
     history = RunHistory()
     history.add(50, ["0", "2", "4", "head.0"], interval(50, lowest=(0.5, 0.0, 0.7, 0.6)), 0.89)
     told = "layer 2 0.000 in steps 1 to 50", "layer 0 0.500 in steps 1 to 50", "head.0 0.600 in steps 1 to 50"

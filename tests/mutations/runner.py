@@ -13,7 +13,7 @@ from tests.mutations.copies import Planted, copy_checkout
 from tests.mutations.mutation import Mutation
 
 SEEN, NOT_SEEN, STALE, ERROR = "seen", "NOT SEEN", "STALE", "ERROR"
-FAULT_TIMEOUT, CHECK_TIMEOUT = 300.0, 3600.0  # seconds: of one fault, and of all tests without one
+FAULT_TIMEOUT, CHECK_TIMEOUT = 300.0, 3600.0  # seconds for one fault, and for all tests without a fault
 _POLL = 0.05
 
 

@@ -222,7 +222,7 @@ def test_a_first_step_at_lr_zero_with_gradients_counts(scope: str, foreach: bool
 def test_any_gradient_makes_a_first_step_at_lr_zero_count(
     kind: str, zero: int | None, lrs: tuple[float, float], foreach: bool | None
 ) -> None:
-    """It counts whichever group has the gradient, with or without decay, and whatever the other group's lr is."""
+    """The step counts whichever group has the gradient, with or without decay, and whatever the other group's lr is."""
     cls = AMAdamW if kind == "adamw" else AMSGD
     optimizer = cls(groups_of(named_params(SHAPES, torch.float64)), lr=0.0, scope="tensor", foreach=foreach)
     twin = Twin(optimizer, make_oracle(optimizer, scope="tensor"))

@@ -90,7 +90,7 @@ def test_one_of_another_user_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_one_in_a_folder_that_everybody_may_write_to_is_not_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Others could replace it there; in a sticky folder such as /tmp they cannot."""
+    """Other users could replace the folder there. In a sticky one such as /tmp they cannot."""
     shared = tmp_path / "shared"
     shared.mkdir()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(shared))
@@ -135,7 +135,7 @@ def test_a_compiler_that_hangs_is_killed_with_what_it_started(monkeypatch: pytes
 @pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file away")
 def test_a_library_that_another_user_planted_is_built_anew(tmp_path: Path) -> None:
-    """It would run with this user's rights. A library without our functions is rebuilt, too."""
+    """A planted library would run with this user's rights. One without our functions is also rebuilt."""
     program = "from am_lightning.optim.kernels.cpu.build import load_library; print(load_library().description)"
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
 

@@ -1,4 +1,4 @@
-"""An optimizer without parameters, as of a pipeline stage or a rank that holds none; parameters that are replaced."""
+"""An optimizer without parameters, as on a pipeline stage that holds none, and one whose parameters are replaced."""
 
 from __future__ import annotations
 

@@ -230,7 +230,7 @@ def test_triton_is_the_default_where_it_works(working: StandIn) -> None:
     [({"fused": False}, "chunked"), ({"foreach": True}, "foreach"), ({"foreach": False}, "single_tensor")],
 )
 def test_what_is_set_is_taken(idle: StandIn, options: dict[str, bool], kernels: str) -> None:
-    """Nothing is built or tried."""
+    """No fused kernel is built or tried."""
     assert stepped(**options).endswith(f"kernels: {kernels} for 1")
     assert idle.launches == 0
 
@@ -240,7 +240,7 @@ def test_where_triton_gives_wrong_numbers_the_default_is_another(idle: StandIn) 
 
 
 def test_dtypes_that_the_device_lacks_are_seen_at_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only bfloat16 is missing on this GPU; float32 works, so construction cannot find the lack."""
+    """Only bfloat16 is missing on this GPU; float32 works, so construction cannot find the fault."""
     stand_in(monkeypatch, None)
     monkeypatch.setattr(triton_check, "_difference", lambda kind: "no bfloat16 here" if torch.bfloat16 in kind else "")
     optimizer = AMAdamW([torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))], fused=True)

@@ -36,7 +36,7 @@ def emptied(optimizer: Optimizer) -> None:
 
 
 def copied(optimizer: Optimizer) -> None:
-    """Return other tensors of the same values."""
+    """Replace the state by copies of its tensors."""
     optimizer.state = defaultdict(dict, {p: copy.deepcopy(state) for p, state in optimizer.state.items()})
 
 

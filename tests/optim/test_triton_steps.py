@@ -114,7 +114,7 @@ def test_the_host_reads_nothing(no_kernels: Idle, scope: str, lr: Any) -> None:
 
 
 class Operations(TorchDispatchMode):
-    """Count what would be launched beside the kernels."""
+    """Count the operators that would be launched in addition to the kernels."""
 
     count = 0
 

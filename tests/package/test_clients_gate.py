@@ -19,7 +19,7 @@ PICTURES = "tests/lightning/test_images.py tests/huggingface/test_images.py test
 PROGRAMS = f"programs/{PYTEST} tests/clients {PICTURES} --ignore tests/clients/test_litgpt.py"
 LITGPT = f"litgpt/{PYTEST} tests/clients/test_litgpt.py"
 
-# Both stand for Python, too: `uv venv` copies the second, as an environment's.
+# Stand-ins for uv and Python. `uv venv` copies the stand-in for Python into the environment.
 UV = """#!/bin/sh
 echo "uv $*" >>"$CALLS"
 if [ "$1 ${FAILS:-}" = "pip uv" ]; then echo "error: no network" >&2; exit 2; fi

@@ -78,7 +78,7 @@ def test_signals_reach_the_program(python: str, number: signal.Signals) -> None:
 @BOTH
 @pytest.mark.parametrize("handled", [True, False])
 def test_a_signal_that_was_ignored_at_the_start(python: str, handled: bool) -> None:
-    """As in a shell's background, a handler of the program's own gets it, and otherwise it stays ignored."""
+    """A program's own handler gets the signal; otherwise it stays ignored, as in the background of a shell."""
     code = "import signal, sys, time\n"
     code += "signal.signal(signal.SIGINT, lambda n, f: sys.exit(40))\n" if handled else ""
     code += "print('ready', flush=True)\ntime.sleep(1)"

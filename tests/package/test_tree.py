@@ -93,7 +93,7 @@ def _changelog() -> dict[str, str]:
 
 
 def test_no_machine_paths_and_no_index_hosts() -> None:
-    """No folder of this machine and no host of a package index appears: both belong to a user's own set-up."""
+    """No machine's folder and no host of a package index appears, because both belong to a user's own set-up."""
     folders = "|".join(["work", "root", "Users", "home/[a-z]+"])
     hosts = "|".join(["pypi[.]org", "pythonhoste[d]", "download[.]pytorch", "deb[.]debian[.]org"])
     pattern = re.compile(rf"(?<![\w.~-])/(?:{folders})/|(?:{hosts})")

@@ -54,7 +54,7 @@ def strategy_of(name: str, world: int) -> Any:
 
 
 class Watched(LlamaPretraining):
-    """Read rows of its own, and record losses and momentum."""
+    """Train on fixed rows, and record losses and momentum."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

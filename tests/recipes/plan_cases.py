@@ -22,7 +22,7 @@ from tests.sharding.pool import Pool, pools
 
 SHAPE = LlamaShape(
     hidden_size=384, intermediate_size=1024, num_heads=6, num_layers=6, vocab_size=8192, seq_len=128
-)  # 16.9 M parameters outweigh what the processes need anyway
+)  # 16.9 M parameters take more memory than the processes themselves
 SCRATCH = 7 << 20  # the optimizer's blocked kernel on the CPU
 
 

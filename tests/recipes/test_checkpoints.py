@@ -41,7 +41,7 @@ _CLOCK = itertools.count(2_000_000_000, -100)
 
 
 def save(path: Path, step: int = 7) -> Path:
-    """Save with a clock that runs backwards: what is saved later seems older."""
+    """Save with a clock that runs backwards, so that later checkpoints seem older."""
     AtomicCheckpointIO().save_checkpoint({**SMALL, "global_step": step}, path)
     time = next(_CLOCK)
     for file in (path, manifest_of(path)):
@@ -105,7 +105,7 @@ def test_without_last_ckpt_the_newest_step_is_chosen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("manifests", ["of an older version", "lost"])
 def test_checkpoints_without_numbers_go_by_their_steps(tmp_path: Path, manifests: str) -> None:
-    """A copy may have lost the files' times, too; a file written afterwards is the newest."""
+    """A copy may also lose the files' times. A checkpoint that is written afterwards is the newest."""
     paths = [save(tmp_path / f"step-{step:06d}.ckpt", step) for step in (9, 10, 8)]
     for path in paths:
         content = json.loads(manifest_of(path).read_text())
@@ -373,7 +373,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_fails_in_the_background_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends at the latest with the next checkpoint; the one before stays."""
+    """The run ends no later than the next checkpoint, and the previous checkpoint stays."""
     real = AtomicCheckpointIO.save_checkpoint
 
     def refused(self: AtomicCheckpointIO, checkpoint: dict[str, Any], path: Any, *args: Any) -> None:

@@ -152,7 +152,7 @@ def test_validate_says_which_library_the_data_need(
 
 
 def test_a_gated_tokenizer_is_named_before_it_is_asked_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """validate and plan name it, whatever HF_TOKEN is; an open one is not named."""
+    """validate and plan name a gated tokenizer with or without HF_TOKEN, and do not name an open one."""
     root = ["--trainer.default_root_dir", str(tmp_path)]
     for command in (["validate", "llama-8b", "--trainer.strategy", "auto", *root], ["plan", "llama-8b", "--gpus", "8"]):
         assert main(command) == 0

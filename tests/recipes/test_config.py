@@ -69,7 +69,7 @@ def test_every_key_is_commented(name: str) -> None:
 
 
 def words_of(hint: Any) -> set[str]:
-    """Return the words by which a comment may name a type."""
+    """Return the words that name this type in a comment."""
     if hint in (int, float, bool):
         return {hint.__name__} | ({"int"} if hint is float else set())
     if typing.get_origin(hint) is typing.Literal or hint in (str, Path):

@@ -21,7 +21,7 @@ from tests.python import COLD, PYTHON
 from .commands import RECIPES, arguments
 
 HEAVY = ["torch", "lightning", "transformers", "numpy", "matplotlib", "datasets", "deepspeed"]
-# Words -> exit status, and what the text contains.
+# Arguments, exit status, and a part of the output.
 LIGHT = [
     ([], 0, "COMMAND --help"),
     (["--help"], 0, "am-lightning COMMAND"),

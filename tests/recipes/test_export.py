@@ -214,7 +214,7 @@ def test_shards_keep_their_dtype_and_another_is_made(shards: tuple[Path, Any], t
 
 
 def test_the_description_of_shards_runs_no_code(shards: tuple[Path, Any], tmp_path: Path) -> None:
-    """torch's own reader would run it."""
+    """torch's own reader would run code in the file."""
     folder, _ = shards
     (folder / ".metadata").write_bytes(pickle.dumps(Code(tmp_path / "ran")))
     with pytest.raises(SystemExit, match=r"holds more than tensors and plain values: GLOBAL (posix|nt|os).mkdir"):

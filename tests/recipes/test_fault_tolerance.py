@@ -79,7 +79,7 @@ def test_a_signal_in_the_last_step_is_obeyed_when_all_is_saved(tmp_path: Path) -
     ("moment", "more"), [("end", {}), ("end", {"stop_at": 3}), ("validation", {"validate_every": 4})]
 )
 def test_a_signal_after_the_last_step_is_obeyed(tmp_path: Path, moment: str, more: dict[str, int]) -> None:
-    """It ends the process as one in the last step does: the run may have stopped before max_steps."""
+    """It has the effect of a signal in the last step, because the run may have stopped before max_steps."""
     steps = 8 if "stop_at" in more else 4
     options = Options(str(tmp_path), steps=steps, events={moment: "SIGTERM"}, **more)  # type: ignore[arg-type]
     assert run(options) == "stopped 143"

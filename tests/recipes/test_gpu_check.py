@@ -179,7 +179,7 @@ def test_a_rehearsal_and_measurements_are_not_mixed(tmp_path: Path, modules: dic
 
 
 def test_a_part_without_an_answer_failed(tmp_path: Path, modules: dict[str, ModuleType]) -> None:
-    """It was killed by a signal, or exceeded its own time or the call's."""
+    """The part was killed by a signal, or exceeded its own time or the call's."""
     check, part = modules["check"], modules["part"]
     options = check.argparse.Namespace(out=tmp_path, device="cpu", tiny=True, python=COLD)
     short, log = part.Part("short", "facts", 0, 1.0), tmp_path / "work" / "logs" / "short.log"

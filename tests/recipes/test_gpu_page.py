@@ -159,7 +159,7 @@ def test_plan_takes_what_was_measured(planned: Any) -> None:
 
 
 def test_plan_takes_a_run_before_steps(planned: Any) -> None:
-    """It uses the median of the AM-AdamW runs."""
+    """plan uses the median of the AM-AdamW runs."""
     runs = [
         answer(f"worth/130m/{rate}", training_run("AM 0.89", 2.0, **{"tokens/s": float(rate)}))
         for rate in (10**5, 2 * 10**5, 10**6)

@@ -309,7 +309,7 @@ def test_an_object_store_gives_the_rows_of_a_folder(made: Path, store: str, tmp_
 def test_damage_in_an_object_store_ends_with_its_name(
     store: str, tmp_path: Path, damage: str, workers: int, copied: Path
 ) -> None:
-    """Damage is found when a chunk is read: nothing waits for a chunk that does not come."""
+    """Damage is found when a chunk is read, and no process waits for a missing chunk."""
     path = copied.parent / "store" / "bucket" / "copied" / "chunk-0-3.bin"
     content = bytearray(path.read_bytes())
     content[1000] ^= 1

@@ -46,7 +46,7 @@ def test_a_resumed_run_has_every_step_once(log_dir: Path) -> None:
 
 
 def test_a_resume_takes_back_all_that_came_after_it(tmp_path: Path) -> None:
-    """This includes a curve that the second life has not reached yet, also without purge_step."""
+    """This includes a curve that the resumed run has not reached yet, also without purge_step."""
     for number, (first, last) in enumerate([(0, 60), (50, 55)]):
         with SummaryWriter(str(tmp_path), filename_suffix=f".{number}") as writer:
             for step in range(first, last):

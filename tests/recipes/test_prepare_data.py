@@ -71,7 +71,7 @@ def test_check_reads_everything(tmp_path: Path, corpus_folder: Path, capsys: pyt
 
 @pytest.fixture(scope="module")
 def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return four files of 400 documents and 24 000 words each: at least a row of the largest recipe on both sides."""
+    """Return four files of 24 000 words each. Both splits get at least one row of the largest recipe."""
     folder = tmp_path_factory.mktemp("parquet")
     for number in range(4):
         texts = [f"{number}{i} " + "the memory of many steps " * 12 for i in range(400)]
@@ -87,7 +87,7 @@ def test_a_recipe_reads_files_and_a_tokenizer_of_this_disk(
     t5_folder: Path,  # noqa: F811
     name: str,
 ) -> None:
-    """They replace the hub's; the rest of its data section is unchanged, except the held-out share."""
+    """Only the source, the tokenizer and the held-out share of the recipe's data section change."""
     changes = {
         "source": "hf:parquet",
         "source_options": {"data_files": str(parquet / "*.parquet"), "split": "train"},

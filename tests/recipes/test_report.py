@@ -167,7 +167,7 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path, corpus_folder: Path) -
     assert found.train_loss is not None
     assert found.train_loss.steps.tolist() == list(range(1, 9))
     assert found.momentum["layers.1"].steps.tolist() == list(range(1, 9))
-    assert [step for step, _ in found.validation_points] == [6, 8]  # the first life's validation at 5 is removed
+    assert [step for step, _ in found.validation_points] == [6, 8]  # the validation at 5, before the resume, is removed
 
 
 def test_lives_that_began_in_one_second_are_in_order(tmp_path: Path) -> None:
@@ -400,7 +400,7 @@ def test_a_browser_draws_it_on_a_phone(compared: tuple[Path, str], tmp_path: Pat
     assert all(count > 0 for count in seen["paths"])
     assert seen["outside"] == 0 and seen["above"] == 0  # no label or band is cut off
     assert seen["overflow"] <= 390
-    assert seen["column"].startswith("steps 1 to 2\n")  # of the older run's layers, logged every second step
+    assert seen["column"].startswith("steps 1 to 2\n")  # the older run logged its layers in every second step
     low, high = (page.data["charts"][2]["series"][0][end] for end in ("values", "upper"))
     assert seen["told"].startswith("step 1\n") and f"{low[0]:.4g} to {high[0]:.4g}" in seen["told"]
     assert seen["kept"].startswith("step 20\n") and f"{low[-1]:.4g} to {high[-1]:.4g}" in seen["kept"] and seen["gone"]

@@ -71,7 +71,7 @@ def test_a_resumed_run_is_the_unbroken_one(program: str, tmp_path: Path, corpus_
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("program", CHECKPOINTS)
 def test_a_signal_saves_the_step(program: str, number: signal.Signals, tmp_path: Path, corpus_folder: Path) -> None:
-    """It may come twice at once: from the terminal, and from a launcher that passes it on."""
+    """The signal may come twice: from the terminal, and from a launcher that passes it on."""
     process = start(program, tmp_path, corpus_folder, 100_000)
     deadline = time.monotonic() + 200
     while not (tmp_path / "checkpoints" / CHECKPOINTS[program].format(3)).exists():

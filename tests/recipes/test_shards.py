@@ -272,7 +272,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Return a file system of 3 MB, or a limit on the size of a file if only root may mount."""
+    """Yield a folder on a file system of 3 MB. Without the right to mount, limit the size of a file instead."""
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True)

@@ -99,7 +99,7 @@ class _Functions(TorchFunctionMode):
         if isinstance(result, Tensor):
             if (name in MAKERS and not placed) or any(part in _caller() for part in HOST_ONLY):
                 self.host[result] = True
-            elif name == "to":  # the same tensor, which would be another
+            elif name == "to":  # on a GPU the result would be another tensor
                 self.host.pop(result, None)
         return result
 

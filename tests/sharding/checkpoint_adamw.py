@@ -1,4 +1,4 @@
-"""Functions that each rank runs: AdamW up to a checkpoint, AMAdamW afterwards; and what torch can load for neither."""
+"""Functions that each rank runs: AdamW, then AMAdamW from its checkpoint, and one that torch can load for neither."""
 
 from __future__ import annotations
 

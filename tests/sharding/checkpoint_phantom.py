@@ -29,7 +29,7 @@ def bits(seen: list[dict[str, float]]) -> list[dict[str, str]]:
 
 
 def train_after_looking(layout: str, kind: str, scope: str, look: bool) -> dict[str, Any]:
-    """Train, with or without asking first for the state of an optimizer that has none yet."""
+    """Train. With ``look``, first ask for the state of the optimizer before it has any."""
     torch.manual_seed(0)
     placed = LAYOUTS[layout][0](DTYPE)
     optimizer = optimizer_of(placed, kind, scope)

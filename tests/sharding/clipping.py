@@ -129,7 +129,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 
 def refused(layout: str, cure: bool) -> dict[str, Any]:
-    """Clip where the whole model is not known. With ``cure``, follow the message and clip again."""
+    """Clip without knowledge of the whole model. With ``cure``, follow the message and clip again."""
     placed = LAYOUTS[layout][0](DTYPE)
     placed.options, groups = {}, placed.options
     optimizer = optimizer_of(placed, "adamw", "tensor")

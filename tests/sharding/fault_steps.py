@@ -121,7 +121,7 @@ def skipping() -> Skipping:
 
 
 def leaves_out(step: int, rank: int) -> bool:
-    """Return whether to skip: one rank has no input for the block in every third step, no rank in every fifth."""
+    """Return whether to skip the block: rank 0 skips it in every third step, and all ranks in every fifth."""
     return step % 5 == 4 or (step % 3 == 1 and rank == 0)
 
 

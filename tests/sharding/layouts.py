@@ -35,7 +35,7 @@ class Placed:
 
     model: nn.Module
     share: tuple[int, int]
-    options: dict[str, Any] = field(default_factory=dict)  # of the optimizer
+    options: dict[str, Any] = field(default_factory=dict)  # options of the optimizer
     bind: bool = False  # FSDP1: bind the model to the optimizer
     collectives: int = 1  # per step, for the sums
     partial: int = 0  # number of gradients that each step redistributes

@@ -52,8 +52,8 @@ class TrainingMonitor(Callback):
         self.window_size, self.peak_flops = window_size, peak_flops
         self.seconds = self._validation_seconds = 0.0
         self._start = self._validation_start = 0.0
-        self._steps = 0  # of this fit
-        self._loss: Tensor | None = None  # of the micro-batches of this step so far, on this process
+        self._steps = 0  # since the fit began
+        self._loss: Tensor | None = None  # sum over the step's micro-batches so far, on this process
         self._norm: Tensor | None = None
         self._last_step = 0
         self._times: deque[tuple[float, int]] = deque()  # (seconds of training, steps) at the last logged points

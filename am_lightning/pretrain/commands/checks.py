@@ -91,7 +91,7 @@ def _process_count(trainer: dict[str, Any]) -> tuple[int, str]:
     """Return trainer.devices x trainer.num_nodes, and a note if this machine decides the number.
 
     Raises:
-        RecipeError: if one of them is no number of processes.
+        RecipeError: if one of them is not a number of processes.
     """
     devices, nodes = trainer["devices"], trainer["num_nodes"]
     require(isinstance(nodes, int) and nodes >= 1, "trainer.num_nodes", nodes, "a whole number >= 1")

@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _launch(options: argparse.Namespace, name: str, settings: list[str], args: Sequence[str]) -> int:
-    """Become launch/torchrun.sh, which chooses the interfaces, restarts processes, and configures torch and NCCL."""
+    """Replace this process by torchrun.sh, which picks interfaces, restarts processes and configures torch and NCCL."""
     import torch
 
     found = torch.cuda.device_count()

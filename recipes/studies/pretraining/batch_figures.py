@@ -76,7 +76,7 @@ def _compared(tuning: Tuning) -> dict[str, Method]:
 
 
 def _plot_cell(panel: Axes, tuning: Tuning, lines: Mapping[str, Method]) -> None:
-    """Plot a line for each method: AM in bold, the methods that nobody tuned dashed."""
+    """Plot a line for each method. Lines of AM are bold, and those of untuned methods are dashed."""
     looks = []
     for number, (label, method) in enumerate(lines.items()):
         look = {"marker": "o", "linewidth": 2.2} if method.kind == "am" else {"marker": ".", "linewidth": 1.1}

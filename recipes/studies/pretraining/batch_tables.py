@@ -18,11 +18,11 @@ ROOM = 0.1  # nats per token that a usable learning rate may end above the lowes
 
 
 def summary_table(tunings: Sequence[Tuning], comparisons: int) -> str:
-    """Return for every cell the best AdamW, the best AM and AM minus AdamW on the fresh seeds, then without warmup.
+    """Return the best AdamW, the best AM and their difference on the fresh seeds for each cell, also without warmup.
 
     Args:
         tunings: the cells that are complete.
-        comparisons: number of intervals that hold all at once, those of cells that are not complete included.
+        comparisons: number of intervals that are corrected together, including those of cells that are not complete.
     """
     rows = []
     for tuning in tunings:

@@ -2,9 +2,9 @@
 
 Every cell (rows of a step x steps) goes through the same two stages:
 
-1. ``tune``: every variant of every family over its learning rates, seed 0 (`Tuning`). Of ``few`` methods AdamW has six
-   variants (three momentums x two warmups) and AM four (two caps x two warmups), of ``all`` fifteen (five x three) and
-   nine (three x three), so AdamW gets at least as many runs. ``all`` continues from the runs of ``few``.
+1. ``tune``: every variant of every family over its learning rates, seed 0 (`Tuning`). In ``few``, AdamW has six
+   variants (three momentums x two warmups) and AM has four (two caps x two warmups). In ``all``, AdamW has fifteen
+   (five x three) and AM nine (three x three). So AdamW gets at least as many runs. ``all`` continues from ``few``.
 2. ``compare``: the best variant of each family, those within NEAR of it, and the named ones, at their best learning
    rates on five seeds that the tuning has not seen. A seed gives all methods the same initial weights and batches.
 
@@ -38,7 +38,7 @@ ALL: Families = {
 METHODS = {"few": FEW, "all": ALL}
 CUSTOMARY = Method("adamw", 0.9, 0.05)
 DEFAULT = Method("am", 0.89)  # of the callback
-NEAR = 0.02  # nats per token: one seed cannot decide between variants that are so near to each other
+NEAR = 0.02  # nats per token: one seed cannot decide between variants this close together
 TRACE_CAP, TRACE_SEED = 0.89, 1
 PARTS = 8  # micro-batches of a traced step, whose gradients are compared
 STAGES = ("tune", "compare", "trace")

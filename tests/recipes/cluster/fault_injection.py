@@ -69,7 +69,7 @@ def corpus(folder: Path) -> Path:
 
 
 def plan(number: int, rng: random.Random, with_slurm: bool) -> list[list[str]]:
-    """Draw the kinds of kills of every run, equally often; SLURM's have runs of their own."""
+    """Draw the kinds of kills of each run, all equally often. SLURM's signal has separate runs."""
     kinds = [*kills.KINDS, *(["SIGUSR1"] if with_slurm else [])]
     drawn = [kinds[i % len(kinds)] for i in range(number)]
     under_slurm = [kind for kind in drawn if kind == "SIGUSR1"]
@@ -79,7 +79,7 @@ def plan(number: int, rng: random.Random, with_slurm: bool) -> list[list[str]]:
 
 
 def moments(count: int, rng: random.Random, steps: int) -> list[int]:
-    """Draw the steps whose checkpoint each kill waits for, one in every part of the run."""
+    """Draw the step whose checkpoint each kill waits for, one in each equal part of the run."""
     part = steps * LATEST / count
     return [0 if rng.random() < EARLY else int(part * (i + rng.random())) for i in range(count)]
 

@@ -102,7 +102,7 @@ def read_engine(path: Path) -> dict[str, Any]:
     """Read DeepSpeed's configuration, a JSON file.
 
     Raises:
-        RecipeError: if it cannot be read or is no JSON object.
+        RecipeError: if it cannot be read or is not a JSON object.
     """
     try:
         engine = json.loads(path.read_text())
@@ -127,7 +127,7 @@ def tensor_parallel_size(strategy: Any, per_node: int) -> int:
 
 
 def _kind_of(strategy: Any, gpus: int) -> tuple[str, int]:
-    """Return the kind and the stage of ZeRO."""
+    """Return the kind of the strategy, and the stage if it is ZeRO."""
     name, options = strategy_name(strategy), strategy_options(strategy)
     if name in ("fsdp", "FSDPStrategy", "ModelParallelStrategy"):
         return "fsdp", 0

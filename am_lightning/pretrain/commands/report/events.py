@@ -26,7 +26,7 @@ class Curve:
 
     @property
     def last(self) -> float:
-        """Newest value."""
+        """The newest value."""
         return float(self.values[-1])
 
     @property

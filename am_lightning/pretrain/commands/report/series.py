@@ -16,7 +16,7 @@ class Heatmap(NamedTuple):
     """Momentum of layers x steps."""
 
     rows: list[str]  # layers, in the given order
-    edges: NDArray[np.int64]  # (columns + 1,) steps; column i is of the steps after edges[i] up to edges[i + 1]
+    edges: NDArray[np.int64]  # (columns + 1,) steps; column i covers edges[i] < step <= edges[i + 1]
     values: Floats  # (rows, columns), nan if nothing was logged
     width: int  # logged points in a column, which shows the lowest of them
 
