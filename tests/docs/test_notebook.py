@@ -1,4 +1,4 @@
-"""The notebook of the page Start runs from its first cell to its last, and it is saved with the outputs of a run."""
+"""The notebook of docs/start.md runs from its first cell to its last, and it is saved with the outputs of a run."""
 
 from __future__ import annotations
 
