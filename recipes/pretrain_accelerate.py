@@ -83,13 +83,13 @@ def train(settings: RunConfig) -> None:
         step_loss.zero_()
         if is_due(step, settings.validate_every):
             validate(accelerator, model, data.val_loader(rows=data.val_rows, **ranks), "val/", step)
-        stopped = agreement.ask(1 if stop.received else 0) > 0  # on GPUs the answer of the step before
+        stopped = agreement.ask(1 if stop.received else 0) > 0  # on GPUs this is the answer of the previous step
         if stopped or step == settings.steps or is_due(step, settings.save_every):
             checkpoints.save(step)
         if stopped:
             break
     bar.close()
-    if agreement.ask(1 if stop.received else 0, now=True) or stopped:  # also a signal in the last step
+    if agreement.ask(1 if stop.received else 0, now=True) or stopped:  # includes a signal in the last step
         stop.leave(step)
     stop.later = False
     rows = data.val_loader(rows=data.final_val_rows, **ranks)

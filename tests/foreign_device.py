@@ -26,7 +26,7 @@ METHODS = (
 
 
 def install() -> None:
-    """Install it if the variable is set, before test modules import ``clip_grad_norm_`` or build an optimizer."""
+    """Set the default device if the variable is set. Call this before test modules import ``clip_grad_norm_``."""
     device = os.environ.get(VARIABLE)
     if device is None:
         return

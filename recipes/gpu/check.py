@@ -33,7 +33,7 @@ AS_OTHERS = (
     *("llama1b-bfloat16", "llama350m-float32", "llama350m-bfloat16", "many-tiny-bfloat16", "ten-thousand-bfloat16"),
     *("train-1b", "train-1b-compiled"),
 )
-GRACE = 8.0  # seconds that a part has less than its process, so that it can write its answer
+GRACE = 8.0  # seconds of its process that are left to a part for writing its answer
 CACHES = (
     *("TRITON_CACHE_DIR", "TRITON_HOME", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "CUDA_CACHE_PATH"),
     *("MPLCONFIGDIR", "HF_HOME", "XDG_CACHE_HOME", "HYPOTHESIS_STORAGE_DIRECTORY"),
@@ -235,7 +235,7 @@ def _status(words: list[str], env: dict[str, str], log: Any, seconds: float) -> 
         return None if status == OUT_OF_TIME else status
     except subprocess.TimeoutExpired:
         return None
-    finally:  # also if this process is told to stop
+    finally:  # this also runs if a signal ends this process
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()

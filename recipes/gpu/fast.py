@@ -20,9 +20,9 @@ from am_lightning.pretrain.runtime.paths import recipe_files
 from am_lightning.pretrain.runtime.settings import read_recipe
 
 DECAYS = (0.1, 0.0)
-# Nobody's way to step on a GPU; the last two wait for it at every tensor, and have moments of their own in its memory.
+# Nobody uses these on a GPU. The last two wait for it at every tensor and keep their own moments in its memory.
 SLOW = ("AdamW single", "AMAdamW single_tensor", "Prodigy", "DAdaptAdam")
-TRAIN = {"130m": ("130m", 512), "1b": ("1b", 128)}  # recipe, and the most rows that are tried
+TRAIN = {"130m": ("130m", 512), "1b": ("1b", 128)}  # recipe, and the largest number of rows to try
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "num_key_value_heads": 2, "num_layers": 2}
 
 
@@ -45,7 +45,7 @@ def run(name: str, context: Context) -> dict[str, Any]:
 
 
 def _steps(params: list[torch.nn.Parameter], decay: float, device: torch.device, context: Context) -> dict[str, Any]:
-    """Rows of the bench with what a step asks of the host, and why some optimizers are left out."""
+    """Return the bench's rows with the host's work in a step, and why some optimizers are left out."""
     contenders, missing = make_contenders(params, decay=decay, scope="tensor", device=device)
     others, lacking = make_peers(params, decay=decay)
     wanted = [c for c in [*contenders, *others] if c.name not in SLOW and not (context.tiny and "compile" in c.name)]

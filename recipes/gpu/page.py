@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measured(answers: Answers) -> list[Measured]:
-    """Return the speed of training with AM-AdamW: of the default's training steps, and the median of recipes' runs."""
+    """Return training speeds of AM-AdamW, from training steps of the default and as the median of a recipe's runs."""
     found = []
     for name, each in answers.items():
         if name.startswith("fast/train-") and each["status"] == "done":

@@ -72,7 +72,7 @@ class Context:
 
 
 class FailedError(Exception):
-    """Something is wrong. The text names it, and ``result`` is what was found nevertheless."""
+    """Something is wrong. The text names it, and ``result`` is what was found before."""
 
     status = "failed"
 

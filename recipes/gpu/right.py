@@ -75,7 +75,7 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
 
 
 def _pytest(what: list[str], report: Path, seconds: float) -> tuple[bool, str]:
-    """Return whether pytest came to its end, and its output. At the end of its time it is asked to stop and report."""
+    """Return whether pytest finished, and its output. When its time is over, it is asked to stop and report."""
     report.parent.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
     words = [

@@ -194,7 +194,7 @@ def read_run(root: Path) -> dict[str, Any]:
 def corpus(context: Context) -> dict[str, Any]:
     """Write Python sources of the standard library and of installed packages as JSON lines, once.
 
-    The same files give the same text, because they have the order of their hashes, by which duplicates are left out.
+    The same files give the same text, because they are sorted by their hashes. Duplicates are left out.
     """
     folder = context.work / "text"
     known = read_json(folder.with_suffix(".json"))

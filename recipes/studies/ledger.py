@@ -66,7 +66,7 @@ class Ledger:
             raise RecipeError(f"{self.path} has runs of another setup ({'; '.join(other)}). Give another --out.")
 
     def _check_versions(self) -> None:
-        """Raise a RecipeError if runs were made with another torch or Python, whose library is the text of the data."""
+        """Raise a RecipeError if runs were made with another torch or Python, whose standard library is the data."""
         here = _made({})[2:]
         if self._setup and (other := sorted({made[2:] for made in self._made} - {here})):
             names = " and ".join(" with Python ".join(versions) for versions in other)

@@ -36,7 +36,7 @@ def test_refused_on_every_rank_before_anything_moves(pool, case: str) -> None:
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_canary_private_attributes_are_where_they_were(pool, stage: int) -> None:
-    """A DeepSpeed that moves one of them fails here by its name, not later by a wrong beta."""
+    """If DeepSpeed moves an attribute, this test names it before a wrong beta appears elsewhere."""
     for lost in pool(2).run("tests.deepspeed.refusals:missing", timeout=START_UP, stage=stage):
         assert lost == []
 

@@ -108,7 +108,7 @@ def test_four_ranks(pool) -> None:
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_the_call_stack_is_looked_at_once(pool, stage: int) -> None:
-    """Less is searched if attach has been given the engine."""
+    """The search is shorter if attach has been given the engine."""
     first = {}
     for attach in (False, True):
         for rank in pool(2).run(f"{RUNS}:frames_walked", timeout=START_UP, stage=stage, attach=attach):

@@ -45,7 +45,7 @@ def relevant(variables: dict[str, str]) -> dict[str, str]:
 
 
 def can_serve(arguments: list[str]) -> bool:
-    """Return whether these are a script, a module or code, with no option of the interpreter except ``-u``."""
+    """Return whether the arguments name a script, a module or code, without interpreter options except ``-u``."""
     given = [argument for argument in arguments[:1] if argument != "-u"] or arguments[1:2]
     if not given:
         return False

@@ -55,7 +55,7 @@ class Variables:
         self.before, self.after = before, after
 
     def agree_with(self, other: dict[str, str]) -> bool:
-        """Return whether a program with these would have imported the same; imports of its parent may have set some."""
+        """Return whether imports under these variables give the same result. A parent's imports may have set some."""
         names = {*relevant(self.before), *relevant(other)}
         return all(other.get(name) in (self.before.get(name), self.after.get(name)) for name in names)
 
@@ -64,7 +64,7 @@ class Variables:
 
 
 class Job:
-    """A program that a client stands for."""
+    """A program that runs here in place of a client."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection

@@ -84,7 +84,7 @@ def test_state_of_another_shape_of_groups_is_refused(info: OptimizerInfo) -> Non
     ("name", "value"), [("scope", "global"), ("nonfinite", "skip"), ("loss_gap", "exact"), ("replica_group", None)]
 )
 def test_an_option_of_the_whole_optimizer_is_refused_in_a_group(info: OptimizerInfo, name: str, value: Any) -> None:
-    """Accepted silently, it would do nothing, and the user would not know."""
+    """If it were accepted, it would have no effect, and the user would not notice."""
     problem = LeastSquares()
     with pytest.raises((ValueError, TypeError), match=name):
         info.optim_cls([{"params": [problem.weight]}, {"params": [problem.bias], name: value}])

@@ -58,7 +58,7 @@ def test_a_slip_is_named_with_its_cure(slip: str) -> None:
 
 
 def test_signatures_are_what_they_were() -> None:
-    """Help, LightningCLI and the HF Trainer read them."""
+    """Help texts, LightningCLI and the HF Trainer read the signatures."""
     for kind, cures in ((AMAdamW, ADAMW), (AMSGD, SGD)):
         names = list(inspect.signature(kind).parameters)
         assert names[:2] == ["params", "lr"] and "replica_group" in names

@@ -248,7 +248,7 @@ def test_step_without_gradients_is_a_noop(info: OptimizerInfo, kwargs: dict[str,
 @each_foreach
 @each_case
 def test_parameter_without_gradient_keeps_its_state(info: OptimizerInfo, kwargs: dict[str, Any], foreach: bool) -> None:
-    """It is left out of one step, bitwise unchanged, while the other parameter moves."""
+    """The parameter is left out of one step, bitwise unchanged, while the other one moves."""
     _skip_tensor_lr(kwargs, foreach)
     problem = LeastSquares()
     optimizer = info.optim_cls(problem.params, foreach=foreach, **with_own_lr(kwargs))

@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def refusal() -> str | None:
-    """Return why nothing can run."""
+    """Return the reason why no test can run, or None."""
     wanted = os.environ.get(DEVICE_VARIABLE)
     if wanted is None:
         return "a GPU is hidden from all sessions but those of tests/gpu alone"

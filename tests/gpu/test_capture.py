@@ -20,7 +20,7 @@ each_kernel = pytest.mark.parametrize("kernel", FAST)
 
 
 def captured(action: Callable[[], Any]) -> Callable[[], Any]:
-    """Return what replays the launches of ``action``, which does not run now."""
+    """Capture the launches of ``action`` without running them, and return a function that replays them."""
     if not ON_GPU:
         return action
     graph = torch.cuda.CUDAGraph()
@@ -30,7 +30,7 @@ def captured(action: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def warm_up(action: Callable[[int], Any]) -> None:
-    """Run it three times on another stream, as torch's documentation does."""
+    """Run ``action`` three times on another stream, as torch's documentation does."""
     with side_stream():
         for step in range(3):
             action(step)
@@ -48,7 +48,7 @@ class Run:
         self.optimizer.begin_interval(self)
 
     def feed(self, step: int) -> None:
-        """Give both other gradients and another rate."""
+        """Give the optimizer and the oracle new gradients and a new rate."""
         self.lr.fill_(0.05 / (1 + step))
         for group in self.oracle.groups:
             group["lr"] = float(self.lr)
@@ -163,7 +163,7 @@ def test_a_capture_before_any_step_is_refused_and_leaves_nothing(kernel: str) ->
 
 @only_cuda
 def test_without_capturable_a_capture_is_refused() -> None:
-    """torch.optim refuses it, too."""
+    """torch.optim also refuses such a capture."""
     optimizer = make("default")
     give(optimizer, 0)
     optimizer.step()

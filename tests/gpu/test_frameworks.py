@@ -144,7 +144,7 @@ def fresh_state() -> Iterator[None]:
 
 @pytest.mark.parametrize("form", ["class", "factory"])
 def test_the_hf_trainer(form: str, fresh_state: None, tmp_path: Path) -> None:
-    """The result is that of the CPU."""
+    """The result equals that of the CPU."""
     from accelerate.state import AcceleratorState
 
     from tests.huggingface.trainer_runs import run

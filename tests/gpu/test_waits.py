@@ -29,7 +29,7 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 
 @only_cuda
 def test_the_mode_sees_a_wait() -> None:
-    """It finds the reading of a number, and a copy from memory that is not page-locked."""
+    """The mode detects the reading of a number, and a copy from memory that is not page-locked."""
     flag = torch.ones((), device=DEVICE)
     for wait in (lambda: float(flag), lambda: torch.tensor([1.0, 2.0], device=DEVICE)):
         with pytest.raises(RuntimeError, match="synchroniz"), no_sync():
@@ -92,7 +92,7 @@ def test_amsgd_waits_for_nothing(foreach: bool) -> None:
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_the_callback_waits_at_its_log_interval_only(precision: str) -> None:
-    """This covers all after backward: clipping, the step, the schedule, and the callbacks after the batch."""
+    """This covers everything after backward: clipping, the step, the schedule, and the callbacks after the batch."""
     import lightning.pytorch as pl
 
     from am_lightning import AdaptiveMemory

@@ -180,7 +180,7 @@ def resumed(kind: str, folder: str) -> dict[str, Any]:
 
 
 def fresh_optimizer(folder: str) -> dict[str, list[float]]:
-    """Return the steps in the state that load_state gives a fresh FSDP1 optimizer: none as of accelerate 1.15."""
+    """Return the steps in the state that load_state gives a fresh FSDP1 optimizer. Accelerate 1.15 gives it none."""
     found = {}
     for make in (torch.optim.AdamW, AMAdamW):
         for done in (1, 0):

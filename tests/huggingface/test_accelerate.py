@@ -64,7 +64,7 @@ def test_beta_is_that_of_one_process(ranks, name: str) -> None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_names_replicas_and_norms(ranks, name: str) -> None:
-    """The user's names stay, others are the model's; both norms are global, and no warning about replicas appears."""
+    """Parameters that the user has not named get the model's names. Norms are global, without a warning of replicas."""
     _, results = ranks
     for result in results:
         ours = result[name]
@@ -191,7 +191,7 @@ def test_one_optimizer_over_two_models(accelerator) -> None:
 
 
 def test_skipped_steps_are_warned_of_and_counted(accelerator, tmp_path) -> None:
-    """If None, nothing is read or reported; a dropped first step counts as a step of the curve."""
+    """If the interval is None, nothing is read or reported. A dropped first step counts as a step of the curve."""
     accelerator.init_trackers("run")
     net = make_net(torch.float32)
     net, optimizer = accelerator.prepare(net, AMAdamW(net.parameters()))

@@ -93,7 +93,7 @@ def test_accelerates_trackers(name: str, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_neptune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its service has ended and its offline file has no reader, so only the call is tested."""
+    """Neptune's service has ended and its offline file has no reader, so only the call is tested."""
     neptune = pytest.importorskip("neptune")
     from transformers.integrations import NeptuneCallback
 

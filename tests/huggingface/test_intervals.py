@@ -80,7 +80,7 @@ def test_a_resume_leaves_no_gap_where_the_reader_is_saved(tmp_path: Path, saved:
 
 
 def test_trackers_get_the_intervals_of_two_optimizers(tmp_path: Path) -> None:
-    """Each has an interval of its own, in its own steps."""
+    """Each optimizer has its own interval, counted in its own steps."""
     AcceleratorState._reset_state()
     GradientState._reset_state()
     accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)

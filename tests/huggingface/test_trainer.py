@@ -203,7 +203,7 @@ class Replace(TrainerCallback):
 
 @pytest.mark.parametrize("kind", [AMAdamW, torch.optim.AdamW])
 def test_an_optimizer_given_in_mid_run_is_read_or_refused(tmp_path, kind: type) -> None:
-    """The Trainer uses the new one, also an AdamW; its callback handler still passes the old one."""
+    """The Trainer uses the new optimizer, also an AdamW, but its callback handler still passes the old one."""
     replace = Replace(kind, after=3)
     trainer = make_trainer(
         tmp_path,
@@ -261,7 +261,7 @@ class Names(TrainerCallback):
 @pytest.mark.parametrize("way", ["created again", "in training_step"])
 @pytest.mark.parametrize("ours", [True, False], ids=["callback", "none"])
 def test_an_optimizer_given_in_mid_run_is_met_before_its_first_step(tmp_path, way: str, kind: type, ours: bool) -> None:
-    """It is found long before the next log. Without the callback any optimizer is used."""
+    """The optimizer is found long before the next log. Without the callback any optimizer is used."""
     again, names = CreateAgain(), Names()
     trainer = make_trainer(
         tmp_path,

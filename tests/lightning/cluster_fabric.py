@@ -46,7 +46,7 @@ def strategy_of(placed: str, world: int) -> Any:
 
 
 def set_up(fabric: Fabric, placed: str) -> tuple[Any, Any]:
-    """Set both up in the order of the strategy: ModelParallelStrategy needs the model before the optimizer is built."""
+    """Set up model and optimizer. ModelParallelStrategy needs the model before the optimizer is built."""
     net = make_net(torch.float32)
     if placed == "fsdp2":
         model = fabric.setup_module(net)

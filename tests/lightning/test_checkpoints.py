@@ -96,7 +96,7 @@ def test_one_strategy_goes_on_with_anothers_checkpoint(
 
 @pytest.mark.parametrize("target", ["fsdp1", "fsdp2"])
 def test_a_ddp_file_goes_into_fsdp_with_one_group(pool: Ranks, tmp_path: Path, target: str) -> None:
-    """Lightning numbers the parameters in the module's order there, torch.optim in the order of the groups."""
+    """Lightning numbers the parameters in the module's order, torch.optim in the order of the groups."""
     where = str(tmp_path / "ddp.ckpt")
     pool(2).run(f"{HERE}fit_and_save", placed="ddp", where=where, optimizer="flat")
     check(pool(2).run(f"{HERE}resume", placed=target, where=where, optimizer="flat"))

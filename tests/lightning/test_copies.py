@@ -131,7 +131,7 @@ def test_averages_of_lightning(average) -> None:
 
 
 def test_a_copied_trainer_fits_on_its_own() -> None:
-    """Sweeps and folds copy whole Trainers."""
+    """Hyperparameter sweeps and cross-validation copy whole Trainers."""
 
     class Copy(pl.Callback):
         def on_train_start(self, trainer, pl_module) -> None:

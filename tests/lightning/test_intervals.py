@@ -95,7 +95,7 @@ def curves(folder: Path) -> dict[str, dict[int, float]]:
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("every", [1, 7, 50])
 def test_the_trainer_logs_the_interval(tmp_path: Path, every: int, accumulate: int) -> None:
-    """It logs mean, lowest, highest, clamps, layer groups and layers."""
+    """The Trainer logs mean, lowest, highest, clamps, layer groups and layers."""
     fit(Module(), tmp_path, every, accumulate_grad_batches=accumulate)
     found = curves(tmp_path)
     ends = {step + 1 for step in found["am/beta/mean"]}
@@ -113,7 +113,7 @@ def test_two_optimizers_have_curves_of_their_own(tmp_path: Path) -> None:
 
 
 def test_two_optimizers_have_as_many_pictures_as_one(tmp_path: Path) -> None:
-    """Both have the pictures of the same steps, although ``max_steps`` counts the steps of both."""
+    """Both optimizers have pictures of the same steps, although ``max_steps`` counts the steps of both."""
     fit(Two(), tmp_path / "two", 1, steps=2 * STEPS)
     fit(Module(), tmp_path / "one", 1)
     wanted = {picture.step for picture in events(tmp_path / "one").Images("am/beta/layers")}
@@ -135,7 +135,7 @@ def test_a_resume_leaves_no_gap(tmp_path: Path, stop: int) -> None:
 
 
 def test_a_checkpoint_of_an_older_version_resumes(tmp_path: Path) -> None:
-    """Its checkpoint has only the count of skipped steps, so the first point covers the steps since the resume."""
+    """Such a checkpoint has only the count of skipped steps, so the first point covers the steps since the resume."""
     first = fit(Module(), tmp_path / "first", 7, steps=30)
     first.save_checkpoint(tmp_path / "half.ckpt")
     saved = torch.load(tmp_path / "half.ckpt", weights_only=True)
@@ -332,7 +332,7 @@ def test_fabric_logs_the_interval_and_saves_it(tmp_path: Path, saved: bool) -> N
 
 
 def test_fabric_logs_the_intervals_of_two_optimizers(tmp_path: Path) -> None:
-    """Each has an interval of its own, in its own steps."""
+    """Each optimizer has its own interval, counted in its own steps."""
     fabric = Fabric(accelerator="cpu", devices=1, loggers=TensorBoardLogger(tmp_path, name="", version=""))
     net = Planted()
     own = split_in_two(net)

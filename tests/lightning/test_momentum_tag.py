@@ -64,7 +64,7 @@ def test_momentum_is_beta_of_the_group(tmp_path: Path, kind: type[Regression]) -
 
 
 def test_the_device_is_read_once_for_all_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is read once per shown step and optimizer."""
+    """The device is read once per shown step and optimizer."""
     reads: list[AMAdamW] = []
     report = AMAdamW.report
     monkeypatch.setattr(AMAdamW, "report", lambda self: (reads.append(self), report(self))[1])
@@ -80,7 +80,7 @@ def test_the_device_is_read_once_for_all_groups(tmp_path: Path, monkeypatch: pyt
 
 
 def test_of_others_it_is_as_before(tmp_path: Path) -> None:
-    """Without the callback, and for an optimizer that is not converted, it stays as before."""
+    """Without the callback, and for an optimizer that is not converted, the tag stays as before."""
 
     class Two(Regression):
         automatic_optimization = False

@@ -183,7 +183,7 @@ def test_a_resumed_run_goes_on_where_it_was(before: bool) -> None:
 
 
 def test_at_the_end_there_is_a_last_picture_and_a_sentence(tmp_path: Path) -> None:
-    """They include the last step, at which no interval ended, by the handle and by its reader alike."""
+    """Both include the last step, at which no interval ended, from the handle and from its reader."""
     model, optimizer = model_and()
     with SummaryWriter(str(tmp_path)) as writer:
         handle = attach(optimizer, writer, every=4)

@@ -63,7 +63,7 @@ def png(image: np.ndarray) -> int:
 
 @pytest.mark.parametrize("layers", [100, 300])
 def test_dip_of_one_step(layers: int) -> None:
-    """It is visible at its layer and step among 100,000, in the lower panel only."""
+    """The dip is visible at its layer and step among 100,000, in the lower panel only."""
     betas = quiet(100_000, layers)
     step, layer = 61_234, layers * 3 // 5
     betas[step - 1, layer] = 0.05
@@ -281,7 +281,7 @@ def test_layers_that_were_named_begin_anew() -> None:
 
 
 def test_size_of_the_file() -> None:
-    """It is at most 60 kB with 100 layers that differ in every cell, and the largest number of columns."""
+    """The file has at most 60 kB with 100 layers that differ in every cell, and the largest number of columns."""
     random = np.random.default_rng(0)
     betas = np.clip(CAP - random.exponential(0.02, (12_000, 100)), 0, CAP)
     betas[random.random(betas.shape) < 1e-3] = 0.3

@@ -76,7 +76,7 @@ def test_the_table_is_what_the_optimizer_computes() -> None:
 
 @pytest.mark.parametrize("every", [1, 7, 50])
 def test_a_writer_gets_the_mean_and_the_ends_of_the_interval(every: int) -> None:
-    """They cover all tensors, layer groups and layers, and include a dip of one step, whichever step is logged."""
+    """Readings cover all tensors, layer groups and layers, and include a dip of one step, whichever step is logged."""
     model, optimizer = model_and()
     rows = Rows()
     attach(optimizer, rows, every=every)
@@ -297,7 +297,7 @@ def test_a_group_that_is_added_counts_from_its_first_step() -> None:
 
 
 def test_a_group_that_is_added_leaves_the_map_of_the_others() -> None:
-    """Its layers' names then become longer, because there is a second block 0."""
+    """The names of the layers then become longer, because there is a second block 0."""
     blocks = {side: nn.Linear(2, 2, bias=False) for side in ("encoder", "decoder")}
     names = {side: f"{side}.layers.0.weight" for side in blocks}
     optimizer = AMAdamW([(names["encoder"], blocks["encoder"].weight)], lr=0.01)
@@ -317,7 +317,7 @@ def test_a_group_that_is_added_leaves_the_map_of_the_others() -> None:
 
 
 def test_the_cap_is_that_of_the_group_now() -> None:
-    """The scalars use it; the map's colours extend to the largest cap of the run."""
+    """The scalars use the current cap. The map's colours extend to the largest cap of the run."""
     model, optimizer = model_and()
     reader, caps = StatsReader(optimizer), []
     for step, cap in ((3, 0.8), (6, 0.95), (9, 0.7)):
@@ -456,7 +456,7 @@ def test_a_resume_after_dropped_steps_goes_on_at_their_step(order: tuple[str, st
 
 
 def test_a_return_to_an_earlier_checkpoint_leaves_out_what_came_after_it() -> None:
-    """A later checkpoint was written in between, for which the interval was read."""
+    """The interval was read for a later checkpoint in between."""
     model, optimizer = model_and()
     rows = Rows()
     handle = attach(optimizer, rows, every=10)

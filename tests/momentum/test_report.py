@@ -1,4 +1,4 @@
-"""From names and betas to what a logger shows."""
+"""The scalars that a logger shows, computed from names and betas."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Child:
     status: int | None = None
 
     def poll(self) -> bool:
-        """Return whether it has ended. When its time is over, it is killed with all that it has started."""
+        """Return whether the run has ended. When its time is over, it is killed with all that it has started."""
         if self.status is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
@@ -70,7 +70,7 @@ class Child:
         return self.status is not None
 
     def stop(self) -> None:
-        """Kill it now."""
+        """Kill the run now."""
         if self.status is None:
             self._kill_group()
             os.waitpid(self.pid, 0)

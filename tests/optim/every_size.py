@@ -12,7 +12,7 @@ WORTH_IT: int = chunked._WORTH_IT
 
 @contextmanager
 def chunked_for_every_size() -> Iterator[None]:
-    """Change this process alone."""
+    """Use the chunked kernel for all sizes in this process alone."""
     before, chunked._WORTH_IT = chunked._WORTH_IT, 0
     try:
         yield

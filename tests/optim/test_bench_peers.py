@@ -110,7 +110,7 @@ def test_peers_whose_moments_are_adamws_share_them() -> None:
 
 
 def test_words_of_half_precision() -> None:
-    """optimi adds a compensation there, which is read and written."""
+    """optimi adds a compensation in half precision, which is read and written."""
     pytest.importorskip("optimi")
     params = make_parameters([(10,)], torch.bfloat16, CPU)
     (optimi,) = (peer.make(params, 0.1) for peer in PEERS if peer.package == "torch-optimi")

@@ -61,7 +61,7 @@ def test_a_folder_that_refuses_is_replaced(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_the_folder_is_private(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """This holds also under a umask that lets others write."""
+    """The folder is private also under a umask that lets others write."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     before = os.umask(0)
     try:

@@ -50,7 +50,7 @@ def read(optimizer: AMAdamW) -> None:
 
 
 def test_an_engine_is_looked_for_once(looks: list[int]) -> None:
-    """It is searched for once before the first step, however often anything is read; a step fixes the parameters."""
+    """Before the first step one search is made, however often anything is read. A step fixes the parameters."""
     _, optimizer = replaced()
     assert not looks
     for _ in range(3):

@@ -197,7 +197,7 @@ def test_a_rank_that_lacks_the_cpp_loop_stops_all() -> None:
 
 
 def test_a_rank_whose_compiler_is_no_command_votes_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other ranks wait for its vote, and must not wait forever."""
+    """The other ranks wait for the vote of this rank, and must not wait forever."""
     optimizer: Any = AMAdamW(params(), fused=True)
     monkeypatch.setenv("CXX", "'g++")
     compiler.load_library.cache_clear()

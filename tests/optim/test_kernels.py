@@ -41,7 +41,7 @@ def run(kind: str, foreach: bool | None, dtypes: list[torch.dtype], scope: str, 
 @pytest.mark.parametrize(("which", "scope"), [(0, "tensor"), (0, "group"), (0, "global"), (1, "tensor"), (2, "global")])
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_tiers_agree(kind: str, which: int, mixed: bool, scope: str) -> None:
-    """They may differ by one float32 rounding of beta and one rounding of the state's dtype, and nothing else."""
+    """Kernels may differ by one float32 rounding of beta and one rounding of the state's dtype, and nothing else."""
     dtypes = DTYPES if mixed else [torch.float32]
     runs = [run(kind, foreach, dtypes, scope, OPTIONS[kind][which]) for foreach in KERNELS]
     for other in (runs[0], runs[2]):

@@ -153,7 +153,7 @@ def test_scalars_of_some_parameters_only_are_refused(bare: int) -> None:
 
 
 def test_a_parameter_that_never_stepped_may_lack_scalars() -> None:
-    """It has no state, or one of step 0 that was made for a checkpoint."""
+    """Such a parameter has no state, or a state of step 0 that was made for a checkpoint."""
     for absent in (True, False):
         saved = two_steps()
         state = saved["state"].pop(1)

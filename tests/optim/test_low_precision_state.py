@@ -109,7 +109,7 @@ def test_tiers_round_alike() -> None:
 
 
 def test_tiers_round_a_long_tensor_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is walked in chunks and split; the noise of an element depends on its index in the whole tensor."""
+    """The tensor is walked in chunks and split. The noise of an element depends on its index in the whole tensor."""
     monkeypatch.setattr(packs, "_BUCKET_ELEMENTS_ON_CPU", 100_000)
     stored = []
     for tier in ("single_tensor", "chunked", "foreach", "fused"):

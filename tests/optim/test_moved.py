@@ -60,7 +60,7 @@ def train(cls: Any, dtype: torch.dtype, at: int, *, cast_before: bool, **options
 @pytest.mark.parametrize("at", [0, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_a_model_that_is_cast(dtype: torch.dtype, at: int, options: dict[str, Any], swaps: bool) -> None:
-    """It equals a model of that dtype from the start. AdamW continues only if it has made no step."""
+    """The run equals that of a model that had the dtype from the start. AdamW continues only if it has made no step."""
     model, optimizer = train(AMAdamW, dtype, at, cast_before=False, **options)
     other, expected = train(AMAdamW, dtype, at, cast_before=True, **options)
     tol = {torch.float64: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
@@ -130,7 +130,7 @@ def test_a_parameter_that_becomes_a_subclass_by_a_swap() -> None:
 
 @each_kernel
 def test_a_state_of_adamw_put_in_place(options: dict[str, Any]) -> None:
-    """Its ``step`` may be on any device, and a plain number in old checkpoints; it moves to the parameter's device."""
+    """AdamW's ``step`` may be on any device, or a plain number. It moves to the parameter's device."""
     ends = []
     for kind in ("tensor", "number", "float64"):
         model = make_model()

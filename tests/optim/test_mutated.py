@@ -117,7 +117,7 @@ def test_keys_that_became_strings_are_refused() -> None:
 
 
 def test_one_id_for_two_parameters_is_refused() -> None:
-    """AdamW gives the state to the last of them and drops the others'."""
+    """AdamW gives the state to the last parameter and drops the other states."""
     saved = broken()
     saved["param_groups"][0]["params"] = [0, 1, 1, 3]
     with pytest.raises(ValueError, match=r"lists 1 for parameter '0.bias' and for '1.weight'"):

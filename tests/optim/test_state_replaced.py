@@ -188,7 +188,7 @@ def test_so_is_another_number(key: str) -> None:
 @pytest.mark.parametrize("kind", MADE)
 @pytest.mark.parametrize("value", [torch.tensor([2.0]), torch.tensor([[2.0]]), torch.tensor(2)], ids=str)
 def test_a_step_of_one_element_is_taken(kind: str, value: torch.Tensor) -> None:
-    """It may have any shape; AdamW's foreach refuses an integer."""
+    """``step`` may have any shape. AdamW's foreach refuses an integer."""
     if kind == "AdamW" and value.dim() == 0:
         return
     optimizer, params = step_by_hand(MADE[kind], value.clone())

@@ -180,7 +180,7 @@ def test_the_second_stage(kernels: SimpleNamespace, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scope", ["tensor", "global"])
 def test_the_rows_own_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, scope: str) -> None:
-    """They are built for NVIDIA and AMD, without atomics or spills."""
+    """The kernels of the scalars are built for NVIDIA and AMD, without atomics or spills."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     names = ("coefficients_kernel", "decide_kernel")
     recorders = SimpleNamespace(**{name: Recorder(getattr(triton_row_kernels, name)) for name in names})

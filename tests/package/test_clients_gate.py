@@ -60,7 +60,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def run(root: Path, script: str, *arguments: str, fails: str = "") -> tuple[int, list[str]]:
-    """Return its exit status and the calls that it made."""
+    """Run a script, and return its exit status and the calls that it made."""
     calls = root / "calls"
     calls.write_text("")
     variables = {"PATH": f"{root / 'bin'}:/usr/bin:/bin", "CALLS": str(calls), "FAILS": fails}

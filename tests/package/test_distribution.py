@@ -49,7 +49,7 @@ def _metadata(wheel: Path) -> Message:
 
 
 def test_wheel_is_the_package_with_the_recipes_and_nothing_else(wheel: Path) -> None:
-    """It contains the files that git knows, no caches, and recipes/ (without studies/) where paths.py looks."""
+    """The wheel contains the files that git knows, no caches, and recipes/ (without studies/) where paths.py looks."""
     package = {str(path.relative_to(ROOT)) for path in files() if PACKAGE in path.parents}
     package |= {
         f"am_lightning/recipes/files/{path.relative_to(RECIPES)}"
@@ -78,7 +78,7 @@ def test_wheel_metadata(wheel: Path) -> None:
 
 
 def test_scripts_stay_executable(wheel: Path) -> None:
-    """The wheel keeps the bit, and installers do, too."""
+    """The wheel keeps the executable bit, and so do installers."""
     modes = {info.filename: info.external_attr >> 16 for info in zipfile.ZipFile(wheel).infolist()}
     scripts = [path.relative_to(RECIPES) for path in files() if RECIPES in path.parents and os.access(path, os.X_OK)]
     assert Path("launch/torchrun.sh") in scripts
@@ -87,7 +87,7 @@ def test_scripts_stay_executable(wheel: Path) -> None:
 
 @pytest.mark.slow
 def test_a_wheel_brings_its_own_loop(wheel: Path, tmp_path: Path) -> None:
-    """Its loop works without a compiler, and a wheel that was built without a compiler works as well."""
+    """The wheel's loop works without a compiler, and a wheel that was built without a compiler works as well."""
     code = (
         "import torch, am_lightning\n"
         "param = torch.nn.Parameter(torch.ones(3)); param.grad = torch.ones(3)\n"

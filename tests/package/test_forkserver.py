@@ -123,7 +123,7 @@ def test_variables_that_imports_set_do_not() -> None:
 
 
 def test_the_environment_of_a_test_makes_a_warm_start() -> None:
-    """This holds whatever this process has imported and set; a cold start would only be slower, without a message."""
+    """This holds whatever this process has imported and set. A cold start would be slower, without a message."""
     pytest.importorskip("sklearn")
     assert run(PYTHON, "-c", WITHOUT_TORCH).stdout == "True\n"
 

@@ -48,7 +48,7 @@ def test_a_file(name: str) -> None:
 
 @pytest.mark.slow
 def test_without_a_gpu_all_is_skipped_at_once() -> None:
-    """No framework is imported for it."""
+    """No framework is imported to find this out."""
     env = {key: value for key, value in os.environ.items() if key != DEVICE_VARIABLE} | {"CUDA_VISIBLE_DEVICES": ""}
     code = (
         "import sys, pytest; status = pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/gpu']); "

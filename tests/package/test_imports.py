@@ -68,7 +68,7 @@ def _modules_after(code: str) -> set[str]:
 
 @pytest.mark.slow
 def test_import_brings_torch_and_nothing_else() -> None:
-    """The public optimizers and factories are used, too, without further imports."""
+    """The public optimizers and factories work without further imports."""
     use = "import am_lightning as am; am.AMAdamW, am.AMSGD, am.am_adamw, am.am_sgd, am.clip_grad_norm_"
     added = {name.partition(".")[0] for name in _modules_after(use) - _modules_after("import torch, json")}
     assert added - set(sys.stdlib_module_names) <= {"am_lightning", "torch"}

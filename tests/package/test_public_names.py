@@ -150,7 +150,7 @@ def test_attributes(kind: type) -> None:
 
 
 def test_readings() -> None:
-    """``huggingface.attach`` returns it, and the handle of ``loggers.attach`` has it."""
+    """``huggingface.attach`` returns a reader, and the handle of ``loggers.attach`` has one."""
     log = loggers.attach(AMAdamW([torch.nn.Parameter(torch.ones(2, device="cpu"))]), print, every=7)
     log.readings.read()
     assert log.every == 7 and isinstance(log.readings.scalars(), dict)

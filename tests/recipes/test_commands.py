@@ -108,7 +108,7 @@ def test_cp_copies_what_a_run_needs_and_overwrites_nothing(tmp_path: Path) -> No
 
 
 def test_cp_writes_nothing_through_a_link(tmp_path: Path) -> None:
-    """It follows no link: neither to a file, present or not, nor to a folder."""
+    """cp follows no link to a file, whether the file exists or not, and no link to a folder."""
     copy, outside = tmp_path / "copy", tmp_path / "outside"
     copy.mkdir()
     outside.mkdir()
@@ -164,7 +164,7 @@ def test_a_gated_tokenizer_is_named_before_it_is_asked_for(capsys: pytest.Captur
 
 @pytest.mark.slow
 def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
-    """`list | head -1` does this."""
+    """In `list | head -1` the reader leaves early."""
     command = [COLD, "-m", "am_lightning.recipes", "list"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     assert process.stdout is not None and process.stderr is not None
@@ -188,7 +188,7 @@ def test_fit_takes_a_name_and_needs_no_tensorboard(
 
 @pytest.mark.slow
 def test_a_built_wheel_has_it_all(tmp_path: Path, corpus_folder: Path) -> None:
-    """Without the checkout it lists and copies recipes, and the copy trains by launch/torchrun.sh."""
+    """Without the checkout the wheel lists and copies recipes, and the copy trains by launch/torchrun.sh."""
     build = [COLD, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=120)
     (wheel,) = (tmp_path / "dist").iterdir()

@@ -241,7 +241,7 @@ PUBLIC = ["am_lightning.AdaptiveMemory", "am_lightning.lightning.AdaptiveMemory"
 
 @pytest.mark.parametrize("path", PUBLIC)
 def test_a_saved_configuration_names_the_callback_as_any_version_knows_it(path: str, tmp_path: Path) -> None:
-    """Both names are public, unlike the class's module. Some versions of jsonargparse write the shorter one."""
+    """Both possible names are public, unlike the class's module. Some versions of jsonargparse use the shorter one."""
     callbacks = f'--trainer.callbacks=[{{"class_path": "{path}"}}]'
     settings = read_run_config(["--config", str(CONFIGS["laptop"]), callbacks])
     settings.save(tmp_path / "config.yaml")
@@ -266,7 +266,7 @@ def test_the_model_has_the_published_shape(name: str) -> None:
 
 @every_config
 def test_the_header_says_what_plan_says(name: str) -> None:
-    """It has the tokens, tokens per parameter, and the time, with the GPUs and the MFU that it names."""
+    """The header has tokens, tokens per parameter, and the time for the GPUs and the MFU that it names."""
     header = " ".join(line.lstrip("# ") for line in recipe_text(CONFIGS[name]).partition("\n\n")[0].splitlines())
     if name == "laptop":
         assert "0.86 M parameters" in header

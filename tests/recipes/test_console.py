@@ -89,7 +89,7 @@ def test_the_short_help_has_the_values_of_base_yaml(capsys: pytest.CaptureFixtur
 
 
 def test_bench_takes_its_options(capsys: pytest.CaptureFixture[str]) -> None:
-    """It has a parser of its own and imports torch, so it is not among the words above."""
+    """bench has its own parser and imports torch, so it is not among the arguments above."""
     small = ["--model", "tensors:2x10", "--repeats", "1", "--tokens", "0", "--only", "foreach", "--json"]
     assert main(["bench", *small]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -97,7 +97,7 @@ def test_bench_takes_its_options(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_names_are_those_of_the_parser() -> None:
-    """They are read from source files and must not drift from what the parser of `fit` accepts."""
+    """The names are read from source files and must equal those that the parser of `fit` accepts."""
     config = read_run_config(["--config", str(RECIPES / "configs" / "laptop.yaml")]).config
     inside = {f"{section}.{key}" for section, keys in config.items() if isinstance(keys, dict) for key in keys}
     known = {name for name in setting_names() if name.count(".") < 2 and name != "model.optimizer"}

@@ -101,7 +101,7 @@ def test_the_cache_may_be_elsewhere(tmp_path: Path, corpus_folder: Path) -> None
 
 
 def test_a_folder_of_shards_is_a_source(tmp_path: Path, corpus_folder: Path) -> None:
-    """The documents are elsewhere: the tokens come from another machine, with their identity."""
+    """The tokens come from another machine with their identity, without the documents."""
     made = TextData(str(corpus_folder), cache_dir=str(tmp_path / "cache"))
     made.prepare()
     made.open()
@@ -152,7 +152,7 @@ except RecipeError as error:
 
 @pytest.mark.parametrize("mode", ["shards", "litdata"])
 def test_a_stopped_loader_process_ends_the_run(tmp_path: Path, mode: str) -> None:
-    """It ends at the next batch. Its own end waits for its children, and SIGTERM does not end a stopped one."""
+    """The run ends at the next batch, although it waits for its children and SIGTERM does not end a stopped one."""
     if mode == "litdata":
         pytest.importorskip("litdata", reason="litdata is not installed")
     (tmp_path / "text.jsonl").write_text(

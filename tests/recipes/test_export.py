@@ -134,7 +134,7 @@ IDS = torch.randint(256, (2, 32), generator=torch.Generator().manual_seed(0))
 
 @pytest.mark.slow
 def test_an_exported_model_is_the_trained_one(run_of: Callable[[str], Path], tmp_path: Path) -> None:
-    """It is bitwise equal in float32, from every program; the grouped model has its own tokenizer."""
+    """The exported model is bitwise equal in float32 for every program. The grouped model has its own tokenizer."""
     names = (*ALONE, "grouped")
     for name in names:
         assert main(["export", str(run_of(name)), str(tmp_path / name)]) == 0
@@ -331,7 +331,7 @@ def test_what_is_wrong_is_said_in_a_line(
 def test_the_tokenizer_is_the_one_that_made_the_tokens(
     run_of: Callable[[str], Path], tmp_path: Path, corpus_folder: Path
 ) -> None:
-    """It is found among several in a shared cache, and for shards made elsewhere. A changed one is refused."""
+    """It is found among several in a shared cache, and for shards made elsewhere. A changed tokenizer is refused."""
     root = tmp_path / "run"
     shutil.copytree(run_of("grouped"), root)
     (file,) = (root / "data" / "tokenizers").glob("*.json")

@@ -79,7 +79,7 @@ def test_a_signal_in_the_last_step_is_obeyed_when_all_is_saved(tmp_path: Path) -
     ("moment", "more"), [("end", {}), ("end", {"stop_at": 3}), ("validation", {"validate_every": 4})]
 )
 def test_a_signal_after_the_last_step_is_obeyed(tmp_path: Path, moment: str, more: dict[str, int]) -> None:
-    """It has the effect of a signal in the last step, because the run may have stopped before max_steps."""
+    """The signal acts as one in the last step, because the run may have stopped before max_steps."""
     steps = 8 if "stop_at" in more else 4
     options = Options(str(tmp_path), steps=steps, events={moment: "SIGTERM"}, **more)  # type: ignore[arg-type]
     assert run(options) == "stopped 143"
@@ -270,7 +270,7 @@ with early_signals():
 def test_an_early_signal_is_kept_for_the_programs_without_lightning(
     tmp_path: Path, when: str, status: int, told: list[str] | None
 ) -> None:
-    """It ends the process once, as soon as the signals are handled or the early one is read."""
+    """The signal ends the process once, as soon as signals are handled or the early one is read."""
     result = ends(Path(when), KEPT)
     assert result.returncode == status, result.stderr
     assert result.stdout.split() == (told or ["kept", "taken", "True", "once"])

@@ -244,7 +244,7 @@ def test_a_file_of_tests_that_is_stopped_says_what_it_had(tmp_path: Path, module
 
 
 def test_training_runs_are_what_they_are_called(tmp_path: Path, modules: dict[str, ModuleType]) -> None:
-    """The recipes' own parser decides."""
+    """The recipes' own parser reads the options of each run."""
     pytest.importorskip("jsonargparse")
     from am_lightning.pretrain.runtime.run_config import read_run_config
 

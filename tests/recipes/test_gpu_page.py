@@ -140,7 +140,7 @@ def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 @pytest.mark.slow
 def test_plan_takes_what_was_measured(planned: Any) -> None:
-    """It uses this GPU and the nearest size; 130m is 134,259,456 parameters at 3.0e5 tokens a second, by hand below."""
+    """plan uses this GPU and the nearest size. 130m has 134,259,456 parameters, at 3.0e5 tokens a second."""
     answers = [training_steps("130m", 300_000.0), training_steps("1b", 40_000.0)]
     # Operations per token: six per parameter except the embedding's, and 12 x 12 layers x 768 wide x 256 long.
     mfu = 300_000 * (6 * (134_259_456 - 32_100 * 768) + 12 * 12 * 768 * 256) / 989e12

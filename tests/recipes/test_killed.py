@@ -29,7 +29,7 @@ def command(root: Path, source: Path, *extra: str) -> list[str]:
 
 
 def start(program: list[str], cwd: Path) -> subprocess.Popen[bytes]:
-    """Start it in a process group of its own, so that a kill includes the ranks that Lightning starts."""
+    """Start a program in its own process group, so that a kill includes the ranks that Lightning starts."""
     return subprocess.Popen(
         [PYTHON, *program],
         cwd=cwd,

@@ -104,7 +104,7 @@ def test_a_pass_has_every_row_once(made: Path, world_size: int, workers: int, ac
 
 
 def test_a_resume_is_exact_for_any_processes_workers_and_micro_batches(made: Path) -> None:
-    """It resumes repeatedly, late in a pass (litdata itself refuses more processes there), and across its end."""
+    """The run resumes repeatedly, late in a pass (where litdata refuses more processes) and across its end."""
     per_pass = len(all_rows(made)) // BATCH
     data = opened(made, num_workers=2)
     whole, _ = steps_of(data, 0, per_pass, world_size=2)
@@ -148,7 +148,7 @@ def test_memory_of_a_resume_on_other_processes_is_announced(made: Path, monkeypa
 
 
 def test_a_parallel_file_system_has_the_same_order(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """litdata assigns whole chunks to a process there, others for another number of processes."""
+    """On such a file system litdata assigns whole chunks to a process, depending on the number of processes."""
     expected, _ = steps_of(opened(made), 0, 20)
     monkeypatch.setenv("LITDATA_POSIX_FAST", "1")
     assert steps_of(opened(made), 0, 20)[0] == expected

@@ -83,7 +83,7 @@ def test_checkpointed_activations_give_the_same_gradients() -> None:
 
 
 def test_attention_is_transformers_own_without_its_look_at_the_positions() -> None:
-    """It is bitwise equal and transfers no value to the host."""
+    """The result is bitwise equal, and no value is transferred to the host."""
     model, tokens = build_llama(SMALL).train(), torch.randint(64, (2, 16))
     found = []
     for name in (model.config._attn_implementation, "sdpa"):

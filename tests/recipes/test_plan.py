@@ -123,7 +123,7 @@ for tensor in (1, 2, 8):
 
 @pytest.mark.slow
 def test_the_8b_on_64_gpus_on_the_meta_device() -> None:
-    """It uses the shards that FSDP2 and tensor parallelism really make of it, without their bytes."""
+    """FSDP2 and tensor parallelism make the real shards, without their bytes."""
     done = subprocess.run(
         [PYTHON, "-c", META], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=240
     )

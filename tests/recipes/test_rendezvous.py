@@ -34,7 +34,7 @@ def start(program: str, rank: int, port: int, root: Path, source: Path) -> subpr
 
 
 def wait_for_store(process: subprocess.Popen[str], port: int) -> None:
-    """Wait until rank 0 waits there for the other."""
+    """Wait until rank 0 waits for the other rank in the store."""
     deadline = time.monotonic() + 120
     while True:
         assert process.poll() is None, process.communicate()[1]
@@ -76,7 +76,7 @@ def test_a_rank_whose_store_does_not_answer_ends_at_ctrl_c(tmp_path: Path, corpu
 
 
 def test_a_process_whose_stderr_nobody_reads_ends_at_a_signal() -> None:
-    """Its launcher was killed, and the line about its end cannot be written."""
+    """The launcher was killed, so the process cannot write the line about its end."""
     code = "import os, time; from am_lightning.pretrain.runtime.stop_signals import StopSignals\n"
     code += "StopSignals().take(); os.write(1, b'taken'); time.sleep(60)"
     process = subprocess.Popen([PYTHON, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -217,7 +217,7 @@ def test_other_programs_tags_and_steps_are_understood(tmp_path: Path) -> None:
 def test_a_run_without_a_loss_has_the_steps_of_its_momentum(
     tmp_path: Path, scalars: dict[str, dict[int, float]], steps: str
 ) -> None:
-    """An Accelerate loop that logs nothing itself gives such a run."""
+    """An Accelerate loop that logs nothing itself makes such a run."""
     write_run(tmp_path / "run", scalars)
     (tmp_path / "run" / "logs" / "hparams.yaml").unlink()
     [run] = find_runs([str(tmp_path / "run")])
@@ -383,7 +383,7 @@ function look() {
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 @pytest.mark.slow
 def test_a_browser_draws_it_on_a_phone(compared: tuple[Path, str], tmp_path: Path) -> None:
-    """A run without a cap is beside it, whose highest beta_t is above the others' cap."""
+    """One of the runs has no cap, and its highest beta_t is above the cap of the other runs."""
     older = intervals(tmp_path / "older", cap=None)
     assert main(["report", str(compared[0]), *older, "-o", str(tmp_path / "report.html")]) == 0
     page = Page((tmp_path / "report.html").read_text())

@@ -97,7 +97,7 @@ def test_stopped_broken_and_resumed_is_bitwise_unbroken(tmp_path: Path, strategy
 
 
 def test_answers_that_come_a_step_later_come_before_an_end_and_a_validation(tmp_path: Path) -> None:
-    """Several GPUs answer so. The signal comes in the step that should_stop ends, and just before a validation."""
+    """GPUs answer one step later. The signal comes in the step that should_stop ends, and before a validation."""
     common: dict[str, Any] = {"strategy": "ddp", "event_rank": 1, "late_answers": True}
     several = {
         "inside": Options(str(tmp_path / "inside"), **common, events={"4": "SIGTERM"}),
@@ -200,7 +200,7 @@ def living(group: int) -> list[str]:
 @pytest.mark.nightly("hangs")
 @pytest.mark.parametrize(("strategy", "rank"), [("ddp", 0), ("fsdp2", 1)])
 def test_a_rank_that_hangs_ends_the_job_with_an_error(tmp_path: Path, strategy: str, rank: int) -> None:
-    """Under FSDP2 the others wait for it in a group of the device mesh, which has a timeout of its own."""
+    """Under FSDP2 the other ranks wait in a group of the device mesh, which has its own timeout."""
     tolerance = {"hang_timeout_s": 10.0}
     process = start(
         [Options(str(tmp_path), strategy, events={"3": "hang"}, event_rank=rank, fault_tolerance=tolerance)],

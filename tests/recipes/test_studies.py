@@ -300,7 +300,7 @@ def test_the_convex_study_in_small(tmp_path: Path) -> None:
 
 
 def _run(study: str, *args: object) -> str:
-    """Run it from a checkout, as docs/evidence.md does."""
+    """Run a study from a checkout, as docs/evidence.md does."""
     command = [PYTHON, "-m", f"recipes.studies.{study}", *map(str, args)]
     done = subprocess.run(command, cwd=RECIPES.parent, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -84,7 +84,7 @@ def test_training_gives_the_same_file_in_every_process(tmp_path: Path) -> None:
 
 
 def test_a_text_cannot_end_itself(bpe: FastTokenizer, t5_folder: Path) -> None:
-    """This holds in another process, too, although the setting is not pickled."""
+    """This also holds in another process, although the setting is not pickled."""
     for loaded, end in ((bpe, b"<|endoftext|>"), (load_named(str(t5_folder)), b"a</s>b")):
         for tokenizer in (loaded, pickle.loads(pickle.dumps(loaded))):
             tokens = tokenizer.encode(end)

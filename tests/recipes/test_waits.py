@@ -118,7 +118,7 @@ def test_ranks_hear_one_question_later_or_at_once(pair: Pool) -> None:
 
 
 def test_fault_tolerance_asks_at_its_interval(trainer: Any) -> None:
-    """It also asks when the Trainer logs, in the last step, before a validation, and in an epoch's last batch."""
+    """It also asks when the Trainer logs, in the last step, before a validation and in an epoch's last batch."""
     callback = FaultTolerance(check_every_n_steps=2)
     asked: list[tuple[int, int | None, bool]] = []
     callback._agreement = SimpleNamespace(

@@ -79,7 +79,7 @@ class _Operations(TorchDispatchMode):
 
 
 class _Functions(TorchFunctionMode):
-    """Record copies, too, of tensors that would be on the host: a loader's, and those made without a device."""
+    """Also record copies of tensors that would be on the host: a loader's, and those made without a device."""
 
     def __init__(self, waits: Waits) -> None:
         super().__init__()

@@ -172,7 +172,7 @@ def fsdp2_merged_mesh(dtype: torch.dtype) -> Placed:
 
 
 def views_of_world(dtype: torch.dtype) -> Placed:
-    """Make all meshes views of one flat root, as in current torchtitan: the root's dimensions say nothing."""
+    """Make all meshes views of one flat root, as in current torchtitan, so that the root has no useful dimensions."""
     world = mesh(4, names=("world",))
     grid = split_world(world)
     net = shard(tensor_parallel(make_net(dtype), grid["tp"]), mesh=grid["fsdp"])

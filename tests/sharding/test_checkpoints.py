@@ -84,7 +84,7 @@ def test_what_torch_does_not_load_under_fsdp1(pool: Callable[[int], Pool], tmp_p
     ],
 )
 def test_a_state_of_another_placement_or_model_is_refused(pool: Callable[[int], Pool], case: str, words: str) -> None:
-    """Every rank refuses it before anything moves."""
+    """Every rank refuses the state before anything moves."""
     answers = pool(2).run(f"{REFUSALS}refused", case=case)
     assert all(re.search(words, answer["text"]) and answer == answers[0] for answer in answers)
     assert answers[0]["untouched"]
@@ -154,7 +154,7 @@ def test_a_first_step_at_lr_zero_counts(pool: Callable[[int], Pool], layout: str
 
 @pytest.mark.parametrize("full", [False, True])
 def test_saving_where_a_rank_holds_no_element(pool: Callable[[int], Pool], full: bool) -> None:
-    """It has no state during a run either, so torch.distributed.checkpoint steps on it alone, and must not wait."""
+    """Such a rank never has a state, so torch.distributed.checkpoint steps on it alone, and it must not wait."""
     ranks = pool(4).run(f"{PHANTOM}save_where_a_rank_holds_nothing", full=full)
     assert [rank["holds"] for rank in ranks] == [1, 1, 1, 0] and ranks[3]["empty"]
     assert all(rank["off"] <= 1e-12 and rank["bits"] == ranks[0]["bits"] for rank in ranks)

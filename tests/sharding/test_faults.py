@@ -52,7 +52,7 @@ def test_a_bad_gradient_on_one_rank_is_a_step_that_all_skip(
 
 @pytest.mark.parametrize(("layout", "world"), [("fsdp2", 2), *WIDE])
 def test_a_bad_gradient_that_is_propagated(pool: Callable[[int], Pool], layout: str, world: int) -> None:
-    """Its tensor uses the cap on every rank, and the others use their own beta."""
+    """The tensor with the bad gradient uses the cap on every rank. The others use their own beta."""
     arguments = {"layout": layout, "value": math.nan, "where": "gradient", "nonfinite": "propagate"}
     ranks = pool(world).run(f"{FAULTS}bad_gradient", **arguments)
     for rank in ranks:

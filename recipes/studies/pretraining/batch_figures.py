@@ -23,7 +23,7 @@ _HEADROOM = 0.7  # nats per token between a panel's lowest loss and its upper en
 def draw_gains(path: Path, kinds: Mapping[str, Sequence[Tuning]], comparisons: int) -> None:
     """Draw AM minus AdamW over the batch, a panel for each kind of cell, with 95 % intervals.
 
-    As many as `comparisons` intervals hold all at once.
+    The intervals are corrected for `comparisons` comparisons.
     """
     figure, axes = new_figure(1, len(kinds), width=5.0, height=4.0)
     for panel, (title, tunings) in zip(axes[0], kinds.items(), strict=True):

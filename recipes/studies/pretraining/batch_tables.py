@@ -49,7 +49,7 @@ def _rivals(tuning: Tuning, *, warmup: bool) -> list[Method]:
 def finalists_table(tuning: Tuning) -> str:
     """Return every finalist on the fresh seeds, and the best AM and AM's default minus it, with 95 % intervals.
 
-    The intervals are given alone, and so that those of a column hold all at once.
+    Each interval is given uncorrected, and corrected for the number of intervals in its column.
     """
     methods = finalists(tuning)
     ours = list(dict.fromkeys([best_of(tuning, "AM-AdamW"), DEFAULT]))

@@ -158,5 +158,5 @@ def _early_and_late_header() -> list[str]:
 
 
 def at_cap(betas: np.ndarray, cap: float) -> np.ndarray:
-    """Return whether each of them is at the cap."""
+    """Return whether each beta_t is at the cap."""
     return betas >= cap - _CAP_TOLERANCE

@@ -15,7 +15,7 @@ from recipes.studies.sweep import Sweep
 RATES = tuple(float(f"{1e-3 * 2 ** (step / 2):.3g}") for step in range(-6, 13))  # 1.25e-4 to 6.4e-2
 COARSE = RATES[::2]
 START = COARSE[2:6]  # 5e-4, 1e-3, 2e-3, 4e-3
-# Nats per token: a variant that is so near to the best of its family, or of those without warmup if it has none, is
+# Nats per token: a variant this close to the best of its family, or of those without warmup if it has none, is
 # tuned in factors of sqrt(2).
 CLOSE = 0.05
 

@@ -109,7 +109,7 @@ class Training:
 
 @contextlib.contextmanager
 def memory_cgroup() -> Iterator[Path | None]:
-    """A cgroup whose processes may take 200 MiB more; None where none can be made."""
+    """Return a cgroup whose processes may take 200 MiB more, or None if none can be made."""
     old = Path("/sys/fs/cgroup/memory")
     folder = (old if old.is_dir() else old.parent) / f"am-{os.getpid()}"
     try:

@@ -127,7 +127,7 @@ def test_an_elastic_run_is_told_how_many_nodes_came(probe: Path, tmp_path: Path,
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", ["kubeflow", "skypilot"])
 def test_the_sizes_of_kubernetes_and_skypilot_win(sizes: str, probe: Path, tmp_path: Path) -> None:
-    """Their controllers set these variables for a pod or a machine, here for one node of two GPUs."""
+    """Their controllers set these variables for a pod or a machine. Here it is one node of two GPUs."""
     port = str(free_port())
     kubeflow = {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "2", "PET_NODE_RANK": "0", "PET_MASTER_ADDR": "127.0.0.1"}
     skypilot = {"SKYPILOT_NUM_NODES": "1", "SKYPILOT_NUM_GPUS_PER_NODE": "2", "SKYPILOT_NODE_RANK": "0"}
@@ -176,7 +176,7 @@ def test_wrong_sizes_are_refused(given: dict[str, str], message: str, tmp_path: 
 
 
 def test_the_environment_wins_over_cluster_env() -> None:
-    """Every variable of it is used by a launcher."""
+    """A launcher uses every variable of cluster.env."""
     lines = [line for line in (LAUNCH / "cluster.env").read_text().splitlines() if line.startswith(": ")]
     names = [line.split("{")[1].split("=")[0].rstrip(":") for line in lines]
     code = "\n".join(path.read_text() for path in SCRIPTS)

@@ -30,7 +30,7 @@ def skypilot() -> dict[str, Any]:
 
 
 def accepted(config: str, *options: str) -> None:
-    """Require that pretrain.py accepts these."""
+    """Require that pretrain.py accepts these arguments."""
     path = RECIPES / "configs" / f"{config}.yaml"
     command = [PYTHON, str(PRETRAIN), "fit", "--config", str(path), *options, "--print_config"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
