@@ -70,7 +70,7 @@ def measure(
             seen.append(Measured(contender, _seconds(contender, device, time.perf_counter, kept)))
         except RuntimeError as error:
             missing[contender.name] = str(error)
-            contender.optimizer.state.clear()  # of a step that ran out of memory
+            contender.optimizer.state.clear()  # the step that ran out of memory has left a state
             _restore(contender, kept)
             continue
         contender.share_moments(moments)  # memory for one optimizer, not for ten

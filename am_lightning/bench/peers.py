@@ -134,7 +134,7 @@ def make_peers(
     for peer in peers:
         try:
             result.append(peer.make(params, decay))
-        except Exception as error:  # of any kind: one is compiled when it is created
+        except Exception as error:  # any kind, because one package compiles its optimizer here
             missing[peer.name] = (
                 f"needs {peer.package} ({error}): pip install 'am-lightning[{peer.extra}]', or '.[{peer.extra}]' in a "
                 "checkout"

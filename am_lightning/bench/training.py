@@ -48,7 +48,7 @@ class Training:
             self.model: nn.Module = build_llama(self.shape)
         if self.compiled:
             for layer in self.model.get_submodule("model.layers").children():
-                layer.compile(dynamic=False)  # one number of rows, one graph
+                layer.compile(dynamic=False)  # the number of rows never changes
         self.contenders, self.missing = self._contenders()
         self._moments: dict[Tensor, dict[str, Tensor]] = {}
 

@@ -66,7 +66,7 @@ class Kernel(NamedTuple):
         return self.name if self.description is None else self.description()
 
 
-TRITON = Kernel("Triton", frozenset({"cuda"}), launch.supports, launch.TritonPasses, check.why_not, True)  # and ROCm
+TRITON = Kernel("Triton", frozenset({"cuda"}), launch.supports, launch.TritonPasses, check.why_not, True)  # ROCm too
 CPP = Kernel(
     "C++",
     frozenset({"cpu"}),

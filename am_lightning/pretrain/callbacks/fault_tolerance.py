@@ -248,7 +248,7 @@ def _record_collectives(folder: Path) -> None:
     recent = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
     for name, old, value in (
         ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"),
-        ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(folder / "rank_")),  # the rank follows
+        ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(folder / "rank_")),  # torch appends the rank
     ):
         if not {name, old} & os.environ.keys():
             os.environ[name if recent else old] = value

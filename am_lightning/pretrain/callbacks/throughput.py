@@ -107,7 +107,7 @@ class TrainingMonitor(Callback):
         if self._norm is not None:
             metrics["train/grad_norm"] = float(self._norm)
         metrics |= self._throughput(trainer, cast(LlamaShape, pl_module.shape))
-        pl_module.log_dict(metrics)  # its train/loss replaces that of the module, which is of one micro-batch
+        pl_module.log_dict(metrics)  # replaces the module's train/loss, which covers one micro-batch only
 
     def _refuse_not_finite(self, trainer: L.Trainer, loss: float) -> None:
         """Raise an error if the loss is not finite. All ranks raise it, because they have the same mean."""

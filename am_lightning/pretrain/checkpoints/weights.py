@@ -147,7 +147,7 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
     names = _llama_names(tensors)
     found = {key: torch.empty(tensors[key].size, dtype=tensors[key].properties.dtype) for key in names}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about a single process
+        warnings.simplefilter("ignore")  # torch warns that this is a single process
         load(found, storage_reader=reader)
     return {name: found[key] for key, name in names.items()}
 

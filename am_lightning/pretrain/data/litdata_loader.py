@@ -27,8 +27,8 @@ from am_lightning.pretrain.data.shards import Index
 from am_lightning.pretrain.runtime.atomic_files import checksum
 from am_lightning.pretrain.runtime.errors import RecipeError, first_line
 
-MANY_ROWS = 5_000_000  # of a pass
-_ROW_BYTES = 150  # of litdata's list of a pass that other processes resume; measured for litdata 0.2.76
+MANY_ROWS = 5_000_000  # rows of a pass
+_ROW_BYTES = 150  # memory of a row in litdata's list after a resume on other processes; measured for litdata 0.2.76
 
 
 class Grid(NamedTuple):
@@ -49,7 +49,7 @@ class TokensLoader(litdata.TokensLoader):  # type: ignore[misc,unused-ignore]  #
         super().__init__(seq_len)
         self.sha256, self.source = sha256, source
         self.checked: set[str] = set()
-        self.error: RecipeError | None = None  # the first one; every later row would wait for its chunk
+        self.error: RecipeError | None = None  # the first error, after which every row would wait for its chunk
 
     def load_item_from_chunk(self, index: int, chunk_index: int, chunk_filepath: str, *args: Any, **kwargs: Any) -> Any:
         name = os.path.basename(chunk_filepath)

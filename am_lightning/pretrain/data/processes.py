@@ -19,7 +19,7 @@ from am_lightning.pretrain.runtime.errors import RecipeError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-_function: Callable[[Any], Any] | None = None  # of a worker; it is sent once because it may hold a tokenizer
+_function: Callable[[Any], Any] | None = None  # a worker's function, sent once because it may hold a tokenizer
 
 
 def run_all(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int | None, title: str) -> list[Result]:

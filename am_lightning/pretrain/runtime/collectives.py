@@ -43,7 +43,7 @@ class Agreement:
         return answer
 
     def _send(self, mine: int) -> None:
-        largest = torch.full((), mine, dtype=torch.int32, device=self._device)  # filled there: no copy that waits
+        largest = torch.full((), mine, dtype=torch.int32, device=self._device)  # filled on the device, without a wait
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         self._answer = largest
         if self._later:

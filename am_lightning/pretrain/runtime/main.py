@@ -48,9 +48,9 @@ def _command_line(*, imports: bool) -> Iterator[None]:
     except RecipeError as error:
         sys.exit(f"error: {error}")
     except SystemExit as stopped:
-        if isinstance(stopped, Stopped):  # on all ranks
+        if isinstance(stopped, Stopped):  # all ranks have stopped
             leave_group()
-        if type(stopped).__name__ != "SIGTERMException":  # Lightning's has status 0, as if the run had finished
+        if type(stopped).__name__ != "SIGTERMException":  # its status is 0, as if the run had finished
             raise
         print(f"stopped by SIGTERM; {RESUME}", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM) from stopped
@@ -58,7 +58,7 @@ def _command_line(*, imports: bool) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest is flushed at exit
         raise SystemExit(1) from None
     except ModuleNotFoundError as error:
-        missing = "jsonargparse" if "jsonargparse" in str(error) else error.name  # LightningCLI: in the text
+        missing = "jsonargparse" if "jsonargparse" in str(error) else error.name  # LightningCLI names it in the text
         if missing not in _NEEDED:
             raise
         sys.exit(f"error: the recipes need {missing}: {EXTRA}")

@@ -42,7 +42,7 @@ class Kind(NamedTuple):
 class Member(NamedTuple):
     """The properties of a tensor in a group that stay the same from step to step."""
 
-    slot: int  # place among the shards
+    slot: int  # index among the shards
     row: int
     numel: int
 

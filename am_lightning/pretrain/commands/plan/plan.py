@@ -93,7 +93,7 @@ def make_plan(settings: RunConfig, args: argparse.Namespace) -> Plan:
     require(None not in sheet, "--gpu", args.gpu, known)
     peak = args.peak_tflops or (sheet.fp32_tflops if layout.precision == "32-true" else sheet.bf16_tflops)
     parameters, shown = count_parameters(shape), None
-    if args.mfu is None and args.peak_tflops is None:  # with another peak it is another GPU
+    if args.mfu is None and args.peak_tflops is None:  # another peak means another GPU
         shown = nearest(args.gpu, parameters, layout.precision, compiled=bool(model["compile"]))
     # Weights and two moments as they are stored; DeepSpeed stores its 16-bit weights and float32 ones.
     zero = 12 + (2 if layout.compute_bytes == 2 else 0)
