@@ -58,7 +58,7 @@ def test_each_tensor_has_its_own_beta(pool, case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", SHARED, ids=label)
 def test_scopes_that_span_several_calls(pool, case: dict[str, Any]) -> None:
     ranks = pool(2).run(f"{RUNS}:compare", timeout=START_UP, attach=True, **case)
-    checks = 0 if case["stage"] == 0 else CHECKED_STEPS * ranks[0]["partitions"]  # of predicted gradients
+    checks = 0 if case["stage"] == 0 else CHECKED_STEPS * ranks[0]["partitions"]  # comparisons of predicted gradients
     calls = 1 if case["stage"] == 0 else ranks[0]["partitions"]
     votes = 0 if case.get("kind") == "sgd" else calls  # the first step's vote on the kernels
     assert [rank["sums"] for rank in ranks] == [STEPS + checks + votes] * 2

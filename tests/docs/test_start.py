@@ -11,7 +11,7 @@ from .programs import START, betas, run_program, steps
 
 COMMANDS = {
     "lightning_callback.py": [],
-    "lightning_cli.py": [],  # its own are in its docstring
+    "lightning_cli.py": [],  # its docstring has its arguments
     "accelerate_loop.py": [],
     "hf_trainer.py": [],
     "plain_pytorch.py": [],

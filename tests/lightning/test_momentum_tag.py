@@ -57,7 +57,7 @@ def test_momentum_is_beta_of_the_group(tmp_path: Path, kind: type[Regression]) -
             names = [name for name, param in module.named_parameters() if (param.ndim > 1) == (index == 0)]
         else:
             names = [name for name, _ in module.named_parameters()]
-        steps = range(1, STEPS)  # read as a step begins: the value of the step before, none at first
+        steps = range(1, STEPS)  # read when a step begins, so it is the value of the previous step
         expected = {step: sum(module.seen[step - 1][name] for name in names) / len(names) for step in steps}
         assert values == pytest.approx(expected, abs=1e-6)
     assert {v for k, v in monitor.last_momentum_values.items() if k in found} == {v[STEPS - 1] for v in found.values()}

@@ -48,7 +48,7 @@ def run(kind: str, scope: str, **options: Any) -> tuple[torch.optim.Optimizer, i
             p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype) + 0.5 * p.detach()
         with Live() as live:
             optimizer.step()
-        peak = live.peak  # of the second step; the first creates the states
+        peak = live.peak  # peak of the second step, because the first creates the states
     return optimizer, peak
 
 

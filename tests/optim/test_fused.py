@@ -275,7 +275,7 @@ def test_a_device_without_kernels_is_named() -> None:
         with pytest.raises(RuntimeError, match=r"no kernels for parameters on 'hpu' .*cpu, cuda, .*xpu.*fused=None"):
             ask(torch.device("hpu"))
         ask(torch.device("xpu"))
-    AMAdamW([torch.nn.Parameter(torch.empty(3, device="meta"))], fused=True)  # it is moved to a device before it steps
+    AMAdamW([torch.nn.Parameter(torch.empty(3, device="meta"))], fused=True)  # may be moved to a device before it steps
 
 
 def test_a_library_that_is_there_is_not_announced(capfd: pytest.CaptureFixture[str]) -> None:

@@ -54,7 +54,7 @@ def test_a_step_takes_few_launches(kind: Any, dtypes: list[torch.dtype], options
 
 def test_more_tensors_of_a_bucket_cost_only_longer_lists() -> None:
     counts = []
-    for tensors in (30, 60):  # both fit into one launch of a list
+    for tensors in (30, 60):  # one launch of a list holds either number
         optimizer = make(AMAdamW, [torch.float32], tensors)
         for step in range(3):
             give(optimizer, step)

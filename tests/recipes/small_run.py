@@ -49,7 +49,7 @@ class Options:
     # micro-batch number (over the whole run), or "before" training -> event: a signal's name, "hang", "nan"
     events: dict[str, str] = field(default_factory=dict)
     event_rank: int = 0
-    max_skips: int = 100  # of AdaptiveMemory
+    max_skips: int = 100  # max_consecutive_skips of AdaptiveMemory
     fault_tolerance: dict[str, Any] = field(default_factory=dict)
     stop_at: int | None = None  # the micro-batch in which should_stop is set
     validate_every: int | None = None  # micro-batches; the event there is "validation"

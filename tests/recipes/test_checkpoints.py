@@ -174,7 +174,7 @@ FOLDER_DAMAGES: list[Callable[[Path], None]] = [
     lambda p: (p / ".metadata").unlink(),
     lambda p: (p / "manifest.json").unlink(),
     lambda p: truncate(p / "manifest.json"),
-    lambda p: rename_in_manifest(p, f"../{p.name}/sub/"),  # the same files, by ways out of the folder
+    lambda p: rename_in_manifest(p, f"../{p.name}/sub/"),  # the same files, by paths that leave the folder
     lambda p: rename_in_manifest(p, f"{p}/sub/"),
 ]
 

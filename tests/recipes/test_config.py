@@ -45,7 +45,7 @@ def keys(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, int, y
             yield from keys(value, f"{path}.")
         for item in value.value if isinstance(value, yaml.SequenceNode) else ():
             if isinstance(item, yaml.MappingNode):
-                yield from keys(item, f"{path}.{item.value[0][1].value}.")  # its class_path
+                yield from keys(item, f"{path}.{item.value[0][1].value}.")  # the item's class_path
 
 
 def comment_at(lines: list[str], line: int) -> tuple[re.Match[str] | None, str]:

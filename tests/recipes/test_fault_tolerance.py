@@ -239,7 +239,7 @@ def test_outside_training_a_signal_ends_the_process_at_once(
     If the program has just started, or no Trainer runs, it ends as soon as a handler is installed.
     """
     code = f"from am_lightning.pretrain.runtime.main import command_line{OUTSIDE}"
-    python = COLD if where == "start" else PYTHON  # its first moments are those of a cold start
+    python = COLD if where == "start" else PYTHON  # only a cold start has these first moments
     result = ends(tmp_path / "run", code, python, **job.variables, WHERE=where, NUMBER=number)
     assert result.returncode == 128 + getattr(signal, number), result.stderr
     assert job.calls() == requeued

@@ -36,7 +36,7 @@ def test_programs_name_the_folder(program: str, mode: int, tmp_path: Path, corpu
     root.mkdir()
     root.chmod(mode)
     command = [COLD, str(RECIPES / program), *arguments(root, corpus_folder, 4, "--ckpt_path", "last")]
-    if os.geteuid() == 0:  # who may read and write everything
+    if os.geteuid() == 0:  # root may read and write everything
         setpriv = shutil.which("setpriv") or pytest.skip("root needs setpriv to give up its rights")
         command = [setpriv, "--bounding-set=-all", "--inh-caps=-all", *command]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)

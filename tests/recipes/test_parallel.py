@@ -59,8 +59,8 @@ def test_a_strategy_trains_as_one_process(
 ) -> None:
     outs = pool(world).run(FIT, timeout=WAIT, name=name)
     check(outs, alone)
-    assert outs[0]["norms"] == pytest.approx(alone["norms"], rel=5e-5)  # of weights that drift apart
-    if name != "fsdp1":  # it shows flat shards
+    assert outs[0]["norms"] == pytest.approx(alone["norms"], rel=5e-5)  # the weights drift apart
+    if name != "fsdp1":  # FSDP1 shows flat shards
         check_first_weights(outs[0], alone)
 
 

@@ -231,7 +231,7 @@ def test_the_momentum_has_its_lowest_and_its_cap(tmp_path: Path) -> None:
     assert chart["unit"] == "beta_t, cap 0.89, running mean"
     [band] = [series for series in chart["series"] if series["style"] == "band"]
     assert band["values"] == pytest.approx([0.2, 0.4, 0.6]) and band["upper"] == pytest.approx([0.85] * 3)
-    assert list(run.momentum) == ["mlp"]  # its lowest, which is no layer group of its own
+    assert list(run.momentum) == ["mlp"]  # mlp/min is the lowest of mlp, not another group
     assert run.momentum["mlp"].values.tolist() == pytest.approx([0.1, 0.2, 0.3])
 
 

@@ -58,7 +58,7 @@ def test_a_resumed_run_is_the_unbroken_one(program: str, tmp_path: Path, corpus_
     _, errors = run(program, resumed, corpus_folder, 6, "--ckpt_path", "last", "--model.hidden_size", "96", status=1)
     assert "error: model.hidden_size is 96, the checkpoint's model has " in errors and "Traceback" not in errors
     newest = resumed / "checkpoints" / CHECKPOINTS[program].format(6)
-    for file in newest.glob("r*_state*"):  # of the random numbers, whose absence both libraries ignore
+    for file in newest.glob("r*_state*"):  # random states, whose absence both libraries ignore
         file.write_bytes(file.read_bytes()[:-7])
     _, errors = run(program, resumed, corpus_folder, 7, "--ckpt_path", "last", "--checkpoint.keep", "1", status=1)
     assert f"no checkpoint in {newest.parent} is whole: {newest.name} (" in errors

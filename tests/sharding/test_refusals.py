@@ -13,7 +13,7 @@ from torch import nn
 from am_lightning import AMSGD, AMAdamW
 from tests.sharding.pool import Pool, RankError
 
-TIMEOUT = 60  # of a whole pool's attempt: a hang is a failure
+TIMEOUT = 60  # seconds of a whole pool's attempt, after which it counts as a hang
 FLAT = "use_orig_params=False.*Set use_orig_params=True.*fsdp_use_orig_params: true.*scope='global' or 'group'"
 UNKNOWN = (
     "scope='{scope}' needs the whole model.* 2 ranks .* parameter 'shift'.* not all 4 of the world.*"
