@@ -5,8 +5,9 @@ Every cell (rows of a step x steps) goes through the same two stages:
 1. ``tune``: every variant of every family over its learning rates, seed 0 (`Tuning`). In ``few``, AdamW has six
    variants (three momentums x two warmups) and AM has four (two caps x two warmups). In ``all``, AdamW has fifteen
    (five x three) and AM nine (three x three). So AdamW gets at least as many runs. ``all`` continues from ``few``.
-2. ``compare``: the best variant of each family, those within NEAR of it, and the named ones, at their best learning
-   rates on five seeds that the tuning has not seen. A seed gives all methods the same initial weights and batches.
+2. ``compare``: the best variant of each family, those within NEAR of it, the same of the few methods, and the named
+   ones, at their best learning rates on five seeds that the tuning has not seen. A seed gives all methods the same
+   initial weights and batches.
 
 Then ``trace``: AM's beta_t of every step and tensor, and the gradient's noise, on one fresh seed.
 """
@@ -28,6 +29,7 @@ FEW: Families = {
     "schedule-free AdamW": tuple(Method("schedulefree", 0.9, warmup) for warmup in (0.0, 0.05)),
     "RAdam": (Method("radam", 0.9),),
 }
+FEW_METHODS = [method for family in FEW.values() for method in family]
 WARMUPS = (0.0, 0.05, 0.15)
 ALL: Families = {
     "AdamW": tuple(Method("adamw", beta1, warmup) for beta1 in (0.9, 0.8, 0.65, 0.5, 0.95) for warmup in WARMUPS),
@@ -55,9 +57,13 @@ def kinds_of(steps: int, rows: int, batches: Sequence[int]) -> dict[str, list[Sc
 
 
 def finalists(tuning: Tuning) -> list[Method]:
-    """Return the best of each family and those near it, AM and AdamW also without warmup, and the named methods."""
+    """Return the best of each family and those near it, AM and AdamW also without warmup, and the named methods.
+
+    Those of the few methods are among them, so that a cell whose other methods are added later keeps its rows.
+    """
     rivals = [tuning.families[name] for name in ("AdamW", "AM-AdamW")]
     groups = [*tuning.families.values(), *map(without_warmup, rivals)]
+    groups += [[method for method in group if method in FEW_METHODS] for group in groups]
     best = [method for group in groups for method in tuning.near_best(group, NEAR)]
     return list(dict.fromkeys([*best, CUSTOMARY, DEFAULT]))
 
