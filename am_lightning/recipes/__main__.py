@@ -34,7 +34,11 @@ _OTHER_PARSERS = ("fit", "bench")
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status."""
-    args = sys.argv[1:] if args is None else list(args)
+    with command_line(imports=False):
+        return _run(sys.argv[1:] if args is None else list(args))
+
+
+def _run(args: list[str]) -> int:
     program = program_name()
     name = args[0] if args else "--help"
     if name in ("-h", "--help", "help"):
@@ -48,18 +52,17 @@ def main(args: Sequence[str] | None = None) -> int:
     if name not in _COMMANDS:
         print(f"error: there is no command {name}{meant(name, _COMMANDS)}\n\n{_usage(program)}", file=sys.stderr)
         return 2
-    with command_line(imports=False):
-        path, text = _COMMANDS[name]
-        module = importlib.import_module(path)
-        if name in _OTHER_PARSERS:
-            return int(module.main(args[1:]) or 0)
-        parser = argparse.ArgumentParser(f"{program} {name}", description=f"{text[0].upper()}{text[1:]}.")
-        module.add_arguments(parser)
-        arguments, unknown = parser.parse_known_args(args[1:])
-        if unknown and "settings" not in arguments:
-            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-        arguments.settings = unknown
-        return int(module.run(arguments))
+    path, text = _COMMANDS[name]
+    module = importlib.import_module(path)
+    if name in _OTHER_PARSERS:
+        return int(module.main(args[1:]) or 0)
+    parser = argparse.ArgumentParser(f"{program} {name}", description=f"{text[0].upper()}{text[1:]}.")
+    module.add_arguments(parser)
+    arguments, unknown = parser.parse_known_args(args[1:])
+    if unknown and "settings" not in arguments:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    arguments.settings = unknown
+    return int(module.run(arguments))
 
 
 def program_name() -> str:

@@ -39,8 +39,12 @@ def _command_line(*, imports: bool) -> Iterator[None]:
     if imports:
         import_training()
     try:
-        yield
-        leave_group()
+        try:
+            yield
+            leave_group()
+        except SystemExit:  # of argparse's help, for example
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()  # here, so that a closed pipe is handled below
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
