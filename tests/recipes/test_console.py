@@ -41,7 +41,21 @@ LIGHT = [
         2,
         "no setting model.hiden_size. Did you mean model.hidden_size? (mine.yaml, line 2)",
     ),
+    (["validate", "circle.yaml"], 1, "form a circle: circle.yaml -> other.yaml -> circle.yaml"),
+    (["cp", "60m", "mine.yaml"], 1, "DIR is 'mine.yaml'; allowed: a folder (mine.yaml is a file)"),
+    (["cp", "60m", "mine.yaml/new"], 1, "allowed: a folder (mine.yaml is a file)"),
+    (["validate", "empty.yaml"], 2, "empty.yaml is not a recipe: it holds nothing; allowed: sections (model, data"),
+    (["validate", "list.yaml"], 2, "list.yaml: model is [1, 2]; allowed: settings"),
+    (["fit", "latin1.yaml"], 1, "latin1.yaml is not a recipe: its bytes are not UTF-8"),
 ]
+FILES = {
+    "mine.yaml": b"model:\n  hiden_size: 3\n",
+    "circle.yaml": b"# base: other.yaml\n",
+    "other.yaml": b"# base: circle.yaml\n",
+    "empty.yaml": b"",
+    "list.yaml": b"model: [1, 2]\n",
+    "latin1.yaml": b"data: {source: t\xe4xte}\n",
+}
 
 PROBE = """
 import contextlib, io, json, sys
@@ -63,7 +77,8 @@ for words in json.loads(sys.argv_words):
 
 
 def test_help_and_refusals_import_nothing_of_training(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("model:\n  hiden_size: 3\n")
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
     words = json.dumps([words for words, _, _ in LIGHT])
     code = f"import sys\nsys.argv_words = {words!r}\nHEAVY = {HEAVY!r}\n{PROBE}"
     done = subprocess.run([COLD, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)

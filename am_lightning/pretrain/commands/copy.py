@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from am_lightning.pretrain.runtime.errors import RecipeError
+from am_lightning.pretrain.runtime.errors import RecipeError, require
 from am_lightning.pretrain.runtime.paths import find_config, recipe_files, recipes_folder
 from am_lightning.pretrain.runtime.recipe_text import recipe_text
 
@@ -27,8 +27,8 @@ def run(args: argparse.Namespace) -> int:
     With --force a link in place of a file is replaced, and what it points to stays as it is.
 
     Raises:
-        RecipeError: if there is no such recipe, a file exists and differs, or a folder in DIR is a link. Nothing is
-            written then.
+        RecipeError: if there is no such recipe, a file exists and differs, a folder in DIR is a link, or DIR or a
+            folder in it is a file. Nothing is written then.
     """
     name, folder, recipes = args.name, args.folder, recipe_files()
     if name not in recipes:
@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
     parents = sorted({parent for target in sources for parent in target.relative_to(folder).parents})
     if linked := [folder / parent for parent in parents[1:] if (folder / parent).is_symlink()]:
         raise RecipeError(f"{linked[0]} is a link, and cp writes only into DIR: remove it, or use another DIR")
+    for path in (*folder.parents, *(folder / parent for parent in parents)):
+        require(path.is_dir() or not path.exists(), "DIR", str(folder), f"a folder ({path} is a file)")
     contents = {target: source.read_bytes() for target, source in sources.items()}
     contents[folder / f"{name}.yaml"] = recipe_text(recipes[name]).encode()
     differing = [target for target, content in contents.items() if _differs(target, content)]

@@ -70,9 +70,8 @@ def _command_line(*, imports: bool) -> Iterator[None]:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error).splitlines()[0])
         sys.exit(f"error: the checkpoint holds more than tensors and plain values: {reason.strip()}")
     except Exception as error:
-        from am_lightning.lightning.callback import SkippedStepsError
-
-        if isinstance(error, SkippedStepsError):
+        callback = sys.modules.get("am_lightning.lightning.callback")  # not imported for an error's sake
+        if callback is not None and isinstance(error, callback.SkippedStepsError):
             sys.exit(f"error: {error}")
         if "EADDRINUSE" in str(error):
             sys.exit(f"error: {first_line(error)}. Another run uses this port: give another MASTER_PORT.")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from am_lightning.pretrain.runtime.errors import RecipeError
+from am_lightning.pretrain.runtime.errors import RecipeError, UsageError
 from am_lightning.pretrain.runtime.suggestions import meant
 
 _PACKAGE = Path(__file__).resolve().parents[2]
@@ -14,6 +15,9 @@ _PACKAGE_DATA = _PACKAGE / "recipes" / "files"  # made by the build, see pyproje
 _CHECKOUT = _PACKAGE.parent / "recipes"
 
 BASE = re.compile(r"^# base: (\S+)$", re.MULTILINE)  # the first line of a YAML that holds only what differs from FILE
+
+_SECTIONS = ("model", "data", "trainer", "checkpoint", "fault_tolerance", "monitor")  # of a recipe
+_SECTIONED = f"sections ({', '.join(_SECTIONS)}) with settings of the form `KEY: VALUE`"
 
 
 def recipes_folder() -> Path:
@@ -53,37 +57,71 @@ def find_config(name_or_path: str) -> Path:
     raise RecipeError(f"config is {name_or_path!r}: no such file, and no recipe of that name ({names}")
 
 
-def base_of(path: Path) -> Path | None:
-    """Return the base of the YAML at `path`, which its line `# base: FILE` names, or None.
+def read_text(path: Path) -> str:
+    """Return the text of a YAML.
 
     Raises:
-        RecipeError: if the base does not exist.
+        RecipeError: if it is not UTF-8.
     """
     try:
-        found = BASE.search(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        return None  # the reader reports it
-    if found is None:
-        return None
-    base = path.parent / found[1]
-    if not base.is_file():
-        raise RecipeError(
-            f"{path} holds only what differs from {base}, which does not exist: "
-            "am-lightning cp NAME DIR writes a whole recipe"
-        )
-    return base
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not a recipe: its bytes are not UTF-8 text ({error.reason})") from None
+
+
+def with_bases(path: Path) -> list[Path]:
+    """Return the YAML at `path` after its base, which its line `# base: FILE` names, and the bases of that one.
+
+    Raises:
+        RecipeError: if a base does not exist, or is based on `path` itself.
+    """
+    files = [path]
+    while (found := BASE.search(read_text(files[0]))) is not None:
+        base = files[0].parent / found[1]
+        if not base.is_file():
+            raise RecipeError(
+                f"{files[0]} holds only what differs from {base}, which does not exist: "
+                "am-lightning cp NAME DIR writes a whole recipe"
+            )
+        if any(base.samefile(file) for file in files):
+            circle = " -> ".join(map(str, [*reversed(files), base]))
+            raise RecipeError(f"the lines `# base: FILE` of these files form a circle: {circle}")
+        files.insert(0, base)
+    return files
 
 
 def config_files(name_or_path: str) -> list[Path]:
-    """Return the YAMLs of a configuration, the base first.
+    """Return the YAMLs of a configuration, the base first, without those that set nothing.
 
     Raises:
-        RecipeError: if there is neither a file nor a recipe of that name.
+        RecipeError: if there is neither a file nor a recipe of that name, or a file is not a YAML of sections.
     """
-    files = [find_config(name_or_path)]
-    while (base := base_of(files[0])) is not None:
-        files.insert(0, base)
-    return files
+    files = with_bases(find_config(name_or_path))
+    return [path for path in files if read_values(path)] or files[-1:]
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """Return what a YAML sets, without its base.
+
+    Raises:
+        RecipeError: if it is not a YAML of sections.
+    """
+    import yaml
+
+    text = read_text(path)
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if values is None and BASE.search(text):
+        return {}
+    if not isinstance(values, dict):
+        found = "nothing" if values is None else f"a {type(values).__name__}"
+        raise UsageError(f"{path} is not a recipe: it holds {found}; allowed: {_SECTIONED}")
+    for name in _SECTIONS:
+        if not isinstance(values.get(name), dict | str | None):  # a text is the path of the section's YAML
+            raise UsageError(f"{path}: {name} is {values[name]!r}; allowed: settings of the form `KEY: VALUE` below it")
+    return values
 
 
 def with_paths(args: Sequence[str]) -> list[str]:

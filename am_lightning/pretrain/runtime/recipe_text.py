@@ -5,13 +5,14 @@ The programs do not need it: jsonargparse merges `--config BASE --config RECIPE`
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from am_lightning.pretrain.runtime.errors import RecipeError
-from am_lightning.pretrain.runtime.paths import BASE, base_of
+from am_lightning.pretrain.runtime.paths import BASE, read_text, with_bases
 
 _WIDTH = 120
 
@@ -35,9 +36,7 @@ def recipe_text(path: Path) -> str:
     Raises:
         RecipeError: if the base does not exist, or a section that the base has is written in braces.
     """
-    base = base_of(path)
-    text = path.read_text(encoding="utf-8")
-    return text if base is None else merge_texts(recipe_text(base), text)
+    return functools.reduce(merge_texts, map(read_text, with_bases(path)))
 
 
 def merge_texts(base: str, difference: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from am_lightning.pretrain.runtime.errors import RecipeError, UsageError
-from am_lightning.pretrain.runtime.paths import with_paths
+from am_lightning.pretrain.runtime.paths import read_values, with_paths
 from am_lightning.pretrain.runtime.recipe_text import recipe_text
 from am_lightning.pretrain.runtime.suggestions import unknown_setting
 
@@ -42,7 +42,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
     try:
         values = yaml.safe_load(recipe_text(path))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path} is not a recipe: it has no sections")
@@ -76,15 +76,9 @@ def check_names(args: Sequence[str]) -> None:
 
 def _given_names(args: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """Yield every name of a setting, with the argument that names its YAML if it stands in one."""
-    import yaml
-
     for word in with_paths(["fit", *args])[1:]:
         if word.startswith("--config="):
-            try:
-                values = yaml.safe_load(Path(word.removeprefix("--config=")).read_text(encoding="utf-8"))
-            except (yaml.YAMLError, UnicodeDecodeError, OSError):
-                continue  # the parser reports it
-            for name, inner in values.items() if isinstance(values, dict) else ():
+            for name, inner in read_values(Path(word.removeprefix("--config="))).items():
                 yield str(name), [word]
                 yield from ((f"{name}.{key}", [word]) for key in (inner if isinstance(inner, dict) else ()))
         elif word.startswith("--") and word != "--":
