@@ -45,10 +45,9 @@ def train(settings: RunConfig) -> None:
     stop.take()
     accelerator = make_accelerator(settings)
     data = open_data(accelerator, settings.data)
+    take_folder(accelerator, settings)
     model, optimizer, schedule, checkpoints = make_model(accelerator, settings)
-    if settings.ckpt_path is not None:
-        loaded = checkpoints.load(settings.ckpt_path)
-        accelerator.print(f"resuming from {loaded}" if loaded else "no checkpoint yet: starting from step 0")
+    resume(accelerator, settings, checkpoints)
 
     step = schedule.last_epoch  # optimizer steps that are done
     ranks = share_of(accelerator)
@@ -109,6 +108,22 @@ def open_data(accelerator: Accelerator, data: TextData) -> TextData:
     return data
 
 
+def take_folder(accelerator: Accelerator, settings: RunConfig) -> None:
+    """Lock the run's folder after all settings are checked, and move an earlier run away unless this one resumes."""
+    settings.check_optimizer()
+    hold_together(accelerator, settings.checkpoints, new_run_in=settings.new_run_in())
+    accelerator.init_trackers("logs")
+
+
+def resume(accelerator: Accelerator, settings: RunConfig, checkpoints: AccelerateCheckpoints) -> None:
+    """Load the checkpoint of --ckpt_path, then write config.yaml, which a resume that is refused must not change."""
+    if settings.ckpt_path is not None:
+        loaded = checkpoints.load(settings.ckpt_path)
+        accelerator.print(f"resuming from {loaded}" if loaded else "no checkpoint yet: starting from step 0")
+    if accelerator.is_main_process:
+        settings.save(settings.root / "logs" / "config.yaml")
+
+
 def share_of(accelerator: Accelerator) -> dict[str, Any]:
     """Return the loaders' arguments for this process's share of the rows; a GPU copies pinned memory asynchronously."""
     pinned = accelerator.device.type == "cuda"
@@ -165,10 +180,6 @@ def make_accelerator(settings: RunConfig) -> Accelerator:
             "gradient_accumulation_steps": settings.accumulate,
             "gradient_clipping": settings.clip or 0.0,
         }
-    hold_together(accelerator, settings.checkpoints)
-    accelerator.init_trackers("logs")
-    if accelerator.is_main_process:
-        settings.save(settings.root / "logs" / "config.yaml")
     return accelerator
 
 

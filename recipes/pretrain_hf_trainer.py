@@ -134,7 +134,13 @@ class WholeCheckpoints(TrainerCallback):
     """
 
     def __init__(self, settings: RunConfig) -> None:
+        self.settings = settings
         self.data, self.shape, self.keep = settings.data, settings.shape, settings.keep
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Write the configuration after a checkpoint is loaded, because a refused resume must not change it."""
+        if state.is_world_process_zero:
+            self.settings.save(self.settings.root / "logs" / "config.yaml")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         data = self.data.state_dict()
@@ -194,9 +200,7 @@ def train(settings: RunConfig) -> None:
     if isinstance(settings.check_optimizer(), AMAdamW | AMSGD):
         callbacks.append(AdaptiveMemoryCallback())
     trainer = RecipeTrainer(settings, model=model, args=args, callbacks=callbacks)
-    hold_together(trainer.accelerator, settings.checkpoints)
-    if trainer.is_world_process_zero():
-        settings.save(settings.root / "logs" / "config.yaml")
+    hold_together(trainer.accelerator, settings.checkpoints, new_run_in=settings.new_run_in())
     path = settings.ckpt_path
     resume = None if path is None else chosen(trainer.accelerator, path, settings.checkpoints, FOLDERS)
     if resume is not None:

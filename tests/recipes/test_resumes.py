@@ -45,6 +45,19 @@ def losses(root: Path) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("program", CHECKPOINTS)
+def test_a_new_run_moves_the_earlier_one_away(program: str, tmp_path: Path, corpus_folder: Path) -> None:
+    run(program, tmp_path, corpus_folder, 3, "--checkpoint.keep", "1")
+    files = {path.relative_to(tmp_path): path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*.*")}
+    out, _ = run(program, tmp_path, corpus_folder, 1, "--checkpoint.keep", "1")
+    assert f"held a run already: moved to {tmp_path / 'earlier' / '1'}" in out
+    assert files == {path: (tmp_path / "earlier" / "1" / path).read_bytes() for path in files}
+    assert [*losses(tmp_path)] == [1] and [*losses(tmp_path / "earlier" / "1")] == [1, 2, 3]
+    other = next(name for name in CHECKPOINTS if name != program)
+    _, errors = run(other, tmp_path, corpus_folder, 2, "--ckpt_path", "last", status=1)
+    assert f"are {program}'s. Resume with that program" in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("program", CHECKPOINTS)
 def test_a_resumed_run_is_the_unbroken_one(program: str, tmp_path: Path, corpus_folder: Path) -> None:
     """The rows, weights, momentum and schedule are the same: the losses of the later steps are equal to the bit."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
@@ -53,10 +66,15 @@ def test_a_resumed_run_is_the_unbroken_one(program: str, tmp_path: Path, corpus_
     out, _ = run(program, resumed, corpus_folder, 6, "--ckpt_path", str(middle))
     assert "validation loss" in out
     assert losses(resumed) == {step: loss for step, loss in losses(whole).items() if step > 3}
+    before = (resumed / "logs" / "config.yaml").read_bytes()
     _, errors = run(program, resumed, corpus_folder, 6, "--ckpt_path", "last", "--data.batch_size", "16", status=1)
     assert "data.batch_size is 16, the checkpoint was trained with 8" in errors
     _, errors = run(program, resumed, corpus_folder, 6, "--ckpt_path", "last", "--model.hidden_size", "96", status=1)
     assert "error: model.hidden_size is 96, the checkpoint's model has " in errors and "Traceback" not in errors
+    sgd = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1", "--trainer.callbacks", "null"]
+    _, errors = run(program, resumed, corpus_folder, 9, "--ckpt_path", "last", *sgd, status=1)
+    assert "error: model.optimizer is SGD, the checkpoint's is an Adam" in errors and "Traceback" not in errors
+    assert (resumed / "logs" / "config.yaml").read_bytes() == before
     newest = resumed / "checkpoints" / CHECKPOINTS[program].format(6)
     for file in newest.glob("r*_state*"):  # random states, whose absence both libraries ignore
         file.write_bytes(file.read_bytes()[:-7])

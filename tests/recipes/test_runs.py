@@ -194,6 +194,37 @@ def test_a_new_run_moves_the_earlier_one_away(tmp_path: Path, corpus_folder: Pat
     assert load(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 3
 
 
+def test_a_run_with_another_runs_configuration_leaves_its_checkpoints(
+    tmp_path: Path, corpus_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    pretrain.main(arguments(first, corpus_folder, 2, "--checkpoint.keep", "1"))
+    before = {path: path.read_bytes() for path in (first / "checkpoints").iterdir()}
+    again = ["fit", "--config", str(first / "logs" / "config.yaml"), "--trainer.max_steps", "1"]
+    again += ["--trainer.default_root_dir", str(second)]
+    pretrain.main(again)
+    assert f"{second / 'checkpoints' / 'last.ckpt'}\n" in capsys.readouterr().out
+    assert load(second / "checkpoints" / "last.ckpt")["global_step"] == 1
+    with pytest.raises(SystemExit, match=r"checkpoint\.dirpath: .* holds the checkpoints of another run\. Choose"):
+        pretrain.main([*again, "--checkpoint.dirpath", str(first / "checkpoints")])
+    assert {path: path.read_bytes() for path in (first / "checkpoints").iterdir()} == before
+
+
+SGD = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1", "--trainer.callbacks", "null"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--data.seed", "3"], ["--model.hidden_size", "64"], ["--model.optimizer.lr", "-1"], SGD]
+)
+def test_a_refused_resume_leaves_the_configuration(tmp_path: Path, finished: Path, wrong: list[str]) -> None:
+    config = finished / "logs" / "config.yaml"
+    before = config.read_bytes()
+    again = ["fit", "--config", str(config), "--trainer.max_steps", "13", "--ckpt_path", "last"]
+    with pytest.raises(SystemExit, match=r"^error: [^\n]+$"):
+        pretrain.main([*again, *wrong])
+    assert config.read_bytes() == before
+
+
 def test_a_checkpoint_scores_the_same_on_its_own(
     finished: Path, corpus_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -40,6 +40,13 @@ _LAYOUT: dict[str, dict[str, list[object]]] = {
 class SaveRunConfig(SaveConfigCallback):
     """Writes config.yaml beside the event file, and adds it as a text card and as a row on the HParams page."""
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write nothing yet: a resume that is refused must not change the configuration of the run."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the configuration after the checkpoint is loaded."""
+        super().setup(trainer, pl_module, "fit")
+
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         text = self.parser.dump(self.config, skip_none=False)
         for board in _boards(trainer):

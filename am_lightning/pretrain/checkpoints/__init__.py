@@ -4,6 +4,7 @@ from am_lightning.pretrain.checkpoints.atomic import AtomicCheckpointIO, replace
 from am_lightning.pretrain.checkpoints.callback import RunCheckpoint
 from am_lightning.pretrain.checkpoints.resume import (
     LAST,
+    STEPS,
     check_readable,
     newest_whole,
     saved_hyperparameters,
@@ -12,6 +13,7 @@ from am_lightning.pretrain.checkpoints.resume import (
 
 __all__ = [
     "LAST",
+    "STEPS",
     "AtomicCheckpointIO",
     "RunCheckpoint",
     "check_readable",

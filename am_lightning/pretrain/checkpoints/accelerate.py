@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from am_lightning.pretrain.checkpoints.atomic import prune, publish_folder
 from am_lightning.pretrain.checkpoints.ranks import Ranks
 from am_lightning.pretrain.checkpoints.resume import check_readable, newest_first, newest_whole
 from am_lightning.pretrain.runtime.errors import RecipeError
+from am_lightning.pretrain.runtime.run_folder import move_earlier_run, refuse_checkpoints_of_others
 from am_lightning.pretrain.runtime.run_lock import hold
 
 _STATES = "states.pt"
@@ -109,7 +109,10 @@ def chosen(accelerator: Accelerator, ckpt_path: str, folder: Path, pattern: str)
 
     def choose() -> Path | None:
         if ckpt_path == "last":
-            return newest_whole(folder, [pattern])
+            found = newest_whole(folder, [pattern])
+            if found is None:
+                refuse_checkpoints_of_others(folder, pattern)
+            return found
         if not Path(ckpt_path).is_dir():
             raise RecipeError(f"--ckpt_path {ckpt_path}: there is no such folder. Those of this run are in {folder}")
         check_readable(Path(ckpt_path), folder, pattern)
@@ -118,9 +121,24 @@ def chosen(accelerator: Accelerator, ckpt_path: str, folder: Path, pattern: str)
     return _ranks(accelerator).decide(choose)
 
 
-def hold_together(accelerator: Accelerator, folder: Path) -> None:
-    """Collective. Lock `folder` for this run. Raise a RecipeError on all processes if another run writes to it."""
-    _ranks(accelerator).decide(partial(hold, folder))
+def hold_together(accelerator: Accelerator, folder: Path, *, new_run_in: Path | None = None) -> None:
+    """Collective. Lock the folder of the checkpoints for this run.
+
+    Args:
+        accelerator: the Accelerator of the processes.
+        folder: folder of the checkpoints.
+        new_run_in: folder of the run if it begins at step 0: an earlier run there is moved away.
+
+    Raises:
+        RecipeError: on all processes, if another run writes to the folder or would lose its checkpoints.
+    """
+
+    def take() -> None:
+        hold(folder)
+        if new_run_in is not None:
+            move_earlier_run(new_run_in, folder)
+
+    _ranks(accelerator).decide(take)
 
 
 def _ranks(accelerator: Accelerator) -> Ranks:

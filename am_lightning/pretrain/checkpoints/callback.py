@@ -32,7 +32,7 @@ class RunCheckpoint(ModelCheckpoint):
     ranks load its choice. Checkpoints are loaded with ``weights_only=True``.
 
     Args:
-        dirpath: folder of the checkpoints.
+        dirpath: folder of the checkpoints; default: `checkpoints` in the Trainer's default_root_dir.
         every_n_train_steps: optimizer steps between two checkpoints.
         keep: number of newest checkpoints to keep; default: all.
         asynchronous: continue the training while a checkpoint is written (default: False). It takes the size of the
@@ -65,6 +65,8 @@ class RunCheckpoint(ModelCheckpoint):
         self._replacements = PatchedMethods()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.dirpath is None:
+            self.dirpath = str(Path(trainer.default_root_dir, "checkpoints"))
         super().setup(trainer, pl_module, stage)
         self._undo()
         connector = trainer._checkpoint_connector

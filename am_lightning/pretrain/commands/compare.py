@@ -52,7 +52,7 @@ def _baseline_config(config: dict[str, Any], beta1: float, root: Path) -> dict[s
     trainer["callbacks"] = [c for c in callbacks if not c["class_path"].endswith("AdaptiveMemory")]
     data["cache_dir"] = data["cache_dir"] or str(Path(trainer["default_root_dir"], "data"))
     trainer["default_root_dir"] = str(root)
-    config["checkpoint"]["dirpath"] = str(root / "checkpoints")
+    config["checkpoint"]["dirpath"] = None
     config["compare"] = False
     return config
 

@@ -153,6 +153,7 @@ class LlamaPretraining(L.LightningModule):
         optimizer: Any = self.make_optimizer(groups)
         if memory is not None and not isinstance(optimizer, AdaptiveMemoryOptimizer):
             optimizer = convert_adamw(optimizer, lambd=memory.lambd, beta1_max=memory.beta1_max, scope=memory.scope)
+        optimizer.register_load_state_dict_pre_hook(_refuse_another_kind)
         return cast(torch.optim.Optimizer, optimizer)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -164,6 +165,14 @@ class LlamaPretraining(L.LightningModule):
         with loss_context(self.device_mesh):
             loss = token_loss(self(batch), batch)
         return loss.to_local() if isinstance(loss, DTensor) else loss
+
+
+def _refuse_another_kind(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Refuse the state of an Adam for an SGD and the reverse, whose step would end with a KeyError."""
+    for group in state_dict.get("param_groups", ())[:1]:
+        if ("betas" in group) != ("betas" in optimizer.defaults):
+            kind = "an Adam" if "betas" in group else "an SGD"
+            raise RecipeError(f"model.optimizer is {type(optimizer).__name__}, the checkpoint's is {kind}")
 
 
 def check_optimizer(module: LlamaPretraining, memory: AdaptiveMemory | None) -> torch.optim.Optimizer:

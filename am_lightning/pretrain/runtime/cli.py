@@ -22,7 +22,7 @@ from am_lightning.pretrain.callbacks.progress import BARS
 from am_lightning.pretrain.callbacks.tensorboard import SaveRunConfig, TensorBoardLayout
 from am_lightning.pretrain.callbacks.throughput import TrainingMonitor
 from am_lightning.pretrain.checkpoints import (
-    LAST,
+    STEPS,
     AtomicCheckpointIO,
     RunCheckpoint,
     check_readable,
@@ -38,13 +38,16 @@ from am_lightning.pretrain.model.shape import LlamaShape
 from am_lightning.pretrain.runtime.errors import RecipeError, require, require_counts
 from am_lightning.pretrain.runtime.operator_build import announce_deepspeed_build
 from am_lightning.pretrain.runtime.paths import with_paths
+from am_lightning.pretrain.runtime.run_folder import (
+    checkpoint_folder,
+    move_earlier_run,
+    refuse_checkpoints_of_others,
+)
 from am_lightning.pretrain.runtime.run_lock import hold
 from am_lightning.pretrain.runtime.secrets import refuse_secrets
 from am_lightning.pretrain.runtime.suggestions import explain
 
 CHECKPOINTS_PER_RUN = 5  # if the configuration sets no interval
-# A run's files, which a new run in the same folder moves away first.
-_RUN_FILES = ("checkpoints", "logs", "summary.png", "compare", "compare.png", "report.html", "report.png")
 
 
 class PretrainParser(LightningArgumentParser):
@@ -112,9 +115,10 @@ class PretrainCLI(LightningCLI):
         settle(config)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        self.resume_step = _resume_step(config.ckpt_path, Path(config.checkpoint.dirpath), config.model)
+        folder = checkpoint_folder(config)
+        self.resume_step = _resume_step(config.ckpt_path, folder, config.model)
         if self.subcommand == "validate" and self.resume_step == 0:
-            raise RecipeError(f"nothing to validate: --ckpt_path is {config.ckpt_path}, in {config.checkpoint.dirpath}")
+            raise RecipeError(f"nothing to validate: --ckpt_path is {config.ckpt_path}, in {folder}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand].trainer
@@ -147,16 +151,17 @@ class PretrainCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
+        folder = checkpoint_folder(self.config.fit)
         if self.trainer.is_global_zero:
-            hold(Path(self.config.fit.checkpoint.dirpath))
+            hold(folder)
+        # An error must not move an earlier run away, so everything is checked first.
+        require_counts("trainer", max_steps=self.trainer.max_steps)
+        memory = (c for c in self.trainer.callbacks if isinstance(c, AdaptiveMemory))  # type: ignore[attr-defined]
+        check_optimizer(self.model, next(memory, None))
         if self.config.fit.ckpt_path is None:
-            # An error must not move an earlier run away, so everything is checked first.
-            require_counts("trainer", max_steps=self.trainer.max_steps)
-            memory = (c for c in self.trainer.callbacks if isinstance(c, AdaptiveMemory))  # type: ignore[attr-defined]
-            check_optimizer(self.model, next(memory, None))
             self.datamodule.trainer = self.trainer
             rank_zero_only(self.datamodule.prepare_data)()
-            _move_earlier_run(Path(self.config.fit.trainer.default_root_dir))
+            rank_zero_only(move_earlier_run)(Path(self.config.fit.trainer.default_root_dir), folder)
 
     def after_validate(self) -> None:
         print_validation(float(self.trainer.callback_metrics["val/loss"]), self.datamodule.scored_rows)
@@ -189,7 +194,6 @@ def settle(config: Any) -> None:
         text = f"trainer.default_root_dir {root!a}: this locale has no such letters; set LC_ALL=C.UTF-8"
         raise RecipeError(text) from None
     trainer.default_root_dir = str(root)
-    checkpoint.dirpath = checkpoint.dirpath or str(root / "checkpoints")
     if trainer.max_steps > 0:
         if checkpoint.every_n_train_steps is None:
             checkpoint.every_n_train_steps = max(1, trainer.max_steps // CHECKPOINTS_PER_RUN)
@@ -209,6 +213,7 @@ def _resume_step(ckpt_path: str | None, folder: Path, model: Any) -> int:
     path = newest_whole(folder) if ckpt_path == "last" else Path(ckpt_path)
     if path is None:
         moved = sorted((folder.parent / "earlier").glob("*"))
+        refuse_checkpoints_of_others(folder, STEPS)
         hint = f" (earlier runs are in {moved[0].parent}: --ckpt_path FILE resumes one)" if moved else ""
         print(f"no checkpoint in {folder} yet: starting from step 0{hint}")
         return 0
@@ -222,17 +227,3 @@ def precision_of(accelerator: str) -> str:
     """Return the default precision: bf16-mixed on a GPU that has bfloat16, else 32-true."""
     cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return "bf16-mixed" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-
-
-@rank_zero_only
-def _move_earlier_run(root: Path) -> None:
-    """Move the run that is in `root` to `earlier/N`, so that a new run there does not overwrite it."""
-    if not ((root / "logs" / "config.yaml").exists() or (root / "checkpoints" / LAST).exists()):
-        return
-    number = 1 + max((int(p.name) for p in (root / "earlier").glob("*") if p.name.isdigit()), default=0)
-    target = root / "earlier" / str(number)
-    target.mkdir(parents=True)
-    for name in _RUN_FILES:
-        if (root / name).exists():
-            (root / name).rename(target / name)
-    print(f"{root} held a run already: moved to {target}. To resume a run: --ckpt_path last")

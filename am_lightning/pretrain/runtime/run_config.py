@@ -24,6 +24,7 @@ from am_lightning.pretrain.model.shape import LlamaShape
 from am_lightning.pretrain.runtime.atomic_files import replacing
 from am_lightning.pretrain.runtime.cli import PretrainCLI, precision_of, settle
 from am_lightning.pretrain.runtime.errors import RecipeError, require, require_counts
+from am_lightning.pretrain.runtime.run_folder import checkpoint_folder
 
 _RESUME_BEFORE = "Resume from a checkpoint before"
 _CALM = "and lower the learning rate or set trainer.gradient_clip_val."
@@ -58,7 +59,7 @@ class RunConfig:
         self.precision: str = trainer["precision"] or precision_of(trainer["accelerator"])  # as Lightning spells it
         self.validate_every = _validate_every(trainer)  # optimizer steps between two validations; None: no validation
         self.log_every: int = trainer["log_every_n_steps"]  # optimizer steps between two points of the curves
-        self.checkpoints = Path(checkpoint["dirpath"])  # their folder
+        self.checkpoints = checkpoint_folder(config)
         self.save_every: int | None = checkpoint["every_n_train_steps"]  # None: after the last step only
         self.keep: int | None = checkpoint["keep"]  # how many checkpoints to keep; None: all
         self.ckpt_path: str | None = config["ckpt_path"]  # None, "last", or a checkpoint
@@ -69,6 +70,10 @@ class RunConfig:
         self.hang_timeout_s: float | None = config["fault_tolerance"]["hang_timeout_s"]
         self._module: LlamaPretraining = made.model
         self._memory = next((c for c in made.trainer.callbacks or [] if isinstance(c, AdaptiveMemory)), None)
+
+    def new_run_in(self) -> Path | None:
+        """Return the run's folder if the run begins at step 0, None if it resumes."""
+        return self.root if self.ckpt_path is None else None
 
     def make_optimizer(self, model: nn.Module) -> Optimizer:
         """Return the optimizer for `model`, with named groups; norms and embeddings get no weight decay.

@@ -24,6 +24,7 @@ class RunResult:
     """Figures of a finished run."""
 
     root: Path  # the run's folder
+    checkpoints: Path  # the folder of its checkpoints
     log_dir: Path | None  # folder of the event files; None without a TensorBoardLogger
     steps: int  # optimizer steps done in total
     val_loss: float  # nats per token after the last step
@@ -41,6 +42,7 @@ class RunResult:
         rate = monitor.steps_per_second
         return cls(
             root=Path(trainer.default_root_dir),
+            checkpoints=Path(getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir),
             log_dir=next((Path(each.log_dir) for each in trainer.loggers if isinstance(each, TensorBoardLogger)), None),
             steps=trainer.global_step,
             val_loss=float(trainer.callback_metrics["val/loss"]),
@@ -70,7 +72,7 @@ def print_summary(result: RunResult) -> None:
         picture = result.root / "summary.png"
         save(report_figure([drawn], curves=False), picture)
         lines |= {"curves": f'{_tensorboard()} --logdir "{result.log_dir}"', "picture": str(picture)}
-    lines |= {"checkpoint": str(result.root / "checkpoints" / LAST), "next": next_commands(result.root)}
+    lines |= {"checkpoint": str(result.checkpoints / LAST), "next": next_commands(result.root)}
     print_validation(result.val_loss, result.val_rows, **lines)
 
 

@@ -1,0 +1,67 @@
+"""The folder of a run: where its checkpoints are, and what protects an earlier run that is in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from am_lightning.pretrain.runtime.errors import RecipeError
+
+# A run's files, which a new run in the same folder moves away first.
+_FILES = ("checkpoints", "logs", "summary.png", "compare", "compare.png", "report.html", "report.png")
+# The program that writes checkpoints of these names.
+_WRITERS = {
+    "step-*.ckpt": "pretrain.py",
+    "step-*[0-9]": "pretrain_accelerate.py",
+    "checkpoint-*": "pretrain_hf_trainer.py",
+}
+
+
+def checkpoint_folder(config: Any) -> Path:
+    """Return the folder of the checkpoints, from a configuration of `fit`, which need not name it."""
+    return Path(config["checkpoint"]["dirpath"] or Path(config["trainer"]["default_root_dir"], "checkpoints"))
+
+
+def refuse_checkpoints_of_others(folder: Path, pattern: str) -> None:
+    """Refuse to begin a run at step 0 beside another program's checkpoints.
+
+    Args:
+        folder: folder of the checkpoints, in which no checkpoint of this program is.
+        pattern: glob pattern of this program's checkpoints.
+
+    Raises:
+        RecipeError: if checkpoints of another program are there.
+    """
+    for other, program in _WRITERS.items():
+        if other != pattern and any(folder.glob(other)):
+            raise RecipeError(
+                f"--ckpt_path last: the checkpoints in {folder} are {program}'s. Resume with that program, or choose"
+                " another folder: --trainer.default_root_dir DIR"
+            )
+
+
+def move_earlier_run(root: Path, checkpoints: Path) -> None:
+    """Move the run that is in `root` to `earlier/N`, so that a new run there does not overwrite it.
+
+    Args:
+        root: folder of the new run.
+        checkpoints: folder of its checkpoints.
+
+    Raises:
+        RecipeError: if `checkpoints` is elsewhere and holds checkpoints, which the new run would remove.
+    """
+    held = any(any(checkpoints.glob(pattern)) for pattern in (*_WRITERS, "last.ckpt"))
+    if held and checkpoints != root / "checkpoints":
+        raise RecipeError(
+            f"checkpoint.dirpath: {checkpoints} holds the checkpoints of another run. Choose another folder, null for "
+            f"{root / 'checkpoints'}, or resume that run: --ckpt_path last"
+        )
+    if not held and not (root / "logs" / "config.yaml").exists():
+        return
+    number = 1 + max((int(p.name) for p in (root / "earlier").glob("*") if p.name.isdigit()), default=0)
+    target = root / "earlier" / str(number)
+    target.mkdir(parents=True)
+    for name in _FILES:
+        if (root / name).exists():
+            (root / name).rename(target / name)
+    print(f"{root} held a run already: moved to {target}. To resume a run: --ckpt_path last")
