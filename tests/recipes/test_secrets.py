@@ -22,6 +22,11 @@ SECRET = "hf_abcdefgh"
         ({"data": {"source_options": {"storage_options": {"secret": SECRET}}}}, "storage_options.secret"),
         ({"trainer": {"logger": {"init_args": {"api_key": SECRET}}}}, "trainer.logger.init_args.api_key"),
         ({"trainer": {"logger": [{"init_args": {"AWS_SECRET_ACCESS_KEY": SECRET}}]}}, "logger.0.init_args.AWS"),
+        ({"data": {"source_options": {"headers": {"Authorization": f"Bearer {SECRET}"}}}}, "headers.Authorization"),
+        *[({"data": {"source_options": {key: SECRET}}}, f"_options.{key}") for key in ("authToken", "pwd", "pat")],
+        ({"data": {"source": f"https://host/a?sig={SECRET}&se=1"}}, "data.source "),
+        ({"data": {"source_options": {"data_files": [f"https://host/a?x=1&token={SECRET}"]}}}, "data_files.0 "),
+        ({"data": {"source": f"s3://host/a?X-Amz-Signature={SECRET}#b"}}, "data.source "),
         ({"data": {"source": f"https://me:{SECRET}@host/data"}}, "data.source "),
     ],
 )
@@ -36,6 +41,7 @@ def test_what_only_sounds_like_one(tmp_path: Path) -> None:
     refuse_secrets(settings.config)
     options = {"token": True, "tokenizer": "t5", "max_tokens": 7, "pad_token_id": 0, "key": "text", "api_key": None}
     refuse_secrets({"data": options | {"source": "s3://bucket/a@b:c", "monkey": "x", "keyboard_token_name": "y"}})
+    refuse_secrets({"path": "a", "pattern": "*.txt", "spat": "b", "significance": "c", "url": "https://host/a?page=2"})
 
 
 def test_a_run_with_one_writes_nothing(tmp_path: Path) -> None:

@@ -93,7 +93,11 @@ class JsonLines:
 
 @dataclass(frozen=True)
 class ParquetGroup:
-    """One row group of a parquet file."""
+    """One row group of a parquet file.
+
+    Processes share a file by its row groups, as they share a file of lines by its bytes. The Parquet builder of the
+    datasets library would first copy the whole file as Arrow.
+    """
 
     path: str
     field: str

@@ -25,7 +25,10 @@ def require(condition: bool, name: str, value: object, allowed: str) -> None:
 
 
 def require_counts(section: str, lowest: int = 1, **values: int | None) -> None:
-    """Raise a RecipeError unless every setting of a section is at least `lowest`, or None (null)."""
+    """Raise a RecipeError unless every setting of a section is at least `lowest`, or None (null).
+
+    jsonargparse's PositiveInt would pass on objects of its own class, which checkpoints would pickle.
+    """
     for name, value in values.items():
         require(value is None or value >= lowest, f"{section}.{name}", value, f"a whole number >= {lowest}")
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import parse_qsl
 
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 _SECRET = re.compile(
-    r"(^|[_-])(token|secret|password|passwd|passphrase|credentials?|(api|access|secret|account|private|sas)[_-]?key)$",
+    r"(^|[_-])(token|secret|password|passwd|passphrase|pwd|pat|credentials?|(proxy[_-])?authorization|bearer|cookie|"
+    r"sig|signature|(api|access|secret|account|private|sas)[_-]?key)$",
     re.IGNORECASE,
 )
-_LOGIN_IN_URL = re.compile(r"[a-z][a-z0-9+.-]*://[^/@\s]+:[^/@\s]+@", re.IGNORECASE)
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")  # authToken is auth_Token
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://(?P<login>[^/@\s]+:[^/@\s]+@)?", re.IGNORECASE)
 
 
 def refuse_secrets(config: dict[str, Any]) -> None:
-    """Raise a RecipeError that names the key, if a key looks like a secret's or a URL holds a password."""
+    """Raise a RecipeError that names the key, if a key looks like a secret's or a URL holds one."""
     for where in _secrets(config, ""):
         raise RecipeError(
             f"{where} looks like a secret, and a run writes its configuration to files that people pass on. Set it in"
@@ -32,5 +35,17 @@ def _secrets(value: Any, where: str) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for number, inside in enumerate(value):
             yield from _secrets(inside, f"{where}.{number}")
-    elif isinstance(value, str) and value and (_SECRET.search(where.rpartition(".")[2]) or _LOGIN_IN_URL.match(value)):
+    elif isinstance(value, str) and value and (_names_secret(where.rpartition(".")[2]) or _in_url(value)):
         yield where
+
+
+def _names_secret(key: str) -> bool:
+    return bool(_SECRET.search(_CAMEL.sub("_", key)))
+
+
+def _in_url(text: str) -> bool:
+    """Return whether `text` is a URL with a password, or with a secret in its query, such as a signature."""
+    if not (found := _URL.match(text)):
+        return False
+    query = parse_qsl(text.partition("?")[2].partition("#")[0])
+    return bool(found["login"]) or any(_names_secret(key) for key, _ in query)
