@@ -136,7 +136,7 @@ def test_several_processes_make_the_same(
         (["--data.source", "gone"], r"error: data.source gone does not exist"),
         (["--config", "laptop", "--data.tokenizer", "bpe-4096"], r"error: model.vocab_size is 256; allowed: >= 4096"),
         (["--config", "CUT"], r"error: .*cut.yaml is not YAML: while parsing"),
-        (["--config", "FLAT"], r"error: .*flat.yaml is not a recipe: data, model and trainer are sections"),
+        (["--config", "FLAT"], r"error: .*flat.yaml: data is 3; allowed: settings of the form"),
         (["--data.sorce", "x"], None),
         (["--workers", "x"], None),
         (["--workers", "0"], None),

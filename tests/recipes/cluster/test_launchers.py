@@ -84,7 +84,7 @@ def test_no_value_is_executed_or_split(script: str, probe: Path, tmp_path: Path)
     if script == "deepspeed.sh":
         pytest.importorskip("deepspeed")
     config, root = tmp_path / f"-{HOSTILE}.yaml", tmp_path / f"-{HOSTILE}"
-    config.write_text("")
+    config.write_text("trainer: {}\n")
     words = ["--data.source", HOSTILE, "", "-", f"--data.text_field={HOSTILE}"]
     done = launch(script, root, *words, PROGRAM=str(probe), CONFIG=str(config))
     assert done.returncode == 0, done.stderr
