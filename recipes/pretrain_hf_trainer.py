@@ -28,6 +28,7 @@ from am_lightning.huggingface import AdaptiveMemoryCallback
 from am_lightning.pretrain.checkpoints.accelerate import chosen, hold_together
 from am_lightning.pretrain.checkpoints.atomic import prune
 from am_lightning.pretrain.checkpoints.manifest import sync_files, write_manifest
+from am_lightning.pretrain.checkpoints.run_folder import TRAINER_STEPS
 from am_lightning.pretrain.model.network import build_llama, token_loss
 from am_lightning.pretrain.runtime.atomic_files import replacing
 from am_lightning.pretrain.runtime.collectives import Agreement, limit_waits
@@ -37,7 +38,6 @@ from am_lightning.pretrain.runtime.stop_signals import StopSignals
 
 CURVES = {"loss": "train/loss", "learning_rate": "lr", "grad_norm": "grad_norm", "eval_loss": "val/loss"}
 DATA_FILE = "data.pt"  # in each checkpoint: the model's shape and the data it was trained on
-FOLDERS = "checkpoint-*"
 
 
 def main(args: list[str] | None = None) -> None:
@@ -135,7 +135,6 @@ class WholeCheckpoints(TrainerCallback):
 
     def __init__(self, settings: RunConfig) -> None:
         self.settings = settings
-        self.data, self.shape, self.keep = settings.data, settings.shape, settings.keep
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Write the configuration after a checkpoint is loaded, because a refused resume must not change it."""
@@ -143,21 +142,21 @@ class WholeCheckpoints(TrainerCallback):
             self.settings.save(self.settings.root / "logs" / "config.yaml")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        data = self.data.state_dict()
+        data = self.settings.data.state_dict()
         PartialState().wait_for_everyone()  # each process writes its own random state
         if state.is_world_process_zero:
             path = Path(args.output_dir, f"checkpoint-{state.global_step}")
             with replacing(path / DATA_FILE, "Free some space, then start again.") as file:
-                torch.save({"shape": self.shape.state_dict(), "data": data}, file)
+                torch.save({"shape": self.settings.shape.state_dict(), "data": data}, file)
             sync_files(path)
             write_manifest(path)
-            prune(list(path.parent.glob(FOLDERS)), self.keep)
+            prune(list(path.parent.glob(TRAINER_STEPS)), self.settings.keep)
 
     def load(self, folder: Path) -> None:
         """Raise a RecipeError if the checkpoint in `folder` is of another model or was trained on other data."""
         found = torch.load(folder / DATA_FILE, weights_only=True)
-        self.shape.load_state_dict(found["shape"])
-        self.data.load_state_dict(found["data"])
+        self.settings.shape.load_state_dict(found["shape"])
+        self.settings.data.load_state_dict(found["data"])
 
 
 class StopAtStep(TrainerCallback):
@@ -202,7 +201,7 @@ def train(settings: RunConfig) -> None:
     trainer = RecipeTrainer(settings, model=model, args=args, callbacks=callbacks)
     hold_together(trainer.accelerator, settings.checkpoints, new_run_in=settings.new_run_in())
     path = settings.ckpt_path
-    resume = None if path is None else chosen(trainer.accelerator, path, settings.checkpoints, FOLDERS)
+    resume = None if path is None else chosen(trainer.accelerator, path, settings.checkpoints, TRAINER_STEPS)
     if resume is not None:
         checkpoints.load(resume)
     trainer.train(resume_from_checkpoint=resume and str(resume))

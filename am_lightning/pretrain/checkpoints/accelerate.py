@@ -13,12 +13,15 @@ from torch.distributed.checkpoint.stateful import Stateful
 from am_lightning.pretrain.checkpoints.atomic import prune, publish_folder
 from am_lightning.pretrain.checkpoints.ranks import Ranks
 from am_lightning.pretrain.checkpoints.resume import check_readable, newest_first, newest_whole
+from am_lightning.pretrain.checkpoints.run_folder import (
+    ACCELERATE_STEPS,
+    move_earlier_run,
+    refuse_checkpoints_of_others,
+)
 from am_lightning.pretrain.runtime.errors import RecipeError
-from am_lightning.pretrain.runtime.run_folder import move_earlier_run, refuse_checkpoints_of_others
 from am_lightning.pretrain.runtime.run_lock import hold
 
 _STATES = "states.pt"
-_FOLDERS = "step-*[0-9]"  # not the step-N.ckpt of pretrain.py
 
 
 class AccelerateCheckpoints:
@@ -68,7 +71,7 @@ class AccelerateCheckpoints:
         with ranks.together(target, part):
             if ranks.first:
                 publish_folder(part, target)
-                prune(self.folder.glob(_FOLDERS), self.keep)
+                prune(self.folder.glob(ACCELERATE_STEPS), self.keep)
         return target
 
     def load(self, ckpt_path: str) -> Path | None:
@@ -77,7 +80,7 @@ class AccelerateCheckpoints:
         Raises:
             RecipeError: if the folder does not exist, or no checkpoint is whole.
         """
-        path = chosen(self.accelerator, ckpt_path, self.folder, _FOLDERS)
+        path = chosen(self.accelerator, ckpt_path, self.folder, ACCELERATE_STEPS)
         if path is not None:
             if not (path / _STATES).exists():
                 raise RecipeError(f"--ckpt_path {path} is not a checkpoint of this program: it has no {_STATES}")
@@ -91,7 +94,7 @@ class AccelerateCheckpoints:
 
     def newest(self) -> Path | None:
         """Return the checkpoint that was written last."""
-        return next(iter(newest_first(self.folder.glob(_FOLDERS))), None)
+        return next(iter(newest_first(self.folder.glob(ACCELERATE_STEPS))), None)
 
 
 def chosen(accelerator: Accelerator, ckpt_path: str, folder: Path, pattern: str) -> Path | None:

@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from am_lightning.pretrain.checkpoints.manifest import damage
 from am_lightning.pretrain.checkpoints.resume import LAST, STEPS, newest_whole
+from am_lightning.pretrain.checkpoints.run_folder import ACCELERATE_STEPS
 from am_lightning.pretrain.checkpoints.weights import is_checkpoint, model_arguments, read_weights
 from am_lightning.pretrain.data.hf_tokenizer import as_pretrained
 from am_lightning.pretrain.data.shards import INDEX, read_index
@@ -21,7 +22,7 @@ from am_lightning.pretrain.model.shape import LlamaShape
 from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.settings import saved_config
 
-_NAMES = (STEPS, LAST, "step-*[0-9]", "checkpoint-*[0-9]")  # of Lightning, Accelerate, the HF Trainer
+_NAMES = (STEPS, LAST, ACCELERATE_STEPS, "checkpoint-*[0-9]")  # of Lightning, Accelerate, the HF Trainer
 _ALLOWED = "the folder of a run (its trainer.default_root_dir), or one of its checkpoints"
 
 

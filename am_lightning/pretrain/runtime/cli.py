@@ -30,6 +30,11 @@ from am_lightning.pretrain.checkpoints import (
     saved_hyperparameters,
     saved_step,
 )
+from am_lightning.pretrain.checkpoints.run_folder import (
+    checkpoint_folder,
+    move_earlier_run,
+    refuse_checkpoints_of_others,
+)
 from am_lightning.pretrain.commands.compare import compare
 from am_lightning.pretrain.commands.report.summary import RunResult, print_summary, print_validation
 from am_lightning.pretrain.data.text_data import TextData
@@ -38,11 +43,6 @@ from am_lightning.pretrain.model.shape import LlamaShape
 from am_lightning.pretrain.runtime.errors import RecipeError, require, require_counts
 from am_lightning.pretrain.runtime.operator_build import announce_deepspeed_build
 from am_lightning.pretrain.runtime.paths import with_paths
-from am_lightning.pretrain.runtime.run_folder import (
-    checkpoint_folder,
-    move_earlier_run,
-    refuse_checkpoints_of_others,
-)
 from am_lightning.pretrain.runtime.run_lock import hold
 from am_lightning.pretrain.runtime.secrets import refuse_secrets
 from am_lightning.pretrain.runtime.suggestions import explain

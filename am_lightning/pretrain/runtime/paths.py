@@ -100,19 +100,24 @@ def config_files(name_or_path: str) -> list[Path]:
     return [path for path in files if read_values(path)] or files[-1:]
 
 
+def parse(path: Path, text: str) -> Any:
+    """Return the values of the YAML `text`, which is that of `path`. RecipeError: if it is not YAML."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+
+
 def read_values(path: Path) -> dict[str, Any]:
     """Return what a YAML sets, without its base.
 
     Raises:
         RecipeError: if it is not a YAML of sections.
     """
-    import yaml
-
     text = read_text(path)
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    values = parse(path, text)
     if values is None and BASE.search(text):
         return {}
     if not isinstance(values, dict):

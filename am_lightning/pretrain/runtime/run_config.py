@@ -17,6 +17,7 @@ from am_lightning.lightning import AdaptiveMemory
 from am_lightning.loggers.reader import read_report
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.unwrap import unwrap_optimizer
+from am_lightning.pretrain.checkpoints.run_folder import checkpoint_folder
 from am_lightning.pretrain.commands.report.summary import next_commands, print_validation
 from am_lightning.pretrain.data.text_data import TextData
 from am_lightning.pretrain.model.lightning_module import LlamaPretraining, check_optimizer
@@ -24,7 +25,6 @@ from am_lightning.pretrain.model.shape import LlamaShape
 from am_lightning.pretrain.runtime.atomic_files import replacing
 from am_lightning.pretrain.runtime.cli import PretrainCLI, precision_of, settle
 from am_lightning.pretrain.runtime.errors import RecipeError, require, require_counts
-from am_lightning.pretrain.runtime.run_folder import checkpoint_folder
 
 _RESUME_BEFORE = "Resume from a checkpoint before"
 _CALM = "and lower the learning rate or set trainer.gradient_clip_val."

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from am_lightning.pretrain.runtime.errors import RecipeError, UsageError
-from am_lightning.pretrain.runtime.paths import read_values, with_paths
+from am_lightning.pretrain.runtime.paths import parse, read_values, with_paths
 from am_lightning.pretrain.runtime.recipe_text import recipe_text
 from am_lightning.pretrain.runtime.suggestions import unknown_setting
 
@@ -38,12 +38,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises:
         RecipeError: if it is not a YAML of sections, or its base does not exist.
     """
-    import yaml
-
-    try:
-        values = yaml.safe_load(recipe_text(path))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    values = parse(path, recipe_text(path))
     if not isinstance(values, dict):
         raise RecipeError(f"{path} is not a recipe: it has no sections")
     return values

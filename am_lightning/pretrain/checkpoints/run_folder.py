@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from am_lightning.pretrain.checkpoints.resume import LAST, STEPS
 from am_lightning.pretrain.runtime.errors import RecipeError
 
+ACCELERATE_STEPS = "step-*[0-9]"  # not the step-N.ckpt of pretrain.py
+TRAINER_STEPS = "checkpoint-*"
 # A run's files, which a new run in the same folder moves away first.
 _FILES = ("checkpoints", "logs", "summary.png", "compare", "compare.png", "report.html", "report.png")
 # The program that writes checkpoints of these names.
 _WRITERS = {
-    "step-*.ckpt": "pretrain.py",
-    "step-*[0-9]": "pretrain_accelerate.py",
-    "checkpoint-*": "pretrain_hf_trainer.py",
+    STEPS: "pretrain.py",
+    ACCELERATE_STEPS: "pretrain_accelerate.py",
+    TRAINER_STEPS: "pretrain_hf_trainer.py",
 }
 
 
@@ -50,7 +53,7 @@ def move_earlier_run(root: Path, checkpoints: Path) -> None:
     Raises:
         RecipeError: if `checkpoints` is elsewhere and holds checkpoints, which the new run would remove.
     """
-    held = any(any(checkpoints.glob(pattern)) for pattern in (*_WRITERS, "last.ckpt"))
+    held = any(any(checkpoints.glob(pattern)) for pattern in (*_WRITERS, LAST))
     if held and checkpoints != root / "checkpoints":
         raise RecipeError(
             f"checkpoint.dirpath: {checkpoints} holds the checkpoints of another run. Choose another folder, null for "
