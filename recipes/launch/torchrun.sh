@@ -47,7 +47,7 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
 print(local, int(local == address or address.startswith("127.")), interface)
 '
 
-agent=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS_PER_NODE" --max-restarts "$MAX_RESTARTS")
+agent=("$PYTHON" "$LAUNCH/agent.py" --nproc-per-node "$GPUS_PER_NODE" --max-restarts "$MAX_RESTARTS")
 port="${MASTER_PORT:-29500}"
 if [ "$NODES" -eq 1 ]; then
     agent+=(--nnodes 1 --standalone)

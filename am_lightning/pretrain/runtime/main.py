@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import pickle
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 from am_lightning.pretrain.runtime.atomic_files import DISK_FULL, NO_ACCESS, disk_error
 from am_lightning.pretrain.runtime.errors import RESUME, RecipeError, UsageError, first_line
@@ -28,7 +30,28 @@ def command_line(*, imports: bool = True) -> Iterator[None]:
         imports: import first what training needs; a program that may not need it calls `import_training` itself.
     """
     with early_signals():  # the imports take seconds
-        yield from _command_line(imports=imports)
+        try:
+            yield from _command_line(imports=imports)
+        except SystemExit as end:
+            file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # torchrun's: START/RANK/error.json
+            if not isinstance(end.code, str) or not file or "TORCHELASTIC_RUN_ID" not in os.environ:
+                raise
+            _print_once(end.code, Path(file).parent.parent)
+            raise SystemExit(1) from None
+
+
+def _print_once(text: str, folder: Path) -> None:
+    """Print an error unless another rank has, with the same `folder`, which torchrun makes for each start."""
+    import fcntl  # POSIX only, like torchrun's signals
+
+    try:
+        with (folder / f"error-{hashlib.sha256(text.encode()).hexdigest()}").open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # torchrun kills the other ranks after the first has ended
+            if os.fstat(file.fileno()).st_size == 0:
+                print(f"{text}\n", end="", file=sys.stderr, flush=True)
+                file.write(b"printed")
+    except OSError:  # no lock or no space: twice is better than never
+        print(f"{text}\n", end="", file=sys.stderr, flush=True)
 
 
 def _command_line(*, imports: bool) -> Iterator[None]:

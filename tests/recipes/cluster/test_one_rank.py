@@ -123,7 +123,7 @@ def test_a_nan_on_one_rank_drops_the_step_on_both(engine: str, kind: str, tmp_pa
 def test_nans_without_end_end_the_run_on_both(engine: str, tmp_path: Path, corpus_folder: Path) -> None:
     status, said, ranks = deepspeed(tmp_path / "run", corpus_folder, engine, "nan", tuple(range(3, 99)), 40)
     assert status == 1, said
-    assert said.count("error: 20 steps in a row were dropped") == 2
+    assert said.count("error: 20 steps in a row were dropped") == 1
     assert [len(lines) for lines in ranks] == [23, 23]
 
 
@@ -138,4 +138,4 @@ def test_nans_without_end_end_the_other_programs(
     status, said = train(tmp_path / "run", corpus_folder, event, 40, *extra, MAX_RESTARTS="0")
     assert status == 1, said
     wanted = "20 steps in a row were dropped" if optimizer == "ours" else "train/loss is nan at step 4. Resume from"
-    assert said.count(f"error: {wanted}") == 2, said
+    assert said.count(f"error: {wanted}") == 1, said
