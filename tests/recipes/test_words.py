@@ -128,7 +128,7 @@ def test_a_port_in_use() -> None:
 
 
 @pytest.mark.slow
-def test_the_end_of_a_run_whose_output_is_closed_or_whose_locale_is_poor(tmp_path: Path, corpus_folder: Path) -> None:
+def test_a_run_whose_output_is_closed_ends_as_usual(tmp_path: Path, corpus_folder: Path) -> None:
     words = " ".join([PYTHON, str(RECIPES / "pretrain.py"), *arguments(tmp_path / "a", corpus_folder, 2)])
     fit = "" if " fit " in words else " fit"
     program = str(RECIPES / "pretrain.py")
@@ -136,8 +136,24 @@ def test_the_end_of_a_run_whose_output_is_closed_or_whose_locale_is_poor(tmp_pat
     result = subprocess.run(["bash", "-c", f"{command} >&-"], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "a" / "checkpoints" / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (("fit", "laptop", "--trainer.default_root_dir", "käse"), "the argument 'k\\udcc3\\udca4se': this locale"),
+        (("report", "käse"), "the argument 'k\\udcc3\\udca4se': this locale has no such letters; set LC_ALL=C.UTF-8"),
+        (("fit", "umlaut.yaml"), "umlaut.yaml has letters that this locale ("),
+        (("fit", "escaped.yaml"), "data.source 'k\\xe4se': this locale has no such letters; set LC_ALL=C.UTF-8"),
+    ],
+    ids=["folder", "run", "yaml", "source"],
+)
+def test_letters_that_the_locale_lacks(words: tuple[str, ...], wanted: str, tmp_path: Path) -> None:
+    base = recipes_folder() / "configs" / "laptop.yaml"
+    (tmp_path / "umlaut.yaml").write_text(f"# base: {base}\ndata: {{source: käse}}\n", encoding="utf-8")
+    (tmp_path / "escaped.yaml").write_text(f'# base: {base}\ndata: {{source: "k\\u00e4se"}}\n', encoding="ascii")
     poor = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    other = command.replace(str(tmp_path / "a"), str(tmp_path / "käse"))
-    result = subprocess.run(["bash", "-c", other], capture_output=True, timeout=240, env=poor)
-    assert result.returncode == 1
-    assert b"this locale has no such letters; set LC_ALL=C.UTF-8" in result.stderr.splitlines()[-1]
+    command = [PYTHON, "-m", "am_lightning.recipes", *words]
+    done = subprocess.run(command, cwd=tmp_path, env=poor, capture_output=True, timeout=240)
+    assert done.returncode == 1 and wanted in done.stderr.decode().splitlines()[-1], done.stderr.decode()
+    assert not (tmp_path / "runs").exists()

@@ -40,7 +40,7 @@ from am_lightning.pretrain.commands.report.summary import RunResult, print_summa
 from am_lightning.pretrain.data.text_data import TextData
 from am_lightning.pretrain.model.lightning_module import LlamaPretraining, check_optimizer
 from am_lightning.pretrain.model.shape import LlamaShape
-from am_lightning.pretrain.runtime.errors import RecipeError, require, require_counts
+from am_lightning.pretrain.runtime.errors import RecipeError, require, require_counts, require_encodable
 from am_lightning.pretrain.runtime.operator_build import announce_deepspeed_build
 from am_lightning.pretrain.runtime.paths import with_paths
 from am_lightning.pretrain.runtime.run_lock import hold
@@ -188,11 +188,8 @@ def settle(config: Any) -> None:
     trainer, checkpoint = config.trainer, config.checkpoint
     require(config.threads is None or config.threads >= 1, "threads", config.threads, "a whole number >= 1, or null")
     root = Path(trainer.default_root_dir or ".").expanduser().resolve()
-    try:
-        str(root).encode()
-    except UnicodeEncodeError:
-        text = f"trainer.default_root_dir {root!a}: this locale has no such letters; set LC_ALL=C.UTF-8"
-        raise RecipeError(text) from None
+    require_encodable("trainer.default_root_dir", str(root))
+    require_encodable("data.source", config.data.source)
     trainer.default_root_dir = str(root)
     if trainer.max_steps > 0:
         if checkpoint.every_n_train_steps is None:

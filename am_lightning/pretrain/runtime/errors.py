@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,6 +32,15 @@ def require_counts(section: str, lowest: int = 1, **values: int | None) -> None:
     """
     for name, value in values.items():
         require(value is None or value >= lowest, f"{section}.{name}", value, f"a whole number >= {lowest}")
+
+
+def require_encodable(name: str, text: str) -> None:
+    """Raise a RecipeError that names the setting if no file or file name could hold its text, as in a C locale."""
+    try:
+        text.encode()
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise RecipeError(f"{name} {text!a}: this locale has no such letters; set LC_ALL=C.UTF-8") from None
 
 
 def first_line(error: BaseException) -> str:

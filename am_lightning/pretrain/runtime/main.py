@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from am_lightning.pretrain.runtime.atomic_files import DISK_FULL, NO_ACCESS, disk_error
-from am_lightning.pretrain.runtime.errors import RESUME, RecipeError, UsageError, first_line
+from am_lightning.pretrain.runtime.errors import RESUME, RecipeError, UsageError, first_line, require_encodable
 from am_lightning.pretrain.runtime.stop_signals import Stopped, early_signals
 
 _NEEDED = ("jsonargparse", "lightning", "matplotlib", "numpy", "tensorboard", "torch", "transformers", "yaml")
@@ -59,9 +59,11 @@ def _command_line(*, imports: bool) -> Iterator[None]:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (to the process's end)
     _quiet()
-    if imports:
-        import_training()
     try:
+        for word in sys.argv[1:]:
+            require_encodable("the argument", word)
+        if imports:
+            import_training()
         try:
             yield
             leave_group()

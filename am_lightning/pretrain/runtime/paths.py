@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import locale
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,12 +63,16 @@ def read_text(path: Path) -> str:
     """Return the text of a YAML.
 
     Raises:
-        RecipeError: if it is not UTF-8.
+        RecipeError: if it is not UTF-8, or if jsonargparse, which uses the locale's encoding, would misread it.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not a recipe: its bytes are not UTF-8 text ({error.reason})") from None
+    encoding = locale.getpreferredencoding(False)
+    if not text.isascii() and codecs.lookup(encoding).name != "utf-8":
+        raise RecipeError(f"{path} has letters that this locale ({encoding}) would misread; set LC_ALL=C.UTF-8")
+    return text
 
 
 def with_bases(path: Path) -> list[Path]:
