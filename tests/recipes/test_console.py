@@ -46,6 +46,12 @@ LIGHT = [
     (["cp", "60m", "mine.yaml/new"], 1, "allowed: a folder (mine.yaml is a file)"),
     (["validate", "empty.yaml"], 2, "empty.yaml is not a recipe: it holds nothing; allowed: sections (model, data"),
     (["validate", "list.yaml"], 2, "list.yaml: model is [1, 2]; allowed: settings"),
+    (["fit", "laptop", "60m"], 2, "unrecognized argument '60m' after laptop"),
+    (["fit", "laptop", "--gpus", "0"], 1, "--gpus is 0; allowed: a whole number >= 1"),
+    (["plan", "60m", "--gpus", "8", "--gpu", "K80"], 1, "--gpu is 'K80'; allowed: one of A100-40"),
+    (["plan", "60m", "--gpus", "8", "--gpus-per-node", "0"], 1, "--gpus-per-node is 0; allowed: a whole number"),
+    (["sample", "missing", "--prompt", "a"], 1, "RUN is 'missing': there is no such file or folder; allowed: the fol"),
+    (["export", "missing", "hf"], 1, "RUN is 'missing': there is no such file or folder; allowed: the folder of a"),
     (["fit", "latin1.yaml"], 1, "latin1.yaml is not a recipe: its bytes are not UTF-8"),
 ]
 FILES = {
@@ -88,6 +94,14 @@ def test_help_and_refusals_import_nothing_of_training(tmp_path: Path) -> None:
         assert found == status, (given, text)
         assert says in text, (given, text)
         assert loaded == [], given
+
+
+def test_an_output_on_a_full_disk_is_no_lost_run(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        command = [COLD, "-m", "am_lightning.recipes", "list"]
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr == "error: cannot write the output: No space left on device. Free some space.\n"
 
 
 def test_the_short_help_has_the_values_of_base_yaml(capsys: pytest.CaptureFixture[str]) -> None:

@@ -142,7 +142,7 @@ def test_an_exported_model_is_the_trained_one(run_of: Callable[[str], Path], tmp
     trained = logits_of(network_of(run_of("pretrain")), IDS)
     assert torch.equal(found["pretrain"]["logits"], trained)
     for name in ALONE[1:]:  # they train to the same weights, up to rounding
-        assert torch.equal(found[name]["logits"], logits_of(open_run(str(run_of(name))).model(), IDS))
+        assert torch.equal(found[name]["logits"], logits_of(open_run(run_of(name)).model(), IDS))
         torch.testing.assert_close(found[name]["logits"], trained, rtol=0, atol=1e-5)
     assert torch.equal(found["grouped"]["logits"], logits_of(network_of(run_of("grouped")), IDS))
     for name in ALONE:
@@ -174,8 +174,8 @@ def test_every_engines_checkpoints_are_exported(run_of: Callable[[str], Path], t
     (found,) = load_elsewhere(tmp_path, IDS, tmp_path / "out")
     trained = logits_of(network_of(run_of("pretrain")), IDS)
     torch.testing.assert_close(found["logits"], trained, rtol=0, atol=1e-4)
-    assert torch.equal(found["logits"], logits_of(open_run(str(run_of(name))).model(), IDS))
-    before = logits_of(open_run(str(sorted((run_of(name) / "checkpoints").glob("step-*2*"))[0])).model(), IDS)
+    assert torch.equal(found["logits"], logits_of(open_run(run_of(name)).model(), IDS))
+    before = logits_of(open_run(sorted((run_of(name) / "checkpoints").glob("step-*2*"))[0]).model(), IDS)
     assert (before - trained).abs().max() > 1e-2  # the bound above detects one step more or less
     if "DeepSpeed" in name:
         path = next((run_of(name) / "checkpoints").glob("step-*4*/*/*_optim_states.pt"))
@@ -232,7 +232,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(run_of: Callable[[str], Path
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.warns(UserWarning, match=r"step-000004 is broken \(wrong checksum of model.safetensors\)"):
-        assert open_run(str(root)).checkpoint == root / "checkpoints" / "step-000002"
+        assert open_run(root).checkpoint == root / "checkpoints" / "step-000002"
     with pytest.raises(SystemExit, match=r"^error: the checkpoint .*step-000004 is broken \(wrong checksum.*newest"):
         main(["sample", str(newest), "--prompt", "x"])
     (root / "checkpoints" / "step-000002" / "manifest.json").unlink()
@@ -273,7 +273,7 @@ def test_samples_are_the_models_own(run_of: Callable[[str], Path], capsys: pytes
         assert main(["sample", str(root), "--prompt", "def memory", *options]) == 0
         return capsys.readouterr().out
 
-    tokenizer = open_run(str(root)).tokenizer
+    tokenizer = open_run(root).tokenizer
     network, ids = network_of(root), tokenizer("def memory", return_tensors="pt")["input_ids"]
     for _ in range(8):
         ids = torch.cat([ids, logits_of(network, ids)[:, -1:].argmax(-1)], dim=1)
@@ -338,9 +338,9 @@ def test_the_tokenizer_is_the_one_that_made_the_tokens(
     other = tmp_path / "other.json"
     train_bpe(300, [b"other words, other pairs " * 50], other)
     shutil.copy(other, file.with_name("bpe-300-of-another.json"))
-    ids = open_run(str(root)).tokenizer("def memory momentum")["input_ids"]
-    assert ids == open_run(str(root), str(file)).tokenizer("def memory momentum")["input_ids"]
-    assert ids != open_run(str(root), str(other)).tokenizer("def memory momentum")["input_ids"]
+    ids = open_run(root).tokenizer("def memory momentum")["input_ids"]
+    assert ids == open_run(root, str(file)).tokenizer("def memory momentum")["input_ids"]
+    assert ids != open_run(root, str(other)).tokenizer("def memory momentum")["input_ids"]
 
     config = root / "logs" / "config.yaml"
     text = config.read_text()
@@ -350,13 +350,13 @@ def test_the_tokenizer_is_the_one_that_made_the_tokens(
     )
     assert moved != text
     config.write_text(moved)
-    assert open_run(str(root)).tokenizer("def memory momentum")["input_ids"] == ids
+    assert open_run(root).tokenizer("def memory momentum")["input_ids"] == ids
     config.write_text(text)
     shutil.copy(other, file)
     with pytest.raises(
         RecipeError, match=r"bpe-300 of .* is gone, or gives other tokens now: give it with --tokenizer"
     ):
-        open_run(str(root))
+        open_run(root)
 
 
 def test_bytes_have_the_ids_of_the_data() -> None:

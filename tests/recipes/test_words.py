@@ -13,7 +13,10 @@ from typing import Any
 import pretrain_accelerate
 import pretrain_hf_trainer
 import pytest
+from matplotlib.figure import Figure
 
+from am_lightning.pretrain.commands.report.plot import save
+from am_lightning.pretrain.data.shards import Index, write_index
 from am_lightning.pretrain.data.tokenizer import load_named
 from am_lightning.pretrain.runtime import main
 from am_lightning.pretrain.runtime.atomic_files import write_failure
@@ -111,6 +114,14 @@ def test_a_precision_that_a_program_does_not_have(refuses: Callable[[RunConfig],
 def test_the_cure_is_that_of_the_reason(tmp_path: Path, number: int, cure: str) -> None:
     text = str(write_failure(tmp_path / "a", OSError(number, os.strerror(number)), "Free some space."))
     assert text.startswith(f"cannot write {tmp_path / 'a'}: {os.strerror(number)}") and cure in text
+
+
+def test_the_cure_names_the_option_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RecipeError, match=r"Choose another folder \(am-lightning report --output FILE\)\.$"):
+        save(Figure(), tmp_path / "file" / "report.png")
+    with pytest.raises(RecipeError, match=r"Choose another folder \(--data\.cache_dir DIR\)\.$"):
+        write_index(tmp_path / "file" / "index.json", Index(2, "uint8", 256, "bytes", "", "text", 5.0, {}, (), ()))
 
 
 @pytest.mark.parametrize("name", ["./tok", "../tok", "/tok", "~/tok"])

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.main import import_training
 from am_lightning.pretrain.runtime.paths import find_config
 from am_lightning.pretrain.runtime.settings import check_names
 
 if TYPE_CHECKING:
     from am_lightning.pretrain.runtime.run_config import RunConfig
+
+
+RUN = "the folder of a run (its trainer.default_root_dir), or one of its checkpoints"
 
 
 def add_config(parser: argparse.ArgumentParser, options: str = "") -> None:
@@ -24,10 +29,16 @@ def add_config(parser: argparse.ArgumentParser, options: str = "") -> None:
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Add RUN and --tokenizer, which `open_run` takes."""
-    parser.add_argument(
-        "name", metavar="RUN", help="folder of a run, whose newest whole checkpoint is used, or a checkpoint"
-    )
+    text = "folder of a run, whose newest whole checkpoint is used, or a checkpoint"
+    parser.add_argument("path", metavar="RUN", type=_existing, help=text)
     parser.add_argument("--tokenizer", help="as data.tokenizer, or a tokenizer.json; default: the run's")
+
+
+def _existing(name: str) -> Path:
+    path = Path(name).expanduser().resolve()
+    if not path.exists():
+        raise RecipeError(f"RUN is {name!r}: there is no such file or folder; allowed: {RUN}")
+    return path
 
 
 def read_settings(args: argparse.Namespace) -> RunConfig:

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
     from am_lightning.pretrain.commands.trained_run import open_run
 
-    found = open_run(args.name, args.tokenizer)
+    found = open_run(args.path, args.tokenizer)
     model = found.model()
     if args.dtype != "auto":
         model = model.to(getattr(torch, args.dtype))

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from am_lightning.pretrain.runtime.errors import RecipeError, require
+from am_lightning.pretrain.runtime.errors import RecipeError, UsageError, require
 from am_lightning.pretrain.runtime.main import import_training
 from am_lightning.pretrain.runtime.paths import find_config, recipes_folder
 from am_lightning.pretrain.runtime.settings import check_names, read_recipe
@@ -53,6 +53,8 @@ def main(args: Sequence[str]) -> int:
     else:
         options, rest = _parser().parse_known_args(list(args))
         name, settings = _recipe_of(rest)
+        if rest[0] == name and settings and not settings[0].startswith("-"):
+            raise UsageError(f"unrecognized argument {settings[0]!r} after {name}. Usage: {_USAGE}")
         check_names(rest)
         if options.gpus is not None or options.nodes is not None:
             return _launch(options, name, settings, args)
@@ -76,16 +78,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _launch(options: argparse.Namespace, name: str, settings: list[str], args: Sequence[str]) -> int:
     """Replace this process by torchrun.sh, which picks interfaces, restarts processes and configures torch and NCCL."""
+    for option, count in (("--gpus", options.gpus), ("--nodes", options.nodes)):
+        require(count is None or count >= 1, option, count, "a whole number >= 1")
+    port = options.master_port
+    require(port is None or 1 <= port <= 65535, "--master-port", port, "1 to 65535")
     import torch
 
     found = torch.cuda.device_count()
     gpus = options.gpus if options.gpus is not None else max(1, found)
     nodes = options.nodes if options.nodes is not None else 1
-    allowed = f"1 to {found}, the GPUs of this machine" if found else "a whole number >= 1"
-    require(1 <= gpus <= (found or gpus), "--gpus", gpus, allowed)
-    require(nodes >= 1, "--nodes", nodes, "a whole number >= 1")
-    port = options.master_port
-    require(port is None or 1 <= port <= 65535, "--master-port", port, "1 to 65535")
+    require(gpus <= (found or gpus), "--gpus", gpus, f"1 to {found}, the GPUs of this machine")
     parser = argparse.ArgumentParser(prog="fit", usage=_USAGE, add_help=False, allow_abbrev=False)
     for key in ("trainer.devices", "trainer.num_nodes", "trainer.default_root_dir", "ckpt_path"):
         parser.add_argument(f"--{key}")

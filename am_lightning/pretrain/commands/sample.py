@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     from am_lightning.pretrain.commands.trained_run import open_run
 
-    found = open_run(args.name, args.tokenizer)
+    found = open_run(args.path, args.tokenizer)
     print(f"checkpoint {found.checkpoint}", file=sys.stderr)
     for number, text in enumerate(_texts(found, args)):
         if args.num_samples > 1:

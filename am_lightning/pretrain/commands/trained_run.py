@@ -14,6 +14,7 @@ from am_lightning.pretrain.checkpoints.manifest import damage
 from am_lightning.pretrain.checkpoints.resume import LAST, STEPS, newest_whole
 from am_lightning.pretrain.checkpoints.run_folder import ACCELERATE_STEPS
 from am_lightning.pretrain.checkpoints.weights import is_checkpoint, model_arguments, read_weights
+from am_lightning.pretrain.commands.arguments import RUN
 from am_lightning.pretrain.data.hf_tokenizer import as_pretrained
 from am_lightning.pretrain.data.shards import INDEX, read_index
 from am_lightning.pretrain.data.tokenizer import BYTES, Tokenizer, bpe_size, check_vocabulary, load_bpe, load_named
@@ -23,7 +24,6 @@ from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.settings import saved_config
 
 _NAMES = (STEPS, LAST, ACCELERATE_STEPS, "checkpoint-*[0-9]")  # of Lightning, Accelerate, the HF Trainer
-_ALLOWED = "the folder of a run (its trainer.default_root_dir), or one of its checkpoints"
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class TrainedRun:
         return trained
 
 
-def open_run(name: str, tokenizer: str | None = None) -> TrainedRun:
+def open_run(path: Path, tokenizer: str | None = None) -> TrainedRun:
     """Find a trained model. Its weights are not read yet.
 
     Args:
-        name: the folder of a run, whose newest whole checkpoint is taken, or a checkpoint.
+        path: the folder of a run, whose newest whole checkpoint is taken, or a checkpoint.
         tokenizer: as `data.tokenizer`, or the tokenizer.json of a bpe-N; None: the run's.
 
     Raises:
@@ -73,9 +73,6 @@ def open_run(name: str, tokenizer: str | None = None) -> TrainedRun:
     logging: Any = transformers.logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    path = Path(name).expanduser().resolve()
-    if not path.exists():
-        raise RecipeError(f"RUN is {name!r}: there is no such file or folder; allowed: {_ALLOWED}")
     checkpoint = path if is_checkpoint(path) else _newest(path)
     if checkpoint == path and (problem := damage(path, ours=False)) is not None:
         hint = "Give its run's folder for the newest whole one"
@@ -92,7 +89,7 @@ def _newest(root: Path) -> Path:
     for folder in (root / "checkpoints", root, *([Path(saved)] if saved else [])):
         if (found := newest_whole(folder, _NAMES, "Give another RUN.")) is not None:
             return found
-    raise RecipeError(f"RUN is {str(root)!r}: no checkpoint is in {root / 'checkpoints'}; allowed: {_ALLOWED}")
+    raise RecipeError(f"RUN is {str(root)!r}: no checkpoint is in {root / 'checkpoints'}; allowed: {RUN}")
 
 
 def _of_run(root: Path) -> Tokenizer:

@@ -24,6 +24,7 @@ from typing import ClassVar
 from am_lightning.pretrain.data.pipeline import CHECKED_BYTES, Pipeline
 from am_lightning.pretrain.data.prepare import MEGABYTE, check_shards, is_complete, only_one
 from am_lightning.pretrain.data.shards import (
+    CACHE_OPTION,
     CHUNKS,
     DISK_HINT,
     INDEX,
@@ -133,7 +134,7 @@ def write_chunks(shards: Path, folder: Path, *, seq_len: int, chunk_bytes: int) 
             refused = disk_error(error)
             if refused is None or isinstance(error, RecipeError):
                 raise
-            raise write_failure(folder, refused, DISK_HINT) from error
+            raise write_failure(folder, refused, DISK_HINT, CACHE_OPTION) from error
 
 
 def _check_names(folder: Path, chunks: set[str]) -> None:
@@ -179,7 +180,7 @@ def _download(url: str, folder: Path, name: str) -> None:
             f"data.source {url}: cannot read {name} ({first_line(error)}). It is in the folder that"
             " prepare_data.py --data.mode litdata makes. Upload all of that folder."
         ) from error
-    with replacing(folder / name, DISK_HINT) as file:
+    with replacing(folder / name, DISK_HINT, CACHE_OPTION) as file:
         file.write(content.getbuffer())
 
 

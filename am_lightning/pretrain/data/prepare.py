@@ -17,6 +17,7 @@ from filelock import FileLock
 from am_lightning.pretrain.data.chunks import DataChunk, Document
 from am_lightning.pretrain.data.processes import run_all
 from am_lightning.pretrain.data.shards import (
+    CACHE_OPTION,
     DISK_HINT,
     FORMAT_VERSION,
     INDEX,
@@ -206,7 +207,7 @@ class _SideWriter:
         tokens = np.concatenate(self._arrays)
         data = tokens.tobytes()
         shard = Shard(f"{self.name}-{len(self.shards):02d}.bin", len(tokens), hashlib.sha256(data).hexdigest())
-        with replacing(self.job.folder / shard.file, DISK_HINT) as file:
+        with replacing(self.job.folder / shard.file, DISK_HINT, CACHE_OPTION) as file:
             file.write(data)
         self.shards.append(shard)
         self._arrays, self._bytes = [], 0
@@ -239,7 +240,7 @@ def only_one(folder: Path) -> Iterator[bool]:
         with contextlib.suppress(NotImplementedError):
             lock.acquire()
     except OSError as error:
-        raise write_failure(folder, error, DISK_HINT) from error
+        raise write_failure(folder, error, DISK_HINT, CACHE_OPTION) from error
     try:
         yield lock.is_locked
     finally:

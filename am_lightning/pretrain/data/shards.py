@@ -30,6 +30,7 @@ INDEX = "index.json"
 CHUNKS = "chunks.json"  # index of a folder of litdata chunks, whose own index is called index.json
 SIDES = ("train", "val")
 DISK_HINT = "Free some space, or set data.cache_dir to a folder on another disk. The same command resumes from here."
+CACHE_OPTION = "--data.cache_dir DIR"
 _DTYPES = ("uint8", "uint16", "uint32")
 
 
@@ -153,7 +154,7 @@ class TokenShards:
 
 def write_index(path: Path, index: Index) -> None:
     """Write an index. Raises: RecipeError: if the file cannot be written."""
-    with replacing(path, DISK_HINT) as file:
+    with replacing(path, DISK_HINT, CACHE_OPTION) as file:
         file.write(json.dumps(dataclasses.asdict(index), indent=1).encode())
 
 

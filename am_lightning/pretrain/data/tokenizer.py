@@ -200,5 +200,7 @@ def train_bpe(size: int, texts: Iterable[bytes], path: Path) -> None:
     backend.post_processor = None  # it would only change offsets, which are not used
     decoded = (text.decode("utf-8", "replace") for text in texts)
     backend.train_from_iterator(decoded, size, _BPE_FREQUENCY, show_progress=False, special_tokens=["<|endoftext|>"])
-    with replacing(path, "Free some space, or set data.cache_dir to a folder on another disk.") as file:
+    with replacing(
+        path, "Free some space, or set data.cache_dir to a folder on another disk.", "--data.cache_dir DIR"
+    ) as file:
         file.write(backend.to_str().encode())

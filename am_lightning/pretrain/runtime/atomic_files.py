@@ -19,8 +19,9 @@ NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
 _HINTS = {
     **dict.fromkeys(NO_ACCESS, "Choose a folder that this user may write to"),
     errno.ENAMETOOLONG: "Choose a shorter name",
-    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR), "Choose another folder"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST), "Choose another folder"),
 }
+_RUN_FOLDER = "--trainer.default_root_dir DIR"
 _BLOCK = 1 << 20  # bytes read at a time for a checksum
 _RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
@@ -39,7 +40,7 @@ def disk_error(error: BaseException) -> OSError | None:
     return seen
 
 
-def write_failure(path: Path, error: OSError, hint: str, option: str = "--trainer.default_root_dir DIR") -> RecipeError:
+def write_failure(path: Path, error: OSError, hint: str, option: str = _RUN_FOLDER) -> RecipeError:
     """Return the RecipeError for a file that could not be written: which one, why, the free space, and what to do.
 
     Args:
@@ -58,7 +59,7 @@ def write_failure(path: Path, error: OSError, hint: str, option: str = "--traine
 
 
 @contextlib.contextmanager
-def replacing(path: Path, hint: str) -> Iterator[BinaryIO]:
+def replacing(path: Path, hint: str, option: str = _RUN_FOLDER) -> Iterator[BinaryIO]:
     """Open a binary file that becomes `path` when the block ends without an error.
 
     It is written beside `path`, flushed to the disk and renamed, so that a kill, a full disk or a second process that
@@ -67,7 +68,7 @@ def replacing(path: Path, hint: str) -> Iterator[BinaryIO]:
 
     Args:
         path: the file to create or replace; its folder is created.
-        hint: the end of the error's text, which tells what to do if the disk is full.
+        hint, option: what to do if it cannot be written, as in `write_failure`.
 
     Raises:
         RecipeError: if the file cannot be written. The old file at `path` is untouched.
@@ -86,7 +87,7 @@ def replacing(path: Path, hint: str) -> Iterator[BinaryIO]:
             part.unlink()
         refused = disk_error(error)
         if refused is not None and not isinstance(error, RecipeError):
-            raise write_failure(path, refused, hint) from error
+            raise write_failure(path, refused, hint, option) from error
         raise
 
 

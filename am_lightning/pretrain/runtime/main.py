@@ -107,8 +107,9 @@ def _command_line(*, imports: bool) -> Iterator[None]:
         refused = disk_error(error)
         if refused is None or refused.errno not in DISK_FULL:
             raise
-        what = refused.filename or "the run's files"
-        sys.exit(f"error: cannot write {what}: {refused.strerror}. Free some space; {RESUME}.")
+        training = "am_lightning.pretrain.runtime.cli" in sys.modules
+        what = refused.filename or ("the run's files" if training else "the output")
+        sys.exit(f"error: cannot write {what}: {refused.strerror}. Free some space{f'; {RESUME}' if training else ''}.")
 
 
 def import_training() -> None:

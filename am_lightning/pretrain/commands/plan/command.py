@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import sys
 
 from am_lightning.pretrain.commands.arguments import add_config, read_settings
 from am_lightning.pretrain.commands.plan.measured import ASSUMED_MFU, GPUS
+from am_lightning.pretrain.runtime.errors import require
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan."""
+    _check(args)
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout when it is imported
         settings = read_settings(args)
     from am_lightning.pretrain.commands.plan.plan import make_plan
@@ -41,3 +44,16 @@ def run(args: argparse.Namespace) -> int:
     else:
         print_plan(plan, args)
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise a RecipeError if an option is out of range."""
+    for name in ("mfu", "peak_tflops", "memory_gb", "node_bandwidth", "bandwidth"):
+        value = getattr(args, name)
+        highest = 1 if name == "mfu" else math.inf
+        allowed = f"0 < value{' <= 1' if highest == 1 else ''}"
+        require(value is None or 0 < value <= highest, f"--{name.replace('_', '-')}", value, allowed)
+    for name in ("gpus", "gpus_per_node"):
+        require(getattr(args, name) >= 1, f"--{name.replace('_', '-')}", getattr(args, name), "a whole number >= 1")
+    allowed = f"one of {', '.join(GPUS)}; another one together with --peak-tflops and --memory-gb"
+    require(args.gpu in GPUS or None not in (args.peak_tflops, args.memory_gb), "--gpu", args.gpu, allowed)

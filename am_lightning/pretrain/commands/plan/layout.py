@@ -72,8 +72,6 @@ def make_layout(
     Raises:
         RecipeError: if the numbers do not divide each other; it names numbers that do.
     """
-    require(gpus >= 1, "--gpus", gpus, "a whole number >= 1")
-    require(gpus_per_node >= 1, "--gpus-per-node", gpus_per_node, "a whole number >= 1")
     require(precision in _PRECISIONS, "trainer.precision", precision, " or ".join(_PRECISIONS))
     require(accumulate >= 1, "trainer.accumulate_grad_batches", accumulate, "a whole number >= 1")
     per_node = min(gpus, gpus_per_node)

@@ -15,14 +15,13 @@ from matplotlib.colors import to_hex
 from am_lightning.pretrain.commands.list import short
 from am_lightning.pretrain.commands.report.charts import charts, heatmaps
 from am_lightning.pretrain.commands.report.differences import ABSENT, differences
-from am_lightning.pretrain.commands.report.plot import COLOUR_MAP, COLOURS
+from am_lightning.pretrain.commands.report.plot import COLOUR_MAP, COLOURS, HINT, OPTION
 from am_lightning.pretrain.commands.report.runs import RunData
 from am_lightning.pretrain.runtime.atomic_files import replacing
 
 # The runs' colours on a dark page, in the order of plot.COLOURS.
 _DARK = ("#56B4E9", "#F28E4B", "#35C79A", "#E39AC7", "#E0B23C", "#BDBDBD", "#8FD3FF", "#B9A3F2")
 _SHADES = 32
-_CURE = "Free some space, or give another place with --output."
 
 
 def write_page(path: Path, runs: Sequence[RunData], picture: Path) -> None:
@@ -56,7 +55,7 @@ def write_page(path: Path, runs: Sequence[RunData], picture: Path) -> None:
         colours={"light": COLOURS, "dark": _DARK},
         made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     )
-    with replacing(path, _CURE) as file:
+    with replacing(path, HINT, OPTION) as file:
         file.write(text.encode())
 
 

@@ -29,7 +29,8 @@ _LINES: dict[str, dict[str, Any]] = {  # by the style of a series
     "dots": {"clip_on": False, **_DOTS},
 }
 _INK, _GRID = "#333333", "#DDDDDD"
-_CURE = "Free some space and run `am-lightning report` on the run's folder."
+HINT = "Free some space and run `am-lightning report` on the run's folder."
+OPTION = "am-lightning report --output FILE"
 
 
 def look(number: int) -> tuple[str, str]:
@@ -43,7 +44,7 @@ def save(figure: Figure, path: Path) -> None:
     Raises:
         RecipeError: if it cannot be written.
     """
-    with replacing(path, _CURE) as file:
+    with replacing(path, HINT, OPTION) as file:
         figure.savefig(file, format="png", dpi=110)
 
 
