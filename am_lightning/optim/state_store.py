@@ -42,7 +42,7 @@ class Scalars(Protocol):
         """Return beta_t of each row's last step, ``[rows]``, nan before its first step."""
 
 
-def _started_anew(scalars: AdaptiveScalars) -> AdaptiveScalars:
+def _restarted(scalars: AdaptiveScalars) -> AdaptiveScalars:
     """Reset ``beta_prod`` and ``prev_lr`` of rows whose ``step`` is 0, because setting it to 0 resets AdamW, too."""
     fresh = scalars.step == 0
     return scalars._replace(
@@ -59,7 +59,7 @@ class Packed:
 
     def __init__(self, states: Sequence[dict[str, Any]]) -> None:
         columns = AdaptiveScalars(*(torch.stack([state[key] for state in states]) for key in DEFAULTS))
-        self.table = torch.stack(_started_anew(columns))
+        self.table = torch.stack(_restarted(columns))
         views = list(zip(*(line.unbind() for line in self.table), strict=True))
         for state, own in zip(states, views, strict=True):
             state.update(zip(DEFAULTS, own, strict=True))
@@ -85,8 +85,8 @@ class StateScalars:
     def read(self) -> AdaptiveScalars:
         self._packed = self._pack()
         if self._packed is not None:
-            return _started_anew(AdaptiveScalars(*self._packed.table.to(self._dtype, copy=True).unbind()))
-        return _started_anew(AdaptiveScalars(*(self._stack(key, default) for key, default in DEFAULTS.items())))
+            return _restarted(AdaptiveScalars(*self._packed.table.to(self._dtype, copy=True).unbind()))
+        return _restarted(AdaptiveScalars(*(self._stack(key, default) for key, default in DEFAULTS.items())))
 
     def write(self, new: AdaptiveScalars, active: Tensor) -> None:
         table = torch.stack(new)

@@ -45,5 +45,5 @@ def test_all_ranks_drop_the_step(pool, case: str) -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_adamw_goes_on_with_a_state_that_is_not_finite(pool, stage: int) -> None:
+def test_adamw_resumes_with_a_state_that_is_not_finite(pool, stage: int) -> None:
     assert not all(rank["finite"] for rank in run(pool, stage=stage, adamw=True))

@@ -142,7 +142,7 @@ def test_the_trainer_in_16_mixed(scale: float) -> None:
 @pytest.mark.parametrize("exp_avg_dtype", [None, torch.bfloat16], ids=["same", "bfloat16"])
 @pytest.mark.parametrize("dtypes", ["float32", "mixed"])
 @each_kernel
-def test_a_resumed_run_goes_on_to_the_bit(kernel: str, dtypes: str, exp_avg_dtype: torch.dtype | None) -> None:
+def test_a_resumed_run_continues_to_the_bit(kernel: str, dtypes: str, exp_avg_dtype: torch.dtype | None) -> None:
     """The state goes through torch.save and is loaded to the CPU and to the device."""
     whole = make(kernel, DTYPES[dtypes], exp_avg_dtype=exp_avg_dtype, scope="global")
     half = make(kernel, DTYPES[dtypes], exp_avg_dtype=exp_avg_dtype, scope="global")
@@ -170,7 +170,7 @@ def test_a_resumed_run_goes_on_to_the_bit(kernel: str, dtypes: str, exp_avg_dtyp
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])
-def test_a_trainer_goes_on_to_the_bit(tmp_path: Path, clip: float | None) -> None:
+def test_a_trainer_resumes_to_the_bit(tmp_path: Path, clip: float | None) -> None:
     import lightning.pytorch as pl
 
     from am_lightning import AdaptiveMemory

@@ -158,7 +158,7 @@ def test_the_trainer_logs_the_interval(tmp_path: Path, every: int, accumulate: i
 
 
 @pytest.mark.parametrize("older", [False, True])
-def test_a_resumed_trainer_goes_on_in_its_interval(tmp_path: Path, older: bool) -> None:
+def test_a_resumed_trainer_continues_in_its_interval(tmp_path: Path, older: bool) -> None:
     """A checkpoint of an older version lacks the interval; one saved after its resume has it."""
     train(tmp_path / "first", 10)
     file = tmp_path / "first" / "checkpoint-10" / "trainer_state.json"

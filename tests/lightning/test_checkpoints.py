@@ -63,7 +63,7 @@ def test_the_next_steps_are_those_of_an_unbroken_run(
 
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("placed", PATHS)
-def test_a_run_of_adamw_goes_on_with_the_callback(
+def test_a_run_of_adamw_resumes_with_the_callback(
     pool: Ranks, saved: Callable[..., str], placed: str, pair: tuple[int, int]
 ) -> None:
     """A distributed checkpoint of ModelParallelStrategy lacks the adaptive scalars, and torch refuses to load it."""
@@ -88,7 +88,7 @@ MOVES = [
     ("source", "world", "target", "target_world"),
     [pytest.param(*move, marks=[pytest.mark.slow] if 4 in move else []) for move in MOVES],
 )
-def test_one_strategy_goes_on_with_anothers_checkpoint(
+def test_one_strategy_resumes_with_anothers_checkpoint(
     pool: Ranks, saved: Callable[..., str], source: str, world: int, target: str, target_world: int
 ) -> None:
     check(pool(target_world).run(f"{HERE}resume", placed=target, where=saved(source, world)))
@@ -130,7 +130,7 @@ def test_amsgrad_is_refused_before_a_weight_moves(pool: Ranks, tmp_path: Path) -
     assert all(answer.kind == "ValueError" and "amsgrad=True" in answer.text for answer in answers)
 
 
-def test_the_interval_goes_on_at_another_world_size(pool: Ranks, tmp_path: Path) -> None:
+def test_the_interval_resumes_at_another_world_size(pool: Ranks, tmp_path: Path) -> None:
     """The log interval that the checkpoint falls into is complete, with one process as with two."""
     for placed in ("ddp", "fsdp2"):
         where = str(tmp_path / f"{placed}.ckpt")

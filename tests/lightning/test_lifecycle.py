@@ -97,7 +97,7 @@ def test_skips_are_in_a_checkpoint_saved_after_fit_and_not_in_the_next_fit(tmp_p
     assert callback.state_dict()["skipped_steps"] == [0]
 
 
-def test_a_run_of_fused_adamw_goes_on_with_the_callback(tmp_path: Path) -> None:
+def test_a_run_of_fused_adamw_resumes_with_the_callback(tmp_path: Path) -> None:
     class Fused(Regression):
         def configure_optimizers(self):
             return torch.optim.AdamW(self.parameters(), lr=0.05, fused=True)

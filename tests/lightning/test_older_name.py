@@ -41,7 +41,7 @@ def test_a_trainer_of_the_older_name(renamed: Path, only_older: bool) -> None:
 def test_strategies_of_the_older_name(renamed: Path, only_older: bool) -> None:
     """Clipping under DDP and FSDP1, and a distributed checkpoint of AdamW under model parallel."""
     placed = [f"{STRATEGIES}[{where}-2]" for where in ("ddp", "fsdp1", "fsdp2")]
-    switched = f"{HERE}/test_checkpoints.py::test_a_run_of_adamw_goes_on_with_the_callback[fsdp2-2to2]"
+    switched = f"{HERE}/test_checkpoints.py::test_a_run_of_adamw_resumes_with_the_callback[fsdp2-2to2]"
     run(renamed, *placed, switched, only_older=only_older)
 
 

@@ -169,7 +169,7 @@ def test_layers_have_curves_where_parameters_have_names() -> None:
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["attached, then loaded", "loaded, then attached"])
-def test_a_resumed_run_goes_on_where_it_was(before: bool) -> None:
+def test_a_resumed_run_continues_where_it_was(before: bool) -> None:
     model, optimizer = model_and()
     train(model, optimizer, 5)
     saved, (other, resumed), run = copy.deepcopy(optimizer.state_dict()), model_and(), Run()
@@ -217,7 +217,7 @@ def test_removed_it_writes_no_more_and_twice_is_once() -> None:
 @pytest.mark.parametrize(
     "clone", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"]
 )
-def test_a_copy_writes_nothing_and_the_first_goes_on(clone: Any) -> None:
+def test_a_copy_writes_nothing_and_the_first_continues(clone: Any) -> None:
     """The object written to cannot be pickled, and copying still works."""
     model, optimizer = model_and()
     rows: list[int] = []

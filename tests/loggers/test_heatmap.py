@@ -142,7 +142,7 @@ def test_colours_go_from_dark_to_light() -> None:
     assert (np.ptp(lowest[0].astype(int), axis=-1) > 3).all()
 
 
-def test_resumed_run_goes_on() -> None:
+def test_resumed_run_continues() -> None:
     betas = np.random.default_rng(0).uniform(0, CAP, (900, 5))
     whole, before, after = (HeatMap(names(5), CAP, columns=20) for _ in range(3))
     feed(whole, betas, range(20, 901, 20))
@@ -272,7 +272,7 @@ def test_layers_that_come_and_go_keep_their_columns(resumed: bool) -> None:
     assert heat.state_dict()["steps"].sum(0).tolist() == [40, 10, 10, 30]
 
 
-def test_layers_that_were_named_begin_anew() -> None:
+def test_layers_that_were_named_begin_again() -> None:
     heat = HeatMap(["0"], CAP)
     feed(heat, quiet(20, 1), [20])
     heat.cover(["a", "b"], CAP)

@@ -58,7 +58,7 @@ def test_a_run_has_some_pictures_and_never_more_than_forty(steps: int, known: bo
     assert max(gaps) <= 0.3  # the last picture before the end shows most of the run
 
 
-def test_a_run_that_goes_on_beyond_its_total_has_no_more_than_forty() -> None:
+def test_a_run_that_continues_beyond_its_total_has_no_more_than_forty() -> None:
     assert len(pictures(100_000, 100, total=1000)) <= 39
 
 

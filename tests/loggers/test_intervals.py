@@ -432,7 +432,7 @@ def test_what_is_loaded_takes_the_place_of_what_was_counted(step: int, order: tu
 
 @pytest.mark.filterwarnings("ignore:am. 3 steps")
 @pytest.mark.parametrize("order", [("optimizer", "reader"), ("reader", "optimizer")])
-def test_a_resume_after_dropped_steps_goes_on_at_their_step(order: tuple[str, str]) -> None:
+def test_a_resume_after_dropped_steps_continues_at_their_step(order: tuple[str, str]) -> None:
     """The optimizer's state does not count dropped steps."""
     rows, saved = Rows(), dict[str, Any]()
     for steps in (20, 20):

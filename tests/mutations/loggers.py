@@ -126,14 +126,14 @@ MUTATIONS = [
         _TRAINER,
         'self._reader.load_state_dict(saved["reader"])',
         "pass",
-        (f"{_OF_HF}::test_a_resumed_trainer_goes_on_in_its_interval",),
+        (f"{_OF_HF}::test_a_resumed_trainer_continues_in_its_interval",),
     ),
     Mutation(
         "HF Trainer: a run resumed from an older version's checkpoint saves no interval",
         _TRAINER,
         ".setdefault(type(self).__name__, {})",
         ".get(type(self).__name__, {})",
-        (f"{_OF_HF}::test_a_resumed_trainer_goes_on_in_its_interval",),
+        (f"{_OF_HF}::test_a_resumed_trainer_continues_in_its_interval",),
     ),
     Mutation(
         "HF Trainer: the line of a second train() is of both",

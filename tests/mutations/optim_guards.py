@@ -101,7 +101,7 @@ MUTATIONS = [
         "am_lightning/optim/base.py",
         "@outside_graphs  # torch.compile",
         "# torch.compile",
-        ("tests/optim/test_compiled_step.py::test_few_graphs_and_none_anew[chunked-step]",),
+        ("tests/optim/test_compiled_step.py::test_few_graphs_and_none_twice[chunked-step]",),
     ),
     Mutation(
         "what was given is held by weak references",

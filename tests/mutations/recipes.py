@@ -328,7 +328,7 @@ MUTATIONS = [
         _SIGNALS,
         "if step == self._last_step or self._agreed is not None:",
         "if self._agreed is not None:",
-        (f"{_STOPPED}::test_a_stopped_run_goes_on_bitwise[False-8-SIGTERM-143]",),
+        (f"{_STOPPED}::test_a_stopped_run_resumes_bitwise[False-8-SIGTERM-143]",),
     ),
     Mutation(
         "a stopped run ends with status 128 for every signal",
@@ -413,7 +413,7 @@ MUTATIONS = [
         f"{_PACKAGE}/model/parallelize.py",
         '        "model.num_heads": shape.num_heads,\n',
         "",
-        ("tests/recipes/test_parallel.py::test_what_would_divide_is_said",),
+        ("tests/recipes/test_parallel.py::test_what_would_divide_is_named",),
     ),
     Mutation(
         "the GPU check runs what is done again",
@@ -427,7 +427,7 @@ MUTATIONS = [
         "recipes/gpu/part.py",
         "os.killpg(0, signal.SIGKILL)",
         "pass",
-        (f"{_GPU}::test_a_cut_off_loses_one_part_and_the_next_call_goes_on",),
+        (f"{_GPU}::test_a_cut_off_loses_one_part_and_the_next_call_continues",),
     ),
     Mutation(
         "a test that was stopped passes for one that has passed",

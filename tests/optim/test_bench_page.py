@@ -120,5 +120,5 @@ def test_the_committed_page_is_what_the_committed_runs_give() -> None:
     assert written(text, read_runs(sorted(RUNS.glob("*.json")))) == text, page.__doc__
 
 
-def test_nothing_measured_is_said() -> None:
+def test_nothing_measured_is_reported() -> None:
     assert results([]) == NOTHING

@@ -134,7 +134,7 @@ def test_a_compiler_that_hangs_is_killed_with_what_it_started(monkeypatch: pytes
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file away")
-def test_a_library_that_another_user_planted_is_built_anew(tmp_path: Path) -> None:
+def test_a_library_that_another_user_planted_is_built_again(tmp_path: Path) -> None:
     """A planted library would run with this user's rights. One without our functions is also rebuilt."""
     program = "from am_lightning.optim.kernels.cpu.build import load_library; print(load_library().description)"
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}

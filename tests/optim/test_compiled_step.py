@@ -68,7 +68,7 @@ def train(kind: str, backend: Counting | None, *, whole: bool, clips: bool = Fal
 
 @pytest.mark.parametrize("whole", [False, True], ids=["step", "function"])
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_few_graphs_and_none_anew(kind: str, whole: bool) -> None:
+def test_few_graphs_and_none_twice(kind: str, whole: bool) -> None:
     backend = Counting()
     found, counted = train(kind, backend, whole=whole)
     assert backend.graphs <= (2 if kind == "AdamW" else 0)

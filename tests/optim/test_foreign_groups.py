@@ -83,7 +83,7 @@ def test_a_model_in_place_of_parameters_and_the_reverse() -> None:
             factory(model.parameters())  # type: ignore[arg-type]
 
 
-def test_parameters_that_are_grouped_anew_have_the_options_of_their_group() -> None:
+def test_parameters_that_are_grouped_again_have_the_options_of_their_group() -> None:
     given = params(3)
     optimizer = AMAdamW([{"params": given[:1], "lr": 0.1}, {"params": given[1:], "lr": 0.0}])
     steps(optimizer, given)

@@ -215,7 +215,7 @@ def test_nothing_is_compiled_again(implementation: str) -> None:
 
 
 @cpp
-def test_a_resumed_run_goes_on_to_the_bit(implementation: str) -> None:
+def test_a_resumed_run_continues_to_the_bit(implementation: str) -> None:
     whole = run_steps(4)
     half = run_steps(2)
     params = [torch.nn.Parameter(p.detach().clone()) for p in half.param_groups[0]["params"]]
@@ -252,7 +252,7 @@ def test_no_compiler_is_an_error_that_says_what_to_install(no_compiler: None) ->
     assert torch.equal(params[0].detach(), torch.ones(3))
 
 
-def test_a_compiler_that_fails_is_an_error_with_what_it_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_compiler_that_fails_is_an_error_with_its_output(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "broken compiler"
     broken.write_text("#!/bin/sh\necho no such header >&2\nexit 1\n")
     broken.chmod(0o755)

@@ -57,7 +57,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> StandI
 
 
 @pytest.fixture(autouse=True)
-def looked_at_anew() -> Iterator[None]:
+def looked_at_again() -> Iterator[None]:
     for cached in (triton_check.why_not, triton_check._error_of_rows):
         cached.cache_clear()
     yield
@@ -117,7 +117,7 @@ def test_nothing_is_launched_in_a_capture(working: StandIn, monkeypatch: pytest.
     assert working.launches == 0
 
 
-def test_a_converted_run_goes_on_and_warns(broken: StandIn) -> None:
+def test_a_converted_run_resumes_and_warns(broken: StandIn) -> None:
     optimizer: Any = torch.optim.AdamW(params(), fused=True)
     with pytest.warns(UserWarning, match=r"becomes AMAdamW with fused=None: .*no C compiler"):
         convert_adamw(optimizer)

@@ -99,7 +99,7 @@ def test_in_triton(interpreter: Pool, dtype: str) -> None:
         interpreter.run("tests.optim.interpreted_steps:huge_gradient", **arguments)
 
 
-def test_adamw_freezes_the_element_and_goes_on() -> None:
+def test_adamw_freezes_the_element_and_continues() -> None:
     """torch's AdamW makes the step, and the element never moves again."""
     optimizer = torch.optim.AdamW([p for _, p in named_params(huge.SHAPES[:2], torch.float32)], lr=1e-2, weight_decay=0)
     param = params_of(optimizer)[0]

@@ -89,14 +89,14 @@ def test_after_a_reset_it_is_a_new_optimizer(kind: str, reset: Callable[[Optimiz
 
 @pytest.mark.parametrize("kind", MADE)
 @pytest.mark.parametrize("change", [copied, saved_and_loaded])
-def test_a_state_of_the_same_values_goes_on(kind: str, change: Callable[[Optimizer], None]) -> None:
+def test_a_state_of_the_same_values_resumes(kind: str, change: Callable[[Optimizer], None]) -> None:
     seen, _ = run(MADE[kind], 6, change, START)
     unbroken, _ = run(MADE[kind], 6, None, START)
     assert equal(seen, unbroken)
 
 
 @pytest.mark.parametrize("kind", MADE)
-def test_one_parameter_starts_anew_and_the_other_goes_on(kind: str) -> None:
+def test_one_parameter_starts_again_and_the_other_continues(kind: str) -> None:
     seen, optimizer = run(MADE[kind], 6, one_parameter_emptied, START)
     if kind == "sgd":  # scope "global": the two share a beta_t
         assert [float(s["step"]) for s in optimizer.state.values()] == [6, 3]

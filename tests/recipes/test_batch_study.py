@@ -175,7 +175,7 @@ def test_the_page_has_the_cells_that_are_complete(tmp_path: Path) -> None:
     assert "Not complete" not in write(ledger, KINDS, tmp_path, "")
 
 
-def test_all_methods_go_on_from_few(tmp_path: Path) -> None:
+def test_all_methods_extend_few(tmp_path: Path) -> None:
     """An interrupted study makes the same choices."""
     few, cut = Ledger(tmp_path / "few.jsonl"), Ledger(tmp_path / "cut.jsonl")
     fill(few, cells=1)

@@ -310,7 +310,7 @@ def test_samples_are_the_models_own(run_of: Callable[[str], Path], capsys: pytes
         ("sample {bpe} --prompt x", r"the tokenizer bpe-300 of .*bpe is gone"),
     ],
 )
-def test_what_is_wrong_is_said_in_a_line(
+def test_what_is_wrong_is_reported_in_a_line(
     run_of: Callable[[str], Path], tmp_path: Path, command: str, says: str
 ) -> None:
     (tmp_path / "empty").mkdir()

@@ -44,7 +44,7 @@ def last(root: Path) -> Path:
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 138)])
 @pytest.mark.parametrize("batch", [8, 9])
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_stopped_run_goes_on_bitwise(
+def test_a_stopped_run_resumes_bitwise(
     tmp_path: Path, unbroken: Path, name: str, status: int, batch: int, asynchronous: bool
 ) -> None:
     """A signal in either micro-batch of step 5 ends the run after that step, not in the middle of it."""

@@ -88,7 +88,7 @@ def test_it_needs_no_network_no_cache_and_no_home(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_cut_off_loses_one_part_and_the_next_call_goes_on(tmp_path: Path, modules: dict[str, ModuleType]) -> None:
+def test_a_cut_off_loses_one_part_and_the_next_call_continues(tmp_path: Path, modules: dict[str, ModuleType]) -> None:
     out, last = tmp_path / "out", "fast/many-tiny-float32"
     known = {part.name: answer(part.name) for part in modules["check"].all_parts(True) if part.name != last}
     out.mkdir()

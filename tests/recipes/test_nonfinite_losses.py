@@ -30,7 +30,7 @@ def test_a_bad_step_changes_nothing(tmp_path: Path) -> None:
     assert {int(s["step"]) for s in state.values()} == {3}
 
 
-def test_too_many_bad_steps_end_the_run_which_goes_on_from_before_them(tmp_path: Path) -> None:
+def test_too_many_bad_steps_end_the_run_which_resumes_from_before_them(tmp_path: Path) -> None:
     """No weight is lost, and without the fault the resumed run ends as an unbroken one."""
     bad = {str(batch): "nan" for batch in range(5, 20)}
     ended = run(Options(str(tmp_path), steps=20, every=5, events=bad, max_skips=4))

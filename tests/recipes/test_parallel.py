@@ -105,7 +105,7 @@ def test_a_precision_that_fsdp2_has_not_is_refused(pool: Callable[[int], Pool]) 
     assert all(isinstance(answer, RankError) and "trainer.precision is '16-true'" in answer.text for answer in answers)
 
 
-def test_what_would_divide_is_said() -> None:
+def test_what_would_divide_is_named() -> None:
     shape = LlamaShape(48, 96, 12, 2, 96, 24)
     check_tensor_parallel(shape, 6)
     with pytest.raises(RecipeError, match=r"model.num_heads is 12, which .* 8 does not divide.* 1, 2, 3, 4, 6"):

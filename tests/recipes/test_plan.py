@@ -171,7 +171,7 @@ def test_the_text_says_what_a_user_asks(capsys: pytest.CaptureFixture[str]) -> N
         assert words in out, out
 
 
-def test_what_does_not_fit_is_said_with_cures(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_fit_is_reported_with_cures(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "1b", "--gpus", "1", "--gpu", "L40S", "--trainer.strategy", "auto"]) == 0
     out = capsys.readouterr().out
     assert "fits        NO: " in out

@@ -164,7 +164,7 @@ def test_two_at_the_same_time_install_once(checkout: Path) -> None:
 
 @INSTALLATIONS
 @pytest.mark.slow
-def test_a_failed_installation_is_said_and_tried_again(checkout: Path) -> None:
+def test_a_failed_installation_is_reported_and_tried_again(checkout: Path) -> None:
     backend = (checkout / "backend.py").read_text()
     (checkout / "backend.py").write_text("raise SystemExit('no backend today')")
     result = ensure(checkout)
@@ -174,7 +174,7 @@ def test_a_failed_installation_is_said_and_tried_again(checkout: Path) -> None:
     assert ensure(checkout).returncode == 0
 
 
-def test_a_missing_python_is_said(checkout: Path, tmp_path: Path) -> None:
+def test_a_missing_python_is_reported(checkout: Path, tmp_path: Path) -> None:
     tools = tmp_path / "bin"
     tools.mkdir()
     for tool in ("bash", "dirname", "cksum", "grep", "flock"):

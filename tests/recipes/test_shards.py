@@ -108,7 +108,7 @@ def start_writer(source: Path, folder: Path, workers: int, *kill: str) -> subpro
         ("replace", "index.json", 5),  # all are there
     ],
 )
-def test_a_killed_writer_goes_on_where_it_was(
+def test_a_killed_writer_resumes_where_it_was(
     source: Path, whole: Path, tmp_path: Path, call: str, part: str, finished: int
 ) -> None:
     process = start_writer(source, tmp_path, 1, call, part)

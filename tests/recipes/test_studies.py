@@ -51,7 +51,7 @@ def square(config: Config) -> Result:
 
 
 @pytest.mark.slow
-def test_a_ledger_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_ledger_resumes_where_it_was(tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
     Ledger(path).run([{"x": 2}, {"x": 3}], square, workers=2)
     before = path.read_text()
@@ -82,7 +82,7 @@ def test_a_page_says_the_command_that_makes_it() -> None:
     )
 
 
-def test_a_diverged_run_is_said(tmp_path: Path) -> None:
+def test_a_diverged_run_is_reported(tmp_path: Path) -> None:
     assert str(paired({1: math.inf, 2: 1.0}, {1: 1.0, 2: 1.0})) == "diverged (n=2)"
     ledger = Ledger(tmp_path / "runs.jsonl")
     for x, losses in ((1, [3.0, 2.0, 1.0]), (2, [3.0, None])):

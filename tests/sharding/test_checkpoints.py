@@ -54,7 +54,7 @@ def test_the_next_steps_are_those_of_an_unbroken_run(
 
 @pytest.mark.parametrize("pair", [(2, 1), (2, 4), (4, 2)], ids=lambda pair: f"{pair[0]}to{pair[1]}")
 @pytest.mark.parametrize("path", ["fsdp2 full", "fsdp2 full from rank 0", "fsdp2 sharded", "fsdp1 full"])
-def test_a_run_of_adamw_goes_on_as_amadamw(
+def test_a_run_of_adamw_resumes_as_amadamw(
     pool: Callable[[int], Pool], tmp_path: Path, path: str, pair: tuple[int, int]
 ) -> None:
     """AdamW's momentum is taken to have decayed by betas[0] at each step, with the group's lr and beta at the cap."""

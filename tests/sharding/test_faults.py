@@ -81,7 +81,7 @@ def test_a_gradient_that_one_rank_lacks(pool: Callable[[int], Pool], layout: str
         assert rank["counted"] == [float(step != BAD + 1) for step in range(END)]
 
 
-def test_a_step_that_one_rank_leaves_out_is_said(pool: Callable[[int], Pool]) -> None:
+def test_a_step_that_one_rank_leaves_out_is_reported(pool: Callable[[int], Pool]) -> None:
     said, *others = pool(4).run(f"{FAULTS}step_left_out_by_one_rank")
     assert "Timed out" in said and "all ranks that share them must enter" in said and "GradScaler" in said
     assert others == ["", "", ""]

@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def _before(step, beta_prod, prev_lr):
-    """Reset rows whose ``step`` is 0, as ``state_store._started_anew`` does."""
+    """Reset rows whose ``step`` is 0, as ``state_store._restarted`` does."""
     fresh = step == 0
     return tl.where(fresh, 1.0, beta_prod.to(tl.float64)), tl.where(fresh, 0.0, prev_lr.to(tl.float64))
 
