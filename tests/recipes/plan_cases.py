@@ -1,6 +1,6 @@
 """Compare `plan` with the memory and the sent bytes of small runs under every strategy.
 
-`python -m tests.recipes.plan_cases` measures all of them in minutes and prints the table of docs/recipes.md.
+`python -m tests.recipes.plan_cases` measures all of them in minutes and prints the table in docs/tested.md.
 """
 
 from __future__ import annotations
