@@ -89,7 +89,7 @@ while waiting:
 PY
 }
 
-_am_put_on_path() {  # as an editable installation does
+_am_put_on_path() {  # an editable installation does the same
     "$PYTHON" - "$AM_ROOT" <<'PY'
 import os, sys, sysconfig
 with open(os.path.join(sysconfig.get_paths()["purelib"], "am_lightning_checkout.pth"), "w") as file:

@@ -155,7 +155,7 @@ for row in "${rows[@]}"; do
         gpu-image) version=3.12 ;;
         newest) version=3.13 ;;
     esac
-    ensure_environment "$row" "$version"  # not in run_row: after || nothing that fails would end it
+    ensure_environment "$row" "$version"  # not in run_row, which is called before ||: there a failing command would not end it
     run_row "$row" "$@" || status=1
 done
 exit "$status"

@@ -106,7 +106,7 @@ def make_parameters(shapes: list[Shape], dtype: torch.dtype, device: torch.devic
 
 
 def import_all() -> None:
-    """Import what torch imports with the first optimizer of a process, which must not count for that optimizer."""
+    """Create an optimizer, so that torch's imports at the first one count for none of those that are timed."""
     torch.optim.SGD([torch.nn.Parameter(torch.zeros(1, device="cpu"))])
 
 

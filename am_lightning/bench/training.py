@@ -19,7 +19,7 @@ from am_lightning.optim.param_groups import parameter_groups
 from am_lightning.pretrain.model.network import build_llama, token_loss
 from am_lightning.pretrain.model.shape import LlamaShape, flops_per_token
 
-CLIP, WEIGHT_DECAY = 1.0, 0.1  # as in the recipes
+CLIP, WEIGHT_DECAY = 1.0, 0.1  # the values of the recipes
 STEPS = 5  # consecutive steps without a wait, so that the host may run ahead, as in training
 ROOM = 0.92  # share of the device's memory that the largest batch may take
 OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {

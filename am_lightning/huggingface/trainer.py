@@ -109,7 +109,7 @@ class AdaptiveMemoryCallback(TrainerCallback, ExportableState):
         """Bind an optimizer that has replaced another, before its step, which DeepSpeed takes in the backward pass."""
         self._follow(model)
 
-    on_pre_optimizer_step = on_step_begin  # also for an optimizer that was given during the step
+    on_pre_optimizer_step = on_step_begin  # an optimizer may be replaced during the step, too
 
     def on_log(
         self,

@@ -116,7 +116,7 @@ class AdaptiveMemory(pl.Callback):
         self._untold: list[tuple[AdaptiveMemoryOptimizer, str]] = []  # not yet reported, with the original class
         self._fitting = False
         self._readers: list[StatsLogger] = []
-        self._saved: dict[str, Any] = {}  # from the checkpoint that this fit resumes
+        self._saved: dict[str, Any] = {}  # state in the checkpoint that this fit resumes
         self._at_end: dict[str, Any] = {}  # state at the end of the last fit
         self._last_step = 0
         self._steps = 0  # in this fit

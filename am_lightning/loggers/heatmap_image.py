@@ -21,7 +21,7 @@ _ANCHORS = (
     (216, 69, 108), (241, 96, 93), (252, 137, 97), (254, 176, 120), (254, 215, 153), (252, 253, 191),
 )  # fmt: skip
 _FEW_ROWS = 32
-_SHADES = 255, 32  # for few rows and for more: 100 rows of noise in 255 shades make a file of 150 kB
+_SHADES = 255, 32  # up to _FEW_ROWS, and above: 100 rows of noise in 255 shades make a file of 150 kB
 _BLANK, _PAPER, _INK, _SOFT = 205, 255, 0, 85  # greys
 _GREYS = 85
 

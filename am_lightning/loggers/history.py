@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from am_lightning.loggers.heatmap import HeatMap
     from am_lightning.loggers.images import Image
 
-_REDRAWS = 18  # in a run of known length; the first and the last picture make 20
+_REDRAWS = 18  # number in a run of known length; with the first and the last picture 20
 _MOST = 39  # pictures before the last one
 _GROWTH = 1.4  # growth of the step from one picture to the next in a run of unknown length
 _DIPS = 3  # layers that the sentence names

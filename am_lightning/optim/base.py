@@ -266,7 +266,7 @@ class AdaptiveMemoryOptimizer(Optimizer):
         for index, group in enumerate(self.param_groups):
             with group_checks.naming_group(index):
                 self._check_group(group_checks.as_unread(group, self.cap_key))
-        self._checked_options = found  # without the options filled in above, so the next step checks once more
+        self._checked_options = found  # it lacks the options filled in above, so the next step checks once more
         self._row_kernels = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

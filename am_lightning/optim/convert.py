@@ -119,8 +119,8 @@ def _refuse(optimizer: Any) -> None:
     for method in sorted(_METHODS & optimizer.__dict__.keys()):
         if not any(hasattr(optimizer.__dict__[method], mark) for mark in _MARKS):
             raise ValueError(
-                f"{kind}.{method} was replaced on this instance, and the replacement would be lost, or would lose what "
-                "AMAdamW does there: remove it, then convert"
+                f"{kind}.{method} was replaced on this instance; after a conversion either the replacement or "
+                f"AMAdamW's own {method} would have no effect: remove the replacement, then convert"
             )
 
 

@@ -60,7 +60,7 @@ def main() -> int:
         except OSError:
             sys.exit(f"error: another check.sh is running in {out}")
         for build in [*out.glob("work/env/torch_extensions/*/lock"), *out.glob("work/caches/*/*/lock")]:
-            build.unlink()  # of an interrupted build, for which all later builds would wait
+            build.unlink()  # an interrupted build left it, and all later builds would wait for it
         known = _known(out, tiny=options.tiny)
         options.python = interpreter(options.wheels, out)
         env = environment(out, options)
@@ -81,7 +81,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", metavar="PART")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="toy sizes: a rehearsal")
-    for name in ("--run", "--command"):  # of the processes of the parts
+    for name in ("--run", "--command"):  # arguments of the processes that run the parts
         parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)

@@ -50,7 +50,7 @@ case "$RDZV" in c10d | static) ;; *) fail "RDZV is '$RDZV'; allowed: c10d, stati
 [ -n "$PROGRAM" ] || PROGRAM="$RECIPES/pretrain.py"
 if [ -z "$CONFIG" ]; then
     CONFIG=laptop
-    if [ ! -f "$RECIPES/configs/laptop.yaml" ]; then  # in a copy made by `cp`: its recipe
+    if [ ! -f "$RECIPES/configs/laptop.yaml" ]; then  # a copy made by `cp` has one recipe
         copies=("$RECIPES"/*.yaml)
         [ -f "${copies[0]}" ] || fail "CONFIG is not set, and $RECIPES holds no YAML"
         [ "${#copies[@]}" -eq 1 ] || fail "CONFIG is not set, and $RECIPES holds several: $(basename -a -- "${copies[@]}" | paste -sd ' ')"

@@ -22,7 +22,7 @@ from PIL import Image
 from am_lightning.pretrain.commands.report.events import PATTERN, last_picture, read_curves
 
 ROOT = Path(__file__).resolve().parents[2]
-_COLOURS = 128  # of the pictures in the docs, so that their files are small
+_COLOURS = 128  # few colours keep the files of the docs' pictures small
 
 
 class _Fault(L.Callback):

@@ -19,7 +19,7 @@ COLOURS = ("#999999", "#E69F00", "#CC79A7", "#56B4E9", "#009E73", "#0072B2", "#D
 _INK = "#333333"
 _GRID = "#DDDDDD"
 _DPI = 110
-_INCHES_PER_LETTER, _INCHES_PER_LINE = 0.08, 0.6  # of the legend
+_INCHES_PER_LETTER, _INCHES_PER_LINE = 0.08, 0.6  # in the legend
 
 
 def new_figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, list[list[Axes]]]:

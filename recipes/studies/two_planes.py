@@ -27,7 +27,7 @@ def momentum(before: float, now: float) -> tuple[float, float]:
     """Return beta_t at `now`, reached from `before` in one step of length LR, and the memory d there."""
     x = torch.nn.Parameter(torch.tensor([before], dtype=torch.float64))
     optimizer = AMSGD([x], LR, beta_max=0.9, lambd=0.0, loss_gap="exact")
-    memory = (before - now) / LR  # the direction whose step leads there
+    memory = (before - now) / LR  # a step along it leads from `before` to `now`
     x.grad = torch.tensor([memory], dtype=torch.float64)
     optimizer.step(lambda: loss(before))
     x.grad = x.detach().clone()

@@ -30,7 +30,7 @@ from tests.sharding.model import interior_share
 deepspeed.utils.logger.setLevel(logging.ERROR)
 
 STEPS, CLIP, BATCH = 12, 0.5, 16
-RATES = {"tensor": (0.08, 0.04), "group": (0.08, 0.04), "global": (0.25, 0.15)}  # of the two groups; the run overshoots
+RATES = {"tensor": (0.08, 0.04), "group": (0.08, 0.04), "global": (0.25, 0.15)}  # one per group; the run overshoots
 DECAYS = (0.1, 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Mistakes of people who come from torch.optim: a TypeError that ends with what to write."""
+"""Mistakes of people who come from torch.optim end with a TypeError that says what to write."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def test_default_dtype_does_not_matter(info: OptimizerInfo, foreach: bool) -> No
 @each_foreach
 @each_optimizer
 def test_tensor_lr_matches_float_lr(info: OptimizerInfo, foreach: bool) -> None:
-    """This includes a scheduler's in-place changes; the tensor stays the user's own."""
+    """The group keeps the user's own tensor, which a scheduler may change in place."""
     if foreach and not info.has_capturable_arg:
         pytest.skip("a tensor lr needs capturable where foreach is on")
     extra = {"capturable": True} if foreach else {}

@@ -12,7 +12,7 @@ import pytest
 from tests.gates import DEVICE_VARIABLE
 from tests.lacking import pytest_runtest_makereport  # noqa: F401
 
-if TYPE_CHECKING:  # they import modules that read variables which the session sets later
+if TYPE_CHECKING:  # these modules read variables that the session sets later
     import torch
 
     from tests.sharding.pool import Pool

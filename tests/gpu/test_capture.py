@@ -44,7 +44,7 @@ class Run:
         self.optimizer = make(kernel, lr=self.lr, capturable=True, scope=scope, weight_decay=0.1)
         self.oracle = make_oracle(self.optimizer, scope=scope)
         self.static = [torch.zeros_like(p) for p in params_of(self.optimizer)]
-        self.betas: list[list[float]] = []  # of every step that was not dropped
+        self.betas: list[list[float]] = []  # one entry for every step that was not dropped
         self.optimizer.begin_interval(self)
 
     def feed(self, step: int) -> None:

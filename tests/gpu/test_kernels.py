@@ -108,7 +108,7 @@ def test_amsgd(kernel: str, scope: str) -> None:
 
 @each_kernel
 def test_a_direction_in_bfloat16(kernel: str) -> None:
-    """With float32 parameters the stored d is one of the two neighbours of the oracle's."""
+    """With float32 parameters the stored d is one of the two bfloat16 neighbours of the oracle's d."""
     twin = beside_oracle("adamw", kernel, DTYPES["float32"], "tensor", twin_type=Rounded, exp_avg_dtype=torch.bfloat16)
     assert {state["exp_avg"].dtype for state in twin.optimizer.state.values()} == {torch.bfloat16}
 

@@ -21,7 +21,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "bf16-mixed, checkpointing, accumulated": {"precision": "bf16-mixed", "checkpointing": True, "accumulate": 2},
 }
 MIB = 1 << 20
-# With 256 MiB of float32 parameters, memory beyond that between steps: a few buckets of 16 MiB, or tables.
+# Memory that stays between steps beside 256 MiB of float32 parameters: a few buckets of 16 MiB, or tables.
 MOST = {"Triton": 16 * MIB, "foreach": 192 * MIB}
 
 

@@ -69,7 +69,7 @@ def test_one_rank_clips(alone: Pool, layout: str) -> None:
 
 
 def test_float64_goes_over_the_backend(alone: Pool) -> None:
-    """This includes the CPU, whose tensors NCCL does not accept."""
+    """CPU tensors go over the GPU, because NCCL does not accept them."""
     (found,) = alone.run(f"{RANKS}reduced_on_the_accelerator")
     assert found["equal"] and all(name == device for name, device in found["devices"].items())
 

@@ -225,5 +225,5 @@ def test_wrong_arguments(accelerator) -> None:
         attach(accelerator, ours, log_every_n_steps=0)
     with pytest.raises(TypeError, match=r"Invalid log_every_n_steps: 2.5"):
         attach(accelerator, ours, log_every_n_steps=2.5)
-    with pytest.raises(RuntimeError, match=r"not prepared by this accelerator"):  # others are prepared
+    with pytest.raises(RuntimeError, match=r"not prepared by this accelerator"):  # two other optimizers are prepared
         attach(accelerator, AMAdamW(net.parameters()))

@@ -115,7 +115,7 @@ def test_what_others_have_put_on_it_stays() -> None:
 def test_a_method_that_somebody_has_replaced_is_named(method: str) -> None:
     optimizer = torch.optim.AdamW(make_net().parameters())
     setattr(optimizer, method, getattr(optimizer, method))
-    with pytest.raises(ValueError, match=rf"AdamW\.{method} was replaced on this instance.*remove it"):
+    with pytest.raises(ValueError, match=rf"AdamW\.{method} was replaced on this instance.*remove the replacement"):
         convert_adamw(optimizer)
     assert type(optimizer) is torch.optim.AdamW and method in optimizer.__dict__
 

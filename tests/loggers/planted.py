@@ -19,7 +19,7 @@ from am_lightning import AMAdamW
 CAP = 0.89
 DIP = "layers.1.mlp.weight", 24, 0.01  # a single step, at which no log interval of 7 or 50 steps ends
 NAMES = ["embed.weight", *(f"layers.{i}.{kind}.weight" for i in range(2) for kind in ("mlp", "norm")), "head.weight"]
-PARTS = NAMES[:-1], NAMES[-1:]  # of two optimizers
+PARTS = NAMES[:-1], NAMES[-1:]  # the tensors of each of two optimizers
 GROUPS = {kind: [name for name in NAMES if f"{kind}." in name] for kind in ("embed", "mlp", "norm", "head")}
 LAYERS = {layer: [name for name in NAMES if layer in name] for layer in ("embed", "layers.0", "layers.1", "head")}
 _COURSE = (CAP, 0.7, 0.3, 0.85, CAP, 0.55, 0.42, CAP, 0.8, 0.62, 0.75)

@@ -456,7 +456,7 @@ def test_a_resume_after_dropped_steps_continues_at_their_step(order: tuple[str, 
 
 
 def test_a_return_to_an_earlier_checkpoint_leaves_out_what_came_after_it() -> None:
-    """The interval was read for a later checkpoint in between."""
+    """A later checkpoint has read the interval before the return."""
     model, optimizer = model_and()
     rows = Rows()
     handle = attach(optimizer, rows, every=10)

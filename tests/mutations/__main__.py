@@ -15,7 +15,7 @@ from tests.mutations.children import preload
 from tests.mutations.runner import ERROR, NOT_SEEN, SEEN, STALE, Result, Runner
 from tests.mutations.tables import AREAS, select
 
-_WIDTH = 100  # of a printed reason
+_WIDTH = 100  # width of a printed reason
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TIMED_OUT = -1000  # a status that no process has
-_ELSEWHERE = 97  # of a child that would import another checkout's package
+_ELSEWHERE = 97  # exit status of a child that would import another checkout's package
 _SLOW_IMPORTS = (
     "torch",
     "torch.distributed.checkpoint",

@@ -15,7 +15,7 @@ FREE = {
     "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "_reshape_alias", "_unsafe_view",
     "_local_scalar_dense", "_record_function_enter_new", "_record_function_exit",
 }  # fmt: skip
-_TENSORS_OF_A_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36}  # by the number of lists; depth_to_max_tensors in torch
+_TENSORS_OF_A_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36}  # number of lists -> tensors, depth_to_max_tensors in torch
 
 
 class Launches(TorchDispatchMode):

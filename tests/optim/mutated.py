@@ -32,7 +32,7 @@ from tests.optim.mutated_values import (
     unchanged,
 )
 
-CLEAR = (TypeError, ValueError, RuntimeError)  # what a step may raise
+CLEAR = (TypeError, ValueError, RuntimeError)  # a step may raise these
 
 
 def mutate_value(rng: random.Random, saved: dict[str, Any]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""An unsupported capture of a CUDA graph is refused before anything is allocated whose zeros are only recorded."""
+"""An unsupported capture of a CUDA graph is refused before states are created, whose zeros it would only record."""
 
 from __future__ import annotations
 

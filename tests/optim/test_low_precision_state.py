@@ -68,7 +68,7 @@ class Rounded(Twin):
 
 @each_tier
 def test_each_step_against_float64(tier: str) -> None:
-    """From the rounded state, beta_t, weights and second moment are float32's; exp_avg is a bfloat16 neighbour."""
+    """A step from the rounded state is exact to float32, except that exp_avg is rounded to a bfloat16 neighbour."""
     optimizer = make(tier)
     twin = Rounded(optimizer, make_oracle(optimizer), sync=True)
     run_bowl(twin, Bowl.around(SHAPES, seed=3), [(RATES["adamw"][i % 5],) for i in range(12)])

@@ -104,7 +104,7 @@ def test_one_parameter_starts_again_and_the_other_continues(kind: str) -> None:
     unbroken, _ = run(MADE[kind], 6, None, START)
     again, _ = run(MADE[kind], 3, None, seen[2])
     assert torch.equal(seen[-1][0], unbroken[-1][0])
-    # It alone has another sequence of gradients: its steps are those of a new optimizer.
+    # Only this tensor has other gradients than before, and its steps are those of a new optimizer.
     assert [float(s["step"]) for s in optimizer.state.values()] == [6, 3]
     assert torch.equal(seen[-1][1], again[-1][1])
 

@@ -27,7 +27,7 @@ class RefuseUnfinished(TorchFunctionMode):
         if func is torch.Tensor.to:
             self.seen += 1
             target = next((a for a in args[1:] if isinstance(a, torch.device)), args[0].device)
-            assert not ((kwargs or {}).get("non_blocking") and target.type == "cpu"), "not waited for"
+            assert not ((kwargs or {}).get("non_blocking") and target.type == "cpu"), "nothing waits for this copy"
         return func(*args, **(kwargs or {}))
 
 

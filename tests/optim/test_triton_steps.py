@@ -175,7 +175,7 @@ def test_gradients_live_until_the_step_is_done(no_kernels: Idle) -> None:
 
 
 def test_what_is_kept_is_bounded(no_kernels: Idle) -> None:
-    """Every step has a new set of gradients, as with experts that are idle by turns."""
+    """Every step has a new set of gradients, as with experts that take turns."""
     tables = triton_pair.Tables()
     for row in range(100):
         tensors = [torch.zeros(4) for _ in range(4)]

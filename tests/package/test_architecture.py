@@ -33,7 +33,7 @@ FLOORS = {
     "recipes": 7,
 }
 CORE = 3  # this floor and those below import torch and the standard library only
-# Packages of floor 4 know one framework each; this one serves several, because its engine is inside them.
+# Packages of floor 4 know one framework each. Other frameworks use DeepSpeed's engine, so this one serves several.
 SHARED = {"am_lightning.deepspeed"}
 ADAPTERS = {
     "am_lightning.loggers.custom_scalars": {"tensorboard"},

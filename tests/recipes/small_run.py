@@ -53,7 +53,7 @@ class Options:
     fault_tolerance: dict[str, Any] = field(default_factory=dict)
     stop_at: int | None = None  # the micro-batch in which should_stop is set
     validate_every: int | None = None  # micro-batches; the event there is "validation"
-    late_answers: bool = False  # as on accelerators, where the next question brings the answer
+    late_answers: bool = False  # the ranks' answer comes one step later, as on accelerators
     truncate: str | None = None  # a file below `root` that loses its second half before the run
 
     def ended(self, rank: int) -> list[str]:

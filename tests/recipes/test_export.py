@@ -37,8 +37,8 @@ from .test_accelerate_checkpoints import Code
 from .test_entry_points import needs_compiler
 
 STEPS = 4
-ALONE = ("pretrain", "pretrain_accelerate", "pretrain_hf_trainer")  # in one process
-# Its head is its embedding, its heads share keys, its tokenizer is trained here: a configuration must carry all this.
+ALONE = ("pretrain", "pretrain_accelerate", "pretrain_hf_trainer")  # these run in one process
+# The embedding is tied, heads share keys, and the tokenizer is trained here: an exported folder must keep all this.
 GROUPED = {
     "model.tie_word_embeddings": "true",
     "model.num_key_value_heads": 1,

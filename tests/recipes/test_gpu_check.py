@@ -101,7 +101,7 @@ def test_a_cut_off_loses_one_part_and_the_next_call_continues(tmp_path: Path, mo
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     started = children(process.pid)
-    process.kill()  # as when a machine is taken away
+    process.kill()  # this is how a machine is taken away
     process.communicate()
     while any(Path(f"/proc/{pid}").exists() for pid in started):
         assert time.monotonic() < deadline, "the part outlives the call that started it"

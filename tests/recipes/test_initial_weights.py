@@ -64,7 +64,7 @@ def test_the_device_does_not_matter(tied: bool) -> None:
 
 
 def test_lightning_builds_what_accelerate_and_the_hf_trainer_build() -> None:
-    """Those two seed, then call build_llama. Lightning seeds early, and builds on the device in configure_model."""
+    """The two other programs seed, then call build_llama. Lightning seeds early and builds in configure_model."""
     L.seed_everything(5, verbose=False)
     torch.rand(7)
     module = LlamaPretraining(**SIZES, seq_len=16)

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 # A value goes to the host, or the size of the result depends on one. bool() and float() come here.
 READS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique", "unique2", "_unique2")
 READS += ("bincount", "unique_consecutive", "unique_dim")
-MASKED = ("index", "index_put", "index_put_", "_index_put_impl_")  # with booleans: nonzero inside
+MASKED = ("index", "index_put", "index_put_", "_index_put_impl_")  # with boolean indices they call nonzero
 COPIES = ("cpu", "numpy", "tolist")
 UPLOADS = ("new_tensor", "tensor", "as_tensor")  # pageable memory is read before they return
 MAKERS = ("tensor", "as_tensor", "from_numpy", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint")

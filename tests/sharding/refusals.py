@@ -149,7 +149,7 @@ def other_groups(odd_ranks: Sequence[int], scope: str) -> Any:
 
 
 def other_sharded_models(what: str, odd_ranks: Sequence[int], scope: str) -> Any:
-    """Use FSDP2 while some ranks hold an additional plain tensor, or hold one in another place."""
+    """Use FSDP2 while some ranks hold one more plain tensor, or hold it at another position."""
     named = list(LAYOUTS["fsdp2"][0](DTYPE).model.named_parameters())
     if dist.get_rank() in odd_ranks:
         named = DIFFERENCES[what](named)

@@ -17,7 +17,7 @@ FOR_AMSGD = ("fsdp2_without_mesh", "fsdp2_ignored", "hsdp", "tp", "tp_ddp", "fsd
 FOR_AMSGD += ("fsdp1_full", "fsdp1_no_shard", "fsdp1_ignored", "fsdp1_flat_hybrid", "fsdp1_unbound")
 WITH_EMPTY_SHARDS = ("fsdp2", "fsdp2_tp", "hsdp", "fsdp1_full", "fsdp1_hybrid", "fsdp1_unbound")
 LIMITS = {"float64": 1e-12, "float32": 2e-5}
-FLAT_LIMIT = 4e-5  # of float32 in FSDP1's flat parameters
+FLAT_LIMIT = 4e-5  # limit of float32 in FSDP1's flat parameters
 
 # torch's own code warns.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

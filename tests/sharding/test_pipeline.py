@@ -101,6 +101,6 @@ def test_what_is_not_finite_in_one_stage_skips_all(
 
 
 def test_without_their_group_stages_skip_alone(pool: Callable[[int], Pool]) -> None:
-    """Because of this the group is worth a collective also with scope "tensor"."""
+    """This is why a pipeline_group is worth a collective, even with scope "tensor"."""
     for rank in pool(4).run(f"{WORKER}one_nan", layout="fsdp", scope="tensor", pipeline=None):
         assert rank["skipped"] == [False, rank["stage"] == 1, False]

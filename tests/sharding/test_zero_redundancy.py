@@ -1,4 +1,4 @@
-"""torch.distributed.optim.ZeroRedundancyOptimizer: each rank's optimizer has some of the tensors, whole."""
+"""torch.distributed.optim.ZeroRedundancyOptimizer: each rank's optimizer has some whole tensors."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def _parts(tensors: list[Tensor]) -> list[list[Tensor]]:
     blocks, rest = divmod(numel, _BLOCK)
     if rest == 1:
         blocks -= 1
-    border = blocks * _BLOCK if blocks > 1 else 0  # one block would be a graph of its own
+    border = blocks * _BLOCK if blocks > 1 else 0  # a view of one block would need another graph
     parts = []
     if border:
         whole = tensors if border == numel else [tensor[:border] for tensor in tensors]

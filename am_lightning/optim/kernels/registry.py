@@ -136,7 +136,7 @@ def require_fused(device: torch.device) -> None:
         return
     if fused_kernel(device) is CPP:
         build.require_compiler()
-    elif is_capturing(device):  # a capture allows no build and no sync; step() refuses what has not stepped before
+    elif is_capturing(device):  # a capture allows no build and no sync; step() refuses one without a step before it
         launch.require_triton()
     else:
         require_kernel(check.Kind(device))

@@ -43,8 +43,8 @@ def refuse_in_capture(param: Tensor) -> None:
     """
     if is_capturing(param.device):
         raise RuntimeError(
-            f"a CUDA graph is being captured, and a parameter of shape {tuple(param.shape)} in it has no optimizer "
-            "state that a step has used: make a step with the same gradients before it, as torch's warm-up does"
+            f"a CUDA graph is being captured, and a parameter of shape {tuple(param.shape)} has no optimizer state "
+            "that a step has used: make a step with the same gradients before the capture, as torch's warm-up does"
         )
 
 

@@ -74,7 +74,7 @@ class FaultTolerance(L.Callback):
         self._agreed: signal.Signals | None = None
         self._agreement: Agreement | None = None
         self._last_step = 0
-        self._trainer: L.Trainer  # of the fit; set before signals are taken
+        self._trainer: L.Trainer  # the Trainer of the fit, set before signals are received
         self._replacements = PatchedMethods()
 
     @staticmethod
@@ -112,7 +112,7 @@ class FaultTolerance(L.Callback):
     def _tell(self, number: int) -> None:
         if self._agreed is None and self._trainer.is_global_zero:
             name = signal.Signals(number).name
-            with contextlib.suppress(OSError):  # nobody reads stderr any more; the thread must live on
+            with contextlib.suppress(OSError):  # nobody may read stderr any more, and this thread must not end
                 os.write(2, f"{name}: stopping with a checkpoint at the end of this step\n".encode())
 
     def _end_at_once(self, number: int, why: str) -> None:
@@ -222,7 +222,7 @@ class FaultTolerance(L.Callback):
     # ------------------------------------------------------------------ putting things back
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Do what Lightning leaves out after an exception: end the ranks that it started, and tear down."""
-        if isinstance(exception, Exception):  # not Stopped, with which the other ranks leave by themselves
+        if isinstance(exception, Exception):  # Stopped is no Exception: all ranks raise it and end by themselves
             _kill_ranks_of(trainer)
         self.teardown(trainer, pl_module, "fit")
 

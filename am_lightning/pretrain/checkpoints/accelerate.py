@@ -58,7 +58,7 @@ class AccelerateCheckpoints:
         ranks = _ranks(self.accelerator)
         with ranks.together(target, part):
             if ranks.first:
-                for left in self.folder.glob(".step-*"):  # by a killed run
+                for left in self.folder.glob(".step-*"):  # left by a killed run
                     shutil.rmtree(left, ignore_errors=True)
                 part.mkdir(parents=True)
         with ranks.together(target, part):

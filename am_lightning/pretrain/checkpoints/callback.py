@@ -78,7 +78,7 @@ class RunCheckpoint(ModelCheckpoint):
     def _take_folder(self) -> None:
         """Lock the folder. Raise a RecipeError if another run writes to it."""
         run_lock.hold(Path(str(self.dirpath)))
-        for leftover in Path(str(self.dirpath)).glob(".*.part"):  # by a killed process
+        for leftover in Path(str(self.dirpath)).glob(".*.part"):  # left by a killed process
             remove(leftover)
 
     # ------------------------------------------------------------------ saving

@@ -125,7 +125,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        public = "pathlib" if module.startswith("pathlib.") else module  # its own module from Python 3.13 on
+        public = "pathlib" if module.startswith("pathlib.") else module  # Python 3.13 moved its classes to a submodule
         if not is_dtype and (public, name) not in _DESCRIBING:
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name} in the description of the shards")
         return super().find_class(module, name)

@@ -102,7 +102,7 @@ class CheckpointWriter:
         if self.ranks.first:
             require_space(path, needed)
             if self.folders:
-                shutil.rmtree(self._part(path), ignore_errors=True)  # by a killed process
+                shutil.rmtree(self._part(path), ignore_errors=True)  # left by a killed process
                 self._part(path).mkdir(parents=True)
 
     def _begin_folder(self, checkpoint: dict[str, Any], path: Path) -> None:
@@ -164,7 +164,7 @@ def _stager(trainer: L.Trainer) -> Any:
     """Return what copies shards to CPU memory. None means async_save's default, which waits for each tensor."""
     if isinstance(trainer.strategy, FSDPStrategy):  # DefaultStager does not support ShardedTensor
         return staging.BlockingAsyncStager()
-    if trainer.strategy.root_device.type != "cuda" or not hasattr(staging, "DefaultStager"):  # from torch 2.9 on
+    if trainer.strategy.root_device.type != "cuda" or not hasattr(staging, "DefaultStager"):  # new in torch 2.9
         return None
     pinned = {"use_pinned_memory": True, "use_non_blocking_copy": True}
     options = staging.StagingOptions(**pinned, use_shared_memory=False, use_async_staging=False)

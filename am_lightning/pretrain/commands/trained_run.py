@@ -23,7 +23,7 @@ from am_lightning.pretrain.model.shape import LlamaShape
 from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.settings import saved_config
 
-_NAMES = (STEPS, LAST, ACCELERATE_STEPS, "checkpoint-*[0-9]")  # of Lightning, Accelerate, the HF Trainer
+_NAMES = (STEPS, LAST, ACCELERATE_STEPS, "checkpoint-*[0-9]")  # names of Lightning, Accelerate, the HF Trainer
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ class HubShard:
                     yield from _record(text, where)
         except RecipeError:
             raise
-        except Exception as error:  # of the network, the file system or the format
+        except Exception as error:  # an error of the network, the file system or the format
             raise RecipeError(f"cannot read {where}: {first_line(error)}. Try again.") from error
 
 

@@ -38,7 +38,7 @@ def hub_errors(what: str, library: str, *configs: Any, remote: bool, hint: str, 
         for module, value in before:
             module.HF_HUB_OFFLINE = value or offline is not None
         yield
-    except Exception as error:  # of the library, the network, the hub or a file
+    except Exception as error:  # an error of the library, the network, the hub or a file
         if offline is None:
             raise RecipeError(f"{what}: {library} cannot load it ({first_line(error)}). {hint}") from error
         raise RecipeError(
@@ -63,7 +63,7 @@ def _no_answer() -> str | None:
         try:
             get_session().head(constants.ENDPOINT, timeout=seconds)
             answers.append(None)
-        except Exception as error:  # of requests or httpx, depending on the library's version
+        except Exception as error:  # an error of requests or httpx, depending on the library's version
             answers.append(f"{constants.ENDPOINT} cannot be reached ({first_line(error)})")
 
     thread = threading.Thread(target=ask, daemon=True)  # the timeout does not cover the look-up of a name

@@ -114,7 +114,7 @@ def write_chunks(shards: Path, folder: Path, *, seq_len: int, chunk_bytes: int) 
         if is_complete(folder, CHUNKS):  # another process made it while this one waited
             return
         try:
-            shutil.rmtree(part, ignore_errors=True)  # of a killed process
+            shutil.rmtree(part, ignore_errors=True)  # left by a killed process
             with litdata_ranks(0, 1):
                 # The processes of litdata.optimize write with Cache, too, but their number decides what is in a chunk.
                 writer = Cache(str(part), chunk_size=1, item_loader=TokensLoader(size))
@@ -175,7 +175,7 @@ def _download(url: str, folder: Path, name: str) -> None:
     content = io.BytesIO()
     try:
         get_downloader(url, str(folder), []).download_fileobj(f"{url.rstrip('/')}/{name}", content)
-    except Exception as error:  # of the network, the store or a package that is not installed
+    except Exception as error:  # an error of the network or the store, or a missing package
         raise RecipeError(
             f"data.source {url}: cannot read {name} ({first_line(error)}). It is in the folder that"
             " prepare_data.py --data.mode litdata makes. Upload all of that folder."

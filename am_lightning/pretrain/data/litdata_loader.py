@@ -61,7 +61,7 @@ class TokensLoader(litdata.TokensLoader):  # type: ignore[misc,unused-ignore]  #
                 return row
             except RecipeError as error:
                 self.error = error
-            except Exception as error:  # of the network, the store or the disk
+            except Exception as error:  # an error of the network, the store or the disk
                 text = f"cannot read the chunk {name} of data.source {self.source} ({first_line(error)})"
                 self.error = RecipeError(text)
         return self.error

@@ -132,7 +132,7 @@ def batches_in_time(batches: Iterator[Any], timeout_s: float) -> Iterator[Any]:
             finally:
                 timer.cancel()
             yield batch
-    except (RuntimeError, OSError, EOFError) as error:  # of torch, or of the connection to a killed process
+    except (RuntimeError, OSError, EOFError) as error:  # errors of torch, or of the connection to a killed process
         if not late.is_set():
             raise
         raise RecipeError(

@@ -106,7 +106,7 @@ def write_shards(job: Job, workers: int | None = None) -> None:
         if is_complete(job.folder):  # perhaps another process wrote them while this one waited
             return
         if alone:
-            for leftover in job.folder.rglob(".*.part"):  # of a killed process
+            for leftover in job.folder.rglob(".*.part"):  # written by a killed process
                 leftover.unlink(missing_ok=True)
         units = work_units(job.source, job.shard_bytes)
         _finish(job, run_all(partial(write_part, job), units, workers, "tokenizing"))
@@ -221,8 +221,8 @@ def _finish(job: Job, parts: Sequence[Index]) -> None:
             shutil.rmtree(job.folder, ignore_errors=True)
             raise RecipeError(
                 f"{job.source.description}: no document falls into the {_SIDE_NAMES[side]} split"
-                f" (data.val_percent is {job.val_percent}; a file's path or else the text"
-                " decides). Use more documents, or change data.val_percent."
+                f" (data.val_percent is {job.val_percent}; a hash of a file's path or of"
+                " a record's text decides). Use more documents, or change data.val_percent."
             )
     train, val = (tuple(shard for part in parts for shard in getattr(part, side)) for side in SIDES)
     write_index(job.folder / INDEX, dataclasses.replace(parts[0], documents=documents, train=train, val=val))

@@ -22,7 +22,7 @@ BYTES = "bytes"
 BYTE_VOCAB_SIZE = 256
 _SMALLEST_BPE = BYTE_VOCAB_SIZE + 1  # every byte and the end-of-text token
 _BPE_FREQUENCY = 2  # a pair that occurs once does not become a token
-_TOKENIZER_SUFFIXES = {".json", ".model", ".txt"}  # of tokenizer files, without the weights in the same folder
+_TOKENIZER_SUFFIXES = {".json", ".model", ".txt"}  # suffixes of tokenizer files; the folder may also hold weights
 _LONG_TEXT = 1 << 20  # characters; a longer document is encoded in pieces to limit the memory
 
 GATED_CURE = (

@@ -61,6 +61,6 @@ def _held(param: Tensor) -> tuple[range, range]:
         for dimension in reversed(range(param.device_mesh.ndim)):
             split: int | None = getattr(param.placements[dimension], "dim", None)  # of Shard and _StridedShard
             if split is not None:
-                size = -(-len(held[split]) // param.device_mesh.size(dimension))  # as torch.chunk divides
+                size = -(-len(held[split]) // param.device_mesh.size(dimension))  # torch.chunk divides in this way
                 held[split] = held[split][size * coordinate[dimension] :][:size]
     return held[0], held[1]

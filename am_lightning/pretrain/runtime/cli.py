@@ -80,7 +80,7 @@ class PretrainCLI(LightningCLI):
     """LightningCLI for LlamaPretraining on TextData that keeps a whole run in one folder."""
 
     def __init__(self, args: Any = None) -> None:
-        self.result: RunResult | None = None  # of a finished `fit`
+        self.result: RunResult | None = None  # set when `fit` has finished
         self.resume_step = 0
         super().__init__(
             LlamaPretraining,
@@ -194,7 +194,7 @@ def settle(config: Any) -> None:
     if trainer.max_steps > 0:
         if checkpoint.every_n_train_steps is None:
             checkpoint.every_n_train_steps = max(1, trainer.max_steps // CHECKPOINTS_PER_RUN)
-        # Also the curve of a short run has a point.
+        # A run that is shorter than the interval still logs one point.
         trainer.log_every_n_steps = min(trainer.log_every_n_steps or 1, trainer.max_steps)
 
 

@@ -23,7 +23,7 @@ class Agreement:
     def __init__(self, device: torch.device, ranks: int, later: bool | None = None) -> None:
         self._device, self._ranks = device, ranks
         self._later = device.type != "cpu" if later is None else later
-        self._answer: torch.Tensor | None = None  # on its way to the host
+        self._answer: torch.Tensor | None = None  # the number that is being copied to the host
         self._copied: torch.Event | None = None
 
     def ask(self, mine: int | None, *, now: bool = False) -> int:

@@ -50,7 +50,7 @@ def _print_once(text: str, folder: Path) -> None:
             if os.fstat(file.fileno()).st_size == 0:
                 print(f"{text}\n", end="", file=sys.stderr, flush=True)
                 file.write(b"printed")
-    except OSError:  # no lock or no space: twice is better than never
+    except OSError:  # there is no lock or no space: the text may be printed twice, but it is printed
         print(f"{text}\n", end="", file=sys.stderr, flush=True)
 
 
@@ -67,7 +67,7 @@ def _command_line(*, imports: bool) -> Iterator[None]:
         try:
             yield
             leave_group()
-        except SystemExit:  # of argparse's help, for example
+        except SystemExit:  # argparse's help raises it, for example
             sys.stdout.flush()
             raise
         sys.stdout.flush()  # here, so that a closed pipe is handled below
@@ -91,11 +91,11 @@ def _command_line(*, imports: bool) -> Iterator[None]:
         if missing not in _NEEDED:
             raise
         sys.exit(f"error: the recipes need {missing}: {EXTRA}")
-    except pickle.UnpicklingError as error:  # the text of torch.load(weights_only=True) advises to switch that off
+    except pickle.UnpicklingError as error:  # torch's own text advises to set weights_only=False
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error).splitlines()[0])
         sys.exit(f"error: the checkpoint holds more than tensors and plain values: {reason.strip()}")
     except Exception as error:
-        callback = sys.modules.get("am_lightning.lightning.callback")  # not imported for an error's sake
+        callback = sys.modules.get("am_lightning.lightning.callback")  # only if it is imported already
         if callback is not None and isinstance(error, callback.SkippedStepsError):
             sys.exit(f"error: {error}")
         if "EADDRINUSE" in str(error):
@@ -127,7 +127,7 @@ def leave_group() -> None:
     The barrier lets gloo's threads free their last tensors. A process that ends before that is aborted, and torchrun
     then starts all processes again.
     """
-    dist = sys.modules.get("torch.distributed")  # a command that has not imported it has no group
+    dist = sys.modules.get("torch.distributed")  # without this module there is no group
     if dist is not None and dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -148,7 +148,7 @@ def _quiet() -> None:
     """Filter out messages that the users of these programs need not act on."""
     for text in (
         ".*does not have many workers.*",  # a row is a slice of a memory map
-        ".*Checkpoint directory .* exists and is not empty.*",  # as after every resume
+        ".*Checkpoint directory .* exists and is not empty.*",  # this is so after every resume
         ".*LightningCLI's args parameter is intended.*",  # the runs of --compare are started in this process
         ".*isinstance.treespec, LeafSpec.. is deprecated.*",  # inside Lightning
         ".*no last checkpoint available.*",  # --ckpt_path last then starts from step 0, by design

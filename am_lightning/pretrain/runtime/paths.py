@@ -18,7 +18,7 @@ _CHECKOUT = _PACKAGE.parent / "recipes"
 
 BASE = re.compile(r"^# base: (\S+)$", re.MULTILINE)  # the first line of a YAML that holds only what differs from FILE
 
-_SECTIONS = ("model", "data", "trainer", "checkpoint", "fault_tolerance", "monitor")  # of a recipe
+_SECTIONS = ("model", "data", "trainer", "checkpoint", "fault_tolerance", "monitor")  # the sections of a recipe
 _SECTIONED = f"sections ({', '.join(_SECTIONS)}) with settings of the form `KEY: VALUE`"
 
 

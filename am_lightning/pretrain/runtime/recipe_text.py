@@ -40,7 +40,7 @@ def recipe_text(path: Path) -> str:
 
 
 def merge_texts(base: str, difference: str) -> str:
-    """Return `base` with the headline, the values and, where it has any, the comments of `difference`."""
+    """Return `base` with the headline and the values of `difference`, and with its comments if it has any."""
     headline, _, body = difference.partition("\n\n")
     lines = base.partition("\n\n")[2].splitlines()
     first = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))

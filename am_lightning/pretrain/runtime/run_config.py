@@ -49,7 +49,7 @@ class RunConfig:
         require(algorithm in (None, "norm"), "trainer.gradient_clip_algorithm", algorithm, "norm, or null")
         self.config = config
         self.root = Path(trainer["default_root_dir"])  # the run's folder
-        self.seed: int = seed  # of the initial weights
+        self.seed: int = seed  # seed of the initial weights
         self.shape: LlamaShape = made.model.shape
         self.data: TextData = made.data  # its plain methods need no Trainer
         self.data.default_root_dir = str(self.root)
@@ -64,7 +64,7 @@ class RunConfig:
         self.keep: int | None = checkpoint["keep"]  # how many checkpoints to keep; None: all
         self.ckpt_path: str | None = config["ckpt_path"]  # None, "last", or a checkpoint
         self.accelerator: str = trainer["accelerator"]  # "auto", "cpu", "gpu", ...
-        self.threads: int | None = config["threads"]  # of torch on the CPU; None: torch decides
+        self.threads: int | None = config["threads"]  # torch's threads on the CPU; None: torch decides
         self.progress_bar = trainer["enable_progress_bar"] is not False
         # Seconds that a collective may wait for another rank; None: torch's default.
         self.hang_timeout_s: float | None = config["fault_tolerance"]["hang_timeout_s"]

@@ -32,7 +32,7 @@ AGAIN = f"again, at once; {RESUME}"
 
 _current: StopSignals | None = None  # receives the signals
 _early: StopSignals | None = None  # the one of early_signals()
-_channel: tuple[int, socket.socket] | None = None  # the process whose thread reads it; the end that is written to
+_channel: tuple[int, socket.socket] | None = None  # id of the process whose thread reads it, and the socket to write to
 
 
 def end_process(number: int, why: str = "") -> NoReturn:
@@ -145,7 +145,7 @@ def early_signals() -> Iterator[None]:
         yield
     finally:
         _early = outer
-        if _current is None or not _current.later:  # in a process that is stopping a signal is not a new one
+        if _current is None or not _current.later:  # while the process stops, more signals change nothing
             early.give_back()
 
 

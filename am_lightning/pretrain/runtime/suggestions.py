@@ -33,7 +33,7 @@ def explain(message: str, options: Iterable[str], args: Sequence[str]) -> str:
 
 
 def unknown_setting(key: str, options: Iterable[str], args: Sequence[str]) -> str:
-    """Return the error's text; the arguments are those of `explain`. No place is named if no YAML has the key."""
+    """Return the text of the error, with the YAML that has the key, if any. Arguments are as in `explain`."""
     return f"there is no setting {key}{meant(key, options)}{_place(key, args)}"
 
 

@@ -45,7 +45,7 @@ def write(ledger: Ledger, kinds: Kinds, folder: Path, command: str) -> str:
     """
     cells = list(dict.fromkeys(cell for kind in kinds.values() for cell in kind))
     tuned, compared, traced = (_complete(ledger, cells, STAGES[: number + 1]) for number in range(len(STAGES)))
-    comparisons = 2 * len(cells)  # with any warmup and without one, also in the cells that are not complete
+    comparisons = 2 * len(cells)  # two for each cell, complete or not: with any warmup, and without
     folder.mkdir(parents=True, exist_ok=True)
     parts = [_scope(cells, compared)]
     if compared:

@@ -39,7 +39,7 @@ ALL: Families = {
 }
 METHODS = {"few": FEW, "all": ALL}
 CUSTOMARY = Method("adamw", 0.9, 0.05)
-DEFAULT = Method("am", 0.89)  # of the callback
+DEFAULT = Method("am", 0.89)  # the callback's default
 NEAR = 0.02  # nats per token: one seed cannot decide between variants this close together
 TRACE_CAP, TRACE_SEED = 0.89, 1
 PARTS = 8  # micro-batches of a traced step, whose gradients are compared

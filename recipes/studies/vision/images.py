@@ -16,7 +16,7 @@ from torch import Tensor
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 DATA = ("digits", "cifar10", "cifar100")
-_TEST_SHARE = 0.3  # of digits, which has no split
+_TEST_SHARE = 0.3  # share of digits, which has no split of its own
 _CIFAR = {  # folder of the unpacked archive, its training and test files, the key of the labels
     "cifar10": ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"], b"labels"),
     "cifar100": ("cifar-100-python", ["train"], ["test"], b"fine_labels"),

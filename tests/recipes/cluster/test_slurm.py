@@ -73,7 +73,7 @@ def test_a_killed_rank_is_started_again_in_the_job(
 
 
 def test_no_value_is_executed_or_split(cluster: Slurm, tmp_path: Path) -> None:
-    """No value is taken for a pattern that sbatch replaces in the name of the log, either."""
+    """This includes the patterns that sbatch replaces in the name of the log."""
     probe = tmp_path / "probe.py"
     probe.write_text(PROBE)
     root = tmp_path / f"-{HOSTILE}".replace("\\", "").replace("\n", "")  # sbatch's --output takes neither

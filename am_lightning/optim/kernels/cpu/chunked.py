@@ -178,7 +178,7 @@ def _precond(c: _Chunk, v: Tensor, c_eps: Tensor, c_root: float) -> None:
 
 
 def _as_scalar(host: Host, name: str, shard: LocalShard) -> Tensor:
-    """Return a coefficient as 0-dim tensor, so that a scaled sum or a quotient takes one operation."""
+    """Return a coefficient as a 0-dim tensor, so that a scaled sum or a quotient takes one operation."""
     values = host.get(name)
     value = 0.0 if values is None else values[shard.row]
     return torch.full((), value, dtype=shard.compute_dtype, device=shard.x.device)

@@ -25,9 +25,9 @@ class Kind(NamedTuple):
     """Everything that a compiled kernel is specialised for."""
 
     device: torch.device
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype]  # of g, d, v, x
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype]  # dtypes of g, d, v, x
     decays: bool
-    aligned: tuple[bool, bool, bool]  # of g, of d and v, of x: gradients may be views at any place, states are not
+    aligned: tuple[bool, bool, bool]  # g; d and v; x. Gradients may be views at any address, states are not
 
     @property
     def compute_dtype(self) -> torch.dtype:

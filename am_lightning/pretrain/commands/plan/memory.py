@@ -183,6 +183,6 @@ def _zero(counts: _Counts, layout: ParallelPlan, bucket: int) -> Memory:
     layer, around = (c * counts.layer, c * (counts.outside + 2 * counts.layer)) if stage == 3 else (0, 0)
     copies = {"gathered weights": layer}, {"gathered weights": around}
     moments = counts.moments(copies, (earlier, earlier + c * counts.head, gradients))
-    moments["backward"]["reduce buckets"] = 2 * c * bucket if stage in (1, 2) else 0  # two with overlap_comm
+    moments["backward"]["reduce buckets"] = 2 * c * bucket if stage in (1, 2) else 0  # overlap_comm has two buckets
     moments["optimizer"]["optimizer scratch"] += 4 * p // n
     return Memory(held, moments)

@@ -18,8 +18,8 @@ from am_lightning.pretrain.runtime.run_config import RunConfig
 class Speed:
     """Time of a run."""
 
-    tokens_per_step: int  # of all GPUs together
-    tokens_per_second: float  # of all GPUs together
+    tokens_per_step: int  # all GPUs together
+    tokens_per_second: float  # all GPUs together
     step_seconds: float  # computation of a step at the plan's MFU
     communication_seconds: float  # time to send a step's bytes if no computation hides it
     days: float  # the whole run, without validations
@@ -75,7 +75,7 @@ def make_plan(settings: RunConfig, args: argparse.Namespace) -> Plan:
         trainer["strategy"],
         batch_size=settings.data.batch_size,
         accumulate=settings.accumulate,
-        precision=trainer["precision"] or "bf16-mixed",  # what a GPU gets if the configuration names none
+        precision=trainer["precision"] or "bf16-mixed",  # the default on a GPU
         gpus=args.gpus,
         gpus_per_node=args.gpus_per_node,
     )

@@ -46,7 +46,7 @@ def _gradients_and_weights(shape: LlamaShape, layout: ParallelPlan, backend: str
     vocabulary = (1 if shape.tie_word_embeddings else 2) * shape.vocab_size * shape.hidden_size // t
     layers = parameters - vocabulary - shape.hidden_size
     if layout.kind == "fsdp" or layout.stage == 3:
-        # FSDP keeps what is outside of layers gathered. Layers are gathered again for the backward pass.
+        # FSDP gathers a layer again for the backward pass, and keeps all other parameters gathered.
         again, width = (layers, 4) if layout.kind == "fsdp" else (parameters, c)
         return {
             "all-gather of weights": micro * _all_gather(c * (parameters + again), n),

@@ -111,7 +111,7 @@ def _caps(runs: Sequence[RunData]) -> list[float]:
 
 
 def _each(runs: Sequence[RunData], name: str, *, mean: bool = False) -> list[dict[str, Any]]:
-    """Return one curve of every run that has it. `mean` adds a running mean, and drops the points of many runs."""
+    """Return one curve of every run that has it; `mean`: its running mean, and the points of one or two runs."""
     found = [(number, curve) for number, run in enumerate(runs) if (curve := getattr(run, name))]
     if not mean:
         return [_series(number, "", "line", curve) for number, curve in found]

@@ -45,7 +45,7 @@ def write_page(path: Path, runs: Sequence[RunData], picture: Path) -> None:
         runs=runs,
         facts=[{name: row[name] for name in shown} for row in rows],
         differences=differences([run.config for run in runs]) if len(runs) > 1 else {},
-        data={  # what the page's script draws
+        data={  # the page's script draws these
             "runs": [run.name for run in runs],
             "charts": charts(runs),
             "heatmaps": heatmaps(runs),

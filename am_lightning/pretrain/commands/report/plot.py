@@ -19,10 +19,10 @@ from am_lightning.pretrain.runtime.atomic_files import replacing
 
 # Okabe and Ito's colours, which any colour vision can distinguish; those too pale on white are darker.
 COLOURS = ("#0072B2", "#C44E00", "#00805B", "#B0538D", "#8A6500", "#4D4D4D", "#2F93C9", "#7A5CC0")
-COLOUR_MAP = "magma"  # as in the picture of the loggers: 0 is black, the cap cream
+COLOUR_MAP = "magma"  # the loggers' pictures have it too: 0 is black, the cap is cream
 _DASHES = ("-", "--", ":")
 _DOTS: dict[str, Any] = {"marker": "o", "markersize": 5, "linewidth": 1.6}
-_LINES: dict[str, dict[str, Any]] = {  # by the style of a series
+_LINES: dict[str, dict[str, Any]] = {  # style of a series -> how its line is drawn
     "raw": {"alpha": 0.2, "linewidth": 0.7, "linestyle": "-"},
     "mean": {"linewidth": 1.2},
     "line": {"linewidth": 1.2},
