@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = ["AMSGD", "AMAdamW", "AdaptiveMemory", "am_adamw", "am_sgd", "clip_grad_norm_"]
 
-# Imported when they are asked for: the console command answers without torch, the optimizers work without lightning.
+# Imported on first use, so that the console command starts without torch, and the optimizers need no Lightning.
 _HOMES = {
     "AMSGD": "am_lightning.optim",
     "AMAdamW": "am_lightning.optim",

@@ -54,7 +54,7 @@ class Contender:
         self.optimizer.step()
 
     def share_moments(self, moments: dict[Tensor, dict[str, Tensor]]) -> None:
-        """Use the moments of other contenders if they have the same dtype, and else give its own to the next ones."""
+        """Share the first contender's moments, if this one's have the same dtype."""
         if not self.shares:
             return
         for param, state in self.optimizer.state.items():

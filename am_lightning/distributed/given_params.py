@@ -89,9 +89,9 @@ class GivenParams:
         ]
 
     def held(self, alive: dict[int, Tensor], param_groups: ParamGroups) -> tuple[list[NamedParams], NamedParams]:
-        """Return the names and parameters of given parameters in ``alive`` by group of ``param_groups``, and in total.
+        """Return the given parameters in ``alive``, with their names, by group of ``param_groups`` and in total.
 
-        For a group that is not remembered all of them are returned, because it may hold any.
+        A group that is not remembered gets all of them, because it may hold any.
         """
         found = [(g, [(name, alive[one.key]) for name, one in named if one.key in alive]) for g, named in self.named()]
         everything = [pair for _, pairs in found for pair in pairs]

@@ -32,7 +32,7 @@ rm -f "$dir"/*.whl
 # Requirements of LightningCLI, of the bench and of torch's lists of optimizers, and of DeepSpeed.
 download --no-deps "jsonargparse>=4.39" typeshed-client importlib-resources docstring-parser \
     schedulefree expecttest hjson ninja py-cpuinfo msgpack einops psutil
-download pydantic # of DeepSpeed; with its requirements, because it works with one release of pydantic-core only
+download pydantic # DeepSpeed needs it; its requirements come along, because it works with one release of pydantic-core only
 DS_BUILD_OPS=0 "${pip[@]}" wheel --no-deps --no-binary deepspeed --wheel-dir "$dir" "deepspeed>=0.19.8,<0.20"
 
 bytes="$(cat "$dir"/*.whl | wc -c)"

@@ -118,7 +118,7 @@ def test_names_that_the_user_gave_stay(tmp_path: Path) -> None:
     attach(fabric, model, optimizer)
     assert all(name.startswith("mine.") for name in optimizer.momentum())
     unnamed = AMAdamW(net.parameters())
-    attach(fabric, net, unnamed)  # neither set up nor wrapped, which one process does not need
+    attach(fabric, net, unnamed)  # one process needs no set-up or wrapped module
     assert set(unnamed.momentum()) == {name for name, _ in net.named_parameters()}
 
 

@@ -99,7 +99,7 @@ def split_in_two(net: Planted) -> list[AMAdamW]:
 
 
 def curves_of_two(steps: int, every: Sequence[int]) -> dict[str, dict[int, float]]:
-    """Return the curves of the two, each at its own log interval."""
+    """Return the curves of two optimizers, each at its own log interval."""
     from tests.loggers.intervals import curves_of
 
     found = {}

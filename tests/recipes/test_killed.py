@@ -127,7 +127,7 @@ def finish(args: list[str], cwd: Path) -> None:
 
 
 def test_two_processes_resume_to_the_same_bits(tmp_path: Path, corpus_folder: Path, unbroken: Path) -> None:
-    """DDP, killed and resumed, is bitwise unbroken DDP, and up to rounding one process with the whole batch."""
+    """A resumed run under DDP equals an unbroken one bitwise, and one process with the whole batch up to rounding."""
     ddp = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     whole, root = tmp_path / "whole", tmp_path / "run"
     finish(command(whole, corpus_folder, *ddp), tmp_path)

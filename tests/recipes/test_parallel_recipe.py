@@ -43,7 +43,7 @@ SMALL = {
     "checkpoint.every_n_train_steps": STEPS,
 }
 ALONE = {"trainer.devices": 1, "trainer.strategy": "auto"}
-SPREAD = {"trainer.devices": 4, "trainer.strategy.data_parallel_size": 2}  # tensor_parallel_size is the YAML's, 2
+SPREAD = {"trainer.devices": 4, "trainer.strategy.data_parallel_size": 2}  # the YAML has tensor_parallel_size: 2
 
 
 def train(root: Path, corpus: Path, processes: int, settings: dict[str, object]) -> dict[str, dict[int, float]]:

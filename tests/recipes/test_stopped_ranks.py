@@ -1,4 +1,4 @@
-"""Two processes: if either rank is signalled, fails or hangs, both act alike; a resumed run is the unbroken one."""
+"""Two processes: if one rank gets a signal, fails or hangs, both stop; a resumed run equals an unbroken one."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def test_a_cpu_has_no_known_peak(tmp_path: Path, corpus_folder: Path) -> None:
 
 @pytest.mark.parametrize("extra", [ADAMW, [*ADAMW, "--trainer.gradient_clip_val", "null"], []], ids=lambda e: len(e))
 def test_every_optimizer_has_a_gradient_norm(tmp_path: Path, corpus_folder: Path, watched: Path, extra: Any) -> None:
-    """The norm is that before clipping, also without clipping. The first gradient is the same for all optimizers."""
+    """The norm before clipping is logged, with and without clipping. All optimizers have the same first gradient."""
     extra = extra or ["--trainer.gradient_clip_val", "null"]
     found = fit(tmp_path, corpus_folder, 2, *extra)["train/grad_norm"].values
     assert found[0] == pytest.approx(read_curves(watched / "logs")["am/grad_norm"].values[0], rel=1e-5)

@@ -19,7 +19,7 @@ SIZES = (5, 3)  # sizes of two tensors in one parameter, split over the ranks
 
 
 class Cut(Strategy):
-    """Two tensors in one vector, of each of which a rank holds every world-size-th part."""
+    """Two tensors in one vector. Each of n ranks holds every n-th element of both tensors."""
 
     name = "cut"
     one_state_dtype = True

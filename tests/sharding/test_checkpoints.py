@@ -154,7 +154,7 @@ def test_a_first_step_at_lr_zero_counts(pool: Callable[[int], Pool], layout: str
 
 @pytest.mark.parametrize("full", [False, True])
 def test_saving_where_a_rank_holds_no_element(pool: Callable[[int], Pool], full: bool) -> None:
-    """Such a rank never has a state, so torch.distributed.checkpoint steps on it alone, and it must not wait."""
+    """A rank without elements has no state, so torch.distributed.checkpoint steps there alone. It must not hang."""
     ranks = pool(4).run(f"{PHANTOM}save_where_a_rank_holds_nothing", full=full)
     assert [rank["holds"] for rank in ranks] == [1, 1, 1, 0] and ranks[3]["empty"]
     assert all(rank["off"] <= 1e-12 and rank["bits"] == ranks[0]["bits"] for rank in ranks)

@@ -32,7 +32,7 @@ class Document:
     key: bytes
 
     def is_validation(self, percent: float) -> bool:
-        """Return whether the document is held out, which its key decides. `percent` % of all keys are."""
+        """Return whether the document is held out, by a hash of its key. `percent` % of all keys are held out."""
         bucket = int(hashlib.md5(self.key, usedforsecurity=False).hexdigest()[:8], 16)
         return bucket % 10_000 < percent * 100
 

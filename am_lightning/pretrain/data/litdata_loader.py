@@ -192,7 +192,7 @@ class LitdataLoader(ResumableLoader):
         same = began == self.grid
         place: dict[str, int | str] = {
             "current_epoch": number + 1,
-            # counted on this process if the grid is the same; otherwise litdata distributes the remaining rows again
+            # 0 if the grid has changed: litdata then distributes the remaining rows of the pass again
             "num_samples_yielded": batches * rows if same else 0,
             "sample_in_epoch": batches * rows * world_size,
             "initial_world_size": began.world_size,

@@ -47,7 +47,7 @@ def _rivals(tuning: Tuning, *, warmup: bool) -> list[Method]:
 
 
 def finalists_table(tuning: Tuning) -> str:
-    """Return every finalist on the fresh seeds, and the best AM and AM's default minus it, with 95 % intervals.
+    """Return each finalist's loss, and the loss of the best and of the default AM minus it, with 95 % intervals.
 
     Each interval is given uncorrected, and corrected for the number of intervals in its column.
     """

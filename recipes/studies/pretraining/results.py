@@ -84,7 +84,7 @@ def traces(study: Study, method: Method, *, batch: int = 1) -> tuple[list[str], 
 
 
 def layer_means(names: list[str], betas: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """Return the layers, and the mean over seeds and over a layer's tensors (layers, steps)."""
+    """Return the layers, and their mean beta_t over seeds and tensors, (layers, steps)."""
     paths = layer_paths(names)
     layers = list(dict.fromkeys(paths))
     means = [betas[..., [i for i, path in enumerate(paths) if path == layer]].mean(axis=(0, 2)) for layer in layers]
