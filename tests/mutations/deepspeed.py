@@ -17,35 +17,35 @@ _RESUMED = "tests/deepspeed/test_checkpoints.py::test_resumed_at_the_same_number
 
 MUTATIONS = [
     Mutation(
-        "all objects of the process are looked at whenever momentum is read before the first step",
+        "all objects of the process are searched whenever momentum is read before the first step",
         "am_lightning/optim/param_layout.py",
         "if looked == self._without_engine:",
         "if looked is None:",
         ("tests/optim/test_deepspeed_loaded.py::test_an_engine_is_looked_for_once",),
     ),
     Mutation(
-        "ZeRO 3: an engine that was looked for while its groups were empty is never found",
+        "ZeRO 3: an engine that was searched for while its groups were empty is never found",
         "am_lightning/optim/param_layout.py",
         "looked if found is None and looked[0] else None",
         "looked if found is None else None",
         ("tests/optim/test_deepspeed_loaded.py::test_nothing_is_remembered_of_empty_groups",),
     ),
     Mutation(
-        "Lightning's callback: an optimizer that DeepSpeed's engine never steps is taken in silence",
+        "Lightning's callback: an optimizer that DeepSpeed's engine never steps is accepted",
         "am_lightning/lightning/trainer_patches.py",
         "if [unwrap_optimizer(optimizer) for optimizer in optimizers] != [own]:",
         "if not isinstance(own, Optimizer):",
         ("tests/deepspeed/test_successors.py::test_lightning_refuses_what_would_never_step[assigned]",),
     ),
     Mutation(
-        "ZeRO 3: a gradient whose square overflows poisons the partition that has it",
+        "ZeRO 3: a gradient whose square overflows spoils the partition that has it",
         "am_lightning/optim/kernels/cpu/chunked.py",
         'fits = float(c.a.amax()) < too_large(c.stored["v"].dtype)',
         "fits = True",
         ("tests/deepspeed/test_huge_gradients.py::test_all_ranks_drop_the_step[ZeRO 3, chunked]",),
     ),
     Mutation(
-        "ZeRO 1 and 2: the second rank's slice is taken for the first's",
+        "ZeRO 1 and 2: the second rank's slice is used as the first's",
         _ZERO,
         "offset = param.data.storage_offset() - begin",
         "offset = param.data.storage_offset() - begin * 0",
@@ -73,7 +73,7 @@ MUTATIONS = [
         (f"{_TENSOR}[stage=3]",),
     ),
     Mutation(
-        "tensors of a mixture of experts are taken",
+        "tensors of a mixture of experts are accepted",
         _ZERO,
         'if getattr(param, "allreduce", True) is False:',
         'if getattr(param, "allreduce", True) is None:',
@@ -136,7 +136,7 @@ MUTATIONS = [
         ("tests/deepspeed/test_checkpoints.py::test_universal_to_one_rank[3]",),
     ),
     Mutation(
-        "the moments of AdamW in a flat partition are taken for a first step",
+        "the moments of AdamW in a flat partition count as those of a first step",
         _PERSISTENCE,
         'found[logical.name] = [step, cap**step, cap, float(group["lr"])]',
         'found[logical.name] = [step, 1.0, cap, float(group["lr"])]',

@@ -13,14 +13,14 @@ _RUNS = "tests/huggingface/test_trainer.py"
 
 MUTATIONS = [
     Mutation(
-        "HF Trainer: the callback reads an optimizer that another has taken the place of",
+        "HF Trainer: the callback reads an optimizer that was replaced",
         _TRAINER,
         "if am_optimizer is not self._reader.optimizer:\n            before",
         "if am_optimizer is None:\n            before",
         ("tests/huggingface/test_trainer.py::test_an_optimizer_given_in_mid_run_is_read_or_refused[AMAdamW]",),
     ),
     Mutation(
-        "HF Trainer: an optimizer given in mid-run is met at the next log only",
+        "HF Trainer: an optimizer given in mid-run is found only at the next log",
         _TRAINER,
         'which DeepSpeed takes in the backward pass."""\n        self._follow(model)',
         'which DeepSpeed takes in the backward pass."""',
@@ -76,7 +76,7 @@ MUTATIONS = [
         (f"{_ACCELERATE}::test_trackers_get_the_curves_at_optimizer_steps[fsdp2]",),
     ),
     Mutation(
-        "Accelerate: an optimizer that was not prepared is taken",
+        "Accelerate: an optimizer that was not prepared is accepted",
         _ATTACH,
         "if not any(other is am_optimizer for other in prepared):",
         "if not prepared:",
@@ -112,7 +112,7 @@ MUTATIONS = [
         (f"{_RUNS}::test_optimizers_evaluation_and_a_callback_added_late",),
     ),
     Mutation(
-        "Trainer: skipped steps of before a resume are forgotten",
+        "Trainer: the skipped steps before a resume are forgotten",
         _TRAINER,
         "before = int(logged[-1]) if logged else 0",
         "before = 0",
@@ -140,28 +140,28 @@ MUTATIONS = [
         (f"{_RUNS}::test_keywords_of_the_factory_win_over_the_training_arguments",),
     ),
     Mutation(
-        "Trainer: nobody is told that the learning rate of the arguments is not used",
+        "Trainer: no warning is given if the arguments' learning rate is not used",
         _TRAINER,
         "not wanted & found:",
         "wanted & found:",
         (f"{_RUNS}::test_a_learning_rate_that_is_not_used_is_warned_of",),
     ),
     Mutation(
-        "Trainer: a default of the arguments' own class passes for what the user has set",
+        "Trainer: a default of the arguments' own class counts as set by the user",
         _TRAINER,
         "for field in fields(args)}",
         "for field in fields(TrainingArguments)}",
         (f"{_RUNS}::test_arguments_that_are_set_in_vain_are_warned_of",),
     ),
     Mutation(
-        "Trainer: the cap that was made of adam_beta1 passes for another number",
+        "Trainer: the cap that was computed from adam_beta1 counts as another value",
         _TRAINER,
         'if name == "adam_beta1":',
         'if name == "beta1":',
         (f"{_RUNS}::test_arguments_that_are_set_in_vain_are_warned_of",),
     ),
     Mutation(
-        "every rank writes the curves of a loop of one's own",
+        "every rank writes the curves of a plain loop",
         "am_lightning/loggers/attach.py",
         "my_rank() == 0",
         "my_rank() >= 0",
@@ -182,7 +182,7 @@ MUTATIONS = [
         ("tests/loggers/test_attach.py::test_removed_it_writes_no_more_and_twice_is_once",),
     ),
     Mutation(
-        "a number that is counted in the step is not logged until somebody names it a second time",
+        "a number that is counted in the step is logged only if it is listed a second time",
         "am_lightning/loggers/reader.py",
         "if name not in _NOT_LOGGED and",
         'if name in ("skipped_steps", "grad_norm") and',

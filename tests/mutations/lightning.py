@@ -66,14 +66,14 @@ MUTATIONS = [
         (f"{_LIFECYCLE}::test_too_many_skips_end_the_run_at_exactly_the_limit",),
     ),
     Mutation(
-        "skipped steps are looked at too late, after a row has begun",
+        "skipped steps are read too late, after consecutive ones have begun",
         _CALLBACK,
         "self._next_look = self._steps + self.max_consecutive_skips - in_a_row",
         "self._next_look = self._steps + self.max_consecutive_skips",
         (f"{_LIFECYCLE}::test_too_many_skips_end_the_run_at_exactly_the_limit",),
     ),
     Mutation(
-        "the checkpoint of a run that is given up is not written",
+        "a run that ends after too many skipped steps writes no checkpoint",
         _CALLBACK,
         "trainer.save_checkpoint(path)\n        raise",
         "raise",
@@ -87,21 +87,21 @@ MUTATIONS = [
         (f"{_LIFECYCLE}::test_skips_are_in_a_checkpoint_saved_after_fit_and_not_in_the_next_fit",),
     ),
     Mutation(
-        "skipped steps of before a resume are counted again in the next fit",
+        "the skipped steps before a resume are counted again in the next fit",
         _CALLBACK,
         "self._readers, self._saved = [], {}",
         "self._readers, self._saved = [], self._at_end",
         (f"{_LIFECYCLE}::test_skips_are_in_a_checkpoint_saved_after_fit_and_not_in_the_next_fit",),
     ),
     Mutation(
-        "optimizers that are made again in mid-run are not converted",
+        "optimizers that are rebuilt in mid-run are not converted",
         _CALLBACK,
         "        elif optimizers:\n            self._convert(trainer, optimizers)",
         "        elif optimizers and not self._fitting:\n            self._convert(trainer, optimizers)",
         (f"{_LIVE}::test_the_successor_is_converted_trained_and_shown[set_up_again-on_train_batch_start]",),
     ),
     Mutation(
-        "curves stay with an optimizer that is gone",
+        "the curves continue to be those of a replaced optimizer",
         _CALLBACK,
         "if self._fitting:\n            self._follow(trainer)",
         "if self._fitting and not self._readers:\n            self._follow(trainer)",
@@ -129,7 +129,7 @@ MUTATIONS = [
         (f"{_LIVE}::test_a_layer_that_is_added_has_its_name",),
     ),
     Mutation(
-        "a method that is replaced for one object is so for its copies",
+        "a method that is replaced for one object is replaced for its copies, too",
         _REPLACED,
         "if entry.owner is owner:",
         "if isinstance(owner, type(entry.owner)):",
@@ -157,7 +157,7 @@ MUTATIONS = [
         (f"{_CONVERSION}::test_a_scheduler_of_old_counts_on",),
     ),
     Mutation(
-        "a state_dict that somebody has put on an AdamW stays on the converted one",
+        "a state_dict that was set on an AdamW stays on the converted one",
         "am_lightning/optim/convert.py",
         "for method in sorted(_METHODS & optimizer.__dict__.keys()):",
         'for method in sorted({"step"} & optimizer.__dict__.keys()):',
@@ -185,7 +185,7 @@ MUTATIONS = [
         (f"{_CLIPPING}::test_a_plugins_own_clipping_stays",),
     ),
     Mutation(
-        "undo takes away what somebody else has put in its place since",
+        "undo removes a replacement that another program has made since",
         _REPLACED,
         "if cls.__dict__.get(name) is self._installed:",
         "if name in cls.__dict__:",
@@ -241,7 +241,7 @@ MUTATIONS = [
         (f"{_OLDER}::test_a_name_is_imported_only_where_it_is_used[the older alone]",),
     ),
     Mutation(
-        "the callback is none of a name that was loaded after it",
+        "the callback is no Callback of a package that is loaded after it",
         _NAMES,
         "if kinds and Callback.__bases__ != kinds:",
         "if kinds and Callback.__bases__ == (_Base,):",
@@ -255,7 +255,7 @@ MUTATIONS = [
         (f"{_OLDER}::test_a_name_is_imported_only_where_it_is_used",),
     ),
     Mutation(
-        "an error is that of one name, whichever the program has",
+        "an error has the class of one package, whichever the program uses",
         _NAMES,
         "kinds[0] if len(kinds) == 1 else",
         "kinds[0] if kinds else",
@@ -269,7 +269,7 @@ MUTATIONS = [
         (f"{_FABRIC_RUNS}::test_a_resumed_run_counts_from_its_checkpoint",),
     ),
     Mutation(
-        "Fabric: the Trainer's callback does nothing there, in silence",
+        "Fabric: the Trainer's callback does nothing, without an error",
         _CALLBACK,
         "def on_after_setup(self, **_: Any) -> None:",
         "def _on_after_setup(self, **_: Any) -> None:",
@@ -318,7 +318,7 @@ MUTATIONS = [
         ("tests/momentum/test_report.py::test_layer_groups_of_common_models",),
     ),
     Mutation(
-        "the share of tensors at the cap takes in those just below it",
+        "the share of tensors at the cap includes those just below it",
         "am_lightning/optim/step_stats.py",
         "self._edges == beta,",
         "(self._edges - beta).abs() < 0.1,",
@@ -353,14 +353,14 @@ MUTATIONS = [
         ("tests/lightning/test_intervals.py::test_a_resume_has_the_axis_of_lightning",),
     ),
     Mutation(
-        "a fit that Ctrl-C ends says nothing",
+        "a fit that Ctrl-C ends prints no line",
         _CALLBACK,
         "if self._fitting and not isinstance(exception, Exception):",
         "if self._fitting and isinstance(exception, Exception):",
         ("tests/lightning/test_intervals.py::test_a_fit_that_is_ended_from_outside_says_the_same",),
     ),
     Mutation(
-        "two optimizers have half of the pictures",
+        "two optimizers get half of the pictures",
         _CALLBACK,
         "trainer.max_steps * batches // trainer.global_step",
         "trainer.max_steps",
@@ -374,7 +374,7 @@ MUTATIONS = [
         ("tests/lightning/test_intervals.py::test_a_resume_leaves_no_gap",),
     ),
     Mutation(
-        "steps of the sentence are one before what they are",
+        "the steps in the sentence are one too low",
         _CALLBACK,
         "reader.read(self._batches)",
         "reader.read(self._batches - 1)",

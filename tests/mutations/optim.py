@@ -130,14 +130,14 @@ MUTATIONS = [
         (f"{_NONFINITE}::test_skip_leaves_everything_bitwise_untouched[adamw-nan-tensor-None]",),
     ),
     Mutation(
-        "the product of betas takes in the cap in place of beta_t",
+        "the product of betas uses the cap in place of beta_t",
         _CLOSED_FORM,
         "torch.where(active, self.beta_prod * beta, self.beta_prod)",
         "torch.where(active, self.beta_prod * 0.89, self.beta_prod)",
         (f"{_EVERY_STEP}[adamw-paper-tensor-None]",),
     ),
     Mutation(
-        "the learning rate of the step before is not stored",
+        "the learning rate of the previous step is not stored",
         _CLOSED_FORM,
         "prev_lr=torch.where(active, lr, self.prev_lr)",
         "prev_lr=self.prev_lr",
@@ -229,7 +229,7 @@ MUTATIONS = [
         (f"{_EVERY_STEP}[adamw-paper-tensor-False]",),
     ),
     Mutation(
-        "foreach: N takes the coupled decay for the decoupled one",
+        "foreach: N uses coupled decay as if it were decoupled",
         _FOREACH,
         'slope.add_(bucket.pack("x", [p.x for p in parts]).to(dtype), alpha=o.mu)',
         'slope.add_(bucket.pack("x", [p.x for p in parts]).to(dtype), alpha=o.l2)',
@@ -250,21 +250,21 @@ MUTATIONS = [
         (f"{_LOW}::test_tiers_round_a_long_tensor_alike",),
     ),
     Mutation(
-        "foreach: what is not kept is multiplied by 0, so that NaN is written",
+        "foreach: inactive rows are multiplied by 0, so that NaN is written",
         _FOREACH,
         "torch.where(keep, new.to(old.dtype), old, out=old)",
         "old.add_((new.to(old.dtype) - old) * keep)",
         (f"{_NONFINITE}::test_skip_leaves_everything_bitwise_untouched[adamw-nan-tensor-True]",),
     ),
     Mutation(
-        "foreach: what fills up the blocks is summed",
+        "foreach: the padding of blocks is summed",
         _PACKS,
         ">= self.filling, 0)",
         "> self.filling, 0)",
         (f"{_EVERY_STEP}[adamw-paper-tensor-True]",),
     ),
     Mutation(
-        "without a compiler small tensors are taken one by one",
+        "without a compiler small tensors are stepped one by one",
         "am_lightning/optim/kernels/cpu/chunked.py",
         "shard.x.numel() >= _WORTH_IT and",
         "shard.x.numel() >= 0 and",
@@ -341,7 +341,7 @@ MUTATIONS = [
         (f"{_FUSED}::test_float32_against_float64[tensor-maximize-cpp]",),
     ),
     Mutation(
-        "C++ loop: tensors that do not count are written",
+        "C++ loop: inactive tensors are written",
         _PATHS,
         "if (active && !active[facts[p].row]) continue;",
         "(void)active;",
@@ -397,7 +397,7 @@ MUTATIONS = [
         (f"{_EVERY_STEP}[adamw-paper-tensor-None]",),
     ),
     Mutation(
-        "stochastic rounding makes a number of some NaN",
+        "stochastic rounding turns some NaN into numbers",
         "am_lightning/optim/kernels/rounding.py",
         "torch.where((bits & 0x7F800000) == 0x7F800000, y, rounded)",
         "torch.where(bits == 0, y, rounded)",

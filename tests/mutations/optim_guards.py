@@ -69,7 +69,7 @@ MUTATIONS = [
         ("tests/optim/test_default_device.py::test_of_fake_tensors[chunked-cpu]",),
     ),
     Mutation(
-        "a lack of memory is remembered as kernels that do not work",
+        "after a lack of memory the kernels count as not working",
         f"{_KERNELS}/triton/check.py",
         "except torch.OutOfMemoryError:",
         "except ZeroDivisionError:",
@@ -104,7 +104,7 @@ MUTATIONS = [
         ("tests/optim/test_compiled_step.py::test_few_graphs_and_none_twice[chunked-step]",),
     ),
     Mutation(
-        "what was given is held by weak references",
+        "given parameters are kept as weak references",
         "am_lightning/distributed/given_params.py",
         "return cls(id(param), None if is_lazy(param) else param.shape)",
         "__import__('weakref').finalize(param, print)\n        return cls(id(param), param.shape)",

@@ -67,7 +67,7 @@ MUTATIONS = [
         (f"{_LOW}::test_other_dtypes_of_parameters_keep_theirs",),
     ),
     Mutation(
-        "the momentum of an AdamW checkpoint is taken to have decayed by the cap",
+        "an AdamW checkpoint's momentum is assumed to have decayed by the cap",
         _STATE,
         'torch.pow(float(beta1), state["step"]',
         'torch.pow(float(cap), state["step"]',
@@ -95,14 +95,14 @@ MUTATIONS = [
         (f"{_RESUME}::test_state_dict_resumes_bitwise[adamw-bfloat16-tensor-True-4]",),
     ),
     Mutation(
-        "a checkpoint with some of the adaptive scalars is taken",
+        "a checkpoint with only some of the adaptive scalars is accepted",
         _LOADABLE,
         "if missing and len(missing) < len(SCALARS):",
         "if missing and len(missing) > len(SCALARS):",
         (f"{_LOADING}::test_scalars_that_are_partly_missing_are_refused",),
     ),
     Mutation(
-        "the moments of another shape are taken where the number of elements fits",
+        "moments of another shape are accepted if the number of elements fits",
         _LOADABLE,
         "if value.shape != param.shape:",
         "if value.numel() != param.numel():",
@@ -144,14 +144,14 @@ MUTATIONS = [
         (f"{_MUTATED}::test_a_load_that_fails_in_the_middle_changes_nothing",),
     ),
     Mutation(
-        "options that were changed by hand are not looked at",
+        "options that were changed by hand are not checked",
         _BASE,
         "self._check_group(group_checks.as_unread(group, self.cap_key))",
         "group_checks.as_unread(group, self.cap_key)",
         (f"{_MUTATED}::test_a_step_names_the_group_and_its_option_before_it_moves",),
     ),
     Mutation(
-        "a step that somebody has set to a plain number is no error of its own",
+        "a step that was set to a plain number raises no clear error",
         "am_lightning/optim/state_store.py",
         "if not isinstance(value, Tensor) or value.numel() != 1:",
         "if isinstance(value, bool):",
@@ -193,7 +193,7 @@ MUTATIONS = [
         (f"{_LOADING}::test_names_survive_a_copy",),
     ),
     Mutation(
-        "an option of the whole optimizer is taken in a group",
+        "an option of the whole optimizer is accepted in a group",
         "am_lightning/optim/group_checks.py",
         "getattr(optimizer, name, ...) or not called_by_zero_redundancy():",
         "getattr(optimizer, name, ...) and not called_by_zero_redundancy():",
@@ -221,7 +221,7 @@ MUTATIONS = [
         ("tests/lightning/test_conversion.py::test_schedulers_drive_the_converted_optimizer[LambdaLR]",),
     ),
     Mutation(
-        "the cap is what a cycling scheduler has written into betas[0]",
+        "the cap becomes the value that a cycling scheduler writes into betas[0]",
         _CONVERT,
         '    return own if cycled else group["betas"][0]\n',
         '    return group["betas"][0]\n',
@@ -249,14 +249,14 @@ MUTATIONS = [
         ("tests/optim/test_clip.py::test_low_precision_norm_is_summed_in_float32",),
     ),
     Mutation(
-        "a good step does not end a row of skipped ones",
+        "a good step does not reset the count of consecutive skipped steps",
         _RECORD,
         "run.copy_((run_before + 1) * now)",
         "run.copy_(run_before + now)",
         ("tests/optim/test_nonfinite.py::test_skipped_steps_are_counted_in_all_and_in_a_row[adamw]",),
     ),
     Mutation(
-        "a tensor that is not to blame is named in the warning of a skipped step",
+        "the warning of a skipped step names a tensor whose sum was finite",
         _RECORD,
         "first_bad = decision.bad.to(torch.int64).argmax()",
         "first_bad = decision.bad.to(torch.int64).argmin()",

@@ -91,14 +91,14 @@ MUTATIONS = [
         (f"{_CHECKPOINTS}::test_a_folder_is_whole_only_with_all_of_its_files",),
     ),
     Mutation(
-        "a folder without a manifest passes for whole",
+        "a folder without a manifest counts as whole",
         _MANIFEST,
         'it was not finished" if ours else None',
         'it was not finished" if False else None',
         (f"{_CHECKPOINTS}::test_a_folder_is_whole_only_with_all_of_its_files",),
     ),
     Mutation(
-        "a broken file that this process has found whole before passes for whole",
+        "a broken file that this process has verified before counts as whole",
         _MANIFEST,
         "(name, s.st_ino, s.st_size, s.st_mtime_ns) for",
         "(name,) for",
@@ -147,7 +147,7 @@ MUTATIONS = [
         (f"{_CHECKPOINTS}::test_the_oldest_go_with_their_manifests",),
     ),
     Mutation(
-        "what a kill left without a manifest is the oldest",
+        "a checkpoint that a kill left without a manifest counts as the oldest",
         f"{_PACKAGE}/checkpoints/resume.py",
         "without = math.inf if",
         "without = -1 if",
@@ -182,7 +182,7 @@ MUTATIONS = [
         (f"{_CHECKPOINTS}::test_a_checkpoint_that_would_run_code_is_refused",),
     ),
     Mutation(
-        "what failed in the background is forgotten",
+        "a failure in the background is forgotten",
         _WRITER,
         "            pending.result()",
         "            pending.exception()",
@@ -196,7 +196,7 @@ MUTATIONS = [
         ("tests/recipes/test_runs.py::test_accumulation_may_change_on_resume",),
     ),
     Mutation(
-        "what a killed run has left of a step folder stays",
+        "a step folder that a killed run left incomplete is not deleted",
         f"{_PACKAGE}/checkpoints/accelerate.py",
         'self.folder.glob(".step-*")',
         'self.folder.glob(".part-*")',
@@ -232,7 +232,7 @@ MUTATIONS = [
         (f"{_ORDERS}::test_every_row_comes_once_in_a_pass",),
     ),
     Mutation(
-        "a run that resumes a pass of other processes takes the order that its own would have",
+        "a resume with other processes reads the rest of a pass in the order of its own processes",
         _LITDATA,
         "return self.grid if fresh else Grid(*known[0][1:])",
         "return self.grid",
@@ -253,7 +253,7 @@ MUTATIONS = [
         (f"{_LITDATA_TESTS}::test_damage_is_named_before_a_row_of_it_is_given",),
     ),
     Mutation(
-        "on a parallel file system litdata's own order is taken",
+        "on a parallel file system litdata's own order is used",
         _LITDATA,
         "            if dataset.posix_fast is not None:",
         "            if dataset.posix_fast is None:",
@@ -310,7 +310,7 @@ MUTATIONS = [
         (f"{_SCHEDULES}::test_cosine_is_half_way_in_the_middle_and_ends_at_its_end",),
     ),
     Mutation(
-        "a loss that is not finite and that nobody counts is logged and no more",
+        "without a callback that counts it, a loss that is not finite does not end the run",
         f"{_PACKAGE}/callbacks/throughput.py",
         "if math.isfinite(loss) or any(",
         "if loss is not None or any(",
@@ -359,7 +359,7 @@ MUTATIONS = [
         ("tests/recipes/test_rendezvous.py",),
     ),
     Mutation(
-        "an early signal is obeyed twice",
+        "an early signal is handled twice",
         _STOP_SIGNALS,
         "kept, _early.received = _early.received, set()",
         "kept = _early.received",
@@ -388,7 +388,7 @@ MUTATIONS = [
         (f"{_PLAN}::test_zero_by_the_papers_bytes",),
     ),
     Mutation(
-        "plan: what another GPU has shown counts as measured on this one",
+        "plan: a measurement on another GPU counts as one on this GPU",
         f"{_PACKAGE}/commands/plan/measured.py",
         "if (gpu_of(m.device), m.precision, m.compiled) == (gpu, precision, compiled)",
         "if (m.precision, m.compiled) == (precision, compiled)",
@@ -409,14 +409,14 @@ MUTATIONS = [
         (f"{_MONITORS}::test_every_optimizer_has_a_gradient_norm",),
     ),
     Mutation(
-        "a tensor parallel size that does not divide the heads is taken",
+        "a tensor parallel size that does not divide the heads is accepted",
         f"{_PACKAGE}/model/parallelize.py",
         '        "model.num_heads": shape.num_heads,\n',
         "",
         ("tests/recipes/test_parallel.py::test_what_would_divide_is_named",),
     ),
     Mutation(
-        "the GPU check runs what is done again",
+        "the GPU check runs finished parts again",
         "recipes/gpu/check.py",
         '(p for p in found if status[p.name] != "done")',
         "(p for p in found)",
@@ -430,7 +430,7 @@ MUTATIONS = [
         (f"{_GPU}::test_a_cut_off_loses_one_part_and_the_next_call_continues",),
     ),
     Mutation(
-        "a test that was stopped passes for one that has passed",
+        "a test that was stopped counts as passed",
         "recipes/gpu/right.py",
         'if not (name := case.get("name")):',
         'if (name := case.get("name", "")) is None:',
@@ -467,7 +467,7 @@ MUTATIONS = [
         (f"{_EXPORTS}::test_the_description_of_shards_runs_no_code",),
     ),
     Mutation(
-        "export: a disk that refuses leaves half a folder",
+        "export: a failed write leaves half a folder",
         f"{_PACKAGE}/commands/export.py",
         "        shutil.rmtree(part, ignore_errors=True)\n",
         "",
@@ -481,7 +481,7 @@ MUTATIONS = [
         (f"{_EXPORTS}::test_a_prompt_is_not_ended",),
     ),
     Mutation(
-        "export: a tokenizer that made none of the run's tokens is taken",
+        "export: a tokenizer that made none of the run's tokens is accepted",
         f"{_PACKAGE}/commands/trained_run.py",
         "if not used or one.fingerprint in used}",
         "if used or one.fingerprint in used}",

@@ -47,7 +47,7 @@ MUTATIONS = [
         (f"{_ONE_PROCESS}[fsdp2_tp_sequence-4]",),
     ),
     Mutation(
-        "what is not finite is dropped where another rank counts",
+        "a sum that is not finite is dropped on the ranks that do not count it",
         _LAYOUT,
         "packed.masked_fill(uncounted & packed.isfinite(), 0)",
         "packed.masked_fill(uncounted, 0)",
@@ -61,14 +61,14 @@ MUTATIONS = [
         (f"{_REFUSALS}::test_one_rank_of_fsdp2_with_another_model[2-count]",),
     ),
     Mutation(
-        "the whole model is taken to be here, though other ranks hold other parts",
+        "a rank assumes that it holds the whole model, though others hold other parts",
         _LAYOUT,
         "if covered != world_size():",
         "if covered > world_size():",
         (f"{_REFUSALS}::test_a_mesh_that_leaves_ranks_out",),
     ),
     Mutation(
-        "nobody is warned of replicas that are not named",
+        "no warning is given if replicas are not named",
         _LAYOUT,
         "if not (reductions or pipeline_group or others_hold_the_rest) and world_size() > 1:",
         "if not (reductions or pipeline_group or others_hold_the_rest) and world_size() > 8:",
@@ -89,7 +89,7 @@ MUTATIONS = [
         (f"{_ONE_PROCESS}[tp_sequence-2]",),
     ),
     Mutation(
-        "DTensor: a Partial parameter is taken",
+        "DTensor: a Partial parameter is accepted",
         _DTENSOR,
         "if not isinstance(placement, (*splits, Replicate)):",
         "if not isinstance(placement, (*splits, Replicate, object)):",
@@ -124,7 +124,7 @@ MUTATIONS = [
         (f"{_REFUSALS}::test_replicas_with_another_model[name-(2,)]",),
     ),
     Mutation(
-        "pieces that do not add up are taken",
+        "shards that do not add up are accepted",
         _AGREEMENT,
         "if total != expected:",
         "if total < 0:",
@@ -145,7 +145,7 @@ MUTATIONS = [
         (f"{_PIPELINE}::test_stages_with_other_numbers_of_groups",),
     ),
     Mutation(
-        "a new replica group is not used, for the layout is kept",
+        "a new replica group is not used, because the layout is kept",
         _PLACEMENT,
         "self._replica_group = group\n        self.drop()",
         "self._replica_group = group",
@@ -180,14 +180,14 @@ MUTATIONS = [
         ("tests/sharding/test_call_stack.py::test_no_step_after_the_first_walks_the_stack[tensor lr-True]",),
     ),
     Mutation(
-        "flat partitions are taken for plain tensors",
+        "flat partitions count as plain tensors",
         "am_lightning/distributed/strategies/__init__.py",
         "strategy.engine in sys.modules",
         "strategy.engine is None and strategy.engine in sys.modules",
         ("tests/deepspeed/test_stages.py::test_each_tensor_has_its_own_beta[stage=2]",),
     ),
     Mutation(
-        "the engine is searched for on the call stack, although attach has told it",
+        "the engine is searched for on the call stack, although attach was given it",
         "am_lightning/optim/param_layout.py",
         "self._attached, self._averaging_group = True, averaging_group",
         "self._attached, self._averaging_group = False, averaging_group",
