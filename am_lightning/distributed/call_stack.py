@@ -69,9 +69,9 @@ def inside_state_creation(param_groups: Sequence[dict[str, Any]] = ()) -> bool:
     maker = getattr(module, "_init_optim_state", None)
     if maker is None:  # a run that saves no such checkpoint does not need it
         warnings.warn(
-            f"torch {torch.__version__} has no torch.distributed.checkpoint.state_dict._init_optim_state any more, by "
-            "which am_lightning knows a step that only makes a state: the first checkpoint of a run may count as one "
-            "step more, and one under FSDP1 may wait forever. Use a newer am-lightning, or an older torch",
+            f"torch {torch.__version__} has no torch.distributed.checkpoint.state_dict._init_optim_state, by which "
+            "am_lightning recognises a step that only creates a state: the first checkpoint of a run may count as one "
+            "more step, and one under FSDP1 may wait forever. Use a newer am-lightning, or an older torch",
             stacklevel=3,
         )
         return False

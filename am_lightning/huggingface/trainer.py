@@ -81,9 +81,9 @@ class AdaptiveMemoryCallback(TrainerCallback, ExportableState):
         unused = list(_unused(args, am_optimizer))
         if unused and state.is_world_process_zero:
             warnings.warn(
-                f"{'; '.join(unused)}. A ready optimizer gets none of them, an optimizer class only weight_decay and "
-                "optimizer_cls_and_kwargs: put 'lr' and others there, or use AMAdamWFactory, which takes them from the "
-                "arguments",
+                f"{'; '.join(unused)}. A ready optimizer gets none of them, and an optimizer class only weight_decay: "
+                "put 'lr' and the other options into optimizer_cls_and_kwargs, or use AMAdamWFactory, which takes them "
+                "from the arguments",
                 stacklevel=2,
             )
         if self._reader is None or self._reader.optimizer is not am_optimizer:

@@ -277,7 +277,7 @@ class StateStore:
         if foreign:
             warnings.warn(
                 f"the checkpoint has no adaptive scalars of {len(foreign)} tensors ({foreign[0]!r}, ...): it was not "
-                f"written by {who}. Their momentum is taken to have decayed by the cap at each step",
+                f"written by {who}. Their momentum is assumed to have decayed by the cap at each step",
                 stacklevel=4,
             )
         return found

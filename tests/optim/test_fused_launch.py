@@ -184,7 +184,7 @@ def test_ranks_agree_at_the_first_step(working: StandIn) -> None:
     assert optimizer.fused_dropped is False
     with pytest.raises(RuntimeError, match="it does not work on 1 of the other ranks"):
         agree(optimizer, 1)
-    with pytest.warns(UserWarning, match="fused=True becomes fused=None, as on another rank"):
+    with pytest.warns(UserWarning, match="fused=True becomes fused=None, because another rank"):
         agree(optimizer, 0, 1, 1)
     assert optimizer.param_groups[0]["fused"] is None
 

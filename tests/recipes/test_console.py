@@ -147,7 +147,7 @@ def test_right_names_pass() -> None:
         ("--gpus 0", "--gpus is 0; allowed"),
         ("--nodes 0", "--nodes is 0; allowed"),
         ("--gpus 2 --master-port 70000", "--master-port is 70000; allowed: 1 to 65535"),
-        ("--gpus 2 --trainer.devices 4", "--trainer.devices is '4'; allowed: nothing together with --gpus"),
+        ("--gpus 2 --trainer.devices 4", "--trainer.devices is '4'; allowed: no value beside --gpus"),
         ("--master-addr node0", "give --nodes M"),
     ],
 )

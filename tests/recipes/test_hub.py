@@ -94,7 +94,7 @@ def test_a_silent_hub_is_asked_once(silent: Silent, tmp_path: Path) -> None:
     out, err = process.communicate("\n", timeout=120)
     assert process.returncode == 0, err
     tokenizer, texts, vocabulary = out.splitlines()
-    lacks = "is not, or not whole, in this machine's cache, and http://127.0.0.1:"
+    lacks = "is missing or incomplete in this machine's cache, and http://127.0.0.1:"
     assert tokenizer.startswith(f"RecipeError data.tokenizer some/other {lacks}"), tokenizer
     assert texts.startswith(f"RecipeError data.source hf:some/texts {lacks}"), texts
     assert vocabulary == "vocabulary 2"
@@ -109,6 +109,6 @@ def test_every_rank_ends_where_the_hub_is_silent(silent: Silent, corpus_folder: 
     program = [str(ROOT / "recipes" / "pretrain.py"), "fit", "--config", "laptop"]
     done = _run([*launch, *program, *settings, *root, *TINY], silent.environment(tmp_path), tmp_path)
     assert done.returncode == 1
-    assert "error: data.tokenizer some/tokenizer is not, or not whole, in this machine's cache" in done.stderr, (
+    assert "error: data.tokenizer some/tokenizer is missing or incomplete in this machine's cache" in done.stderr, (
         done.stderr
     )

@@ -174,7 +174,7 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
         RecipeError,
-        match=r"data.tokenizer no/such is not, or not whole, in this machine's cache, and HF_HUB_OFFLINE is set.*bpe-N",
+        match=r"tokenizer no/such is missing or incomplete in this machine's cache, and HF_HUB_OFFLINE is set.*bpe-N",
     ):
         load_named("no/such")
     (tmp_path / "empty").mkdir()

@@ -57,7 +57,7 @@ def test_the_next_steps_are_those_of_an_unbroken_run(
 def test_a_run_of_adamw_resumes_as_amadamw(
     pool: Callable[[int], Pool], tmp_path: Path, path: str, pair: tuple[int, int]
 ) -> None:
-    """AdamW's momentum is taken to have decayed by betas[0] at each step, with the group's lr and beta at the cap."""
+    """AdamW's momentum is assumed to have decayed by betas[0] at each step, with the group's lr and beta at the cap."""
     pool(pair[0]).run(f"{ADAMW}train_adamw_and_save", path=path, where=str(tmp_path / "saved"))
     ranks = pool(pair[1]).run(f"{ADAMW}switch", path=path, where=str(tmp_path / "saved"))
     for rank in ranks:

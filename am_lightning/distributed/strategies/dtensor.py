@@ -99,8 +99,8 @@ def shard_info_of(param: Any, name: str) -> ShardInfo:
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         raise ValueError(
-            f"parameter {name!r} is a DTensor on a mesh of ranks {mesh.mesh.flatten().tolist()}, of which rank "
-            f"{my_rank()} is none. Give each rank's optimizer only parameters of meshes that the rank is in"
+            f"parameter {name!r} is a DTensor on a mesh of ranks {mesh.mesh.flatten().tolist()}, and this rank "
+            f"is {my_rank()}. Give each rank's optimizer only parameters of meshes that the rank is in"
         )
     copies = zip(coordinate, placements, strict=True)
     is_owner = all(c == 0 or isinstance(p, splits) for c, p in copies)

@@ -126,7 +126,7 @@ def drop_fused(groups: Groups) -> None:
     """Set ``fused=True`` to None, with a warning, as ``convert_adamw`` does if fused kernels cannot be built."""
     if any(group.get("fused") for group in groups):
         warnings.warn(
-            "fused=True becomes fused=None, as on another rank, whose fused kernels cannot be built", stacklevel=2
+            "fused=True becomes fused=None, because another rank cannot build its fused kernels", stacklevel=2
         )
     for group in groups:
         if group.get("fused"):

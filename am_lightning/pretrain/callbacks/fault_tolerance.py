@@ -107,7 +107,7 @@ class FaultTolerance(L.Callback):
             self._agreed = None
             self._signals.forget()
         if not self._signals.take():
-            rank_zero_warn("FaultTolerance: fit does not run in the main thread, so that signals cannot be handled")
+            rank_zero_warn("FaultTolerance: fit does not run in the main thread, so signals cannot be handled")
 
     def _tell(self, number: int) -> None:
         if self._agreed is None and self._trainer.is_global_zero:

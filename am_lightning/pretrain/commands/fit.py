@@ -93,7 +93,7 @@ def _launch(options: argparse.Namespace, name: str, settings: list[str], args: S
         parser.add_argument(f"--{key}")
     given = vars(parser.parse_known_args(settings)[0])
     for key, option in (("trainer.devices", "--gpus"), ("trainer.num_nodes", "--nodes")):
-        require(given[key] is None, f"--{key}", given[key], f"nothing together with --gpus or --nodes: give {option}")
+        require(given[key] is None, f"--{key}", given[key], f"no value beside --gpus or --nodes: give {option}")
     config = find_config(name).absolute()
     folder = given["trainer.default_root_dir"]
     if folder is None:

@@ -42,7 +42,7 @@ def hub_errors(what: str, library: str, *configs: Any, remote: bool, hint: str, 
         if offline is None:
             raise RecipeError(f"{what}: {library} cannot load it ({first_line(error)}). {hint}") from error
         raise RecipeError(
-            f"{what} is not, or not whole, in this machine's cache, and {offline}. Load it once where there is"
+            f"{what} is missing or incomplete in this machine's cache, and {offline}. Load it once where there is"
             f" a network (prepare_data.py does), in the same HF_HOME, or give {instead}."
         ) from error
     finally:
