@@ -117,7 +117,7 @@ def bytes_of_adamw(elements: int, size: int) -> int:
 
 def bytes_of_amadamw(elements: int, size: int, *, decays: bool, direction: int) -> int:
     """Return the bytes of AMAdamW. Pass 1 reads g d v, and p with weight decay; pass 2 reads p g d v, writes p d v."""
-    words = 2 + 3 + 2 + decays  # of g, v and p
+    words = 2 + 3 + 2 + decays  # for g, v and p
     return (words * size + 3 * direction) * elements
 
 

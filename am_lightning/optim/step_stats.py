@@ -66,7 +66,7 @@ class StepStats:
         # Skipped steps, consecutive ones, the first bad row, consecutive ones before the current training step
         self._counts = torch.zeros(4, dtype=torch.int64, device="cpu")
         self._readers = IntervalReaders()
-        self._tallies: dict[Hashable, BetaTally] = {}  # by name: a layout would keep its parameters alive
+        self._tallies: dict[Hashable, BetaTally] = {}  # keys are names: layouts keep parameters alive
         self._of_layout: dict[ShardLayout, BetaTally] = {}
 
     def observe(

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from tests.checkpoints.net import END, STOP
 
 FOLDER = Path(__file__).parent / "saved"
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}  # of later steps: another CPU sums in another order
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}  # for later steps: another CPU sums in another order
 UNIT = 2.0**-7  # rounding to bfloat16 may give an element one unit more or less
 Betas = list[dict[str, float]]  # per step, by name
 

@@ -25,6 +25,7 @@ PATTERNS = {
     "What ..., as a first line": r'"""What (is|are|was|to|[a-z]+s) ',
     "for ever": r"\bfor ever\b",
     "Of ..., as a first line": r'"""(Of|Nor) ',
+    "# of ..., beside code": r"\S +# (of|by) [a-zA-Z]",
     "is no ...": r"(?<!there )\bis no (file|checkpoint|pattern|command|folder|program)\b",
 }
 
@@ -53,6 +54,7 @@ def test_words_of_the_style_page() -> None:
         ("kept, for schedulers may cycle it", "for, as a reason"),
         ("the text names the parameter", "the text says"),
         ("weight_decay: of the others", "of the others"),
+        ("leftover.unlink()  # of a killed process", "# of ..., beside code"),
     ],
 )
 def test_patterns_find_the_old_words(text: str, name: str) -> None:

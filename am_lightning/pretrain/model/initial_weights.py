@@ -59,7 +59,7 @@ def _held(param: Tensor) -> tuple[range, range]:
         coordinate = param.device_mesh.get_coordinate()
         assert coordinate is not None
         for dimension in reversed(range(param.device_mesh.ndim)):
-            split: int | None = getattr(param.placements[dimension], "dim", None)  # of Shard and _StridedShard
+            split: int | None = getattr(param.placements[dimension], "dim", None)  # Shard and _StridedShard have it
             if split is not None:
                 size = -(-len(held[split]) // param.device_mesh.size(dimension))  # torch.chunk divides in this way
                 held[split] = held[split][size * coordinate[dimension] :][:size]

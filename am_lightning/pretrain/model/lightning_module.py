@@ -106,7 +106,7 @@ class LlamaPretraining(L.LightningModule):
         if self.device_mesh is not None:
             shard_llama(model, self.shape, self.device_mesh, str(self.trainer.precision))
         for index, layer in enumerate(model.model.layers):
-            model.model.layers[index] = wrap(layer)  # by FSDP1, inside FSDPStrategy's context only
+            model.model.layers[index] = wrap(layer)  # FSDP1 wraps it, inside FSDPStrategy's context only
         self.model = cast(LlamaForCausalLM, wrap(model))
 
     @property
