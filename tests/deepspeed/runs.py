@@ -203,7 +203,7 @@ def frames_walked(stage: int, attach: bool) -> list[int]:
 
 
 def compare_in_16_bit(stage: int, scope: str = "tensor", dtype: str = "bfloat16", **zero: Any) -> dict[str, Any]:
-    """Give the engine's own gradients, gathered by its public call, to the one process, too."""
+    """Compare with one process that gets the engine's own gradients, which a public call of DeepSpeed gathers."""
     if dtype == "float16":
         allow_float16()
     engine, optimizer = start(stage, scope, config_of(stage, dtype, clip=0.0, **zero))

@@ -337,7 +337,7 @@ assert len(list(itertools.islice(loader, 3))) == 3
 def test_processes_of_one_machine_open_a_slow_store_together(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """litdata waits 1 s for an index that another process downloads, and then says that there is none."""
+    """litdata waits 1 s for an index that another process downloads, and then fails as if it did not exist."""
     cache = str(tmp_path / "cache")
     opened(store, cache_dir=cache)
     monkeypatch.setattr(_Store, "index_delay_s", 4.0)

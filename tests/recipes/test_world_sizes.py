@@ -15,7 +15,7 @@ from .commands import arguments, run
 from .row_log import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
-SEQ_LEN = 16  # and the smallest model of pretrain.py
+SEQ_LEN = 16  # SMALL is the smallest model of pretrain.py
 SMALL = {
     "model.seq_len": SEQ_LEN,
     "model.hidden_size": 8,

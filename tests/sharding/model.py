@@ -112,7 +112,7 @@ def raw_betas(scope: str) -> Iterator[list[list[float]]]:
         base.decide = original
 
 
-Betas = list[dict[str, float]]  # per step, by name
+Betas = list[dict[str, float]]  # for each step: name -> beta_t
 
 
 def beside(raw: list[list[float]], names: list[str], seen: Betas, single: dict[str, Betas]) -> list[Any]:

@@ -118,8 +118,8 @@ class FaultTolerance(L.Callback):
     def _end_at_once(self, number: int, why: str) -> None:
         """End the process. Outside training, rank 0 requeues a job first, and SLURM then ends the other ranks.
 
-        If another rank ended before, SLURM would end rank 0 with it. If rank 0 was not signalled, all ranks agree after
-        the first step.
+        Other ranks do not end before that, because SLURM would end rank 0 with them. If rank 0 got no signal, all ranks
+        agree after the first step.
         """
         if not self._signals.later and number == signal.SIGUSR1 and self._in_batch_job():
             if not self._trainer.is_global_zero:

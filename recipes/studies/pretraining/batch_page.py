@@ -70,7 +70,7 @@ def write(ledger: Ledger, kinds: Kinds, folder: Path, command: str) -> str:
 
 
 def _complete(ledger: Ledger, cells: Sequence[Scale], stages: Sequence[str]) -> dict[Scale, Tuning]:
-    """Return the tuning of each cell whose `stages` are complete, with all methods if they are and else with few."""
+    """Return the tuning of each cell whose `stages` are complete for all methods, or else for the few."""
     found = {}
     for cell in cells:
         for families in METHODS.values():

@@ -166,7 +166,7 @@ def find_runs(names: list[str]) -> list[RunData]:
     folders: dict[Path, str | None] = {}
     for name, found in given:
         for folder in found:
-            if folder == found[0] or folder not in first:  # a run that is given keeps its place
+            if folder == found[0] or folder not in first:  # a folder that was itself given comes at its own position
                 folders.setdefault(folder, None)
         folders[found[0]] = name or folders[found[0]]
     labels = _labels(folders)
