@@ -111,7 +111,7 @@ def open_data(accelerator: Accelerator, data: TextData) -> TextData:
 def take_folder(accelerator: Accelerator, settings: RunConfig) -> None:
     """Lock the run's folder after all settings are checked, and move an earlier run away unless this one resumes."""
     settings.check_optimizer()
-    hold_together(accelerator, settings.checkpoints, new_run_in=settings.new_run_in())
+    hold_together(accelerator, settings.checkpoints, settings.root, settings.ckpt_path)
     accelerator.init_trackers("logs")
 
 

@@ -199,7 +199,7 @@ def train(settings: RunConfig) -> None:
     if isinstance(settings.check_optimizer(), AMAdamW | AMSGD):
         callbacks.append(AdaptiveMemoryCallback())
     trainer = RecipeTrainer(settings, model=model, args=args, callbacks=callbacks)
-    hold_together(trainer.accelerator, settings.checkpoints, new_run_in=settings.new_run_in())
+    hold_together(trainer.accelerator, settings.checkpoints, settings.root, settings.ckpt_path)
     path = settings.ckpt_path
     resume = None if path is None else chosen(trainer.accelerator, path, settings.checkpoints, TRAINER_STEPS)
     if resume is not None:

@@ -81,6 +81,26 @@ def test_no_file_of_a_checkpoint_runs_code(checkpoints: AccelerateCheckpoints, t
     assert (tmp_path / "ran").exists()  # the planted pickle does run code
 
 
+def test_a_resume_begins_with_a_whole_step(checkpoints: AccelerateCheckpoints) -> None:
+    """accumulate_grad_batches was 3 and is 4. Two other micro-batches are forgotten, like those of a new process."""
+    accelerator = checkpoints.accelerator
+    model = torch.nn.Linear(3, 3)
+
+    def steps(micro_batches: int, accumulate: int) -> list[bool]:
+        accelerator.gradient_accumulation_steps = accumulate
+        found = []
+        for _ in range(micro_batches):
+            with accelerator.accumulate(model):
+                found.append(accelerator.sync_gradients)
+        return found
+
+    steps(6, 3)
+    checkpoints.save(2)
+    steps(2, 3)
+    checkpoints.load("last")
+    assert steps(8, 4) == 2 * [False, False, False, True]
+
+
 def test_the_newest_go_by_their_numbers_and_a_damaged_one_is_passed_over(checkpoints: AccelerateCheckpoints) -> None:
     for number, step in enumerate((7, 9, 8)):  # 8 after a return to an earlier step
         path = checkpoints.save(step)

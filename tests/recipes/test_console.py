@@ -170,6 +170,18 @@ def test_the_other_machines_command_is_printed(
     with pytest.raises(TypeError):
         int(fit.main(["laptop", "--gpus", "3"]))  # type: ignore[call-overload]
     assert seen["args"].endswith("torchrun.sh --ckpt_path null") and seen["NODES"] == "1"
+    resumed = "ckpt_path: last\ntrainer:\n  default_root_dir: my\n"
+    Path("resumed.yaml").write_text(Path("mine.yaml").read_text() + resumed)
+    for words, ckpt_path, restarts in (
+        (["laptop", "--ckpt_path", "a.ckpt"], "a.ckpt", "0"),
+        (["resumed.yaml", "--ckpt_path", "null"], "null", "0"),
+        (["resumed.yaml"], "last", None),
+    ):
+        seen.clear()
+        with pytest.raises(TypeError):
+            int(fit.main([*words, "--gpus", "3"]))  # type: ignore[call-overload]
+        assert f"--ckpt_path {ckpt_path}" in seen["args"] and seen.get("MAX_RESTARTS") == restarts
+    assert seen["RUN_DIR"] == "my"  # although no blank line follows the line `# base:`
     seen = first
     assert {key: seen[key] for key in ("NODES", "GPUS_PER_NODE", "MASTER_ADDR")} == {
         "NODES": "2",

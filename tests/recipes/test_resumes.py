@@ -52,6 +52,11 @@ def test_a_new_run_moves_the_earlier_one_away(program: str, tmp_path: Path, corp
     assert f"held a run already: moved to {tmp_path / 'earlier' / '1'}" in out
     assert files == {path: (tmp_path / "earlier" / "1" / path).read_bytes() for path in files}
     assert [*losses(tmp_path)] == [1] and [*losses(tmp_path / "earlier" / "1")] == [1, 2, 3]
+    before = {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*.*")}
+    earlier = tmp_path / "earlier" / "1" / "checkpoints" / CHECKPOINTS[program].format(3)
+    _, errors = run(program, tmp_path, corpus_folder, 4, "--ckpt_path", str(earlier), status=1)
+    assert f"is not in {tmp_path / 'checkpoints'}, which holds the checkpoints of another run" in errors
+    assert {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*.*")} == before
     other = next(name for name in CHECKPOINTS if name != program)
     _, errors = run(other, tmp_path, corpus_folder, 2, "--ckpt_path", "last", status=1)
     assert f"are {program}'s. Resume with that program" in errors and "Traceback" not in errors

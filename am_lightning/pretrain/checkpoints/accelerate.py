@@ -15,7 +15,7 @@ from am_lightning.pretrain.checkpoints.ranks import Ranks
 from am_lightning.pretrain.checkpoints.resume import check_readable, newest_first, newest_whole
 from am_lightning.pretrain.checkpoints.run_folder import (
     ACCELERATE_STEPS,
-    move_earlier_run,
+    protect_earlier_run,
     refuse_checkpoints_of_others,
 )
 from am_lightning.pretrain.runtime.errors import RecipeError
@@ -88,6 +88,7 @@ class AccelerateCheckpoints:
             if self.model is not None:
                 self.model.load_state_dict(found["model"])
             self.accelerator.load_state(str(path))
+            self.accelerator.step = 0  # micro-batches of the step: accumulate_grad_batches may have changed
             for name, of in self.states.items():
                 of.load_state_dict(found[name])
         return path
@@ -124,13 +125,14 @@ def chosen(accelerator: Accelerator, ckpt_path: str, folder: Path, pattern: str)
     return _ranks(accelerator).decide(choose)
 
 
-def hold_together(accelerator: Accelerator, folder: Path, *, new_run_in: Path | None = None) -> None:
-    """Collective. Lock the folder of the checkpoints for this run.
+def hold_together(accelerator: Accelerator, folder: Path, root: Path, ckpt_path: str | None) -> None:
+    """Collective. Lock the folder of the checkpoints for this run, and protect an earlier run in it.
 
     Args:
         accelerator: the Accelerator of the processes.
         folder: folder of the checkpoints.
-        new_run_in: folder of the run if it begins at step 0: an earlier run there is moved away.
+        root: folder of the run.
+        ckpt_path: what the run resumes from; None if it begins at step 0, and an earlier run in `root` is moved away.
 
     Raises:
         RecipeError: on all processes, if another run writes to the folder or would lose its checkpoints.
@@ -138,8 +140,7 @@ def hold_together(accelerator: Accelerator, folder: Path, *, new_run_in: Path | 
 
     def take() -> None:
         hold(folder)
-        if new_run_in is not None:
-            move_earlier_run(new_run_in, folder)
+        protect_earlier_run(root, folder, ckpt_path)
 
     _ranks(accelerator).decide(take)
 

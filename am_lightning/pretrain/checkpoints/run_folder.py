@@ -43,17 +43,26 @@ def refuse_checkpoints_of_others(folder: Path, pattern: str) -> None:
             )
 
 
-def move_earlier_run(root: Path, checkpoints: Path) -> None:
+def protect_earlier_run(root: Path, checkpoints: Path, ckpt_path: str | None) -> None:
     """Move the run that is in `root` to `earlier/N`, so that a new run there does not overwrite it.
 
     Args:
-        root: folder of the new run.
+        root: folder of the run that starts.
         checkpoints: folder of its checkpoints.
+        ckpt_path: None if it begins at step 0; otherwise nothing is moved.
 
     Raises:
-        RecipeError: if `checkpoints` is elsewhere and holds checkpoints, which the new run would remove.
+        RecipeError: if `checkpoints` holds those of another run, which this one would remove: it begins at step 0 and
+            `checkpoints` is not below `root`, or `ckpt_path` is a checkpoint in another folder.
     """
     held = any(any(checkpoints.glob(pattern)) for pattern in (*_WRITERS, LAST))
+    if ckpt_path is not None:
+        if held and ckpt_path != "last" and checkpoints.resolve() not in Path(ckpt_path).resolve().parents:
+            raise RecipeError(
+                f"--ckpt_path {ckpt_path} is not in {checkpoints}, which holds the checkpoints of another run. Resume"
+                " that one (--ckpt_path last), or choose another folder: --trainer.default_root_dir DIR"
+            )
+        return
     if held and checkpoints != root / "checkpoints":
         raise RecipeError(
             f"checkpoint.dirpath: {checkpoints} holds the checkpoints of another run. Choose another folder, null for "

@@ -95,14 +95,15 @@ def _launch(options: argparse.Namespace, name: str, settings: list[str], args: S
     for key, option in (("trainer.devices", "--gpus"), ("trainer.num_nodes", "--nodes")):
         require(given[key] is None, f"--{key}", given[key], f"no value beside --gpus or --nodes: give {option}")
     config = find_config(name).absolute()
+    recipe = read_recipe(config)
     folder = given["trainer.default_root_dir"]
     if folder is None:
-        folder = read_recipe(config).get("trainer", {}).get("default_root_dir", "runs/pretrain")
+        folder = recipe.get("trainer", {}).get("default_root_dir", "runs/pretrain")
     kind = "processes, each with a GPU" if found else "CPU processes: there is no GPU here"
     print(f"{nodes} x {gpus} {kind}", flush=True)
-    restarts = {}
-    if given["ckpt_path"] is None:  # a new run: a process that ends must not begin yet another one
-        settings, restarts = ["--ckpt_path", "null", *settings], {"MAX_RESTARTS": "0"}
+    ckpt_path = given["ckpt_path"] or str(recipe.get("ckpt_path") or "null")
+    settings = ["--ckpt_path", ckpt_path, *settings]  # worker.sh has "last" before it
+    restarts = {} if ckpt_path == "last" else {"MAX_RESTARTS": "0"}  # a process that ends must not begin another run
     address = options.master_addr
     if nodes > 1 and address is None:
         address = os.environ.get("MASTER_ADDR") or socket.gethostname()

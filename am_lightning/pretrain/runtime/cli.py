@@ -32,7 +32,7 @@ from am_lightning.pretrain.checkpoints import (
 )
 from am_lightning.pretrain.checkpoints.run_folder import (
     checkpoint_folder,
-    move_earlier_run,
+    protect_earlier_run,
     refuse_checkpoints_of_others,
 )
 from am_lightning.pretrain.commands.compare import compare
@@ -158,10 +158,11 @@ class PretrainCLI(LightningCLI):
         require_counts("trainer", max_steps=self.trainer.max_steps)
         memory = (c for c in self.trainer.callbacks if isinstance(c, AdaptiveMemory))  # type: ignore[attr-defined]
         check_optimizer(self.model, next(memory, None))
-        if self.config.fit.ckpt_path is None:
+        ckpt_path = self.config.fit.ckpt_path
+        if ckpt_path is None:
             self.datamodule.trainer = self.trainer
             rank_zero_only(self.datamodule.prepare_data)()
-            rank_zero_only(move_earlier_run)(Path(self.config.fit.trainer.default_root_dir), folder)
+        rank_zero_only(protect_earlier_run)(Path(self.config.fit.trainer.default_root_dir), folder, ckpt_path)
 
     def after_validate(self) -> None:
         print_validation(float(self.trainer.callback_metrics["val/loss"]), self.datamodule.scored_rows)

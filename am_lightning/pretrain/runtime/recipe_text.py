@@ -41,14 +41,20 @@ def recipe_text(path: Path) -> str:
 
 def merge_texts(base: str, difference: str) -> str:
     """Return `base` with the headline and the values of `difference`, and with its comments if it has any."""
-    headline, _, body = difference.partition("\n\n")
-    lines = base.partition("\n\n")[2].splitlines()
+    (_, lines), (headline, body) = _headline_and_body(base), _headline_and_body(difference)
     first = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
     while first and lines[first - 1]:
         first -= 1
-    entries = _merged(_parse(lines[first:]), _parse(body.splitlines()))
-    headline = "".join(f"{line}\n" for line in headline.splitlines() if not BASE.fullmatch(line))
-    return headline + "\n" + "\n".join([*lines[:first], *_lines(entries)]) + "\n"
+    entries = _merged(_parse(lines[first:]), _parse(body))
+    shown = [line for line in headline if not BASE.fullmatch(line)]
+    return "\n".join([*shown, "", *lines[:first], *_lines(entries)]) + "\n"
+
+
+def _headline_and_body(text: str) -> tuple[list[str], list[str]]:
+    """Return the comment lines that a YAML begins with, and the lines after them without the blank one between."""
+    lines = text.splitlines()
+    end = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    return lines[:end], lines[end + (lines[end : end + 1] == [""]) :]
 
 
 def _parse(lines: Sequence[str]) -> list[_Entry]:

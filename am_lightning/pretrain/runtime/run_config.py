@@ -71,10 +71,6 @@ class RunConfig:
         self._module: LlamaPretraining = made.model
         self._memory = next((c for c in made.trainer.callbacks or [] if isinstance(c, AdaptiveMemory)), None)
 
-    def new_run_in(self) -> Path | None:
-        """Return the run's folder if the run begins at step 0, None if it resumes."""
-        return self.root if self.ckpt_path is None else None
-
     def make_optimizer(self, model: nn.Module) -> Optimizer:
         """Return the optimizer for `model`, with named groups; norms and embeddings get no weight decay.
 
