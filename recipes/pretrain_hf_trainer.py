@@ -137,7 +137,11 @@ class WholeCheckpoints(TrainerCallback):
         self.settings = settings
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Write the configuration after a checkpoint is loaded, because a refused resume must not change it."""
+        """Write the configuration after a checkpoint is loaded, because a refused resume must not change it.
+
+        The Trainer takes the intervals of saving, logging and validating from the checkpoint; they are set back.
+        """
+        state.compute_steps(args, state.max_steps)
         if state.is_world_process_zero:
             self.settings.save(self.settings.root / "logs" / "config.yaml")
 

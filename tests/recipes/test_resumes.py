@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from am_lightning.pretrain.commands.report.events import PATTERN, read_files
 from tests.huggingface.events import scalars_in
 from tests.python import PYTHON
 
@@ -86,9 +87,12 @@ def test_a_resumed_run_is_the_unbroken_one(program: str, tmp_path: Path, corpus_
     _, errors = run(program, resumed, corpus_folder, 7, "--ckpt_path", "last", "--checkpoint.keep", "1", status=1)
     assert f"no checkpoint in {newest.parent} is whole: {newest.name} (" in errors
     shutil.copytree(middle, newest.with_name(middle.name))
-    out, errors = run(program, resumed, corpus_folder, 7, "--ckpt_path", "last", "--checkpoint.keep", "1")
+    changed = ["--checkpoint.keep", "1", "--model.optimizer.lr", "1e-4", "--trainer.log_every_n_steps", "4"]
+    out, errors = run(program, resumed, corpus_folder, 8, "--ckpt_path", "last", *changed)
     assert f"the checkpoint {newest} is broken (" in out + errors
-    assert [path.name for path in newest.parent.iterdir()] == [CHECKPOINTS[program].format(7)]
+    assert [path.name for path in newest.parent.iterdir()] == [CHECKPOINTS[program].format(8)]
+    rates = read_files((resumed / "logs").rglob(PATTERN), first_step=1)["lr"]
+    assert rates.steps.tolist() == [4, 8] and rates.last < 1e-4  # not the interval and the rate of the checkpoint
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

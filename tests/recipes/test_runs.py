@@ -163,12 +163,26 @@ def test_accumulation_may_change_on_resume(
         torch.testing.assert_close(ours["state_dict"][name], weight, rtol=1e-4, atol=1e-5)
 
 
+def test_options_of_the_optimizer_may_change_on_resume(tmp_path: Path, corpus_folder: Path, finished: Path) -> None:
+    options = ["--model.optimizer.lr", "1e-5", "--model.optimizer.betas", "[0.7, 0.9]", "--model.weight_decay", "0.3"]
+    middle = finished / "checkpoints" / "step-000006.ckpt"
+    pretrain.main(arguments(tmp_path, corpus_folder, 8, "--ckpt_path", str(middle), *options))
+    groups = load(tmp_path / "checkpoints" / "last.ckpt")["optimizer_states"][0]["param_groups"]
+    assert [(group["weight_decay"], group["betas"], group["initial_lr"]) for group in groups] == [
+        (0.3, (0.7, 0.9), 1e-5),
+        (0.0, (0.7, 0.9), 1e-5),
+    ]
+    assert read_curves(tmp_path / "logs")["lr-AMAdamW/pg1"].values.max() <= 1e-5
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
         (["--model.optimizer.lr", "-1"], "error: model.optimizer: Invalid learning rate: -1"),
         (["--model.optimizer", "torch.optim.SGD"], "error: model.optimizer: torch.optim.sgd.SGD is not exactly"),
         (["--trainer.max_steps", "0"], "error: trainer.max_steps is 0"),
+        (["--trainer.gradient_clip_val", "-1"], "error: trainer.gradient_clip_val is -1; allowed: 0 <= value"),
+        (["--trainer.accumulate_grad_batches", "0"], "error: trainer.accumulate_grad_batches is 0"),
     ],
 )
 def test_a_typing_error_leaves_the_earlier_run_where_it_is(

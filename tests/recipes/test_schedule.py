@@ -33,6 +33,24 @@ def test_it_rises_then_falls_between_its_bounds(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_resume_has_its_own_peak_and_length(kind: str) -> None:
+    def after(steps: int, lr: float, total: int, state: dict[str, Any] | None = None) -> tuple[Any, Any]:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
+        scheduler = Schedule(kind, warmup_fraction=0.2).scheduler(optimizer, total)
+        if state is not None:
+            optimizer.param_groups[0]["lr"] = 7.0  # the checkpoint's
+            scheduler.load_state_dict(state)
+        for _ in range(steps):
+            optimizer.step()
+            scheduler.step()
+        return optimizer.param_groups[0]["lr"], scheduler.state_dict()
+
+    _, state = after(4, 1e-2, 10)
+    for more in (0, 3):
+        assert after(more, 1e-3, 30, state)[0] == after(4 + more, 1e-3, 30)[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_without_warmup_the_first_step_has_the_peak(kind: str) -> None:
     assert Schedule(kind).factor(0, 100) == 1.0
 

@@ -154,6 +154,7 @@ class LlamaPretraining(L.LightningModule):
         if memory is not None and not isinstance(optimizer, AdaptiveMemoryOptimizer):
             optimizer = convert_adamw(optimizer, lambd=memory.lambd, beta1_max=memory.beta1_max, scope=memory.scope)
         optimizer.register_load_state_dict_pre_hook(_refuse_another_kind)
+        _keep_options(optimizer)
         return cast(torch.optim.Optimizer, optimizer)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -173,6 +174,27 @@ def _refuse_another_kind(optimizer: torch.optim.Optimizer, state_dict: dict[str,
         if ("betas" in group) != ("betas" in optimizer.defaults):
             kind = "an Adam" if "betas" in group else "an SGD"
             raise RecipeError(f"model.optimizer is {type(optimizer).__name__}, the checkpoint's is {kind}")
+
+
+def _keep_options(optimizer: torch.optim.Optimizer) -> None:
+    """Let the numbers among the options (weight decay, betas, ...) stay when a state is loaded, which has those of its
+    run. The learning rate is the schedule's."""
+    live: list[dict[str, Any]] = []
+
+    def before(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        names = {"lr", "initial_lr", "params", "param_names"}
+        numbers = (float, list, tuple)
+        live[:] = [
+            {key: value for key, value in group.items() if key not in names and isinstance(value, numbers)}
+            for group in optimizer.param_groups
+        ]
+
+    def after(_: torch.optim.Optimizer) -> None:
+        for group, options in zip(optimizer.param_groups, live, strict=True):
+            group.update(options)
+
+    optimizer.register_load_state_dict_pre_hook(before)
+    optimizer.register_load_state_dict_post_hook(after)
 
 
 def check_optimizer(module: LlamaPretraining, memory: AdaptiveMemory | None) -> torch.optim.Optimizer:

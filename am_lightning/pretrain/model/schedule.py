@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -57,4 +58,17 @@ class Schedule:
             RecipeError: if `total` is not positive.
         """
         require(total >= 1, "trainer.max_steps", total, "a whole number >= 1: the schedule needs its length")
-        return LambdaLR(optimizer, partial(self.factor, total=total))
+        return _LiveLambdaLR(optimizer, partial(self.factor, total=total))
+
+
+class _LiveLambdaLR(LambdaLR):
+    """LambdaLR that resumes at the step of a checkpoint, with its own peaks and length."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the step, and set the learning rates, because the optimizer's state has those of the checkpoint."""
+        super().load_state_dict({**state_dict, "base_lrs": self.base_lrs})
+        self._last_lr = [
+            base * factor(self.last_epoch) for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)
+        ]
+        for group, lr, base in zip(self.optimizer.param_groups, self._last_lr, self.base_lrs, strict=True):
+            group |= {"lr": lr, "initial_lr": base}

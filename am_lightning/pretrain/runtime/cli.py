@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -188,6 +189,9 @@ def settle(config: Any) -> None:
     refuse_secrets(config.as_dict())
     trainer, checkpoint = config.trainer, config.checkpoint
     require(config.threads is None or config.threads >= 1, "threads", config.threads, "a whole number >= 1, or null")
+    clip, accumulate = trainer.gradient_clip_val, trainer.accumulate_grad_batches
+    require(clip is None or 0 <= clip < math.inf, "trainer.gradient_clip_val", clip, "0 <= value, or null")
+    require_counts("trainer", accumulate_grad_batches=accumulate)
     root = Path(trainer.default_root_dir or ".").expanduser().resolve()
     require_encodable("trainer.default_root_dir", str(root))
     require_encodable("data.source", config.data.source)
