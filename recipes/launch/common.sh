@@ -76,6 +76,9 @@ export PROGRAM CONFIG RUN_DIR PYTHON
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # more than one only helps where cores outnumber processes
 # torchrun (torch 2.13) cannot replace a lost machine while its workers share the agents' store.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
+# torchrun passes SIGUSR1 on, too, and lets a checkpoint take longer than 30 s before it kills processes that it signalled.
+export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
+export PET_SHUTDOWN_TIMEOUT="${PET_SHUTDOWN_TIMEOUT:-600}"
 # NCCL's flight recorder: if a collective hangs, every rank writes what it waited for; torchfrtrace reads the files.
 export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
 if "$PYTHON" -c 'from importlib.metadata import version as v

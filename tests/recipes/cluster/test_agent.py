@@ -34,6 +34,14 @@ with command_line(imports=False):
         sys.exit(7)
     if kind == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "slow":  # as if it wrote a large checkpoint
+
+        def leave(number, frame):
+            time.sleep(2)
+            os.write(1, b"saved\\n")
+            os._exit(128 + number)
+
+        signal.signal(signal.SIGUSR1, leave)
     os.write(1, b"ready\\n")
     time.sleep(60)
 """
@@ -100,6 +108,26 @@ def test_a_signal_ends_without_a_traceback(name: str, tmp_path: Path) -> None:
     assert process.returncode == 128 + getattr(signal, name), said
     lines = said.splitlines()
     assert lines[-1] == f"stopped by {name}, which was passed to the ranks" and len(lines) <= 3, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seconds", "saved"), [("", 2), ("1", 0)])
+def test_a_signal_leaves_time_to_save(seconds: str, saved: int, tmp_path: Path) -> None:
+    """torchrun of itself ends at SIGUSR1 without passing it on, and kills its ranks after 30 s."""
+    process = started(tmp_path, "slow", PET_SHUTDOWN_TIMEOUT=seconds)
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+    process.send_signal(signal.SIGUSR1)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGUSR1 and said.count("saved\n") == saved, said
+    assert said.splitlines()[-1] == "stopped by SIGUSR1, which was passed to the ranks"
+
+
+@pytest.mark.slow
+def test_the_launchers_leave_ten_minutes(tmp_path: Path) -> None:
+    script = f"PYTHON={PYTHON} RUN_DIR={tmp_path} CONFIG=laptop; source {LAUNCH / 'common.sh'}; env"
+    done = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, timeout=60)
+    assert "PET_SHUTDOWN_TIMEOUT=600" in done.stdout.splitlines(), done.stderr
 
 
 @pytest.mark.slow
