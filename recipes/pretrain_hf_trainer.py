@@ -32,6 +32,7 @@ from am_lightning.pretrain.checkpoints.run_folder import TRAINER_STEPS
 from am_lightning.pretrain.model.network import build_llama, token_loss
 from am_lightning.pretrain.runtime.atomic_files import replacing
 from am_lightning.pretrain.runtime.collectives import Agreement, limit_waits
+from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.main import command_line
 from am_lightning.pretrain.runtime.run_config import RunConfig, read_run_config
 from am_lightning.pretrain.runtime.stop_signals import StopSignals
@@ -157,7 +158,9 @@ class WholeCheckpoints(TrainerCallback):
             prune(list(path.parent.glob(TRAINER_STEPS)), self.settings.keep)
 
     def load(self, folder: Path) -> None:
-        """Raise a RecipeError if the checkpoint in `folder` is of another model or was trained on other data."""
+        """Raise a RecipeError if the checkpoint in `folder` is of another program or model, or has other data."""
+        if not (folder / DATA_FILE).exists():
+            raise RecipeError(f"--ckpt_path {folder} is not a whole checkpoint of this program: it has no {DATA_FILE}")
         found = torch.load(folder / DATA_FILE, weights_only=True)
         self.settings.shape.load_state_dict(found["shape"])
         self.settings.data.load_state_dict(found["data"])

@@ -26,7 +26,6 @@ from am_lightning.pretrain.checkpoints import (
     replace_with_link,
     saved_step,
 )
-from am_lightning.pretrain.checkpoints.atomic import prune
 from am_lightning.pretrain.checkpoints.manifest import manifest_of, write_manifest
 from am_lightning.pretrain.checkpoints.resume import newest_first
 from am_lightning.pretrain.checkpoints.writer import CheckpointWriter
@@ -225,19 +224,6 @@ def test_the_oldest_go_with_their_manifests(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
         ["last.ckpt", *kept, *(f"{name}.manifest.json" for name in kept)]
     )
-
-
-def test_half_of_a_checkpoint_is_not_kept_in_place_of_a_whole_one(tmp_path: Path) -> None:
-    """A kill left checkpoint-9 of the HF Trainer, and the next stop is at step 7."""
-    for step in (6, 9, 7):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "model.safetensors").write_bytes(b"weights")
-        if step != 9:
-            write_manifest(folder)
-    prune(tmp_path.iterdir(), 1)
-    assert newest_whole(tmp_path, ["checkpoint-*"]) == tmp_path / "checkpoint-7"
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

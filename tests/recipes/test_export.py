@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tokenizers import models, pre_tokenizers, processors
 from torch.distributed.checkpoint import save
 
-from am_lightning.pretrain.commands.trained_run import open_run
+from am_lightning.pretrain.commands.trained_run import TrainedRun, open_run
 from am_lightning.pretrain.data.hf_tokenizer import as_pretrained
 from am_lightning.pretrain.data.tokenizer import ByteTokenizer, load_named, train_bpe
 from am_lightning.pretrain.model.lightning_module import LlamaPretraining
@@ -240,6 +240,15 @@ def test_a_damaged_newest_checkpoint_is_passed_over(run_of: Callable[[str], Path
         main(["export", str(root), str(tmp_path / "out")])
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    shape = LlamaShape(32, 64, 2, 2, 256, 32)
+    weights = {f"model.{name}": weight / 0 for name, weight in build_llama(shape).state_dict().items()}
+    torch.save({"state_dict": weights}, tmp_path / "step-000001.ckpt")
+    found = TrainedRun(tmp_path / "step-000001.ckpt", shape, as_pretrained(ByteTokenizer(), 32))
+    with pytest.raises(RecipeError, match=r"embed_tokens\.weight has values that are not finite"):
+        found.model()
+
+
 def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -298,6 +307,7 @@ def test_samples_are_the_models_own(run_of: Callable[[str], Path], capsys: pytes
         ("sample {run} --prompt x --top_k -1", r"--top_k is -1; allowed: a whole number >= 0"),
         ("sample {run} --prompt x --top_p 0", r"--top_p is 0.0; allowed: 0 < value <= 1"),
         ("sample {run} --prompt x --max_new_tokens 0", r"--max_new_tokens is 0; allowed: a whole number >= 1"),
+        ("sample {run} --prompt x --num_samples 2 --temperature 0", r"--num_samples is 2; allowed: 1 with --temp"),
         ("sample {run} --prompt x --num_samples 0", r"--num_samples is 0; allowed: a whole number >= 1"),
         ("sample {run} --prompt x --seed -1", r"--seed is -1; allowed: 0 <= whole number"),
         ("sample {run} --prompt {long}", r"--prompt is 'x+'; allowed: fewer than 32 tokens"),

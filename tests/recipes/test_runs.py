@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from am_lightning.pretrain.commands.report.events import read_curves
 from am_lightning.pretrain.model.lightning_module import LlamaPretraining
 
-from .commands import arguments, differences, load, run, training_state
+from .commands import RECIPES, arguments, differences, load, run, training_state
 
 pytestmark = pytest.mark.slow
 
@@ -58,6 +58,12 @@ def test_the_speed_is_that_of_the_training(
     pretrain.main(arguments(tmp_path, corpus_folder, 2, *many))
     line = next(line for line in capfd.readouterr().out.splitlines() if "tokens per second" in line)
     assert re.search(r"2 steps, \d+\.\d seconds in this call, [\d ]+ tokens per second", line)
+
+
+def test_a_run_without_validations_has_the_last_one(tmp_path: Path, corpus_folder: Path) -> None:
+    pretrain.main(arguments(tmp_path, corpus_folder, 2, "--trainer.limit_val_batches", "0"))
+    curves = read_curves(tmp_path / "logs")
+    assert "val/loss" not in curves and curves["final/val_loss"].steps.tolist() == [3]
 
 
 def test_a_run_of_three_steps_has_a_loss_curve(tmp_path: Path, corpus_folder: Path) -> None:
@@ -276,6 +282,10 @@ def test_tensorboard_gets_the_overlay_and_no_foreign_steps(finished: Path) -> No
         (["--threads", "0"], r"threads is 0; allowed"),
         (["--checkpoint.keep", "0"], r"checkpoint.keep is 0; allowed"),
         (["--ckpt_path", "gone.ckpt"], r"--ckpt_path gone.ckpt: there is no such file"),
+        (["--ckpt_path", str(RECIPES)], r"--ckpt_path .* is no checkpoint of this program; allowed"),
+        (["--trainer.accelerator", "gpu"], r"trainer: No supported gpu backend found"),
+        (["--trainer.num_nodes", "0"], r"trainer: `num_nodes` must be a positive integer"),
+        (["--trainer.val_check_interval", "0"], r"trainer.val_check_interval is 0; allowed: > 0"),
         (["--data.source", "gone"], r"data.source gone does not exist"),
         (["--model.optimizer.init_args.lrr", "1"], None),
     ],

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from am_lightning.pretrain.checkpoints.manifest import HINT, manifest_at, manifest_of, sync_files, write_manifest
 from am_lightning.pretrain.checkpoints.resume import check_readable, newest_first
 from am_lightning.pretrain.runtime.atomic_files import disk_error, replacing, sync_folder, write_failure
+from am_lightning.pretrain.runtime.errors import RecipeError
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -44,8 +45,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         write_manifest(path)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Load `path`. Raise a RecipeError if it is missing or damaged."""
+        """Load `path`. Raise a RecipeError if it is missing or damaged, or a folder."""
         check_readable(Path(path))
+        if Path(path).is_dir():
+            raise RecipeError(
+                f"the checkpoint {path} is a folder, and trainer.strategy loads a file: resume with the strategy that"
+                " wrote it"
+            )
         return super().load_checkpoint(path, *args, **kwargs)
 
     def remove_checkpoint(self, path: Any) -> None:

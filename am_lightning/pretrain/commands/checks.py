@@ -132,7 +132,7 @@ def _folders(settings: RunConfig) -> str:
         nearest = next(path for path in (folder, *folder.parents) if path.exists())
         usable = nearest.is_dir() and os.access(nearest, os.W_OK)
         require(usable, key, str(folder), f"a folder that can be written ({nearest} cannot)")
-    if settings.ckpt_path not in (None, "last", "best"):
+    if settings.ckpt_path not in (None, "last"):
         exists = Path(str(settings.ckpt_path)).exists()
         require(exists, "ckpt_path", settings.ckpt_path, 'null, "last", or a checkpoint')
     engine = strategy_options(settings.config["trainer"]["strategy"]).get("config")

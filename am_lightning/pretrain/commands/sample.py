@@ -58,6 +58,8 @@ def _check(args: argparse.Namespace) -> None:
     require(args.top_k >= 0, "--top_k", args.top_k, "a whole number >= 0")
     require(0 < args.top_p <= 1, "--top_p", args.top_p, "0 < value <= 1")
     require(args.num_samples >= 1, "--num_samples", args.num_samples, "a whole number >= 1")
+    allowed = "1 with --temperature 0, which always gives the same text"
+    require(args.num_samples == 1 or args.temperature > 0, "--num_samples", args.num_samples, allowed)
     require(0 <= args.seed < 2**63, "--seed", args.seed, "0 <= whole number < 2**63")
 
 

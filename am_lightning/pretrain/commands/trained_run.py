@@ -42,6 +42,8 @@ class TrainedRun:
             RecipeError: if the checkpoint's weights have other names or shapes.
         """
         end, weights = self.tokenizer.eos_token_id, read_weights(self.checkpoint)
+        if wrong := [name for name, weight in weights.items() if not bool(weight.isfinite().all())]:
+            raise RecipeError(f"{self.checkpoint}: {wrong[0]} has values that are not finite; give an older checkpoint")
         config = llama_config(self.shape, bos_token_id=None, eos_token_id=end)
         with torch.device("meta"):
             model: Any = LlamaForCausalLM(config)

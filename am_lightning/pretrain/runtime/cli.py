@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -145,7 +146,10 @@ class PretrainCLI(LightningCLI):
             # It is redrawn when the Trainer logs, because only then the host waits for the device.
             every = max(1, config.log_every_n_steps or 1) * config.accumulate_grad_batches
             callbacks.append(BARS[self.config_init[self.subcommand].progress_bar](refresh_rate=every))
-        trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        try:
+            trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        except (MisconfigurationException, ValueError) as error:  # such as more GPUs than there are
+            raise RecipeError(f"trainer: {error}") from error
         FaultTolerance.prepare(trainer)
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             announce_deepspeed_build()
@@ -165,6 +169,9 @@ class PretrainCLI(LightningCLI):
             rank_zero_only(self.datamodule.prepare_data)()
         rank_zero_only(protect_earlier_run)(Path(self.config.fit.trainer.default_root_dir), folder, ckpt_path)
 
+    def before_validate(self) -> None:
+        self.trainer.limit_val_batches = self.trainer.limit_val_batches or 1.0  # 0 is for `fit`
+
     def after_validate(self) -> None:
         print_validation(float(self.trainer.callback_metrics["val/loss"]), self.datamodule.scored_rows)
 
@@ -173,6 +180,7 @@ class PretrainCLI(LightningCLI):
             # The shards are on their devices. Lightning would move them again, for which torch swaps every tensor, and
             # it refuses to swap a tensor to which an optimizer holds weak references.
             self.trainer.strategy.model_to_device = lambda: None  # type: ignore[method-assign]
+        self.before_validate()
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         self.result = RunResult.of(self.trainer, self.datamodule, self.config_init[self.subcommand].monitor)
         print_summary(self.result)
@@ -192,6 +200,8 @@ def settle(config: Any) -> None:
     clip, accumulate = trainer.gradient_clip_val, trainer.accumulate_grad_batches
     require(clip is None or 0 <= clip < math.inf, "trainer.gradient_clip_val", clip, "0 <= value, or null")
     require_counts("trainer", accumulate_grad_batches=accumulate)
+    interval = trainer.val_check_interval
+    require(interval != 0, "trainer.val_check_interval", interval, "> 0; for no validation: limit_val_batches 0")
     root = Path(trainer.default_root_dir or ".").expanduser().resolve()
     require_encodable("trainer.default_root_dir", str(root))
     require_encodable("data.source", config.data.source)
