@@ -83,6 +83,14 @@ def test_no_file_of_a_checkpoint_runs_code(checkpoints: AccelerateCheckpoints, t
     assert (tmp_path / "ran").exists()  # the planted pickle does run code
 
 
+def test_a_checkpoint_of_another_engine_is_refused(checkpoints: AccelerateCheckpoints) -> None:
+    path = checkpoints.save(1)
+    (path / "model.safetensors").rename(path / "pytorch_model_fsdp_0")
+    write_manifest(path)
+    with pytest.raises(RecipeError, match=r"step-000001 has no .*: resume with the engine of Accelerate"):
+        checkpoints.load("last")
+
+
 def test_a_resume_begins_with_a_whole_step(checkpoints: AccelerateCheckpoints) -> None:
     """accumulate_grad_batches was 3 and is 4. Two other micro-batches are forgotten, like those of a new process."""
     accelerator = checkpoints.accelerator

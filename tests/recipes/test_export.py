@@ -351,6 +351,9 @@ def test_the_tokenizer_is_the_one_that_made_the_tokens(
     ids = open_run(root).tokenizer("def memory momentum")["input_ids"]
     assert ids == open_run(root, str(file)).tokenizer("def memory momentum")["input_ids"]
     assert ids != open_run(root, str(other)).tokenizer("def memory momentum")["input_ids"]
+    for name in ("logs", "checkpoints"):  # as a new run moves it away, without its data
+        shutil.copytree(root / name, root / "earlier" / "1" / name)
+    assert open_run(root / "earlier" / "1").tokenizer("def memory momentum")["input_ids"] == ids
 
     config = root / "logs" / "config.yaml"
     text = config.read_text()

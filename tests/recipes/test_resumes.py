@@ -80,7 +80,7 @@ def test_a_resumed_run_is_the_unbroken_one(program: str, tmp_path: Path, corpus_
     sgd = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1", "--trainer.callbacks", "null"]
     _, errors = run(program, resumed, corpus_folder, 9, "--ckpt_path", "last", *sgd, status=1)
     assert "error: model.optimizer is SGD, the checkpoint's is an Adam" in errors and "Traceback" not in errors
-    _, errors = run(program, resumed, corpus_folder, 6, "--ckpt_path", str(resumed), status=1)
+    _, errors = run(program, tmp_path / "other", corpus_folder, 6, "--ckpt_path", str(resumed), status=1)
     assert f"error: --ckpt_path {resumed} is not a " in errors and "Traceback" not in errors
     assert (resumed / "logs" / "config.yaml").read_bytes() == before
     newest = resumed / "checkpoints" / CHECKPOINTS[program].format(6)

@@ -209,6 +209,8 @@ def test_a_new_run_moves_the_earlier_one_away(tmp_path: Path, corpus_folder: Pat
     assert (tmp_path / "earlier" / "1" / "summary.png").exists()
     assert load(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 3
     assert read_curves(tmp_path / "logs")["train/loss"].steps.tolist() == [1, 2, 3]
+    pretrain.main(arguments(tmp_path, corpus_folder, 3, "--trainer.fast_dev_run", "true"))  # writes nothing
+    assert load(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 3
     earlier = ["--ckpt_path", str(tmp_path / "earlier" / "1" / "checkpoints" / "last.ckpt")]
     with pytest.raises(SystemExit, match=r"^error: --ckpt_path .* is not in .*, which holds the checkpoints of"):
         pretrain.main(arguments(tmp_path, corpus_folder, 6, *earlier))

@@ -87,7 +87,13 @@ class AccelerateCheckpoints:
             found = torch.load(path / _STATES, map_location="cpu", weights_only=True)
             if self.model is not None:
                 self.model.load_state_dict(found["model"])
-            self.accelerator.load_state(str(path))
+            try:
+                self.accelerator.load_state(str(path))
+            except FileNotFoundError as error:  # every engine has files of its own
+                raise RecipeError(
+                    f"{path} has no {Path(error.filename or '').name}: resume with the engine of Accelerate that wrote"
+                    " it (DDP, FSDP2 or DeepSpeed)"
+                ) from error
             self.accelerator.step = 0  # micro-batches of the step: accumulate_grad_batches may have changed
             for name, of in self.states.items():
                 of.load_state_dict(found[name])

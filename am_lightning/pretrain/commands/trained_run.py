@@ -101,7 +101,8 @@ def _of_run(root: Path) -> Tokenizer:
     if not isinstance(data, dict):
         raise RecipeError(f"{root} has no logs/config.yaml that names the tokenizer: give it with --tokenizer")
     name, made = data["tokenizer"], Path(data["source"]).expanduser()
-    cache = Path(data.get("cache_dir") or root / "data")
+    held = root.parents[1] if root.parent.name == "earlier" else root  # a run is moved to earlier/N without its data
+    cache = Path(data.get("cache_dir") or held / "data")
     shards = [path.parent for path in cache.glob(f"*/{INDEX}")]
     if (made / INDEX).exists():  # made by prepare_data.py, perhaps with another tokenizer than the configuration names
         name, cache, shards = read_index(made).tokenizer, made.parent, [made]

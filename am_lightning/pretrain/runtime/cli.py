@@ -167,7 +167,8 @@ class PretrainCLI(LightningCLI):
         if ckpt_path is None:
             self.datamodule.trainer = self.trainer
             rank_zero_only(self.datamodule.prepare_data)()
-        rank_zero_only(protect_earlier_run)(Path(self.config.fit.trainer.default_root_dir), folder, ckpt_path)
+        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # which writes nothing
+            rank_zero_only(protect_earlier_run)(Path(self.config.fit.trainer.default_root_dir), folder, ckpt_path)
 
     def before_validate(self) -> None:
         self.trainer.limit_val_batches = self.trainer.limit_val_batches or 1.0  # 0 is for `fit`
