@@ -13,6 +13,7 @@ import yaml
 
 from am_lightning.pretrain.commands import fit
 from am_lightning.pretrain.runtime.errors import RecipeError, UsageError
+from am_lightning.pretrain.runtime.main import command_line
 from am_lightning.pretrain.runtime.run_config import read_run_config
 from am_lightning.pretrain.runtime.settings import check_names, setting_names
 from am_lightning.recipes.__main__ import _COMMANDS, main
@@ -240,3 +241,18 @@ def test_a_launcher_of_a_copy_takes_the_copied_recipe(tmp_path: Path) -> None:
     (tmp_path / "copy" / "mine.yaml").write_text("{}\n")
     done = launch()
     assert done.returncode == 2 and "holds several: 60m.yaml mine.yaml" in done.stderr
+
+
+def test_ranks_print_an_error_about_any_path_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The file's name has a byte that is no UTF-8; torchrun sets the variables."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / rank / "error.json"))
+        with pytest.raises(SystemExit) as end, command_line(imports=False):
+            raise RecipeError("cannot read \udcff.txt")
+        assert end.value.code == 1
+    [line] = capfd.readouterr().err.splitlines()  # pytest's stderr replaces the byte
+    assert line.startswith("error: cannot read ") and line.endswith(".txt")

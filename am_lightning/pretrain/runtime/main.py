@@ -44,8 +44,9 @@ def _print_once(text: str, folder: Path) -> None:
     """Print an error unless another rank has, with the same `folder`, which torchrun makes for each start."""
     import fcntl  # POSIX only, like torchrun's signals
 
+    name = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()  # a path need not be Unicode
     try:
-        with (folder / f"error-{hashlib.sha256(text.encode()).hexdigest()}").open("ab") as file:
+        with (folder / f"error-{name}").open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # torchrun kills the other ranks after the first has ended
             if os.fstat(file.fileno()).st_size == 0:
                 print(f"{text}\n", end="", file=sys.stderr, flush=True)
