@@ -6,12 +6,15 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pretrain
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from am_lightning.pretrain.commands.compare import compare
 from am_lightning.pretrain.commands.report.events import read_curves
 from am_lightning.pretrain.model.lightning_module import LlamaPretraining
 
@@ -217,6 +220,23 @@ def test_a_new_run_moves_the_earlier_one_away(tmp_path: Path, corpus_folder: Pat
     with pytest.raises(SystemExit, match=r"nowhere does not exist"):
         pretrain.main(arguments(tmp_path, Path("nowhere"), 3))
     assert load(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 3
+
+
+@pytest.mark.parametrize(("ckpt_path", "expected"), [("a.ckpt", None), ("last", "last"), (None, None)])
+def test_a_baseline_begins_at_step_0_or_resumes(tmp_path: Path, ckpt_path: str | None, expected: str | None) -> None:
+    """`--compare true` trains it; a checkpoint that is given is of the AM run."""
+    optimizer = {"class_path": "am_lightning.AMAdamW"}
+    config: dict[str, Any] = {"model": {"optimizer": optimizer}, "data": {"cache_dir": None}, "checkpoint": {}}
+    config |= {"trainer": {"default_root_dir": str(tmp_path)}, "ckpt_path": ckpt_path}
+    seen = []
+
+    def train(baseline: dict[str, Any]) -> None:
+        seen.append(baseline["ckpt_path"])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(SimpleNamespace(root=tmp_path), config, train)  # type: ignore[arg-type]
+    assert seen == [expected]
 
 
 def test_a_run_with_another_runs_configuration_leaves_its_checkpoints(

@@ -70,7 +70,7 @@ def protect_earlier_run(root: Path, checkpoints: Path, ckpt_path: str | None) ->
         )
     if not held and not (root / "logs" / "config.yaml").exists():
         return
-    number = 1 + max((int(p.name) for p in (root / "earlier").glob("*") if p.name.isdigit()), default=0)
+    number = 1 + max((int(p.name) for p in (root / "earlier").glob("*") if p.name.isdecimal()), default=0)
     target = root / "earlier" / str(number)
     target.mkdir(parents=True)
     for name in _FILES:

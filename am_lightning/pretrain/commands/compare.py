@@ -53,6 +53,8 @@ def _baseline_config(config: dict[str, Any], beta1: float, root: Path) -> dict[s
     data["cache_dir"] = data["cache_dir"] or str(Path(trainer["default_root_dir"], "data"))
     trainer["default_root_dir"] = str(root)
     config["checkpoint"]["dirpath"] = None
+    if config["ckpt_path"] != "last":  # a checkpoint of the AM run is no beginning for a baseline
+        config["ckpt_path"] = None
     config["compare"] = False
     return config
 
