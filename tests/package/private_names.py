@@ -101,6 +101,8 @@ TORCH = [
             "recognise the wrapper of step() by other schedulers that follow torch's of that time", until="2.5"),
     Private("torch.optim.lr_scheduler.LRScheduler", "_step_count", (_CONVERT,),
             "count steps for such a scheduler", until="2.5"),
+    Private("torch.optim.lr_scheduler.LRScheduler", "_last_lr", ("am_lightning/pretrain/model/schedule.py",),
+            "give a resume its own learning rate: get_last_lr() returns it before the first step", "scheduler"),
     Private("torch.distributed.checkpoint.state_dict", "_init_optim_state.__code__",
             ("am_lightning/distributed/call_stack.py",),
             "recognise the step at lr 0 that only creates a state and must leave no trace"),

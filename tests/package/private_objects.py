@@ -92,6 +92,10 @@ def stepped_optimizer() -> Any:
     return chosen
 
 
+def scheduler() -> Any:
+    return torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD([torch.zeros(1)], lr=0.1), lambda step: 1.0)
+
+
 def scheduled_step() -> Any:
     return stepped_optimizer().step
 
@@ -187,9 +191,9 @@ MAKERS: dict[str, Callable[[], Any]] = {
     **{
         make.__name__: functools.cache(make)
         for make in (
-            optimizer, fused_adamw, stepped_optimizer, scheduled_step, fsdp1, hybrid_fsdp1, checkpoint_wrapper,
-            flat_parameter, compiled_module, trainer, epoch_loop, lightning_module, model_checkpoint, fabric_module,
-            accelerator,
+            optimizer, fused_adamw, stepped_optimizer, scheduled_step, scheduler, fsdp1, hybrid_fsdp1,
+            checkpoint_wrapper, flat_parameter, compiled_module, trainer, epoch_loop, lightning_module,
+            model_checkpoint, fabric_module, accelerator,
         )
     },
     "ddp_strategy": functools.partial(_strategy, "DDPStrategy"),

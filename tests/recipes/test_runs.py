@@ -304,7 +304,7 @@ def test_tensorboard_gets_the_overlay_and_no_foreign_steps(finished: Path) -> No
         (["--threads", "0"], r"threads is 0; allowed"),
         (["--checkpoint.keep", "0"], r"checkpoint.keep is 0; allowed"),
         (["--ckpt_path", "gone.ckpt"], r"--ckpt_path gone.ckpt: there is no such file"),
-        (["--ckpt_path", str(RECIPES)], r"--ckpt_path .* is no checkpoint of this program; allowed"),
+        (["--ckpt_path", str(RECIPES)], r"--ckpt_path .* is not a checkpoint of this program; allowed"),
         (["--trainer.accelerator", "gpu"], r"trainer: No supported gpu backend found"),
         (["--trainer.num_nodes", "0"], r"trainer: `num_nodes` must be a positive integer"),
         (["--trainer.val_check_interval", "0"], r"trainer.val_check_interval is 0; allowed: > 0"),

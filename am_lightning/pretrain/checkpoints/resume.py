@@ -98,7 +98,7 @@ def saved_step(path: Path) -> int:
     """
     if path.is_dir() and not (path / _METADATA).exists():
         if not any(path.glob("*/*model_states.pt")):  # DeepSpeed's
-            raise RecipeError(f"--ckpt_path {path} is no checkpoint of this program; allowed: last, or a checkpoint")
+            raise RecipeError(f"--ckpt_path {path} is not a checkpoint of this program; allowed: last, or a checkpoint")
         return step_in_name(path.resolve())
     try:
         return int(_contents(path)["global_step"])

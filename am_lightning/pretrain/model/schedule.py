@@ -66,9 +66,8 @@ class _LiveLambdaLR(LambdaLR):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the step, and set the learning rates, because the optimizer's state has those of the checkpoint."""
-        super().load_state_dict({**state_dict, "base_lrs": self.base_lrs})
-        self._last_lr = [
-            base * factor(self.last_epoch) for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)
-        ]
-        for group, lr, base in zip(self.optimizer.param_groups, self._last_lr, self.base_lrs, strict=True):
-            group |= {"lr": lr, "initial_lr": base}
+        step = state_dict["last_epoch"]
+        rates = [base * factor(step) for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)]
+        super().load_state_dict({**state_dict, "base_lrs": self.base_lrs, "_last_lr": rates})
+        for group, rate, base in zip(self.optimizer.param_groups, rates, self.base_lrs, strict=True):
+            group |= {"lr": rate, "initial_lr": base}
