@@ -3,14 +3,15 @@
     accelerate launch pretrain_hf_trainer.py --config laptop [--KEY VALUE ...]
     torchrun --nproc-per-node 2 pretrain_hf_trainer.py --config laptop --trainer.accelerator cpu
 
-training_arguments() turns the recipe's `trainer` section into TrainingArguments. The Trainer writes its checkpoints as
-folders `checkpoint-N` into the recipe's checkpoint folder.
+training_arguments() turns the recipe's `trainer` section into TrainingArguments. Checkpoints are folders `checkpoint-N`
+in the recipe's checkpoint folder.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,7 @@ from transformers.trainer_utils import set_seed
 from am_lightning import AMSGD, AMAdamW
 from am_lightning.huggingface import AdaptiveMemoryCallback
 from am_lightning.pretrain.checkpoints.accelerate import chosen, hold_together
-from am_lightning.pretrain.checkpoints.atomic import prune
-from am_lightning.pretrain.checkpoints.manifest import sync_files, write_manifest
+from am_lightning.pretrain.checkpoints.atomic import prune, publish_folder
 from am_lightning.pretrain.checkpoints.run_folder import TRAINER_STEPS
 from am_lightning.pretrain.model.network import build_llama, token_loss
 from am_lightning.pretrain.runtime.atomic_files import replacing
@@ -38,6 +38,7 @@ from am_lightning.pretrain.runtime.run_config import RunConfig, read_run_config
 from am_lightning.pretrain.runtime.stop_signals import StopSignals
 
 CURVES = {"loss": "train/loss", "learning_rate": "lr", "grad_norm": "grad_norm", "eval_loss": "val/loss"}
+PART = ".checkpoint.part"  # folder of a checkpoint that is not complete
 DATA_FILE = "data.pt"  # in each checkpoint: the model's shape and the data it was trained on
 
 
@@ -91,6 +92,10 @@ class RecipeTrainer(Trainer):
         if "loss" in logs:
             self.settings.check_step(self.optimizer, self.state.global_step, logs["loss"])
 
+    def _get_output_dir(self, *args: Any, **options: Any) -> str:
+        """Return the folder that the Trainer writes a checkpoint into; WholeCheckpoints moves it to its place."""
+        return str(self.settings.checkpoints / PART)
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             self.optimizer = self.settings.make_optimizer(self.model if model is None else model)
@@ -129,9 +134,9 @@ class Curves(TrainerCallback):
 
 
 class WholeCheckpoints(TrainerCallback):
-    """Adds the model's shape, the data and a manifest to every checkpoint, and refuses a checkpoint of others.
+    """Adds the model's shape, the data and a manifest to every checkpoint, and moves it to its place when it is whole.
 
-    The Trainer writes a checkpoint under its final name, so one without a manifest is not complete.
+    Also refuses a checkpoint of others.
     """
 
     def __init__(self, settings: RunConfig) -> None:
@@ -144,18 +149,23 @@ class WholeCheckpoints(TrainerCallback):
         """
         state.compute_steps(args, state.max_steps)
         if state.is_world_process_zero:
+            shutil.rmtree(self.settings.checkpoints / PART, ignore_errors=True)  # left by a killed run
             self.settings.save(self.settings.root / "logs" / "config.yaml")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         data = self.settings.data.state_dict()
         PartialState().wait_for_everyone()  # each process writes its own random state
         if state.is_world_process_zero:
-            path = Path(args.output_dir, f"checkpoint-{state.global_step}")
-            with replacing(path / DATA_FILE, "Free some space, then start again.") as file:
+            path = self.settings.checkpoints / f"checkpoint-{state.global_step}"
+            part = path.parent / PART
+            if not (part / path.name).is_dir():
+                raise RuntimeError(f"this version of transformers does not write a checkpoint into {part}")
+            with replacing(part / path.name / DATA_FILE, "Free some space, then start again.") as file:
                 torch.save({"shape": self.settings.shape.state_dict(), "data": data}, file)
-            sync_files(path)
-            write_manifest(path)
-            prune(list(path.parent.glob(TRAINER_STEPS)), self.settings.keep)
+            publish_folder(part / path.name, path)
+            shutil.rmtree(part, ignore_errors=True)
+            prune(path.parent.glob(TRAINER_STEPS), self.settings.keep)
+        PartialState().wait_for_everyone()  # before a process begins to write the next one
 
     def load(self, folder: Path) -> None:
         """Raise a RecipeError if the checkpoint in `folder` is of another program or model, or has other data."""

@@ -170,8 +170,8 @@ MUTATIONS = [
     Mutation(
         "one checkpoint more than asked for is kept",
         _ATOMIC,
-        "ordered[keep:]",
-        "ordered[keep + 1 :]",
+        "newest_first(checkpoints)[keep:]",
+        "newest_first(checkpoints)[keep + 1 :]",
         (f"{_CHECKPOINTS}::test_the_oldest_go_with_their_manifests",),
     ),
     Mutation(

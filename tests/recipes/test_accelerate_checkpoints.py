@@ -12,9 +12,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
-from am_lightning.pretrain.checkpoints import AtomicCheckpointIO, newest_whole
+from am_lightning.pretrain.checkpoints import AtomicCheckpointIO
 from am_lightning.pretrain.checkpoints.accelerate import AccelerateCheckpoints
-from am_lightning.pretrain.checkpoints.atomic import prune
 from am_lightning.pretrain.checkpoints.manifest import write_manifest
 from am_lightning.pretrain.runtime.errors import RecipeError
 from tests.sharding.pool import pools
@@ -133,19 +132,6 @@ def test_the_newest_go_by_their_numbers_and_a_damaged_one_is_passed_over(checkpo
         (folder / "step-000008" / name).write_bytes(content)
     with pytest.raises(RecipeError, match=r"there is no such folder\. Those of this run are in"):
         checkpoints.load(str(folder / "step-000010"))
-
-
-def test_half_of_a_checkpoint_is_not_kept_in_place_of_a_whole_one(tmp_path: Path) -> None:
-    """A kill left checkpoint-9 of the HF Trainer, and the next stop is at step 7."""
-    for step in (6, 9, 7):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "model.safetensors").write_bytes(b"weights")
-        if step != 9:
-            write_manifest(folder)
-    prune(tmp_path.iterdir(), 1)
-    assert newest_whole(tmp_path, ["checkpoint-*"]) == tmp_path / "checkpoint-7"
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
 
 
 def test_shards_are_refused_where_a_file_is_loaded(tmp_path: Path) -> None:

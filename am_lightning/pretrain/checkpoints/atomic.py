@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch.distributed.tensor import DTensor
 
-from am_lightning.pretrain.checkpoints.manifest import HINT, manifest_at, manifest_of, sync_files, write_manifest
+from am_lightning.pretrain.checkpoints.manifest import HINT, manifest_of, sync_files, write_manifest
 from am_lightning.pretrain.checkpoints.resume import check_readable, newest_first
 from am_lightning.pretrain.runtime.atomic_files import disk_error, replacing, sync_folder, write_failure
 from am_lightning.pretrain.runtime.errors import RecipeError
@@ -108,10 +108,8 @@ def remove(path: Path) -> None:
 
 
 def prune(checkpoints: Iterable[Path], keep: int | None) -> None:
-    """Remove all checkpoints except the `keep` newest. None keeps all. Those without a manifest go first."""
-    # The HF Trainer writes under the final name: a kill may leave half of a checkpoint that seems to be the newest.
-    ordered = sorted(newest_first(checkpoints), key=lambda path: manifest_at(path) is None)
-    for old in ordered[keep:] if keep is not None else []:
+    """Remove all checkpoints except the `keep` newest. None keeps all."""
+    for old in newest_first(checkpoints)[keep:] if keep is not None else []:
         remove(old)
 
 
