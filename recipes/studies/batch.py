@@ -51,7 +51,7 @@ if __name__ == "__main__":
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 64, 128], help="rows of a step, of all cells")
     parser.add_argument("--cells", nargs="+", metavar="ROWSxSTEPS", help="only these cells")
     parser.add_argument(
-        "--methods", choices=METHODS, default="all", help="few: without cap 0.95, beta1 0.65 and 0.95, warmup 15 %%"
+        "--methods", choices=METHODS, default="all", help="few: at most 5 %% of warmup; warm: none or 15 %%"
     )
     parser.add_argument("--stages", nargs="*", default=list(STAGES), choices=STAGES, metavar="STAGE", help=str(STAGES))
     run_study("batch", parser, study)

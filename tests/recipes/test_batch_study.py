@@ -15,7 +15,7 @@ pytest.importorskip("scipy.stats")
 from am_lightning.pretrain.runtime.errors import RecipeError
 from recipes.studies.ledger import Config, Ledger, Result
 from recipes.studies.pretraining.batch_page import write
-from recipes.studies.pretraining.batches import ALL, FEW, STAGES, Families, finalists, kinds_of, missing
+from recipes.studies.pretraining.batches import ALL, FEW, STAGES, WARM, Families, finalists, kinds_of, missing
 from recipes.studies.pretraining.methods import Method
 from recipes.studies.pretraining.run import Scale, noise_scale, noisy_backward, pretrain
 from recipes.studies.pretraining.tuning import COARSE, RATES, Tuning
@@ -51,7 +51,7 @@ def fill(
                     ledger.add(config, made_up(config))
 
 
-@pytest.fixture(params=[FEW, ALL], ids=["few", "all"])
+@pytest.fixture(params=[FEW, WARM, ALL], ids=["few", "warm", "all"])
 def tuned(tmp_path: Path, request: pytest.FixtureRequest) -> Tuning:
     ledger = Ledger(tmp_path / "batch.jsonl")
     fill(ledger, ("tune",), cells=1, families=request.param)
@@ -100,8 +100,11 @@ def test_finalists_are_the_best_of_the_tuning_on_fresh_seeds(tuned: Tuning) -> N
     methods = finalists(tuned)
     assert len(set(methods)) == len(methods)
     groups = [*tuned.families.items()]
-    groups += [(name, [method for method in family if method in tuned.families[name]]) for name, family in FEW.items()]
+    for shorter in (FEW, WARM):
+        groups += [(name, [m for m in family if m in tuned.families[name]]) for name, family in shorter.items()]
     for name, family in groups:
+        if not family:
+            continue
         best = min(map(tuned.best_loss, family))
         assert {method for method in family if tuned.best_loss(method) <= best + 0.02} <= {*methods}
         if name in ("AdamW", "AM-AdamW"):
@@ -171,6 +174,9 @@ def test_the_page_has_the_cells_that_are_complete(tmp_path: Path) -> None:
     assert "0.8 w15%" in first and "0.8 w5%" in second and "w15%" not in second
     for name in ("batch-gains.png", "batch-learning-rates.png", "batch-smallest.png", "batch-momentum.png"):
         assert Image.open(tmp_path / name).width > 400
+    fill(ledger, cells=3, families=WARM)
+    text = write(ledger, KINDS, tmp_path, "")
+    assert "With warm methods: 32 rows x 300 steps; 64 rows x 300 steps. With all methods: 8 rows x 300 steps." in text
     fill(ledger, families=ALL)
     assert "Not complete" not in write(ledger, KINDS, tmp_path, "")
 

@@ -28,7 +28,9 @@ _PROTOCOL = (
     " weights and batches."
     " Losses are nats per token on held-out rows after the last step. Intervals are Student's, 95 %; those of the"
     " summary, for all cells that are planned, and those called corrected hold all at once (Bonferroni). Few methods"
-    " are without beta1 0.65 and 0.95, cap 0.95, a warmup of 15 % and RAdam 0.8."
+    " are without beta1 0.65 and 0.95, cap 0.95, a warmup of 15 % and RAdam 0.8; warm methods are without beta1 0.5 and"
+    " 0.95, cap 0.95, a warmup of 5 % (except AdamW 0.9), AdamW 0.9 without a warmup, schedule-free with less than"
+    " 15 %, and RAdam 0.9."
 )
 
 Kinds = Mapping[str, Sequence[Scale]]
@@ -70,7 +72,7 @@ def write(ledger: Ledger, kinds: Kinds, folder: Path, command: str) -> str:
 
 
 def _complete(ledger: Ledger, cells: Sequence[Scale], stages: Sequence[str]) -> dict[Scale, Tuning]:
-    """Return the tuning of each cell whose `stages` are complete for all methods, or else for the few."""
+    """Return the tuning of each cell whose `stages` are complete, with the longest list of methods."""
     found = {}
     for cell in cells:
         for families in METHODS.values():

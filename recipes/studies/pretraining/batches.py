@@ -4,8 +4,10 @@ Every cell (rows of a step x steps) goes through the same two stages:
 
 1. ``tune``: every variant of every family over its learning rates, seed 0 (`Tuning`). In ``few``, AdamW has six
    variants (three momentums x two warmups) and AM has four (two caps x two warmups). In ``all``, AdamW has fifteen
-   (five x three) and AM nine (three x three). So AdamW gets at least as many runs. ``all`` continues from ``few``.
-2. ``compare``: the best variant of each family, those within NEAR of it, the same of the few methods, and the named
+   (five x three) and AM nine (three x three). ``warm`` is for cells that are too expensive for ``all``: a warmup of
+   15 % or none, and AdamW 0.9 with 5 %; AdamW has six variants and AM four. So AdamW gets at least as many runs.
+   ``all`` continues from both.
+2. ``compare``: the best variant of each family, those within NEAR of it, the same of the shorter lists, and the named
    ones, at their best learning rates on five seeds that the tuning has not seen. A seed gives all methods the same
    initial weights and batches.
 
@@ -29,7 +31,16 @@ FEW: Families = {
     "schedule-free AdamW": tuple(Method("schedulefree", 0.9, warmup) for warmup in (0.0, 0.05)),
     "RAdam": (Method("radam", 0.9),),
 }
-FEW_METHODS = [method for family in FEW.values() for method in family]
+# The values that were best at 8 and 32 rows with all methods, and the customary beta1.
+WARM: Families = {
+    "AdamW": (
+        *(Method("adamw", 0.9, warmup) for warmup in (0.05, 0.15)),
+        *(Method("adamw", beta1, warmup) for beta1 in (0.8, 0.65) for warmup in (0.0, 0.15)),
+    ),
+    "AM-AdamW": tuple(Method("am", cap, warmup) for cap in (0.89, 0.8) for warmup in (0.0, 0.15)),
+    "schedule-free AdamW": (Method("schedulefree", 0.9, 0.15),),
+    "RAdam": (Method("radam", 0.8),),
+}
 WARMUPS = (0.0, 0.05, 0.15)
 ALL: Families = {
     "AdamW": tuple(Method("adamw", beta1, warmup) for beta1 in (0.9, 0.8, 0.65, 0.5, 0.95) for warmup in WARMUPS),
@@ -37,7 +48,7 @@ ALL: Families = {
     "schedule-free AdamW": tuple(Method("schedulefree", 0.9, warmup) for warmup in WARMUPS),
     "RAdam": (Method("radam", 0.9), Method("radam", 0.8)),
 }
-METHODS = {"few": FEW, "all": ALL}
+METHODS = {"few": FEW, "warm": WARM, "all": ALL}
 CUSTOMARY = Method("adamw", 0.9, 0.05)
 DEFAULT = Method("am", 0.89)  # the callback's default
 NEAR = 0.02  # nats per token: one seed cannot decide between variants this close together
@@ -59,12 +70,13 @@ def kinds_of(steps: int, rows: int, batches: Sequence[int]) -> dict[str, list[Sc
 def finalists(tuning: Tuning) -> list[Method]:
     """Return the best of each family and those near it, AM and AdamW also without warmup, and the named methods.
 
-    Those of the few methods are among them, so that a cell whose other methods are added later keeps its rows.
+    Those of the shorter lists are among them, so that a cell whose other methods are added later keeps its rows.
     """
     rivals = [tuning.families[name] for name in ("AdamW", "AM-AdamW")]
     groups = [*tuning.families.values(), *map(without_warmup, rivals)]
-    groups += [[method for method in group if method in FEW_METHODS] for group in groups]
-    best = [method for group in groups for method in tuning.near_best(group, NEAR)]
+    shorter = [[method for family in families.values() for method in family] for families in METHODS.values()]
+    groups += [[method for method in group if method in methods] for methods in shorter for group in groups]
+    best = [method for group in groups if group for method in tuning.near_best(group, NEAR)]
     return list(dict.fromkeys([*best, CUSTOMARY, DEFAULT]))
 
 
