@@ -215,13 +215,15 @@ def test_other_programs_tags_and_steps_are_understood(tmp_path: Path) -> None:
     ("scalars", "steps"), [({"am/beta/mean": {50: 0.8, 5950: 0.8}}, "5,950"), ({"other": {1: 0}}, ABSENT)]
 )
 def test_a_run_without_a_loss_has_the_steps_of_its_momentum(
-    tmp_path: Path, scalars: dict[str, dict[int, float]], steps: str
+    tmp_path: Path, scalars: dict[str, dict[int, float]], steps: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An Accelerate loop that logs nothing itself makes such a run."""
     write_run(tmp_path / "run", scalars)
     (tmp_path / "run" / "logs" / "hparams.yaml").unlink()
     [run] = find_runs([str(tmp_path / "run")])
     assert facts(run)["steps"] == steps
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert ("has no loss and no momentum; its curves are other" in capsys.readouterr().err) is ("other" in scalars)
 
 
 def test_the_momentum_has_its_lowest_and_its_cap(tmp_path: Path) -> None:

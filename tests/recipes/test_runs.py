@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +15,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from am_lightning.pretrain.checkpoints.run_folder import protect_earlier_run
 from am_lightning.pretrain.commands.compare import compare
 from am_lightning.pretrain.commands.report.events import read_curves
 from am_lightning.pretrain.model.lightning_module import LlamaPretraining
+from am_lightning.pretrain.runtime.errors import RecipeError
 
 from .commands import RECIPES, arguments, differences, load, run, training_state
 
@@ -192,6 +195,11 @@ def test_options_of_the_optimizer_may_change_on_resume(tmp_path: Path, corpus_fo
         (["--trainer.max_steps", "0"], "error: trainer.max_steps is 0"),
         (["--trainer.gradient_clip_val", "-1"], "error: trainer.gradient_clip_val is -1; allowed: 0 <= value"),
         (["--trainer.accumulate_grad_batches", "0"], "error: trainer.accumulate_grad_batches is 0"),
+        pytest.param(
+            ["--trainer.strategy", "deepspeed"],
+            "error: trainer.strategy is 'deepspeed'; allowed: other strategies",
+            marks=pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
+        ),
     ],
 )
 def test_a_typing_error_leaves_the_earlier_run_where_it_is(
@@ -203,6 +211,15 @@ def test_a_typing_error_leaves_the_earlier_run_where_it_is(
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(says) and "Traceback" not in done.stderr, done.stderr
     assert (tmp_path / "run" / "logs" / "config.yaml").read_text() == "of a run"
+
+
+def test_an_earlier_run_that_cannot_be_moved_stays(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "config.yaml").touch()
+    (tmp_path / "earlier").touch()
+    with pytest.raises(RecipeError, match=r"cannot write .*/earlier/1: Not a directory\. Choose another folder"):
+        protect_earlier_run(tmp_path, tmp_path / "checkpoints", None)
+    assert (tmp_path / "logs" / "config.yaml").exists()
 
 
 def test_a_new_run_moves_the_earlier_one_away(tmp_path: Path, corpus_folder: Path) -> None:

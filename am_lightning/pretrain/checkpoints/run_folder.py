@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from am_lightning.pretrain.checkpoints.resume import LAST, STEPS
+from am_lightning.pretrain.runtime.atomic_files import write_failure
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 ACCELERATE_STEPS = "step-*[0-9]"  # not the step-N.ckpt of pretrain.py
@@ -72,7 +73,10 @@ def protect_earlier_run(root: Path, checkpoints: Path, ckpt_path: str | None) ->
         return
     number = 1 + max((int(p.name) for p in (root / "earlier").glob("*") if p.name.isdecimal()), default=0)
     target = root / "earlier" / str(number)
-    target.mkdir(parents=True)
+    try:
+        target.mkdir(parents=True)
+    except OSError as error:
+        raise write_failure(target, error, "Choose another folder: --trainer.default_root_dir DIR.") from error
     for name in _FILES:
         if (root / name).exists():
             (root / name).rename(target / name)

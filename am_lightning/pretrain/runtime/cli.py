@@ -152,6 +152,8 @@ class PretrainCLI(LightningCLI):
             raise RecipeError(f"trainer: {error}") from error
         FaultTolerance.prepare(trainer)
         if isinstance(trainer.strategy, DeepSpeedStrategy):
+            on_gpu = trainer.strategy.root_device.type == "cuda" or type(trainer.strategy) is not DeepSpeedStrategy
+            require(on_gpu, "trainer.strategy", "deepspeed", "other strategies: Lightning runs DeepSpeed on GPUs only")
             announce_deepspeed_build()
         return trainer
 

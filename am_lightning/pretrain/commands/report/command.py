@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from am_lightning.pretrain.runtime.errors import require
@@ -39,5 +40,8 @@ def run(args: argparse.Namespace) -> int:
     write_page(output, runs, picture)
     for found in runs:
         print(f"  run      {found.name} ({found.folder})")
+        if not any((found.train_loss, found.val_loss, found.beta_mean)):
+            tags = ", ".join(sorted(found.curves)[:5])
+            print(f"warning: {found.name} has no loss and no momentum; its curves are {tags}", file=sys.stderr)
     print(f"  report   {output}\n  picture  {picture}")
     return 0
