@@ -157,13 +157,13 @@ class WholeCheckpoints(TrainerCallback):
         PartialState().wait_for_everyone()  # each process writes its own random state
         if state.is_world_process_zero:
             path = self.settings.checkpoints / f"checkpoint-{state.global_step}"
-            part = path.parent / PART
-            if not (part / path.name).is_dir():
-                raise RuntimeError(f"this version of transformers does not write a checkpoint into {part}")
-            with replacing(part / path.name / DATA_FILE, "Free some space, then start again.") as file:
+            part = path.parent / PART / path.name
+            if not part.is_dir():
+                raise RuntimeError(f"this version of transformers does not write a checkpoint into {part.parent}")
+            with replacing(part / DATA_FILE, "Free some space, then start again.") as file:
                 torch.save({"shape": self.settings.shape.state_dict(), "data": data}, file)
-            publish_folder(part / path.name, path)
-            shutil.rmtree(part, ignore_errors=True)
+            publish_folder(part, path)
+            shutil.rmtree(part.parent, ignore_errors=True)
             prune(path.parent.glob(TRAINER_STEPS), self.settings.keep)
         PartialState().wait_for_everyone()  # before a process begins to write the next one
 

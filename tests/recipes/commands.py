@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from tests.python import PYTHON
 
@@ -82,3 +83,13 @@ def training_state(path: Path) -> dict[str, Any]:
     """Return the weights, optimizer and schedule of a checkpoint, which must not depend on interruptions."""
     checkpoint = load(path)
     return {key: checkpoint[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step")}
+
+
+def final_state(root: Path, step: int) -> dict[str, Any]:
+    """Return all tensors of the checkpoint of the last step, by file; a file of Lightning's holds them all."""
+    (path,) = [path for path in (root / "checkpoints").glob(f"*-*{step}*") if "manifest" not in path.name]
+    if path.is_file():
+        found = load(path)
+        return {key: found[key] for key in ("state_dict", "optimizer_states", "lr_schedulers")}
+    tensors = {file.name: load_file(file) for file in path.glob("*.safetensors")}
+    return tensors | {file.name: load(file) for file in path.glob("optimizer.*")}

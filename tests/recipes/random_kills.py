@@ -22,11 +22,10 @@ from typing import Any
 
 from tests.recipes.cluster.endings import PROGRAMS
 from tests.recipes.cluster.fault_injection import corpus
-from tests.recipes.cluster.test_one_rank import STEPS, final_state
-from tests.recipes.commands import RECIPES, arguments, differences
+from tests.recipes.commands import RECIPES, arguments, differences, final_state
 
 EVENTS = {"os.rename", "os.link", "os.symlink", "os.remove", "os.mkdir", "os.rmdir"}  # names of sys.addaudithook
-EVERY = 3  # steps between checkpoints
+STEPS, EVERY = 12, 3  # length of a run; steps between checkpoints
 KILLS_PER_RUN = 5
 
 
@@ -49,7 +48,7 @@ def main() -> int:
             run = Run(folder / str(number), source, program)
             places = run.killed(rng, whole[program].events, min(KILLS_PER_RUN, args.kills - kills))
             status = run.start(0)
-            different = differences(final_state(run.root), final_state(whole[program].root)) if status == 0 else ["-"]
+            different = differences(run.state(), whole[program].state()) if status == 0 else ["-"]
             result = f"ended with {status}:\n{run.log.read_text()}" if status else f"differs: {different[:3]}"
             print(f"{program}: {', '.join(places)}: {result if different else 'bitwise equal'}", flush=True)
             kills, bad, number = kills + len(places), bad + bool(different), number + 1
@@ -70,6 +69,10 @@ class Run:
     def events(self) -> int:
         """The number of events of the last start."""
         return len(self.seen.read_text().splitlines())
+
+    def state(self) -> dict[str, Any]:
+        """Return the tensors of the last checkpoint."""
+        return final_state(self.root, STEPS)
 
     def start(self, number: int) -> int:
         """Start the program, kill it before event `number` (0: never), and return its exit status."""

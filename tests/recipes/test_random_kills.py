@@ -11,7 +11,6 @@ import pytest
 from tests.python import COLD
 
 from .cluster.endings import PROGRAMS
-from .cluster.test_one_rank import final_state
 from .commands import RECIPES, differences
 from .random_kills import Run
 
@@ -34,5 +33,5 @@ def test_a_kill_in_the_first_checkpoint_of_the_hf_trainer(tmp_path: Path, corpus
     assert killed.start(1 + [event.endswith("trainer_state.json") for event in events].index(True)) == -signal.SIGKILL
     assert [path.name for path in (killed.root / "checkpoints").glob("[!.]*")] == []
     assert killed.start(0) == 0, killed.log.read_text()
-    assert differences(final_state(killed.root), final_state(whole.root)) == []
+    assert differences(killed.state(), whole.state()) == []
     assert [path.name for path in (killed.root / "checkpoints").glob("*.part")] == []

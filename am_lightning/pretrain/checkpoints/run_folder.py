@@ -76,7 +76,7 @@ def protect_earlier_run(root: Path, checkpoints: Path, ckpt_path: str | None) ->
     try:
         target.mkdir(parents=True)
     except OSError as error:
-        raise write_failure(target, error, "Choose another folder: --trainer.default_root_dir DIR.") from error
+        raise write_failure(target, error) from error
     for name in _FILES:
         if (root / name).exists():
             (root / name).rename(target / name)

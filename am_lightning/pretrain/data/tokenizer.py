@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from am_lightning.pretrain.data.hub import hub_errors
+from am_lightning.pretrain.data.shards import CACHE_OPTION
 from am_lightning.pretrain.runtime.atomic_files import replacing
 from am_lightning.pretrain.runtime.errors import RecipeError, require
 
@@ -200,7 +201,5 @@ def train_bpe(size: int, texts: Iterable[bytes], path: Path) -> None:
     backend.post_processor = None  # it would only change offsets, which are not used
     decoded = (text.decode("utf-8", "replace") for text in texts)
     backend.train_from_iterator(decoded, size, _BPE_FREQUENCY, show_progress=False, special_tokens=["<|endoftext|>"])
-    with replacing(
-        path, "Free some space, or set data.cache_dir to a folder on another disk.", "--data.cache_dir DIR"
-    ) as file:
+    with replacing(path, "Free some space, or set data.cache_dir to a folder on another disk.", CACHE_OPTION) as file:
         file.write(backend.to_str().encode())

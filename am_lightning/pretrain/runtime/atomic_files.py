@@ -40,7 +40,9 @@ def disk_error(error: BaseException) -> OSError | None:
     return seen
 
 
-def write_failure(path: Path, error: OSError, hint: str, option: str = _RUN_FOLDER) -> RecipeError:
+def write_failure(
+    path: Path, error: OSError, hint: str = f"Choose another folder: {_RUN_FOLDER}", option: str = _RUN_FOLDER
+) -> RecipeError:
     """Return the RecipeError for a file that could not be written: which one, why, the free space, and what to do.
 
     Args:

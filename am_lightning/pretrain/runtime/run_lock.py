@@ -39,7 +39,7 @@ def hold(checkpoints: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise write_failure(file, error, "Choose another folder: --trainer.default_root_dir DIR") from error
+        raise write_failure(file, error) from error
     deadline = time.monotonic() + _PATIENCE_S
     while True:
         try:

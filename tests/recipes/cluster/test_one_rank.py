@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
-from tests.recipes.commands import RECIPES, differences, load
+from tests.recipes.commands import RECIPES, differences, final_state
 from tests.recipes.test_entry_points import needs_compiler
 
 from . import one_rank
@@ -35,16 +34,6 @@ def train(root: Path, corpus: Path, event: Event, steps: int = STEPS, *extra: st
 
 def _path() -> list[str]:
     return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-
-
-def final_state(root: Path) -> dict[str, Any]:
-    """All tensors of the last step's checkpoint, by file; a file of Lightning's holds them all."""
-    (path,) = [path for path in (root / "checkpoints").glob(f"*-*{STEPS}*") if "manifest" not in path.name]
-    if path.is_file():
-        found = load(path)
-        return {key: found[key] for key in ("state_dict", "optimizer_states", "lr_schedulers")}
-    tensors = {file.name: load_file(file) for file in path.glob("*.safetensors")}
-    return tensors | {file.name: load(file) for file in path.glob("optimizer.*")}
 
 
 SAID = {
@@ -73,7 +62,7 @@ def test_a_rank_that_fails_leaves_no_trace(program: str, kind: str, tmp_path: Pa
         assert [line["batch"] for line in ours][-(STEPS - EVERY) :] == list(range(STEPS - EVERY))  # resumed at step 5
         values = [[(line["loss"], line["weights"]) for line in lines] for lines in (ours, theirs)]
         assert values[0][-(STEPS - EVERY) :] == values[1][EVERY:]
-    states = [final_state(root) for root in (broken, whole)]
+    states = [final_state(root, STEPS) for root in (broken, whole)]
     assert len(states[0]) >= 2
     assert differences(*states) == []
 
