@@ -13,12 +13,11 @@ second call continues, and --stages without a stage only makes the page from the
 from __future__ import annotations
 
 import argparse
-import gzip
 from functools import partial
 from pathlib import Path
 
 from recipes.studies.ledger import Ledger
-from recipes.studies.page import run_study, study_parser
+from recipes.studies.page import add_begin_with, run_study, study_parser
 from recipes.studies.pretraining.batch_page import write
 from recipes.studies.pretraining.batches import METHODS, STAGES, kinds_of, missing
 from recipes.studies.pretraining.run import pretrain, setup_of
@@ -27,10 +26,7 @@ from recipes.studies.pretraining.tuning import Tuning
 
 def study(options: argparse.Namespace, command: str) -> str:
     """Make the missing runs of the stages and write the page."""
-    if options.begin_with and not (options.out / "batch.jsonl").exists():
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "batch.jsonl").write_bytes(gzip.decompress(options.begin_with.read_bytes()))
-    ledger = Ledger(options.out / "batch.jsonl", setup_of("laptop"))
+    ledger = Ledger.begun_with(options.begin_with, options.out / "batch.jsonl", setup_of("laptop"))
     runs = partial(pretrain, str((options.out / "data").resolve()))
     kinds = kinds_of(options.steps, options.rows, options.batches)
     for cell in dict.fromkeys(cell for kind in kinds.values() for cell in kind):
@@ -45,7 +41,7 @@ def study(options: argparse.Namespace, command: str) -> str:
 
 if __name__ == "__main__":
     parser = study_parser(__doc__, Path("runs/studies/batch"))
-    parser.add_argument("--begin-with", type=Path, metavar="JSONL.GZ", help="earlier runs, if --out has none yet")
+    add_begin_with(parser)
     parser.add_argument("--steps", type=int, default=300, help="steps of the cells with equal steps")
     parser.add_argument("--rows", type=int, default=64, help="rows of a step in the cell that both kinds share")
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 64, 128], help="rows of a step, of all cells")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import multiprocessing
 import platform
@@ -42,6 +43,14 @@ class Ledger:
         if path.exists():
             for number, line in enumerate(path.read_text().splitlines(), 1):
                 self._read(number, line)
+
+    @classmethod
+    def begun_with(cls, earlier: Path | None, path: Path, setup: Mapping[str, str]) -> Ledger:
+        """Return the ledger at `path`, which begins with the runs of `earlier` (gzip) if it does not exist yet."""
+        if earlier and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(gzip.decompress(earlier.read_bytes()))
+        return cls(path, setup)
 
     def _read(self, number: int, line: str) -> None:
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 # Options that change no number of the page.
-_SILENT = {"out", "workers", "stages", "data_dir", "try_steps", "begin_with"}
+_SILENT = {"out", "workers", "stages", "data_dir", "try_steps", "begin_with", "write"}
 
 
 def study_parser(description: str | None, out: Path | None) -> argparse.ArgumentParser:
@@ -20,6 +20,11 @@ def study_parser(description: str | None, out: Path | None) -> argparse.Argument
     parser.add_argument("--out", type=Path, default=out, help=f"folder of results; default: {default}")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one CPU thread each")
     return parser
+
+
+def add_begin_with(parser: argparse.ArgumentParser) -> None:
+    """Add ``--begin-with``, which `Ledger.begun_with` takes."""
+    parser.add_argument("--begin-with", type=Path, metavar="JSONL.GZ", help="earlier runs, if --out has none yet")
 
 
 def run_study(program: str, parser: argparse.ArgumentParser, study: Callable[[argparse.Namespace, str], str]) -> None:

@@ -15,10 +15,10 @@ pytest.importorskip("scipy.stats")
 from am_lightning.pretrain.runtime.errors import RecipeError
 from recipes.studies.ledger import Config, Ledger, Result
 from recipes.studies.pretraining.batch_page import write
-from recipes.studies.pretraining.batches import ALL, FEW, STAGES, WARM, Families, finalists, kinds_of, missing
+from recipes.studies.pretraining.batches import ALL, FEW, STAGES, WARM, finalists, kinds_of, missing
 from recipes.studies.pretraining.methods import Method
 from recipes.studies.pretraining.run import Scale, noise_scale, noisy_backward, pretrain
-from recipes.studies.pretraining.tuning import COARSE, RATES, Tuning
+from recipes.studies.pretraining.tuning import COARSE, RATES, Families, Tuning
 from recipes.studies.sweep import interval
 
 KINDS = kinds_of(300, 64, [8, 32, 64, 128])

@@ -16,15 +16,14 @@ Then ``trace``: AM's beta_t of every step and tensor, and the gradient's noise, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from recipes.studies.ledger import Config
 from recipes.studies.pretraining.methods import Method
 from recipes.studies.pretraining.run import Scale
-from recipes.studies.pretraining.tuning import Tuning, without_warmup
+from recipes.studies.pretraining.tuning import Families, Tuning, without_warmup
 
-Families = Mapping[str, Sequence[Method]]
 FEW: Families = {
     "AdamW": tuple(Method("adamw", beta1, warmup) for beta1 in (0.9, 0.8, 0.5) for warmup in (0.0, 0.05)),
     "AM-AdamW": tuple(Method("am", cap, warmup) for cap in (0.89, 0.8) for warmup in (0.0, 0.05)),

@@ -12,6 +12,7 @@ from recipes.studies.pretraining.methods import Method
 from recipes.studies.pretraining.run import Scale
 from recipes.studies.sweep import Sweep
 
+Families = Mapping[str, Sequence[Method]]  # variants of each family by its name
 RATES = tuple(float(f"{1e-3 * 2 ** (step / 2):.3g}") for step in range(-6, 13))  # 1.25e-4 to 6.4e-2
 COARSE = RATES[::2]
 START = COARSE[2:6]  # 5e-4, 1e-3, 2e-3, 4e-3
@@ -34,7 +35,7 @@ class Tuning(Sweep[Method]):
         families: variants of each family by its name. All variants of all families are tuned by the same rule.
     """
 
-    def __init__(self, ledger: Ledger, scale: Scale, families: Mapping[str, Sequence[Method]]) -> None:
+    def __init__(self, ledger: Ledger, scale: Scale, families: Families) -> None:
         methods = [method for family in families.values() for method in family]
         super().__init__(ledger, methods, lambda method: RATES, scale.config, "val_loss", "validation loss")
         self.scale, self.families = scale, families

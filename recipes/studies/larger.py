@@ -1,0 +1,69 @@
+r"""Whether AM's gain holds for a larger model: AM-AdamW and AdamW at beta1 0.8, on a Llama twice as deep and wide.
+
+    python -m recipes.studies.larger --workers 2 [--out DIR]
+
+The methods are those that were best for the laptop recipe's Llama (recipes.studies.batch), with a warmup and without.
+At each batch every method is tuned over its learning rates on one seed, and compared on five fresh, paired seeds.
+Writes larger.jsonl and larger.md into DIR. Finished runs are kept, so a second call continues, and --write makes the
+page from the cells that are complete. The page of docs/evidence:
+
+    python -m recipes.studies.larger --begin-with docs/evidence/larger.jsonl.gz --write
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from recipes.studies.ledger import Ledger
+from recipes.studies.page import add_begin_with, run_study, study_parser, write_page
+from recipes.studies.pretraining.methods import Method
+from recipes.studies.pretraining.run import Scale, pretrain, setup_of
+from recipes.studies.pretraining.tuning import Families, Tuning
+
+RECIPE = "recipes/studies/pretraining/larger.yaml"
+WARMUPS = (0.15, 0.0)
+METHODS: Families = {
+    "AdamW": [Method("adamw", 0.8, warmup) for warmup in WARMUPS],
+    "AM-AdamW": [Method("am", 0.8, warmup) for warmup in WARMUPS],
+}
+_PROTOCOL = (
+    "The laptop recipe's Llama twice as deep and twice as wide (6.45 M parameters, bytes, rows of 128), cosine to a"
+    " tenth, weight decay 0.1, clipping at 1, beta2 0.95. Every method is tuned on seed 0, over learning rates a factor"
+    " of two apart until the best lies inside, then a factor of sqrt 2 around it, and compared on seeds 1 to 5, in"
+    " pairs with the same initial weights and batches. Losses are nats per token on held-out rows after the last step."
+    " Intervals are Student's, 95 %, not corrected for the number of comparisons."
+)
+
+
+def study(options: argparse.Namespace, command: str) -> str:
+    """Make the missing runs and write the page."""
+    ledger = Ledger.begun_with(options.begin_with, options.out / "larger.jsonl", setup_of(RECIPE))
+    runs = partial(pretrain, str((options.out / "data").resolve()))
+    parts = []
+    for rows in options.batches:
+        tuning = Tuning(ledger, Scale(RECIPE, options.steps, rows), METHODS)
+        if not options.write:
+            while configs := list(tuning.missing()):
+                ledger.run(configs, runs, workers=options.workers)
+            ledger.run(tuning.finalist_configs(), runs, workers=options.workers)
+        parts += cell(tuning)
+    return write_page(options.out / "larger.md", "A larger model", command, ledger.made(), _PROTOCOL, parts)
+
+
+def cell(tuning: Tuning) -> list[str]:
+    """Return the tables of a cell, or none if it is not complete."""
+    if not tuning.has_all(tuning.missing()) or not tuning.has_all(tuning.finalist_configs()):
+        return []
+    tables = tuning.finalists_table(), tuning.differences_table(METHODS["AM-AdamW"]), tuning.sweep_table()
+    return [f"## {tuning.scale}", *tables]
+
+
+if __name__ == "__main__":
+    parser = study_parser(__doc__, Path("runs/studies/larger"))
+    add_begin_with(parser)
+    parser.add_argument("--steps", type=int, default=300, help="steps of a run; default: %(default)s")
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 32], help="rows of a step, of each cell")
+    parser.add_argument("--write", action="store_true", help="only make the page from finished runs")
+    run_study("larger", parser, study)
