@@ -239,16 +239,21 @@ def test_a_new_run_moves_the_earlier_one_away(tmp_path: Path, corpus_folder: Pat
     assert load(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 3
 
 
-@pytest.mark.parametrize(("ckpt_path", "expected"), [("a.ckpt", None), ("last", "last"), (None, None)])
-def test_a_baseline_begins_at_step_0_or_resumes(tmp_path: Path, ckpt_path: str | None, expected: str | None) -> None:
+@pytest.mark.parametrize(
+    ("ckpt_path", "warmup", "expected"),
+    [("a.ckpt", 0.0, (None, 0.05)), ("last", 0.02, ("last", 0.05)), (None, 0.15, (None, 0.15))],
+)
+def test_a_baseline_begins_at_step_0_or_resumes_and_has_no_shorter_warmup(
+    tmp_path: Path, ckpt_path: str | None, warmup: float, expected: tuple[str | None, float]
+) -> None:
     """`--compare true` trains it; a checkpoint that is given is of the AM run."""
-    optimizer = {"class_path": "am_lightning.AMAdamW"}
-    config: dict[str, Any] = {"model": {"optimizer": optimizer}, "data": {"cache_dir": None}, "checkpoint": {}}
+    model = {"optimizer": {"class_path": "am_lightning.AMAdamW"}, "warmup_fraction": warmup}
+    config: dict[str, Any] = {"model": model, "data": {"cache_dir": None}, "checkpoint": {}}
     config |= {"trainer": {"default_root_dir": str(tmp_path)}, "ckpt_path": ckpt_path}
     seen = []
 
     def train(baseline: dict[str, Any]) -> None:
-        seen.append(baseline["ckpt_path"])
+        seen.append((baseline["ckpt_path"], baseline["model"]["warmup_fraction"]))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -13,9 +13,8 @@ from am_lightning.pretrain.callbacks.throughput import perplexity
 from am_lightning.pretrain.commands.report.plot import report_figure, save
 from am_lightning.pretrain.commands.report.summary import RunResult
 
-# beta1 of the baselines, which get AdamW's usual warmup.
-BASELINES = (0.9, 0.8)
-WARMUP_FRACTION = 0.05
+BASELINES = (0.9, 0.8)  # their beta1
+WARMUP_FRACTION = 0.05  # their warmup, which is usual for AdamW; or the run's own, if that is longer
 
 
 def compare(ours: RunResult, config: dict[str, Any], run: Callable[[dict[str, Any]], Any]) -> None:
@@ -29,13 +28,14 @@ def compare(ours: RunResult, config: dict[str, Any], run: Callable[[dict[str, An
     classes = [config["model"]["optimizer"], *(config["trainer"].get("callbacks") or [])]
     is_am = any(each["class_path"].split(".")[-1] in ("AMAdamW", "AdaptiveMemory") for each in classes)
     results = {"AM-AdamW" if is_am else "this run": ours}
+    warmup = max(WARMUP_FRACTION, config["model"]["warmup_fraction"])
     for beta1 in BASELINES:
-        baseline = run(_baseline_config(config, beta1, ours.root / "compare" / f"adamw-{beta1}"))
-        results[f"AdamW {beta1}, {WARMUP_FRACTION:.0%} warmup"] = baseline.result
+        baseline = run(_baseline_config(config, beta1, warmup, ours.root / "compare" / f"adamw-{beta1}"))
+        results[f"AdamW {beta1}, {warmup:.0%} warmup"] = baseline.result
     _report(ours.root / "compare.png", results)
 
 
-def _baseline_config(config: dict[str, Any], beta1: float, root: Path) -> dict[str, Any]:
+def _baseline_config(config: dict[str, Any], beta1: float, warmup: float, root: Path) -> dict[str, Any]:
     """Return the configuration with torch.optim.AdamW. Only optimizer, warmup and folders differ."""
     config = copy.deepcopy(config)
     config.pop("config", None)
@@ -46,7 +46,7 @@ def _baseline_config(config: dict[str, Any], beta1: float, root: Path) -> dict[s
         "class_path": "torch.optim.AdamW",
         "init_args": {"lr": options.get("lr", 1e-3), "betas": [beta1, betas[1]], "eps": options.get("eps", 1e-8)},
     }
-    config["model"]["warmup_fraction"] = WARMUP_FRACTION
+    config["model"]["warmup_fraction"] = warmup
     # The AdaptiveMemory callback would turn AdamW into AMAdamW.
     callbacks = trainer.get("callbacks") or []
     trainer["callbacks"] = [c for c in callbacks if not c["class_path"].endswith("AdaptiveMemory")]
