@@ -243,8 +243,13 @@ def test_a_launcher_of_a_copy_takes_the_copied_recipe(tmp_path: Path) -> None:
     assert done.returncode == 2 and "holds several: 60m.yaml mine.yaml" in done.stderr
 
 
+@pytest.mark.parametrize(("kind", "status"), [(RecipeError, 1), (UsageError, 2)])
 def test_ranks_print_an_error_about_any_path_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    kind: type[RecipeError],
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """The file's name has a byte that is no UTF-8; torchrun sets the variables."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
@@ -252,7 +257,7 @@ def test_ranks_print_an_error_about_any_path_once(
         (tmp_path / rank).mkdir()
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / rank / "error.json"))
         with pytest.raises(SystemExit) as end, command_line(imports=False):
-            raise RecipeError("cannot read \udcff.txt")
-        assert end.value.code == 1
+            raise kind("cannot read \udcff.txt")
+        assert end.value.code == status
     [line] = capfd.readouterr().err.splitlines()  # pytest's stderr replaces the byte
     assert line.startswith("error: cannot read ") and line.endswith(".txt")

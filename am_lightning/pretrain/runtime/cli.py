@@ -42,7 +42,7 @@ from am_lightning.pretrain.commands.report.summary import RunResult, print_summa
 from am_lightning.pretrain.data.text_data import TextData
 from am_lightning.pretrain.model.lightning_module import LlamaPretraining, check_optimizer
 from am_lightning.pretrain.model.shape import LlamaShape
-from am_lightning.pretrain.runtime.errors import RecipeError, require, require_counts, require_encodable
+from am_lightning.pretrain.runtime.errors import RecipeError, UsageError, require, require_counts, require_encodable
 from am_lightning.pretrain.runtime.operator_build import announce_deepspeed_build
 from am_lightning.pretrain.runtime.paths import with_paths
 from am_lightning.pretrain.runtime.run_lock import hold
@@ -53,7 +53,7 @@ CHECKPOINTS_PER_RUN = 5  # if the configuration sets no interval
 
 
 class PretrainParser(LightningArgumentParser):
-    """A parser with short errors, without the usage of all settings (--help shows it).
+    """A parser whose errors are UsageErrors, without the usage of all settings (--help shows it).
 
     It takes a recipe's name in place of a YAML's path: `--config laptop`, or `fit laptop`.
     """
@@ -71,11 +71,10 @@ class PretrainParser(LightningArgumentParser):
         return super().parse_args(PretrainParser.words, *others, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # the parser of a class's arguments, whose error another parser shows
+            super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
-        super().error(explain(message, parser.get_defaults(skip_validation=True).keys(), self.words), ex)
-
-    def print_usage(self, file: Any = None) -> None:
-        pass
+        raise UsageError(explain(message, parser.get_defaults(skip_validation=True).keys(), self.words)) from ex
 
 
 class PretrainCLI(LightningCLI):

@@ -7,12 +7,12 @@ import hashlib
 import logging
 import os
 import pickle
-import signal
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from am_lightning.pretrain.runtime.atomic_files import DISK_FULL, NO_ACCESS, disk_error
 from am_lightning.pretrain.runtime.errors import RESUME, RecipeError, UsageError, first_line, require_encodable
@@ -29,97 +29,89 @@ def command_line(*, imports: bool = True) -> Iterator[None]:
     Args:
         imports: import first what training needs; a program that may not need it calls `import_training` itself.
     """
-    with early_signals():  # the imports take seconds
-        try:
-            yield from _command_line(imports=imports)
-        except SystemExit as end:
-            file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # torchrun's: START/RANK/error.json
-            if not isinstance(end.code, str) or not file or "TORCHELASTIC_RUN_ID" not in os.environ:
-                raise
-            _print_once(end.code, Path(file).parent.parent)
-            raise SystemExit(1) from None
-
-
-def _print_once(text: str, folder: Path) -> None:
-    """Print an error unless another rank has, with the same `folder`, which torchrun makes for each start."""
-    import fcntl  # POSIX only, like torchrun's signals
-
-    name = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()  # a path need not be Unicode
-    try:
-        with (folder / f"error-{name}").open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # torchrun kills the other ranks after the first has ended
-            if os.fstat(file.fileno()).st_size == 0:
-                print(f"{text}\n", end="", file=sys.stderr, flush=True)
-                file.write(b"printed")
-    except OSError:  # there is no lock or no space: the text may be printed twice, but it is printed
-        print(f"{text}\n", end="", file=sys.stderr, flush=True)
-
-
-def _command_line(*, imports: bool) -> Iterator[None]:
     for name in ("stdout", "stderr"):  # None if the caller has closed it (>&-)
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (to the process's end)
     _quiet()
-    try:
-        for word in sys.argv[1:]:
-            require_encodable("the argument", word)
-        if imports:
-            import_training()
+    with early_signals():  # the imports take seconds
         try:
-            yield
+            for word in sys.argv[1:]:
+                require_encodable("the argument", word)
+            if imports:
+                import_training()
+            try:
+                yield
+                leave_group()
+            except SystemExit:  # argparse's help raises it, for example
+                sys.stdout.flush()
+                raise
+            sys.stdout.flush()  # here, so that a closed pipe is handled below
+        except Stopped:  # all ranks have stopped
             leave_group()
-        except SystemExit:  # argparse's help raises it, for example
-            sys.stdout.flush()
             raise
-        sys.stdout.flush()  # here, so that a closed pipe is handled below
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except RecipeError as error:
-        sys.exit(f"error: {error}")
-    except SystemExit as stopped:
-        if isinstance(stopped, Stopped):  # all ranks have stopped
-            leave_group()
-        if type(stopped).__name__ != "SIGTERMException":  # its status is 0, as if the run had finished
-            raise
-        print(f"stopped by SIGTERM; {RESUME}", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGTERM) from stopped
-    except BrokenPipeError:  # the reader of the pipe, such as head, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest is flushed at exit
-        raise SystemExit(1) from None
-    except ModuleNotFoundError as error:
+        except BrokenPipeError:  # the reader of the pipe, such as head, has ended
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest is flushed at exit
+            raise SystemExit(1) from None
+        except Exception as error:
+            text = _message(error)
+            if text is None:
+                raise
+            _end(f"error: {text}", 2 if isinstance(error, UsageError) else 1)
+
+
+def _message(error: Exception) -> str | None:
+    """Return the text for an error that the user can mend, or None if it needs its traceback."""
+    callback = sys.modules.get("am_lightning.lightning.callback")  # only if it is imported already
+    if isinstance(error, RecipeError) or (callback is not None and isinstance(error, callback.SkippedStepsError)):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
         missing = "jsonargparse" if "jsonargparse" in str(error) else error.name  # LightningCLI names it in the text
-        if missing not in _NEEDED:
-            raise
-        sys.exit(f"error: the recipes need {missing}: {EXTRA}")
-    except pickle.UnpicklingError as error:  # torch's own text advises to set weights_only=False
+        return f"the recipes need {missing}: {EXTRA}" if missing in _NEEDED else None
+    if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to set weights_only=False
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error).splitlines()[0])
-        sys.exit(f"error: the checkpoint holds more than tensors and plain values: {reason.strip()}")
-    except Exception as error:
-        callback = sys.modules.get("am_lightning.lightning.callback")  # only if it is imported already
-        if callback is not None and isinstance(error, callback.SkippedStepsError):
-            sys.exit(f"error: {error}")
-        if "EADDRINUSE" in str(error):
-            sys.exit(f"error: {first_line(error)}. Another run uses this port: give another MASTER_PORT.")
-        if isinstance(error, OSError) and error.errno in NO_ACCESS and error.filename:
-            path = os.fsdecode(error.filename)
-            sys.exit(f"error: no access to {path}: {error.strerror}. Change its mode or choose another path.")
-        # The disk became full while another file was written, such as the curves or the configuration.
-        refused = disk_error(error)
-        if refused is None or refused.errno not in DISK_FULL:
-            raise
-        training = "am_lightning.pretrain.runtime.cli" in sys.modules
-        what = refused.filename or ("the run's files" if training else "the output")
-        sys.exit(f"error: cannot write {what}: {refused.strerror}. Free some space{f'; {RESUME}' if training else ''}.")
+        return f"the checkpoint holds more than tensors and plain values: {reason.strip()}"
+    if "EADDRINUSE" in str(error):
+        return f"{first_line(error)}. Another run uses this port: give another MASTER_PORT."
+    if isinstance(error, OSError) and error.errno in NO_ACCESS and error.filename:
+        path = os.fsdecode(error.filename)
+        return f"no access to {path}: {error.strerror}. Change its mode or choose another path."
+    # The disk became full while another file was written, such as the curves or the configuration.
+    refused = disk_error(error)
+    if refused is None or refused.errno not in DISK_FULL:
+        return None
+    training = "am_lightning.pretrain.runtime.cli" in sys.modules
+    what = refused.filename or ("the run's files" if training else "the output")
+    return f"cannot write {what}: {refused.strerror}. Free some space{f'; {RESUME}' if training else ''}."
+
+
+def _end(text: str, status: int) -> NoReturn:
+    """Print an error and end the process; under torchrun only one of the ranks that have the same error prints it."""
+    file = os.environ.get(
+        "TORCHELASTIC_ERROR_FILE"
+    )  # torchrun's: START/RANK/error.json, in a new folder for each start
+    if file and "TORCHELASTIC_RUN_ID" in os.environ:
+        import fcntl  # POSIX only, like torchrun's signals
+
+        name = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()  # a path need not be Unicode
+        with contextlib.suppress(OSError), open(Path(file).parents[1] / f"error-{name}", "ab", 0) as printed:
+            fcntl.flock(printed, fcntl.LOCK_EX)  # torchrun kills the other ranks after the first has ended
+            if os.fstat(printed.fileno()).st_size == 0:
+                print(f"{text}\n", end="", file=sys.stderr, flush=True)
+                printed.write(b"printed")
+            raise SystemExit(status)
+    elif status == 1:
+        sys.exit(text)
+    print(f"{text}\n", end="", file=sys.stderr, flush=True)  # also without a lock or space: perhaps twice, never not
+    raise SystemExit(status)
 
 
 def import_training() -> None:
-    """Import what training needs, which takes seconds; end the process with a message if a package is missing."""
+    """Import what training needs, which takes seconds. RecipeError: if a package is missing."""
     try:
         with _fonts_elsewhere():
             import am_lightning.pretrain.runtime.cli  # noqa: F401
     except ModuleNotFoundError as error:
-        sys.exit(f"error: the recipes need {error.name}: {EXTRA}")
+        raise RecipeError(f"the recipes need {error.name}: {EXTRA}") from None
 
 
 def leave_group() -> None:

@@ -132,8 +132,8 @@ def read_run_config(args: Sequence[str] | None = None) -> RunConfig:
     """Parse the command line of `fit`, with the YAMLs and keys that pretrain.py takes; default: sys.argv's.
 
     Raises:
-        RecipeError: if a value is out of range.
-        SystemExit: after an unknown key, a wrong type, or --help.
+        RecipeError: if a value is out of range, a UsageError after an unknown key or a wrong type.
+        SystemExit: after --help.
     """
     parser = _Parser(args)
     return RunConfig(parser.config_dump, parser.config_init.fit)
