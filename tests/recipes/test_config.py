@@ -210,7 +210,7 @@ steps: 10  # (int) how many; why
 model:  # (section) the model
   # (int) the width
   width: 8
-  depth: 12        # (int) many; because
+  depth: 12     # (int) many; because
   optimizer: null  # (class) none
   callbacks:  # (list)
     - name: two

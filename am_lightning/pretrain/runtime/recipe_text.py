@@ -14,8 +14,6 @@ from typing import NamedTuple
 from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.paths import BASE, read_text, with_bases
 
-_WIDTH = 120
-
 
 class _Entry(NamedTuple):
     """A key with the comment lines above it, its own line, and the keys that are indented below it."""
@@ -85,35 +83,19 @@ def _merged(base: list[_Entry], difference: list[_Entry]) -> list[_Entry]:
 
 
 def _over(base: _Entry, entry: _Entry) -> _Entry:
-    blank = list(itertools.takewhile(lambda line: not line, base.above))
-    if base.inside and entry.inside:
-        first = entry if entry.has_comment else base
-        return _Entry(base.key, base.above, first.line, _merged(base.inside, entry.inside))
-    if base.inside and "{" in entry.line.partition("  # ")[0]:
+    code, mark, comment = entry.line.partition("  # ")
+    if base.inside and not entry.inside and "{" in code:
         raise RecipeError(f"{entry.key}: give each key that differs from the base a line of its own, without {{...}}")
+    above = base.above
     if entry.has_comment:
-        return entry._replace(above=blank + [line for line in entry.above if line])
-    _, mark, comment = base.line.partition("  # ")
-    return entry._replace(above=base.above, line=f"{entry.line}{mark}{comment}")
+        above = [*itertools.takewhile(lambda line: not line, above), *filter(None, entry.above)]
+    else:
+        _, mark, comment = base.line.partition("  # ")
+    column = 0 if entry.inside else base.line.find("  # ")
+    line = f"{code.rstrip().ljust(column)}{mark}{comment}".rstrip()
+    return _Entry(base.key, above, line, _merged(base.inside, entry.inside) if entry.inside else [])
 
 
 def _lines(entries: list[_Entry]) -> Iterator[str]:
-    run: list[str] = []  # lines whose comments are aligned
     for entry in entries:
-        longer = [*run, entry.line]
-        if entry.inside or entry.above or "  # " not in entry.line or max(map(len, _aligned(longer))) > _WIDTH:
-            yield from _aligned(run)
-            yield from entry.above
-            run = []
-        if entry.inside or "  # " not in entry.line:
-            yield from _aligned([entry.line])
-            yield from _lines(entry.inside)
-        else:
-            run.append(entry.line)
-    yield from _aligned(run)
-
-
-def _aligned(lines: list[str]) -> list[str]:
-    parts = [line.partition("  # ") for line in lines]
-    width = max((len(code.rstrip()) for code, _, _ in parts), default=0)
-    return [f"{code.rstrip():<{width}}{mark}{comment.strip()}" if mark else code for code, mark, comment in parts]
+        yield from [*entry.above, entry.line, *_lines(entry.inside)]
