@@ -43,14 +43,17 @@ _am_create_venv() {  # $1: interpreter
     "$1" -m venv --clear "$AM_ROOT/.venv" || _am_fail "could not create $AM_ROOT/.venv with $1"
 }
 
+_am_add_to_path() {  # $1: name of a .pth file of .venv; its lines come from stdin
+    local folder
+    folder="$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')" && cat >"$folder/$1.pth"
+}
+
 _am_share_torch() {  # $1: interpreter; if it can import torch, .venv also finds its packages (after its own)
     "$1" -c "$_AM_HAS_TORCH" >/dev/null 2>&1 || return 0
-    "$1" - "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')" <<'PY'
-import os, sys
-folders = [p for p in sys.path if os.path.basename(p) in ("site-packages", "dist-packages") and os.path.isdir(p)]
-with open(os.path.join(sys.argv[1], "shared_with_base.pth"), "w") as file:
-    file.writelines(f"import site; site.addsitedir({p!r})\n" for p in folders)
-PY
+    "$1" -c 'import os, sys
+for p in sys.path:
+    if os.path.basename(p) in ("site-packages", "dist-packages") and os.path.isdir(p):
+        print(f"import site; site.addsitedir({p!r})")' | _am_add_to_path shared_with_base
 }
 
 _am_has_requirements() {  # $1: extras; succeeds if all their requirements, and the requirements of those, are installed
@@ -89,14 +92,6 @@ while waiting:
 PY
 }
 
-_am_put_on_path() {  # an editable installation does the same
-    "$PYTHON" - "$AM_ROOT" <<'PY'
-import os, sys, sysconfig
-with open(os.path.join(sysconfig.get_paths()["purelib"], "am_lightning_checkout.pth"), "w") as file:
-    file.write(sys.argv[1] + "\n")
-PY
-}
-
 _am_pip() {
     "$PYTHON" -m pip install --quiet --no-input --disable-pip-version-check "$@"
 }
@@ -105,7 +100,7 @@ _am_install() {  # $1: extras, $2: stamp file, $3: stamp
     local torch=()
     if _am_has_requirements "$1"; then
         echo "All packages that am_lightning${1:+[$1]} needs are installed: $AM_ROOT/.venv shares them" >&2
-        _am_put_on_path || return 1
+        printf '%s\n' "$AM_ROOT" | _am_add_to_path am_lightning_checkout || return 1  # as an editable installation does
         printf '%s\n' "$3" >>"$2"
         return
     fi

@@ -13,15 +13,13 @@ import sys
 
 def main() -> int | str:
     """Run torchrun with sys.argv, and return the exit status or an error's text."""
-    try:
-        import torch.distributed as dist
-        from torch.distributed.elastic.multiprocessing import SignalException
-        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-        from torch.distributed.elastic.rendezvous import RendezvousError
-        from torch.distributed.run import get_args_parser
-        from torch.distributed.run import main as torchrun
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    import torch.distributed as dist
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.run import get_args_parser
+    from torch.distributed.run import main as torchrun
+
     options = get_args_parser().parse_args()
     # The lines below repeat these. Before a restart only torchrun says which rank failed.
     hidden = ["Sending process", "Closing process", "death signal", "termination signal"]
@@ -40,8 +38,6 @@ def main() -> int | str:
     except SignalException as error:
         print(f"stopped by {error.sigval.name}, which was passed to the ranks", file=sys.stderr)
         return 128 + error.sigval
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
     except (RendezvousError, dist.DistError) as error:
         cause = error.__cause__ or error
         reason = ": ".join([type(cause).__name__, *str(cause).splitlines()[:1]])
@@ -55,4 +51,7 @@ def main() -> int | str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

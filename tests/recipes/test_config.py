@@ -25,6 +25,7 @@ from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.paths import recipe_files
 from am_lightning.pretrain.runtime.recipe_text import merge_texts, recipe_text
 from am_lightning.pretrain.runtime.run_config import RunConfig, _Parser, read_run_config
+from am_lightning.pretrain.runtime.settings import read_recipe
 from tests.recipes.test_network import FAMILY
 
 CONFIGS = recipe_files()
@@ -169,6 +170,7 @@ def test_a_recipe_over_its_base_is_the_whole_text(name: str, tmp_path: Path) -> 
     whole.write_text(recipe_text(CONFIGS[name]))
     assert read_run_config(["--config", str(whole)]).config == settings_of(name).config
     assert read_run_config(["--config", name]).config == settings_of(name).config
+    assert read_recipe(CONFIGS[name]) == yaml.safe_load(whole.read_text())
     assert len(CONFIGS[name].read_text().splitlines()) < len(whole.read_text().splitlines()) * 2 / 3
     assert max(map(len, whole.read_text().splitlines())) <= 120
 

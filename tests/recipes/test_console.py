@@ -171,7 +171,7 @@ def test_the_other_machines_command_is_printed(
     with pytest.raises(TypeError):
         int(fit.main(["laptop", "--gpus", "3"]))  # type: ignore[call-overload]
     assert seen["args"].endswith("torchrun.sh --ckpt_path null") and seen["NODES"] == "1"
-    resumed = "ckpt_path: last\ntrainer:\n  default_root_dir: my\n"
+    resumed = "ckpt_path: last\ntrainer: {default_root_dir: my}\n"
     Path("resumed.yaml").write_text(Path("mine.yaml").read_text() + resumed)
     for words, ckpt_path, restarts in (
         (["laptop", "--ckpt_path", "a.ckpt"], "a.ckpt", "0"),

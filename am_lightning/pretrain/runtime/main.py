@@ -107,11 +107,15 @@ def _end(text: str, status: int) -> NoReturn:
 
 def import_training() -> None:
     """Import what training needs, which takes seconds. RecipeError: if a package is missing."""
-    try:
-        with _fonts_elsewhere():
+    with contextlib.ExitStack() as afterwards:
+        if "MPLCONFIGDIR" not in os.environ:  # torchmetrics imports matplotlib, which writes its fonts to the home
+            folder = tempfile.TemporaryDirectory(prefix="matplotlib-")
+            os.environ["MPLCONFIGDIR"] = afterwards.enter_context(folder)
+            afterwards.callback(os.environ.pop, "MPLCONFIGDIR")
+        try:
             import am_lightning.pretrain.runtime.cli  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise RecipeError(f"the recipes need {error.name}: {EXTRA}") from None
+        except ModuleNotFoundError as error:
+            raise RecipeError(f"the recipes need {error.name}: {EXTRA}") from None
 
 
 def leave_group() -> None:
@@ -124,17 +128,6 @@ def leave_group() -> None:
     if dist is not None and dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def _fonts_elsewhere() -> Iterator[None]:
-    """Let matplotlib, which torchmetrics imports, write its list of fonts into a temporary folder, not the home."""
-    if "MPLCONFIGDIR" in os.environ:
-        yield
-        return
-    with tempfile.TemporaryDirectory(prefix="matplotlib-") as os.environ["MPLCONFIGDIR"]:
-        yield
-    del os.environ["MPLCONFIGDIR"]
 
 
 def _quiet() -> None:

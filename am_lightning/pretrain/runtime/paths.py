@@ -96,34 +96,19 @@ def with_bases(path: Path) -> list[Path]:
     return files
 
 
-def config_files(name_or_path: str) -> list[Path]:
-    """Return the YAMLs of a configuration, the base first, without those that set nothing.
-
-    Raises:
-        RecipeError: if there is neither a file nor a recipe of that name, or a file is not a YAML of sections.
-    """
-    files = with_bases(find_config(name_or_path))
-    return [path for path in files if read_values(path)] or files[-1:]
-
-
-def parse(path: Path, text: str) -> Any:
-    """Return the values of the YAML `text`, which is that of `path`. RecipeError: if it is not YAML."""
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-
-
 def read_values(path: Path) -> dict[str, Any]:
     """Return what a YAML sets, without its base.
 
     Raises:
         RecipeError: if it is not a YAML of sections.
     """
+    import yaml
+
     text = read_text(path)
-    values = parse(path, text)
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if values is None and BASE.search(text):
         return {}
     if not isinstance(values, dict):
@@ -139,7 +124,7 @@ def with_paths(args: Sequence[str]) -> list[str]:
     """Return a command line whose `--config NAME` and `fit NAME` are replaced by paths, each after its base.
 
     Raises:
-        RecipeError: if there is neither a file nor a recipe of a name.
+        RecipeError: if there is neither a file nor a recipe of a name, or a file is not a YAML of sections.
     """
     result: list[str] = []
     for position, arg in enumerate(args):
@@ -151,5 +136,6 @@ def with_paths(args: Sequence[str]) -> list[str]:
         elif position != 1 or arg.startswith("-") or before.startswith("-"):
             result.append(arg)
             continue
-        result += [f"--config={path}" for path in config_files(arg)]
+        files = with_bases(find_config(arg))
+        result += [f"--config={path}" for path in files if read_values(path)] or [f"--config={files[-1]}"]
     return result

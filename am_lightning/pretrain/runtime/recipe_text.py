@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.paths import BASE, read_text, with_bases
+
+_HEADLINE = re.compile(r"\A(?:#.*\n)+")  # the comment lines that a YAML begins with
 
 
 class _Entry(NamedTuple):
@@ -39,20 +42,10 @@ def recipe_text(path: Path) -> str:
 
 def merge_texts(base: str, difference: str) -> str:
     """Return `base` with the headline and the values of `difference`, and with its comments if it has any."""
-    (_, lines), (headline, body) = _headline_and_body(base), _headline_and_body(difference)
-    first = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
-    while first and lines[first - 1]:
-        first -= 1
-    entries = _merged(_parse(lines[first:]), _parse(body))
+    headline = "".join(_HEADLINE.findall(difference)).splitlines()
+    entries = _merged(*(_parse(_HEADLINE.sub("", text).splitlines()) for text in (base, difference)))
     shown = [line for line in headline if not BASE.fullmatch(line)]
-    return "\n".join([*shown, "", *lines[:first], *_lines(entries)]) + "\n"
-
-
-def _headline_and_body(text: str) -> tuple[list[str], list[str]]:
-    """Return the comment lines that a YAML begins with, and the lines after them without the blank one between."""
-    lines = text.splitlines()
-    end = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
-    return lines[:end], lines[end + (lines[end : end + 1] == [""]) :]
+    return "\n".join([*shown, *_lines(entries)]) + "\n"
 
 
 def _parse(lines: Sequence[str]) -> list[_Entry]:
@@ -79,7 +72,8 @@ def _merged(base: list[_Entry], difference: list[_Entry]) -> list[_Entry]:
     if any(entry.key.startswith("- ") for entry in difference):  # a list is replaced as a whole
         return difference
     other = {entry.key: entry for entry in difference}
-    return [_over(entry, other.pop(entry.key, entry)) for entry in base] + list(other.values())
+    merged = [_over(entry, other.pop(entry.key)) if entry.key in other else entry for entry in base]
+    return merged + list(other.values())
 
 
 def _over(base: _Entry, entry: _Entry) -> _Entry:
@@ -88,7 +82,8 @@ def _over(base: _Entry, entry: _Entry) -> _Entry:
         raise RecipeError(f"{entry.key}: give each key that differs from the base a line of its own, without {{...}}")
     above = base.above
     if entry.has_comment:
-        above = [*itertools.takewhile(lambda line: not line, above), *filter(None, entry.above)]
+        own = itertools.takewhile(bool, reversed(above))  # what is above a blank line is not about this key
+        above = [*above[: len(above) - len(list(own))], *filter(None, entry.above)]
     else:
         _, mark, comment = base.line.partition("  # ")
     column = 0 if entry.inside else base.line.find("  # ")

@@ -8,15 +8,16 @@ The parser of `fit` decides in the end. It needs six seconds and, under a launch
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from am_lightning.pretrain.runtime.errors import RecipeError, UsageError
-from am_lightning.pretrain.runtime.paths import parse, read_values, with_paths
-from am_lightning.pretrain.runtime.recipe_text import recipe_text
+from am_lightning.pretrain.runtime.errors import UsageError
+from am_lightning.pretrain.runtime.main import command_line
+from am_lightning.pretrain.runtime.paths import read_values, with_bases, with_paths
 from am_lightning.pretrain.runtime.suggestions import unknown_setting
 
 _PRETRAIN = Path(__file__).resolve().parents[1]
@@ -38,10 +39,17 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises:
         RecipeError: if it is not a YAML of sections, or its base does not exist.
     """
-    values = parse(path, recipe_text(path))
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path} is not a recipe: it has no sections")
-    return values
+    return functools.reduce(_merged, map(read_values, with_bases(path)))
+
+
+def _merged(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Merge sections and the arguments of classes, and replace any other value, as the parser does."""
+    for key, value in values.items():
+        old = base.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        merges = both and (key in (*_SECTIONS, "trainer", "init_args") or "init_args" in old)
+        base[key] = _merged(old, value) if merges else value
+    return base
 
 
 def saved_config(folder: Path) -> dict[str, Any]:
@@ -106,8 +114,5 @@ def _arguments(path: Path, class_name: str, function: str = "__init__") -> set[s
 
 
 if __name__ == "__main__":
-    try:
+    with command_line(imports=False):
         check_names(sys.argv[1:])
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
