@@ -65,7 +65,7 @@ if [ -z "$PYTHON" ]; then
     [ -x "$PYTHON" ] || PYTHON="$(command -v python3 || command -v python)" || fail "no python3; set PYTHON to its path"
 fi
 if "$PYTHON" -c 'import am_lightning.pretrain, yaml' 2>/dev/null; then  # the machine that submits a job may lack them
-    "$PYTHON" -m am_lightning.pretrain.runtime.settings --config "$CONFIG" "$@" || exit 2  # a misspelt setting or recipe
+    "$PYTHON" -m am_lightning.pretrain.runtime.settings --config "$CONFIG" "$@" || exit 2  # a wrong setting or recipe
 fi
 existing PROGRAM
 existing CONFIG

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 from pathlib import Path
+from typing import Optional, Union
 
 import pytest
 import yaml
 
 from am_lightning.pretrain.commands import fit
+from am_lightning.pretrain.runtime.cli import PretrainParser
 from am_lightning.pretrain.runtime.errors import RecipeError, UsageError
 from am_lightning.pretrain.runtime.main import command_line
 from am_lightning.pretrain.runtime.run_config import read_run_config
-from am_lightning.pretrain.runtime.settings import check_names, setting_names
+from am_lightning.pretrain.runtime.settings import check_settings, setting_types, wrong_type
 from am_lightning.recipes.__main__ import _COMMANDS, main
 from tests.python import COLD, PYTHON
 
@@ -53,6 +56,8 @@ LIGHT = [
     (["plan", "60m", "--gpus", "8", "--gpus-per-node", "0"], 1, "--gpus-per-node is 0; allowed: a whole number"),
     (["sample", "missing", "--prompt", "a"], 1, "RUN is 'missing': there is no such file or folder; allowed: the fol"),
     (["export", "missing", "hf"], 1, "RUN is 'missing': there is no such file or folder; allowed: the folder of a"),
+    (["validate", "laptop", "--trainer.max_steps", "abc"], 2, "error: trainer.max_steps is 'abc'; allowed: int\n"),
+    (["fit", "wrong.yaml"], 2, "checkpoint.keep is 1.5; allowed: int or null (wrong.yaml, line 3)"),
     (["fit", "latin1.yaml"], 1, "latin1.yaml is not a recipe: its bytes are not UTF-8"),
 ]
 FILES = {
@@ -61,6 +66,7 @@ FILES = {
     "other.yaml": b"# base: circle.yaml\n",
     "empty.yaml": b"",
     "list.yaml": b"model: [1, 2]\n",
+    "wrong.yaml": b"trainer: {max_steps: 0x10}\ncheckpoint:\n  keep: 1.5\n",
     "latin1.yaml": b"data: {source: t\xe4xte}\n",
 }
 
@@ -130,16 +136,48 @@ def test_the_names_are_those_of_the_parser() -> None:
     """The names are read from source files and must equal those that the parser of `fit` accepts."""
     config = read_run_config(["--config", str(RECIPES / "configs" / "laptop.yaml")]).config
     inside = {f"{section}.{key}" for section, keys in config.items() if isinstance(keys, dict) for key in keys}
-    known = {name for name in setting_names() if name.count(".") < 2 and name != "model.optimizer"}
+    known = {name for name in setting_types() if name.count(".") < 2 and name != "model.optimizer"}
     assert known - {"config", "help", "print_config"} == {*config, *inside} - {"model.optimizer"}
-    assert "model.optimizer.betas" in setting_names()
+    assert "model.optimizer.betas" in setting_types()
 
 
 def test_right_names_pass() -> None:
-    check_names(["laptop", "--trainer.callbacks+=x", "--model.optimizer.lr", "1", "--data", "x.yaml", "--threads=2"])
-    check_names(["--config", "laptop", "--config=60m", "--ckpt_path", "last", "--seed_everything", "-3"])
+    check_settings(["laptop", "--trainer.callbacks+=x", "--model.optimizer.lr", "1", "--data", "x.yaml", "--threads=2"])
+    check_settings(["--config", "laptop", "--config=60m", "--ckpt_path", "last", "--seed_everything", "-3"])
     with pytest.raises(UsageError, match=r"there is no setting tainer. Did you mean trainer\?"):
-        check_names(["laptop", "--tainer", "x.yaml"])
+        check_settings(["laptop", "--tainer", "x.yaml"])
+
+
+NUMBERS = ["3", "-3", "1_000", "0x10", "1:30", "3.0", "1e3", "1e-3", "-.5", ".inf", "1e400", "'3'", "3 # c", "!!int 3"]
+OTHERS = ["true", "Yes", "off", "n", "null", "~", "''", "abc", "0o17", "1e", "[1]", "[1", "{a: 1}", "2020-01-01"]
+
+
+@pytest.mark.parametrize(
+    "kind", ["int", "float", "bool", "str", "int | None", "Optional[Union[int, float]]", "int | str", "list[int]"]
+)
+def test_no_value_that_the_parser_accepts_is_refused(kind: str, tmp_path: Path) -> None:
+    parser = PretrainParser()
+    parser.add_argument("--config", action="config")
+    parser.add_argument("--a.b", type=eval(kind, {"Optional": Optional, "Union": Union}))
+    path, refused = tmp_path / "a.yaml", 0
+    for text in NUMBERS + OTHERS:
+        path.write_text(f"a:\n  b: {text}\n")
+        with contextlib.suppress(yaml.YAMLError):
+            assert accepts(parser, f"--config={path}") <= (
+                not wrong_type(yaml.safe_load(path.read_text())["a"]["b"], kind)
+            )
+        refuses = bool(wrong_type(text, kind))
+        assert accepts(parser, f"--a.b={text}") <= (not refuses), text
+        refused += refuses
+    assert (refused > 5) == ("str" not in kind and "list" not in kind)
+
+
+def accepts(parser: PretrainParser, word: str) -> bool:
+    try:
+        parser.parse_args([word])
+    except RecipeError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.main import import_training
 from am_lightning.pretrain.runtime.paths import find_config
-from am_lightning.pretrain.runtime.settings import check_names
+from am_lightning.pretrain.runtime.settings import check_settings
 
 if TYPE_CHECKING:
     from am_lightning.pretrain.runtime.run_config import RunConfig
@@ -48,7 +48,7 @@ def read_settings(args: argparse.Namespace) -> RunConfig:
         RecipeError: if there is no such configuration or setting, or a value is out of range.
     """
     words = ["--config", str(find_config(args.config)), *(word for word in args.settings if word != "--")]
-    check_names(words)
+    check_settings(words)
     import_training()
     from am_lightning.pretrain.runtime.run_config import read_run_config
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from am_lightning.pretrain.runtime.errors import RecipeError, UsageError, require
 from am_lightning.pretrain.runtime.main import import_training
 from am_lightning.pretrain.runtime.paths import find_config, recipes_folder
-from am_lightning.pretrain.runtime.settings import check_names, read_recipe
+from am_lightning.pretrain.runtime.settings import check_settings, read_recipe
 
 _USAGE = "fit NAME [--gpus N] [--nodes M] [--KEY VALUE ...]"
 # The settings in the short help, which base.yaml describes.
@@ -55,7 +55,7 @@ def main(args: Sequence[str]) -> int:
         name, settings = _recipe_of(rest)
         if rest[0] == name and settings and not settings[0].startswith("-"):
             raise UsageError(f"unrecognized argument {settings[0]!r} after {name}. Usage: {_USAGE}")
-        check_names(rest)
+        check_settings(rest)
         if options.gpus is not None or options.nodes is not None:
             return _launch(options, name, settings, args)
         if options.master_addr is not None or options.master_port is not None:

@@ -1,6 +1,6 @@
-"""The names and values of the settings of `fit`, without imports that take seconds.
+"""The names, plain types and values of the settings of `fit`, without imports that take seconds.
 
-    python -m am_lightning.pretrain.runtime.settings ARGUMENTS OF FIT    # exit status 2, and why, if a name is wrong
+    python -m am_lightning.pretrain.runtime.settings ARGUMENTS OF FIT    # an error if a name or a value is wrong
 
 The parser of `fit` decides in the end. It needs six seconds and, under a launcher, as many processes as there are GPUs.
 """
@@ -8,7 +8,9 @@ The parser of `fit` decides in the end. It needs six seconds and, under a launch
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -18,7 +20,7 @@ from typing import Any
 from am_lightning.pretrain.runtime.errors import UsageError
 from am_lightning.pretrain.runtime.main import command_line
 from am_lightning.pretrain.runtime.paths import read_values, with_bases, with_paths
-from am_lightning.pretrain.runtime.suggestions import unknown_setting
+from am_lightning.pretrain.runtime.suggestions import place, unknown_setting
 
 _PRETRAIN = Path(__file__).resolve().parents[1]
 # Section -> the file of its class and the class, whose arguments are the section's keys.
@@ -30,7 +32,9 @@ _SECTIONS = {
     "monitor": (_PRETRAIN / "callbacks" / "throughput.py", "TrainingMonitor"),
     "model.optimizer": (_PRETRAIN.parent / "optim" / "adamw.py", "AMAdamW"),  # any other class is possible
 }
-_PLAIN = {"config", "seed_everything", "threads", "progress_bar", "compare", "help", "print_config"}
+_PLAIN = {"config": "", "seed_everything": "bool | int", "threads": "int | None", "progress_bar": "", "compare": "bool"}
+_PLAIN |= {"help": "", "print_config": ""}
+_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "null": ()}
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -62,57 +66,80 @@ def saved_config(folder: Path) -> dict[str, Any]:
     return next((read_recipe(path) for path in files if path.is_file()), {})
 
 
-def check_names(args: Sequence[str]) -> None:
-    """Look for misspelt settings in the arguments of `fit` and in the YAMLs that they name.
+def check_settings(args: Sequence[str]) -> None:
+    """Look for misspelt settings, and for values of a wrong type, in the arguments of `fit` and the YAMLs they name.
 
     Args:
         args: the command line after `fit`.
 
     Raises:
-        UsageError: if there is no setting of a name; tells where it stands and which setting was probably meant.
+        UsageError: if there is no setting of a name, or its value is not of its type; tells where it stands and which
+            setting was probably meant, or what is allowed.
     """
-    known = setting_names()
-    for name, files in _given_names(args):
-        if known and ".".join(name.split(".")[:2]) not in known:
+    known = setting_types()
+    for name, value, files in _given(args):
+        key = ".".join(name.split(".")[:2])
+        if known and key not in known:
             raise UsageError(unknown_setting(name, sorted(known), files))
+        if wrong := wrong_type(value, known.get(name, "")):
+            raise UsageError(f"{name} is {wrong}{place(name, files)}")
 
 
-def _given_names(args: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yield every name of a setting, with the argument that names its YAML if it stands in one."""
-    for word in with_paths(["fit", *args])[1:]:
+def wrong_type(value: Any, annotation: str) -> str:
+    """Return the value and what is allowed, or "" if the parser may accept it: it decides about all other types."""
+    names = re.findall(r"\w+", re.sub("Optional|None", "null", annotation.replace("Union", "")))
+    found = value
+    if isinstance(value, str):  # the parser reads a text as YAML, with more numbers than PyYAML knows, such as 1e3
+        import yaml
+
+        with contextlib.suppress(yaml.YAMLError, TypeError, ValueError):
+            found = yaml.safe_load(value)
+            found = float(found) if isinstance(found, str) else found
+    allowed = {kind for name in names for kind in _TYPES.get(name, (type(found),))}
+    fits = found is None or not names or type(found) in allowed
+    return "" if fits else f"{value!r}; allowed: {' or '.join(names)}"
+
+
+def _given(args: Sequence[str]) -> Iterator[tuple[str, Any, list[str]]]:
+    """Yield the name and the value of every setting, with the argument that names its YAML if it stands in one."""
+    words = with_paths(["fit", *args])[1:]
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
         if word.startswith("--config="):
             for name, inner in read_values(Path(word.removeprefix("--config="))).items():
-                yield str(name), [word]
-                yield from ((f"{name}.{key}", [word]) for key in (inner if isinstance(inner, dict) else ()))
+                yield str(name), inner, [word]
+                yield from ((f"{name}.{key}", inner[key], [word]) for key in (inner if isinstance(inner, dict) else ()))
         elif word.startswith("--") and word != "--":
-            yield word[2:].partition("=")[0].rstrip("+"), []
+            name, given, value = word[2:].partition("=")
+            yield name.rstrip("+"), value if given else None if following.startswith("--") else following, []
 
 
-def setting_names() -> set[str]:
-    """Return the names of the settings and of their sections: "trainer", "trainer.max_steps", "ckpt_path", ...
+def setting_types() -> dict[str, str]:
+    """Return the settings and sections, such as "trainer.max_steps", and the annotation of each in the source, or "".
 
-    The set is empty if Lightning is not installed.
+    There are none if Lightning is not installed.
     """
     found = find_spec("lightning")
     if found is None or not found.submodule_search_locations:
-        return set()
+        return {}
     trainer = Path(found.submodule_search_locations[0], "pytorch", "trainer", "trainer.py")
     sections = {"trainer": (trainer, "Trainer"), **_SECTIONS}
-    inside = {f"{section}.{key}" for section, (path, name) in sections.items() for key in _arguments(path, name)}
-    fit = _arguments(trainer, "Trainer", "fit") - {"model", "train_dataloaders", "val_dataloaders", "datamodule"}
-    return {*_PLAIN, *fit, *sections, *inside}
+    inside = {f"{name}.{key}": kind for name, where in sections.items() for key, kind in _arguments(*where).items()}
+    others = ("train_dataloaders", "val_dataloaders", "datamodule")
+    fit = {name: kind for name, kind in _arguments(trainer, "Trainer", "fit").items() if name not in others}
+    return {**_PLAIN, **fit, **dict.fromkeys(sections, ""), **inside}
 
 
-def _arguments(path: Path, class_name: str, function: str = "__init__") -> set[str]:
-    """Return the arguments of a method, read from its source."""
+def _arguments(path: Path, class_name: str, function: str = "__init__") -> dict[str, str]:
+    """Return the arguments of a method and their annotations, read from its source."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ClassDef) and node.name == class_name:
             for method in node.body:
                 if isinstance(method, ast.FunctionDef) and method.name == function:
-                    return {argument.arg for argument in [*method.args.args[1:], *method.args.kwonlyargs]}
-    return set()
+                    found = [*method.args.args[1:], *method.args.kwonlyargs]
+                    return {each.arg: ast.unparse(each.annotation) if each.annotation else "" for each in found}
+    return {}
 
 
 if __name__ == "__main__":
     with command_line(imports=False):
-        check_names(sys.argv[1:])
+        check_settings(sys.argv[1:])

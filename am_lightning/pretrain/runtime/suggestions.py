@@ -28,13 +28,13 @@ def explain(message: str, options: Iterable[str], args: Sequence[str]) -> str:
     if found := _ARGUMENT.search(message):
         key, name, path = found["key"], found["name"], _CLASS.search(message)
         owner, names = (path[1].rpartition(".")[2], _arguments(path[1])) if path else (key, [])
-        return f"{key}.init_args.{name}: {owner} has no argument of that name{meant(name, names)}{_place(name, args)}"
+        return f"{key}.init_args.{name}: {owner} has no argument of that name{meant(name, names)}{place(name, args)}"
     return message
 
 
 def unknown_setting(key: str, options: Iterable[str], args: Sequence[str]) -> str:
     """Return the text of the error, with the YAML that has the key, if any. Arguments are as in `explain`."""
-    return f"there is no setting {key}{meant(key, options)}{_place(key, args)}"
+    return f"there is no setting {key}{meant(key, options)}{place(key, args)}"
 
 
 def meant(name: str, names: Iterable[str], cutoff: float = 0.75) -> str:
@@ -56,7 +56,7 @@ def _arguments(class_path: str) -> list[str]:
         return []
 
 
-def _place(key: str, args: Sequence[str]) -> str:
+def place(key: str, args: Sequence[str]) -> str:
     """Return the file and the line of a key in parentheses, from the last YAML that has it, because that one wins."""
     line, first = (
         re.compile(rf"^\s*(- )?{re.escape(part)}\s*:") for part in (key.rpartition(".")[2], key.partition(".")[0])
