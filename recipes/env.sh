@@ -33,16 +33,6 @@ _am_find_python() {  # prints the path of an interpreter that is new enough
     _am_fail "Python 3.10 or newer is needed; found${found:- no python at all}. Install one, or set AM_PYTHON to its path."
 }
 
-_am_create_venv() {  # $1: interpreter
-    if ! "$1" -c 'import venv, ensurepip' >/dev/null 2>&1; then
-        _am_fail "$1 cannot create virtual environments: its modules venv and ensurepip are missing." \
-            "On Debian and Ubuntu: apt install python3-venv"
-        return 1
-    fi
-    echo "Creating the virtual environment $AM_ROOT/.venv" >&2
-    "$1" -m venv --clear "$AM_ROOT/.venv" || _am_fail "could not create $AM_ROOT/.venv with $1"
-}
-
 _am_add_to_path() {  # $1: name of a .pth file of .venv; its lines come from stdin
     local folder
     folder="$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')" && cat >"$folder/$1.pth"
@@ -92,16 +82,11 @@ while waiting:
 PY
 }
 
-_am_pip() {
-    "$PYTHON" -m pip install --quiet --no-input --disable-pip-version-check "$@"
-}
-
-_am_install() {  # $1: extras, $2: stamp file, $3: stamp
+_am_install() {  # $1: extras
     local torch=()
     if _am_has_requirements "$1"; then
         echo "All packages that am_lightning${1:+[$1]} needs are installed: $AM_ROOT/.venv shares them" >&2
-        printf '%s\n' "$AM_ROOT" | _am_add_to_path am_lightning_checkout || return 1  # as an editable installation does
-        printf '%s\n' "$3" >>"$2"
+        printf '%s\n' "$AM_ROOT" | _am_add_to_path am_lightning_checkout  # as an editable installation does
         return
     fi
     if ! "$PYTHON" -c "$_AM_HAS_TORCH" >/dev/null 2>&1; then
@@ -109,11 +94,9 @@ _am_install() {  # $1: extras, $2: stamp file, $3: stamp
         echo "Installing $TORCH_REQUIREMENT: a large download, once" >&2
     fi
     echo "Installing am_lightning${1:+[$1]} into $AM_ROOT/.venv" >&2
-    if ! _am_pip ${torch[@]+"${torch[@]}"} -e "$AM_ROOT${1:+[$1]}"; then
-        _am_fail "pip could not install into $AM_ROOT/.venv (its message is above). The same command tries again."
-        return 1
-    fi
-    printf '%s\n' "$3" >>"$2"
+    "$PYTHON" -m pip install --quiet --no-input --disable-pip-version-check \
+        ${torch[@]+"${torch[@]}"} -e "$AM_ROOT${1:+[$1]}" \
+        || _am_fail "pip could not install into $AM_ROOT/.venv (its message is above). The same command tries again."
 }
 
 _am_ensure_venv_locked() {
@@ -127,10 +110,13 @@ _am_ensure_venv_locked() {
     fi
     if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then  # missing, incomplete, or without its base interpreter
         base="$(_am_find_python)" || return 1
-        _am_create_venv "$base" || return 1
+        echo "Creating the virtual environment $AM_ROOT/.venv" >&2
+        "$base" -m venv --clear "$AM_ROOT/.venv" \
+            || _am_fail "$base cannot create $AM_ROOT/.venv (its message is above). On Debian and Ubuntu: apt install python3-venv" \
+            || return 1
         _am_share_torch "$base" || return 1
     fi
-    _am_install "$1" "$stamps" "$stamp"
+    _am_install "$1" && printf '%s\n' "$stamp" >>"$stamps"
 }
 
 ensure_venv() {

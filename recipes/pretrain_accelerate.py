@@ -170,8 +170,6 @@ def make_accelerator(settings: RunConfig) -> Accelerator:
         raise RecipeError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and Accelerate sees {accelerator.num_processes} process"
         )
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
         rows = settings.data.batch_size // (accelerator.num_processes * settings.accumulate)
@@ -185,13 +183,12 @@ def make_accelerator(settings: RunConfig) -> Accelerator:
 
 def processes(settings: RunConfig) -> dict[str, Any]:
     """Return Accelerator's arguments for the device, the backend and the timeout of the process group."""
-    on_cpu = settings.accelerator == "cpu" or not torch.accelerator.is_available()
     timeout = None if settings.hang_timeout_s is None else timedelta(seconds=settings.hang_timeout_s)
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # else Accelerate would look for a group
-    group = InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timeout)
-    handlers = [group] if several and (on_cpu or timeout is not None) else []
+    group = InitProcessGroupKwargs(backend="gloo" if settings.on_cpu else "nccl", timeout=timeout)
+    handlers = [group] if several and (settings.on_cpu or timeout is not None) else []
     # Accelerate ignores DeepSpeed if cpu is True.
-    cpu = on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
+    cpu = settings.on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
     return {"cpu": cpu, "kwargs_handlers": handlers}
 
 

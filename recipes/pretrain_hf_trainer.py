@@ -200,8 +200,6 @@ def train(settings: RunConfig) -> None:
     stop = StopSignals()
     stop.take()
     args = training_arguments(settings)
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
     limit_waits(settings.hang_timeout_s if args.world_size > 1 else None)  # ddp_timeout does not reach gloo's group
     with args.main_process_first(desc="token shards"):
         if args.local_process_index == 0:
@@ -234,7 +232,6 @@ def train(settings: RunConfig) -> None:
 def training_arguments(settings: RunConfig) -> TrainingArguments:
     """Return the recipe's `trainer` section as TrainingArguments."""
     mixed_precision = settings.mixed_precision()
-    cpu = settings.accelerator == "cpu" or not torch.accelerator.is_available()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     return TrainingArguments(
         output_dir=str(settings.checkpoints),
@@ -259,8 +256,8 @@ def training_arguments(settings: RunConfig) -> TrainingArguments:
         disable_tqdm=not settings.progress_bar,
         ddp_find_unused_parameters=False,
         ddp_timeout=math.ceil(settings.hang_timeout_s or 1800),  # seconds; 1800 is the Trainer's default
-        ddp_backend="gloo" if cpu and world_size > 1 else None,  # one process has no group
-        use_cpu=cpu,
+        ddp_backend="gloo" if settings.on_cpu and world_size > 1 else None,  # one process has no group
+        use_cpu=settings.on_cpu,
     )
 
 

@@ -14,12 +14,10 @@
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
-case "${1:-}" in
-    -h | --help) # before anything is installed
-        sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
-        exit 0
-        ;;
-esac
+if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then # before anything is installed
+    sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+    exit 0
+fi
 ensure_venv "lightning,recipes"
 exec "$PYTHON" "$AM_ROOT/recipes/quickstart.py" fit --config "$AM_ROOT/recipes/configs/laptop.yaml" \
     --trainer.default_root_dir "$AM_ROOT/runs/laptop" "$@"

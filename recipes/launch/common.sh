@@ -38,9 +38,7 @@ for name in MASTER_ADDR MASTER_PORT NODE_RANK; do  # programs read these and do 
     if [ -z "${!name}" ]; then export -n "${name?}"; fi
 done
 
-whole_number NODES 1
-whole_number GPUS_PER_NODE 1
-whole_number MIN_NODES 1
+for name in NODES GPUS_PER_NODE MIN_NODES; do whole_number "$name" 1; done
 whole_number MAX_RESTARTS 0
 [ "$MIN_NODES" -le "$NODES" ] || fail "MIN_NODES is $MIN_NODES; allowed: at most NODES = $NODES"
 [ -z "$NODE_RANK" ] || whole_number NODE_RANK 0
@@ -81,12 +79,11 @@ export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIG
 export PET_SHUTDOWN_TIMEOUT="${PET_SHUTDOWN_TIMEOUT:-600}"
 # NCCL's flight recorder: if a collective hangs, every rank writes what it waited for; torchfrtrace reads the files.
 export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
+export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
+export TORCH_FR_DUMP_TEMP_FILE="${TORCH_FR_DUMP_TEMP_FILE:-$RUN_DIR/flight_recorder/rank_}"
 if "$PYTHON" -c 'from importlib.metadata import version as v
 raise SystemExit(list(map(int, v("torch").split(".")[:2])) >= [2, 9])' 2>/dev/null; then  # these versions know only the old names
-    export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}"
-    export TORCH_NCCL_DEBUG_INFO_TEMP_FILE="${TORCH_NCCL_DEBUG_INFO_TEMP_FILE:-$RUN_DIR/flight_recorder/rank_}"
-else
-    export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
-    export TORCH_FR_DUMP_TEMP_FILE="${TORCH_FR_DUMP_TEMP_FILE:-$RUN_DIR/flight_recorder/rank_}"
+    export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-$TORCH_FR_BUFFER_SIZE}"
+    export TORCH_NCCL_DEBUG_INFO_TEMP_FILE="${TORCH_NCCL_DEBUG_INFO_TEMP_FILE:-$TORCH_FR_DUMP_TEMP_FILE}"
 fi
 mkdir -p "$RUN_DIR/flight_recorder" || fail "cannot make RUN_DIR $RUN_DIR"

@@ -454,8 +454,8 @@ MUTATIONS = [
     Mutation(
         "a recipe written out whole loses its own comments",
         f"{_PACKAGE}/runtime/recipe_text.py",
-        "    if entry.has_comment:\n        own",
-        "    if not base.line:\n        own",
+        "    if any(entry.above) or mark:\n",
+        "    if not base.line:\n",
         ("tests/recipes/test_config.py::test_texts_are_merged_with_their_comments",),
     ),
     # ------------------------------------------------------------------ sample and export

@@ -137,7 +137,7 @@ def test_the_names_are_those_of_the_parser() -> None:
     config = read_run_config(["--config", str(RECIPES / "configs" / "laptop.yaml")]).config
     inside = {f"{section}.{key}" for section, keys in config.items() if isinstance(keys, dict) for key in keys}
     known = {name for name in setting_types() if name.count(".") < 2 and name != "model.optimizer"}
-    assert known - {"config", "help", "print_config"} == {*config, *inside} - {"model.optimizer"}
+    assert known - {"config", "help", "print_config", "verbose"} == {*config, *inside} - {"model.optimizer"}
     assert "model.optimizer.betas" in setting_types()
 
 

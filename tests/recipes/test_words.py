@@ -47,7 +47,7 @@ def copy(tmp_path: Path) -> Any:
     ("text", "said", "line"),
     [
         ("trainer:\n  max_stepz: 3\n", "there is no setting trainer.max_stepz. Did you mean trainer.max_steps?", 3),
-        ("modle:\n  hidden_size: 3\n", "there is no setting modle.hidden_size. Did you mean model.hidden_size?", 3),
+        ("modle:\n  hidden_size: 3\n", "there is no setting modle. Did you mean model?", 2),
         (
             "model:\n  optimizer:\n    init_args:\n      learning_rate: 3\n",
             "model.optimizer.init_args.learning_rate: AMAdamW has no argument of that name. Did you mean lr?",

@@ -47,6 +47,7 @@ from am_lightning.pretrain.runtime.operator_build import announce_deepspeed_buil
 from am_lightning.pretrain.runtime.paths import with_paths
 from am_lightning.pretrain.runtime.run_lock import hold
 from am_lightning.pretrain.runtime.secrets import refuse_secrets
+from am_lightning.pretrain.runtime.settings import check_settings
 from am_lightning.pretrain.runtime.suggestions import explain
 
 CHECKPOINTS_PER_RUN = 5  # if the configuration sets no interval
@@ -67,14 +68,16 @@ class PretrainParser(LightningArgumentParser):
         self.allow_abbrev = False  # --trainer.max_step is an error, not trainer.max_steps
 
     def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
-        PretrainParser.words = with_paths(sys.argv[1:] if args is None else args)
+        args = sys.argv[1:] if args is None else args
+        if args and not args[0].startswith("-"):
+            check_settings(args[1:])
+        PretrainParser.words = with_paths(args)
         return super().parse_args(PretrainParser.words, *others, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # the parser of a class's arguments, whose error another parser shows
             super().error(message, ex)
-        parser = getattr(ex, "subcommand_parser", None) or self
-        raise UsageError(explain(message, parser.get_defaults(skip_validation=True).keys(), self.words)) from ex
+        raise UsageError(explain(message, self.words)) from ex
 
 
 class PretrainCLI(LightningCLI):
@@ -114,8 +117,6 @@ class PretrainCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         settle(config)
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
         folder = checkpoint_folder(config)
         self.resume_step = _resume_step(config.ckpt_path, folder, config.model)
         if self.subcommand == "validate" and self.resume_step == 0:
@@ -191,7 +192,7 @@ class PretrainCLI(LightningCLI):
 
 
 def settle(config: Any) -> None:
-    """Fill in the settings of `fit` that follow from others: the folders and the intervals.
+    """Fill in the settings of `fit` that follow from others, the folders and the intervals, and set torch's threads.
 
     Raises:
         RecipeError: if a value is out of range.
@@ -199,6 +200,8 @@ def settle(config: Any) -> None:
     refuse_secrets(config.as_dict())
     trainer, checkpoint = config.trainer, config.checkpoint
     require(config.threads is None or config.threads >= 1, "threads", config.threads, "a whole number >= 1, or null")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     clip, accumulate = trainer.gradient_clip_val, trainer.accumulate_grad_batches
     require(clip is None or 0 <= clip < math.inf, "trainer.gradient_clip_val", clip, "0 <= value, or null")
     require_counts("trainer", accumulate_grad_batches=accumulate)

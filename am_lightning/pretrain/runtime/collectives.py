@@ -37,20 +37,17 @@ class Agreement:
             return mine or 0
         answer = self._read()
         if mine is not None:
-            self._send(mine)
+            largest = torch.full((), mine, dtype=torch.int32, device=self._device)  # filled there, without a wait
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+            self._answer = largest
+            if self._later:
+                pinned = torch.empty((), dtype=torch.int32, device="cpu", pin_memory=self._device.type == "cuda")
+                self._answer = pinned.copy_(largest, non_blocking=True)
+                self._copied = torch.get_device_module(self._device).Event()
+                self._copied.record()
             if now or not self._later:
                 answer = max(answer, self._read())
         return answer
-
-    def _send(self, mine: int) -> None:
-        largest = torch.full((), mine, dtype=torch.int32, device=self._device)  # filled on the device, without a wait
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        self._answer = largest
-        if self._later:
-            pinned = torch.empty((), dtype=torch.int32, device="cpu", pin_memory=self._device.type == "cuda")
-            self._answer = pinned.copy_(largest, non_blocking=True)
-            self._copied = torch.get_device_module(self._device).Event()
-            self._copied.record()
 
     def _read(self) -> int:
         answer, self._answer = self._answer, None

@@ -62,11 +62,12 @@ def command_line(*, imports: bool = True) -> Iterator[None]:
 def _message(error: Exception) -> str | None:
     """Return the text for an error that the user can mend, or None if it needs its traceback."""
     callback = sys.modules.get("am_lightning.lightning.callback")  # only if it is imported already
+    training = "am_lightning.pretrain.runtime.cli" in sys.modules
     if isinstance(error, RecipeError) or (callback is not None and isinstance(error, callback.SkippedStepsError)):
         return str(error)
     if isinstance(error, ModuleNotFoundError):
         missing = "jsonargparse" if "jsonargparse" in str(error) else error.name  # LightningCLI names it in the text
-        return f"the recipes need {missing}: {EXTRA}" if missing in _NEEDED else None
+        return None if training and missing not in _NEEDED else f"the recipes need {missing}: {EXTRA}"
     if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to set weights_only=False
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error).splitlines()[0])
         return f"the checkpoint holds more than tensors and plain values: {reason.strip()}"
@@ -79,7 +80,6 @@ def _message(error: Exception) -> str | None:
     refused = disk_error(error)
     if refused is None or refused.errno not in DISK_FULL:
         return None
-    training = "am_lightning.pretrain.runtime.cli" in sys.modules
     what = refused.filename or ("the run's files" if training else "the output")
     return f"cannot write {what}: {refused.strerror}. Free some space{f'; {RESUME}' if training else ''}."
 
@@ -106,16 +106,13 @@ def _end(text: str, status: int) -> NoReturn:
 
 
 def import_training() -> None:
-    """Import what training needs, which takes seconds. RecipeError: if a package is missing."""
+    """Import what training needs, which takes seconds. ModuleNotFoundError: if a package is missing."""
     with contextlib.ExitStack() as afterwards:
         if "MPLCONFIGDIR" not in os.environ:  # torchmetrics imports matplotlib, which writes its fonts to the home
             folder = tempfile.TemporaryDirectory(prefix="matplotlib-")
             os.environ["MPLCONFIGDIR"] = afterwards.enter_context(folder)
             afterwards.callback(os.environ.pop, "MPLCONFIGDIR")
-        try:
-            import am_lightning.pretrain.runtime.cli  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise RecipeError(f"the recipes need {error.name}: {EXTRA}") from None
+        import am_lightning.pretrain.runtime.cli  # noqa: F401
 
 
 def leave_group() -> None:

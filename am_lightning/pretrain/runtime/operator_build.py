@@ -7,10 +7,6 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
 
-_OPERATOR = (
-    "ShareMemCommBuilder"  # the only operator compiled at the start: neither torch's optimizers nor ours need cpu_adam
-)
-
 
 @rank_zero_only
 def announce_deepspeed_build() -> None:
@@ -23,7 +19,8 @@ def announce_deepspeed_build() -> None:
     from deepspeed.git_version_info import installed_ops
     from torch.utils.cpp_extension import _get_build_directory
 
-    builder = get_accelerator().create_op_builder(_OPERATOR)
+    # The only operator that is compiled at the start: neither torch's optimizers nor ours need cpu_adam.
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is None or installed_ops.get(builder.name) or not builder.is_compatible(verbose=False):
         return
     folder = Path(_get_build_directory(builder.name, verbose=False))

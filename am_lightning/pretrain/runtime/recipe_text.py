@@ -26,10 +26,6 @@ class _Entry(NamedTuple):
     line: str
     inside: list[_Entry]
 
-    @property
-    def has_comment(self) -> bool:
-        return any(self.above) or "  # " in self.line
-
 
 def recipe_text(path: Path) -> str:
     """Return the text of the YAML at `path`, merged into its base if it names one.
@@ -42,10 +38,9 @@ def recipe_text(path: Path) -> str:
 
 def merge_texts(base: str, difference: str) -> str:
     """Return `base` with the headline and the values of `difference`, and with its comments if it has any."""
-    headline = "".join(_HEADLINE.findall(difference)).splitlines()
     entries = _merged(*(_parse(_HEADLINE.sub("", text).splitlines()) for text in (base, difference)))
-    shown = [line for line in headline if not BASE.fullmatch(line)]
-    return "\n".join([*shown, *_lines(entries)]) + "\n"
+    headline = "".join(_HEADLINE.findall(difference)).splitlines()
+    return "\n".join([*(line for line in headline if not BASE.fullmatch(line)), *_lines(entries)]) + "\n"
 
 
 def _parse(lines: Sequence[str]) -> list[_Entry]:
@@ -81,7 +76,7 @@ def _over(base: _Entry, entry: _Entry) -> _Entry:
     if base.inside and not entry.inside and "{" in code:
         raise RecipeError(f"{entry.key}: give each key that differs from the base a line of its own, without {{...}}")
     above = base.above
-    if entry.has_comment:
+    if any(entry.above) or mark:
         own = itertools.takewhile(bool, reversed(above))  # what is above a blank line is not about this key
         above = [*above[: len(above) - len(list(own))], *filter(None, entry.above)]
     else:

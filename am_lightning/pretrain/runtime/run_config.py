@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import nn
 from torch.optim import Optimizer
@@ -63,8 +64,7 @@ class RunConfig:
         self.save_every: int | None = checkpoint["every_n_train_steps"]  # None: after the last step only
         self.keep: int | None = checkpoint["keep"]  # how many checkpoints to keep; None: all
         self.ckpt_path: str | None = config["ckpt_path"]  # None, "last", or a checkpoint
-        self.accelerator: str = trainer["accelerator"]  # "auto", "cpu", "gpu", ...
-        self.threads: int | None = config["threads"]  # torch's threads on the CPU; None: torch decides
+        self.on_cpu = trainer["accelerator"] == "cpu" or not torch.accelerator.is_available()
         self.progress_bar = trainer["enable_progress_bar"] is not False
         # Seconds that a collective may wait for another rank; None: torch's default.
         self.hang_timeout_s: float | None = config["fault_tolerance"]["hang_timeout_s"]
@@ -173,11 +173,9 @@ def _validate_every(trainer: dict[str, Any]) -> int | None:
     interval, accumulate = trainer["val_check_interval"], trainer["accumulate_grad_batches"]
     if trainer.get("limit_val_batches") == 0:
         return None
-    if interval is None or isinstance(interval, float):
-        require(interval is None or 0 < interval <= 1, "trainer.val_check_interval", interval, "0 < share <= 1")
-        share: float = 1.0 if interval is None else interval
-        return max(1, int(trainer["max_steps"] * share))
-    fits = isinstance(interval, int) and interval >= 1 and interval % accumulate == 0
-    allowed = f"a multiple of trainer.accumulate_grad_batches = {accumulate}, or a share (0.2)"
-    require(fits, "trainer.val_check_interval", interval, allowed)
-    return int(interval // accumulate)
+    interval = 1.0 if interval is None else interval
+    whole = isinstance(interval, int) and interval >= 1 and interval % accumulate == 0
+    share = isinstance(interval, float) and 0 < interval <= 1
+    allowed = f"a multiple of trainer.accumulate_grad_batches = {accumulate}, or 0 < share <= 1"
+    require(whole or share, "trainer.val_check_interval", interval, allowed)
+    return max(1, int(trainer["max_steps"] * interval)) if share else int(interval // accumulate)

@@ -20,7 +20,7 @@ except ImportError:  # Windows
 
 _PATIENCE_S = 15.0  # a launcher starts ranks again while the old ones are still being killed
 _HELD_BY_ANOTHER = (errno.EACCES, errno.EAGAIN)
-_held: dict[Path, int] = {}  # the lock's file -> its descriptor
+_held: dict[Path, int] = {}  # the absolute path of the checkpoints -> the descriptor of the lock's file
 
 
 def hold(checkpoints: Path) -> None:
@@ -32,9 +32,10 @@ def hold(checkpoints: Path) -> None:
     Raises:
         RecipeError: if another process holds the lock and does not end soon, or if the folder is read-only.
     """
-    file = _file(checkpoints)
-    if fcntl is None or file in _held:
+    checkpoints = checkpoints.absolute()
+    if fcntl is None or checkpoints in _held:
         return
+    file = checkpoints.with_name(f".{checkpoints.name}.lock")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -61,18 +62,13 @@ def hold(checkpoints: Path) -> None:
     with contextlib.suppress(OSError):  # a full disk
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode(), 0)
-    _held[file] = descriptor
+    _held[checkpoints] = descriptor
 
 
 def release(checkpoints: Path) -> None:
     """Release the lock if this process holds it."""
-    descriptor = _held.pop(_file(checkpoints), None)
+    descriptor = _held.pop(checkpoints.absolute(), None)
     if descriptor is not None:
         with contextlib.suppress(OSError):
             os.ftruncate(descriptor, 0)
         os.close(descriptor)
-
-
-def _file(checkpoints: Path) -> Path:
-    checkpoints = checkpoints.absolute()
-    return checkpoints.with_name(f".{checkpoints.name}.lock")

@@ -9,12 +9,10 @@ from urllib.parse import parse_qsl
 
 from am_lightning.pretrain.runtime.errors import RecipeError
 
-_SECRET = re.compile(
-    r"(^|[_-])(token|secret|password|passwd|passphrase|pwd|pat|credentials?|(proxy[_-])?authorization|bearer|cookie|"
-    r"sig|signature|(api|access|secret|account|private|sas)[_-]?key)$",
-    re.IGNORECASE,
+_SECRET = re.compile(  # the last word of a key, also of authToken
+    r"(^|[_-]|(?<=[a-z0-9])(?=[A-Z]))(?i:token|secret|password|passwd|passphrase|pwd|pat|credentials?|authorization|"
+    r"bearer|cookie|sig|signature|(api|access|secret|account|private|sas)[_-]?key)$"
 )
-_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")  # authToken is auth_Token
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://(?P<login>[^/@\s]+:[^/@\s]+@)?", re.IGNORECASE)
 
 
@@ -35,12 +33,8 @@ def _secrets(value: Any, where: str) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for number, inside in enumerate(value):
             yield from _secrets(inside, f"{where}.{number}")
-    elif isinstance(value, str) and value and (_names_secret(where.rpartition(".")[2]) or _in_url(value)):
+    elif isinstance(value, str) and value and (_SECRET.search(where.rpartition(".")[2]) or _in_url(value)):
         yield where
-
-
-def _names_secret(key: str) -> bool:
-    return bool(_SECRET.search(_CAMEL.sub("_", key)))
 
 
 def _in_url(text: str) -> bool:
@@ -48,4 +42,4 @@ def _in_url(text: str) -> bool:
     if not (found := _URL.match(text)):
         return False
     query = parse_qsl(text.partition("?")[2].partition("#")[0])
-    return bool(found["login"]) or any(_names_secret(key) for key, _ in query)
+    return bool(found["login"]) or any(_SECRET.search(key) for key, _ in query)

@@ -17,10 +17,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from am_lightning.pretrain.runtime.errors import UsageError
-from am_lightning.pretrain.runtime.main import command_line
+from am_lightning.pretrain.runtime.errors import RecipeError, UsageError
 from am_lightning.pretrain.runtime.paths import read_values, with_bases, with_paths
-from am_lightning.pretrain.runtime.suggestions import place, unknown_setting
+from am_lightning.pretrain.runtime.suggestions import meant, place
 
 _PRETRAIN = Path(__file__).resolve().parents[1]
 # Section -> the file of its class and the class, whose arguments are the section's keys.
@@ -33,7 +32,7 @@ _SECTIONS = {
     "model.optimizer": (_PRETRAIN.parent / "optim" / "adamw.py", "AMAdamW"),  # any other class is possible
 }
 _PLAIN = {"config": "", "seed_everything": "bool | int", "threads": "int | None", "progress_bar": "", "compare": "bool"}
-_PLAIN |= {"help": "", "print_config": ""}
+_PLAIN |= {"help": "", "print_config": "", "verbose": ""}  # the last one is for `validate`
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "null": ()}
 
 
@@ -49,7 +48,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 def _merged(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """Merge sections and the arguments of classes, and replace any other value, as the parser does."""
     for key, value in values.items():
-        old = base.get(key)
+        old: Any = base.get(key)
         both = isinstance(old, dict) and isinstance(value, dict)
         merges = both and (key in (*_SECTIONS, "trainer", "init_args") or "init_args" in old)
         base[key] = _merged(old, value) if merges else value
@@ -80,7 +79,7 @@ def check_settings(args: Sequence[str]) -> None:
     for name, value, files in _given(args):
         key = ".".join(name.split(".")[:2])
         if known and key not in known:
-            raise UsageError(unknown_setting(name, sorted(known), files))
+            raise UsageError(f"there is no setting {name}{meant(name, sorted(known))}{place(name, files)}")
         if wrong := wrong_type(value, known.get(name, "")):
             raise UsageError(f"{name} is {wrong}{place(name, files)}")
 
@@ -141,5 +140,7 @@ def _arguments(path: Path, class_name: str, function: str = "__init__") -> dict[
 
 
 if __name__ == "__main__":
-    with command_line(imports=False):
+    try:
         check_settings(sys.argv[1:])
+    except RecipeError as error:
+        sys.exit(f"error: {error}")

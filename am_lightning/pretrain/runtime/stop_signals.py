@@ -27,8 +27,6 @@ from am_lightning.pretrain.runtime.errors import RESUME
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 # A launcher forwards a signal that the terminal, the process group or srun has delivered already: it arrives twice.
 SAME_SIGNAL_S: dict[int, float] = {signal.SIGINT: 1.0, signal.SIGTERM: 5.0}
-OUTSIDE = "outside training: there was nothing to save"
-AGAIN = f"again, at once; {RESUME}"
 
 _current: StopSignals | None = None  # receives the signals
 _early: StopSignals | None = None  # the one of early_signals()
@@ -117,9 +115,9 @@ class StopSignals:
         now = time.monotonic()
         first = self._since.setdefault(number, now)
         if not self.later:
-            self._end(number, OUTSIDE)
+            self._end(number, "outside training: there was nothing to save")
         elif now - first > SAME_SIGNAL_S.get(number, math.inf):
-            self._end(number, AGAIN)
+            self._end(number, f"again, at once; {RESUME}")
         elif now == first:
             self._tell(number)
 
@@ -166,11 +164,5 @@ def _hear_all(channel: socket.socket) -> None:
                 _current.hear(number)
 
 
-def _silence_child() -> None:
-    """Stop writing the signals of a forked process, which inherits the descriptor, to its parent."""
-    if _channel is not None:
-        signal.set_wakeup_fd(-1)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_silence_child)
+if hasattr(os, "register_at_fork"):  # a forked process inherits the descriptor, and would write its signals to it
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1) if _channel else None)

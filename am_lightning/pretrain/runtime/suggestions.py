@@ -9,32 +9,23 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-_OPTION = re.compile(r"does not accept option '(?P<key>[\w.]+)'|unrecognized arguments: --(?P<word>[\w.]+)")
 _ARGUMENT = re.compile(r'Parser key "(?P<key>[\w.]+)".*Option \'(?P<name>\w+)\' is not accepted', re.DOTALL)
 _CLASS = re.compile(r"class_path[= ]'([\w.]+)'")
 _SYNONYMS = {"learning_rate": "lr", "beta1": "betas", "beta2": "betas", "wd": "weight_decay", "epsilon": "eps"}
 
 
-def explain(message: str, options: Iterable[str], args: Sequence[str]) -> str:
-    """Return the parser's error about a key that it does not know as one line; return any other error unchanged.
+def explain(message: str, args: Sequence[str]) -> str:
+    """Return the parser's error about an argument that a class does not have as one line, and any other unchanged.
 
     Args:
         message: the parser's error.
-        options: the names of all options, without dashes.
         args: the command line, with its YAMLs as ``--config=PATH``.
     """
-    if found := _OPTION.search(message):
-        return unknown_setting(found["key"] or found["word"], options, args)
     if found := _ARGUMENT.search(message):
         key, name, path = found["key"], found["name"], _CLASS.search(message)
         owner, names = (path[1].rpartition(".")[2], _arguments(path[1])) if path else (key, [])
         return f"{key}.init_args.{name}: {owner} has no argument of that name{meant(name, names)}{place(name, args)}"
     return message
-
-
-def unknown_setting(key: str, options: Iterable[str], args: Sequence[str]) -> str:
-    """Return the text of the error, with the YAML that has the key, if any. Arguments are as in `explain`."""
-    return f"there is no setting {key}{meant(key, options)}{place(key, args)}"
 
 
 def meant(name: str, names: Iterable[str], cutoff: float = 0.75) -> str:
