@@ -369,15 +369,15 @@ MUTATIONS = [
     Mutation(
         "plan: a ring's all-reduce sends its payload once",
         f"{_PACKAGE}/commands/plan/traffic.py",
-        "return 2 * payload * (n - 1) // n",
-        "return payload * (n - 1) // n",
+        "beta = _ring(2 * message_bytes(",
+        "beta = _ring(message_bytes(",
         (f"{_PLAN}::test_traffic_by_hand", f"{_PLAN}::test_the_60m_by_hand"),
     ),
     Mutation(
         "plan: one moment is counted, not two",
         _MEMORY,
-        'held = {"weights": w * counts.all, "AM-AdamW moments": 2 * w * counts.all}',
-        'held = {"weights": w * counts.all, "AM-AdamW moments": w * counts.all}',
+        'held = {"weights": w * weights.all, "AM-AdamW moments": 2 * w * weights.all}',
+        'held = {"weights": w * weights.all, "AM-AdamW moments": w * weights.all}',
         (f"{_PLAN}::test_the_60m_by_hand",),
     ),
     Mutation(

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from am_lightning.pretrain.commands.plan.layout import ParallelPlan
-from am_lightning.pretrain.commands.plan.memory import memory_of
+from am_lightning.pretrain.commands.plan.memory import BUCKET, memory_of
+from am_lightning.pretrain.commands.plan.memory import ZERO_BUCKET as LIGHTNINGS
 from am_lightning.pretrain.commands.plan.traffic import traffic_of
 from am_lightning.pretrain.model.shape import LlamaShape
 from tests import operator_build
@@ -86,8 +87,14 @@ def outcome_of(
     case: Case, pool: Pool, timeout: float = 240, *, shape: LlamaShape = SHAPE, scratch: int | None = SCRATCH
 ) -> Outcome:
     """Plan a case, and run it on a pool of its ranks."""
-    memory = memory_of(shape, case.layout, checkpointing=case.checkpointing, scratch=scratch, zero_bucket=ZERO_BUCKET)
-    traffic = traffic_of(shape, case.layout, checkpointing=case.checkpointing, backend="gloo")
+    memory = memory_of(shape, case.layout, checkpointing=case.checkpointing)
+    if scratch is not None:
+        memory.moments["optimizer"]["optimizer scratch"] += scratch - 8 * 4 * BUCKET  # no shard here is smaller
+    for parts in (memory.held, memory.moments["backward"]):
+        parts |= {name: size * ZERO_BUCKET // LIGHTNINGS for name, size in parts.items() if "reduce bucket" in name}
+    sent = traffic_of(shape, case.layout, checkpointing=case.checkpointing)
+    # gloo's reduce-scatter is an all-reduce.
+    traffic = sum(size * (1 + name.startswith("reduce-scatter")) for name, size in (sent.data | sent.tensor).items())
     with tempfile.TemporaryDirectory() as folder:
         seen: list[dict[str, Any]] = pool.run(
             "tests.recipes.plan_runs:measure",
@@ -100,7 +107,7 @@ def outcome_of(
             shape={**vars(shape), "activation_checkpointing": case.checkpointing},
         )
     return Outcome(
-        memory.total(memory.peak), [rank["peak"] for rank in seen], traffic.total, [rank["sent"] for rank in seen]
+        memory.total(memory.peak), [rank["peak"] for rank in seen], traffic + sent.beta, [rank["sent"] for rank in seen]
     )
 
 

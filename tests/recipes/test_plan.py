@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import subprocess
@@ -17,6 +18,7 @@ from am_lightning.pretrain.commands.plan.memory import RESERVE, memory_of
 from am_lightning.pretrain.commands.plan.traffic import traffic_of
 from am_lightning.pretrain.model.shape import LlamaShape, flops_per_token
 from am_lightning.pretrain.runtime.errors import RecipeError
+from am_lightning.pretrain.runtime.run_config import RunConfig, read_run_config
 from am_lightning.recipes.__main__ import main
 from tests.python import PYTHON
 from tests.recipes.test_network import FAMILY
@@ -40,6 +42,17 @@ def planned(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]
         return out
 
     return get
+
+
+@pytest.fixture(scope="module")
+def read() -> RunConfig:
+    return read_run_config(["--config", "60m"])
+
+
+@pytest.fixture
+def settings(read: RunConfig) -> RunConfig:
+    """Return the settings of the 60m, to be changed."""
+    return copy.deepcopy(read)
 
 
 def layout(
@@ -236,22 +249,17 @@ def test_what_cannot_be_is_refused(args: tuple[str, ...], named: str, capsys: py
         ({"class_path": "ModelParallelStrategy"}, ("fsdp", 0, 8)),
     ],
 )
-def test_strategies(strategy: Any, expected: tuple[str, int, int]) -> None:
-    got = make_layout(
-        LlamaShape(64, 64, 8, 2, 64, 8),
-        strategy,
-        batch_size=16,
-        accumulate=1,
-        precision="32-true",
-        gpus=8,
-        gpus_per_node=8,
-    )
+def test_strategies(settings: RunConfig, strategy: Any, expected: tuple[str, int, int]) -> None:
+    settings.shape = LlamaShape(64, 64, 8, 2, 64, 8)
+    settings.config["trainer"]["strategy"] = strategy
+    got = make_layout(settings, gpus=8, gpus_per_node=8)
     assert (got.kind, got.stage, got.tensor) == expected
 
 
-def test_an_unknown_strategy_is_refused() -> None:
+def test_an_unknown_strategy_is_refused(settings: RunConfig) -> None:
+    settings.config["trainer"]["strategy"] = "horovod"
     with pytest.raises(RecipeError, match=r"trainer.strategy is 'horovod'; plan knows auto, ddp"):
-        make_layout(T5_60M, "horovod", batch_size=8, accumulate=1, precision="32-true", gpus=1, gpus_per_node=8)
+        make_layout(settings, gpus=1, gpus_per_node=8)
 
 
 @pytest.mark.slow

@@ -9,8 +9,9 @@ from typing import Any
 
 from am_lightning.pretrain.commands.list import strategy_name
 from am_lightning.pretrain.model.parallelize import check_tensor_parallel
-from am_lightning.pretrain.model.shape import LlamaShape
+from am_lightning.pretrain.model.shape import LlamaShape, count_parameters
 from am_lightning.pretrain.runtime.errors import RecipeError, require
+from am_lightning.pretrain.runtime.run_config import RunConfig
 
 # Bytes of a weight in the optimizer, and of a number in a matrix product.
 _PRECISIONS = {"32-true": (4, 4), "bf16-mixed": (4, 2), "bf16-true": (2, 2), "16-mixed": (4, 2)}
@@ -50,38 +51,41 @@ class ParallelPlan:
         return _PRECISIONS[self.precision][1]
 
 
-def make_layout(
-    shape: LlamaShape,
-    strategy: Any,
-    *,
-    batch_size: int,
-    accumulate: int,
-    precision: str,
-    gpus: int,
-    gpus_per_node: int,
-) -> ParallelPlan:
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Numbers of weights on one of the GPUs that share a layer. Each of them has all norms."""
+
+    all: int
+    outside: int  # embedding, head, last norm: everything but the layers
+    head: int
+
+    @classmethod
+    def of(cls, shape: LlamaShape, tensor: int) -> Weights:
+        norms = (2 * shape.num_layers + 1) * shape.hidden_size
+        head = shape.vocab_size * shape.hidden_size // tensor
+        outside = (1 if shape.tie_word_embeddings else 2) * head + shape.hidden_size
+        return cls((count_parameters(shape) - norms) // tensor + norms, outside, head)
+
+
+def make_layout(settings: RunConfig, gpus: int, gpus_per_node: int) -> ParallelPlan:
     """Distribute a configuration over `gpus`.
 
-    Args:
-        shape: shape of the model.
-        strategy: strategy of the Trainer, a name or {"class_path": ..., "init_args": ...}. Of ModelParallelStrategy's
-            two sizes only tensor_parallel_size is read; the other one follows from `gpus`.
-        batch_size: rows of a step over all GPUs.
-        accumulate, precision, gpus, gpus_per_node: as in `ParallelPlan`.
+    Of ModelParallelStrategy's two sizes only tensor_parallel_size is read; the other one follows from `gpus`.
 
     Raises:
         RecipeError: if the numbers do not divide each other; it names numbers that do.
     """
+    trainer, batch_size, accumulate = settings.config["trainer"], settings.data.batch_size, settings.accumulate
+    precision = trainer["precision"] or "bf16-mixed"  # the default on a GPU
     require(precision in _PRECISIONS, "trainer.precision", precision, " or ".join(_PRECISIONS))
-    require(accumulate >= 1, "trainer.accumulate_grad_batches", accumulate, "a whole number >= 1")
     per_node = min(gpus, gpus_per_node)
     if gpus % per_node:
         lower = gpus // per_node * per_node
         fits = f"whole nodes of {per_node}: {lower} or {lower + per_node}"
         raise RecipeError(f"--gpus is {gpus}; allowed with --gpus-per-node {gpus_per_node}: {fits}")
-    kind, stage = _kind_of(strategy, gpus)
-    tensor = tensor_parallel_size(strategy, per_node)
-    check_tensor_parallel(shape, tensor)
+    kind, stage = _kind_of(trainer["strategy"], gpus)
+    tensor = tensor_parallel_size(trainer["strategy"], per_node)
+    check_tensor_parallel(settings.shape, tensor)
     if gpus % tensor:
         raise RecipeError(f"--gpus is {gpus}; allowed: a multiple of tensor_parallel_size {tensor}")
     shares = gpus // tensor * accumulate

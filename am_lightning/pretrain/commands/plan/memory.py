@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 
-from am_lightning.pretrain.commands.plan.layout import ParallelPlan
-from am_lightning.pretrain.model.shape import LlamaShape, count_parameters
+from am_lightning.pretrain.commands.plan.layout import ParallelPlan, Weights
+from am_lightning.pretrain.model.shape import LlamaShape
 
 RESERVE = 2 << 30  # context, NCCL and fragmentation: a guess, which the plan states
-_BUCKET = 4 << 20  # elements in a chunk of the optimizer's foreach passes, which have up to 8 float32 temporaries
-_ZERO_BUCKET = 200_000_000  # elements; Lightning's reduce_bucket_size
+BUCKET = 4 << 20  # elements in a chunk of the optimizer's foreach passes, which have up to 8 float32 temporaries
+ZERO_BUCKET = 200_000_000  # elements; Lightning's reduce_bucket_size
+
+# Components that are held all the time, and moment -> further components; see `Memory`.
+_Parts = tuple[dict[str, int], dict[str, dict[str, int]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,65 +35,21 @@ class Memory:
         return max(self.moments, key=self.total)
 
 
-def memory_of(
-    shape: LlamaShape,
-    layout: ParallelPlan,
-    *,
-    checkpointing: bool,
-    scratch: int | None = None,
-    zero_bucket: int = _ZERO_BUCKET,
-) -> Memory:
-    """Return the memory of a step of training.
-
-    Args:
-        checkpointing: True if activation checkpointing is on.
-        scratch: bytes that the optimizer uses while it steps; None: what foreach uses on a GPU without Triton.
-        zero_bucket: DeepSpeed's reduce_bucket_size, in elements.
-    """
-    counts = _Counts(shape, layout, checkpointing=checkpointing, scratch=scratch)
-    if layout.kind == "fsdp":
-        return _sharded(counts, layout)
+def memory_of(shape: LlamaShape, layout: ParallelPlan, *, checkpointing: bool) -> Memory:
+    """Return the memory of a step of training, with activation checkpointing or without it."""
+    weights = Weights.of(shape, layout.tensor)
+    held, moments = {"fsdp": _sharded, "zero": _zero}.get(layout.kind, _replicated)(shape, weights, layout)
+    tokens = layout.rows * shape.seq_len
+    layer, layer_input, head, loss = (tokens * size for size in _token_bytes(shape, layout))
+    activations = shape.num_layers * (layer_input if checkpointing else layer) + head
+    moments["loss"] |= {"activations": activations, "loss": loss}
+    moments["backward"]["activations"] = activations + (layer if checkpointing else 0)
+    whole = layout.kind in ("single", "ddp") or (layout.kind == "zero" and not layout.stage)
+    scratch = 8 * 4 * min(BUCKET, weights.all if whole else weights.all // layout.data)
     if layout.kind == "zero":
-        return _zero(counts, layout, zero_bucket)
-    return _replicated(counts, layout)
-
-
-class _Counts:
-    """Elements of the weights on one GPU of a tensor parallel group, and bytes that every strategy takes alike."""
-
-    def __init__(self, shape: LlamaShape, layout: ParallelPlan, *, checkpointing: bool, scratch: int | None) -> None:
-        h, t = shape.hidden_size, layout.tensor
-        vocabulary = shape.vocab_size * h
-        norms = (2 * shape.num_layers + 1) * h  # every GPU of a group has them
-        self.all = (count_parameters(shape) - norms) // t + norms
-        self.head = vocabulary // t
-        self.outside = (1 if shape.tie_word_embeddings else 2) * vocabulary // t + h  # embedding, head, last norm
-        self.layer = (self.all - self.outside) // shape.num_layers
-        self.products = self.all - (0 if shape.tie_word_embeddings else vocabulary // t)
-        whole = layout.kind in ("single", "ddp") or (layout.kind == "zero" and not layout.stage)
-        temporaries = 8 * 4 * min(_BUCKET, self.all if whole else self.all // layout.data)
-        self.scratch = temporaries if scratch is None else scratch
-        tokens = layout.rows * shape.seq_len
-        layer, layer_input, head, loss = (tokens * size for size in _token_bytes(shape, layout))
-        self.activations = shape.num_layers * (layer_input if checkpointing else layer) + head
-        self.recomputed = layer if checkpointing else 0
-        self.loss = loss
-
-    def moments(
-        self, copies: tuple[dict[str, int], dict[str, int]], gradients: tuple[int, int, int]
-    ) -> dict[str, dict[str, int]]:
-        """Return moment -> component -> bytes.
-
-        Args:
-            copies: temporary copies of weights at the loss and in the backward pass.
-            gradients: bytes of the gradients at the loss, in the backward pass and in the optimizer.
-        """
-        loss, backward, optimizer = gradients
-        return {
-            "loss": {**copies[0], "activations": self.activations, "loss": self.loss, "gradients": loss},
-            "backward": {**copies[1], "activations": self.activations + self.recomputed, "gradients": backward},
-            "optimizer": {"gradients": optimizer, "optimizer scratch": self.scratch},
-        }
+        scratch += 4 * weights.all // layout.data
+    moments["optimizer"]["optimizer scratch"] = scratch
+    return Memory(held, moments)
 
 
 def _token_bytes(shape: LlamaShape, layout: ParallelPlan) -> tuple[int, int, int, int]:
@@ -131,58 +90,67 @@ def _autocast(layout: ParallelPlan) -> bool:
     return layout.precision.endswith("mixed") and layout.kind in ("single", "ddp")
 
 
-def _replicated(counts: _Counts, layout: ParallelPlan) -> Memory:
+def _replicated(shape: LlamaShape, weights: Weights, layout: ParallelPlan) -> _Parts:
     """One GPU, and DDP, whose reducer also has buckets of the gradients' size."""
     w = layout.weight_bytes
-    held = {"weights": w * counts.all, "AM-AdamW moments": 2 * w * counts.all}
+    gradients = w * weights.all
+    held = {"weights": w * weights.all, "AM-AdamW moments": 2 * w * weights.all}
     if layout.kind == "ddp":
-        held["gradient buckets"] = w * counts.all
-    gradients = w * counts.all
-    casts = {"bfloat16 weights": 2 * counts.products} if _autocast(layout) else {}
-    backward = gradients if layout.accumulate > 1 else w * counts.head
-    return Memory(held, counts.moments((casts, casts), (gradients, backward, gradients)))
+        held["gradient buckets"] = gradients
+    products = weights.all - (0 if shape.tie_word_embeddings else weights.head)
+    casts = {"bfloat16 weights": 2 * products} if _autocast(layout) else {}
+    return held, {
+        "loss": {**casts, "gradients": gradients},
+        "backward": {**casts, "gradients": gradients if layout.accumulate > 1 else w * weights.head},
+        "optimizer": {"gradients": gradients},
+    }
 
 
-def _sharded(counts: _Counts, layout: ParallelPlan) -> Memory:
+def _sharded(shape: LlamaShape, weights: Weights, layout: ParallelPlan) -> _Parts:
     """FSDP2: shards of everything. Layers are gathered when they are needed, all other weights for the whole step.
 
     A gathered layer exists together with the next one's buffer, and a layer's gradients together with the buffer they
     are reduced from.
     """
-    w, c, n = layout.weight_bytes, layout.compute_bytes, layout.data
+    w, c = layout.weight_bytes, layout.compute_bytes
     r = 4  # gradients are reduced in float32
-    layers = 2 * c * counts.layer
-    shard = -(-w * counts.all // n)
-    outside = c * counts.outside
-    gathered = {"gathered weights": outside + layers}
-    backward = (shard if layout.accumulate > 1 else 0) + c * counts.head + (c + r) * counts.layer
-    moments = counts.moments((gathered, gathered), (shard, backward, shard))
-    optimizer = moments.pop("optimizer")
-    last = {"gathered weights": outside + layers // 2, "gradients": shard + (c + r) * counts.outside}
-    return Memory(
-        {"weights": shard, "AM-AdamW moments": 2 * shard}, {**moments, "last reduce": last, "optimizer": optimizer}
-    )
+    layer = (weights.all - weights.outside) // shape.num_layers
+    shard = -(-w * weights.all // layout.data)
+    outside = c * weights.outside
+    gathered = {"gathered weights": outside + 2 * c * layer}
+    backward = (shard if layout.accumulate > 1 else 0) + c * weights.head + (c + r) * layer
+    return {"weights": shard, "AM-AdamW moments": 2 * shard}, {
+        "loss": {**gathered, "gradients": shard},
+        "backward": {**gathered, "gradients": backward},
+        "last reduce": {"gathered weights": outside + c * layer, "gradients": shard + (c + r) * weights.outside},
+        "optimizer": {"gradients": shard},
+    }
 
 
-def _zero(counts: _Counts, layout: ParallelPlan, bucket: int) -> Memory:
+def _zero(shape: LlamaShape, weights: Weights, layout: ParallelPlan) -> _Parts:
     """DeepSpeed: (2 + 2 + 12) bytes per parameter in bfloat16, (4 + 4 + 12) in float32. Stage 1 splits the last of them
     (master weights and moments), stage 2 also the gradients, stage 3 all (Rajbhandari et al. 2020, section 3).
 
     The bucket that gradients are reduced from has its full size for a small model, too. Stage 3 keeps it and the
     gradients' buffer all the time.
     """
-    c, n, p, stage = layout.compute_bytes, layout.data, counts.all, layout.stage
+    c, n, p, stage = layout.compute_bytes, layout.data, weights.all, layout.stage
     gradients = c * p // (n if stage >= 2 else 1)
     held = {
         "weights": c * p // (n if stage == 3 else 1),
         "float32 weights": 4 * p // (n if stage else 1),
         "AM-AdamW moments": 8 * p // (n if stage else 1),
-        **({"reduce bucket": c * bucket} if stage == 3 else {}),
+        **({"reduce bucket": c * ZERO_BUCKET} if stage == 3 else {}),
     }
     earlier = gradients if layout.accumulate > 1 or stage == 3 else 0
-    layer, around = (c * counts.layer, c * (counts.outside + 2 * counts.layer)) if stage == 3 else (0, 0)
-    copies = {"gathered weights": layer}, {"gathered weights": around}
-    moments = counts.moments(copies, (earlier, earlier + c * counts.head, gradients))
-    moments["backward"]["reduce buckets"] = 2 * c * bucket if stage in (1, 2) else 0  # overlap_comm has two buckets
-    moments["optimizer"]["optimizer scratch"] += 4 * p // n
-    return Memory(held, moments)
+    layer = (p - weights.outside) // shape.num_layers
+    loss, backward = (c * layer, c * (weights.outside + 2 * layer)) if stage == 3 else (0, 0)
+    return held, {
+        "loss": {"gathered weights": loss, "gradients": earlier},
+        "backward": {
+            "gathered weights": backward,
+            "gradients": earlier + c * weights.head,
+            "reduce buckets": 2 * c * ZERO_BUCKET if stage in (1, 2) else 0,  # overlap_comm has two buckets
+        },
+        "optimizer": {"gradients": gradients},
+    }

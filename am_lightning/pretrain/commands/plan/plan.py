@@ -10,7 +10,7 @@ from am_lightning.pretrain.commands.plan.layout import ParallelPlan, make_layout
 from am_lightning.pretrain.commands.plan.measured import ASSUMED_MFU, GPUS, Gpu, Measured, nearest
 from am_lightning.pretrain.commands.plan.memory import RESERVE, Memory, memory_of
 from am_lightning.pretrain.commands.plan.traffic import Traffic, traffic_of
-from am_lightning.pretrain.model.shape import LlamaShape, count_parameters, count_tensors, flops_per_token
+from am_lightning.pretrain.model.shape import count_parameters, count_tensors, flops_per_token
 from am_lightning.pretrain.runtime.run_config import RunConfig
 
 
@@ -69,16 +69,8 @@ def make_plan(settings: RunConfig, args: argparse.Namespace) -> Plan:
     Raises:
         RecipeError: if numbers do not divide each other.
     """
-    trainer, model, shape = settings.config["trainer"], settings.config["model"], settings.shape
-    layout = make_layout(
-        shape,
-        trainer["strategy"],
-        batch_size=settings.data.batch_size,
-        accumulate=settings.accumulate,
-        precision=trainer["precision"] or "bf16-mixed",  # the default on a GPU
-        gpus=args.gpus,
-        gpus_per_node=args.gpus_per_node,
-    )
+    model, shape = settings.config["model"], settings.shape
+    layout = make_layout(settings, args.gpus, args.gpus_per_node)
     checkpointing = bool(model["activation_checkpointing"])
     traffic = traffic_of(shape, layout, checkpointing=checkpointing)
     sheet = GPUS.get(args.gpu, Gpu(args.peak_tflops, args.peak_tflops, args.memory_gb))
@@ -89,6 +81,12 @@ def make_plan(settings: RunConfig, args: argparse.Namespace) -> Plan:
     # Weights and two moments as they are stored; DeepSpeed stores its 16-bit weights and float32 ones.
     zero = 12 + (2 if layout.compute_bytes == 2 else 0)
     mfu = args.mfu or (ASSUMED_MFU if shown is None else shown.tflops / peak)
+    tokens = layout.data * layout.accumulate * layout.rows * shape.seq_len
+    per_second = layout.gpus * peak * 1e12 * mfu / flops_per_token(shape)
+    step = tokens / per_second
+    between = args.bandwidth if layout.nodes > 1 else args.node_bandwidth
+    within = args.node_bandwidth if layout.tensor <= layout.gpus_per_node else args.bandwidth
+    sending = sum(traffic.data.values()) / (between * 1e9) + sum(traffic.tensor.values()) / (within * 1e9)
     return Plan(
         parameters=parameters,
         tensors=count_tensors(shape),
@@ -96,7 +94,7 @@ def make_plan(settings: RunConfig, args: argparse.Namespace) -> Plan:
         memory=memory_of(shape, layout, checkpointing=checkpointing),
         gpu_memory=int(1e9 * (args.memory_gb or sheet.memory_gb)),
         traffic=traffic,
-        speed=_speed(shape, layout, traffic, settings.steps, layout.gpus * peak * 1e12 * mfu, args),
+        speed=Speed(tokens, per_second, step, sending, days=settings.steps * step / 86400),
         mfu=mfu,
         mfu_is_assumed=args.mfu is None and shown is None,
         measured=shown,
@@ -104,16 +102,3 @@ def make_plan(settings: RunConfig, args: argparse.Namespace) -> Plan:
         steps=settings.steps,
         checkpoint_bytes=(zero if layout.kind == "zero" else 3 * layout.weight_bytes) * parameters,
     )
-
-
-def _speed(
-    shape: LlamaShape, layout: ParallelPlan, traffic: Traffic, steps: int, flops: float, args: argparse.Namespace
-) -> Speed:
-    """Return the time of a run whose GPUs together reach `flops` operations per second (6 N + 12 L h s per token)."""
-    tokens = layout.data * layout.accumulate * layout.rows * shape.seq_len
-    per_second = flops / flops_per_token(shape)
-    between = args.bandwidth if layout.nodes > 1 else args.node_bandwidth
-    within = args.node_bandwidth if layout.tensor <= layout.gpus_per_node else args.bandwidth
-    sending = sum(traffic.data.values()) / (between * 1e9) + sum(traffic.tensor.values()) / (within * 1e9)
-    step = tokens / per_second
-    return Speed(tokens, per_second, step, sending, steps * step / 86400)
