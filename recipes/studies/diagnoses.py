@@ -19,7 +19,7 @@ import lightning as L
 import torch
 from PIL import Image
 
-from am_lightning.pretrain.commands.report.events import PATTERN, last_picture, read_curves
+from am_lightning.pretrain.commands.report.events import PATTERN, last_picture, read_files
 
 ROOT = Path(__file__).resolve().parents[2]
 _COLOURS = 128  # few colours keep the files of the docs' pictures small
@@ -145,7 +145,7 @@ def main(args: list[str] | None = None) -> None:
         assert picture is not None
         image = Image.open(io.BytesIO(picture)).convert("RGB").quantize(_COLOURS)
         image.save(options.out / f"{name}.png", optimize=True)
-        loss = read_curves(folder / "logs")["final/val_loss"].last
+        loss = read_files((folder / "logs").glob(PATTERN))["final/val_loss"].last
         rows.append(f"| {title} | {loss:.3f} | {line} |")
         print(rows[-1], flush=True)
     (options.out / "diagnoses.md").write_text("\n".join([*rows, ""]))

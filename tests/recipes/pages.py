@@ -12,6 +12,8 @@ import numpy as np
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
+from am_lightning.pretrain.commands.report.events import PATTERN, Curve, read_files
+
 
 class Page(HTMLParser):
     """The report as its reader sees it: links, tables, and the data behind the charts."""
@@ -59,6 +61,11 @@ def write_run(folder: Path, scalars: dict[str, dict[int, float]], config: dict[s
     if config is not None:
         (folder / "logs" / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
+
+
+def read_curves(log_dir: Path) -> dict[str, Curve]:
+    """Return all scalars in a folder's event files by tag."""
+    return read_files(log_dir.glob(PATTERN))
 
 
 def intervals(folder: Path, *, cap: float | None) -> list[str]:

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from am_lightning.pretrain.commands.report.events import read_curves
 from tests.python import PYTHON
 
 from .commands import PRETRAIN, arguments, differences, load, run, training_state
+from .pages import read_curves
 
 KILLED = Path(__file__).with_name("killed.py")
 STEPS, EVERY = 40, 10

@@ -21,7 +21,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from am_lightning.pretrain.commands.report.charts import charts
 from am_lightning.pretrain.commands.report.differences import ABSENT, differences
-from am_lightning.pretrain.commands.report.events import read_curves
 from am_lightning.pretrain.commands.report.page import facts
 from am_lightning.pretrain.commands.report.runs import find_runs
 from am_lightning.pretrain.runtime.errors import RecipeError
@@ -30,7 +29,7 @@ from tests.ports import free_port
 from tests.python import COLD
 
 from .commands import RECIPES, arguments, load
-from .pages import Page, intervals, write_run
+from .pages import Page, intervals, read_curves, write_run
 
 CHROMIUM = next((path for name in ("chromium", "google-chrome", "chrome") if (path := shutil.which(name))), None)
 

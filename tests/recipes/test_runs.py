@@ -17,11 +17,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from am_lightning.pretrain.checkpoints.run_folder import protect_earlier_run
 from am_lightning.pretrain.commands.compare import compare
-from am_lightning.pretrain.commands.report.events import read_curves
 from am_lightning.pretrain.model.lightning_module import LlamaPretraining
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 from .commands import RECIPES, arguments, differences, load, run, training_state
+from .pages import read_curves
 
 pytestmark = pytest.mark.slow
 

@@ -14,9 +14,10 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from am_lightning.pretrain.callbacks.throughput import TrainingMonitor, perplexity
-from am_lightning.pretrain.commands.report.events import PATTERN, Curve, read_curves
+from am_lightning.pretrain.commands.report.events import PATTERN, Curve
 
 from .commands import arguments, run
+from .pages import read_curves
 
 ADAMW = ["--model.optimizer", "torch.optim.AdamW", "--trainer.callbacks", "null"]
 FSDP2 = {

@@ -10,22 +10,25 @@ import numpy as np
 
 from am_lightning.pretrain.commands.report.events import Curve
 from am_lightning.pretrain.commands.report.runs import RunData
-from am_lightning.pretrain.commands.report.series import band, extremes, heatmap, smooth, thin
+from am_lightning.pretrain.commands.report.series import band, heatmap, smooth, thin
 
 _POINTS = 500  # in a curve, which is more than a chart has columns on a screen
 
 
 def charts(runs: Sequence[RunData]) -> list[dict[str, Any]]:
-    """Return the charts that have something to show, in the order of the page.
+    """Return the charts that have something to show, in the order of the page. The losses come first in any case.
 
-    A series' `style` is "mean" (a running mean), "raw" (as logged, pale), "dots" (validations), "line", or "band"
-    (from `values` to `upper`).
+    With several runs the losses' chart ends at the highest running mean after 5 % of a run. Higher ones hide how the
+    runs differ. A series' `style` is "mean" (a running mean), "raw" (as logged, pale), "dots" (validations), "line", or
+    "band" (from `values` to `upper`).
     """
-    losses, caps = loss_chart(runs), _caps(runs)
+    means = [smooth(run.train_loss).values for run in runs if run.train_loss and len(runs) > 1]
+    top = max((float(values[len(values) // 20]) for values in means if len(values)), default=None)
+    losses = _chart("loss", "Loss", "nats per token", _losses(runs, 0), top=top, floor=None)
+    caps = _caps(runs)
     beta = "beta_t" + (f", cap {' and '.join(f'{cap:g}' for cap in caps)}" if caps else "")
-    ratios = {"top": None if losses["top"] is None else math.exp(min(losses["top"], 700)), "floor": None, "log": True}
-    made = [
-        losses,
+    ratios = {"top": None if top is None else math.exp(min(top, 700)), "floor": None, "log": True}
+    others = [
         _chart("perplexity", "Perplexity", "e to the loss, logarithmic axis", _losses(runs, 1), **ratios),
         _chart("beta", "Momentum, mean over all tensors", beta, _momentum(runs), reach=max(caps, default=None)),
         _chart("at_max", "Tensors at the cap", "share of tensors and steps", _each(runs, "at_max", mean=True)),
@@ -36,17 +39,7 @@ def charts(runs: Sequence[RunData]) -> list[dict[str, Any]]:
         _chart("lr", "Learning rate", "first group", _each(runs, "learning_rate")),
         _chart("skipped", "Skipped steps", "so far, because a sum was not finite", _each(runs, "skipped")),
     ]
-    return [chart for chart in made if chart["series"]]
-
-
-def loss_chart(runs: Sequence[RunData]) -> dict[str, Any]:
-    """Return the chart of the losses.
-
-    With several runs it ends at the highest running mean after 5 % of a run. Higher ones hide how the runs differ.
-    """
-    means = [smooth(run.train_loss).values for run in runs if run.train_loss and len(runs) > 1]
-    top = max((float(values[len(values) // 20]) for values in means if len(values)), default=None)
-    return _chart("loss", "Loss", "nats per token", _losses(runs, 0), top=top, floor=None)
+    return [losses, *(chart for chart in others if chart["series"])]
 
 
 def heatmaps(runs: Sequence[RunData]) -> list[dict[str, Any]]:
@@ -120,7 +113,7 @@ def _each(runs: Sequence[RunData], name: str, *, mean: bool = False) -> list[dic
 
 
 def _series(run: int, label: str, style: str, curve: Curve, exponent: int = 0) -> dict[str, Any]:
-    short = extremes(curve, 2 * _POINTS) if style == "raw" else thin(curve, _POINTS)
+    short = thin(curve, 2 * _POINTS if style == "raw" else _POINTS)
     values = _numbers(np.exp(np.minimum(short.values, 700)) if exponent else short.values, 5)
     return {"run": run, "label": label, "style": style, "steps": short.steps.tolist(), "values": values}
 

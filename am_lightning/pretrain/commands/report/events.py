@@ -11,8 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from am_lightning.pretrain.runtime.errors import RecipeError
-
 PATTERN = "events.out.tfevents.*"
 Floats = NDArray[np.float64]
 
@@ -33,18 +31,6 @@ class Curve:
     def median(self) -> float:
         """Median, which a pause of the run does not change."""
         return float(np.median(self.values))
-
-
-def read_curves(log_dir: Path) -> dict[str, Curve]:
-    """Return all scalars in a folder's event files by tag; see ``read_files``.
-
-    Raises:
-        RecipeError: if there is no event file.
-    """
-    files = sorted(log_dir.glob(PATTERN))
-    if not files:
-        raise RecipeError(f"{log_dir} holds no event file: was the run started with a TensorBoard logger?")
-    return read_files(files)
 
 
 def read_files(files: Iterable[Path], *, first_step: int = 0) -> dict[str, Curve]:

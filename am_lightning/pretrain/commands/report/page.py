@@ -47,7 +47,7 @@ def write_page(path: Path, runs: Sequence[RunData], picture: Path) -> None:
         differences=differences([run.config for run in runs]) if len(runs) > 1 else {},
         data={  # the page's script draws these
             "runs": [run.name for run in runs],
-            "charts": charts(runs),
+            "charts": [chart for chart in charts(runs) if chart["series"]],
             "heatmaps": heatmaps(runs),
             "shades": [to_hex(shades(i)) for i in range(_SHADES)],
         },

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from am_lightning.pretrain.commands.report.charts import charts, heatmaps, loss_chart
-from am_lightning.pretrain.commands.report.events import Floats
+from am_lightning.pretrain.commands.report.charts import charts, heatmaps
 from am_lightning.pretrain.commands.report.runs import RunData
 from am_lightning.pretrain.runtime.atomic_files import replacing
 
@@ -29,6 +29,8 @@ _LINES: dict[str, dict[str, Any]] = {  # style of a series -> how its line is dr
     "dots": {"clip_on": False, **_DOTS},
 }
 _INK, _GRID = "#333333", "#DDDDDD"
+_STYLE = {"axes.spines.top": False, "axes.spines.right": False, "xtick.color": _INK, "ytick.color": _INK}
+_TITLE: dict[str, Any] = {"loc": "left", "fontsize": 10, "color": _INK}
 HINT = "Free some space and run `am-lightning report` on the run's folder."
 OPTION = "am-lightning report --output FILE"
 
@@ -48,25 +50,27 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(file, format="png", dpi=110)
 
 
+@matplotlib.rc_context(_STYLE)
 def report_figure(runs: Sequence[RunData], *, curves: bool = True) -> Figure:
     """Return the picture of a report: losses, momentum by layer of every run that has it, and the other `curves`."""
-    layers, panels = heatmaps(runs), [chart for chart in charts(runs) if chart["id"] != "loss"] if curves else []
+    layers, (losses, *panels) = heatmaps(runs), charts(runs)
+    panels = panels if curves else []
     heights = [4.2, *(0.9 + 0.16 * len(found["rows"]) for found in layers), *(2.2 for _ in panels[::2])]
     figure = Figure((11, sum(heights)), layout="constrained", facecolor="white")
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
-    losses = figure.add_subplot(grid[0, :])
-    _draw_losses(losses, runs)
+    top = figure.add_subplot(grid[0, :])
+    _draw_losses(top, losses, runs)
     for row, found in enumerate(layers, start=1):
-        _draw_heatmap(figure, figure.add_subplot(grid[row, :], sharex=losses), found, runs)
+        _draw_heatmap(figure, figure.add_subplot(grid[row, :], sharex=top), found, runs)
     for number, chart in enumerate(panels):
-        axes = figure.add_subplot(grid[1 + len(layers) + number // 2, number % 2], sharex=losses)
+        axes = figure.add_subplot(grid[1 + len(layers) + number // 2, number % 2], sharex=top)
         _draw_chart(axes, chart, single=len(runs) == 1)
-        axes.set_title(f"{chart['title']}, {chart['unit']}", loc="left", fontsize=10, color=_INK)
+        axes.set_title(f"{chart['title']}, {chart['unit']}", **_TITLE)
     return figure
 
 
-def _draw_losses(axes: Axes, runs: Sequence[RunData]) -> None:
-    _draw_chart(axes, loss_chart(runs), single=len(runs) == 1)
+def _draw_losses(axes: Axes, chart: dict[str, Any], runs: Sequence[RunData]) -> None:
+    _draw_chart(axes, chart, single=len(runs) == 1)
     axes.set_ylabel("loss (nats per token)")
     axes.set_xlabel("optimizer step")
     axes.set_xlim(0, max([2, *(run.steps for run in runs)]))
@@ -78,10 +82,11 @@ def _draw_chart(axes: Axes, chart: dict[str, Any], *, single: bool) -> None:
     """Draw the series of a chart as the page's script does."""
     dotted = any(series["style"] == "dots" for series in chart["series"])
     for series in chart["series"]:
-        steps, style, values = series["steps"], series["style"], _floats(series["values"])
+        steps, style = series["steps"], series["style"]
+        values, upper = (np.array(series.get(key, ()), dtype=float) for key in ("values", "upper"))  # None becomes nan
         colour, dashes = look(1 if single and style == "dots" else series["run"])
         if style == "band":
-            axes.fill_between(steps, values, _floats(series["upper"]), color=colour, alpha=0.16, linewidth=0)
+            axes.fill_between(steps, values, upper, color=colour, alpha=0.16, linewidth=0)
         else:
             faint = {"alpha": 0.6} if style == "mean" and dotted and not single else {}
             axes.plot(steps, values, color=colour, **{"linestyle": dashes, **_LINES[style], **faint})
@@ -89,29 +94,22 @@ def _draw_chart(axes: Axes, chart: dict[str, Any], *, single: bool) -> None:
         axes.axhline(chart["reach"], color=_INK, ls=":", linewidth=0.8)
     axes.set_yscale("log" if chart["log"] else "linear")
     axes.set_ylim(chart["floor"], chart["top"])
-    _style(axes)
     axes.grid(color=_GRID, linewidth=0.6)
 
 
 def _draw_heatmap(figure: Figure, axes: Axes, found: dict[str, Any], runs: Sequence[RunData]) -> None:
     """Draw the momentum of layers x steps."""
     rows = found["rows"]
-    limits: dict[str, Any] = {"vmin": 0.0, "vmax": found["top"]}
-    places = np.arange(len(rows) + 1)
-    mesh = axes.pcolormesh(found["edges"], places, _floats(found["values"]), cmap=COLOUR_MAP, rasterized=True, **limits)
+    values = np.array(found["values"], dtype=float)  # None becomes nan
+    options: dict[str, Any] = {"vmin": 0.0, "vmax": found["top"], "cmap": COLOUR_MAP, "rasterized": True}
+    mesh = axes.pcolormesh(found["edges"], np.arange(len(rows) + 1), values, **options)
     axes.set_yticks(np.arange(len(rows)) + 0.5, rows, fontsize=9 if len(rows) < 16 else 6)
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
     named = f" of {runs[found['run']].name}" if len(runs) > 1 else ""
-    axes.set_title(f"Momentum by layer{named}: {found['by']}", loc="left", fontsize=10, color=_INK)
-    _style(axes)
+    axes.set_title(f"Momentum by layer{named}: {found['by']}", **_TITLE)
     bar = figure.colorbar(mesh, ax=axes, pad=0.01, aspect=15)
     bar.outline.set_visible(False)
-
-
-def _floats(values: list[Any]) -> Floats:
-    """Return an array with nan for None."""
-    return np.array(values, dtype=np.float64)
 
 
 def _legend(runs: Sequence[RunData]) -> list[Line2D]:
@@ -128,9 +126,3 @@ def _legend(runs: Sequence[RunData]) -> list[Line2D]:
         (_INK, "without dots: training, running mean") if several else (COLOURS[0], "training, running mean")
     )
     return [*handles, Line2D([], [], color=colour, label=label, alpha=0.6 if several else 1, linewidth=1.2)]
-
-
-def _style(axes: Axes) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.tick_params(colors=_INK)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ _LOG_FOLDERS = ("logs", "runs", "tensorboard")
 _SHAPE = {"hidden_size", "intermediate_size", "num_heads", "num_layers", "vocab_size", "seq_len"}
 
 
-def _logged(*tags: str) -> cached_property[Curve | None]:
-    """Return an attribute of `RunData`: the curve of the first of `tags` that was logged, or None."""
-    return cached_property(lambda run: run.find(*tags))
+def _logged(*patterns: str) -> cached_property[Curve | None]:
+    """Return an attribute of `RunData`: the curve that `find` finds, or None if it was not logged."""
+    return cached_property(lambda run: run.find(*patterns))
 
 
 @dataclass(frozen=True)
@@ -37,55 +38,43 @@ class RunData:
     curves: dict[str, Curve] = field(repr=False)  # scalars by tag
     files: Sequence[Path] = ()  # event files, which may hold a picture of the layers
 
-    grad_norm = _logged("am/grad_norm", "grad_norm")  # global norm before clipping
-    tokens_per_second = _logged("throughput/tokens_per_second", "tokens_per_second", "device/items_per_sec")
-    mfu = _logged("throughput/mfu", "mfu", "device/mfu")  # share of the device's peak
-    skipped = _logged("am/skipped_steps", "skipped_steps")  # steps dropped so far
-    beta_mean = _logged("am/beta/mean")  # mean of beta_t over the tensors and the steps since the last point
-    at_max = _logged("am/clamp/at_max")  # share of the tensors' steps with beta_t at its cap
-    at_zero = _logged("am/clamp/at_zero")  # share of the tensors' steps with beta_t = 0
+    train_loss = _logged("*/train/loss", "*/train_loss", "/loss")  # nats per token
+    learning_rate = _logged("*/learning_rate", "*/lr", "/lr-*")  # of the first parameter group
+    grad_norm = _logged("*/am/grad_norm", "*/grad_norm")  # global norm before clipping
+    tokens_per_second = _logged("*/throughput/tokens_per_second", "*/tokens_per_second", "*/device/items_per_sec")
+    mfu = _logged("*/throughput/mfu", "*/mfu")  # share of the device's peak
+    skipped = _logged("*/am/skipped_steps", "*/skipped_steps")  # steps dropped so far
+    beta_mean = _logged("*/am/beta/mean")  # mean of beta_t over the tensors and the steps since the last point
+    at_max = _logged("*/am/clamp/at_max")  # share of the tensors' steps with beta_t at its cap
+    at_zero = _logged("*/am/clamp/at_zero")  # share of the tensors' steps with beta_t = 0
 
-    def find(self, *tags: str) -> Curve | None:
-        """Return the first of the tags that was logged; trackers may have put a prefix before it (`train/`)."""
-        for tag in tags:
-            for own, curve in self.curves.items():
-                if own == tag or own.endswith(f"/{tag}"):
-                    return curve
-        return None
-
-    @property
-    def train_loss(self) -> Curve | None:
-        """Training loss in nats per token."""
-        return self.find("train/loss", "train_loss", "train/train_loss") or self.curves.get("loss")
+    def find(self, *patterns: str) -> Curve | None:
+        """Return the first curve that a pattern fits. A tag begins with "/", or with a tracker's prefix (`/train/`)."""
+        fitting = (tag for pattern in patterns for tag in self.curves if fnmatchcase(f"/{tag}", pattern))
+        return next((self.curves[tag] for tag in fitting), None)
 
     @property
     def val_loss(self) -> Curve | None:
         """Loss of the validations during training, in nats per token."""
-        found = self.find("val/loss", "eval/loss", "val_loss", "eval_loss")
-        return None if found is self.find("final/val_loss") else found
-
-    @property
-    def learning_rate(self) -> Curve | None:
-        """Learning rate of the first parameter group."""
-        found = self.find("learning_rate", "lr")
-        return found or next((curve for tag, curve in self.curves.items() if tag.startswith("lr-")), None)
+        found = self.find("*/val/loss", "*/eval/loss", "*/val_loss", "*/eval_loss")
+        return None if found is self.find("*/final/val_loss") else found
 
     @property
     def beta_ends(self) -> tuple[Curve, Curve] | None:
         """The lowest and the highest beta_t of any tensor in any step since the last point."""
-        low, high = self.find("am/beta/min"), self.find("am/beta/max")
+        low, high = self.find("*/am/beta/min"), self.find("*/am/beta/max")
         return None if low is None or high is None or len(low.steps) != len(high.steps) else (low, high)
 
     @property
     def cap(self) -> float | None:
         """Upper limit of beta_t."""
-        found = self.find("am/beta/cap")
+        found = self.find("*/am/beta/cap")
         return float(found.values.max()) if found else None
 
     @property
     def has_layers(self) -> bool:
         """True if `momentum` has a curve for each layer, False if it has one for each layer group."""
-        return bool(self._below(_LAYERS))
+        return bool(self._lowest(_LAYERS))
 
     @cached_property
     def layers_picture(self) -> bytes | None:
@@ -96,12 +85,12 @@ class RunData:
     def momentum(self) -> dict[str, Curve]:
         """The lowest beta_t of the tensors and the steps since the last point, by layer, or by layer group if no layers
         were logged, in the order of the tags, which is the optimizer's; {} without adaptive memory."""
-        layers = self._below(_LAYERS) or self._below(_ALL)
-        return {name.removesuffix("/min"): curve for name, curve in layers.items() if name.endswith("/min")}
+        return self._lowest(_LAYERS) or self._lowest(_ALL)
 
-    def _below(self, start: str) -> dict[str, Curve]:
-        """The curves whose tag has `start` in it, by what follows."""
-        return {tag.split(start, 1)[1]: curve for tag, curve in self.curves.items() if f"/{start}" in f"/{tag}"}
+    def _lowest(self, start: str) -> dict[str, Curve]:
+        """Return the curves of tags `start`NAME/min by NAME."""
+        found = {tag: curve for tag, curve in self.curves.items() if fnmatchcase(f"/{tag}", f"*/{start}*/min")}
+        return {tag.split(start, 1)[1].removesuffix("/min"): curve for tag, curve in found.items()}
 
     @property
     def steps(self) -> int:
@@ -124,7 +113,7 @@ class RunData:
     @property
     def final_val_loss(self) -> float | None:
         """Loss of the validation after the last step; None if there was none yet."""
-        found = self.find("final/val_loss")
+        found = self.find("*/final/val_loss")
         return found.last if found else None
 
     @property

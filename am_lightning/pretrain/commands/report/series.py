@@ -33,23 +33,17 @@ def smooth(curve: Curve) -> Curve:
 
 
 def thin(curve: Curve, points: int) -> Curve:
-    """Return at most about `points` points, evenly spaced by index, the first and the last included."""
-    if len(curve.steps) <= points:
-        return curve
-    index = np.unique(np.linspace(0, len(curve.steps) - 1, points).round().astype(np.int64))
-    return Curve(curve.steps[index], curve.values[index])
-
-
-def extremes(curve: Curve, points: int) -> Curve:
-    """Return at most about `points` points, the lowest and the highest of each window, so that spikes remain."""
-    width = max(1, -(-len(curve.steps) // (points // 2)))
+    """Return at most about `points` points: both ends, and the lowest and the highest of each window, so that spikes
+    remain."""
+    width = -(-2 * len(curve.steps) // points)
     if width < 3:
         return curve
-    keep: list[int] = []
+    keep = {0, len(curve.steps) - 1}
     for start in range(0, len(curve.steps), width):
         window = np.nan_to_num(curve.values[start : start + width])
-        keep += sorted({start + int(window.argmin()), start + int(window.argmax())})
-    return Curve(curve.steps[keep], curve.values[keep])
+        keep |= {start + int(window.argmin()), start + int(window.argmax())}
+    index = sorted(keep)
+    return Curve(curve.steps[index], curve.values[index])
 
 
 def band(low: Curve, high: Curve, points: int) -> tuple[Curve, Curve]:

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from am_lightning.pretrain.callbacks.throughput import TrainingMonitor, perplexity
 from am_lightning.pretrain.checkpoints import LAST
-from am_lightning.pretrain.commands.report.events import read_curves
+from am_lightning.pretrain.commands.report.events import PATTERN, read_files
 from am_lightning.pretrain.commands.report.plot import report_figure, save
 from am_lightning.pretrain.commands.report.runs import RunData
 from am_lightning.pretrain.data.text_data import TextData
@@ -34,7 +34,7 @@ class RunResult:
 
     def drawn_as(self, name: str) -> RunData | None:
         """Return what a picture shows of the run; None without event files."""
-        return RunData(name, self.root, {}, read_curves(self.log_dir)) if self.log_dir else None
+        return RunData(name, self.root, {}, read_files(self.log_dir.glob(PATTERN))) if self.log_dir else None
 
     @classmethod
     def of(cls, trainer: L.Trainer, data: TextData, monitor: TrainingMonitor) -> RunResult:
