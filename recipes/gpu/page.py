@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import re
 import statistics
 import sys
@@ -13,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from am_lightning.pretrain.commands.plan.measured import FILE, Measured, write_measured
+from am_lightning.pretrain.commands.plan.measured import FILE, Measured
+from am_lightning.pretrain.commands.report.charts import smooth
 from am_lightning.pretrain.commands.report.events import Curve
-from am_lightning.pretrain.commands.report.series import smooth
 from am_lightning.pretrain.model.shape import count_parameters, flops_per_token
 from am_lightning.pretrain.runtime.paths import recipe_files
 from am_lightning.pretrain.runtime.run_config import read_run_config
@@ -66,8 +68,16 @@ def main(arguments: list[str] | None = None) -> None:
     print(options.to)
     path = FILE if options.measured is None and options.to == DEFAULT else options.measured
     if path is not None:
-        write_measured(measured(answers), path)
+        _write_measured(measured(answers), path)
         print(path)
+
+
+def _write_measured(found: list[Measured], path: Path) -> None:
+    """Write the file that `plan` reads; an empty list removes it."""
+    if found:
+        path.write_text(json.dumps([dataclasses.asdict(each) for each in found], indent=1) + "\n", encoding="utf-8")
+    else:
+        path.unlink(missing_ok=True)
 
 
 def measured(answers: Answers) -> list[Measured]:

@@ -166,8 +166,8 @@ def settings(recipe: str, which: Run, context: Context, root: Path, text: Path) 
 
 def read_run(root: Path) -> dict[str, Any]:
     """Return losses and beta_t of a finished run, from its event files."""
+    from am_lightning.pretrain.commands.report.charts import heatmap
     from am_lightning.pretrain.commands.report.runs import find_runs
-    from am_lightning.pretrain.commands.report.series import heatmap
     from am_lightning.pretrain.loss_spikes import count_spikes
 
     found = find_runs([str(root)])[0]
@@ -184,9 +184,8 @@ def read_run(root: Path) -> dict[str, Any]:
         "skipped": found.skipped.last if found.skipped else None,
     }
     if found.momentum:
-        matrix = heatmap(found.momentum)
-        values = [[None if v != v else round(v, 3) for v in row] for row in matrix.values.tolist()]
-        result["beta_t"] = {"rows": matrix.rows, "edges": matrix.edges.tolist(), "values": values}
+        layers = heatmap(found.momentum)
+        result["beta_t"] = {key: layers[key] for key in ("rows", "edges", "values")}
         result["beta_t mean"] = found.beta_mean.median if found.beta_mean else None
     return result
 

@@ -9,10 +9,10 @@ import pytest
 from matplotlib.image import imread
 from torch.utils.tensorboard import SummaryWriter
 
+from am_lightning.pretrain.commands.report.charts import heatmap, smooth, thin
 from am_lightning.pretrain.commands.report.events import Curve
 from am_lightning.pretrain.commands.report.plot import look, report_figure, save
 from am_lightning.pretrain.commands.report.runs import RunData
-from am_lightning.pretrain.commands.report.series import heatmap, smooth, thin
 
 from .pages import read_curves
 
@@ -60,7 +60,7 @@ def test_a_resume_takes_back_all_that_came_after_it(tmp_path: Path) -> None:
 
 
 def test_layers_are_in_the_order_of_the_model_whatever_they_are_called(log_dir: Path) -> None:
-    assert heatmap(run_of(log_dir).momentum).rows == LAYERS
+    assert heatmap(run_of(log_dir).momentum)["rows"] == LAYERS
 
 
 def test_the_mean_of_a_line_is_the_line() -> None:
@@ -90,10 +90,9 @@ def test_a_column_of_the_heatmap_has_the_lowest_of_its_steps() -> None:
     values = np.full(1000, 0.8)
     values[503] = 0.1
     found = heatmap({"layers.0": Curve(np.arange(1, 1001), values)}, columns=100)
-    assert found.width == 10
-    assert found.values.shape == (1, 100)
-    assert found.values[0].tolist() == [0.8] * 50 + [0.1] + [0.8] * 49
-    assert found.edges[[0, 50, 51, 100]].tolist() == [0, 500, 510, 1000]
+    assert found["width"] == 10
+    assert found["values"] == [[0.8] * 50 + [0.1] + [0.8] * 49]
+    assert [found["edges"][column] for column in (0, 50, 51, 100)] == [0, 500, 510, 1000]
 
 
 def test_the_picture_shows_the_dip(log_dir: Path, tmp_path: Path) -> None:

@@ -20,8 +20,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from am_lightning.pretrain.commands.report.charts import charts
-from am_lightning.pretrain.commands.report.differences import ABSENT, differences
-from am_lightning.pretrain.commands.report.page import facts
+from am_lightning.pretrain.commands.report.page import ABSENT, differences, facts
 from am_lightning.pretrain.commands.report.runs import find_runs
 from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.recipes.__main__ import main

@@ -58,21 +58,13 @@ class Measured:
         return f"{self.device} ({self.recipe}, {gpus}; {self.kind}, {self.date})"
 
 
-def write_measured(found: list[Measured], path: Path) -> None:
-    """Write the file that `nearest` reads; an empty list removes it."""
-    if found:
-        path.write_text(json.dumps([dataclasses.asdict(each) for each in found], indent=1) + "\n", encoding="utf-8")
-    else:
-        path.unlink(missing_ok=True)
-
-
 def nearest(gpu: str, parameters: int, precision: str, *, compiled: bool) -> Measured | None:
     """Return the measurement of the nearest size on `gpu`, a key of `GPUS`, in this precision; None if there is none.
 
     A training run is preferred to training steps.
 
     Raises:
-        RecipeError: if the file is not of `write_measured`.
+        RecipeError: if the file is not a list of `Measured`.
     """
     try:
         found = [Measured(**each) for each in json.loads(FILE.read_text(encoding="utf-8"))]
@@ -90,9 +82,8 @@ def nearest(gpu: str, parameters: int, precision: str, *, compiled: bool) -> Mea
 
 def gpu_of(device: str) -> str | None:
     """Return the key of `GPUS` for a device's name: "A100-40" for "NVIDIA A100-SXM4-40GB"."""
-    fitting = []
-    for gpu in GPUS:
+    for gpu in sorted(GPUS, key=len, reverse=True):
         family, _, gigabytes = gpu.partition("-")
         if re.search(rf"\b{family}\b", device) and (not gigabytes or f"{gigabytes}GB" in device):
-            fitting.append(gpu)
-    return max(fitting, key=len, default=None)
+            return gpu
+    return None

@@ -10,8 +10,8 @@ import numpy as np
 
 from am_lightning.pretrain.commands.report.events import Curve
 from am_lightning.pretrain.commands.report.runs import RunData
-from am_lightning.pretrain.commands.report.series import band, heatmap, smooth, thin
 
+_SMOOTHING = 0.04  # window of the running mean, as a share of the points
 _POINTS = 500  # in a curve, which is more than a chart has columns on a screen
 
 
@@ -45,19 +45,9 @@ def charts(runs: Sequence[RunData]) -> list[dict[str, Any]]:
 def heatmaps(runs: Sequence[RunData]) -> list[dict[str, Any]]:
     """Return the momentum of layers x steps of every run that has it. The colours of all end at the same `top`."""
     found = [(number, heatmap(run.momentum)) for number, run in enumerate(runs) if run.momentum]
-    top = max([*(float(np.nanmax(matrix.values)) for _, matrix in found), *_caps(runs)], default=1.0)
-    return [
-        {
-            "run": number,
-            "rows": matrix.rows,
-            "edges": matrix.edges.tolist(),
-            "values": [_numbers(row, 3) for row in matrix.values],
-            "width": matrix.width,
-            "by": _by(runs[number], matrix.width),
-            "top": _rounded(top, 3),
-        }
-        for number, matrix in found
-    ]
+    values = [value for _, layers in found for row in layers["values"] for value in row if value is not None]
+    top = _rounded(max([*values, *_caps(runs)], default=1.0), 3)
+    return [layers | {"run": number, "by": _by(runs[number], layers["width"]), "top": top} for number, layers in found]
 
 
 def _by(run: RunData, width: int) -> str:
@@ -118,10 +108,64 @@ def _series(run: int, label: str, style: str, curve: Curve, exponent: int = 0) -
     return {"run": run, "label": label, "style": style, "steps": short.steps.tolist(), "values": values}
 
 
+def smooth(curve: Curve) -> Curve:
+    """Return the centred running mean of the finite points. The window shrinks at the ends."""
+    finite = np.isfinite(curve.values)
+    steps, values = curve.steps[finite], curve.values[finite]
+    half = max(0, round(len(values) * _SMOOTHING / 2))
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+    return Curve(steps, (sums[high] - sums[low]) / (high - low))
+
+
+def thin(curve: Curve, points: int) -> Curve:
+    """Return at most about `points` points: both ends, and the lowest and the highest of each window."""
+    width = -(-2 * len(curve.steps) // points)
+    if width < 3:
+        return curve
+    keep = {0, len(curve.steps) - 1}
+    for start in range(0, len(curve.steps), width):
+        window = np.nan_to_num(curve.values[start : start + width])
+        keep |= {start + int(window.argmin()), start + int(window.argmax())}
+    index = sorted(keep)
+    return Curve(curve.steps[index], curve.values[index])
+
+
+def band(low: Curve, high: Curve, points: int) -> tuple[Curve, Curve]:
+    """Return at most about `points` points of both, the lowest and the highest of each window."""
+    starts = np.arange(0, len(low.steps), max(1, -(-len(low.steps) // points)))
+    ends = np.append(starts[1:], len(low.steps)) - 1
+    steps = low.steps[ends]
+    return Curve(steps, np.fmin.reduceat(low.values, starts)), Curve(steps, np.fmax.reduceat(high.values, starts))
+
+
+def heatmap(layers: dict[str, Curve], columns: int = 160) -> dict[str, Any]:
+    """Return the momentum of some layers in at most `columns` columns, as plain data.
+
+    A column shows the lowest of its points, because dips last a step or two and would be too thin to see.
+
+    Returns:
+        `rows`: the layers, in the given order; `edges`: columns + 1 steps, column i covers edges[i] < step <=
+        edges[i + 1]; `values`: rows x columns, None if nothing was logged; `width`: logged points in a column.
+    """
+    steps = np.unique(np.concatenate([curve.steps for curve in layers.values()]))
+    values = np.full((len(layers), len(steps)), np.nan)
+    for row, curve in zip(values, layers.values(), strict=True):
+        row[np.searchsorted(steps, curve.steps)] = curve.values
+    width = -(-len(steps) // columns)
+    starts = np.arange(0, len(steps), width)
+    first = max(0, steps[0] - (steps[1] - steps[0] if len(steps) > 1 else 1))  # a point covers the steps before it
+    edges = np.concatenate([[first], steps[starts[1:] - 1], [steps[-1]]]).tolist()
+    lowest = [_numbers(row, 3) for row in np.fmin.reduceat(values, starts, axis=1)]
+    return {"rows": list(layers), "edges": edges, "values": lowest, "width": width}
+
+
 def _numbers(values: Iterable[float], digits: int) -> list[float | None]:
     """Replace nan and inf, which JSON does not have, by null, which interrupts the line."""
     return [_rounded(float(value), digits) if math.isfinite(value) else None for value in values]
 
 
 def _rounded(value: float, digits: int) -> float:
+    """Return a number with this many significant digits."""
     return float(f"{value:.{digits}g}")

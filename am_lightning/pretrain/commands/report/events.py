@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -70,15 +71,12 @@ def last_picture(files: Iterable[Path], tag: str) -> bytes | None:
 def _loaded(files: Iterable[Path]) -> list[EventAccumulator]:
     """Return the files in the order of their first events. A name holds whole seconds, and a number from 9 to 10."""
     limits = {"scalars": 0, "histograms": 1, "tensors": 1, "images": 1}
-    found = [EventAccumulator(str(file), size_guidance=limits).Reload() for file in files]
-
-    def opened(events: EventAccumulator) -> tuple[float, str]:
-        try:
-            return events.FirstEventTimestamp(), events.path
-        except ValueError:  # nothing has been written yet
-            return 0.0, events.path
-
-    return sorted(found, key=opened)
+    found = []
+    for file in files:
+        events = EventAccumulator(str(file), size_guidance=limits).Reload()
+        with contextlib.suppress(ValueError):  # nothing has been written yet
+            found.append((events.FirstEventTimestamp(), events.path, events))
+    return [events for *_, events in sorted(found)]
 
 
 def _curve(points: dict[int, float], shift: int) -> Curve:

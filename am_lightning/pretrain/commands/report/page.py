@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import itertools
+import json
 import math
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import matplotlib
@@ -14,7 +17,6 @@ from matplotlib.colors import to_hex
 
 from am_lightning.pretrain.commands.list import short
 from am_lightning.pretrain.commands.report.charts import charts, heatmaps
-from am_lightning.pretrain.commands.report.differences import ABSENT, differences
 from am_lightning.pretrain.commands.report.plot import COLOUR_MAP, COLOURS, HINT, OPTION
 from am_lightning.pretrain.commands.report.runs import RunData
 from am_lightning.pretrain.runtime.atomic_files import replacing
@@ -22,6 +24,13 @@ from am_lightning.pretrain.runtime.atomic_files import replacing
 # The runs' colours on a dark page, in the order of plot.COLOURS.
 _DARK = ("#56B4E9", "#F28E4B", "#35C79A", "#E39AC7", "#E0B23C", "#BDBDBD", "#8FD3FF", "#B9A3F2")
 _SHADES = 32
+# Folders always differ and tell nothing about a run.
+_FOLDERS = ("trainer.default_root_dir", "checkpoint.dirpath", "data.cache_dir", "config", "ckpt_path", "compare")
+# These follow the model's settings, and not every program writes them.
+_LINKED = ("data.seq_len", "data.vocab_size")
+_SECTIONS = ("model", "data", "seed_everything", "trainer")
+ABSENT = "–"  # noqa: RUF001
+_LISTED = "yes"  # the value of a class in a list
 
 
 def write_page(path: Path, runs: Sequence[RunData], picture: Path) -> None:
@@ -93,3 +102,48 @@ def _optimizer(run: RunData) -> str:
     warmup = run.setting("model.warmup_fraction")
     parts.append(f"{warmup:.0%} warmup" if warmup else "no warmup")
     return f"{name}{', converted to AMAdamW' if swapped else ''} ({', '.join(parts)})"
+
+
+def differences(configs: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Return dotted path -> the value in each configuration, or ABSENT, of all settings that differ.
+
+    The model's settings come first. The arguments of a class that only some configurations list are left out, and so is
+    a key that is null in some and absent in the others.
+    """
+
+    def section(key: str) -> int:
+        first = key.partition(".")[0]
+        return (*_SECTIONS, first).index(first)
+
+    flat: list[dict[str, str]] = [{} for _ in configs]
+    for config, found in zip(configs, flat, strict=True):
+        _flatten(config, "", found)
+    keys = sorted(dict.fromkeys(key for values in flat for key in values), key=section)
+    rows = {key: [values.get(key, ABSENT) for values in flat] for key in keys if key not in _FOLDERS + _LINKED}
+    rows = {key: values for key, values in rows.items() if len(set(values)) > 1 and set(values) != {"null", ABSENT}}
+    unlisted = tuple(f"{key}." for key, values in rows.items() if set(values) == {_LISTED, ABSENT})
+    return {key: values for key, values in rows.items() if not key.startswith(unlisted)}
+
+
+def _flatten(value: Any, path: str, flat: dict[str, str]) -> None:
+    """Add dotted path -> value as text. An entry of a list of classes is called `Class`, its second one `Class#2`."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            _flatten(inner, f"{path}.{key}" if path else str(key), flat)
+    elif isinstance(value, list) and any(isinstance(entry, dict) and "class_path" in entry for entry in value):
+        for entry in value:
+            made = entry if isinstance(entry, dict) else {"class_path": entry}
+            name = f"{path}.{str(made.get('class_path')).rpartition('.')[2]}"
+            places = itertools.chain([name], (f"{name}#{number}" for number in itertools.count(2)))
+            place = next(place for place in places if place not in flat)
+            flat[place] = _LISTED
+            if made.get("init_args"):
+                _flatten(made["init_args"], place, flat)
+    else:
+        flat[path] = _text(value)
+
+
+def _text(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)

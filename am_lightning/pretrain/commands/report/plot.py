@@ -59,7 +59,12 @@ def report_figure(runs: Sequence[RunData], *, curves: bool = True) -> Figure:
     figure = Figure((11, sum(heights)), layout="constrained", facecolor="white")
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
     top = figure.add_subplot(grid[0, :])
-    _draw_losses(top, losses, runs)
+    _draw_chart(top, losses, single=len(runs) == 1)
+    top.set_ylabel("loss (nats per token)")
+    top.set_xlabel("optimizer step")
+    top.set_xlim(0, max([2, *(run.steps for run in runs)]))
+    top.xaxis.set_major_locator(MaxNLocator(integer=True))
+    top.legend(handles=_legend(runs), frameon=False, fontsize=9)
     for row, found in enumerate(layers, start=1):
         _draw_heatmap(figure, figure.add_subplot(grid[row, :], sharex=top), found, runs)
     for number, chart in enumerate(panels):
@@ -67,15 +72,6 @@ def report_figure(runs: Sequence[RunData], *, curves: bool = True) -> Figure:
         _draw_chart(axes, chart, single=len(runs) == 1)
         axes.set_title(f"{chart['title']}, {chart['unit']}", **_TITLE)
     return figure
-
-
-def _draw_losses(axes: Axes, chart: dict[str, Any], runs: Sequence[RunData]) -> None:
-    _draw_chart(axes, chart, single=len(runs) == 1)
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_xlabel("optimizer step")
-    axes.set_xlim(0, max([2, *(run.steps for run in runs)]))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(handles=_legend(runs), frameon=False, fontsize=9)
 
 
 def _draw_chart(axes: Axes, chart: dict[str, Any], *, single: bool) -> None:
@@ -122,7 +118,6 @@ def _legend(runs: Sequence[RunData]) -> list[Line2D]:
             handles.append(Line2D([], [], color=colour, label=label, ls=dashes, **_DOTS))
         else:
             handles.append(Line2D([], [], color=look(number)[0], label=run.name or "training", ls=dashes))
-    colour, label = (
-        (_INK, "without dots: training, running mean") if several else (COLOURS[0], "training, running mean")
-    )
-    return [*handles, Line2D([], [], color=colour, label=label, alpha=0.6 if several else 1, linewidth=1.2)]
+    colour, alpha, mark = (_INK, 0.6, "without dots: ") if several else (COLOURS[0], 1.0, "")
+    mean = Line2D([], [], color=colour, label=f"{mark}training, running mean", alpha=alpha, linewidth=1.2)
+    return [*handles, mean]

@@ -39,7 +39,7 @@ class RunData:
     files: Sequence[Path] = ()  # event files, which may hold a picture of the layers
 
     train_loss = _logged("*/train/loss", "*/train_loss", "/loss")  # nats per token
-    learning_rate = _logged("*/learning_rate", "*/lr", "/lr-*")  # of the first parameter group
+    learning_rate = _logged("*/learning_rate", "*/lr", "/lr-*")  # the first parameter group's
     grad_norm = _logged("*/am/grad_norm", "*/grad_norm")  # global norm before clipping
     tokens_per_second = _logged("*/throughput/tokens_per_second", "*/tokens_per_second", "*/device/items_per_sec")
     mfu = _logged("*/throughput/mfu", "*/mfu")  # share of the device's peak
@@ -151,13 +151,12 @@ def find_runs(names: list[str]) -> list[RunData]:
                 ". Was the run started with a TensorBoard logger, and has it made its first steps?"
             )
         given.append((name, found))
-    first = {found[0] for _, found in given}
-    folders: dict[Path, str | None] = {}
-    for name, found in given:
-        for folder in found:
-            if folder == found[0] or folder not in first:  # a folder that was itself given comes at its own position
-                folders.setdefault(folder, None)
-        folders[found[0]] = name or folders[found[0]]
+    names_given: dict[Path, str | None] = {}
+    for name, (first, *_) in given:
+        names_given[first] = name or names_given.get(first)
+    # A folder that was itself given comes at its own position.
+    order = [folder for _, found in given for folder in found if folder == found[0] or folder not in names_given]
+    folders = {folder: names_given.get(folder) for folder in order}
     labels = _labels(folders)
     return [_read(labels[folder], folder) for folder in folders]
 
