@@ -287,6 +287,7 @@ def test_samples_are_the_models_own(run_of: Callable[[str], Path], capsys: pytes
     for _ in range(8):
         ids = torch.cat([ids, logits_of(network, ids)[:, -1:].argmax(-1)], dim=1)
     assert sample("--temperature", "0", "--max_new_tokens", "8") == tokenizer.decode(ids[0]) + "\n"
+    assert sample("--temperature", "1e-6", "--max_new_tokens", "8") == tokenizer.decode(ids[0]) + "\n"
     texts = [sample("--seed", seed, "--num_samples", "2") for seed in ("1", "1", "2")]
     assert texts[0] == texts[1] != texts[2]
     assert texts[0].startswith("--- 1 of 2\ndef memory") and "\n--- 2 of 2\ndef memory" in texts[0]
@@ -302,8 +303,9 @@ def test_samples_are_the_models_own(run_of: Callable[[str], Path], capsys: pytes
         ),
         ("sample {empty} --prompt x", r"RUN is '.*empty': no checkpoint is in .*checkpoints; allowed"),
         ("sample {run} --prompt=", r"--prompt is ''; allowed: a text"),
-        ("sample {run} --prompt x --temperature -0.1", r"--temperature is -0.1; allowed: 0 <= value"),
-        ("sample {run} --prompt x --temperature nan", r"--temperature is nan; allowed: 0 <= value"),
+        ("sample {run} --prompt x --temperature -0.1", r"--temperature is -0.1; allowed: 0, or value >= 1e-06"),
+        ("sample {run} --prompt x --temperature nan", r"--temperature is nan; allowed: 0, or value >= 1e-06"),
+        ("sample {run} --prompt x --temperature 1e-44", r"--temperature is 1e-44; allowed: 0, or value >= 1e-06"),
         ("sample {run} --prompt x --top_k -1", r"--top_k is -1; allowed: a whole number >= 0"),
         ("sample {run} --prompt x --top_p 0", r"--top_p is 0.0; allowed: 0 < value <= 1"),
         ("sample {run} --prompt x --max_new_tokens 0", r"--max_new_tokens is 0; allowed: a whole number >= 1"),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from am_lightning.pretrain.commands.trained_run import TrainedRun
 
 _LONGEST = 256  # tokens, if a row has room for more
+_COLDEST = 1e-6  # logits that are divided by a lower temperature may leave the range of float32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +55,8 @@ def _check(args: argparse.Namespace) -> None:
     require(args.prompt != "", "--prompt", args.prompt, "a text that is not empty")
     new = args.max_new_tokens
     require(new is None or new >= 1, "--max_new_tokens", new, "a whole number >= 1")
-    require(0 <= args.temperature < math.inf, "--temperature", args.temperature, "0 <= value")
+    fits = args.temperature == 0 or _COLDEST <= args.temperature < math.inf
+    require(fits, "--temperature", args.temperature, f"0, or value >= {_COLDEST:g}")
     require(args.top_k >= 0, "--top_k", args.top_k, "a whole number >= 0")
     require(0 < args.top_p <= 1, "--top_p", args.top_p, "0 < value <= 1")
     require(args.num_samples >= 1, "--num_samples", args.num_samples, "a whole number >= 1")
