@@ -114,8 +114,8 @@ MUTATIONS = [
     Mutation(
         "a file gets its name before it is on the disk",
         f"{_PACKAGE}/runtime/atomic_files.py",
-        "            os.fsync(file.fileno())\n        os.replace(part, path)",
-        "        os.replace(part, path)",
+        "        file.flush()\n        os.fsync(file.fileno())\n",
+        "        file.flush()\n",
         (f"{_CHECKPOINTS}::test_a_file_is_on_the_disk_before_it_has_its_name",),
     ),
     Mutation(
@@ -468,8 +468,8 @@ MUTATIONS = [
     ),
     Mutation(
         "export: a failed write leaves half a folder",
-        f"{_PACKAGE}/commands/export.py",
-        "        shutil.rmtree(part, ignore_errors=True)\n",
+        f"{_PACKAGE}/runtime/atomic_files.py",
+        "        shutil.rmtree(part, ignore_errors=True)  # a folder\n",
         "",
         (f"{_EXPORTS}::test_a_disk_that_refuses_leaves_nothing",),
     ),

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from am_lightning.pretrain.commands.arguments import add_run
+from am_lightning.pretrain.runtime.atomic_files import renaming, sync_folder
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_HINT = "Free some space, or choose another DIR."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,46 +30,24 @@ def run(args: argparse.Namespace) -> int:
         raise RecipeError(f"DIR is {str(args.folder)!r}, which exists already; allowed: a new folder, or an empty one")
     import torch
 
+    from am_lightning.pretrain.checkpoints.manifest import sync_files
     from am_lightning.pretrain.commands.trained_run import open_run
 
     found = open_run(args.path, args.tokenizer)
     model = found.model()
     if args.dtype != "auto":
         model = model.to(getattr(torch, args.dtype))
-    with _new_folder(folder) as part, redirect_stdout(sys.stderr):  # transformers imports DeepSpeed, which prints
+    with renaming(folder, _HINT, "DIR") as part, redirect_stdout(sys.stderr):  # transformers imports DeepSpeed
+        part.mkdir()
         model.save_pretrained(part)
         found.tokenizer.save_pretrained(part)
         for file in part.iterdir():
             file.chmod((part / "config.json").stat().st_mode)  # safetensors makes files that only their owner can read
+        sync_files(part)
+        sync_folder(part)
     parameters = f"{sum(param.numel() for param in model.parameters()):,}".replace(",", " ")
     print(f"  checkpoint  {found.checkpoint}")
     print(f"  model       {parameters} parameters, {str(model.dtype).removeprefix('torch.')}")
     print(f"  tokenizer   {len(found.tokenizer)} tokens")
     print(f'  folder      {folder}: AutoModelForCausalLM.from_pretrained("{folder}")')
     return 0
-
-
-@contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder beside `path`, and rename it to `path` (absent or an empty folder) if the block succeeds.
-
-    Raises:
-        RecipeError: if the disk refuses; nothing is left.
-    """
-    from am_lightning.pretrain.checkpoints.manifest import sync_files
-    from am_lightning.pretrain.runtime.atomic_files import disk_error, sync_folder, write_failure
-
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.mkdir(parents=True)
-        yield part
-        sync_files(part)
-        sync_folder(part)
-        os.replace(part, path)
-        sync_folder(path.parent)
-    except BaseException as error:
-        shutil.rmtree(part, ignore_errors=True)
-        refused = disk_error(error)
-        if refused is not None and not isinstance(error, RecipeError):
-            raise write_failure(path, refused, "Free some space, or choose another DIR.", "DIR") from error
-        raise

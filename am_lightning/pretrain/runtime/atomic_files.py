@@ -62,29 +62,38 @@ def write_failure(
 
 @contextlib.contextmanager
 def replacing(path: Path, hint: str, option: str = _RUN_FOLDER) -> Iterator[BinaryIO]:
-    """Open a binary file that becomes `path` when the block ends without an error.
+    """Open a binary file that becomes `path` when the block ends without an error, as in `renaming`.
 
-    It is written beside `path`, flushed to the disk and renamed, so that a kill, a full disk or a second process that
-    writes the same file leaves either the old file or the new one, never half of one. A killed process leaves a file
-    `.NAME.PID.part`.
+    The file is flushed to the disk first, so that a kill, a full disk or a second process that writes the same file
+    leaves either the old file or the new one, never half of one.
+    """
+    with renaming(path, hint, option) as part, open(part, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def renaming(path: Path, hint: str, option: str = _RUN_FOLDER) -> Iterator[Path]:
+    """Yield a path beside `path`, and rename what the block writes there to `path` if the block succeeds.
+
+    A killed process leaves it, as `.NAME.PID.part`.
 
     Args:
-        path: the file to create or replace; its folder is created.
+        path: the file to create or replace, or a folder that is new or empty; the folder around it is created.
         hint, option: what to do if it cannot be written, as in `write_failure`.
 
     Raises:
-        RecipeError: if the file cannot be written. The old file at `path` is untouched.
+        RecipeError: if it cannot be written. What is at `path` is untouched.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield part
         os.replace(part, path)
         sync_folder(path.parent)
     except BaseException as error:
+        shutil.rmtree(part, ignore_errors=True)  # a folder
         with contextlib.suppress(OSError):
             part.unlink()
         refused = disk_error(error)
