@@ -185,8 +185,8 @@ class PretrainCLI(LightningCLI):
             self.trainer.strategy.model_to_device = lambda: None  # type: ignore[method-assign]
         self.before_validate()
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
-        self.result = RunResult.of(self.trainer, self.datamodule, self.config_init[self.subcommand].monitor)
-        print_summary(self.result)
+        self.result = RunResult.of(self.trainer)
+        print_summary(self.result, self.trainer, self.datamodule, self.config_init[self.subcommand].monitor)
         if self.config.fit.compare:
             compare(self.result, self.config_dump, lambda config: PretrainCLI({"subcommand": "fit", "fit": config}))
 

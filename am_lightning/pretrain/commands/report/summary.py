@@ -21,35 +21,21 @@ from am_lightning.pretrain.data.text_data import TextData
 
 @dataclass(frozen=True)
 class RunResult:
-    """Figures of a finished run."""
+    """A finished run."""
 
     root: Path  # the run's folder
-    checkpoints: Path  # the folder of its checkpoints
     log_dir: Path | None  # folder of the event files; None without a TensorBoardLogger
-    steps: int  # optimizer steps done in total
     val_loss: float  # nats per token after the last step
-    val_rows: int  # rows of the validation
-    seconds: float  # time of training in this process, validations included
-    tokens_per_second: float | None  # rate of training alone, all processes together; None if no step was taken
 
     def drawn_as(self, name: str) -> RunData | None:
         """Return what a picture shows of the run; None without event files."""
         return RunData(name, self.root, {}, read_files(self.log_dir.glob(PATTERN))) if self.log_dir else None
 
     @classmethod
-    def of(cls, trainer: L.Trainer, data: TextData, monitor: TrainingMonitor) -> RunResult:
-        """Read the figures from a Trainer that has just fitted and validated."""
-        rate = monitor.steps_per_second
-        return cls(
-            root=Path(trainer.default_root_dir),
-            checkpoints=Path(getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir),
-            log_dir=next((Path(each.log_dir) for each in trainer.loggers if isinstance(each, TensorBoardLogger)), None),
-            steps=trainer.global_step,
-            val_loss=float(trainer.callback_metrics["val/loss"]),
-            val_rows=data.scored_rows,
-            seconds=monitor.seconds,
-            tokens_per_second=None if rate is None else rate * data.batch_size * data.seq_len,
-        )
+    def of(cls, trainer: L.Trainer) -> RunResult:
+        """Return the result of a Trainer that has just fitted and validated."""
+        log_dir = next((Path(each.log_dir) for each in trainer.loggers if isinstance(each, TensorBoardLogger)), None)
+        return cls(Path(trainer.default_root_dir), log_dir, float(trainer.callback_metrics["val/loss"]))
 
 
 @rank_zero_only
@@ -61,19 +47,21 @@ def print_validation(loss: float, rows: int, **lines: str) -> None:
 
 
 @rank_zero_only
-def print_summary(result: RunResult) -> None:
-    """Print the figures of a run and the paths of its files; draw `summary.png` from the event files."""
-    training = f"{result.steps} steps were done already, none in this call"
-    if result.tokens_per_second is not None:
-        speed = f"{result.tokens_per_second:,.0f} tokens per second".replace(",", " ")
-        training = f"{result.steps} steps, {result.seconds:.1f} seconds in this call, {speed}"
+def print_summary(result: RunResult, trainer: L.Trainer, data: TextData, monitor: TrainingMonitor) -> None:
+    """Print the figures of a finished run and the paths of its files; draw `summary.png` from the event files."""
+    training = f"{trainer.global_step} steps were done already, none in this call"
+    if monitor.steps_per_second is not None:
+        rate = monitor.steps_per_second * data.batch_size * data.seq_len
+        speed = f"{rate:,.0f} tokens per second".replace(",", " ")
+        training = f"{trainer.global_step} steps, {monitor.seconds:.1f} seconds in this call, {speed}"
     lines = {"training": training}
     if drawn := result.drawn_as(""):
         picture = result.root / "summary.png"
         save(report_figure([drawn], curves=False), picture)
         lines |= {"curves": f'{_tensorboard()} --logdir "{result.log_dir}"', "picture": str(picture)}
-    lines |= {"checkpoint": str(result.checkpoints / LAST), "next": next_commands(result.root)}
-    print_validation(result.val_loss, result.val_rows, **lines)
+    checkpoints = Path(getattr(trainer.checkpoint_callback, "dirpath", None) or result.root)
+    lines |= {"checkpoint": str(checkpoints / LAST), "next": next_commands(result.root)}
+    print_validation(result.val_loss, data.scored_rows, **lines)
 
 
 def next_commands(root: Path) -> str:
