@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from am_lightning.pretrain.commands.list import short, strategy_name
 from am_lightning.pretrain.commands.plan.layout import read_engine, strategy_options, tensor_parallel_size
 from am_lightning.pretrain.data.chunks import DATA_EXTRA
+from am_lightning.pretrain.data.order import share_of
 from am_lightning.pretrain.data.sources import HUB
 from am_lightning.pretrain.data.tokenizer import BYTES, GATED_CURE, bpe_size, check_vocabulary, is_gated, is_path
 from am_lightning.pretrain.model.parallelize import check_tensor_parallel
@@ -64,18 +65,13 @@ def _step(settings: RunConfig) -> str:
             f" trainer.devices x trainer.num_nodes = {processes}"
         )
     check_tensor_parallel(settings.shape, tensor)
-    shares = processes // tensor * settings.accumulate
-    allowed = (
-        f"a multiple of {processes // tensor} (processes with different rows) x {settings.accumulate}"
-        " (trainer.accumulate_grad_batches)"
-    )
-    require(data.batch_size % shares == 0, "data.batch_size", data.batch_size, allowed)
+    rows = share_of(data.batch_size, processes // tensor, settings.accumulate)
     tokens = data.batch_size * settings.shape.seq_len
     layout = f", of which {tensor} share a layer" if tensor > 1 else ""
     return (
         f"{data.batch_size} rows of {settings.shape.seq_len} = {short(tokens)} tokens; {settings.steps} steps ="
         f" {short(tokens * settings.steps)} tokens; strategy {strategy_name(strategy)},"
-        f" processes {processes}{note}{layout}, micro-batches {settings.accumulate} of {data.batch_size // shares} rows"
+        f" processes {processes}{note}{layout}, micro-batches {settings.accumulate} of {rows} rows"
     )
 
 

@@ -43,8 +43,8 @@ def share_of(batch_size: int, world_size: int, accumulate: int) -> int:
     """Return the rows of a process's micro-batch. Raises: RecipeError: if `batch_size` cannot be divided equally."""
     if batch_size % (world_size * accumulate):
         raise RecipeError(
-            f"data.batch_size {batch_size} is not divisible by {world_size} (processes) x {accumulate}"
-            f" (trainer.accumulate_grad_batches) = {world_size * accumulate}. It counts the rows of one"
+            f"data.batch_size {batch_size} is not divisible by {world_size} (processes with different rows) x"
+            f" {accumulate} (trainer.accumulate_grad_batches) = {world_size * accumulate}. It counts the rows of one"
             " optimizer step over all processes: change it or one of the other two."
         )
     return batch_size // (world_size * accumulate)

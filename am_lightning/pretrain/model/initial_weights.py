@@ -52,15 +52,9 @@ def _generator(name: str, first: int) -> torch.Generator:
     return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:4], "big"))  # it reads 32 bits
 
 
-def _held(param: Tensor) -> tuple[range, range]:
-    """Return the rows and columns of this rank. Tensor parallelism has split them before FSDP2."""
-    held = [range(size) for size in param.shape]
-    if isinstance(param, DTensor):
-        coordinate = param.device_mesh.get_coordinate()
-        assert coordinate is not None
-        for dimension in reversed(range(param.device_mesh.ndim)):
-            split: int | None = getattr(param.placements[dimension], "dim", None)  # Shard and _StridedShard have it
-            if split is not None:
-                size = -(-len(held[split]) // param.device_mesh.size(dimension))  # torch.chunk divides in this way
-                held[split] = held[split][size * coordinate[dimension] :][:size]
-    return held[0], held[1]
+def _held(param: Tensor) -> list[range]:
+    """Return the rows and columns of this rank."""
+    if not isinstance(param, DTensor):
+        return [range(size) for size in param.shape]
+    [chunk] = param.__create_chunk_list__()
+    return [range(first, first + size) for first, size in zip(chunk.offsets, chunk.sizes, strict=True)]

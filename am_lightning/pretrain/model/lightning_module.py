@@ -47,7 +47,7 @@ class LlamaPretraining(L.LightningModule):
         warmup_fraction: share of the steps over which the learning rate rises.
         final_lr_fraction: last learning rate as a share of the peak.
         num_key_value_heads: heads of keys and values, a divisor of num_heads; default: num_heads.
-        rope_theta: base of the rotary embedding.
+        rope_theta: base of the wavelengths of the rotary embedding. Longer rows need a larger one.
         tie_word_embeddings: use the embedding as the head.
         schedule: "cosine", "wsd" (warmup, stable, decay) or "constant".
         decay_fraction: share of the steps over which "wsd" falls at the end.

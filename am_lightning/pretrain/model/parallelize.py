@@ -22,7 +22,7 @@ from transformers import LlamaForCausalLM
 
 from am_lightning.pretrain.model.initial_weights import draw_matrices
 from am_lightning.pretrain.model.shape import LlamaShape
-from am_lightning.pretrain.runtime.errors import RecipeError
+from am_lightning.pretrain.runtime.errors import RecipeError, require
 
 DATA, TENSOR = "data_parallel", "tensor_parallel"  # ModelParallelStrategy's names of the dimensions of the mesh
 
@@ -79,10 +79,8 @@ def split_llama(model: LlamaForCausalLM, shape: LlamaShape, mesh: DeviceMesh, pr
     Raises:
         RecipeError: if `shape` cannot be split, or `precision` is not supported.
     """
-    if precision not in _PRECISIONS:
-        raise RecipeError(
-            f"trainer.precision is {precision!r}; allowed with ModelParallelStrategy: {' or '.join(_PRECISIONS)}"
-        )
+    allowed = f"{' or '.join(_PRECISIONS)}, with ModelParallelStrategy"
+    require(precision in _PRECISIONS, "trainer.precision", precision, allowed)
     check_tensor_parallel(shape, mesh[TENSOR].size())
     if mesh[TENSOR].size() > 1:
         _split_layers(model, mesh[TENSOR])

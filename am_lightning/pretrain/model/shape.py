@@ -13,16 +13,7 @@ from am_lightning.pretrain.runtime.errors import RecipeError, require, require_c
 class LlamaShape:
     """The sizes of a Llama (Touvron et al. 2023) with grouped queries (Ainslie et al. 2023).
 
-    Attributes:
-        hidden_size: width of the residual stream; a multiple of 2 * num_heads.
-        intermediate_size: width of the MLP.
-        num_heads: attention heads.
-        num_layers: decoder layers.
-        vocab_size: number of tokens in the vocabulary.
-        seq_len: length of the longest row in tokens.
-        num_key_value_heads: heads of keys and values, a divisor of num_heads; default: num_heads.
-        rope_theta: base of the wavelengths of the rotary embedding. Longer rows need a larger one.
-        tie_word_embeddings: whether the embedding is the head, too.
+    The fields are arguments of `LlamaPretraining`, which describes them.
 
     Raises:
         RecipeError: if a value is out of range.
