@@ -56,5 +56,5 @@ def _held(param: Tensor) -> list[range]:
     """Return the rows and columns of this rank."""
     if not isinstance(param, DTensor):
         return [range(size) for size in param.shape]
-    [chunk] = param.__create_chunk_list__()
+    [chunk] = param.__create_chunk_list__()  # type: ignore[no-untyped-call]
     return [range(first, first + size) for first, size in zip(chunk.offsets, chunk.sizes, strict=True)]

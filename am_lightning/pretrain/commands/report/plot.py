@@ -29,7 +29,7 @@ _LINES: dict[str, dict[str, Any]] = {  # style of a series -> how its line is dr
     "dots": {"clip_on": False, **_DOTS},
 }
 _INK, _GRID = "#333333", "#DDDDDD"
-_STYLE = {"axes.spines.top": False, "axes.spines.right": False, "xtick.color": _INK, "ytick.color": _INK}
+_STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "xtick.color": _INK, "ytick.color": _INK}
 _TITLE: dict[str, Any] = {"loc": "left", "fontsize": 10, "color": _INK}
 HINT = "Free some space and run `am-lightning report` on the run's folder."
 OPTION = "am-lightning report --output FILE"
