@@ -330,6 +330,12 @@ def test_tensorboard_gets_the_overlay_and_no_foreign_steps(finished: Path) -> No
         (["--trainer.accelerator", "gpu"], r"trainer: No supported gpu backend found"),
         (["--trainer.num_nodes", "0"], r"trainer: `num_nodes` must be a positive integer"),
         (["--trainer.val_check_interval", "0"], r"trainer.val_check_interval is 0; allowed: > 0"),
+        (["--trainer.check_val_every_n_epoch", "1"], r"trainer.val_check_interval is 5; allowed: 1 to 3, the micro-b"),
+        (
+            ["--trainer.check_val_every_n_epoch", "1", "--trainer.limit_train_batches", "0.7"],
+            r"trainer.val_check_interval is 5; allowed: 1 to 2, the micro-b",
+        ),
+        (["--trainer.check_val_every_n_epoch", "0"], r"trainer.check_val_every_n_epoch is 0; allowed: a whole number"),
         (["--data.source", "gone"], r"data.source gone does not exist"),
         (["--model.optimizer.init_args.lrr", "1"], None),
     ],

@@ -163,6 +163,7 @@ class PretrainCLI(LightningCLI):
             hold(folder)
         # An error must not move an earlier run away, so everything is checked first.
         require_counts("trainer", max_steps=self.trainer.max_steps)
+        refuse_no_validation(self.trainer)
         memory = (c for c in self.trainer.callbacks if isinstance(c, AdaptiveMemory))  # type: ignore[attr-defined]
         check_optimizer(self.model, next(memory, None))
         ckpt_path = self.config.fit.ckpt_path
@@ -207,6 +208,7 @@ def settle(config: Any) -> None:
     require_counts("trainer", accumulate_grad_batches=accumulate)
     interval = trainer.val_check_interval
     require(interval != 0, "trainer.val_check_interval", interval, "> 0; for no validation: limit_val_batches 0")
+    require_counts("trainer", check_val_every_n_epoch=trainer.check_val_every_n_epoch)
     root = Path(trainer.default_root_dir or ".").expanduser().resolve()
     require_encodable("trainer.default_root_dir", str(root))
     require_encodable("data.source", config.data.source)
@@ -216,6 +218,16 @@ def settle(config: Any) -> None:
             checkpoint.every_n_train_steps = max(1, trainer.max_steps // CHECKPOINTS_PER_RUN)
         # A run that is shorter than the interval still logs one point.
         trainer.log_every_n_steps = min(trainer.log_every_n_steps or 1, trainer.max_steps)
+
+
+def refuse_no_validation(trainer: Trainer) -> None:
+    """Raise a RecipeError if the interval counts micro-batches of an epoch, and the run has fewer."""
+    steps, limit = trainer.max_steps * trainer.accumulate_grad_batches, trainer.limit_train_batches
+    batches = min(steps, limit) if isinstance(limit, int) else int(steps * limit)
+    interval = trainer.val_check_interval
+    counts = isinstance(interval, int) and trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches > 0
+    allowed = f"1 to {batches}, the micro-batches of the run; more with trainer.check_val_every_n_epoch null"
+    require(not counts or interval <= batches, "trainer.val_check_interval", interval, allowed)
 
 
 def _resume_step(ckpt_path: str | None, folder: Path, model: Any) -> int:
