@@ -23,8 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from am_lightning import AMSGD, AMAdamW
 from am_lightning.huggingface import attach
-from am_lightning.pretrain.checkpoints.accelerate import AccelerateCheckpoints, hold_together
-from am_lightning.pretrain.data.text_data import TextData
+from am_lightning.pretrain.checkpoints.accelerate import AccelerateCheckpoints
 from am_lightning.pretrain.model.network import build_llama, token_loss
 from am_lightning.pretrain.runtime.collectives import Agreement
 from am_lightning.pretrain.runtime.errors import RecipeError
@@ -44,9 +43,9 @@ def train(settings: RunConfig) -> None:
     stop = StopSignals()
     stop.take()
     accelerator = make_accelerator(settings)
-    data = open_data(accelerator, settings.data)
-    take_folder(accelerator, settings)
-    model, optimizer, schedule, checkpoints = make_model(accelerator, settings)
+    data = settings.open_data()
+    checkpoints = take_folder(accelerator, settings)
+    model, optimizer, schedule = make_model(accelerator, settings, checkpoints)
     resume(accelerator, settings, checkpoints)
 
     step = schedule.last_epoch  # optimizer steps that are done
@@ -99,20 +98,14 @@ def train(settings: RunConfig) -> None:
     accelerator.end_training()
 
 
-def open_data(accelerator: Accelerator, data: TextData) -> TextData:
-    """Open the data; one process of each machine makes the missing shards first."""
-    with accelerator.local_main_process_first():
-        if accelerator.is_local_main_process:
-            data.prepare()
-    data.open()
-    return data
-
-
-def take_folder(accelerator: Accelerator, settings: RunConfig) -> None:
+def take_folder(accelerator: Accelerator, settings: RunConfig) -> AccelerateCheckpoints:
     """Lock the run's folder after all settings are checked, and move an earlier run away unless this one resumes."""
     settings.check_optimizer()
-    hold_together(accelerator, settings.checkpoints, settings.root, settings.ckpt_path)
+    identity = {"model": settings.shape, "data": settings.data}
+    checkpoints = AccelerateCheckpoints(accelerator, settings.checkpoints, settings.keep, identity=identity)
+    checkpoints.take(settings.root, settings.ckpt_path)
     accelerator.init_trackers("logs")
+    return checkpoints
 
 
 def resume(accelerator: Accelerator, settings: RunConfig, checkpoints: AccelerateCheckpoints) -> None:
@@ -131,23 +124,21 @@ def share_of(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def make_model(
-    accelerator: Accelerator, settings: RunConfig
-) -> tuple[nn.Module, Optimizer, LRScheduler, AccelerateCheckpoints]:
-    """Return the model, its optimizer and schedule, and their checkpoints.
+    accelerator: Accelerator, settings: RunConfig, checkpoints: AccelerateCheckpoints
+) -> tuple[nn.Module, Optimizer, LRScheduler]:
+    """Return the model, its optimizer and schedule, whose states `checkpoints` saves.
 
     The schedule is not prepared, because Accelerate would step it once for each process.
     """
     set_seed(settings.seed)
     model = build_llama(settings.shape)
     optimizer = settings.make_optimizer(model)
-    schedule = settings.make_schedule(optimizer)
-    states: dict[str, Any] = {"schedule": schedule, "data": settings.data}
+    checkpoints.states["schedule"] = schedule = settings.make_schedule(optimizer)
     adaptive = isinstance(optimizer, AMAdamW | AMSGD)
     model, optimizer = accelerator.prepare(model, optimizer)
     if adaptive:
-        states["momentum"] = attach(accelerator, optimizer, log_every_n_steps=settings.log_every)
-    checkpoints = AccelerateCheckpoints(accelerator, settings.checkpoints, settings.keep, states, settings.shape)
-    return model, optimizer, schedule, checkpoints
+        checkpoints.states["momentum"] = attach(accelerator, optimizer, log_every_n_steps=settings.log_every)
+    return model, optimizer, schedule
 
 
 def is_due(step: int, every: int | None) -> bool:

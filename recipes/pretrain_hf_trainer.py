@@ -9,15 +9,13 @@ in the recipe's checkpoint folder.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.tensorboard import SummaryWriter
@@ -26,20 +24,15 @@ from transformers.trainer_utils import set_seed
 
 from am_lightning import AMSGD, AMAdamW
 from am_lightning.huggingface import AdaptiveMemoryCallback
-from am_lightning.pretrain.checkpoints.accelerate import chosen, hold_together
-from am_lightning.pretrain.checkpoints.atomic import prune, publish_folder
+from am_lightning.pretrain.checkpoints.accelerate import CheckpointFolders
 from am_lightning.pretrain.checkpoints.run_folder import TRAINER_STEPS
 from am_lightning.pretrain.model.network import build_llama, token_loss
-from am_lightning.pretrain.runtime.atomic_files import replacing
 from am_lightning.pretrain.runtime.collectives import Agreement, limit_waits
-from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.main import command_line
 from am_lightning.pretrain.runtime.run_config import RunConfig, read_run_config
 from am_lightning.pretrain.runtime.stop_signals import StopSignals
 
 CURVES = {"loss": "train/loss", "learning_rate": "lr", "grad_norm": "grad_norm", "eval_loss": "val/loss"}
-PART = ".checkpoint.part"  # folder of a checkpoint that is not complete
-DATA_FILE = "data.pt"  # in each checkpoint: the model's shape and the data it was trained on
 
 
 def main(args: list[str] | None = None) -> None:
@@ -51,8 +44,8 @@ def main(args: list[str] | None = None) -> None:
 class RecipeTrainer(Trainer):
     """Trainer whose rows, loss, optimizer and schedule are the recipe's."""
 
-    def __init__(self, settings: RunConfig, **options: Any) -> None:
-        self.settings = settings
+    def __init__(self, settings: RunConfig, checkpoints: CheckpointFolders, **options: Any) -> None:
+        self.settings, self.checkpoints = settings, checkpoints
         super().__init__(eval_dataset=[], **options)  # see get_eval_dataloader
         self.model_accepts_loss_kwargs = False  # compute_loss gives the mean of a micro-batch
 
@@ -92,9 +85,15 @@ class RecipeTrainer(Trainer):
         if "loss" in logs:
             self.settings.check_step(self.optimizer, self.state.global_step, logs["loss"])
 
+    def _save_checkpoint(self, *args: Any, **options: Any) -> None:
+        """Move the Trainer's folder to its place when all processes have written it."""
+        with self.checkpoints.writing(f"checkpoint-{self.state.global_step}") as part:
+            super()._save_checkpoint(*args, **options)
+            if self.args.should_save and not (part / "trainer_state.json").exists():
+                raise RuntimeError(f"this version of transformers does not write a checkpoint into {part}")
+
     def _get_output_dir(self, *args: Any, **options: Any) -> str:
-        """Return the folder that the Trainer writes a checkpoint into; WholeCheckpoints moves it to its place."""
-        return str(self.settings.checkpoints / PART)
+        return str(self.checkpoints.part)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -113,12 +112,21 @@ def as_inputs(rows: list[Tensor] | Tensor) -> dict[str, Tensor]:
     return {"input_ids": batch, "labels": batch}
 
 
-class Curves(TrainerCallback):
-    """Writes the Trainer's logs to TensorBoard under the names that the other programs use."""
+class Logs(TrainerCallback):
+    """Writes the configuration, and the Trainer's logs to TensorBoard under the names that the other programs use."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, settings: RunConfig) -> None:
+        self.settings, self.folder = settings, settings.root / "logs"
         self.writer: SummaryWriter | None = None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Write the configuration after a checkpoint is loaded, because a refused resume must not change it.
+
+        The Trainer takes the intervals of saving, logging and validating from the checkpoint; they are set back.
+        """
+        state.compute_steps(args, state.max_steps)
+        if state.is_world_process_zero:
+            self.settings.save(self.folder / "config.yaml")
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or logs is None:
@@ -133,47 +141,9 @@ class Curves(TrainerCallback):
         self.writer.flush()
 
 
-class WholeCheckpoints(TrainerCallback):
-    """Adds the model's shape, the data and a manifest to every checkpoint, and moves it to its place when it is whole.
-
-    Also refuses a checkpoint of others.
-    """
-
-    def __init__(self, settings: RunConfig) -> None:
-        self.settings = settings
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Write the configuration after a checkpoint is loaded, because a refused resume must not change it.
-
-        The Trainer takes the intervals of saving, logging and validating from the checkpoint; they are set back.
-        """
-        state.compute_steps(args, state.max_steps)
-        if state.is_world_process_zero:
-            shutil.rmtree(self.settings.checkpoints / PART, ignore_errors=True)  # left by a killed run
-            self.settings.save(self.settings.root / "logs" / "config.yaml")
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        data = self.settings.data.state_dict()
-        PartialState().wait_for_everyone()  # each process writes its own random state
-        if state.is_world_process_zero:
-            path = self.settings.checkpoints / f"checkpoint-{state.global_step}"
-            part = path.parent / PART / path.name
-            if not part.is_dir():
-                raise RuntimeError(f"this version of transformers does not write a checkpoint into {part.parent}")
-            with replacing(part / DATA_FILE, "Free some space, then start again.") as file:
-                torch.save({"shape": self.settings.shape.state_dict(), "data": data}, file)
-            publish_folder(part, path)
-            shutil.rmtree(part.parent, ignore_errors=True)
-            prune(path.parent.glob(TRAINER_STEPS), self.settings.keep)
-        PartialState().wait_for_everyone()  # before a process begins to write the next one
-
-    def load(self, folder: Path) -> None:
-        """Raise a RecipeError if the checkpoint in `folder` is of another program or model, or has other data."""
-        if not (folder / DATA_FILE).exists():
-            raise RecipeError(f"--ckpt_path {folder} is not a whole checkpoint of this program: it has no {DATA_FILE}")
-        found = torch.load(folder / DATA_FILE, weights_only=True)
-        self.settings.shape.load_state_dict(found["shape"])
-        self.settings.data.load_state_dict(found["data"])
+def has_its_own_intervals(record: logging.LogRecord) -> bool:
+    """Drop the Trainer's warning that the intervals of the checkpoint hold, which Logs sets back."""
+    return "do not match the ones in the `trainer_state.json`" not in record.getMessage()
 
 
 class StopAtStep(TrainerCallback):
@@ -201,32 +171,28 @@ def train(settings: RunConfig) -> None:
     stop.take()
     args = training_arguments(settings)
     limit_waits(settings.hang_timeout_s if args.world_size > 1 else None)  # ddp_timeout does not reach gloo's group
-    with args.main_process_first(desc="token shards"):
-        if args.local_process_index == 0:
-            settings.data.prepare()
-    settings.data.open()
+    settings.open_data()
 
     set_seed(settings.seed)
     model = build_llama(settings.shape)
-    checkpoints = WholeCheckpoints(settings)
+    identity = {"shape": settings.shape, "data": settings.data}
+    checkpoints = CheckpointFolders(settings.checkpoints, TRAINER_STEPS, "data.pt", settings.keep, identity)
     stopping = StopAtStep(stop, args)
-    callbacks = [Curves(settings.root / "logs"), checkpoints, stopping]
+    callbacks = [Logs(settings), stopping]
     if isinstance(settings.check_optimizer(), AMAdamW | AMSGD):
         callbacks.append(AdaptiveMemoryCallback())
-    trainer = RecipeTrainer(settings, model=model, args=args, callbacks=callbacks)
-    hold_together(trainer.accelerator, settings.checkpoints, settings.root, settings.ckpt_path)
-    path = settings.ckpt_path
-    resume = None if path is None else chosen(trainer.accelerator, path, settings.checkpoints, TRAINER_STEPS)
-    if resume is not None:
-        checkpoints.load(resume)
+    trainer = RecipeTrainer(settings, checkpoints, model=model, args=args, callbacks=callbacks)
+    checkpoints.take(settings.root, settings.ckpt_path)
+    resume = None if settings.ckpt_path is None else checkpoints.choose(settings.ckpt_path)[0]
+    for name in ("transformers.trainer", "transformers.trainer_utils"):
+        logging.getLogger(name).addFilter(has_its_own_intervals)
     trainer.train(resume_from_checkpoint=resume and str(resume))
 
-    step = trainer.state.global_step
     if stopping.stopped:
-        stop.leave(step)
+        stop.leave(trainer.state.global_step)
     loss = trainer.evaluate()["eval_loss"]
     if trainer.is_world_process_zero():
-        settings.print_result(loss, settings.checkpoints / f"checkpoint-{step}")
+        settings.print_result(loss, checkpoints.newest())
 
 
 def training_arguments(settings: RunConfig) -> TrainingArguments:
@@ -249,10 +215,10 @@ def training_arguments(settings: RunConfig) -> TrainingArguments:
         prediction_loss_only=True,
         save_strategy="no" if settings.save_every is None else "steps",
         save_steps=settings.save_every or 1,
-        save_total_limit=None,  # WholeCheckpoints removes them; the Trainer would go by the times of files
+        save_total_limit=None,  # CheckpointFolders removes them; the Trainer would go by the times of files
         seed=settings.seed,
         ignore_data_skip=True,  # the loader begins at the right step
-        report_to="none",  # Curves writes them
+        report_to="none",  # Logs writes them
         disable_tqdm=not settings.progress_bar,
         ddp_find_unused_parameters=False,
         ddp_timeout=math.ceil(settings.hang_timeout_s or 1800),  # seconds; 1800 is the Trainer's default

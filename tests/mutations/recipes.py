@@ -163,8 +163,8 @@ MUTATIONS = [
     Mutation(
         "a model of another shape is loaded from Accelerate's checkpoint",
         f"{_PACKAGE}/checkpoints/accelerate.py",
-        'self.model.load_state_dict(found["model"])',
-        "pass",
+        "of.load_state_dict(saved[name])\n        return path, saved",
+        "pass\n        return path, saved",
         ("tests/recipes/test_resumes.py::test_a_resumed_run_is_the_unbroken_one",),
     ),
     Mutation(
@@ -177,8 +177,8 @@ MUTATIONS = [
     Mutation(
         "a checkpoint may run code when it is loaded",
         _CALLBACK,
-        "original(chosen, weights_only=True)",
-        "original(chosen, weights_only=False)",
+        "original(decide(choose), weights_only=True)",
+        "original(decide(choose), weights_only=False)",
         (f"{_CHECKPOINTS}::test_a_checkpoint_that_would_run_code_is_refused",),
     ),
     Mutation(
@@ -197,9 +197,9 @@ MUTATIONS = [
     ),
     Mutation(
         "a step folder that a killed run left incomplete is not deleted",
-        f"{_PACKAGE}/checkpoints/accelerate.py",
-        'self.folder.glob(".step-*")',
-        'self.folder.glob(".part-*")',
+        f"{_PACKAGE}/checkpoints/run_folder.py",
+        'checkpoints.glob(".*.part")',
+        'checkpoints.glob(".part-*")',
         ("tests/recipes/test_accelerate_checkpoints.py",),
     ),
     # ------------------------------------------------------------------ the order of the data

@@ -32,6 +32,7 @@ def save_one_step_twice(folder: str) -> tuple[list[str], bool]:
     with fresh_accelerator() as accelerator:
         params = list(accelerator.prepare(torch.nn.Linear(3, 3)).requires_grad_(False).parameters())
         folders = AccelerateCheckpoints(accelerator, Path(folder))
+        folders.take(Path(folder).parent, "last")
         for value in (1.0, 2.0):
             torch._foreach_zero_(params)
             torch._foreach_add_(params, value)

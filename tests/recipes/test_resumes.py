@@ -92,6 +92,7 @@ def test_a_resumed_run_is_the_unbroken_one(program: str, tmp_path: Path, corpus_
     changed = ["--checkpoint.keep", "1", "--model.optimizer.lr", "1e-4", "--trainer.log_every_n_steps", "4"]
     out, errors = run(program, resumed, corpus_folder, 8, "--ckpt_path", "last", *changed)
     assert f"the checkpoint {newest} is broken (" in out + errors
+    assert "trainer_state.json" not in errors  # no warning of the Trainer that it has the checkpoint's intervals
     assert [path.name for path in newest.parent.iterdir()] == [CHECKPOINTS[program].format(8)]
     rates = read_files((resumed / "logs").rglob(PATTERN), first_step=1)["lr"]
     assert rates.steps.tolist() == [4, 8] and rates.last < 1e-4  # not the interval and the rate of the checkpoint

@@ -87,7 +87,7 @@ def publish_folder(part: Path, path: Path) -> None:
     A folder at `path`, of the same step, is renamed before and removed after that.
     """
     sync_files(part)
-    write_manifest(part)
+    write_manifest(part, path.parent)
     old = path.with_name(f".{path.name}.old.part")
     if path.exists():
         os.replace(path, old)

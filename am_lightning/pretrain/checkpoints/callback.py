@@ -11,10 +11,11 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from am_lightning.lightning.patched_methods import PatchedMethods
-from am_lightning.pretrain.checkpoints.atomic import prune, remove, replace_with_link
+from am_lightning.pretrain.checkpoints.atomic import prune, replace_with_link
 from am_lightning.pretrain.checkpoints.manifest import manifest_of, write_manifest
-from am_lightning.pretrain.checkpoints.ranks import Ranks
+from am_lightning.pretrain.checkpoints.ranks import decide
 from am_lightning.pretrain.checkpoints.resume import LAST, STEPS, check_readable, newest_first, newest_whole
+from am_lightning.pretrain.checkpoints.run_folder import take_folder
 from am_lightning.pretrain.checkpoints.writer import CheckpointWriter
 from am_lightning.pretrain.runtime import run_lock
 from am_lightning.pretrain.runtime.errors import require_counts
@@ -73,13 +74,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._replacements.add(connector, "resume_start", functools.partial(self._resume, trainer))
         if stage == "fit":
             self._writer = CheckpointWriter(trainer, self.asynchronous, self._publish)
-            self._writer.ranks.decide(self._take_folder)
-
-    def _take_folder(self) -> None:
-        """Lock the folder. Raise a RecipeError if another run writes to it."""
-        run_lock.hold(Path(str(self.dirpath)))
-        for leftover in Path(str(self.dirpath)).glob(".*.part"):  # left by a killed process
-            remove(leftover)
+            decide(lambda: take_folder(Path(str(self.dirpath))))
 
     # ------------------------------------------------------------------ saving
     def on_train_batch_end(
@@ -145,8 +140,7 @@ class RunCheckpoint(ModelCheckpoint):
                 check_readable(Path(path), folder)
             return path and str(path)
 
-        chosen = Ranks(trainer.world_size, trainer.is_global_zero).decide(choose)
-        original(chosen, weights_only=True)
+        original(decide(choose), weights_only=True)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adapt the loop counters to this Trainer.

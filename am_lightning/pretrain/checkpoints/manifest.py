@@ -23,16 +23,17 @@ def manifest_of(path: Path) -> Path:
     return path / NAME if path.is_dir() else path.with_name(f"{path.name}.{NAME}")
 
 
-def write_manifest(path: Path) -> None:
+def write_manifest(path: Path, folder: Path | None = None) -> None:
     """Write the manifest of the checkpoint at `path`.
 
-    Its number is one above the highest in the same folder. The newest checkpoint is found without a clock and without
+    Its number is one above the highest in `folder`, by default that of `path`. The newest checkpoint is found without a clock and without
     the times of files, which a copy may lose.
 
     Raises:
         RecipeError: if the disk refuses.
     """
-    beside = [*path.parent.glob(f"*.{NAME}"), *path.parent.glob(f"*/{NAME}")]
+    folder = folder or path.parent
+    beside = [*folder.glob(f"*.{NAME}"), *folder.glob(f"*/{NAME}")]
     number = 1 + max((found.number for found in map(_read, beside) if found), default=0)
     files = _files(path)
     sizes = [file.stat().st_size for file in files.values()]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from am_lightning.pretrain.checkpoints.atomic import remove
 from am_lightning.pretrain.checkpoints.resume import LAST, STEPS
 from am_lightning.pretrain.runtime.atomic_files import write_failure
 from am_lightning.pretrain.runtime.errors import RecipeError
+from am_lightning.pretrain.runtime.run_lock import hold
 
 ACCELERATE_STEPS = "step-*[0-9]"  # not the step-N.ckpt of pretrain.py
 TRAINER_STEPS = "checkpoint-*"
@@ -24,6 +26,17 @@ _WRITERS = {
 def checkpoint_folder(config: Any) -> Path:
     """Return the folder of the checkpoints, from a configuration of `fit`, which need not name it."""
     return Path(config["checkpoint"]["dirpath"] or Path(config["trainer"]["default_root_dir"], "checkpoints"))
+
+
+def take_folder(checkpoints: Path) -> None:
+    """Lock the folder of the checkpoints for this process, and remove what a killed process left there.
+
+    Raises:
+        RecipeError: if another run writes to it.
+    """
+    hold(checkpoints)
+    for leftover in checkpoints.glob(".*.part"):
+        remove(leftover)
 
 
 def refuse_checkpoints_of_others(folder: Path, pattern: str) -> None:

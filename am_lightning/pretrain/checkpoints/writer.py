@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import staging
 from torch.distributed.checkpoint.api import CheckpointException
 
 from am_lightning.pretrain.checkpoints.atomic import publish_folder, require_space, tensor_bytes
-from am_lightning.pretrain.checkpoints.ranks import Ranks
+from am_lightning.pretrain.checkpoints.ranks import gather, is_first, together
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 _METADATA = "meta.pt"  # Lightning writes it beside the shards, and needs it to load them
@@ -47,7 +47,6 @@ class CheckpointWriter:
             )
         self.trainer, self.asynchronous, self.published = trainer, asynchronous, published
         self.folders = writes_folders(trainer)
-        self.ranks = Ranks(trainer.world_size, trainer.is_global_zero)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[Any] | None = None
         self._group: dist.ProcessGroup | None = None
@@ -62,19 +61,19 @@ class CheckpointWriter:
         self.wait()
         checkpoint = self.trainer._checkpoint_connector.dump_checkpoint(False)
         part = self._part(path) if self.folders else None
-        with self.ranks.together(path, part):
+        with together(path, part):
             self._make_room(path, checkpoint)
-        with self.ranks.together(path, part):
+        with together(path, part):
             if not self.asynchronous:
                 self.trainer.strategy.save_checkpoint(checkpoint, str(part or path))
             elif self.folders:
                 self._begin_folder(checkpoint, path)
-            elif self.ranks.first:
+            elif is_first():
                 write = partial(self.trainer.strategy.checkpoint_io.save_checkpoint, _on_host(checkpoint), path)
                 self._pending = self._pool.submit(self._finish, path, write)
         if not self.asynchronous:
-            with self.ranks.together(path, part):
-                if self.ranks.first:
+            with together(path, part):
+                if is_first():
                     self._finish(path)
 
     def wait(self) -> None:
@@ -84,7 +83,7 @@ class CheckpointWriter:
             RecipeError: on all ranks, if it has failed.
         """
         if self.asynchronous:
-            with self.ranks.together():
+            with together():
                 self._settle()
 
     def close(self) -> None:
@@ -98,8 +97,8 @@ class CheckpointWriter:
             pending.result()
 
     def _make_room(self, path: Path, checkpoint: dict[str, Any]) -> None:
-        needed = sum(self.ranks.gather(tensor_bytes(checkpoint) if self.folders or self.ranks.first else 0))
-        if self.ranks.first:
+        needed = sum(gather(tensor_bytes(checkpoint) if self.folders or is_first() else 0))
+        if is_first():
             require_space(path, needed)
             if self.folders:
                 shutil.rmtree(self._part(path), ignore_errors=True)  # left by a killed process
@@ -113,14 +112,14 @@ class CheckpointWriter:
         state = {module: checkpoint.pop("state_dict")}
         for number, optimizer_state in enumerate(checkpoint.pop("optimizer_states", [])):
             state[f"optimizer_{number}"] = optimizer_state
-        if self.ranks.first:
+        if is_first():
             torch.save(checkpoint, part / _METADATA)
-        if self._group is None and self.ranks.count > 1:
+        if self._group is None and dist.is_initialized():
             self._group = dist.new_group(backend="gloo")  # the steps use the others meanwhile
         self._stager = self._stager or _stager(self.trainer)  # kept, because it reuses its pinned memory
         written: Any = async_save(state, checkpoint_id=part, process_group=self._group, async_stager=self._stager)
         # On rank 0 it is done when all ranks have written, because rank 0 writes .metadata last.
-        self._pending = self._pool.submit(self._finish, path, written.result) if self.ranks.first else written
+        self._pending = self._pool.submit(self._finish, path, written.result) if is_first() else written
 
     def _finish(self, path: Path, write: Callable[[], Any] = lambda: None) -> None:
         """Call `write`, then publish the checkpoint; on rank 0, in a thread if asynchronous."""

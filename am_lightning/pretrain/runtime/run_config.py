@@ -71,6 +71,17 @@ class RunConfig:
         self._module: LlamaPretraining = made.model
         self._memory = next((c for c in made.trainer.callbacks or [] if isinstance(c, AdaptiveMemory)), None)
 
+    def open_data(self) -> TextData:
+        """Return the data, opened. One process of each machine makes the missing shards first. Collective."""
+        from accelerate import PartialState  # pretrain.py does without it
+
+        state = PartialState()
+        with state.local_main_process_first():
+            if state.is_local_main_process:
+                self.data.prepare()
+        self.data.open()
+        return self.data
+
     def make_optimizer(self, model: nn.Module) -> Optimizer:
         """Return the optimizer for `model`, with named groups; norms and embeddings get no weight decay.
 
