@@ -130,7 +130,7 @@ def test_the_newest_go_by_their_numbers_and_a_damaged_one_is_passed_over(checkpo
             checkpoints.load(str(folder / "step-000008"))
         content[len(content) // 2] ^= 1
         (folder / "step-000008" / name).write_bytes(content)
-    with pytest.raises(RecipeError, match=r"there is no such folder\. Those of this run are in"):
+    with pytest.raises(RecipeError, match=r"there is no such file\. Resume from an older one: --ckpt_path .*-000008"):
         checkpoints.load(str(folder / "step-000010"))
 
 

@@ -18,16 +18,10 @@ from typing import Any
 import pytest
 import torch
 
-from am_lightning.pretrain.checkpoints import (
-    AtomicCheckpointIO,
-    RunCheckpoint,
-    check_readable,
-    newest_whole,
-    replace_with_link,
-    saved_step,
-)
+from am_lightning.pretrain.checkpoints import AtomicCheckpointIO, RunCheckpoint
+from am_lightning.pretrain.checkpoints.atomic import replace_with_link
 from am_lightning.pretrain.checkpoints.manifest import manifest_of, write_manifest
-from am_lightning.pretrain.checkpoints.resume import newest_first
+from am_lightning.pretrain.checkpoints.resume import check_readable, newest_first, newest_whole, saved_step
 from am_lightning.pretrain.checkpoints.writer import CheckpointWriter
 from am_lightning.pretrain.runtime.atomic_files import replacing
 from am_lightning.pretrain.runtime.errors import RecipeError

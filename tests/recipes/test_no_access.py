@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from am_lightning.pretrain.checkpoints import newest_whole
+from am_lightning.pretrain.checkpoints.resume import newest_whole
 from am_lightning.pretrain.runtime.main import command_line
 from tests.python import COLD  # a fork server would keep the rights that setpriv takes away
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from am_lightning.pretrain.checkpoints import newest_whole
+from am_lightning.pretrain.checkpoints.resume import newest_whole
 from tests.ports import free_port
 from tests.python import COLD, PYTHON
 

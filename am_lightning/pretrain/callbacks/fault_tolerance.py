@@ -19,7 +19,8 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from am_lightning.lightning.patched_methods import PatchedMethods
-from am_lightning.pretrain.checkpoints import LAST, RunCheckpoint
+from am_lightning.pretrain.checkpoints import RunCheckpoint
+from am_lightning.pretrain.checkpoints.resume import LAST
 from am_lightning.pretrain.runtime.collectives import Agreement, limit_waits
 from am_lightning.pretrain.runtime.errors import require, require_counts
 from am_lightning.pretrain.runtime.stop_signals import SIGNALS, Stopped, StopSignals, end_process

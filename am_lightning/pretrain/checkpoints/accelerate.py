@@ -14,13 +14,8 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from am_lightning.pretrain.checkpoints.atomic import prune, publish_folder
 from am_lightning.pretrain.checkpoints.ranks import decide, is_first, together
-from am_lightning.pretrain.checkpoints.resume import check_readable, newest_first, newest_whole
-from am_lightning.pretrain.checkpoints.run_folder import (
-    ACCELERATE_STEPS,
-    protect_earlier_run,
-    refuse_checkpoints_of_others,
-    take_folder,
-)
+from am_lightning.pretrain.checkpoints.resume import newest_first
+from am_lightning.pretrain.checkpoints.run_folder import ACCELERATE_STEPS, chosen, protect_earlier_run, take_folder
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 
@@ -90,21 +85,7 @@ class CheckpointFolders:
         Raises:
             RecipeError: on all processes, if the folder is missing, damaged, or of another program, model or data.
         """
-
-        def find() -> Path | None:
-            if ckpt_path == "last":
-                found = newest_whole(self.folder, [self.pattern])
-                if found is None:
-                    refuse_checkpoints_of_others(self.folder, self.pattern)
-                return found
-            if not Path(ckpt_path).is_dir():
-                raise RecipeError(
-                    f"--ckpt_path {ckpt_path}: there is no such folder. Those of this run are in {self.folder}"
-                )
-            check_readable(Path(ckpt_path), self.folder, self.pattern)
-            return Path(ckpt_path)
-
-        path = decide(find)
+        path = decide(lambda: chosen(ckpt_path, self.folder, [self.pattern]))
         if path is None:
             return None, {}
         if not (path / self.file).exists():

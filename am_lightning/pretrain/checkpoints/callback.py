@@ -14,8 +14,8 @@ from am_lightning.lightning.patched_methods import PatchedMethods
 from am_lightning.pretrain.checkpoints.atomic import prune, replace_with_link
 from am_lightning.pretrain.checkpoints.manifest import manifest_of, write_manifest
 from am_lightning.pretrain.checkpoints.ranks import decide
-from am_lightning.pretrain.checkpoints.resume import LAST, STEPS, check_readable, newest_first, newest_whole
-from am_lightning.pretrain.checkpoints.run_folder import take_folder
+from am_lightning.pretrain.checkpoints.resume import LAST, STEPS, newest_first
+from am_lightning.pretrain.checkpoints.run_folder import chosen, take_folder
 from am_lightning.pretrain.checkpoints.writer import CheckpointWriter
 from am_lightning.pretrain.runtime import run_lock
 from am_lightning.pretrain.runtime.errors import require_counts
@@ -127,18 +127,13 @@ class RunCheckpoint(ModelCheckpoint):
         last, self._last_is_wanted = self._last_is_wanted, False
 
         def choose() -> str | None:
-            folder = Path(str(self.dirpath))
-            if last:
-                found = newest_whole(folder)
-                if found and found.name != LAST and trainer.state.fn == "fit":
-                    # A kill came before _publish, or last.ckpt is damaged.
-                    if found.is_file() and not manifest_of(found).exists():
-                        write_manifest(found)
-                    replace_with_link(found, found.with_name(LAST))
-                return str(found) if found else None
-            if path:
-                check_readable(Path(path), folder)
-            return path and str(path)
+            found = chosen("last" if last else str(path), Path(str(self.dirpath))) if last or path else None
+            if last and found and found.name != LAST and trainer.state.fn == "fit":
+                # A kill came before _publish, or last.ckpt is damaged.
+                if found.is_file() and not manifest_of(found).exists():
+                    write_manifest(found)
+                replace_with_link(found, found.with_name(LAST))
+            return str(found) if found else None
 
         original(decide(choose), weights_only=True)
 

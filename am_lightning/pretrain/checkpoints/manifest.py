@@ -26,8 +26,8 @@ def manifest_of(path: Path) -> Path:
 def write_manifest(path: Path, folder: Path | None = None) -> None:
     """Write the manifest of the checkpoint at `path`.
 
-    Its number is one above the highest in `folder`, by default that of `path`. The newest checkpoint is found without a clock and without
-    the times of files, which a copy may lose.
+    Its number is one above the highest in `folder`, by default that of `path`. The newest checkpoint is found without a
+    clock and without the times of files, which a copy may lose.
 
     Raises:
         RecipeError: if the disk refuses.

@@ -14,12 +14,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from am_lightning.pretrain.checkpoints.manifest import damage, manifest_at
-from am_lightning.pretrain.runtime.errors import RecipeError
+from am_lightning.pretrain.runtime.errors import RecipeError, first_line
 
 LAST = "last.ckpt"
 STEPS = "step-*.ckpt"
 _NOT_OURS = (RuntimeError, OSError, EOFError, KeyError, TypeError, pickle.UnpicklingError)
-_METADATA = "meta.pt"  # Lightning's file for what is not sharded, in a folder of shards
 
 
 def newest_whole(
@@ -72,53 +71,48 @@ def newest_first(paths: Iterable[Path]) -> list[Path]:
     return unique
 
 
-def check_readable(path: Path, folder: Path | None = None, pattern: str = "*.ckpt") -> None:
+def check_readable(path: Path, folder: Path | None = None, patterns: Sequence[str] = (STEPS, LAST)) -> None:
     """Read all of a checkpoint and compare its checksums, because torch.load does not notice a flipped bit.
 
     Args:
         path: the checkpoint.
         folder: folder in which the error looks for another whole one; default: that of `path`.
-        pattern: glob pattern of their names.
+        patterns: glob patterns of their names.
 
     Raises:
         RecipeError: if `path` is missing or damaged.
     """
-    if not path.exists():
-        raise RecipeError(f"--ckpt_path {path}: there is no such file. {_older(path, folder, pattern)}")
-    found = damage(path, ours=False)
-    if found:
-        raise RecipeError(f"the checkpoint {path} is broken ({found}). {_older(path, folder, pattern)}")
+    found = damage(path, ours=False) if path.exists() else None
+    if path.exists() and not found:
+        return
+    folder = folder or path.parent
+    others = [p for pattern in patterns for p in folder.glob(pattern) if not (path.exists() and p.samefile(path))]
+    whole = next((other for other in newest_first(others) if damage(other) is None), None)
+    hint = f"Resume from an older one: --ckpt_path {whole}"
+    if whole is None:
+        hint = f"There is no other whole checkpoint in {folder}: start again without --ckpt_path."
+    problem = f"the checkpoint {path} is broken ({found})" if found else f"--ckpt_path {path}: there is no such file"
+    raise RecipeError(f"{problem}. {hint}")
 
 
 def saved_step(path: Path) -> int:
     """Return the optimizer steps that were done when `path` was written. Reads a small part of the file.
 
     Raises:
-        RecipeError: if `path` is not a checkpoint of this program.
+        RecipeError: if `path` is not a checkpoint of pretrain.py.
     """
-    if path.is_dir() and not (path / _METADATA).exists():
-        if not any(path.glob("*/*model_states.pt")):  # DeepSpeed's
-            raise RecipeError(f"--ckpt_path {path} is not a checkpoint of this program; allowed: last, or a checkpoint")
-        return step_in_name(path.resolve())
     try:
         return int(_contents(path)["global_step"])
     except _NOT_OURS as error:
-        raise RecipeError(f"{path} is not a checkpoint of this program ({error}). {_older(path)}") from error
-
-
-def saved_hyperparameters(path: Path) -> dict[str, Any]:
-    """Return the arguments of the module in a checkpoint of pretrain.py, or {} if DeepSpeed's shards contain them."""
-    try:
-        return dict(_contents(path)["hyper_parameters"])
-    except _NOT_OURS:
-        return {}
+        text = f"--ckpt_path {path} is not a checkpoint of this program; allowed: last, or a checkpoint"
+        raise RecipeError(f"{text} ({first_line(error)})") from error
 
 
 def _contents(path: Path) -> dict[str, Any]:
-    """Load a file without reading its tensors, or what is not sharded in a folder of shards."""
-    folder = path.is_dir()
-    file = path / _METADATA if folder else path
-    return dict(torch.load(file, map_location="cpu", weights_only=True, mmap=not folder))
+    """Load a file without reading its tensors, or the file beside Lightning's shards, or in DeepSpeed's folder."""
+    files = [path] if path.is_file() else [path / "meta.pt", *path.glob("checkpoint/*model_states.pt")]
+    file = next((file for file in files if file.exists()), files[0])
+    return dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
 
 
 def _step_of(path: Path) -> int:
@@ -138,13 +132,3 @@ def step_in_name(path: Path) -> int:
     """Return 12 for step-000012.ckpt and checkpoint-12, and 0 for another name."""
     digits = path.stem.rpartition("-")[2]
     return int(digits) if digits.isdigit() else 0
-
-
-def _older(path: Path, folder: Path | None = None, pattern: str = "*.ckpt") -> str:
-    """Return the end of an error, which names the newest whole checkpoint in `folder`."""
-    folder = folder or path.parent
-    others = [p for p in folder.glob(pattern) if not (path.exists() and p.exists() and p.samefile(path))]
-    for other in newest_first(others):
-        if damage(other) is None:
-            return f"Resume from an older one: --ckpt_path {other}"
-    return f"There is no other whole checkpoint in {folder}: start again without --ckpt_path."

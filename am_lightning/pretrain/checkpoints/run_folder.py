@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from am_lightning.pretrain.checkpoints.atomic import remove
-from am_lightning.pretrain.checkpoints.resume import LAST, STEPS
+from am_lightning.pretrain.checkpoints.resume import LAST, STEPS, check_readable, newest_whole
 from am_lightning.pretrain.runtime.atomic_files import write_failure
 from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.run_lock import hold
@@ -39,22 +40,28 @@ def take_folder(checkpoints: Path) -> None:
         remove(leftover)
 
 
-def refuse_checkpoints_of_others(folder: Path, pattern: str) -> None:
-    """Refuse to begin a run at step 0 beside another program's checkpoints.
+def chosen(ckpt_path: str, folder: Path, patterns: Sequence[str] = (STEPS, LAST)) -> Path | None:
+    """Return the checkpoint that ``--ckpt_path`` names. "last" is the newest whole one, or None if there is none.
 
     Args:
-        folder: folder of the checkpoints, in which no checkpoint of this program is.
-        pattern: glob pattern of this program's checkpoints.
+        ckpt_path: "last", or a checkpoint.
+        folder: folder of the checkpoints.
+        patterns: glob patterns of the names of this program's.
 
     Raises:
-        RecipeError: if checkpoints of another program are there.
+        RecipeError: if it is missing or damaged, or if `folder` holds only checkpoints of another program.
     """
-    for other, program in _WRITERS.items():
-        if other != pattern and any(folder.glob(other)):
-            raise RecipeError(
-                f"--ckpt_path last: the checkpoints in {folder} are {program}'s. Resume with that program, or choose"
-                " another folder: --trainer.default_root_dir DIR"
-            )
+    if ckpt_path != "last":
+        check_readable(Path(ckpt_path), folder, patterns)
+        return Path(ckpt_path)
+    found = newest_whole(folder, patterns)
+    others = [program for other, program in _WRITERS.items() if other not in patterns and any(folder.glob(other))]
+    if found is None and others:
+        raise RecipeError(
+            f"--ckpt_path last: the checkpoints in {folder} are {others[0]}'s. Resume with that program, or choose"
+            " another folder: --trainer.default_root_dir DIR"
+        )
+    return found
 
 
 def protect_earlier_run(root: Path, checkpoints: Path, ckpt_path: str | None) -> None:

@@ -23,20 +23,10 @@ from am_lightning.pretrain.callbacks.fault_tolerance import FaultTolerance
 from am_lightning.pretrain.callbacks.progress import BARS
 from am_lightning.pretrain.callbacks.tensorboard import SaveRunConfig, TensorBoardLayout
 from am_lightning.pretrain.callbacks.throughput import TrainingMonitor
-from am_lightning.pretrain.checkpoints import (
-    STEPS,
-    AtomicCheckpointIO,
-    RunCheckpoint,
-    check_readable,
-    newest_whole,
-    saved_hyperparameters,
-    saved_step,
-)
-from am_lightning.pretrain.checkpoints.run_folder import (
-    checkpoint_folder,
-    protect_earlier_run,
-    refuse_checkpoints_of_others,
-)
+from am_lightning.pretrain.checkpoints import AtomicCheckpointIO, RunCheckpoint
+from am_lightning.pretrain.checkpoints.resume import saved_step
+from am_lightning.pretrain.checkpoints.run_folder import checkpoint_folder, chosen, protect_earlier_run
+from am_lightning.pretrain.checkpoints.weights import model_arguments
 from am_lightning.pretrain.commands.compare import compare
 from am_lightning.pretrain.commands.report.summary import RunResult, print_summary, print_validation
 from am_lightning.pretrain.data.text_data import TextData
@@ -239,17 +229,15 @@ def _resume_step(ckpt_path: str | None, folder: Path, model: Any) -> int:
         return 0
     if getattr(rank_zero_only, "rank", 0) != 0:
         return -1
-    path = newest_whole(folder) if ckpt_path == "last" else Path(ckpt_path)
+    path = chosen(ckpt_path, folder)
     if path is None:
         moved = sorted((folder.parent / "earlier").glob("*"))
-        refuse_checkpoints_of_others(folder, STEPS)
         hint = f" (earlier runs are in {moved[0].parent}: --ckpt_path FILE resumes one)" if moved else ""
         print(f"no checkpoint in {folder} yet: starting from step 0{hint}")
         return 0
-    if ckpt_path != "last":
-        check_readable(path, folder)
-    LlamaShape.among(model).load_state_dict(saved_hyperparameters(path))
-    return saved_step(path)
+    step = saved_step(path)
+    LlamaShape.among(model).load_state_dict(model_arguments(path))
+    return step
 
 
 def precision_of(accelerator: str) -> str:

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from am_lightning.pretrain.callbacks.throughput import TrainingMonitor, perplexity
-from am_lightning.pretrain.checkpoints import LAST
+from am_lightning.pretrain.checkpoints.resume import LAST
 from am_lightning.pretrain.commands.report.events import PATTERN, read_files
 from am_lightning.pretrain.commands.report.plot import report_figure, save
 from am_lightning.pretrain.commands.report.runs import RunData
