@@ -11,7 +11,6 @@ accumulate_grad_batches, gradient_clip_val, precision, val_check_interval, log_e
 from __future__ import annotations
 
 import os
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from am_lightning import AMSGD, AMAdamW
 from am_lightning.huggingface import attach
 from am_lightning.pretrain.checkpoints.accelerate import AccelerateCheckpoints
 from am_lightning.pretrain.model.network import build_llama, token_loss
-from am_lightning.pretrain.runtime.collectives import Agreement
+from am_lightning.pretrain.runtime.collectives import Agreement, limit_waits
 from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.main import command_line
 from am_lightning.pretrain.runtime.operator_build import announce_deepspeed_build
@@ -147,7 +146,8 @@ def is_due(step: int, every: int | None) -> bool:
 
 def make_accelerator(settings: RunConfig) -> Accelerator:
     """Return an Accelerator that logs to TensorBoard in DIR/logs, with the recipe's sizes for DeepSpeed."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    processes, deepspeed = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if deepspeed:
         announce_deepspeed_build()
     accelerator = Accelerator(
         # A plugin wins over the launcher's ACCELERATE_GRADIENT_ACCUMULATION_STEPS, which is "auto" with DeepSpeed.
@@ -155,12 +155,13 @@ def make_accelerator(settings: RunConfig) -> Accelerator:
         mixed_precision=settings.mixed_precision(),
         log_with="tensorboard",
         project_dir=settings.root,
-        **processes(settings),
+        cpu=settings.on_cpu and not deepspeed,  # Accelerate ignores DeepSpeed if it is True
+        # Accelerate would look for the group of a single process.
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if settings.on_cpu and processes > 1 else [],
     )
-    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
-        raise RecipeError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and Accelerate sees {accelerator.num_processes} process"
-        )
+    if accelerator.num_processes != processes:
+        raise RecipeError(f"WORLD_SIZE is {processes}, and Accelerate sees {accelerator.num_processes} process")
+    limit_waits(settings.hang_timeout_s)
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
         rows = settings.data.batch_size // (accelerator.num_processes * settings.accumulate)
@@ -170,17 +171,6 @@ def make_accelerator(settings: RunConfig) -> Accelerator:
             "gradient_clipping": settings.clip or 0.0,
         }
     return accelerator
-
-
-def processes(settings: RunConfig) -> dict[str, Any]:
-    """Return Accelerator's arguments for the device, the backend and the timeout of the process group."""
-    timeout = None if settings.hang_timeout_s is None else timedelta(seconds=settings.hang_timeout_s)
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # else Accelerate would look for a group
-    group = InitProcessGroupKwargs(backend="gloo" if settings.on_cpu else "nccl", timeout=timeout)
-    handlers = [group] if several and (settings.on_cpu or timeout is not None) else []
-    # Accelerate ignores DeepSpeed if cpu is True.
-    cpu = settings.on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
-    return {"cpu": cpu, "kwargs_handlers": handlers}
 
 
 @torch.no_grad()

@@ -170,7 +170,7 @@ def train(settings: RunConfig) -> None:
     stop = StopSignals()
     stop.take()
     args = training_arguments(settings)
-    limit_waits(settings.hang_timeout_s if args.world_size > 1 else None)  # ddp_timeout does not reach gloo's group
+    limit_waits(settings.hang_timeout_s)  # ddp_timeout does not reach gloo's group
     settings.open_data()
 
     set_seed(settings.seed)

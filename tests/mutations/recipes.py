@@ -403,7 +403,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the gradient norm adds norms, not their squares",
-        f"{_PACKAGE}/callbacks/gradient_norm.py",
+        f"{_PACKAGE}/callbacks/throughput.py",
         "norm.float().square()",
         "norm.float()",
         (f"{_MONITORS}::test_every_optimizer_has_a_gradient_norm",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
+from collections import defaultdict, deque
 from typing import Any, cast
 
 import lightning as L
@@ -13,10 +13,14 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from am_lightning.lightning import AdaptiveMemory
-from am_lightning.pretrain.callbacks.gradient_norm import gradient_norm
+from am_lightning.optim.base import AdaptiveMemoryOptimizer
+from am_lightning.optim.gradient_clipping import clip_grad_norm_
+from am_lightning.optim.unwrap import unwrap_optimizer
 from am_lightning.pretrain.model.shape import LlamaShape, flops_per_token
 from am_lightning.pretrain.runtime.errors import RecipeError, require, require_counts
 
@@ -161,3 +165,31 @@ def _matmul_dtype(precision: str) -> torch.dtype:
     """Return the dtype of matrix products under a Lightning precision ("bf16-mixed", "32-true", ...)."""
     names = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
     return names.get(precision.split("-")[0], torch.float32)
+
+
+@torch.no_grad()
+def gradient_norm(trainer: L.Trainer, optimizer: Optimizer) -> Tensor | None:
+    """Return the 2-norm over all parameters of the model, a 0-dim tensor on the device. Call it on every rank.
+
+    Returns:
+        None if something else computes the norm: DeepSpeed's engine, or AdaptiveMemory's clipping, which logs
+        `am/grad_norm`.
+    """
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        return None
+    inner = unwrap_optimizer(optimizer)
+    if isinstance(inner, AdaptiveMemoryOptimizer):
+        clips = bool(trainer.gradient_clip_val) and trainer.gradient_clip_algorithm != "value"
+        return None if clips else clip_grad_norm_(inner, float("inf"))
+    alike: dict[object, list[Tensor]] = defaultdict(list)  # one norm cannot mix meshes and placements
+    for grad in (p.grad for group in inner.param_groups for p in group["params"] if p.grad is not None):
+        alike[(grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None].append(grad)
+    squares = torch.zeros((), device="cpu")
+    for grads in alike.values():
+        norm = torch.nn.utils.get_total_norm(grads)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        squares = squares.to(norm.device) + norm.float().square()
+    model = trainer.strategy.model
+    if isinstance(model, FullyShardedDataParallel) and model.sharding_strategy != ShardingStrategy.NO_SHARD:
+        torch.distributed.all_reduce(squares, group=model.process_group)  # each rank has a shard of each flat gradient
+    return squares.sqrt()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp.wrap import wrap
@@ -122,6 +124,15 @@ class LlamaPretraining(L.LightningModule):
         positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
         logits: Tensor = self.network(input_ids=tokens, position_ids=positions).logits
         return logits
+
+    def on_train_start(self) -> None:
+        """Keep DeepSpeed (0.19) from dividing the loss by the number of micro-batches, as Lightning (2.6) already does.
+
+        Gradients that are divided twice change clipping and beta_t.
+        """
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            engine = self.trainer.strategy.deepspeed_engine
+            engine.backward = partial(engine.backward, scale_wrt_gas=False)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = self._loss(batch)

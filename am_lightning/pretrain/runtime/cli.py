@@ -18,7 +18,6 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrateg
 from lightning.pytorch.utilities import rank_zero_only
 
 from am_lightning.lightning import AdaptiveMemory
-from am_lightning.pretrain.callbacks.deepspeed_loss import LossDividedOnce
 from am_lightning.pretrain.callbacks.fault_tolerance import FaultTolerance
 from am_lightning.pretrain.callbacks.progress import BARS
 from am_lightning.pretrain.callbacks.tensorboard import SaveRunConfig, TensorBoardLayout
@@ -130,7 +129,7 @@ class PretrainCLI(LightningCLI):
         plugins = config.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         kwargs["use_distributed_sampler"] = False  # TextData shares the rows out to the ranks
-        callbacks = [*(config.callbacks or []), TensorBoardLayout(), LossDividedOnce()]
+        callbacks = [*(config.callbacks or []), TensorBoardLayout()]
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             # Lightning's default bar depends on whether rich is installed.
             # It is redrawn when the Trainer logs, because only then the host waits for the device.
