@@ -168,7 +168,7 @@ def read_run(root: Path) -> dict[str, Any]:
     """Return losses and beta_t of a finished run, from its event files."""
     from am_lightning.pretrain.commands.report.charts import heatmap
     from am_lightning.pretrain.commands.report.runs import find_runs
-    from am_lightning.pretrain.loss_spikes import count_spikes
+    from recipes.studies.loss_spikes import count_spikes
 
     found = find_runs([str(root)])[0]
     if found.final_val_loss is None or found.train_loss is None:

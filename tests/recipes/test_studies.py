@@ -20,13 +20,13 @@ stats = pytest.importorskip("scipy.stats")  # the studies import scipy and sciki
 pytest.importorskip("sklearn")
 
 from am_lightning import AMAdamW
-from am_lightning.pretrain.loss_spikes import count_spikes
 from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.recipe_text import recipe_text
 from recipes.studies import diagnoses
 from recipes.studies.convex.methods import METHODS, descend, make_optimizer
 from recipes.studies.convex.protocol import LOGISTIC, logistic
 from recipes.studies.ledger import Config, Ledger, Result
+from recipes.studies.loss_spikes import count_spikes
 from recipes.studies.page import command_of, markdown
 from recipes.studies.pretraining.methods import Method, fix_momentum
 from recipes.studies.pretraining.methods import make_optimizer as make_adamw

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,20 @@ from am_lightning.pretrain.checkpoints.run_folder import ACCELERATE_STEPS, chose
 from am_lightning.pretrain.runtime.errors import RecipeError
 
 
+@dataclass
 class CheckpointFolders:
-    """The checkpoint folders of a run, each with a manifest. All processes call each method.
+    """The checkpoint folders of a run, each with a manifest. All processes call each method."""
 
-    Args:
-        folder: folder of the checkpoints.
-        pattern: glob pattern of their names.
-        file: name of the file in each that holds the states of objects.
-        keep: number of newest checkpoints to keep; None: all.
-        identity: objects, by name, that refuse a checkpoint of another model or of other data when it is loaded.
-    """
+    folder: Path  # folder of the checkpoints
+    pattern: str  # glob pattern of their names
+    file: str  # name of the file in each that holds the states of objects
+    keep: int | None  # number of newest checkpoints to keep; None: all
+    identity: Mapping[str, Stateful]  # objects by name that refuse a checkpoint of another model or of other data
 
-    def __init__(
-        self, folder: Path, pattern: str, file: str, keep: int | None, identity: Mapping[str, Stateful]
-    ) -> None:
-        self.folder, self.pattern, self.file, self.keep, self.identity = folder, pattern, file, keep, identity
-        self.part = folder / ".checkpoint.part"  # folder of the one that is not complete
+    @property
+    def part(self) -> Path:
+        """Folder of the checkpoint that is not complete."""
+        return self.folder / ".checkpoint.part"
 
     def take(self, root: Path, ckpt_path: str | None) -> None:
         """Lock the folder for this run, and protect an earlier run in it.

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from am_lightning.pretrain.checkpoints.manifest import damage
 from am_lightning.pretrain.checkpoints.resume import LAST, STEPS, newest_whole
-from am_lightning.pretrain.checkpoints.run_folder import ACCELERATE_STEPS
+from am_lightning.pretrain.checkpoints.run_folder import ACCELERATE_STEPS, TRAINER_STEPS
 from am_lightning.pretrain.checkpoints.weights import is_checkpoint, model_arguments, read_weights
 from am_lightning.pretrain.commands.arguments import RUN
 from am_lightning.pretrain.data.hf_tokenizer import as_pretrained
@@ -23,7 +23,7 @@ from am_lightning.pretrain.model.shape import LlamaShape
 from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.settings import saved_config
 
-_NAMES = (STEPS, LAST, ACCELERATE_STEPS, "checkpoint-*[0-9]")  # names of Lightning, Accelerate, the HF Trainer
+_NAMES = (STEPS, LAST, ACCELERATE_STEPS, TRAINER_STEPS)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from am_lightning.loggers.metrics import kind_of, layer_paths, shortened
-from am_lightning.pretrain.loss_spikes import SPIKE_FROM, count_spikes
 from am_lightning.pretrain.runtime.errors import RecipeError
 from recipes.studies.ledger import Config, Ledger
+from recipes.studies.loss_spikes import SPIKE_FROM, count_spikes
 from recipes.studies.page import markdown
 from recipes.studies.pretraining.methods import Method
 from recipes.studies.pretraining.stages import (
