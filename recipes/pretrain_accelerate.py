@@ -48,7 +48,8 @@ def train(settings: RunConfig) -> None:
     resume(accelerator, settings, checkpoints)
 
     step = schedule.last_epoch  # optimizer steps that are done
-    ranks = share_of(accelerator)
+    ranks: dict[str, Any] = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    ranks["pin_memory"] = accelerator.device.type == "cuda"  # a GPU copies pinned memory asynchronously
     batches = data.train_loader(steps=settings.steps, accumulate=settings.accumulate, first_step=step, **ranks)
     agreement = Agreement(accelerator.device, accelerator.num_processes)
     bar = tqdm(total=settings.steps, initial=step, disable=not settings.progress_bar, unit="step")
@@ -114,12 +115,6 @@ def resume(accelerator: Accelerator, settings: RunConfig, checkpoints: Accelerat
         accelerator.print(f"resuming from {loaded}" if loaded else "no checkpoint yet: starting from step 0")
     if accelerator.is_main_process:
         settings.save(settings.root / "logs" / "config.yaml")
-
-
-def share_of(accelerator: Accelerator) -> dict[str, Any]:
-    """Return the loaders' arguments for this process's share of the rows; a GPU copies pinned memory asynchronously."""
-    pinned = accelerator.device.type == "cuda"
-    return {"rank": accelerator.process_index, "world_size": accelerator.num_processes, "pin_memory": pinned}
 
 
 def make_model(

@@ -127,11 +127,11 @@ class Logs(TrainerCallback):
         state.compute_steps(args, state.max_steps)
         if state.is_world_process_zero:
             self.settings.save(self.folder / "config.yaml")
+            self.writer = SummaryWriter(str(self.folder))
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or logs is None:
+        if self.writer is None or logs is None:
             return
-        self.writer = self.writer or SummaryWriter(str(self.folder))
         for key, value in logs.items():
             if key in CURVES or key.startswith("am/"):
                 self.writer.add_scalar(CURVES.get(key, key), value, state.global_step)
@@ -139,11 +139,6 @@ class Logs(TrainerCallback):
             perplexity = torch.tensor(logs["eval_loss"]).exp()  # inf, where math.exp raises an error
             self.writer.add_scalar("val/perplexity", perplexity, state.global_step)
         self.writer.flush()
-
-
-def has_its_own_intervals(record: logging.LogRecord) -> bool:
-    """Drop the Trainer's warning that the intervals of the checkpoint hold, which Logs sets back."""
-    return "do not match the ones in the `trainer_state.json`" not in record.getMessage()
 
 
 class StopAtStep(TrainerCallback):
@@ -184,8 +179,8 @@ def train(settings: RunConfig) -> None:
     trainer = RecipeTrainer(settings, checkpoints, model=model, args=args, callbacks=callbacks)
     checkpoints.take(settings.root, settings.ckpt_path)
     resume = None if settings.ckpt_path is None else checkpoints.choose(settings.ckpt_path)[0]
-    for name in ("transformers.trainer", "transformers.trainer_utils"):
-        logging.getLogger(name).addFilter(has_its_own_intervals)
+    for name in ("transformers.trainer", "transformers.trainer_utils"):  # they warn of intervals that Logs sets back
+        logging.getLogger(name).addFilter(lambda record: "the `trainer_state.json` within" not in record.getMessage())
     trainer.train(resume_from_checkpoint=resume and str(resume))
 
     if stopping.stopped:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from am_lightning.pretrain.runtime.atomic_files import disk_error
 from tests.sharding.pool import pools
 
 from .commands import arguments, load, run
@@ -61,3 +64,11 @@ def test_accelerates_checkpoints_fail_on_all_ranks_and_leave_the_good_ones(disk:
     assert 0 < made < 8
     assert error.startswith(f"cannot write {disk}/c/step-{made + 1:06d}: No space left on device"), error
     assert sorted(path.name for path in (disk / "c").iterdir()) == [f"step-{n:06d}" for n in range(1, made + 1)]
+
+
+def test_a_file_that_torch_opens_itself_finds_the_disk_full(disk: Path) -> None:
+    """The HF Trainer passes paths to torch.save, whose error has no number of the system's then."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.save(torch.zeros(8_000_000), disk / "optimizer.pt")
+    found = disk_error(caught.value)
+    assert found is not None and found.errno == errno.ENOSPC

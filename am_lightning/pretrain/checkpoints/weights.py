@@ -46,10 +46,8 @@ def model_arguments(path: Path) -> dict[str, Any]:
     Raises:
         RecipeError: if `path` is not a checkpoint of these programs.
     """
-    places = [(path, "hyper_parameters")]
-    if path.is_dir():
-        places = [(file, key) for pattern, key in _DESCRIPTIONS for file in sorted(path.glob(pattern))[:1]]
-    for file, key in places:
+    places = [(file, key) for pattern, key in _DESCRIPTIONS for file in sorted(path.glob(pattern))[:1]]
+    for file, key in places if path.is_dir() else [(path, "hyper_parameters")]:
         with _named(path):
             return dict(_load(file)[key])
     raise RecipeError(f"{path} is not a checkpoint of these programs: nothing in it describes a model")

@@ -24,18 +24,22 @@ _HINTS = {
 _RUN_FOLDER = "--trainer.default_root_dir DIR"
 _BLOCK = 1 << 20  # bytes read at a time for a checksum
 _RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+_SHORT_WRITE = re.compile(r"inline_container.*unexpected pos|iostream error")
 
 
 def disk_error(error: BaseException) -> OSError | None:
     """Return the OSError that caused `error`, or None.
 
-    torch.save raises a RuntimeError with the OSError as its context; safetensors keeps only the number, in its text.
+    torch.save raises a RuntimeError with the OSError as its context, or without one if it was given a path: then the
+    disk is taken to be full. safetensors keeps only the number, in its text.
     """
     seen: BaseException | None = error
     while seen is not None and not isinstance(seen, OSError):
         number = _RUST_OS_ERROR.search(str(seen))
         if number:
             return OSError(int(number[1]), os.strerror(int(number[1])))
+        if _SHORT_WRITE.search(str(seen)):
+            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         seen = seen.__cause__ or seen.__context__
     return seen
 
