@@ -1,16 +1,15 @@
 """Make the token shards of a recipe before training: python prepare_data.py --config 60m --workers 16
 
---config takes a recipe's name or the path of a YAML, and a later --data.KEY VALUE wins, as in pretrain.py, which makes
-missing shards itself. A call that was killed resumes where it stopped, and one that finds all shards does nothing.
---check reads every shard and compares its checksum. The shards do not depend on the number of workers.
+It takes the YAMLs and the settings of pretrain.py (`pretrain.py fit --help`), which makes missing shards itself. A call
+that was killed resumes where it stopped, and one that finds all shards does nothing. The shards do not depend on the
+number of workers.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from am_lightning.pretrain.runtime.errors import RecipeError
 
@@ -36,14 +35,16 @@ def prepare(args: list[str]) -> None:
         RecipeError: see TextData.
         SystemExit: after an unknown key, a wrong type, or --help.
     """
-    from am_lightning.pretrain.data.text_data import TextData
-    from am_lightning.pretrain.runtime.paths import with_paths
+    from am_lightning.pretrain.runtime.run_config import read_data
 
-    words = [_section(word) if word.startswith("--config=") else word for word in with_paths(args)]
-    options = _parser(TextData).parse_args(words)
-    data = TextData(**options.data.as_dict())
-    data.default_root_dir = options.root
-    data.prepare_workers = options.workers or data.prepare_workers
+    parser = argparse.ArgumentParser(prog="prepare_data.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--workers", type=int, metavar="N", help="number of processes, as --data.prepare_workers")
+    parser.add_argument("--root", metavar="DIR", help="the run's folder, as --trainer.default_root_dir")
+    parser.add_argument("--check", action="store_true", help="also read all shards and compare their checksums")
+    options, settings = parser.parse_known_args(args)
+    for key, value in (("data.prepare_workers", options.workers), ("trainer.default_root_dir", options.root)):
+        settings += [f"--{key}={value}"] if value is not None else []
+    data = read_data(settings)
     there = data.is_prepared()
     index = data.prepare(check_all=options.check)
     state = "complete, nothing to do" if there else "made"
@@ -51,37 +52,6 @@ def prepare(args: list[str]) -> None:
     for name, text in _summary(data, index):
         print(f"  {name:<10} {text}")
     print(flush=True)
-
-
-def _parser(data: type) -> Any:
-    import jsonargparse
-
-    parser: Any = jsonargparse.ArgumentParser(
-        prog="prepare_data.py", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False
-    )
-    parser.add_argument("--config", action="config", help="a recipe's name, or the path of its YAML")
-    parser.add_argument(
-        "--workers", type=jsonargparse.typing.PositiveInt, default=None, help="processes; default: data.prepare_workers"
-    )
-    parser.add_argument("--check", action="store_true", help="also read all shards and compare their checksums")
-    parser.add_argument("--root", type=str, default=".", help="the run's folder; default: the recipe's")
-    parser.add_class_arguments(data, "data")
-    parser.print_usage = lambda *_: None  # keeps errors short; --help shows the keys
-    return parser
-
-
-def _section(option: str) -> str:
-    """Return the option --config=PATH with the recipe replaced by its settings of the data, as JSON."""
-    from am_lightning.pretrain.runtime.settings import read_recipe
-
-    path = Path(option.removeprefix("--config="))
-    recipe = read_recipe(path)
-    data, model, trainer = (recipe.get(name) or {} for name in ("data", "model", "trainer"))
-    if not all(isinstance(section, dict) for section in (data, model, trainer)):
-        raise RecipeError(f"{path} is not a recipe: data, model and trainer are sections")
-    linked = {key: model[key] for key in ("seq_len", "vocab_size") if key in model}
-    root = trainer.get("default_root_dir")
-    return "--config=" + json.dumps({"data": {**linked, **data}, **({"root": root} if root else {})})
 
 
 def _summary(data: TextData, index: Index) -> list[tuple[str, str]]:

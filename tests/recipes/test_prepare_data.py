@@ -139,7 +139,7 @@ def test_several_processes_make_the_same(
         (["--config", "FLAT"], r"error: .*flat.yaml: data is 3; allowed: settings of the form"),
         (["--data.sorce", "x"], None),
         (["--workers", "x"], None),
-        (["--workers", "0"], None),
+        (["--workers", "0"], r"error: data.prepare_workers is 0; allowed: a whole number >= 1"),
     ],
 )
 def test_a_wrong_argument_is_named(

@@ -150,6 +150,18 @@ def read_run_config(args: Sequence[str] | None = None) -> RunConfig:
     return RunConfig(parser.config_dump, parser.config_init.fit)
 
 
+def read_data(args: Sequence[str]) -> TextData:
+    """Parse the command line of `fit` for its data only, without settings that a run needs, such as its steps.
+
+    Raises:
+        RecipeError, SystemExit: as in `read_run_config`.
+    """
+    parser = _Parser(args)
+    data: TextData = parser.config_init.fit.data
+    data.default_root_dir = parser.config.fit.trainer.default_root_dir
+    return data
+
+
 class _Parser(PretrainCLI):
     """PretrainCLI up to its model and data: there is no Trainer, and nothing is seeded or run."""
 
