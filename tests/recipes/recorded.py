@@ -28,14 +28,15 @@ def record(folder: Path, dies: int) -> None:
     real = LitdataLoader.__iter__
 
     def recorded(loader: LitdataLoader) -> Iterator[Any]:
-        for number, batch in enumerate(real(loader), loader.first_step() * loader.accumulate):
-            step = number // loader.accumulate
+        order = loader.order
+        for number, batch in enumerate(real(loader), order.first_step() * order.accumulate):
+            step = number // order.accumulate
             if step == dies:
                 os.kill(os.getpid(), signal.SIGKILL)
             rows = batch["input_ids"] if isinstance(batch, dict) else batch
             hashes = [hashlib.sha256(bytes(row)).hexdigest()[:16] for row in rows.numpy()]
             folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / f"rank-{loader.rank}.jsonl", "a") as file:
+            with open(folder / f"rank-{order.rank}.jsonl", "a") as file:
                 file.write(json.dumps({"step": step, "rows": hashes}) + "\n")
             yield batch
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -19,9 +19,10 @@ import litdata
 import numpy as np
 import torch
 from litdata.streaming import downloader
+from torch.utils.data import default_convert
 
 from am_lightning.pretrain.data.litdata_folder import LitdataFolder, litdata_ranks
-from am_lightning.pretrain.data.order import ResumableLoader, batches_in_time
+from am_lightning.pretrain.data.order import ResumableLoader, StepOrder, batches_in_time
 from am_lightning.pretrain.data.prepare import only_one
 from am_lightning.pretrain.data.shards import Index
 from am_lightning.pretrain.runtime.atomic_files import checksum
@@ -90,9 +91,7 @@ class LitdataLoader(ResumableLoader):
         index: index of the chunks.
         passes: [pass, *grid] of the pass that holds the first step and of the next one, where the grid is the one that
             began the pass. The loader updates this list. A checkpoint needs it and the number of steps.
-        grid: grid of this run.
-        seed: seed of the order.
-        rank, steps, accumulate, first_step: as in `order.StepOrder`.
+        order: the steps, the seed and the share of this process. litdata chooses the rows.
         num_workers, pin_memory: as in DataLoader.
 
     Raises:
@@ -104,40 +103,36 @@ class LitdataLoader(ResumableLoader):
         folder: LitdataFolder,
         index: Index,
         passes: list[list[int]],
-        grid: Grid,
+        order: StepOrder,
         *,
-        seed: int,
-        rank: int,
-        steps: int,
-        accumulate: int,
-        first_step: Callable[[], int],
         num_workers: int,
         pin_memory: bool = False,
     ) -> None:
         # These give the length and the batch size, which Lightning's DeepSpeed asks for. litdata reads the rows.
-        super().__init__(range(steps * accumulate * grid.rows), batch_size=grid.rows, collate_fn=_unchanged)  # type: ignore[arg-type]
-        self.folder, self.passes, self.grid, self.seed, self.rank = folder, passes, grid, seed, rank
-        self.steps, self.accumulate, self.first_step = steps, accumulate, first_step
+        rows: Any = range(len(order) * order.share)
+        super().__init__(rows, batch_size=order.share, collate_fn=default_convert)
+        self.folder, self.passes, self.order = folder, passes, order
+        self.grid = Grid(order.world_size, max(1, num_workers), order.share)
         self.inner = {"num_workers": num_workers, "pin_memory": pin_memory}
         self.sha256 = {chunk.file: chunk.sha256 for chunk in index.train}
-        batch_size, seq_len = grid.rows * accumulate * grid.world_size, folder.pipeline.seq_len
+        seq_len = folder.pipeline.seq_len
         self.rows_in_pass = sum(chunk.tokens // seq_len for chunk in index.train)
-        self.steps_in_pass = self.rows_in_pass // batch_size
+        self.steps_in_pass = self.rows_in_pass // order.batch_size
         if self.steps_in_pass == 0:
             raise RecipeError(
-                f"the training text is shorter than one step of data.batch_size {batch_size} rows of {seq_len} tokens:"
-                " use more text or smaller steps"
+                f"the training text is shorter than one step of data.batch_size {order.batch_size} rows of {seq_len}"
+                " tokens: use more text or smaller steps"
             )
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        step = self.first_step()
-        while step < self.steps:
+        step = self.order.first_step()
+        while step < self.order.steps:
             number, done = divmod(step, self.steps_in_pass)
-            until = min(step + self.steps_in_pass - done, self.steps)
+            until = min(step + self.steps_in_pass - done, self.order.steps)
             batches = iter(self._pass(number, done, self._begin(number, done == 0)))
             if self.inner["num_workers"]:
                 batches = batches_in_time(batches, self.timeout_s)
-            wanted = (until - step) * self.accumulate
+            wanted = (until - step) * self.order.accumulate
             for batch in islice(batches, wanted):
                 if isinstance(batch, RecipeError):
                     raise batch
@@ -166,14 +161,14 @@ class LitdataLoader(ResumableLoader):
             downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True
         # One process after the other: litdata gives up if another process downloads the index for more than 1 s.
         in_turn = only_one(options.cache) if self.folder.is_remote else nullcontext()
-        with litdata_ranks(self.rank, self.grid.world_size):
+        with litdata_ranks(self.order.rank, self.grid.world_size):
             with in_turn:
                 dataset = litdata.StreamingDataset(
                     source,
                     cache_dir=str(options.cache),
                     item_loader=TokensLoader(options.seq_len, self.sha256, source),
                     shuffle=True,
-                    seed=self.seed % 2**32,
+                    seed=self.order.seed % 2**32,
                     item_shuffle_window=0,  # shuffle all rows of a chunk
                 )
             dataset.set_drop_last(False)  # more workers would drop more rows; `wanted` is equal on all processes
@@ -188,7 +183,7 @@ class LitdataLoader(ResumableLoader):
     def _state(self, state: dict[str, Any], number: int, done: int, began: Grid) -> dict[str, Any]:
         """Return litdata's `state` of an unused loader, changed to begin after the first `done` steps of a pass."""
         rows, workers, world_size = self.grid.rows, self.grid.workers, self.grid.world_size
-        batches = done * self.accumulate
+        batches = done * self.order.accumulate
         same = began == self.grid
         place: dict[str, int | str] = {
             "current_epoch": number + 1,
@@ -202,7 +197,7 @@ class LitdataLoader(ResumableLoader):
         if not same:
             place |= {"world_size": began.world_size, "num_workers": began.workers, "batch_size": began.rows}
             place["resume_mode"] = "elastic"
-            if self.rank == 0 and self.rows_in_pass > MANY_ROWS:
+            if self.order.rank == 0 and self.rows_in_pass > MANY_ROWS:
                 warnings.warn(
                     f"data.mode litdata: until this pass ends, every loader process keeps a list of its"
                     f" {self.rows_in_pass:,} rows (about {self.rows_in_pass * _ROW_BYTES / 1e9:.1f} GB), because the"
@@ -221,7 +216,3 @@ class LitdataLoader(ResumableLoader):
 def _stacked(rows: list[Any]) -> torch.Tensor | RecipeError:
     errors = [row for row in rows if isinstance(row, RecipeError)]
     return errors[0] if errors else torch.from_numpy(np.stack(rows).astype(np.int64))
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch

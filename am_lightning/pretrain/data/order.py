@@ -66,6 +66,9 @@ class StepOrder(Sampler[list[int]]):
         accumulate: micro-batches in a step.
         first_step: function that returns the number of finished steps. It is called when iteration begins.
 
+    Attributes:
+        share: rows of a rank in a micro-batch.
+
     Raises:
         RecipeError: if `batch_size` is not divisible by world_size * accumulate, or there are no rows.
     """
@@ -86,7 +89,7 @@ class StepOrder(Sampler[list[int]]):
         if rows < 1:
             raise RecipeError("the training text is shorter than one row: use more text or a smaller model.seq_len")
         self.rows, self.batch_size, self.steps, self.seed = rows, batch_size, steps, seed
-        self.rank, self.accumulate = rank, accumulate
+        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.first_step = first_step
 
     def __len__(self) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from am_lightning.pretrain.data.litdata_folder import LitdataFolder
-from am_lightning.pretrain.data.order import ResumableLoader, StepOrder, TokenRows, share_of
+from am_lightning.pretrain.data.order import ResumableLoader, StepOrder, TokenRows
 from am_lightning.pretrain.data.pipeline import Pipeline
 from am_lightning.pretrain.data.shards import Index, TokenShards
 from am_lightning.pretrain.data.tokenizer import check_vocabulary, smallest_vocabulary
@@ -152,20 +152,24 @@ class TextData(L.LightningDataModule):
             RecipeError: if `batch_size` is not divisible by world_size * accumulate, or the text is too short.
         """
         opened = self._opened()
-        share = share_of(self.batch_size, world_size, accumulate)
-        place: dict[str, Any] = {"seed": self.seed, "rank": rank, "steps": steps, "accumulate": accumulate}
-        place["first_step"] = first_step if callable(first_step) else lambda: first_step
+        rows = TokenRows(opened.train, self.seq_len)
+        order = StepOrder(
+            len(rows),
+            self.batch_size,
+            steps,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+            accumulate=accumulate,
+            first_step=first_step if callable(first_step) else lambda: first_step,
+        )
         workers: dict[str, Any] = {"num_workers": self.num_workers, "pin_memory": pin_memory}
         loader: ResumableLoader
         if self.mode == "litdata":
-            from am_lightning.pretrain.data.litdata_loader import Grid, LitdataLoader
+            from am_lightning.pretrain.data.litdata_loader import LitdataLoader
 
-            grid = Grid(world_size, max(1, self.num_workers), share)
-            folder = LitdataFolder(self.pipeline)
-            loader = LitdataLoader(folder, opened.index, self._passes, grid, **place, **workers)
+            loader = LitdataLoader(LitdataFolder(self.pipeline), opened.index, self._passes, order, **workers)
         else:
-            rows = TokenRows(opened.train, self.seq_len)
-            order = StepOrder(len(rows), self.batch_size, world_size=world_size, **place)
             loader = ResumableLoader(rows, batch_sampler=order, persistent_workers=self.num_workers > 0, **workers)
         loader.timeout_s = self.loader_timeout_s
         return loader
