@@ -71,7 +71,7 @@ def test_the_shards_hold_the_documents_in_order(source: Path, whole: Path) -> No
 def test_a_part_with_too_many_tokens_makes_several_files(source: Path, tmp_path: Path, whole: Path) -> None:
     """A text can have more tokens than bytes; no file grows beyond the limit and one document."""
     job = Job(tmp_path, find_source(str(source)), ByteTokenizer(), 5.0, 1 << 18)
-    record = write_part(job, work_units(job.source, 1 << 20)[0])
+    record = write_part(job, (0, work_units(job.source, 1 << 20)[0]))
     assert len(record.train) == 4
     assert all(shard.tokens < (1 << 18) + 5000 for shard in record.train)
     tokens = ShardedTokens(tmp_path, record.train, "uint8")

@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -110,7 +111,7 @@ class Pipeline:
         units = work_units(self.documents, self.shard_mb * MEGABYTE)
         for unit in units:
             left = wanted / len(units)
-            for document in unit.documents():
+            for document in chain.from_iterable(chunk.documents() for chunk in unit):
                 if left <= 0:
                     break
                 if not document.is_validation(self.val_percent):

@@ -9,12 +9,13 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
 
-from am_lightning.pretrain.data.chunks import DataChunk, Document
+from am_lightning.pretrain.data.chunks import DataChunk
 from am_lightning.pretrain.data.processes import run_all
 from am_lightning.pretrain.data.shards import (
     CACHE_OPTION,
@@ -34,26 +35,11 @@ from am_lightning.pretrain.data.tokenizer import Tokenizer, encode_document
 from am_lightning.pretrain.runtime.atomic_files import replacing, write_failure
 from am_lightning.pretrain.runtime.errors import RecipeError
 
+WorkUnit = tuple[DataChunk, ...]  # chunks of the data set that one process tokenizes in one go
+
 MEGABYTE = 1 << 20
 _SIDE_NAMES = {"train": "training", "val": "validation"}
 _CHECK_ALONE = 256 * MEGABYTE  # one process reads this many bytes sooner than several processes start
-
-
-@dataclass(frozen=True)
-class WorkUnit:
-    """Documents that one process tokenizes in one go.
-
-    Attributes:
-        number: position in the order of the data set.
-        chunks: chunks of the data set.
-    """
-
-    number: int
-    chunks: tuple[DataChunk, ...]
-
-    def documents(self) -> Iterator[Document]:
-        for chunk in self.chunks:
-            yield from chunk.documents()
 
 
 @dataclass(frozen=True)
@@ -85,7 +71,7 @@ def work_units(source: Source, unit_bytes: int) -> list[WorkUnit]:
             size = 0
         units[-1].append(chunk)
         size += chunk.size
-    return [WorkUnit(number, tuple(chunks)) for number, chunks in enumerate(units)]
+    return [tuple(chunks) for chunks in units]
 
 
 def write_shards(job: Job, workers: int | None = None) -> None:
@@ -108,7 +94,7 @@ def write_shards(job: Job, workers: int | None = None) -> None:
         if alone:
             for leftover in job.folder.rglob(".*.part"):  # written by a killed process
                 leftover.unlink(missing_ok=True)
-        units = work_units(job.source, job.shard_bytes)
+        units = list(enumerate(work_units(job.source, job.shard_bytes)))
         _finish(job, run_all(partial(write_part, job), units, workers, "tokenizing"))
 
 
@@ -147,8 +133,12 @@ def _check(folder: Path, dtype: str, content: bool, header: int, shard: Shard) -
         raise RecipeError(f"the token shard {path} is broken: {damage}. {rebuild_hint(path)}")
 
 
-def write_part(job: Job, unit: WorkUnit) -> Index:
+def write_part(job: Job, numbered: tuple[int, WorkUnit]) -> Index:
     """Tokenize the documents of a work unit and write its shards, unless they exist and have the right checksums.
+
+    Args:
+        job: the documents and the folder.
+        numbered: the unit after its position in the order of the data set.
 
     Returns:
         The index of the files.
@@ -156,15 +146,16 @@ def write_part(job: Job, unit: WorkUnit) -> Index:
     Raises:
         RecipeError: if a file cannot be written or a document cannot be read.
     """
-    key = hashlib.sha256(repr(unit.chunks).encode()).hexdigest()
-    path, tokenizer = job.folder / "parts" / f"{unit.number:05d}-{key[:16]}.json", job.tokenizer
+    number, unit = numbered
+    key = hashlib.sha256(repr(unit).encode()).hexdigest()
+    path, tokenizer = job.folder / "parts" / f"{number:05d}-{key[:16]}.json", job.tokenizer
     with contextlib.suppress(RecipeError):
         index = read_index(path.parent, path.name)
         damages = (shard_damage(job.folder / one.file, one, tokenizer.dtype, content=True) for one in index.shards)
         if not any(damages):
             return index
-    writers = {side: _SideWriter(job, f"{side}-{unit.number:05d}") for side in SIDES}
-    for document in unit.documents():
+    writers = {side: _SideWriter(job, f"{side}-{number:05d}") for side in SIDES}
+    for document in chain.from_iterable(chunk.documents() for chunk in unit):
         side = SIDES[document.is_validation(job.val_percent)]
         writers[side].add(encode_document(tokenizer, document.text))
     for writer in writers.values():

@@ -8,8 +8,9 @@ import json
 import os
 import platform
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,79 +40,50 @@ _ALLOWED = '"stdlib", a folder, a file, a glob pattern, "hf:NAME", or a folder t
 
 
 @dataclass(frozen=True)
-class FileSource:
-    """Files below one folder. A record of parquet or JSON lines is a document, and so is any other file.
+class Source:
+    """A data set.
 
     Attributes:
-        root: the folder.
-        names: sorted paths of the files relative to `root`, with `/`.
-        text_field: field or column of the text in records.
         description: name of the data set in messages.
         fingerprint: a hash that changes with the data set.
+        chunks: function that yields the chunks in a fixed order. It cuts files of lines at about this many bytes.
     """
 
-    root: Path
-    names: tuple[str, ...]
-    text_field: str
     description: str
     fingerprint: str
-
-    def chunks(self, chunk_bytes: int) -> Iterator[DataChunk]:
-        """Yield the chunks in a fixed order. Uncompressed JSON lines are cut into chunks of about `chunk_bytes`."""
-        for name in self.names:
-            path = self.root / name
-            if name.endswith(".parquet"):
-                yield from self._row_groups(str(path))
-            elif name.endswith(_RECORDS):
-                yield from self._line_ranges(path, chunk_bytes)
-            else:
-                yield TextFile(str(self.root), name, _stat(path).st_size)
-
-    def _row_groups(self, path: str) -> Iterator[DataChunk]:
-        with parquet_file(path) as file:
-            columns = file.schema_arrow.names
-            if self.text_field not in columns:
-                raise no_field(self.text_field, path, f"has {', '.join(columns)}")
-            for group in range(file.num_row_groups):
-                yield ParquetGroup(path, self.text_field, group, file.metadata.row_group(group).total_byte_size)
-
-    def _line_ranges(self, path: Path, chunk_bytes: int) -> Iterator[DataChunk]:
-        size = _stat(path).st_size
-        if path.suffix == ".gz":  # it can only be read from its beginning
-            yield JsonLines(str(path), self.text_field, 0, 0, size)
-            return
-        for start in range(0, size, chunk_bytes):
-            stop = min(start + chunk_bytes, size)
-            yield JsonLines(str(path), self.text_field, start, stop, stop - start)
+    chunks: Callable[[int], Iterator[DataChunk]]
 
 
-@dataclass(frozen=True)
-class HubSource:
-    """A data set that the `datasets` library streams. Each of its files is a chunk.
-
-    The fingerprint is a hash of the user's settings, so that a training node without a network finds the shards. Pin a
-    `revision` in the options if the data set may change.
-    """
-
-    name: str
-    options: str
-    text_field: str
-
-    @property
-    def description(self) -> str:
-        return f"{HUB}{self.name}"
-
-    @property
-    def fingerprint(self) -> str:
-        return hashlib.sha256(f"{self.name}\0{self.options}\0{self.text_field}".encode()).hexdigest()
-
-    def chunks(self, chunk_bytes: int) -> Iterator[DataChunk]:
-        count = load_hub(self.name, self.options).num_shards
-        for index in range(count):
-            yield HubShard(self.name, self.options, self.text_field, index, count, chunk_bytes)
+def _file_chunks(root: Path, names: Sequence[str], text_field: str, chunk_bytes: int) -> Iterator[DataChunk]:
+    """Yield the chunks of files. A record of parquet or JSON lines is a document, and so is any other file."""
+    for name in names:
+        path, size = str(root / name), _stat(root / name).st_size
+        if name.endswith(".parquet"):
+            yield from _row_groups(path, text_field)
+        elif not name.endswith(_RECORDS):
+            yield TextFile(str(root), name, size)
+        elif name.endswith(".gz"):  # it can only be read from its beginning
+            yield JsonLines(path, text_field, 0, 0, size)
+        else:
+            for start in range(0, size, chunk_bytes):
+                stop = min(start + chunk_bytes, size)
+                yield JsonLines(path, text_field, start, stop, stop - start)
 
 
-Source = FileSource | HubSource
+def _row_groups(path: str, text_field: str) -> Iterator[DataChunk]:
+    with parquet_file(path) as file:
+        columns = file.schema_arrow.names
+        if text_field not in columns:
+            raise no_field(text_field, path, f"has {', '.join(columns)}")
+        for group in range(file.num_row_groups):
+            yield ParquetGroup(path, text_field, group, file.metadata.row_group(group).total_byte_size)
+
+
+def _hub_chunks(name: str, options: str, text_field: str, chunk_bytes: int) -> Iterator[DataChunk]:
+    """Yield the files of a data set that the `datasets` library streams."""
+    count = load_hub(name, options).num_shards
+    for index in range(count):
+        yield HubShard(name, options, text_field, index, count, chunk_bytes)
 
 
 def find_source(source: str, *, text_field: str = "text", options: dict[str, Any] | None = None) -> Source:
@@ -127,7 +99,11 @@ def find_source(source: str, *, text_field: str = "text", options: dict[str, Any
     """
     if source.startswith(HUB):
         require("streaming" not in (options or {}), "data.source_options", options, "no streaming, which is always on")
-        return HubSource(source.removeprefix(HUB), json.dumps(options or {}, sort_keys=True), text_field)
+        settings = (source.removeprefix(HUB), json.dumps(options or {}, sort_keys=True), text_field)
+        # The data set itself is not looked at, so that a training node without a network finds the shards. Pin a
+        # `revision` in the options if the data set may change.
+        fingerprint = hashlib.sha256("\0".join(settings).encode()).hexdigest()
+        return Source(source, fingerprint, partial(_hub_chunks, *settings))
     require(not options, "data.source_options", options, f"null, because data.source {source} is not {HUB}NAME")
     if source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
@@ -140,7 +116,7 @@ def find_source(source: str, *, text_field: str = "text", options: dict[str, Any
         hint = "Put text files there (binary and hidden ones are skipped), or change data.source."
     if not names:
         raise RecipeError(f"data.source {source}: found no text in {root}. {hint}")
-    return FileSource(root, names, text_field, description, _fingerprint(root, names, text_field))
+    return Source(description, _fingerprint(root, names, text_field), partial(_file_chunks, root, names, text_field))
 
 
 def _files(source: str) -> tuple[Path, tuple[str, ...]]:
