@@ -45,10 +45,10 @@ def prepare(args: list[str]) -> None:
     for key, value in (("data.prepare_workers", options.workers), ("trainer.default_root_dir", options.root)):
         settings += [f"--{key}={value}"] if value is not None else []
     data = read_data(settings)
-    there = data.is_prepared()
+    there = data.storage.is_complete()
     index = data.prepare(check_all=options.check)
     state = "complete, nothing to do" if there else "made"
-    print(f"\n  {data.folder()}: {state}{', all checksums are right' if options.check else ''}\n")
+    print(f"\n  {data.storage.folder()}: {state}{', all checksums are right' if options.check else ''}\n")
     for name, text in _summary(data, index):
         print(f"  {name:<10} {text}")
     print(flush=True)

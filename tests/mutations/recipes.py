@@ -274,10 +274,10 @@ MUTATIONS = [
         ("tests/recipes/test_sources.py::test_a_line_is_in_one_piece_at_every_size",),
     ),
     Mutation(
-        "a slice that begins where a file begins is read from the file before",
+        "a slice of tokens is read from the next file too early",
         _SHARDS,
-        'np.searchsorted(self.starts, start, side="right")',
-        'np.searchsorted(self.starts, start, side="left")',
+        'np.searchsorted(self.starts, start, "right")) - 1',
+        'np.searchsorted(self.starts, start, "right"))',
         ("tests/recipes/test_shards.py::test_a_slice_goes_over_any_number_of_files",),
     ),
     Mutation(

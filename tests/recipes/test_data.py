@@ -67,11 +67,11 @@ def fit(root: Path, source: Path, steps: int = 4, ckpt_path: str | None = None, 
 def test_batches_are_rows_of_the_text(tmp_path: Path, corpus_folder: Path) -> None:
     trainer, model, data, batches = fit(tmp_path, corpus_folder)
     assert [b.shape for b in batches.train] == [(8, 32)] * 4
-    train = bytes(data._opened().train[:])
+    train = bytes(data._tokens(data._index.train)[:])
     rows = {train[i : i + 32] for i in range(0, len(train) - 31, 32)}
     assert {bytes(row) for row in torch.cat(batches.train).tolist()} <= rows
     assert [len(b) for b in batches.validation] == [4, 2] * 2
-    held_out = bytes(data._opened().val[:])
+    held_out = bytes(data._tokens(data._index.val)[:])
     assert all(bytes(row) in held_out for row in torch.cat(batches.validation).tolist())
     batches.validation.clear()
     trainer.validate(model, datamodule=data, verbose=False)
@@ -105,11 +105,11 @@ def test_a_folder_of_shards_is_a_source(tmp_path: Path, corpus_folder: Path) -> 
     made = TextData(str(corpus_folder), cache_dir=str(tmp_path / "cache"))
     made.prepare()
     made.open()
-    moved = (tmp_path / "cache").rename(tmp_path / "elsewhere") / made.folder().name
+    moved = (tmp_path / "cache").rename(tmp_path / "elsewhere") / made.storage.folder().name
     copied = TextData(str(moved), cache_dir=str(tmp_path / "unused"))
     copied.prepare()
     copied.open()
-    assert copied.folder() == moved
+    assert copied.storage.folder() == moved
     assert copied.state_dict() == made.state_dict()
     assert not (tmp_path / "unused").exists()
     (moved / "val-00000-00.bin").unlink()

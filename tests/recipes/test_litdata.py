@@ -25,6 +25,7 @@ import torch
 
 from am_lightning.pretrain.data.text_data import TextData
 from am_lightning.pretrain.runtime.errors import RecipeError
+from am_lightning.recipes.__main__ import main
 from tests.ports import free_port
 from tests.python import PYTHON
 
@@ -58,7 +59,7 @@ def made(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = TextData(str(source), cache_dir=str(tmp_path_factory.mktemp("shards")), seq_len=SEQ_LEN, shard_mb=1)
     data.prepare()
     folder = tmp_path_factory.mktemp("chunks") / "made"
-    write_chunks(data.folder(), folder, seq_len=SEQ_LEN, chunk_bytes=2600)
+    write_chunks(data.storage.folder(), folder, seq_len=SEQ_LEN, chunk_bytes=2600)
     assert len(list(folder.glob("chunk-*.bin"))) > 9
     return folder
 
@@ -235,6 +236,11 @@ def test_what_does_not_fit_is_refused(made: Path, source: Path, tmp_path: Path) 
         TextData(str(made)).prepare()
     with pytest.raises(RecipeError, match=r"hf://some/data.*of hf:// litdata reads parquet alone"):
         opened("hf://some/data", cache_dir=str(tmp_path))
+
+
+def test_validate_does_not_look_for_a_url_on_this_disk(tmp_path: Path) -> None:
+    data = ["--data.mode", "litdata", "--data.source", "s3://bucket/chunks"]
+    assert main(["validate", "laptop", *data, "--trainer.default_root_dir", str(tmp_path / "run")]) == 0
 
 
 def test_prepare_data_makes_the_folder_from_documents(

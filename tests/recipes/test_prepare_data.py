@@ -102,7 +102,7 @@ def test_a_recipe_reads_files_and_a_tokenizer_of_this_disk(
     shape = {key: recipe["model"][key] for key in ("seq_len", "vocab_size")}
     data = TextData(**{**recipe["data"], **shape, **changes})
     data.default_root_dir = str(tmp_path)
-    assert data.is_prepared()
+    assert data.storage.is_complete()
     data.open()
     batch = next(iter(data.train_loader(steps=1, accumulate=data.batch_size)))
     assert tuple(batch.shape) == (1, data.seq_len)

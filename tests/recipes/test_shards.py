@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from am_lightning.pretrain.data import shards
 from am_lightning.pretrain.data.prepare import Job, check_shards, is_complete, work_units, write_part, write_shards
 from am_lightning.pretrain.data.processes import run_all
-from am_lightning.pretrain.data.shards import SIDES, Shard, ShardedTokens, TokenShards, read_index
+from am_lightning.pretrain.data.shards import SIDES, Shard, ShardedTokens, read_index
 from am_lightning.pretrain.data.sources import find_source
 from am_lightning.pretrain.data.tokenizer import ByteTokenizer
 from am_lightning.pretrain.runtime.errors import RecipeError
@@ -56,15 +56,15 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_shards_hold_the_documents_in_order(source: Path, whole: Path) -> None:
-    opened = TokenShards(whole)
+    index = read_index(whole)
     documents = [d for chunk in find_source(str(source)).chunks(1 << 20) for d in chunk.documents()]
-    for tokens, held_out in ((opened.train, False), (opened.val, True)):
+    for side, held_out in ((index.train, False), (index.val, True)):
         expected = [d.text for d in documents if d.is_validation(5.0) == held_out]
-        assert bytes(tokens[:]).split(b"\0") == [*expected, b""]
-        assert len(expected) == opened.index.documents[SIDES[held_out]]
-    assert len(opened.index.train) == PARTS
-    sizes = [(whole / shard.file).stat().st_size for shard in opened.index.shards]
-    assert sum(sizes) == opened.index.bytes
+        assert bytes(ShardedTokens(whole, side, index.dtype)[:]).split(b"\0") == [*expected, b""]
+        assert len(expected) == index.documents[SIDES[held_out]]
+    assert len(index.train) == PARTS
+    sizes = [(whole / shard.file).stat().st_size for shard in index.shards]
+    assert sum(sizes) == index.bytes
     assert max(sizes) <= 1 << 20
 
 
@@ -236,7 +236,7 @@ def test_a_broken_file_is_named_with_the_cure(copied: Path, name: str, damage: o
     damage(copied / name)  # type: ignore[operator]
     with pytest.raises(RecipeError, match=says) as caught:
         index = read_index(copied)
-        check_shards(copied, index.shards, index.dtype, content=True)
+        check_shards(copied, index.shards, index.dtype, read_all=True)
     assert str(copied / name) in str(caught.value)
     assert f"Delete {name}; the next start rebuilds it" in str(caught.value)
 
@@ -267,7 +267,7 @@ def test_a_finished_part_that_was_damaged_is_made_again(source: Path, whole: Pat
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"there are no token shards in .*gone"):
-        TokenShards(tmp_path / "gone")
+        read_index(tmp_path / "gone")
 
 
 @pytest.fixture
@@ -300,7 +300,8 @@ def test_a_full_disk_names_the_file_and_keeps_what_is_done(source: Path, whole: 
 
 
 def test_the_files_are_mapped_when_needed_and_not_kept_open(whole: Path) -> None:
-    tokens = TokenShards(whole).train
+    index = read_index(whole)
+    tokens = ShardedTokens(whole, index.train, index.dtype)
     open_files = len(os.listdir("/proc/self/fd"))
     assert len(tokens[:]) == len(tokens)
     assert len(os.listdir("/proc/self/fd")) == open_files

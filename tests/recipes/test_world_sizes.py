@@ -58,7 +58,7 @@ def test_the_samples_of_every_step_stay_from_1_to_2_to_4_processes(tmp_path: Pat
         seen |= {step: [row for micro in batches for row in micro] for step, batches in rows.items()}
     data = TextData(str(corpus_folder), seq_len=SEQ_LEN, cache_dir=str(root / "data"))
     data.open()
-    tokens = np.asarray(data._opened().train[:], np.int64)
+    tokens = np.asarray(data._tokens(data._index.train)[:], np.int64)
     order = np.random.default_rng([0, 0]).permutation(len(tokens) // SEQ_LEN)[:48].reshape(6, 8)
     rows_of = tokens[: len(tokens) // SEQ_LEN * SEQ_LEN].reshape(-1, SEQ_LEN)
     assert seen == {step: hashes(rows_of[rows]) for step, rows in enumerate(order)}

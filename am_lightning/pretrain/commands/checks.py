@@ -105,13 +105,12 @@ def _process_count(trainer: dict[str, Any]) -> tuple[int, str]:
 def _data(settings: RunConfig) -> str:
     """Check that the documents exist and that the model has an embedding for every token."""
     data = settings.data
-    pipeline = data.pipeline
-    pipeline.fingerprint()  # looks at the documents if they are on this machine
+    data.storage.folder()  # looks at the documents if they are on this machine
     name = data.tokenizer
     if name == BYTES or bpe_size(name) is not None:
         size = "known from its name"
     elif is_path(name) or Path(name).is_dir():
-        tokenizer = pipeline.load_tokenizer()
+        tokenizer = data.pipeline.load_tokenizer()
         check_vocabulary(data.vocab_size, tokenizer.vocab_size, name)
         size = f"{tokenizer.vocab_size} tokens"
     else:

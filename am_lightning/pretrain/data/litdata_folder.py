@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from am_lightning.pretrain.data.pipeline import CHECKED_BYTES, Pipeline
+from am_lightning.pretrain.data.pipeline import Pipeline
 from am_lightning.pretrain.data.prepare import MEGABYTE, check_shards, is_complete, only_one
 from am_lightning.pretrain.data.shards import (
     CACHE_OPTION,
@@ -31,7 +31,7 @@ from am_lightning.pretrain.data.shards import (
     SIDES,
     Index,
     Shard,
-    TokenShards,
+    ShardedTokens,
     read_index,
     shard_damage,
     write_index,
@@ -81,10 +81,10 @@ class LitdataFolder:
             write_chunks(options.folder(), folder, seq_len=options.seq_len, chunk_bytes=chunk_bytes)
         index = read_index(folder, CHUNKS)
         _check_names(folder, {chunk.file for chunk in index.train})
-        check_shards(folder, index.val, index.dtype, content=True)
+        check_shards(folder, index.val, index.dtype, read_all=True)
         if not self.is_remote:
-            content, workers = check_all or index.bytes <= CHECKED_BYTES, options.prepare_workers
-            check_shards(folder, index.train, index.dtype, content=content, workers=workers, header=_HEADER)
+            workers = options.prepare_workers
+            check_shards(folder, index.train, index.dtype, read_all=check_all, workers=workers, header=_HEADER)
         return index
 
     def is_complete(self) -> bool:
@@ -107,8 +107,9 @@ def write_chunks(shards: Path, folder: Path, *, seq_len: int, chunk_bytes: int) 
     from litdata import TokensLoader
     from litdata.streaming import Cache
 
-    tokens = TokenShards(shards)
-    size = max(1, chunk_bytes // tokens.train[0:1].itemsize // seq_len) * seq_len
+    index = read_index(shards)
+    tokens = ShardedTokens(shards, index.train, index.dtype)
+    size = max(1, chunk_bytes // tokens[0:1].itemsize // seq_len) * seq_len
     part = folder.with_name(f".{folder.name}.part")
     with only_one(folder.parent):
         if is_complete(folder, CHUNKS):  # another process made it while this one waited
@@ -118,15 +119,15 @@ def write_chunks(shards: Path, folder: Path, *, seq_len: int, chunk_bytes: int) 
             with litdata_ranks(0, 1):
                 # The processes of litdata.optimize write with Cache, too, but their number decides what is in a chunk.
                 writer = Cache(str(part), chunk_size=1, item_loader=TokensLoader(size))
-                for number, start in enumerate(range(0, len(tokens.train), size)):
-                    writer[number] = tokens.train[start : start + size]
+                for number, start in enumerate(range(0, len(tokens), size)):
+                    writer[number] = tokens[start : start + size]
                 writer.done()
                 writer.merge()
             written = json.loads((part / INDEX).read_bytes())["chunks"]
             chunks = [Shard(chunk["filename"], chunk["dim"], checksum(part / chunk["filename"])) for chunk in written]
-            for shard in tokens.index.val:
+            for shard in index.val:
                 shutil.copyfile(shards / shard.file, part / shard.file)
-            write_index(part / CHUNKS, dataclasses.replace(tokens.index, train=tuple(chunks)))
+            write_index(part / CHUNKS, dataclasses.replace(index, train=tuple(chunks)))
             if folder.exists():
                 shutil.rmtree(folder)
             part.rename(folder)

@@ -60,11 +60,9 @@ class TokensLoader(litdata.TokensLoader):  # type: ignore[misc,unused-ignore]  #
                 if chunk_filepath not in self.checked:
                     self._check(name, chunk_filepath)
                 return row
-            except RecipeError as error:
-                self.error = error
-            except Exception as error:  # an error of the network, the store or the disk
+            except Exception as error:  # an error of the network, the store or the disk, or a wrong checksum
                 text = f"cannot read the chunk {name} of data.source {self.source} ({first_line(error)})"
-                self.error = RecipeError(text)
+                self.error = error if isinstance(error, RecipeError) else RecipeError(text)
         return self.error
 
     def delete(self, chunk_index: int, chunk_filepath: str) -> None:

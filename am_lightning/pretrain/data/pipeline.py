@@ -25,7 +25,6 @@ from am_lightning.pretrain.data.tokenizer import (
 )
 from am_lightning.pretrain.runtime.errors import RecipeError
 
-CHECKED_BYTES = 2 << 30  # tokens of at most this size are read at every start; more by prepare_data.py --check
 _BPE_TEXT = 32 * MEGABYTE  # text that a tokenizer is trained on
 
 
@@ -55,13 +54,12 @@ class Pipeline:
         if (given / CHUNKS).exists():
             raise RecipeError(f"data.source {self.source} is a folder of litdata chunks: set data.mode litdata")
         if not is_complete(folder) and folder != given:
-            tokenizer = self.load_tokenizer(train=True)
+            tokenizer = self.load_tokenizer()
             check_vocabulary(self.vocab_size, tokenizer.vocab_size, self.tokenizer)
             job = Job(folder, self.documents, tokenizer, self.val_percent, self.shard_mb * MEGABYTE)
             write_shards(job, self.prepare_workers)
         index = read_index(folder)
-        content = check_all or index.bytes <= CHECKED_BYTES
-        check_shards(folder, index.shards, index.dtype, content=content, workers=self.prepare_workers)
+        check_shards(folder, index.shards, index.dtype, read_all=check_all, workers=self.prepare_workers)
         return index
 
     def is_complete(self) -> bool:
@@ -74,32 +72,21 @@ class Pipeline:
         if (given / INDEX).exists():
             return given
         slug = re.sub(r"[^A-Za-z0-9.-]+", "-", self.tokenizer.rstrip("/").split("/")[-1])
-        return self.cache / f"{slug}-{self._key(self.fingerprint())}"
-
-    def fingerprint(self) -> str:
-        """Return a hash of the documents and the tokenizer."""
         parts = (FORMAT_VERSION, self.documents.fingerprint, local_fingerprint(self.tokenizer))
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
+        return self.cache / f"{slug}-{self._key(hashlib.sha256(repr(parts).encode()).hexdigest())}"
 
     @functools.cached_property
     def documents(self) -> Source:
         """The data set. Raises: RecipeError: if it does not exist or holds no text."""
         return find_source(self.source, text_field=self.text_field, options=self.source_options)
 
-    def load_tokenizer(self, *, train: bool = False) -> Tokenizer:
-        """Load the tokenizer.
-
-        Args:
-            train: train a "bpe-N" that does not exist yet.
-
-        Raises:
-            RecipeError: if it cannot be loaded.
-        """
+    def load_tokenizer(self) -> Tokenizer:
+        """Load the tokenizer; first train a "bpe-N" that does not exist yet."""
         size = bpe_size(self.tokenizer)
         if size is None:
             return load_named(self.tokenizer)
         path = self.cache / "tokenizers" / f"{self.tokenizer}-{self._key(self.documents.fingerprint)}.json"
-        if train and not path.exists():
+        if not path.exists():
             train_bpe(size, self._sample(_BPE_TEXT), path)
         return load_bpe(self.tokenizer, path)
 

@@ -39,6 +39,7 @@ WorkUnit = tuple[DataChunk, ...]  # chunks of the data set that one process toke
 
 MEGABYTE = 1 << 20
 _SIDE_NAMES = {"train": "training", "val": "validation"}
+_CHECKED_BYTES = 2 << 30  # tokens of at most this size are read at every start; more by prepare_data.py --check
 _CHECK_ALONE = 256 * MEGABYTE  # one process reads this many bytes sooner than several processes start
 
 
@@ -107,15 +108,15 @@ def is_complete(folder: Path, name: str = INDEX, sides: Sequence[str] = SIDES) -
 
 
 def check_shards(
-    folder: Path, shards: Sequence[Shard], dtype: str, *, content: bool, workers: int | None = None, header: int = 0
+    folder: Path, shards: Sequence[Shard], dtype: str, *, read_all: bool, workers: int | None = None, header: int = 0
 ) -> None:
-    """Compare files with their index.
+    """Compare the sizes of files with their index, and their checksums if all of them have at most 2 GiB.
 
     Args:
         folder: folder of the files.
         shards: entries of the index.
         dtype: type of a token.
-        content: compare the checksums, too, which reads all files. Otherwise only the sizes are compared.
+        read_all: compare the checksums of larger files, too.
         workers: number of processes that compute checksums. Default: one per core.
         header: bytes before the tokens of each file.
 
@@ -123,6 +124,7 @@ def check_shards(
         RecipeError: if a file is missing, unreadable or damaged.
     """
     size = sum(shard.tokens for shard in shards) * np.dtype(dtype).itemsize
+    content = read_all or size <= _CHECKED_BYTES
     alone = not content or size <= _CHECK_ALONE
     run_all(partial(_check, folder, dtype, content, header), shards, 1 if alone else workers, "checking")
 

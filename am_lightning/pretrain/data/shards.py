@@ -110,18 +110,13 @@ class ShardedTokens:
         return int(self.starts[-1])
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        """Return tokens as an array of the stored type: a view if one file has all of them, else a copy."""
+        """Return a copy of tokens, in the stored type."""
         start, stop, step = part.indices(len(self))
         if step != 1:
             raise ValueError(f"the step of a slice of tokens is {step}; allowed: 1")
-        first = int(np.searchsorted(self.starts, start, side="right")) - 1
-        found = []
-        while start < stop:
-            end = min(stop, int(self.starts[first + 1]))
-            origin = int(self.starts[first])
-            found.append(self._map(first)[start - origin : end - origin])
-            start, first = end, first + 1
-        return found[0] if len(found) == 1 else np.concatenate([np.empty(0, self.dtype), *found])
+        files = range(int(np.searchsorted(self.starts, start, "right")) - 1, int(np.searchsorted(self.starts, stop)))
+        found = (self._map(file)[max(0, start - self.starts[file]) : stop - self.starts[file]] for file in files)
+        return np.concatenate([np.empty(0, self.dtype), *found])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}  # another process maps the files again
@@ -133,23 +128,6 @@ class ShardedTokens:
             mapped = torch.from_file(str(self.folder / self.files[number]), shared=False, size=size, dtype=torch.uint8)
             self._maps[number] = mapped.numpy().view(self.dtype)
         return self._maps[number]
-
-
-class TokenShards:
-    """An open folder of shards. Only the index is read.
-
-    Args:
-        folder: the folder.
-        name: file name of its index.
-
-    Raises:
-        RecipeError: as `read_index`.
-    """
-
-    def __init__(self, folder: Path, name: str = INDEX) -> None:
-        self.folder, self.index = folder, read_index(folder, name)
-        self.train = ShardedTokens(folder, self.index.train, self.index.dtype)
-        self.val = ShardedTokens(folder, self.index.val, self.index.dtype)
 
 
 def write_index(path: Path, index: Index) -> None:

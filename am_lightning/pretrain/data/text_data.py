@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 from am_lightning.pretrain.data.litdata_folder import LitdataFolder
 from am_lightning.pretrain.data.order import ResumableLoader, StepOrder, TokenRows
 from am_lightning.pretrain.data.pipeline import Pipeline
-from am_lightning.pretrain.data.shards import Index, TokenShards
+from am_lightning.pretrain.data.shards import Index, Shard, ShardedTokens, read_index
 from am_lightning.pretrain.data.tokenizer import check_vocabulary, smallest_vocabulary
 from am_lightning.pretrain.runtime.errors import RecipeError, require, require_counts
 
@@ -106,7 +106,6 @@ class TextData(L.LightningDataModule):
         self.seed, self.num_workers, self.loader_timeout_s = seed, num_workers, loader_timeout_s
         self.scored_rows = 0
         self.default_root_dir = "."
-        self._shards: TokenShards | None = None
         self._passes: list[list[int]] = []
 
     def prepare(self, *, check_all: bool = False) -> Index:
@@ -119,14 +118,13 @@ class TextData(L.LightningDataModule):
             RecipeError: if a document or a shard cannot be read, the disk is full, or the model's vocabulary is too
                 small.
         """
-        index = self._storage().prepare(check_all=check_all)
+        index = self.storage.prepare(check_all=check_all)
         check_vocabulary(self.vocab_size, index.vocab_size, self.tokenizer)
         return index
 
     def open(self) -> None:
         """Open what `prepare` made, on every process. Raises: RecipeError: if it is missing or does not fit."""
-        self._shards = TokenShards(self.folder(), self._storage().index_name)
-        check_vocabulary(self.vocab_size, self._shards.index.vocab_size, self.tokenizer)
+        check_vocabulary(self.vocab_size, self._index.vocab_size, self.tokenizer)
 
     def train_loader(
         self,
@@ -151,8 +149,7 @@ class TextData(L.LightningDataModule):
         Raises:
             RecipeError: if `batch_size` is not divisible by world_size * accumulate, or the text is too short.
         """
-        opened = self._opened()
-        rows = TokenRows(opened.train, self.seq_len)
+        rows = TokenRows(self._tokens(self._index.train), self.seq_len)
         order = StepOrder(
             len(rows),
             self.batch_size,
@@ -168,7 +165,7 @@ class TextData(L.LightningDataModule):
         if self.mode == "litdata":
             from am_lightning.pretrain.data.litdata_loader import LitdataLoader
 
-            loader = LitdataLoader(LitdataFolder(self.pipeline), opened.index, self._passes, order, **workers)
+            loader = LitdataLoader(LitdataFolder(self.pipeline), self._index, self._passes, order, **workers)
         else:
             loader = ResumableLoader(rows, batch_sampler=order, persistent_workers=self.num_workers > 0, **workers)
         loader.timeout_s = self.loader_timeout_s
@@ -189,7 +186,7 @@ class TextData(L.LightningDataModule):
         Raises:
             RecipeError: if there are fewer rows than processes.
         """
-        held_out = TokenRows(self._opened().val, self.seq_len, rows or self.val_rows)
+        held_out = TokenRows(self._tokens(self._index.val), self.seq_len, rows or self.val_rows)
         share = len(held_out) // world_size
         if share == 0:
             raise RecipeError(
@@ -200,14 +197,6 @@ class TextData(L.LightningDataModule):
         mine = range(rank, self.scored_rows, world_size)
         return DataLoader(Subset(held_out, list(mine)), batch_size=self.val_batch_size, pin_memory=pin_memory)
 
-    def folder(self) -> Path:
-        """Return the folder of the shards or chunks."""
-        return self._storage().folder()
-
-    def is_prepared(self) -> bool:
-        """Return whether all files exist. `prepare` also checks them."""
-        return self._storage().is_complete()
-
     @functools.cached_property
     def pipeline(self) -> Pipeline:
         """The documents and their shards, as the arguments describe them."""
@@ -216,7 +205,9 @@ class TextData(L.LightningDataModule):
         options = {field.name: getattr(self, field.name) for field in fields(Pipeline) if field.name != "cache"}
         return Pipeline(**options, cache=cache)
 
-    def _storage(self) -> Pipeline | LitdataFolder:
+    @property
+    def storage(self) -> Pipeline | LitdataFolder:
+        """The folder of the shards or chunks."""
         return LitdataFolder(self.pipeline) if self.mode == "litdata" else self.pipeline
 
     def prepare_data(self) -> None:
@@ -248,7 +239,8 @@ class TextData(L.LightningDataModule):
 
         The values are numbers, strings and lists of them, and equal on every process.
         """
-        state: dict[str, Any] = {"mode": self.mode, **self._identity()}
+        state: dict[str, Any] = {"mode": self.mode, "tokens_sha256": self._index.sha256}
+        state |= {name: getattr(self, name) for name in ("seq_len", "batch_size", "seed")}
         if self.mode == "litdata":
             state["passes"] = [list(entry) for entry in self._passes]
         return state
@@ -256,11 +248,11 @@ class TextData(L.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raise a RecipeError if the checkpoint was trained on other data or in another order."""
         saved = {"mode": "shards", **state_dict}
-        for name, value in {"mode": self.mode, **self._identity()}.items():
-            if saved.get(name) == value:
+        for name, value in self.state_dict().items():
+            if name == "passes" or saved.get(name) == value:
                 continue
             if name == "tokens_sha256":
-                text = f"the checkpoint was trained on another text than {self._opened().folder} holds"
+                text = f"the checkpoint was trained on another text than {self.storage.folder()} holds"
                 hint = "Set data.source, data.tokenizer and data.cache_dir as they were (stdlib: run the same Python)"
             else:
                 text = f"data.{name} is {value}, the checkpoint was trained with {saved.get(name)}"
@@ -269,19 +261,17 @@ class TextData(L.LightningDataModule):
         if self.mode == "litdata":
             self._passes[:] = saved["passes"]
 
-    def _identity(self) -> dict[str, Any]:
-        order = {"seq_len": self.seq_len, "batch_size": self.batch_size, "seed": self.seed}
-        return {"tokens_sha256": self._opened().index.sha256, **order}
-
     def _trainer(self) -> L.Trainer:
         if self.trainer is None:
             raise RuntimeError("no Trainer: pass this as trainer.fit(model, datamodule=data), or use train_loader()")
         return self.trainer
 
-    def _opened(self) -> TokenShards:
-        if self._shards is None:
-            raise RuntimeError("TextData is not open: call prepare() on one process of the machine, then open()")
-        return self._shards
+    @functools.cached_property
+    def _index(self) -> Index:
+        return read_index(self.storage.folder(), self.storage.index_name)
+
+    def _tokens(self, shards: Sequence[Shard]) -> ShardedTokens:
+        return ShardedTokens(self.storage.folder(), shards, self._index.dtype)
 
 
 def _place(trainer: L.Trainer) -> dict[str, Any]:
