@@ -328,6 +328,29 @@ def test_damage_in_an_object_store_ends_with_its_name(
         list(data.train_loader(steps=10_000))
 
 
+UNREACHABLE = """
+import sys
+from am_lightning.pretrain.data.text_data import TextData
+from am_lightning.pretrain.runtime.errors import RecipeError
+
+try:
+    TextData("s3://bucket/chunks", mode="litdata", cache_dir=sys.argv[1]).prepare()
+except RecipeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_store_that_cannot_be_reached_is_an_error(tmp_path: Path) -> None:
+    """litdata would try 1000 times, for hours, before a run or in a loader process."""
+    env = {**os.environ, "AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none", "AWS_MAX_ATTEMPTS": "2"}
+    env |= {"AWS_REGION": "us-east-1", "AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}"}
+    command = [PYTHON, "-c", UNREACHABLE, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    says = "data.source s3://bucket/chunks: cannot read index.json (EndpointConnectionError:"
+    assert says in done.stdout, done.stderr
+
+
 READER = """
 import itertools, sys
 from am_lightning.pretrain.data.text_data import TextData

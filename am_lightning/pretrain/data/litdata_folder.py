@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from am_lightning.pretrain.data.pipeline import Pipeline
 from am_lightning.pretrain.data.prepare import MEGABYTE, check_shards, is_complete, only_one
@@ -175,7 +175,8 @@ def _download(url: str, folder: Path, name: str) -> None:
 
     content = io.BytesIO()
     try:
-        get_downloader(url, str(folder), []).download_fileobj(f"{url.rstrip('/')}/{name}", content)
+        store = get_downloader(url, str(folder), [], storage_options(url))
+        store.download_fileobj(f"{url.rstrip('/')}/{name}", content)
     except Exception as error:  # an error of the network or the store, or a missing package
         raise RecipeError(
             f"data.source {url}: cannot read {name} ({first_line(error)}). It is in the folder that"
@@ -183,6 +184,19 @@ def _download(url: str, folder: Path, name: str) -> None:
         ) from error
     with replacing(folder / name, DISK_HINT, CACHE_OPTION) as file:
         file.write(content.getbuffer())
+
+
+def storage_options(url: str) -> dict[str, Any]:
+    """Return litdata's options of an object store. From S3 it would try 1000 times to read a file, which takes hours.
+
+    boto3's own number of attempts is used, which AWS_MAX_ATTEMPTS changes. In a Lightning Studio, options would select
+    other credentials.
+    """
+    if not url.startswith("s3://") or "LIGHTNING_CLOUD_PROJECT_ID" in os.environ:
+        return {}
+    from botocore.config import Config
+
+    return {"config": Config()}
 
 
 @contextlib.contextmanager

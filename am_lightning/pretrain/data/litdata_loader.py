@@ -21,7 +21,7 @@ import torch
 from litdata.streaming import downloader
 from torch.utils.data import default_convert
 
-from am_lightning.pretrain.data.litdata_folder import LitdataFolder, litdata_ranks
+from am_lightning.pretrain.data.litdata_folder import LitdataFolder, litdata_ranks, storage_options
 from am_lightning.pretrain.data.order import ResumableLoader, StepOrder, batches_in_time
 from am_lightning.pretrain.data.prepare import only_one
 from am_lightning.pretrain.data.shards import Index
@@ -168,6 +168,7 @@ class LitdataLoader(ResumableLoader):
                     shuffle=True,
                     seed=self.order.seed % 2**32,
                     item_shuffle_window=0,  # shuffle all rows of a chunk
+                    storage_options=storage_options(source),
                 )
             dataset.set_drop_last(False)  # more workers would drop more rows; `wanted` is equal on all processes
             if dataset.posix_fast is not None:  # a parallel file system would have another order
