@@ -50,11 +50,6 @@ class LitdataFolder:
     index_name: ClassVar[str] = CHUNKS
 
     @property
-    def source(self) -> str:
-        """What litdata reads: a path or a URL."""
-        return self.pipeline.source if self.is_remote else str(self.folder())
-
-    @property
     def is_remote(self) -> bool:
         return "://" in self.pipeline.source
 
@@ -74,7 +69,7 @@ class LitdataFolder:
         """
         options, folder = self.pipeline, self.folder()
         if self.is_remote:
-            fetch(options.source, folder)
+            self._fetch(folder)
         elif folder != Path(options.source).expanduser() and not self.is_complete():
             options.prepare()
             chunk_bytes = options.shard_mb * MEGABYTE
@@ -86,6 +81,21 @@ class LitdataFolder:
             workers = options.prepare_workers
             check_shards(folder, index.train, index.dtype, read_all=check_all, workers=workers, header=_HEADER)
         return index
+
+    def _fetch(self, folder: Path) -> None:
+        """Copy into `folder` what a run needs of the URL before it starts: the indices and the held-out tokens."""
+        url = self.pipeline.source
+        allowed = (
+            "documents as in mode shards, a local folder of chunks, s3://BUCKET/PATH or gs://BUCKET/PATH"
+            " (of hf:// litdata reads parquet alone: hf download it to a folder)"
+        )
+        require(url.startswith(("s3://", "gs://")), "data.source (data.mode litdata)", url, allowed)
+        _download(url, folder, INDEX)
+        _download(url, folder, CHUNKS)
+        index = read_index(folder, CHUNKS)
+        for shard in index.val:
+            if shard_damage(folder / shard.file, shard, index.dtype, content=True):
+                _download(url, folder, shard.file)
 
     def is_complete(self) -> bool:
         """Return whether all files exist. For a URL, only the local files count."""
@@ -149,25 +159,6 @@ def _check_names(folder: Path, chunks: set[str]) -> None:
         raise RecipeError(
             f"{path} and {CHUNKS} do not name the same chunks: only one of them names {other[0]!r}. {hint}"
         )
-
-
-def fetch(url: str, folder: Path) -> None:
-    """Copy into `folder` what a run needs of `url` before it starts: the indices and the held-out tokens.
-
-    Raises:
-        RecipeError: if litdata cannot read the URL or finds no chunks there.
-    """
-    allowed = (
-        "documents as in mode shards, a local folder of chunks, s3://BUCKET/PATH or gs://BUCKET/PATH"
-        " (of hf:// litdata reads parquet alone: hf download it to a folder)"
-    )
-    require(url.startswith(("s3://", "gs://")), "data.source (data.mode litdata)", url, allowed)
-    _download(url, folder, INDEX)
-    _download(url, folder, CHUNKS)
-    index = read_index(folder, CHUNKS)
-    for shard in index.val:
-        if shard_damage(folder / shard.file, shard, index.dtype, content=True):
-            _download(url, folder, shard.file)
 
 
 def _download(url: str, folder: Path, name: str) -> None:

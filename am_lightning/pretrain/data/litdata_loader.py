@@ -153,7 +153,8 @@ class LitdataLoader(ResumableLoader):
 
     def _pass(self, number: int, done: int, began: Grid) -> litdata.StreamingDataLoader:
         """Return the loader of pass `number` after its first `done` steps."""
-        source, options = self.folder.source, self.folder.pipeline
+        options = self.folder.pipeline
+        source = options.source if self.folder.is_remote else str(self.folder.folder())
         os.environ.setdefault("LITDATA_POSIX_MAX_WORKERS", "0")  # it would give processes different numbers of workers
         if os.environ.get("AWS_ALLOW_HTTP") == "true":  # a variable of obstore that litdata does not pass on
             downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True

@@ -33,11 +33,6 @@ GATED_CURE = (
 _GATED = ("meta-llama/", "google/gemma")
 
 
-def token_dtype(vocab_size: int) -> str:
-    """Return numpy's name of the smallest unsigned type that holds every token."""
-    return next(name for name in ("uint8", "uint16", "uint32") if vocab_size - 1 <= np.iinfo(name).max)
-
-
 class ByteTokenizer:
     """A tokenizer whose tokens are the bytes. NUL, which no document contains, is the end-of-text token."""
 
@@ -75,7 +70,7 @@ class FastTokenizer:
         backend.no_padding()
         self.name, self.backend, self.end_of_text = name, backend, end_of_text
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        self.dtype = token_dtype(self.vocab_size)
+        self.dtype = np.min_scalar_type(self.vocab_size - 1).name  # the smallest unsigned type
         self.fingerprint = hashlib.sha256(backend.to_str().encode()).hexdigest()
 
     def encode(self, text: bytes) -> np.ndarray:
