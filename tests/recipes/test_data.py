@@ -79,6 +79,20 @@ def test_batches_are_rows_of_the_text(tmp_path: Path, corpus_folder: Path) -> No
     assert data.scored_rows == 12
 
 
+def test_validation_rows_are_evenly_spaced(tmp_path: Path, corpus_folder: Path) -> None:
+    data = TextData(str(corpus_folder), seq_len=32, cache_dir=str(tmp_path))
+    data.prepare()
+    data.open()
+    text = bytes(data._tokens(data._index.val)[:])
+    available = len(text) // 32
+    for wanted in (6, available + 1):
+        rows = min(wanted, available // 2 * 2)
+        ranks = [torch.cat(list(data.val_loader(rank=rank, world_size=2, rows=wanted))) for rank in range(2)]
+        first = [number * available // min(wanted, available) * 32 for number in range(rows)]
+        assert [bytes(row) for row in torch.stack(ranks, 1).flatten(0, 1).tolist()] == [text[i : i + 32] for i in first]
+        assert data.scored_rows == rows
+
+
 def test_shards_are_made_once_and_again_for_another_text(tmp_path: Path) -> None:
     source = tmp_path / "text"
     source.mkdir()

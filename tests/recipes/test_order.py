@@ -148,10 +148,3 @@ def test_rows_are_consecutive_slices() -> None:
     assert len(rows) == 4
     assert rows[2].dtype == torch.int64
     assert rows[2].tolist() == list(range(16, 24))
-
-
-def test_a_sample_of_rows_is_evenly_spaced() -> None:
-    tokens = np.arange(200, dtype=np.uint8)
-    few = TokenRows(tokens, 10, rows=4)
-    assert [int(few[i][0]) for i in range(len(few))] == [0, 50, 100, 150]
-    assert len(TokenRows(tokens, 10, rows=99)) == 20

@@ -23,19 +23,16 @@ class TokenRows(Dataset[torch.Tensor]):
     Args:
         tokens: the tokens.
         seq_len: tokens in a row.
-        rows: number of rows to take, evenly spaced over the array. Default: all rows.
     """
 
-    def __init__(self, tokens: np.ndarray | ShardedTokens, seq_len: int, rows: int | None = None) -> None:
+    def __init__(self, tokens: np.ndarray | ShardedTokens, seq_len: int) -> None:
         self.tokens, self.seq_len = tokens, seq_len
-        self.available = len(tokens) // seq_len
-        self.rows = self.available if rows is None else min(rows, self.available)
 
     def __len__(self) -> int:
-        return self.rows
+        return len(self.tokens) // self.seq_len
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        first = (index * self.available // self.rows) * self.seq_len
+        first = index * self.seq_len
         return torch.from_numpy(self.tokens[first : first + self.seq_len].astype(np.int64))
 
 

@@ -186,16 +186,17 @@ class TextData(L.LightningDataModule):
         Raises:
             RecipeError: if there are fewer rows than processes.
         """
-        held_out = TokenRows(self._tokens(self._index.val), self.seq_len, rows or self.val_rows)
-        share = len(held_out) // world_size
+        held_out = TokenRows(self._tokens(self._index.val), self.seq_len)
+        rows = min(rows or self.val_rows, len(held_out))
+        share = rows // world_size
         if share == 0:
             raise RecipeError(
-                f"the validation text has {len(held_out)} rows of {self.seq_len} tokens, fewer than the"
+                f"the validation text has {rows} rows of {self.seq_len} tokens, fewer than the"
                 f" {world_size} processes. Raise data.val_percent or data.val_rows, or use more text."
             )
         self.scored_rows = share * world_size
-        mine = range(rank, self.scored_rows, world_size)
-        return DataLoader(Subset(held_out, list(mine)), batch_size=self.val_batch_size, pin_memory=pin_memory)
+        mine = [number * len(held_out) // rows for number in range(rank, self.scored_rows, world_size)]
+        return DataLoader(Subset(held_out, mine), batch_size=self.val_batch_size, pin_memory=pin_memory)
 
     @functools.cached_property
     def pipeline(self) -> Pipeline:
