@@ -328,6 +328,16 @@ def test_damage_in_an_object_store_ends_with_its_name(
         list(data.train_loader(steps=10_000))
 
 
+def test_a_store_that_is_gone_when_a_pass_begins_is_named(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = opened(store, cache_dir=str(tmp_path / "cache"))
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(RecipeError, match=r"data.source s3://bucket/copied: litdata cannot open it \(.*Error: "):
+        next(iter(data.train_loader(steps=1)))
+
+
 UNREACHABLE = """
 import sys
 from am_lightning.pretrain.data.text_data import TextData

@@ -162,15 +162,18 @@ class LitdataLoader(ResumableLoader):
         in_turn = only_one(options.cache) if self.folder.is_remote else nullcontext()
         with litdata_ranks(self.order.rank, self.grid.world_size):
             with in_turn:
-                dataset = litdata.StreamingDataset(
-                    source,
-                    cache_dir=str(options.cache),
-                    item_loader=TokensLoader(options.seq_len, self.sha256, source),
-                    shuffle=True,
-                    seed=self.order.seed % 2**32,
-                    item_shuffle_window=0,  # shuffle all rows of a chunk
-                    storage_options=storage_options(source),
-                )
+                try:
+                    dataset = litdata.StreamingDataset(
+                        source,
+                        cache_dir=str(options.cache),
+                        item_loader=TokensLoader(options.seq_len, self.sha256, source),
+                        shuffle=True,
+                        seed=self.order.seed % 2**32,
+                        item_shuffle_window=0,  # shuffle all rows of a chunk
+                        storage_options=storage_options(source),
+                    )
+                except Exception as error:  # an error of the network or the store
+                    raise RecipeError(f"data.source {source}: litdata cannot open it ({first_line(error)})") from error
             dataset.set_drop_last(False)  # more workers would drop more rows; `wanted` is equal on all processes
             if dataset.posix_fast is not None:  # a parallel file system would have another order
                 dataset.posix_fast = replace(dataset.posix_fast, kind="posix")
