@@ -26,15 +26,13 @@ def as_pretrained(tokenizer: Tokenizer, seq_len: int) -> PreTrainedTokenizerFast
     made = _of_bytes() if isinstance(tokenizer, ByteTokenizer) else tokenizer.backend
     backend = tokenizers.Tokenizer.from_str(made.to_str())
     backend.post_processor = processors.Sequence([])
-    make: Any = PreTrainedTokenizerFast
-    pretrained: PreTrainedTokenizerFast = make(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend,
         eos_token=backend.id_to_token(tokenizer.end_of_text),
         model_max_length=seq_len,
         model_input_names=["input_ids", "attention_mask"],  # transformers 4 would add token types
         clean_up_tokenization_spaces=False,
     )
-    return pretrained
 
 
 def _of_bytes() -> Any:

@@ -19,7 +19,7 @@ from am_lightning.pretrain.runtime.errors import RecipeError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-_function: Callable[[Any], Any] | None = None  # a worker's function, sent once because it may hold a tokenizer
+_function: Callable[[Any], Any]  # a worker's function, sent once because it may hold a tokenizer
 
 
 def run_all(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int | None, title: str) -> list[Result]:
@@ -69,5 +69,4 @@ def _end_with_parent() -> None:
 
 
 def _work(task: Any) -> Any:
-    assert _function is not None
     return _function(task)

@@ -254,7 +254,10 @@ class TextData(L.LightningDataModule):
                 continue
             if name == "tokens_sha256":
                 text = f"the checkpoint was trained on another text than {self.storage.folder()} holds"
-                hint = "Set data.source, data.tokenizer and data.cache_dir as they were (stdlib: run the same Python)"
+                hint = (
+                    "Set data.source, data.tokenizer and data.cache_dir as they were (stdlib: run the same Python), or"
+                    " data.source to the folder of its shards"
+                )
             else:
                 text = f"data.{name} is {value}, the checkpoint was trained with {saved.get(name)}"
                 hint = "Set it back"
