@@ -112,7 +112,7 @@ _am_ensure_venv_locked() {
         base="$(_am_find_python)" || return 1
         echo "Creating the virtual environment $AM_ROOT/.venv" >&2
         "$base" -m venv --clear "$AM_ROOT/.venv" \
-            || _am_fail "$base cannot create $AM_ROOT/.venv (its message is above). On Debian and Ubuntu: apt install python3-venv" \
+            || _am_fail "$base cannot create $AM_ROOT/.venv (see above). If ensurepip is missing: apt install python3-venv" \
             || return 1
         _am_share_torch "$base" || return 1
     fi

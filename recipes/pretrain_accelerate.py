@@ -11,6 +11,7 @@ accumulate_grad_batches, gradient_clip_val, precision, val_check_interval, log_e
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from am_lightning import AMSGD, AMAdamW
 from am_lightning.huggingface import attach
 from am_lightning.pretrain.checkpoints.accelerate import AccelerateCheckpoints
 from am_lightning.pretrain.model.network import build_llama, token_loss
-from am_lightning.pretrain.runtime.collectives import Agreement, limit_waits
+from am_lightning.pretrain.runtime.collectives import Agreement
 from am_lightning.pretrain.runtime.errors import RecipeError
 from am_lightning.pretrain.runtime.main import command_line
 from am_lightning.pretrain.runtime.operator_build import announce_deepspeed_build
@@ -144,6 +145,8 @@ def make_accelerator(settings: RunConfig) -> Accelerator:
     processes, deepspeed = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     if deepspeed:
         announce_deepspeed_build()
+    timeout = None if settings.hang_timeout_s is None else timedelta(seconds=settings.hang_timeout_s)
+    group = InitProcessGroupKwargs(backend="gloo" if settings.on_cpu else "nccl", timeout=timeout)
     accelerator = Accelerator(
         # A plugin wins over the launcher's ACCELERATE_GRADIENT_ACCUMULATION_STEPS, which is "auto" with DeepSpeed.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.accumulate),
@@ -152,11 +155,10 @@ def make_accelerator(settings: RunConfig) -> Accelerator:
         project_dir=settings.root,
         cpu=settings.on_cpu and not deepspeed,  # Accelerate ignores DeepSpeed if it is True
         # Accelerate would look for the group of a single process.
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if settings.on_cpu and processes > 1 else [],
+        kwargs_handlers=[group] if processes > 1 and (settings.on_cpu or timeout) else [],
     )
     if accelerator.num_processes != processes:
         raise RecipeError(f"WORLD_SIZE is {processes}, and Accelerate sees {accelerator.num_processes} process")
-    limit_waits(settings.hang_timeout_s)
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
         rows = settings.data.batch_size // (accelerator.num_processes * settings.accumulate)

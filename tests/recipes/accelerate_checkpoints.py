@@ -1,4 +1,4 @@
-"""Functions that each rank runs: Accelerate checkpoints that are saved twice, and on a disk that becomes full."""
+"""Functions that each rank runs: checkpoints that are saved twice or on a full disk, and documents that are gone."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState, PartialState
 
 from am_lightning.pretrain.checkpoints.accelerate import AccelerateCheckpoints
 from am_lightning.pretrain.runtime.errors import RecipeError
+from am_lightning.pretrain.runtime.run_config import read_run_config
 
 
 @contextmanager
@@ -53,3 +54,18 @@ def save_until_the_disk_is_full(folder: str) -> tuple[int, str]:
             except RecipeError as error:
                 return step - 1, str(error)
         return 8, ""
+
+
+def open_missing_documents(folder: str) -> tuple[int, str]:
+    """Return torch's number of threads, and the error."""
+    words = [f"--data.source={folder}/gone", f"--data.cache_dir={folder}", "--threads=2", "--trainer.accelerator=cpu"]
+    settings = read_run_config(["--config=laptop", *words])
+    with fresh_accelerator():
+        torch.set_num_threads(1)  # as Accelerate does
+        try:
+            settings.open_data()
+        except RecipeError as error:
+            return torch.get_num_threads(), str(error)
+        finally:
+            torch.set_num_threads(1)
+    return 0, ""

@@ -110,6 +110,17 @@ def test_a_resume_begins_with_a_whole_step(checkpoints: AccelerateCheckpoints) -
     assert steps(8, 4) == 2 * [False, False, False, True]
 
 
+def test_documents_that_are_gone_end_all_ranks(tmp_path: Path) -> None:
+    """One process of the machine looks for them."""
+    with pools() as start:
+        ends = start(2).run(
+            "tests.recipes.accelerate_checkpoints:open_missing_documents", timeout=60, folder=str(tmp_path)
+        )
+    assert ends[0] == ends[1]
+    threads, error = ends[0]
+    assert threads == 2 and f"data.source {tmp_path}/gone does not exist" in error
+
+
 def test_the_newest_go_by_their_numbers_and_a_damaged_one_is_passed_over(checkpoints: AccelerateCheckpoints) -> None:
     for number, step in enumerate((7, 9, 8)):  # 8 after a return to an earlier step
         path = checkpoints.save(step)
@@ -130,7 +141,9 @@ def test_the_newest_go_by_their_numbers_and_a_damaged_one_is_passed_over(checkpo
             checkpoints.load(str(folder / "step-000008"))
         content[len(content) // 2] ^= 1
         (folder / "step-000008" / name).write_bytes(content)
-    with pytest.raises(RecipeError, match=r"there is no such file\. Resume from an older one: --ckpt_path .*-000008"):
+    with pytest.raises(
+        RecipeError, match=r"there is no such file or folder\. Resume from an older one: --ckpt_path .*-000008"
+    ):
         checkpoints.load(str(folder / "step-000010"))
 
 

@@ -235,8 +235,15 @@ def test_a_broken_checkpoint_is_named_with_the_newest_whole_one(tmp_path: Path, 
     assert str(caught.value).endswith(f"--ckpt_path {older}")
 
 
+def test_a_link_to_a_checkpoint_that_is_gone_is_no_older_one(tmp_path: Path) -> None:
+    (tmp_path / "step-2.ckpt").write_bytes(b"half of one")
+    (tmp_path / "step-3.ckpt").symlink_to(tmp_path / "gone")
+    with pytest.raises(RecipeError, match=r"step-2.ckpt is broken .* no other whole checkpoint"):
+        check_readable(tmp_path / "step-2.ckpt")
+
+
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"gone.ckpt: there is no such file.*no other whole checkpoint"):
+    with pytest.raises(RecipeError, match=r"gone.ckpt: there is no such file or folder.*no other whole checkpoint"):
         check_readable(tmp_path / "gone.ckpt")
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,3 +74,17 @@ def test_a_file_that_torch_opens_itself_finds_the_disk_full(disk: Path) -> None:
         torch.save(torch.zeros(8_000_000), disk / "optimizer.pt")
     found = disk_error(caught.value)
     assert found is not None and found.errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EDQUOT, errno.EFBIG])
+def test_the_systems_reason_is_kept_if_torch_has_it(number: int) -> None:
+    class Small(io.BytesIO):
+        def write(self, data: Any) -> int:
+            if self.tell() > 1000:
+                raise OSError(number, os.strerror(number))
+            return super().write(data)
+
+    with pytest.raises(RuntimeError) as caught:
+        torch.save(torch.zeros(8000), Small())
+    found = disk_error(caught.value)
+    assert found is not None and found.errno == number

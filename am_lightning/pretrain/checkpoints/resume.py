@@ -82,16 +82,23 @@ def check_readable(path: Path, folder: Path | None = None, patterns: Sequence[st
     Raises:
         RecipeError: if `path` is missing or damaged.
     """
-    found = damage(path, ours=False) if path.exists() else None
-    if path.exists() and not found:
+    there = path.exists()
+    found = damage(path, ours=False) if there else None
+    if there and not found:
         return
     folder = folder or path.parent
-    others = [p for pattern in patterns for p in folder.glob(pattern) if not (path.exists() and p.samefile(path))]
+    others = [
+        p for pattern in patterns for p in folder.glob(pattern) if p.exists() and not (there and p.samefile(path))
+    ]
     whole = next((other for other in newest_first(others) if damage(other) is None), None)
     hint = f"Resume from an older one: --ckpt_path {whole}"
     if whole is None:
         hint = f"There is no other whole checkpoint in {folder}: start again without --ckpt_path."
-    problem = f"the checkpoint {path} is broken ({found})" if found else f"--ckpt_path {path}: there is no such file"
+    problem = (
+        f"the checkpoint {path} is broken ({found})"
+        if found
+        else f"--ckpt_path {path}: there is no such file or folder"
+    )
     raise RecipeError(f"{problem}. {hint}")
 
 

@@ -34,14 +34,14 @@ def disk_error(error: BaseException) -> OSError | None:
     disk is taken to be full. safetensors keeps only the number, in its text.
     """
     seen: BaseException | None = error
+    number = 0
     while seen is not None and not isinstance(seen, OSError):
-        number = _RUST_OS_ERROR.search(str(seen))
-        if number:
-            return OSError(int(number[1]), os.strerror(int(number[1])))
-        if _SHORT_WRITE.search(str(seen)):
-            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if found := _RUST_OS_ERROR.search(str(seen)):
+            number = int(found[1])
+        elif _SHORT_WRITE.search(str(seen)):
+            number = errno.ENOSPC
         seen = seen.__cause__ or seen.__context__
-    return seen
+    return OSError(number, os.strerror(number)) if seen is None and number else seen
 
 
 def write_failure(

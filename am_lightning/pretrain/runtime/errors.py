@@ -16,7 +16,7 @@ class RecipeError(Exception):
 
 
 class UsageError(RecipeError):
-    """A setting that does not exist, or a value of a wrong type. The exit status is 2, like argparse's."""
+    """An error of the command line or a YAML, such as a misspelt setting. The exit status is 2, like argparse's."""
 
 
 def require(condition: bool, name: str, value: object, allowed: str) -> None:

@@ -67,7 +67,7 @@ def _message(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, ModuleNotFoundError):
         missing = "jsonargparse" if "jsonargparse" in str(error) else error.name  # LightningCLI names it in the text
-        return None if training and missing not in _NEEDED else f"the recipes need {missing}: {EXTRA}"
+        return f"the recipes need {missing}: {EXTRA}" if missing in _NEEDED else None
     if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to set weights_only=False
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error).splitlines()[0])
         return f"the checkpoint holds more than tensors and plain values: {reason.strip()}"
@@ -85,34 +85,43 @@ def _message(error: Exception) -> str | None:
 
 
 def _end(text: str, status: int) -> NoReturn:
-    """Print an error and end the process; under torchrun only one of the ranks that have the same error prints it."""
-    file = os.environ.get(
-        "TORCHELASTIC_ERROR_FILE"
-    )  # torchrun's: START/RANK/error.json, in a new folder for each start
+    """Print an error and end the process."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # torchrun's: START/RANK/error.json
     if file and "TORCHELASTIC_RUN_ID" in os.environ:
-        import fcntl  # POSIX only, like torchrun's signals
-
-        name = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()  # a path need not be Unicode
-        with contextlib.suppress(OSError), open(Path(file).parents[1] / f"error-{name}", "ab", 0) as printed:
-            fcntl.flock(printed, fcntl.LOCK_EX)  # torchrun kills the other ranks after the first has ended
-            if os.fstat(printed.fileno()).st_size == 0:
-                print(f"{text}\n", end="", file=sys.stderr, flush=True)
-                printed.write(b"printed")
-            raise SystemExit(status)
+        _print_once(text, Path(file).parents[1])
     elif status == 1:
         sys.exit(text)
-    print(f"{text}\n", end="", file=sys.stderr, flush=True)  # also without a lock or space: perhaps twice, never not
+    else:
+        print(f"{text}\n", end="", file=sys.stderr, flush=True)
     raise SystemExit(status)
 
 
+def _print_once(text: str, folder: Path) -> None:
+    """Print an error unless another rank has, with the same `folder`, which torchrun makes for each start."""
+    import fcntl  # POSIX only, like torchrun's signals
+
+    name = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()  # a path need not be Unicode
+    try:
+        with (folder / f"error-{name}").open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # torchrun kills the other ranks after the first has ended
+            if os.fstat(file.fileno()).st_size == 0:
+                print(f"{text}\n", end="", file=sys.stderr, flush=True)
+                file.write(b"printed")
+    except OSError:  # there is no lock or no space: the text may be printed twice, but it is printed
+        print(f"{text}\n", end="", file=sys.stderr, flush=True)
+
+
 def import_training() -> None:
-    """Import what training needs, which takes seconds. ModuleNotFoundError: if a package is missing."""
+    """Import what training needs, which takes seconds. RecipeError: if a package is missing."""
     with contextlib.ExitStack() as afterwards:
         if "MPLCONFIGDIR" not in os.environ:  # torchmetrics imports matplotlib, which writes its fonts to the home
             folder = tempfile.TemporaryDirectory(prefix="matplotlib-")
             os.environ["MPLCONFIGDIR"] = afterwards.enter_context(folder)
             afterwards.callback(os.environ.pop, "MPLCONFIGDIR")
-        import am_lightning.pretrain.runtime.cli  # noqa: F401
+        try:
+            import am_lightning.pretrain.runtime.cli  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise RecipeError(f"the recipes need {error.name}: {EXTRA}") from error
 
 
 def leave_group() -> None:

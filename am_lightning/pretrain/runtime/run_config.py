@@ -18,6 +18,7 @@ from am_lightning.lightning import AdaptiveMemory
 from am_lightning.loggers.reader import read_report
 from am_lightning.optim.base import AdaptiveMemoryOptimizer
 from am_lightning.optim.unwrap import unwrap_optimizer
+from am_lightning.pretrain.checkpoints.ranks import together
 from am_lightning.pretrain.checkpoints.run_folder import checkpoint_folder
 from am_lightning.pretrain.commands.report.summary import next_commands, print_validation
 from am_lightning.pretrain.data.text_data import TextData
@@ -64,6 +65,7 @@ class RunConfig:
         self.save_every: int | None = checkpoint["every_n_train_steps"]  # None: after the last step only
         self.keep: int | None = checkpoint["keep"]  # how many checkpoints to keep; None: all
         self.ckpt_path: str | None = config["ckpt_path"]  # None, "last", or a checkpoint
+        self.threads: int | None = config["threads"]  # torch's threads on the CPU; None: torch decides
         self.on_cpu = trainer["accelerator"] == "cpu" or not torch.accelerator.is_available()
         self.progress_bar = trainer["enable_progress_bar"] is not False
         # Seconds that a collective may wait for another rank; None: torch's default.
@@ -75,9 +77,10 @@ class RunConfig:
         """Return the data, opened. One process of each machine makes the missing shards first. Collective."""
         from accelerate import PartialState  # pretrain.py does without it
 
-        state = PartialState()
-        with state.local_main_process_first():
-            if state.is_local_main_process:
+        if self.threads is not None:  # Accelerate sets a number of its own for several processes on a CPU
+            torch.set_num_threads(self.threads)
+        with together():
+            if PartialState().is_local_main_process:
                 self.data.prepare()
         self.data.open()
         return self.data

@@ -125,6 +125,7 @@ def setting_types() -> dict[str, str]:
     inside = {f"{name}.{key}": kind for name, where in sections.items() for key, kind in _arguments(*where).items()}
     others = ("train_dataloaders", "val_dataloaders", "datamodule")
     fit = {name: kind for name, kind in _arguments(trainer, "Trainer", "fit").items() if name not in others}
+    inside |= {name: "" for name in inside if name.startswith("model.optimizer.")}  # another class has other types
     return {**_PLAIN, **fit, **dict.fromkeys(sections, ""), **inside}
 
 
