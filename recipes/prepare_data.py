@@ -11,7 +11,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from am_lightning.pretrain.runtime.errors import RecipeError
+from am_lightning.pretrain.runtime.errors import RecipeError, UsageError
 
 if TYPE_CHECKING:
     from am_lightning.pretrain.data.shards import Index
@@ -22,6 +22,9 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line `args` (default: sys.argv's); end the process with a message after a RecipeError."""
     try:
         prepare(sys.argv[1:] if args is None else args)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     except RecipeError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -32,8 +35,8 @@ def prepare(args: list[str]) -> None:
     """Make or check the shards that the command line names, and print a summary.
 
     Raises:
-        RecipeError: see TextData.
-        SystemExit: after an unknown key, a wrong type, or --help.
+        RecipeError: see TextData. UsageError: after an unknown key or a wrong type.
+        SystemExit: after --help.
     """
     from am_lightning.pretrain.runtime.run_config import read_data
 

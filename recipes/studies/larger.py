@@ -5,9 +5,7 @@ r"""Whether AM's gain holds for a larger model: AM-AdamW and AdamW at beta1 0.8,
 The methods are those that were best for the laptop recipe's Llama (recipes.studies.batch), with a warmup and without.
 At each batch every method is tuned over its learning rates on one seed, and compared on five fresh, paired seeds.
 Writes larger.jsonl and larger.md into DIR. Finished runs are kept, so a second call continues, and --write makes the
-page from the cells that are complete. The page of docs/evidence:
-
-    python -m recipes.studies.larger --begin-with docs/evidence/larger.jsonl.gz --write
+page from the cells that are complete.
 """
 
 from __future__ import annotations

@@ -144,6 +144,7 @@ def test_the_names_are_those_of_the_parser() -> None:
 def test_right_names_pass() -> None:
     check_settings(["laptop", "--trainer.callbacks+=x", "--model.optimizer.lr", "1", "--data", "x.yaml", "--threads=2"])
     check_settings(["laptop", "--model.optimizer=torch.optim.Adafactor", "--model.optimizer.eps=[null, 0.001]"])
+    check_settings([])
     check_settings(["--config", "laptop", "--config=60m", "--ckpt_path", "last", "--seed_everything", "-3"])
     with pytest.raises(UsageError, match=r"there is no setting tainer. Did you mean trainer\?"):
         check_settings(["laptop", "--tainer", "x.yaml"])

@@ -240,7 +240,12 @@ def test_what_does_not_fit_is_refused(made: Path, source: Path, tmp_path: Path) 
 
 def test_validate_does_not_look_for_a_url_on_this_disk(tmp_path: Path) -> None:
     data = ["--data.mode", "litdata", "--data.source", "s3://bucket/chunks"]
-    assert main(["validate", "laptop", *data, "--trainer.default_root_dir", str(tmp_path / "run")]) == 0
+    data += ["--trainer.default_root_dir", str(tmp_path / "run")]
+    assert main(["validate", "laptop", *data]) == 0
+    with pytest.raises(
+        SystemExit, match=r"data.source \(data.mode litdata\) is 'http://x/y'; allowed: documents as in"
+    ):
+        main(["validate", "laptop", *data, "--data.source", "http://x/y"])
 
 
 def test_prepare_data_makes_the_folder_from_documents(

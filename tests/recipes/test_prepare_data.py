@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import prepare_data
@@ -136,24 +137,27 @@ def test_several_processes_make_the_same(
         (["--data.source", "gone"], r"error: data.source gone does not exist"),
         (["--config", "laptop", "--data.tokenizer", "bpe-4096"], r"error: model.vocab_size is 256; allowed: >= 4096"),
         (["--config", "CUT"], r"error: .*cut.yaml is not YAML: while parsing"),
-        (["--config", "FLAT"], r"error: .*flat.yaml: data is 3; allowed: settings of the form"),
-        (["--data.sorce", "x"], None),
-        (["--workers", "x"], None),
+        (["--config", "FLAT"], r"flat.yaml: data is 3; allowed: settings of the form"),
+        (["--data.sorce", "x"], "there is no setting data.sorce. Did you mean data.source"),
+        (["laptop"], "laptop"),
+        (["--workers", "x"], "argument --workers"),
         (["--workers", "0"], r"error: data.prepare_workers is 0; allowed: a whole number >= 1"),
     ],
 )
 def test_a_wrong_argument_is_named(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], args: list[str], says: str | None
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], args: list[str], says: str
 ) -> None:
     for name, text in (("CUT", "data: ["), ("FLAT", "data: 3")):
         path = tmp_path / f"{name.lower()}.yaml"
         path.write_text(text)
         args = [str(path) if arg == name else arg for arg in args]
-    with pytest.raises(SystemExit, match=says) as caught:
+    with pytest.raises(SystemExit) as caught:
         prepare_data.main([*args, "--root", str(tmp_path)])
-    if says is None:
+    if says.startswith("error"):
+        assert re.match(says, str(caught.value.code))
+    else:
         errors = capfd.readouterr().err
-        assert args[0].removeprefix("--").split(".")[-1] in errors
+        assert re.search(says, errors)
         assert len(errors.splitlines()) < 8
         assert caught.value.code == 2
     assert not (tmp_path / "data").exists()

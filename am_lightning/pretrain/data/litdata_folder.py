@@ -54,9 +54,19 @@ class LitdataFolder:
         return "://" in self.pipeline.source
 
     def folder(self) -> Path:
-        """Return the folder of `chunks.json` and the held-out tokens. A URL has a local copy of these."""
+        """Return the folder of `chunks.json` and the held-out tokens. A URL has a local copy of these.
+
+        Raises:
+            RecipeError: if it is a URL that litdata cannot read chunks from.
+        """
         if self.is_remote:
-            key = hashlib.sha256(self.pipeline.source.encode()).hexdigest()
+            url = self.pipeline.source
+            allowed = (
+                "documents as in mode shards, a local folder of chunks, s3://BUCKET/PATH or gs://BUCKET/PATH"
+                " (of hf:// litdata reads parquet alone: hf download it to a folder)"
+            )
+            require(url.startswith(("s3://", "gs://")), "data.source (data.mode litdata)", url, allowed)
+            key = hashlib.sha256(url.encode()).hexdigest()
             return self.pipeline.cache / f"remote-{key[:16]}"
         given = Path(self.pipeline.source).expanduser()
         exists = (given / CHUNKS).exists()
@@ -85,11 +95,6 @@ class LitdataFolder:
     def _fetch(self, folder: Path) -> None:
         """Copy into `folder` what a run needs of the URL before it starts: the indices and the held-out tokens."""
         url = self.pipeline.source
-        allowed = (
-            "documents as in mode shards, a local folder of chunks, s3://BUCKET/PATH or gs://BUCKET/PATH"
-            " (of hf:// litdata reads parquet alone: hf download it to a folder)"
-        )
-        require(url.startswith(("s3://", "gs://")), "data.source (data.mode litdata)", url, allowed)
         _download(url, folder, INDEX)
         _download(url, folder, CHUNKS)
         index = read_index(folder, CHUNKS)
@@ -183,7 +188,8 @@ def storage_options(url: str) -> dict[str, Any]:
     boto3's own number of attempts is used, which AWS_MAX_ATTEMPTS changes. In a Lightning Studio, options would select
     other credentials.
     """
-    if not url.startswith("s3://") or "LIGHTNING_CLOUD_PROJECT_ID" in os.environ:
+    in_studio = {"LIGHTNING_CLOUD_PROJECT_ID", "LIGHTNING_CLUSTER_ID"} <= os.environ.keys()
+    if not url.startswith("s3://") or in_studio:
         return {}
     from botocore.config import Config
 

@@ -172,7 +172,9 @@ class LitdataLoader(ResumableLoader):
                         item_shuffle_window=0,  # shuffle all rows of a chunk
                         storage_options=storage_options(source),
                     )
-                except Exception as error:  # an error of the network or the store
+                except (TypeError, AttributeError):  # another version of litdata
+                    raise
+                except Exception as error:  # an error of the network, the store or the disk
                     raise RecipeError(f"data.source {source}: litdata cannot open it ({first_line(error)})") from error
             dataset.set_drop_last(False)  # more workers would drop more rows; `wanted` is equal on all processes
             if dataset.posix_fast is not None:  # a parallel file system would have another order

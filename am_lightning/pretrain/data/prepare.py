@@ -110,7 +110,7 @@ def is_complete(folder: Path, name: str = INDEX, sides: Sequence[str] = SIDES) -
 def check_shards(
     folder: Path, shards: Sequence[Shard], dtype: str, *, read_all: bool, workers: int | None = None, header: int = 0
 ) -> None:
-    """Compare the sizes of files with their index, and their checksums if all of them have at most 2 GiB.
+    """Compare the sizes of files with their index, and their checksums if together they have at most 2 GiB.
 
     Args:
         folder: folder of the files.

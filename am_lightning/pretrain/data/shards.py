@@ -148,7 +148,9 @@ def read_index(folder: Path, name: str = INDEX) -> Index:
         if index.dtype not in _DTYPES or not all(shard.tokens > 0 for shard in index.shards):
             raise ValueError("its numbers are impossible")
     except FileNotFoundError as error:
-        raise RecipeError(f"there are no token shards in {folder}: {name} is missing. A run makes them.") from error
+        raise RecipeError(
+            f"there are no token shards in {folder}: {name} is missing. A run or TextData.prepare() makes them."
+        ) from error
     except OSError as error:
         raise RecipeError(f"cannot read {path}: {error.strerror}. Make it readable or delete it.") from error
     except (KeyError, TypeError, ValueError) as error:

@@ -124,6 +124,7 @@ class TextData(L.LightningDataModule):
 
     def open(self) -> None:
         """Open what `prepare` made, on every process. Raises: RecipeError: if it is missing or does not fit."""
+        self.__dict__.pop("_index", None)  # it may have been made anew
         check_vocabulary(self.vocab_size, self._index.vocab_size, self.tokenizer)
 
     def train_loader(
@@ -208,7 +209,7 @@ class TextData(L.LightningDataModule):
 
     @property
     def storage(self) -> Pipeline | LitdataFolder:
-        """The folder of the shards or chunks."""
+        """What makes, checks and names the folder of the shards or chunks."""
         return LitdataFolder(self.pipeline) if self.mode == "litdata" else self.pipeline
 
     def prepare_data(self) -> None:

@@ -102,7 +102,7 @@ def wrong_type(value: Any, annotation: str) -> str:
 def _given(args: Sequence[str]) -> Iterator[tuple[str, Any, list[str]]]:
     """Yield the name and the value of every setting, with the argument that names its YAML if it stands in one."""
     words = with_paths(["fit", *args])[1:]
-    for word, following in zip(words, [*words[1:], "--"], strict=True):
+    for word, following in zip(words, [*words, "--"][1:], strict=True):
         if word.startswith("--config="):
             for name, inner in read_values(Path(word.removeprefix("--config="))).items():
                 yield str(name), inner, [word]

@@ -29,7 +29,8 @@ class RunResult:
 
     def drawn_as(self, name: str) -> RunData | None:
         """Return what a picture shows of the run; None without event files."""
-        return RunData(name, self.root, {}, read_files(self.log_dir.glob(PATTERN))) if self.log_dir else None
+        files = list(self.log_dir.glob(PATTERN)) if self.log_dir else []
+        return RunData(name, self.root, {}, read_files(files)) if files else None
 
     @classmethod
     def of(cls, trainer: L.Trainer) -> RunResult:
