@@ -224,7 +224,7 @@ def test_what_does_not_fit_is_refused(made: Path, source: Path, tmp_path: Path) 
         shards.prepare()
         shards.open()
         shards.load_state_dict(state)
-    with pytest.raises(RecipeError, match=r"not divisible by 3 \(processes\)"):
+    with pytest.raises(RecipeError, match=r"not divisible by 3 \(processes with different rows\)"):
         opened(made).train_loader(steps=1, world_size=3)
     with pytest.raises(RecipeError, match=r"cannot begin in the middle of a pass without the data's state"):
         next(iter(opened(made).train_loader(steps=9, first_step=3)))
