@@ -124,7 +124,7 @@ class TextData(L.LightningDataModule):
 
     def open(self) -> None:
         """Open what `prepare` made, on every process. Raises: RecipeError: if it is missing or does not fit."""
-        self.__dict__.pop("_index", None)  # it may have been made anew
+        self.__dict__.pop("_index", None)  # it may have been written again
         check_vocabulary(self.vocab_size, self._index.vocab_size, self.tokenizer)
 
     def train_loader(
