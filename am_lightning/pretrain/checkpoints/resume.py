@@ -94,11 +94,9 @@ def check_readable(path: Path, folder: Path | None = None, patterns: Sequence[st
     hint = f"Resume from an older one: --ckpt_path {whole}"
     if whole is None:
         hint = f"There is no other whole checkpoint in {folder}: start again without --ckpt_path."
-    problem = (
-        f"the checkpoint {path} is broken ({found})"
-        if found
-        else f"--ckpt_path {path}: there is no such file or folder"
-    )
+    problem = f"--ckpt_path {path}: there is no such file or folder"
+    if found:
+        problem = f"the checkpoint {path} is broken ({found})"
     raise RecipeError(f"{problem}. {hint}")
 
 

@@ -110,13 +110,13 @@ class ShardedTokens:
         return int(self.starts[-1])
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        """Return a copy of tokens, in the stored type."""
+        """Return tokens as an array of the stored type: a view if one file has all of them, else a copy."""
         start, stop, step = part.indices(len(self))
         if step != 1:
             raise ValueError(f"the step of a slice of tokens is {step}; allowed: 1")
         files = range(int(np.searchsorted(self.starts, start, "right")) - 1, int(np.searchsorted(self.starts, stop)))
-        found = (self._map(file)[max(0, start - self.starts[file]) : stop - self.starts[file]] for file in files)
-        return np.concatenate([np.empty(0, self.dtype), *found])
+        found = [self._map(file)[max(0, start - self.starts[file]) : stop - self.starts[file]] for file in files]
+        return found[0] if len(found) == 1 else np.concatenate([np.empty(0, self.dtype), *found])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}  # another process maps the files again

@@ -254,7 +254,7 @@ class TextData(L.LightningDataModule):
             if name == "passes" or saved.get(name) == value:
                 continue
             if name == "tokens_sha256":
-                text = f"the checkpoint was trained on another text than {self.storage.folder()} holds"
+                text = f"the checkpoint was trained on another text than {self._folder} holds"
                 hint = (
                     "Set data.source, data.tokenizer and data.cache_dir as they were (stdlib: run the same Python), or"
                     " data.source to the folder of its shards"
@@ -272,11 +272,15 @@ class TextData(L.LightningDataModule):
         return self.trainer
 
     @functools.cached_property
+    def _folder(self) -> Path:
+        return self.storage.folder()  # reads the files of a tokenizer's folder
+
+    @functools.cached_property
     def _index(self) -> Index:
-        return read_index(self.storage.folder(), self.storage.index_name)
+        return read_index(self._folder, self.storage.index_name)
 
     def _tokens(self, shards: Sequence[Shard]) -> ShardedTokens:
-        return ShardedTokens(self.storage.folder(), shards, self._index.dtype)
+        return ShardedTokens(self._folder, shards, self._index.dtype)
 
 
 def _place(trainer: L.Trainer) -> dict[str, Any]:

@@ -112,6 +112,7 @@ def _given(args: Sequence[str]) -> Iterator[tuple[str, Any, list[str]]]:
             yield name.rstrip("+"), value if given else None if following.startswith("--") else following, []
 
 
+@functools.cache  # the command and the parser of `fit` both ask for them
 def setting_types() -> dict[str, str]:
     """Return the settings and sections, such as "trainer.max_steps", and the annotation of each in the source, or "".
 
