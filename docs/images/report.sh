@@ -20,8 +20,8 @@ photograph() {
 
 [ -f "$runs/compare.png" ] || "$python" recipes/pretrain.py fit --config recipes/configs/laptop.yaml \
   --trainer.default_root_dir "$runs" --compare true
-"$python" -m am_lightning.recipes report "AM-AdamW, no warmup=$runs" \
-  "AdamW 0.9, 5% warmup=$runs/compare/adamw-0.9" "AdamW 0.8, 5% warmup=$runs/compare/adamw-0.8" -o "$runs/report.html"
+"$python" -m am_lightning.recipes report "AM-AdamW 0.8=$runs" \
+  "AdamW 0.9=$runs/compare/adamw-0.9" "AdamW 0.8=$runs/compare/adamw-0.8" -o "$runs/report.html"
 
 cp "$runs/compare.png" docs/images/compare.png
 # Without the table and throughput, whose tokens/s are those of whatever else this machine does.

@@ -39,7 +39,8 @@ def compared(tmp_path_factory: pytest.TempPathFactory, corpus_folder: Path) -> t
     root = tmp_path_factory.mktemp("compared") / "tiny"
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        pretrain.main(arguments(root, corpus_folder, 20, "--compare", "true", "--monitor.peak_flops", "1e11"))
+        bare = "--model.warmup_fraction", "0", "--model.optimizer.lr", "1e-3"
+        pretrain.main(arguments(root, corpus_folder, 20, "--compare", "true", "--monitor.peak_flops", "1e11", *bare))
     return root, printed.getvalue()
 
 

@@ -123,7 +123,7 @@ def test_the_hparams_page_has_one_row_for_the_run(watched: Path) -> None:
     content = events_of(watched).PluginTagToContent("hparams")
     parts = {tag: HParamsPluginData.FromString(data) for tag, data in content.items()}
     settings = parts["_hparams_/session_start_info"].session_start_info.hparams
-    numbers = {"lr": 1e-3, "beta1": 0.8, "beta2": 0.95, "lambd": 0.1, "batch_size": 8, "max_steps": 8, "processes": 1}
+    numbers = {"lr": 2e-3, "beta1": 0.8, "beta2": 0.95, "lambd": 0.1, "batch_size": 8, "max_steps": 8, "processes": 1}
     assert {name: settings[name].number_value for name in numbers} == pytest.approx(numbers)
     assert settings["parameters"].number_value == 37024
     words = {"optimizer": "AMAdamW", "scope": "tensor", "precision": "32-true"}
