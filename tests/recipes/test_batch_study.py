@@ -35,7 +35,11 @@ def made_up(config: Config) -> Result:
     result: Result = {"val_loss": None if lr > 0.03 else loss + 0.001 * config["seed"] * (1 + ours), "losses": []}
     if config["traces"]:
         steps = config["steps"]
-        result |= {"names": ["a", "b"], "betas": [[method.beta1, 0.5]] * steps, "noise": [(3.0, 1.0)] * steps}
+        result |= {
+            "names": ["layers.0.mlp.up_proj.weight", "norm.weight"],
+            "betas": [[method.beta1, 0.5]] * steps,
+            "noise": [(3.0, 1.0)] * steps,
+        }
     return result
 
 
@@ -172,6 +176,8 @@ def test_the_page_has_the_cells_that_are_complete(tmp_path: Path) -> None:
     summary = text.split("## Summary")[1].split("![")[0]
     first, second = (line for line in summary.splitlines() if "+0.003 ± 0.004" in line)  # invented: AM's seeds increase
     assert "0.8 w15%" in first and "0.8 w5%" in second and "w15%" not in second
+    rows = [line.replace(" ", "") for line in text.splitlines() if line.startswith(("| mlp", "| norm", "| all"))]
+    assert rows == ["|mlp|100%|100%|100%|100%|", "|norm|0%|0%|0%|0%|", "|all|50%|50%|50%|50%|"]
     for name in ("batch-gains.png", "batch-learning-rates.png", "batch-smallest.png", "batch-momentum.png"):
         assert Image.open(tmp_path / name).width > 400
     fill(ledger, cells=3, families=WARM)

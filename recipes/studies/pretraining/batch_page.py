@@ -11,6 +11,7 @@ from recipes.studies.pretraining.batch_figures import draw_gains, draw_momentum,
 from recipes.studies.pretraining.batch_tables import (
     ROOM,
     finalists_table,
+    layers_table,
     momentum_table,
     rates_table,
     summary_table,
@@ -62,10 +63,12 @@ def write(ledger: Ledger, kinds: Kinds, folder: Path, command: str) -> str:
         parts.append("![Validation loss over the learning rate, a panel for each cell](batch-learning-rates.png)")
         parts.append(f"## The largest learning rate within {ROOM:g} of the lowest loss\n\n{rates_table(tunings)}")
     if traced:
-        draw_momentum(folder / "batch-momentum.png", next(iter(_by_kind(kinds, traced).values())))
+        alike = next(iter(_by_kind(kinds, traced).values()))
+        draw_momentum(folder / "batch-momentum.png", alike)
         table = momentum_table(list(traced.values()))
         parts.append(f"## beta_t and the gradient's noise\n\nAM at cap 0.89 with its best warmup, seed 1.\n\n{table}")
         parts.append("![beta_t over the steps, a line for each batch](batch-momentum.png)")
+        parts.append(f"Share of beta_t at the cap in the figure's runs, by kind of layer.\n\n{layers_table(alike)}")
     parts += [f"## Finalists: {tuning.scale}\n\n{finalists_table(tuning)}" for tuning in compared.values()]
     parts += [f"## Tuning: {tuning.scale}\n\n{tuning.sweep_table()}" for tuning in tuned.values()]
     return write_page(folder / "batch.md", "Momentum and the batch", command, ledger.made(), _PROTOCOL, parts)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from recipes.studies.page import markdown
-from recipes.studies.pretraining.batches import CUSTOMARY, DEFAULT, PARTS, best_of, finalists, trace_config
+from recipes.studies.pretraining.batches import CUSTOMARY, DEFAULT, PARTS, TRACE_CAP, best_of, finalists, trace_config
 from recipes.studies.pretraining.methods import Method
-from recipes.studies.pretraining.results import EARLY, early_and_late
+from recipes.studies.pretraining.results import EARLY, by_kind, early_and_late
 from recipes.studies.pretraining.run import noise_scale
 from recipes.studies.pretraining.tuning import Tuning
 from recipes.studies.sweep import Interval, mean_and_sd, paired
@@ -94,16 +94,31 @@ def momentum_table(tunings: Sequence[Tuning]) -> str:
     """Return beta_t at AM's default cap and the noise of the gradient, in a run of each cell."""
     rows = []
     for tuning in tunings:
-        config = trace_config(tuning)
-        result, size = tuning.ledger[config], tuning.scale.batch_size
-        norms, border = np.array(result["noise"]), max(1, round(EARLY * tuning.scale.steps))
-        cells = early_and_late(np.array(result["betas"])[1:], config["method"]["beta1"], border)
+        result, border, size = tuning.ledger[trace_config(tuning)], _early(tuning), tuning.scale.batch_size
+        norms = np.array(result["noise"])
+        cells = early_and_late(np.array(result["betas"])[1:], TRACE_CAP, border)
         scales = [noise_scale(part[:, 0], part[:, 1], size // PARTS, size) for part in (norms[:border], norms[border:])]
         rows.append([str(tuning.scale), *cells, *(f"{scale:.0f}" for scale in scales)])
     columns = ("at cap", "mean beta_t", "noise scale (rows)")
     return markdown(
         ["cell", *(f"{name}, {part}" for name in columns for part in (f"first {EARLY:.0%}", "later"))], rows
     )
+
+
+def layers_table(tunings: Sequence[Tuning]) -> str:
+    """Return the share of beta_t at the cap in each kind of layer, in the run of `momentum_table`."""
+    header = ["kind"]
+    shares: dict[str, list[str]] = {}
+    for tuning in tunings:
+        result = tuning.ledger[trace_config(tuning)]
+        header += [f"{tuning.scale.batch_size} rows, {part}" for part in (f"first {EARLY:.0%}", "later")]
+        for kind, betas in by_kind(result["names"], np.array(result["betas"])[1:]).items():
+            shares.setdefault(kind, [kind]).extend(early_and_late(betas, TRACE_CAP, _early(tuning))[:2])
+    return markdown(header, list(shares.values()))
+
+
+def _early(tuning: Tuning) -> int:
+    return max(1, round(EARLY * tuning.scale.steps))
 
 
 def _usable(tuning: Tuning, method: Method, loss: float) -> str:

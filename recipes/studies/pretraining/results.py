@@ -93,14 +93,20 @@ def layer_means(names: list[str], betas: np.ndarray) -> tuple[list[str], np.ndar
 
 def kinds_table(study: Study) -> str:
     """Return for every kind of layer the share of (step, tensor) pairs at the cap and the mean, early and late."""
-    names, betas = traces(study, AM)
-    kinds = [kind_of(name) for name in names]
     rows = []
-    for kind in [*dict.fromkeys(kinds), "all"]:
-        chosen = betas[..., [i for i, k in enumerate(kinds) if kind in (k, "all")]]
+    for kind, chosen in by_kind(*traces(study, AM)).items():
         cells = early_and_late(chosen, AM.beta1, round(EARLY * study.scale.steps))
         rows.append([kind, *cells, f"{chosen.min():.2f}"])
     return markdown(["kind", *_early_and_late_header(), "lowest"], rows)
+
+
+def by_kind(names: list[str], betas: np.ndarray) -> dict[str, np.ndarray]:
+    """Return beta_t (..., tensors) of the tensors of each kind of layer, and of all."""
+    kinds = [kind_of(name) for name in names]
+    return {
+        kind: betas[..., [i for i, each in enumerate(kinds) if kind in (each, "all")]]
+        for kind in [*dict.fromkeys(kinds), "all"]
+    }
 
 
 def dips_table(study: Study, *, rows: int = 8) -> str:
