@@ -47,7 +47,8 @@ def command_of(program: str, parser: argparse.ArgumentParser, options: argparse.
     words = [f"python -m recipes.studies.{program}"]
     for name, value in vars(options).items():
         if name not in _SILENT and value != parser.get_default(name):
-            words += [f"--{name.replace('_', '-')}", str(value)]
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
     return " ".join(words)
 
 

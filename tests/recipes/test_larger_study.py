@@ -41,10 +41,10 @@ def test_the_page_has_the_differences_of_the_cells_that_are_complete(tmp_path: P
     while configs := list(tuning.missing()):
         add(configs)
     options = argparse.Namespace(out=tmp_path, batches=[8, 32], steps=300, begin_with=None, write=True, workers=1)
-    assert "8 rows" not in study(options, "the command"), "no fresh seed was run"
+    assert "Not complete: 8 rows x 300 steps." in study(options, "the command"), "no fresh seed was run"
     add(list(tuning.finalist_configs()))
     page = study(options, "the command")
-    assert "## 8 rows x 300 steps" in page and "32 rows" not in page
+    assert "## 8 rows x 300 steps" in page and "Not complete: 32 rows x 300 steps." in page
     row = next(line for line in page.splitlines() if line.startswith("| AdamW 0.8, warmup 15%") and "n=5" in line)
     assert "-0.017 ± 0.002" in row, "the mean of 0.02 - 0.001 * seed over seeds 1 to 5"
     assert page == (tmp_path / "larger.md").read_text()

@@ -76,9 +76,10 @@ def test_a_page_says_the_command_that_makes_it() -> None:
     parser = argparse.ArgumentParser()
     for name, value in (("--steps", 400), ("--micro-batch-size", None), ("--out", "x"), ("--device", "cpu")):
         parser.add_argument(name, default=value)
-    options = parser.parse_args(["--out", "y", "--micro-batch-size", "8", "--steps", "800"])
+    parser.add_argument("--batches", type=int, nargs="+", default=[8])
+    options = parser.parse_args(["--out", "y", "--micro-batch-size", "8", "--steps", "800", "--batches", "16", "32"])
     assert command_of("pretraining", parser, options) == (
-        "python -m recipes.studies.pretraining --steps 800 --micro-batch-size 8"
+        "python -m recipes.studies.pretraining --steps 800 --micro-batch-size 8 --batches 16 32"
     )
 
 
