@@ -2,7 +2,8 @@ r"""Whether AM's gain holds for a larger model: AM-AdamW and AdamW at beta1 0.8,
 
     python -m recipes.studies.larger --workers 2 [--out DIR]
 
-The methods are those that were best for the laptop recipe's Llama (recipes.studies.batch), with a warmup and without.
+The methods are AM and AdamW at the momentum that was best for the laptop recipe's Llama with a warmup of 15 %
+(recipes.studies.batch), with it and without one.
 At each batch every method is tuned over its learning rates on one seed, and compared on five fresh, paired seeds.
 Writes larger.jsonl and larger.md into DIR. Finished runs are kept, so a second call continues, and --write makes the
 page from the cells that are complete.
@@ -31,7 +32,9 @@ _PROTOCOL = (
     " tenth, weight decay 0.1, clipping at 1, beta2 0.95. Every method is tuned on seed 0, over learning rates a factor"
     " of two apart until the best lies inside, then a factor of sqrt 2 around it, and compared on seeds 1 to 5, in"
     " pairs with the same initial weights and batches. Losses are nats per token on held-out rows after the last step."
-    " Intervals are Student's, 95 %, not corrected for the number of comparisons."
+    " Intervals are Student's, 95 %, not corrected for the number of comparisons. The methods were chosen after the"
+    " small model's runs on the same data and seeds had been seen. Not run: another beta1 or cap, another warmup,"
+    " schedule-free and RAdam."
 )
 
 

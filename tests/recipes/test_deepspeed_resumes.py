@@ -62,5 +62,5 @@ def test_the_command_wins(tmp_path: Path, corpus_folder: Path, stage: int) -> No
         done = launch(entry, "laptop", tmp_path, [*words, "--trainer.max_steps", str(steps)])
         assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     *before, third, fourth = [json.loads(line) for line in (tmp_path / "groups.jsonl").read_text().splitlines()]
-    assert before[0][1] == 2 * [[1e-3, 0.1, [0.8, 0.95], 1e-8], [1e-3, 0.0, [0.8, 0.95], 1e-8]]
+    assert before[0][1] == 2 * [[2e-3, 0.1, [0.8, 0.95], 1e-8], [2e-3, 0.0, [0.8, 0.95], 1e-8]]
     assert third[1] == fourth[1] == 2 * [[1e-4, 0.03, [0.7, 0.9], 1e-6], [1e-4, 0.0, [0.7, 0.9], 1e-6]]
