@@ -9,7 +9,7 @@ import numpy as np
 from recipes.studies.page import markdown
 from recipes.studies.pretraining.batches import CUSTOMARY, DEFAULT, PARTS, TRACE_CAP, best_of, finalists, trace_config
 from recipes.studies.pretraining.methods import Method
-from recipes.studies.pretraining.results import EARLY, by_kind, early_and_late
+from recipes.studies.pretraining.results import EARLY, EARLY_AND_LATE, by_kind, early_and_late
 from recipes.studies.pretraining.run import noise_scale
 from recipes.studies.pretraining.tuning import Tuning
 from recipes.studies.sweep import Interval, mean_and_sd, paired
@@ -100,9 +100,7 @@ def momentum_table(tunings: Sequence[Tuning]) -> str:
         scales = [noise_scale(part[:, 0], part[:, 1], size // PARTS, size) for part in (norms[:border], norms[border:])]
         rows.append([str(tuning.scale), *cells, *(f"{scale:.0f}" for scale in scales)])
     columns = ("at cap", "mean beta_t", "noise scale (rows)")
-    return markdown(
-        ["cell", *(f"{name}, {part}" for name in columns for part in (f"first {EARLY:.0%}", "later"))], rows
-    )
+    return markdown(["cell", *(f"{name}, {part}" for name in columns for part in EARLY_AND_LATE)], rows)
 
 
 def layers_table(tunings: Sequence[Tuning]) -> str:
@@ -111,7 +109,7 @@ def layers_table(tunings: Sequence[Tuning]) -> str:
     shares: dict[str, list[str]] = {}
     for tuning in tunings:
         result = tuning.ledger[trace_config(tuning)]
-        header += [f"{tuning.scale.batch_size} rows, {part}" for part in (f"first {EARLY:.0%}", "later")]
+        header += [f"{tuning.scale.batch_size} rows, {part}" for part in EARLY_AND_LATE]
         for kind, betas in by_kind(result["names"], np.array(result["betas"])[1:]).items():
             shares.setdefault(kind, [kind]).extend(early_and_late(betas, TRACE_CAP, _early(tuning))[:2])
     return markdown(header, list(shares.values()))

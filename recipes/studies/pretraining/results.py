@@ -29,6 +29,7 @@ from recipes.studies.pretraining.stages import (
 from recipes.studies.sweep import differences, mean_and_sd, paired
 
 EARLY = 0.1  # share of the run that counts as early
+EARLY_AND_LATE = (f"first {EARLY:.0%}", "later")  # in the headers of tables
 _CAP_TOLERANCE = 1e-4  # the ledger keeps four digits
 
 
@@ -160,7 +161,7 @@ def early_and_late(betas: np.ndarray, cap: float, border: int, *, digits: int = 
 
 
 def _early_and_late_header() -> list[str]:
-    return [f"{name}, {part}" for name in ("at cap", "mean") for part in (f"first {EARLY:.0%}", "later")]
+    return [f"{name}, {part}" for name in ("at cap", "mean") for part in EARLY_AND_LATE]
 
 
 def at_cap(betas: np.ndarray, cap: float) -> np.ndarray:
