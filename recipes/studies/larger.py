@@ -57,7 +57,7 @@ def cell(tuning: Tuning) -> list[str]:
     """Return the tables of a cell, or that it is not complete."""
     if not tuning.has_all(tuning.missing()) or not tuning.has_all(tuning.finalist_configs()):
         return [f"Not complete: {tuning.scale}."]
-    tables = tuning.finalists_table(), tuning.differences_table(METHODS["AM-AdamW"]), tuning.sweep_table()
+    tables = tuning.finalists_table(), tuning.differences_table(tuning.methods), tuning.sweep_table()
     return [f"## {tuning.scale}", *tables]
 
 

@@ -176,6 +176,10 @@ def test_the_page_has_the_cells_that_are_complete(tmp_path: Path) -> None:
     summary = text.split("## Summary")[1].split("![")[0]
     first, second = (line for line in summary.splitlines() if "+0.003 ± 0.004" in line)  # invented: AM's seeds increase
     assert "0.8 w15%" in first and "0.8 w5%" in second and "w15%" not in second
+    table = [line.strip("| ") for line in text.splitlines() if line.startswith("| A") and " minus " in line]
+    pairs = {name.strip(): [cell.strip() for cell in cells] for name, *cells in (row.split("|") for row in table)}
+    assert pairs["AM-AdamW 0.8, warmup 15% minus AdamW 0.8, warmup 15%"] == ["+0.003 ± 0.002 (0.004)"]
+    assert len(pairs["AM-AdamW 0.89 minus AdamW 0.9, warmup 5%"]) == 2
     rows = [line.replace(" ", "") for line in text.splitlines() if line.startswith(("| mlp", "| norm", "| all"))]
     assert rows == ["|mlp|100%|100%|100%|100%|", "|norm|0%|0%|0%|0%|", "|all|50%|50%|50%|50%|"]
     for name in ("batch-gains.png", "batch-learning-rates.png", "batch-smallest.png", "batch-momentum.png"):

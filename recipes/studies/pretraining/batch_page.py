@@ -13,6 +13,7 @@ from recipes.studies.pretraining.batch_tables import (
     finalists_table,
     layers_table,
     momentum_table,
+    pairs_table,
     rates_table,
     summary_table,
 )
@@ -56,6 +57,8 @@ def write(ledger: Ledger, kinds: Kinds, folder: Path, command: str) -> str:
         parts.append(f"## Summary\n\nMean (sd) of five seeds; w: warmup.\n\n{table}")
         draw_gains(folder / "batch-gains.png", _by_kind(kinds, compared), comparisons)
         parts.append("![AM minus AdamW over the batch](batch-gains.png)")
+        table = pairs_table(list(compared.values()), comparisons)
+        parts.append(f"## Pairs\n\nChosen after results had been seen. In parentheses: corrected.\n\n{table}")
     if tuned:
         tunings = list(tuned.values())
         draw_sensitivity(folder / "batch-learning-rates.png", tunings)
