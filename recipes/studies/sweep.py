@@ -111,10 +111,10 @@ class Sweep(Generic[M]):
         ]
         return markdown(["method", "lr", f"{self.unit}, mean (sd) of {len(self.fresh_seeds)} seeds"], rows)
 
-    def differences_table(self, ours: Sequence[M]) -> str:
-        """Return a table of paired differences of `ours` to every method. Negative: ours is better."""
+    def differences_table(self, ours: Sequence[M], *, comparisons: int = 1) -> str:
+        """Return a table of the `difference` of `ours` and every method. Negative: ours is better."""
         scores = {method: self.fresh(method) for method in self.methods}
-        rows = [[str(method), *differences(scores, ours, method)] for method in self.methods]
+        rows = [[str(method), *differences(scores, ours, method, comparisons=comparisons)] for method in self.methods]
         return markdown(["against", *(f"{mine} minus it" for mine in ours)], rows)
 
 
@@ -167,9 +167,21 @@ def paired(first: Mapping[int, float], second: Mapping[int, float], *, compariso
     return interval(differences, comparisons=comparisons)
 
 
-def differences(scores: Mapping[M, Mapping[int, float]], ours: Sequence[M], method: M) -> list[str]:
+def difference(first: Mapping[int, float], second: Mapping[int, float], *, comparisons: int = 1) -> str:
+    """Return first - second with its interval. Of several comparisons, the corrected half width is in parentheses."""
+    alone, together = (paired(first, second, comparisons=number) for number in (1, comparisons))
+    if comparisons == 1 or not math.isfinite(alone.mean):
+        return str(alone)
+    return f"{alone.mean:+.3f} ± {alone.half_width:.3f} ({together.half_width:.3f})"
+
+
+def differences(
+    scores: Mapping[M, Mapping[int, float]], ours: Sequence[M], method: M, *, comparisons: int = 1
+) -> list[str]:
     """Return the cells of `ours` minus `method`, paired over the seeds of their scores."""
-    return ["" if mine == method else str(paired(scores[mine], scores[method])) for mine in ours]
+    return [
+        "" if mine == method else difference(scores[mine], scores[method], comparisons=comparisons) for mine in ours
+    ]
 
 
 def mean_and_sd(values: Iterable[float]) -> str:

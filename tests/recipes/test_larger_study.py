@@ -45,6 +45,6 @@ def test_the_page_has_the_differences_of_the_cells_that_are_complete(tmp_path: P
     add(list(tuning.finalist_configs()))
     page = study(options, "the command")
     assert "## 8 rows x 300 steps" in page and "Not complete: 32 rows x 300 steps." in page
-    row = next(line for line in page.splitlines() if line.startswith("| AdamW 0.8, warmup 15%") and "n=5" in line)
-    assert "-0.017 ± 0.002" in row, "the mean of 0.02 - 0.001 * seed over seeds 1 to 5"
+    row = next(line for line in page.splitlines() if line.startswith("| AdamW 0.8, warmup 15%") and "±" in line)
+    assert "-0.017 ± 0.002 (0.003)" in row, "the mean of 0.02 - 0.001 * seed over seeds 1 to 5; t(1 - 0.025 / 4, 4)"
     assert page == (tmp_path / "larger.md").read_text()

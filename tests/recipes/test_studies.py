@@ -34,7 +34,7 @@ from recipes.studies.pretraining.report import report
 from recipes.studies.pretraining.results import mean_curve
 from recipes.studies.pretraining.run import Scale, pretrain
 from recipes.studies.pretraining.stages import STAGES, Study
-from recipes.studies.sweep import Sweep, paired
+from recipes.studies.sweep import Sweep, difference, paired
 from recipes.studies.vision.images import load_images
 from recipes.studies.vision.networks import NETWORKS
 from recipes.studies.vision.stages import read_task, sweep_of
@@ -84,7 +84,8 @@ def test_a_page_says_the_command_that_makes_it() -> None:
 
 
 def test_a_diverged_run_is_reported(tmp_path: Path) -> None:
-    assert str(paired({1: math.inf, 2: 1.0}, {1: 1.0, 2: 1.0})) == "diverged (n=2)"
+    for comparisons in (1, 4):
+        assert difference({1: math.inf, 2: 1.0}, {1: 1.0, 2: 1.0}, comparisons=comparisons) == "diverged (n=2)"
     ledger = Ledger(tmp_path / "runs.jsonl")
     for x, losses in ((1, [3.0, 2.0, 1.0]), (2, [3.0, None])):
         ledger.add({"x": x}, {"losses": losses})

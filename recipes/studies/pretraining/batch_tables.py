@@ -12,7 +12,7 @@ from recipes.studies.pretraining.methods import Method
 from recipes.studies.pretraining.results import EARLY, EARLY_AND_LATE, by_kind, early_and_late
 from recipes.studies.pretraining.run import noise_scale
 from recipes.studies.pretraining.tuning import Tuning
-from recipes.studies.sweep import Interval, mean_and_sd, paired
+from recipes.studies.sweep import Interval, difference, mean_and_sd, paired
 
 ROOM = 0.1  # nats per token that a usable learning rate may end above the lowest loss of a cell
 
@@ -100,10 +100,12 @@ def pairs_table(tunings: Sequence[Tuning], comparisons: int) -> str:
     """
     rows = []
     for first, second in PAIRS:
-        cells = []
-        for tuning in tunings:
-            both = {first, second} <= {*finalists(tuning)}
-            cells.append(_both_widths(tuning.fresh(first), tuning.fresh(second), comparisons) if both else "")
+        cells = [
+            difference(tuning.fresh(first), tuning.fresh(second), comparisons=comparisons)
+            if {first, second} <= {*finalists(tuning)}
+            else ""
+            for tuning in tunings
+        ]
         if any(cells):
             rows.append([f"{first} minus {second}", *cells])
     return markdown(["difference", *(str(tuning.scale) for tuning in tunings)], rows)
@@ -156,12 +158,6 @@ def layers_table(tunings: Sequence[Tuning]) -> str:
         for kind, betas in by_kind(result["names"], np.array(result["betas"])[1:]).items():
             shares.setdefault(kind, [kind]).extend(early_and_late(betas, TRACE_CAP, _early(tuning))[:2])
     return markdown(header, list(shares.values()))
-
-
-def _both_widths(first: Mapping[int, float], second: Mapping[int, float], comparisons: int) -> str:
-    """Return first - second with half the width of its interval, and in parentheses that of the corrected one."""
-    alone, together = (paired(first, second, comparisons=number) for number in (1, comparisons))
-    return f"{alone.mean:+.3f} ± {alone.half_width:.3f} ({together.half_width:.3f})"
 
 
 def _early(tuning: Tuning) -> int:
