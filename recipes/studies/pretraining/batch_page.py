@@ -58,7 +58,8 @@ def write(ledger: Ledger, kinds: Kinds, folder: Path, command: str) -> str:
         draw_gains(folder / "batch-gains.png", _by_kind(kinds, compared), comparisons)
         parts.append("![AM minus AdamW over the batch](batch-gains.png)")
         table = pairs_table(list(compared.values()), comparisons)
-        parts.append(f"## Pairs\n\nChosen after results had been seen. In parentheses: corrected.\n\n{table}")
+        planned = "In parentheses: corrected as the summary is. All that it does not have were chosen afterwards."
+        parts.append(f"## Pairs\n\n{planned}\n\n{table}")
     if tuned:
         tunings = list(tuned.values())
         draw_sensitivity(folder / "batch-learning-rates.png", tunings)
