@@ -169,9 +169,10 @@ def paired(first: Mapping[int, float], second: Mapping[int, float], *, compariso
 
 def difference(first: Mapping[int, float], second: Mapping[int, float], *, comparisons: int = 1) -> str:
     """Return first - second with its interval. Of several comparisons, the corrected half width is in parentheses."""
-    alone, together = (paired(first, second, comparisons=number) for number in (1, comparisons))
+    alone = paired(first, second)
     if comparisons == 1 or not math.isfinite(alone.mean):
         return str(alone)
+    together = paired(first, second, comparisons=comparisons)
     return f"{alone.mean:+.3f} ± {alone.half_width:.3f} ({together.half_width:.3f})"
 
 

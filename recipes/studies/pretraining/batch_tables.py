@@ -98,13 +98,12 @@ def pairs_table(tunings: Sequence[Tuning], comparisons: int) -> str:
         tunings: the cells that are complete.
         comparisons: number of intervals that are corrected together in the widths in parentheses.
     """
+    losses = [{method: tuning.fresh(method) for method in finalists(tuning)} for tuning in tunings]
     rows = []
     for first, second in PAIRS:
         cells = [
-            difference(tuning.fresh(first), tuning.fresh(second), comparisons=comparisons)
-            if {first, second} <= {*finalists(tuning)}
-            else ""
-            for tuning in tunings
+            difference(found[first], found[second], comparisons=comparisons) if {first, second} <= found.keys() else ""
+            for found in losses
         ]
         if any(cells):
             rows.append([f"{first} minus {second}", *cells])
