@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from recipes.studies.figures import COLOURS, new_figure, plot_rates, save, style
 from recipes.studies.pretraining.batch_tables import gain
-from recipes.studies.pretraining.batches import CUSTOMARY, DEFAULT, best_of, trace_config
+from recipes.studies.pretraining.batches import CUSTOMARY, DEFAULT, leader, trace_config
 from recipes.studies.pretraining.methods import Method
 from recipes.studies.pretraining.results import at_cap
 from recipes.studies.pretraining.tuning import COARSE, Tuning
@@ -65,25 +65,28 @@ def draw_one_cell(path: Path, tuning: Tuning) -> None:
     save(figure, path, legend_of=panel)
 
 
-def _compared(tuning: Tuning) -> dict[str, Method]:
-    return {
+def _compared(tuning: Tuning) -> dict[str, Method | None]:
+    names: Mapping[str, Method | str] = {
         "AdamW 0.9, warmup 5%": CUSTOMARY,
-        "best AdamW": best_of(tuning, "AdamW"),
+        "best AdamW": "AdamW",
         "AM-AdamW 0.89, no warmup": DEFAULT,
-        "best AM-AdamW": best_of(tuning, "AM-AdamW"),
-        "best schedule-free AdamW": best_of(tuning, "schedule-free AdamW"),
+        "best AM-AdamW": "AM-AdamW",
+        "best schedule-free AdamW": "schedule-free AdamW",
     }
+    return {label: leader(tuning, name) for label, name in names.items()}
 
 
-def _plot_cell(panel: Axes, tuning: Tuning, lines: Mapping[str, Method]) -> None:
-    """Plot a line for each method. Lines of AM are bold, and those of untuned methods are dashed."""
+def _plot_cell(panel: Axes, tuning: Tuning, lines: Mapping[str, Method | None]) -> None:
+    """Plot a line for each method that the cell has. Lines of AM are bold, and those of untuned methods are dashed."""
     looks = []
     for number, (label, method) in enumerate(lines.items()):
+        if method is None:
+            continue
         look = {"marker": "o", "linewidth": 2.2} if method.kind == "am" else {"marker": ".", "linewidth": 1.1}
         dashes = "--" if method in (CUSTOMARY, DEFAULT) else "-"
         looks.append((label, method, look | {"linestyle": dashes, "color": COLOURS[number + 2]}))
     plot_rates(panel, tuning, looks, COARSE)
-    lowest = min(map(tuning.best_loss, lines.values()))
+    lowest = min(tuning.best_loss(method) for _, method, _ in looks)
     panel.set_ylim(lowest - 0.05, lowest + _HEADROOM)
     style(panel, title=str(tuning.scale), xlabel="learning rate", ylabel=tuning.unit)
 

@@ -17,7 +17,7 @@ from recipes.studies.pretraining.batch_tables import (
     rates_table,
     summary_table,
 )
-from recipes.studies.pretraining.batches import METHODS, NEAR, STAGES, missing
+from recipes.studies.pretraining.batches import METHODS, NEAR, STAGES, has_trace, missing
 from recipes.studies.pretraining.run import Scale
 from recipes.studies.pretraining.tuning import CLOSE, Tuning
 
@@ -29,10 +29,10 @@ _PROTOCOL = (
     f" within {NEAR:g} of it, and the named methods are compared on seeds 1 to 5, in pairs with the same initial"
     " weights and batches."
     " Losses are nats per token on held-out rows after the last step. Intervals are Student's, 95 %; those of the"
-    " summary, for all cells that are planned, and those called corrected hold all at once (Bonferroni). Few methods"
-    " are without beta1 0.65 and 0.95, cap 0.95, a warmup of 15 % and RAdam 0.8; warm methods are without beta1 0.5 and"
-    " 0.95, cap 0.95, a warmup of 5 % (except AdamW 0.9), AdamW 0.9 without a warmup, schedule-free with less than"
-    " 15 %, and RAdam 0.9."
+    " summary, for all cells that are planned, and those called corrected hold all at once (Bonferroni). Four methods"
+    " are AdamW and AM at 0.8, with a warmup of 15 % and without one. Few methods are without beta1 0.65 and 0.95, cap"
+    " 0.95, a warmup of 15 % and RAdam 0.8; warm methods are without beta1 0.5 and 0.95, cap 0.95, a warmup of 5 %"
+    " (except AdamW 0.9), AdamW 0.9 without a warmup, schedule-free with less than 15 %, and RAdam 0.9."
 )
 
 Kinds = Mapping[str, Sequence[Scale]]
@@ -49,6 +49,7 @@ def write(ledger: Ledger, kinds: Kinds, folder: Path, command: str) -> str:
     """
     cells = list(dict.fromkeys(cell for kind in kinds.values() for cell in kind))
     tuned, compared, traced = (_complete(ledger, cells, STAGES[: number + 1]) for number in range(len(STAGES)))
+    traced = {cell: tuning for cell, tuning in traced.items() if has_trace(tuning)}
     comparisons = 2 * len(cells)  # two for each cell, complete or not: with any warmup, and without
     folder.mkdir(parents=True, exist_ok=True)
     parts = [_scope(cells, compared)]

@@ -7,7 +7,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from recipes.studies.page import markdown
-from recipes.studies.pretraining.batches import CUSTOMARY, DEFAULT, PARTS, TRACE_CAP, best_of, finalists, trace_config
+from recipes.studies.pretraining.batches import (
+    CUSTOMARY,
+    DEFAULT,
+    PARTS,
+    TRACE_CAP,
+    best_of,
+    finalists,
+    leader,
+    trace_config,
+)
 from recipes.studies.pretraining.methods import Method
 from recipes.studies.pretraining.results import EARLY, EARLY_AND_LATE, by_kind, early_and_late
 from recipes.studies.pretraining.run import noise_scale
@@ -77,7 +86,7 @@ def finalists_table(tuning: Tuning) -> str:
     Each interval is given uncorrected, and corrected for the number of intervals in its column.
     """
     methods = finalists(tuning)
-    ours = list(dict.fromkeys([best_of(tuning, "AM-AdamW"), DEFAULT]))
+    ours = list(dict.fromkeys([best_of(tuning, "AM-AdamW"), *({DEFAULT} & {*methods})]))
     losses = {method: tuning.fresh(method) for method in methods}
     rows = []
     for method in sorted(methods, key=lambda method: float(np.mean(list(losses[method].values())))):
@@ -127,9 +136,9 @@ def rates_table(tunings: Sequence[Tuning]) -> str:
     rows = []
     for tuning in tunings:
         lowest = min(map(tuning.best_loss, tuning.methods))
-        found = [method if isinstance(method, Method) else best_of(tuning, method) for method in names.values()]
-        rows.append([f"{tuning.scale}, of the cell", *(_usable(tuning, each, lowest + ROOM) for each in found)])
-        own = (_usable(tuning, each, tuning.best_loss(each) + ROOM) for each in found)
+        found = [leader(tuning, name) for name in names.values()]
+        rows.append([f"{tuning.scale}, of the cell", *(_usable(tuning, each, lowest) for each in found)])
+        own = (_usable(tuning, each, tuning.best_loss(each)) if each else "" for each in found)
         rows.append([f"{tuning.scale}, of the method", *own])
     return markdown(["cell, and whose lowest loss", *names], rows)
 
@@ -163,8 +172,10 @@ def _early(tuning: Tuning) -> int:
     return max(1, round(EARLY * tuning.scale.steps))
 
 
-def _usable(tuning: Tuning, method: Method, loss: float) -> str:
-    lr = tuning.largest_usable(method, loss)
+def _usable(tuning: Tuning, method: Method | None, lowest: float) -> str:
+    if method is None:
+        return ""
+    lr = tuning.largest_usable(method, lowest + ROOM)
     beyond = lr == max(tuning.tried(method))
     return "none" if np.isnan(lr) else f"{'>= ' if beyond else ''}{lr:.2g}"
 

@@ -91,6 +91,13 @@ def best_of(tuning: Tuning, family: str, *, warmup: bool = True) -> Method:
     return tuning.best_of(methods if warmup else without_warmup(methods))
 
 
+def leader(tuning: Tuning, name: Method | str) -> Method | None:
+    """Return a method or the best variant of a family, or None if it is not among the methods."""
+    if isinstance(name, Method):
+        return name if name in tuning.methods else None
+    return best_of(tuning, name) if name in tuning.families else None
+
+
 def missing(stage: str, tuning: Tuning) -> Iterator[Config]:
     """Yield a round of the runs that a stage of a cell still needs. Call it until it yields none.
 
@@ -99,9 +106,14 @@ def missing(stage: str, tuning: Tuning) -> Iterator[Config]:
     """
     if stage == "tune":
         yield from tuning.missing()
-    else:
+    elif stage == "compare" or has_trace(tuning):
         runs = tuning.finalist_configs(finalists(tuning)) if stage == "compare" else [trace_config(tuning)]
         yield from (config for config in runs if config not in tuning.ledger)
+
+
+def has_trace(tuning: Tuning) -> bool:
+    """Return whether AM at its default cap is among the methods."""
+    return DEFAULT in tuning.methods
 
 
 def trace_config(tuning: Tuning) -> Config:
