@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.ports import free_port
+from tests.processes import wait_for_end, wait_until
 from tests.python import COLD
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,16 +97,11 @@ def test_a_cut_off_loses_one_part_and_the_next_call_continues(tmp_path: Path, mo
     env = os.environ | {"AM_PYTHON": COLD, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command(out), env=env, stdout=subprocess.PIPE, text=True)
     log = out / "work" / "logs" / "fast.many-tiny-float32.log"
-    deadline = time.monotonic() + 60
-    while not log.exists() or not children(process.pid):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
+    wait_until(lambda: log.exists() and bool(children(process.pid)), "no part was started", 60)
     started = children(process.pid)
     process.kill()  # this is how a machine is taken away
     process.communicate()
-    while any(Path(f"/proc/{pid}").exists() for pid in started):
-        assert time.monotonic() < deadline, "the part outlives the call that started it"
-        time.sleep(0.1)
+    wait_for_end(started, 60)  # the part does not outlive the call that started it
     assert last not in answers(out)
     again = run(out)
     assert again.returncode == 0, again.stdout + again.stderr
@@ -191,10 +187,7 @@ def test_a_part_without_an_answer_failed(tmp_path: Path, modules: dict[str, Modu
 
     assert ended([COLD, "-c", "import os; os.kill(os.getpid(), 9)"], 30) == -signal.SIGKILL
     assert ended(["sh", "-c", f"sleep 60 & echo $! >{tmp_path}/pid; wait"], 0.5) is None
-    pid = int((tmp_path / "pid").read_text())
-    deadline = time.monotonic() + 20
-    while Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
-        assert time.monotonic() < deadline, "what the part started is still there"
+    wait_for_end([int((tmp_path / "pid").read_text())])
     assert check.run_part(short, options, time.monotonic() + 0.1, {}, "x") is None  # not started
     assert not log.exists()
     found = check.run_part(short, options, time.monotonic() + 60, {"PATH": "/nowhere"}, "x")

@@ -8,7 +8,6 @@ import pickle
 import resource
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from am_lightning.pretrain.data.shards import SIDES, Shard, ShardedTokens, read_
 from am_lightning.pretrain.data.sources import find_source
 from am_lightning.pretrain.data.tokenizer import ByteTokenizer
 from am_lightning.pretrain.runtime.errors import RecipeError
+from tests.processes import wait_for_end, wait_until
 from tests.python import COLD, PYTHON
 
 from .writer import PARTS, make_source
@@ -144,7 +144,7 @@ def test_no_worker_survives_its_parent(tmp_path: Path, ctrl_c: bool) -> None:
     env = {**os.environ, "SLEEPERS": str(tmp_path)}
     process = subprocess.Popen([COLD, "-c", code], cwd=ROOT, env=env, start_new_session=True)
     try:
-        wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
+        wait_until(lambda: len(list(tmp_path.iterdir())) == 2, "not two workers")
         if ctrl_c:
             os.killpg(process.pid, signal.SIGINT)
             process.wait(120)
@@ -152,21 +152,7 @@ def test_no_worker_survives_its_parent(tmp_path: Path, ctrl_c: bool) -> None:
         process.kill()
         process.wait()
     workers = [int(path.name) for path in tmp_path.iterdir()]
-    wait_for(lambda: not any(alive(worker) for worker in workers))
-
-
-def alive(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_for(condition: object, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    wait_for_end(workers, 120)
 
 
 @pytest.mark.slow

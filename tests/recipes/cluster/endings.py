@@ -19,13 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.ports import free_port
+from tests.processes import wait_until
 from tests.python import COLD  # a fork server would start processes outside their namespace
 from tests.recipes.commands import RECIPES, TINY
 
 from . import namespaces
 from .fault_injection import corpus
 from .namespaces import Node
-from .runs import Agents, options, variables, wait_until
+from .runs import Agents, options, variables
 
 PROGRAMS = ("pretrain.py", "pretrain_accelerate.py", "pretrain_hf_trainer.py")
 KINDS = ("finished", "validate", "SIGTERM", "error")

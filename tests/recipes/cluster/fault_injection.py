@@ -20,8 +20,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.processes import wait_until
+
 from . import kills, namespaces, slurm
-from .runs import LAUNCH, Agents, changed, newest_step, options, wait_until
+from .runs import LAUNCH, Agents, changed, newest_step, options
 
 STEPS, EVERY = 240, 10
 KILLS_PER_RUN = 4

@@ -20,11 +20,12 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.processes import wait_until
 from tests.recipes.commands import RECIPES
 
 from .endings import PROGRAMS
 from .fault_injection import corpus
-from .runs import LAUNCH, options, processes_of, variables, wait_until
+from .runs import LAUNCH, options, processes_of, variables
 
 KINDS = ("killed", "stopped", "slow", "worker killed", "worker stopped")
 FOREVER = 100_000  # steps

@@ -10,7 +10,9 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .runs import PROGRAM, Agents, wait_until
+from tests.processes import wait_until
+
+from .runs import PROGRAM, Agents
 
 Kill = Callable[[Agents, random.Random], str]
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.recipes.commands import RECIPES, TINY, differences, training_state
@@ -50,14 +50,6 @@ def processes_of(root: Path, program: Path) -> list[int]:
             if os.fsencode(program) in command_line(pid) and mark in (entry / "environ").read_bytes().split(b"\0"):
                 found.append(pid)
     return found
-
-
-def wait_until(ready: Callable[[], bool], what: str, timeout: float = 180) -> None:
-    deadline = time.monotonic() + timeout
-    while not ready():
-        if time.monotonic() > deadline:
-            raise TimeoutError(what)
-        time.sleep(0.02)
 
 
 def changed(root: Path, reference: Path) -> list[str]:

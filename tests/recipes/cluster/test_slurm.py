@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import wait_until
+
 from .conftest import EVERY, STEPS
-from .runs import LAUNCH, PROGRAM, changed, newest_step, processes_of, wait_until
+from .runs import LAUNCH, PROGRAM, changed, newest_step, processes_of
 from .slurm import Slurm
 from .test_launchers import HOSTILE, PROBE, arguments, said
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import wait_until
+
 from .conftest import EVERY, STEPS
 from .namespaces import Node
-from .runs import PROGRAM, Agents, changed, newest_step, wait_until
+from .runs import PROGRAM, Agents, changed, newest_step
 
 pytestmark = pytest.mark.nightly("network namespaces")
 Nodes = tuple[Node, Node]
