@@ -17,16 +17,11 @@ from pathlib import Path
 
 from recipes.studies.ledger import Ledger
 from recipes.studies.page import add_begin_with, run_study, study_parser, write_page
-from recipes.studies.pretraining.methods import Method
+from recipes.studies.pretraining.batches import FOUR
 from recipes.studies.pretraining.run import Scale, pretrain, setup_of
-from recipes.studies.pretraining.tuning import Families, Tuning
+from recipes.studies.pretraining.tuning import Tuning
 
 RECIPE = "recipes/studies/pretraining/larger.yaml"
-WARMUPS = (0.15, 0.0)
-METHODS: Families = {
-    "AdamW": [Method("adamw", 0.8, warmup) for warmup in WARMUPS],
-    "AM-AdamW": [Method("am", 0.8, warmup) for warmup in WARMUPS],
-}
 _PROTOCOL = (
     "The laptop recipe's Llama twice as deep and twice as wide (6.45 M parameters, bytes, rows of 128), cosine to a"
     " tenth, weight decay 0.1, clipping at 1, beta2 0.95. Every method is tuned on seed 0, over learning rates a factor"
@@ -43,9 +38,9 @@ def study(options: argparse.Namespace, command: str) -> str:
     """Make the missing runs and write the page."""
     ledger = Ledger.begun_with(options.begin_with, options.out / "larger.jsonl", setup_of(RECIPE))
     runs = partial(pretrain, str((options.out / "data").resolve()))
-    parts, comparisons = [], len(WARMUPS) * len(options.batches)
+    parts, comparisons = [], 2 * len(options.batches)  # with a warmup, and without
     for rows in options.batches:
-        tuning = Tuning(ledger, Scale(RECIPE, options.steps, rows), METHODS)
+        tuning = Tuning(ledger, Scale(RECIPE, options.steps, rows), FOUR)
         if not options.write:
             while configs := list(tuning.missing()):
                 ledger.run(configs, runs, workers=options.workers)

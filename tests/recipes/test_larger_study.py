@@ -13,8 +13,9 @@ pytest.importorskip("scipy.stats")
 from am_lightning.pretrain.model.shape import LlamaShape, count_parameters
 from am_lightning.pretrain.runtime.paths import find_config
 from am_lightning.pretrain.runtime.settings import read_recipe
-from recipes.studies.larger import METHODS, RECIPE, study
+from recipes.studies.larger import RECIPE, study
 from recipes.studies.ledger import Ledger
+from recipes.studies.pretraining.batches import FOUR
 from recipes.studies.pretraining.run import Scale, setup_of
 from recipes.studies.pretraining.tuning import Tuning
 
@@ -29,7 +30,7 @@ def test_the_model_is_twice_as_deep_and_wide_as_the_laptop_recipes() -> None:
 
 def test_the_page_has_the_differences_of_the_cells_that_are_complete(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "larger.jsonl", setup_of(RECIPE))
-    tuning = Tuning(ledger, Scale(RECIPE, 300, 8), METHODS)
+    tuning = Tuning(ledger, Scale(RECIPE, 300, 8), FOUR)
 
     def add(configs: list[dict]) -> None:
         for config in configs:
