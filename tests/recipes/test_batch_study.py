@@ -15,7 +15,7 @@ pytest.importorskip("scipy.stats")
 from am_lightning.pretrain.runtime.errors import RecipeError
 from recipes.studies.ledger import Config, Ledger, Result
 from recipes.studies.pretraining.batch_page import write
-from recipes.studies.pretraining.batches import ALL, FEW, FOUR, STAGES, WARM, finalists, kinds_of, missing
+from recipes.studies.pretraining.batches import ALL, FEW, FIVE, STAGES, WARM, finalists, kinds_of, missing
 from recipes.studies.pretraining.methods import Method
 from recipes.studies.pretraining.run import Scale, noise_scale, noisy_backward, pretrain
 from recipes.studies.pretraining.tuning import COARSE, RATES, Families, Tuning
@@ -55,7 +55,7 @@ def fill(
                     ledger.add(config, made_up(config))
 
 
-@pytest.fixture(params=[FOUR, FEW, WARM, ALL], ids=["four", "few", "warm", "all"])
+@pytest.fixture(params=[FIVE, FEW, WARM, ALL], ids=["five", "few", "warm", "all"])
 def tuned(tmp_path: Path, request: pytest.FixtureRequest) -> Tuning:
     ledger = Ledger(tmp_path / "batch.jsonl")
     fill(ledger, ("tune",), cells=1, families=request.param)
@@ -104,7 +104,7 @@ def test_finalists_are_the_best_of_the_tuning_on_fresh_seeds(tuned: Tuning) -> N
     methods = finalists(tuned)
     assert len(set(methods)) == len(methods)
     groups = [*tuned.families.items()]
-    for shorter in (FOUR, FEW, WARM):
+    for shorter in (FIVE, FEW, WARM):
         groups += [(name, [m for m in family if m in tuned.methods]) for name, family in shorter.items()]
     for name, family in groups:
         if not family:
@@ -184,9 +184,9 @@ def test_the_page_has_the_cells_that_are_complete(tmp_path: Path) -> None:
     assert rows == ["|mlp|100%|100%|100%|100%|", "|norm|0%|0%|0%|0%|", "|all|50%|50%|50%|50%|"]
     for name in ("batch-gains.png", "batch-learning-rates.png", "batch-smallest.png", "batch-momentum.png"):
         assert Image.open(tmp_path / name).width > 400
-    fill(ledger, cells=4, families=FOUR)
+    fill(ledger, cells=4, families=FIVE)
     text = write(ledger, KINDS, tmp_path, "")
-    assert "With four methods: 64 rows x 300 steps; 128 rows x 300 steps. With few" in text
+    assert "With five methods: 64 rows x 300 steps; 128 rows x 300 steps. With few" in text
     assert len([line for line in text.splitlines() if line.startswith("| 128 rows x 300 steps ")]) == 1, "no trace"
     fill(ledger, cells=3, families=WARM)
     text = write(ledger, KINDS, tmp_path, "")

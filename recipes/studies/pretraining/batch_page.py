@@ -29,10 +29,11 @@ _PROTOCOL = (
     f" within {NEAR:g} of it, and the named methods are compared on seeds 1 to 5, in pairs with the same initial"
     " weights and batches."
     " Losses are nats per token on held-out rows after the last step. Intervals are Student's, 95 %; those of the"
-    " summary, for all cells that are planned, and those called corrected hold all at once (Bonferroni). Four methods"
-    " are AdamW and AM at 0.8, with a warmup of 15 % and without one. Few methods are without beta1 0.65 and 0.95, cap"
-    " 0.95, a warmup of 15 % and RAdam 0.8; warm methods are without beta1 0.5 and 0.95, cap 0.95, a warmup of 5 %"
-    " (except AdamW 0.9), AdamW 0.9 without a warmup, schedule-free with less than 15 %, and RAdam 0.9."
+    " summary, for all cells that are planned, and those called corrected hold all at once (Bonferroni). Five methods"
+    " are AdamW and AM at 0.8, with a warmup of 15 % and without one, and AdamW 0.65 without one. Few methods are"
+    " without beta1 0.65 and 0.95, cap 0.95, a warmup of 15 % and RAdam 0.8; warm methods are without beta1 0.5 and"
+    " 0.95, cap 0.95, a warmup of 5 % (except AdamW 0.9), AdamW 0.9 without a warmup, schedule-free with less than"
+    " 15 %, and RAdam 0.9."
 )
 
 Kinds = Mapping[str, Sequence[Scale]]

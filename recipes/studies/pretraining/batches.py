@@ -5,8 +5,9 @@ Every cell (rows of a step x steps) goes through the same two stages:
 1. ``tune``: every variant of every family over its learning rates, seed 0 (`Tuning`). In ``few``, AdamW has six
    variants (three momentums x two warmups) and AM has four (two caps x two warmups). In ``all``, AdamW has fifteen
    (five x three) and AM nine (three x three). ``warm`` is for cells that are too expensive for ``all``: a warmup of
-   15 % or none, and AdamW 0.9 with 5 %; AdamW has six variants and AM four. ``four`` has AM and AdamW at 0.8, with a
-   warmup of 15 % and without one. So AdamW gets at least as many runs. ``all`` continues from the shorter lists.
+   15 % or none, and AdamW 0.9 with 5 %; AdamW has six variants and AM four. ``five`` has AM and AdamW at 0.8, with a
+   warmup of 15 % and without one, and AdamW 0.65 without one. So AdamW gets at least as many runs. ``all`` continues
+   from the shorter lists.
 2. ``compare``: the best variant of each family, those within NEAR of it, the same of the shorter lists, and the named
    ones, at their best learning rates on five seeds that the tuning has not seen. A seed gives all methods the same
    initial weights and batches.
@@ -30,6 +31,7 @@ FOUR: Families = {
     "AdamW": tuple(Method("adamw", 0.8, warmup) for warmup in (0.15, 0.0)),
     "AM-AdamW": tuple(Method("am", 0.8, warmup) for warmup in (0.15, 0.0)),
 }
+FIVE: Families = {**FOUR, "AdamW": (*FOUR["AdamW"], Method("adamw", 0.65))}  # its best momentum without a warmup
 FEW: Families = {
     "AdamW": tuple(Method("adamw", beta1, warmup) for beta1 in (0.9, 0.8, 0.5) for warmup in (0.0, 0.05)),
     "AM-AdamW": tuple(Method("am", cap, warmup) for cap in (0.89, 0.8) for warmup in (0.0, 0.05)),
@@ -52,7 +54,7 @@ ALL: Families = {
     "schedule-free AdamW": tuple(Method("schedulefree", 0.9, warmup) for warmup in WARMUPS),
     "RAdam": (Method("radam", 0.9), Method("radam", 0.8)),
 }
-METHODS = {"four": FOUR, "few": FEW, "warm": WARM, "all": ALL}
+METHODS = {"five": FIVE, "few": FEW, "warm": WARM, "all": ALL}
 CUSTOMARY = Method("adamw", 0.9, 0.05)
 DEFAULT = Method("am", 0.89)  # the callback's default
 NEAR = 0.02  # nats per token: one seed cannot decide between variants this close together
