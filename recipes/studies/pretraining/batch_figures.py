@@ -48,7 +48,7 @@ def draw_gains(path: Path, kinds: Mapping[str, Sequence[Tuning]], comparisons: i
 
 def draw_sensitivity(path: Path, tunings: Sequence[Tuning]) -> None:
     """Draw the validation loss of seed 0 over the learning rate, a panel for each cell."""
-    columns = min(3, len(tunings))
+    columns = math.ceil(math.sqrt(len(tunings)))
     figure, axes = new_figure(math.ceil(len(tunings) / columns), columns, width=4.5, height=3.6)
     panels = [panel for row in axes for panel in row]
     for panel, tuning in zip(panels, tunings, strict=False):
