@@ -47,7 +47,10 @@ if __name__ == "__main__":
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 64, 128], help="rows of a step, of all cells")
     parser.add_argument("--cells", nargs="+", metavar="ROWSxSTEPS", help="only these cells")
     parser.add_argument(
-        "--methods", choices=METHODS, default="all", help="few: at most 5 %% of warmup; warm: none or 15 %%"
+        "--methods",
+        choices=METHODS,
+        default="all",
+        help="few: at most 5 %% of warmup; warm: none or 15 %%; five: 0.8 only, and AdamW 0.65",
     )
     parser.add_argument("--stages", nargs="*", default=list(STAGES), choices=STAGES, metavar="STAGE", help=str(STAGES))
     run_study("batch", parser, study)

@@ -26,7 +26,7 @@ from recipes.studies.pretraining.run import Scale
 from recipes.studies.pretraining.tuning import Families, Tuning, without_warmup
 
 WARMUPS = (0.0, 0.05, 0.15)
-# Chosen after 8 and 32 rows, for the cells that cost most: the best momentum of both, with the longest warmup or none.
+# Chosen when the other cells were known, for those that cost most: the best momentum with the longest warmup.
 FOUR: Families = {
     "AdamW": tuple(Method("adamw", 0.8, warmup) for warmup in (0.15, 0.0)),
     "AM-AdamW": tuple(Method("am", 0.8, warmup) for warmup in (0.15, 0.0)),
