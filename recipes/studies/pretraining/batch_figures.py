@@ -66,14 +66,13 @@ def draw_one_cell(path: Path, tuning: Tuning) -> None:
 
 
 def _compared(tuning: Tuning) -> dict[str, Method | None]:
-    names: Mapping[str, Method | str] = {
-        "AdamW 0.9, warmup 5%": CUSTOMARY,
-        "best AdamW": "AdamW",
-        "AM-AdamW 0.89, no warmup": DEFAULT,
-        "best AM-AdamW": "AM-AdamW",
-        "best schedule-free AdamW": "schedule-free AdamW",
+    return {
+        "AdamW 0.9, warmup 5%": leader(tuning, CUSTOMARY),
+        "best AdamW": leader(tuning, "AdamW"),
+        "AM-AdamW 0.89, no warmup": leader(tuning, DEFAULT),
+        "best AM-AdamW": leader(tuning, "AM-AdamW"),
+        "best schedule-free AdamW": leader(tuning, "schedule-free AdamW"),
     }
-    return {label: leader(tuning, name) for label, name in names.items()}
 
 
 def _plot_cell(panel: Axes, tuning: Tuning, lines: Mapping[str, Method | None]) -> None:

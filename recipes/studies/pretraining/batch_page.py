@@ -17,7 +17,7 @@ from recipes.studies.pretraining.batch_tables import (
     rates_table,
     summary_table,
 )
-from recipes.studies.pretraining.batches import METHODS, NEAR, STAGES, has_trace, missing
+from recipes.studies.pretraining.batches import METHODS, NEAR, STAGES, missing, traceable
 from recipes.studies.pretraining.run import Scale
 from recipes.studies.pretraining.tuning import CLOSE, Tuning
 
@@ -50,7 +50,7 @@ def write(ledger: Ledger, kinds: Kinds, folder: Path, command: str) -> str:
     """
     cells = list(dict.fromkeys(cell for kind in kinds.values() for cell in kind))
     tuned, compared, traced = (_complete(ledger, cells, STAGES[: number + 1]) for number in range(len(STAGES)))
-    traced = {cell: tuning for cell, tuning in traced.items() if has_trace(tuning)}
+    traced = {cell: tuning for cell, tuning in traced.items() if traceable(tuning)}
     comparisons = 2 * len(cells)  # two for each cell, complete or not: with any warmup, and without
     folder.mkdir(parents=True, exist_ok=True)
     parts = [_scope(cells, compared)]

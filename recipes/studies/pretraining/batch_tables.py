@@ -86,7 +86,7 @@ def finalists_table(tuning: Tuning) -> str:
     Each interval is given uncorrected, and corrected for the number of intervals in its column.
     """
     methods = finalists(tuning)
-    ours = list(dict.fromkeys([best_of(tuning, "AM-AdamW"), *({DEFAULT} & {*methods})]))
+    ours = [method for method in dict.fromkeys([best_of(tuning, "AM-AdamW"), DEFAULT]) if method in methods]
     losses = {method: tuning.fresh(method) for method in methods}
     rows = []
     for method in sorted(methods, key=lambda method: float(np.mean(list(losses[method].values())))):

@@ -108,18 +108,18 @@ def missing(stage: str, tuning: Tuning) -> Iterator[Config]:
     """
     if stage == "tune":
         yield from tuning.missing()
-    elif stage == "compare" or has_trace(tuning):
+    elif stage == "compare" or traceable(tuning):
         runs = tuning.finalist_configs(finalists(tuning)) if stage == "compare" else [trace_config(tuning)]
         yield from (config for config in runs if config not in tuning.ledger)
 
 
-def has_trace(tuning: Tuning) -> bool:
-    """Return whether AM at its default cap is among the methods."""
-    return DEFAULT in tuning.methods
+def traceable(tuning: Tuning) -> list[Method]:
+    """Return AM's variants at its default cap, the best of which is traced. ``five`` has none."""
+    return [method for method in tuning.families["AM-AdamW"] if method.beta1 == TRACE_CAP]
 
 
 def trace_config(tuning: Tuning) -> Config:
     """Return the run of AM at its default cap, best warmup and learning rate, with beta_t and the noise recorded."""
-    method = tuning.best_of([m for m in tuning.families["AM-AdamW"] if m.beta1 == TRACE_CAP])
+    method = tuning.best_of(traceable(tuning))
     cell = replace(tuning.scale, micro_batch_size=tuning.scale.batch_size // PARTS)
     return cell.config(method, tuning.best_rate(method), TRACE_SEED, traces=True)
